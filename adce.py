@@ -1,0 +1,5391 @@
+#!/usr/bin/env python3
+"""ADCE keeps a data lake complete by itself.
+
+You declare in adce.yaml what the lake should hold: datasets of objects, from rate-limited web sources.
+ADCE compares that with what the lake does hold, turns every gap into a scored task, and fills the gaps
+with a few workers, never asking a source more often than it allows, through crashes and restarts:
+
+    configuration -> expected objects - stored objects = gaps -> tasks -> limits -> fetch -> store
+
+    python adce.py check          is everything in order?
+    python adce.py run            keep the lake complete until told to stop
+    python adce.py report         what is there, what is missing, and why
+
+All state is one SQLite file and the lake itself. The module reads from top to bottom; each room below
+rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they are):
+
+    Words                       the vocabulary: states, outcomes, exit codes, errors
+    Time                        instants and durations; the only reader of the clock
+    Schema                      the tables and the views: the centre of the design
+    Database                    one safe door to the SQLite file
+    Configuration               the shape of what the user declares
+    Keys                        everything that may stand in adce.yaml
+    Reading the configuration   YAML to values, all mistakes at once
+    Building the configuration  values to records
+    Checking the configuration  what must hold between them
+    Objects                     what should exist, and what a whole object is
+    Store                       what does exist: a folder or S3
+    Limits                      what may be asked, and when
+    Ledger                      objects and their tasks, kept in step; the score
+    Queue                       what is to be done, and in which order
+    Reconcile                   notices: expected against present
+    Executions                  what one execution is, and what it leaves
+    Requests                    one HTTP request
+    Scrapers                    a command or a call instead
+    Fetch                       does one execution
+    Report                      tells: questions in SQL, answers as text
+    Health                      serves the same answers over HTTP
+    Screen                      what a person sees while it runs
+    Runner                      keeps going until told to stop
+    Examples                    texts for the programs around ADCE
+    Commands                    obeys: the command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import csv
+import dataclasses
+import datetime
+import difflib
+import email.utils
+import enum
+import fcntl
+import functools
+import hashlib
+import html
+import http.server
+import importlib
+import io
+import itertools
+import json
+import math
+import os
+import queue
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import zoneinfo
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TextIO, TypeVar, cast
+
+__version__ = "1.0.0"
+__all__ = [
+    "Clock",
+    "Configuration",
+    "Database",
+    "Error",
+    "FetchSpec",
+    "Runner",
+    "fetch",
+    "load_configuration",
+    "main",
+    "open_database",
+    "open_store",
+    "reconcile",
+]
+
+# A scraper that imports adce must meet these very classes, also when this file runs as a script.
+sys.modules.setdefault("adce", sys.modules[__name__])
+
+
+# ---------------------------------------------------------------- Words
+# The vocabulary. Every state and outcome is stored as the word that people read. Headline: Error.
+
+
+class ObjectState(enum.StrEnum):
+    """What is known of an object. Missing, stale and suspect are gaps."""
+
+    AWAITED = "awaited"  # not expected yet: its `available_after` has not come
+    MISSING = "missing"
+    STALE = "stale"  # older than its freshness allows, or not final yet
+    SUSPECT = "suspect"  # there, but fails its validation
+    PRESENT = "present"
+    DROPPED = "dropped"  # no longer expected; what lies in the store is left alone
+
+
+GAPS = (ObjectState.MISSING, ObjectState.STALE, ObjectState.SUSPECT)
+
+
+class TaskState(enum.StrEnum):
+    """The life of a task. Only `gave_up` is a final bad state."""
+
+    PENDING = "pending"  # may be claimed
+    RETRY = "retry"  # waits until next_at
+    RUNNING = "running"
+    DONE = "done"
+    GAVE_UP = "gave_up"
+    CANCELLED = "cancelled"  # its object is no longer expected
+
+
+class Priority(enum.StrEnum):
+    """How much a gap matters, from most to least."""
+
+    CRITICAL = "CRITICAL"
+    HIGH = "HIGH"
+    MEDIUM = "MEDIUM"
+    LOW = "LOW"
+
+
+class Outcome(enum.StrEnum):
+    """How an attempt ended."""
+
+    RUNNING = "running"
+    OK = "ok"
+    NOT_YET = "not_yet"  # the source says there is no such thing (yet)
+    INVALID = "invalid"  # an answer that is not the object
+    HTTP_ERROR = "http_error"
+    THROTTLED = "throttled"  # 429, 503, or a status that means blocked: the source is paused
+    TIMEOUT = "timeout"
+    UNREACHABLE = "unreachable"  # no connection, or it broke
+    STORE_ERROR = "store_error"  # fetched, but the store would not take it
+    ERROR = "error"  # a scraper failed
+    LOST = "lost"  # the runner stopped or died before the end
+
+
+# An attempt counts towards `retry.max_attempts` only when the task itself is to blame.
+COUNTED_FAILURES = (Outcome.INVALID, Outcome.HTTP_ERROR, Outcome.ERROR)
+# What tells how reliable a dataset is; a pause, an outage or a stop says nothing about it.
+RELIABILITY = (Outcome.OK, *COUNTED_FAILURES)
+# In a row, these mean that the source itself is away.
+SOURCE_FAILURES = (Outcome.TIMEOUT, Outcome.UNREACHABLE)
+
+
+class ExitCode(enum.IntEnum):
+    """What a command's exit status means. Treat an unknown one as a failure."""
+
+    DONE = 0
+    ERROR = 1
+    USAGE = 2
+    GAPS_LEFT = 3
+    NOT_RUNNING = 4
+    NO_DATABASE = 10
+    LOCKED = 11
+    STORE_UNUSABLE = 12
+    BAD_CONFIGURATION = 78
+    INTERRUPTED = 130
+
+
+class Error(Exception):
+    """Something the user can act on: what is wrong, and what to try."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.ERROR
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigurationError(Error):
+    """adce.yaml cannot be used; the message lists every problem."""
+
+    exit_code = ExitCode.BAD_CONFIGURATION
+
+
+class DatabaseError(Error):
+    """The database is unusable, or not ADCE's."""
+
+
+class NoDatabaseError(DatabaseError):
+    """There is no database where one is needed."""
+
+    exit_code = ExitCode.NO_DATABASE
+
+
+class LockedError(Error):
+    """Another runner holds this database."""
+
+    exit_code = ExitCode.LOCKED
+
+
+class StoreError(Error):
+    """The store cannot be listed, read or written."""
+
+    exit_code = ExitCode.STORE_UNUSABLE
+
+
+# ---------------------------------------------------------------- Time
+# Instants and durations. Wall time is for people and for ages in hours; limits use boot time, which no
+# clock change moves and which all processes of the machine share. Headline: Clock.
+
+MINUTE, HOUR, DAY = 60, 3600, 86400
+DURATION_UNITS = {"s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
+
+
+class Clock:
+    """The only reader of time. A simulation passes its own."""
+
+    def wall(self) -> float:
+        """Seconds since 1970, UTC. May step."""
+        return time.time()
+
+    def boot(self) -> float:
+        """Seconds since the machine started, suspended time included. Never steps."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def boot_id(self) -> str:
+        """The name of this boot: boot times of two boots must not be compared."""
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+    def wait(self, wakeups: queue.SimpleQueue[str], seconds: float) -> None:
+        """Sleep until something is put into `wakeups`, or for `seconds`; empties `wakeups`."""
+        with contextlib.suppress(queue.Empty):
+            wakeups.get(timeout=max(0.0, seconds))
+            while True:
+                wakeups.get_nowait()
+
+
+def parse_duration(text: str) -> int:
+    """Seconds of a duration such as 90s, 15m, 6h or 1d. Raises ValueError."""
+    match = re.fullmatch(r"(\d+)\s*([smhd])", text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a duration; write 90s, 15m, 6h or 1d")
+    return int(match[1]) * DURATION_UNITS[match[2]]
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in at most two units, for people: 42 s, 3 min 12 s, 6 h, 4 d 2 h."""
+    whole = round(seconds)
+    for size, name, smaller, smaller_name in (
+        (DAY, "d", HOUR, "h"),
+        (HOUR, "h", MINUTE, "min"),
+        (MINUTE, "min", 1, "s"),
+    ):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {name} {rest} {smaller_name}" if rest else f"{whole // size} {name}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+
+
+def utc_text(instant: float | None) -> str | None:
+    """2026-11-23T14:24:25Z, the form of the views; None stays None."""
+    if instant is None:
+        return None
+    return datetime.datetime.fromtimestamp(int(instant), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def instant_of(day: datetime.date, at: datetime.time, timezone: str) -> int:
+    """The instant of a local time of day, in seconds since 1970."""
+    return int(datetime.datetime.combine(day, at, zoneinfo.ZoneInfo(timezone)).timestamp())
+
+
+def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
+    """The calendar day that holds an instant."""
+    return datetime.datetime.fromtimestamp(instant, zoneinfo.ZoneInfo(timezone)).date()
+
+
+# ---------------------------------------------------------------- Schema
+# The centre of the design: what ADCE remembers. TABLES are facts; VIEWS are what people read, and are
+# made anew whenever their text changes. Instants are whole seconds since 1970 (UTC) unless the remark
+# says boot: those count from the start of the machine. MIGRATIONS is only ever appended to.
+
+APPLICATION_ID = 0x41444345  # "ADCE"
+
+TABLES = """
+create table settings (
+    -- Small facts about the file itself and about the last run.
+    name         text    primary key,
+    value        text    not null
+) strict, without rowid;
+
+create table runner (
+    -- The one process that works on this database: the last one that did, when none runs.
+    only_row     integer primary key check (only_row = 1),
+    pid          integer not null,
+    version      text    not null,
+    started_at   integer not null,
+    beat_at      integer not null,   -- the loop's last sign of life
+    stopped_at   integer,
+    note         text                -- why it stopped
+) strict;
+
+create table datasets (
+    -- One row for each dataset that adce.yaml declares, or once declared.
+    dataset_id   integer primary key,
+    dataset      text    not null unique,
+    source       text    not null,
+    active       integer not null,   -- 0: no longer declared
+    definition   text    not null,   -- digest of its declaration
+    expansion    text    not null,   -- digest of what its expected objects were derived from
+    success_rate real    not null,   -- 0 to 1, recent attempts weigh more
+    bonus        real    not null    -- points of score for it
+) strict;
+
+create table objects (
+    -- One row for each object that should exist, with what is known of it. Objects that exist but
+    -- that nobody expects have no row.
+    object_id    integer primary key,
+    dataset_id   integer not null references datasets,
+    key          text    not null unique,
+    fields       text    not null,   -- JSON: the values of its partition
+    season       text,               -- label of its season
+    day          text,               -- its date
+    state        text    not null
+                 check (state in ('awaited', 'missing', 'stale', 'suspect', 'present', 'dropped')),
+    reason       text,               -- of a gap
+    since        integer not null,   -- when it came into this state
+    due_at       integer,            -- when time alone will change the state
+    available_at integer,            -- not expected before
+    seen_at      integer,            -- first known to exist
+    size         integer,            -- bytes; null: not in the store
+    etag         text,
+    modified_at  integer,
+    read_etag    text,               -- the version whose content was looked at; what was found:
+    valid        integer,            -- 1: passes its validation
+    settled      integer,            -- 1: final, its `until` holds
+    verdict      text,               -- why it is not valid
+    proven       integer not null,   -- 0: nobody has looked for it in the store yet
+    cycle_id     integer             -- the cycle in or after which ADCE last wrote it
+) strict;
+-- coverage and counts
+create index objects_by_state on objects (dataset_id, season, state);
+-- what time alone has changed
+create index objects_due on objects (due_at) where due_at is not null;
+-- what is in the store but was never looked at
+create index objects_unread on objects (dataset_id, key) where etag is not read_etag;
+
+create table links (
+    -- Which parent object names which child object.
+    parent_id    integer not null references objects,
+    child_id     integer not null references objects,
+    primary key (parent_id, child_id)
+) strict, without rowid;
+create index links_by_child on links (child_id);
+
+create table tasks (
+    -- The work that closes one gap. A gap that persists keeps its task, and so its age.
+    task_id      integer primary key,
+    object_id    integer not null references objects,
+    dataset_id   integer not null references datasets,
+    state        text    not null
+                 check (state in ('pending', 'retry', 'running', 'done', 'gave_up', 'cancelled')),
+    priority     text    not null check (priority in ('CRITICAL', 'HIGH', 'MEDIUM', 'LOW')),
+    detected_at  integer not null,   -- age counts from here
+    gap_size     integer not null,   -- objects that one execution would bring
+    rank         real    not null,   -- the score it would have had in 1970, without its dataset's bonus
+    slope        real    not null,   -- points that it gains in an hour
+    next_at      integer,            -- retry: not before
+    attempts     integer not null,   -- all of them
+    failures     integer not null,   -- those that count towards retry.max_attempts
+    attempt_id   integer,            -- the one that is running
+    last_error   text,
+    closed_at    integer
+) strict;
+-- one live task for an object
+create unique index live_tasks on tasks (object_id) where state in ('pending', 'retry', 'running', 'gave_up');
+-- the head of each dataset's queue
+create index pending_tasks on tasks (dataset_id, rank desc, task_id) where state = 'pending';
+-- retries that are due
+create index waiting_tasks on tasks (next_at) where state = 'retry';
+-- what is running, what gave up
+create index tasks_by_state on tasks (state, dataset_id) where state in ('running', 'gave_up', 'retry');
+
+create table attempts (
+    -- One execution of a task. A retry adds a row and never edits one.
+    attempt_id   integer primary key,
+    task_id      integer not null references tasks,
+    started_at   real    not null,
+    seconds      real,
+    outcome      text    not null,
+    http_status  integer,
+    bytes        integer,
+    requests     integer not null,   -- HTTP requests made, redirects included
+    error        text
+) strict;
+create index attempts_by_task on attempts (task_id);
+
+create table daily_totals (
+    -- Sums of attempts by day, kept when old attempts are removed.
+    day          text    not null,
+    dataset_id   integer not null references datasets,
+    priority     text    not null,
+    outcome      text    not null,
+    attempts     integer not null,
+    seconds      real    not null,
+    bytes        integer not null,
+    primary key (day, dataset_id, priority, outcome)
+) strict, without rowid;
+
+create table reconciliations (
+    -- One row for each cycle: what it looked at, what it found, what it did.
+    cycle_id     integer primary key,
+    started_at   real    not null,
+    seconds      real,               -- null: not finished
+    listed       integer not null,   -- objects seen in the store
+    unexpected   integer not null,   -- of them, objects that no dataset expects
+    list_calls   integer not null,
+    expected     integer not null,
+    present      integer not null,
+    missing      integer not null,
+    stale        integer not null,
+    suspect      integer not null,
+    created      integer not null,   -- tasks opened
+    closed       integer not null,   -- tasks closed because their gap was gone
+    error        text                -- what was not proven, and why
+) strict;
+
+create table boot (
+    -- The boot that the boot times below belong to.
+    only_row     integer primary key check (only_row = 1),
+    boot_id      text    not null,
+    wall_offset  real    not null    -- wall time minus boot time, for display only
+) strict;
+
+create table scopes (
+    -- One row for each source, and one named global: what its limits remember.
+    scope        text    primary key,
+    finished     integer not null,   -- requests finished so far; numbers them
+    granted_at   real    not null,   -- boot: the last grant
+    tokens       real    not null,   -- in the bucket, at tokens_at
+    tokens_at    real    not null,   -- boot
+    paused_until real    not null,   -- boot
+    paused_for   real    not null,   -- seconds, as first asked
+    reason       text,               -- of the pause
+    failures     integer not null,   -- failures in a row that blame the source
+    throttles    integer not null    -- pauses in a row without a good answer
+) strict, without rowid;
+
+create table windows (
+    -- The limits in force: at most max_requests in any window_seconds.
+    scope          text    not null references scopes,
+    window_seconds real    not null,
+    max_requests   integer not null,
+    primary key (scope, window_seconds)
+) strict, without rowid;
+
+create table requests (
+    -- Every HTTP request that still matters to a window. One row serves all windows of both scopes.
+    request_id    integer primary key,
+    source        text    not null references scopes,
+    granted_at    real    not null,  -- boot
+    deadline      real    not null,  -- boot: over by then, whatever became of its owner
+    finished_at   real,              -- boot; null: in flight
+    source_number integer,           -- the n-th finished of its source
+    global_number integer            -- the n-th finished of all
+) strict;
+create index requests_in_flight on requests (source, deadline) where finished_at is null;
+create unique index requests_by_source on requests (source, source_number) where source_number is not null;
+create unique index requests_by_number on requests (global_number) where global_number is not null;
+"""
+
+VIEWS = """
+create view queue as
+    -- Every task that is not closed. The score is live.
+    select t.task_id,
+           t.state,
+           round(t.rank + t.slope * unixepoch() / 3600.0 + d.bonus, 2) as score,
+           t.priority,
+           d.source,
+           d.dataset,
+           o.key,
+           t.gap_size,
+           round((unixepoch() - t.detected_at) / 3600.0, 2) as age_hours,
+           coalesce(o.state || ': ' || o.reason, o.state) as reason,
+           t.attempts,
+           strftime('%Y-%m-%dT%H:%M:%SZ', t.next_at, 'unixepoch') as next_at,
+           t.last_error
+    from tasks t
+    join datasets d using (dataset_id)
+    join objects o using (object_id)
+    where t.state in ('pending', 'retry', 'running', 'gave_up');
+
+create view gaps as
+    -- Every expected object that is missing, stale or suspect.
+    select d.dataset,
+           o.key,
+           o.state as kind,
+           strftime('%Y-%m-%dT%H:%M:%SZ', o.since, 'unixepoch') as since,
+           t.priority,
+           o.season,
+           o.reason,
+           t.state as task_state,
+           t.task_id
+    from objects o
+    join datasets d using (dataset_id)
+    left join tasks t on t.object_id = o.object_id and t.state in ('pending', 'retry', 'running', 'gave_up')
+    where o.state in ('missing', 'stale', 'suspect');
+
+create view coverage as
+    -- What is expected and what is there, by dataset and season. 100 percent means all of it.
+    with counts as (
+        select dataset_id,
+               season,
+               sum(state in ('present', 'missing', 'stale', 'suspect')) as expected,
+               sum(state = 'present') as present,
+               sum(state = 'missing') as missing,
+               sum(state = 'stale') as stale,
+               sum(state = 'suspect') as suspect
+        from objects
+        group by dataset_id, season
+    ), lost as (
+        select t.dataset_id, o.season, count(*) as gave_up
+        from tasks t
+        join objects o using (object_id)
+        where t.state = 'gave_up'
+        group by t.dataset_id, o.season
+    )
+    select d.source,
+           d.dataset,
+           c.season,
+           c.expected,
+           c.present,
+           c.missing,
+           c.stale,
+           c.suspect,
+           coalesce(l.gave_up, 0) as gave_up,
+           c.present * 10000 / c.expected / 100.0 as percent
+    from counts c
+    join datasets d using (dataset_id)
+    left join lost l on l.dataset_id = c.dataset_id and l.season is c.season
+    where c.expected > 0;
+
+create view rates as
+    -- Each limit and how much of it is used now. A source without limits has one row, for its pauses.
+    select s.scope,
+           w.window_seconds,
+           w.max_requests,
+           (select count(*) from requests r
+             where (s.scope = 'global' or r.source = s.scope)
+               and (r.finished_at is null
+                    or r.finished_at > (julianday('now') - 2440587.5) * 86400.0 - b.wall_offset - w.window_seconds)
+           ) as used,
+           (select count(*) from requests r
+             where r.finished_at is null and (s.scope = 'global' or r.source = s.scope)) as in_flight,
+           case when s.paused_until + b.wall_offset > unixepoch()
+                then strftime('%Y-%m-%dT%H:%M:%SZ', s.paused_until + b.wall_offset, 'unixepoch') end as blocked_until,
+           case when s.paused_until + b.wall_offset > unixepoch() then s.reason end as reason
+    from scopes s
+    join boot b
+    left join windows w using (scope);
+
+create view recent_attempts as
+    -- Every attempt that is still kept, the latest first.
+    select a.attempt_id,
+           a.task_id,
+           d.source,
+           d.dataset,
+           o.key,
+           strftime('%Y-%m-%dT%H:%M:%SZ', a.started_at, 'unixepoch') as started_at,
+           round(a.seconds, 3) as seconds,
+           a.outcome,
+           a.http_status,
+           a.bytes,
+           a.error
+    from attempts a
+    join tasks t using (task_id)
+    join datasets d using (dataset_id)
+    join objects o using (object_id)
+    order by a.attempt_id desc;
+
+create view stats as
+    -- Attempts by day, kept for ever.
+    select s.day, d.source, d.dataset, s.priority, s.outcome, s.attempts, round(s.seconds, 3) as seconds, s.bytes
+    from daily_totals s
+    join datasets d using (dataset_id);
+
+create view cycles as
+    -- Every reconciliation: "0 gaps" and "did not look" are different.
+    select cycle_id,
+           strftime('%Y-%m-%dT%H:%M:%SZ', started_at, 'unixepoch') as started_at,
+           round(seconds, 3) as seconds,
+           listed, expected, present, missing, stale, suspect, created, closed, list_calls, error
+    from reconciliations;
+"""
+
+MIGRATIONS: tuple[str, ...] = ()  # MIGRATIONS[n] leads from user_version n + 1 to n + 2
+
+
+# ---------------------------------------------------------------- Database
+# One safe door to the file: one writing connection behind a lock, one that can only read. Nothing slow
+# happens inside a transaction, and nothing else in this process ever opens the file, because closing it
+# would drop SQLite's locks. Headlines: open_database(), RunnerLock.
+
+BUSY_SECONDS = 30
+CONNECTION_SETTINGS = """
+pragma busy_timeout = 30000;
+pragma foreign_keys = on;
+pragma trusted_schema = off;
+pragma cell_size_check = on;
+"""
+
+
+class Database:
+    """The open database. Safe to share between threads, useless after a fork."""
+
+    def __init__(self, path: str, writer: sqlite3.Connection, reader: sqlite3.Connection) -> None:
+        self.path = path
+        self._writer, self._reader = writer, reader
+        self._writing = threading.Lock()  # guards _writer: whoever wants a transaction waits here, in turn
+        self._reading = threading.Lock()  # guards _reader
+        self._pid = os.getpid()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One `begin immediate` transaction: committed at the end, rolled back on any exception.
+
+        Raises DatabaseError when SQLite cannot do it, for instance because the disk is full."""
+        self._check_process()
+        with self._writing, self._translated():
+            self._writer.execute("begin immediate")
+            try:
+                yield self._writer
+                self._writer.execute("commit")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("rollback")
+                raise
+
+    def read(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
+        """All rows of a query, as of one moment. Never waits for a writer."""
+        self._check_process()
+        with self._reading, self._translated():
+            return self._reader.execute(sql, parameters).fetchall()
+
+    def value(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> Any:
+        """The first column of the first row, or None."""
+        rows = self.read(sql, parameters)
+        return rows[0][0] if rows else None
+
+    def check(self) -> list[str]:
+        """Every damage that can be found, in words; empty when all is well."""
+        problems = [row[0] for row in self.read("pragma integrity_check") if row[0] != "ok"]
+        problems += [
+            f"a row of {row[0]} names a row of {row[2]} that is gone" for row in self.read("pragma foreign_key_check")
+        ]
+        return problems
+
+    def copy(self) -> Database:
+        """The same contents in memory: what is tried there changes nothing here."""
+        self._check_process()
+        memory = _connect(":memory:")
+        with self._reading, self._translated():
+            self._reader.backup(memory)
+        return Database(":memory:", memory, memory)
+
+    def close(self) -> None:
+        """Close both connections."""
+        self._reader.close()
+        self._writer.close()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise DatabaseError(
+                f"{self.path} was opened before this process was forked", "open it again in the child process"
+            )
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            name = getattr(error, "sqlite_errorname", type(error).__name__)
+            raise DatabaseError(f"{self.path}: {error} ({name})", _database_hint(name)) from error
+
+
+def _database_hint(name: str) -> str:
+    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR_WRITE")):
+        return "free some disk space; nothing is lost meanwhile"
+    if name.startswith("SQLITE_BUSY"):
+        return "another program holds a transaction on this file; close it"
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return "restore a backup, or move the file away: a new one is filled from the store, without its history"
+    return ""
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=path.startswith("file:")
+    )
+    connection.row_factory = sqlite3.Row
+    connection.executescript(CONNECTION_SETTINGS)
+    return connection
+
+
+def open_database(path: Path, *, must_exist: bool = False) -> Database:
+    """Open the database, make or migrate its schema.
+
+    Raises NoDatabaseError when `must_exist` and it does not, DatabaseError when it is not usable."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise DatabaseError(f"{path} is not a regular file", "name the database file itself in `database:`")
+    if not path.exists():
+        if must_exist:
+            raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
+        _create_file(path)
+    writer = None
+    try:
+        writer = _connect(str(path))
+        _migrate(writer, path)
+        reader = _connect(str(path))
+        reader.execute("pragma query_only = on")
+    except sqlite3.Error as error:
+        if writer:
+            writer.close()
+        name = getattr(error, "sqlite_errorname", "")
+        raise DatabaseError(f"{path}: {error}", _database_hint(name)) from error
+    return Database(str(path), writer, reader)
+
+
+def _create_file(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise DatabaseError(f"cannot create {path}: {error.strerror}", "see `database:` in adce.yaml") from error
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    application_id = connection.execute("pragma application_id").fetchone()[0]
+    version = connection.execute("pragma user_version").fetchone()[0]
+    newest = len(MIGRATIONS) + 1
+    is_empty = connection.execute("select count(*) from sqlite_schema").fetchone()[0] == 0
+    if application_id != APPLICATION_ID and not is_empty:
+        raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
+    if version > newest:
+        raise DatabaseError(
+            f"{path} was written by a newer ADCE (schema {version}, this one knows {newest})", "update adce.py"
+        )
+    connection.execute("pragma journal_mode = wal")
+    connection.execute("pragma synchronous = full")
+    connection.execute(f"pragma journal_size_limit = {8 << 20}")
+    digest = hashlib.sha256(VIEWS.encode()).hexdigest()
+    if version == newest:
+        known = connection.execute("select value from settings where name = 'views'").fetchone()
+        if known and known[0] == digest:
+            return
+    steps = "".join(MIGRATIONS[version - 1 :]) if version else TABLES
+    old_views = connection.execute("select name from sqlite_schema where type = 'view'").fetchall()
+    script = [
+        "begin immediate;",
+        *(f"drop view {name};" for (name,) in old_views),
+        steps,
+        VIEWS,
+        f"insert or replace into settings values ('views', '{digest}');",  # noqa: S608  # hexadecimal digits
+        f"pragma application_id = {APPLICATION_ID}; pragma user_version = {newest};",
+        "commit;",
+    ]
+    try:
+        connection.executescript("\n".join(script))
+    except sqlite3.Error:
+        if connection.in_transaction:
+            connection.execute("rollback")
+        raise
+
+
+class RunnerLock:
+    """Only one process may work on a database. The kernel frees the lock when its holder dies."""
+
+    def __init__(self, database_path: Path) -> None:
+        self.path = database_path.with_name(database_path.name + ".lock")
+        self._file: TextIO | None = None
+
+    def holder(self) -> int | None:
+        """The process id of the living holder, or None."""
+        if not self.path.exists():
+            return None
+        with self.path.open(encoding="ascii", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = file.read().strip()
+                return int(text) if text.isdigit() else 0
+        return None
+
+    def acquire(self) -> None:
+        """Take the lock for the life of this process. Raises LockedError."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = os.fdopen(descriptor, "r+", encoding="ascii", errors="replace")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise LockedError(
+                f"another runner works on this database (process {holder})", "look at it with: adce.py status"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
+# ---------------------------------------------------------------- Configuration
+# The shape of what the user declares, with every default. Records only: reading them from YAML is the
+# next room. Headline: Configuration.
+
+Fields = Mapping[str, str]  # the values of a partition by name; dates as 2024-12-15
+
+STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
+FIELD_IN_TEXT = re.compile(r"\{([a-z_][a-z0-9_]*)(?::([^{}]+))?\}")
+FIELD_IN_EXPRESSION = re.compile(r"\{([a-z_][a-z0-9_]*)(?::((?:%[A-Za-z]|[-_./ ])+))?\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Text with {field} or {date:%Y%m%d} in it."""
+
+    text: str
+    pattern: re.Pattern[str] = FIELD_IN_TEXT
+
+    def fields(self) -> list[str]:
+        """The names of the fields in it, in order."""
+        return [match[1] for match in self.pattern.finditer(self.text)]
+
+    def shape(self) -> str:
+        """The text with every field blanked: templates of one shape may produce the same text."""
+        return self.pattern.sub("{}", self.text)
+
+    def render(self, fields: Fields, quote: Callable[[str], str]) -> str:
+        """The text with every field replaced by its quoted value."""
+
+        def value(match: re.Match[str]) -> str:
+            text = fields[match[1]]
+            return quote(datetime.date.fromisoformat(text).strftime(match[2]) if match[2] else text)
+
+        return self.pattern.sub(value, self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Season:
+    label: str  # 2024-25
+    end: int  # the year it ends in
+    start: datetime.date
+    finish: datetime.date
+
+
+@dataclass(frozen=True, slots=True)
+class WindowLimit:
+    """At most max_requests in any `seconds`."""
+
+    max_requests: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeLimits:
+    """The limits of a source, or of all together."""
+
+    windows: tuple[WindowLimit, ...] = ()  # min_delay_seconds is the window "1 in that many seconds"
+    burst_size: int | None = None
+    refill_per_second: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How a source slows down when a window is nearly used up."""
+
+    threshold_percent: float = 80
+    initial_delay_seconds: float = 1
+    max_delay_seconds: float = 30
+    exponential_factor: float = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimiting:
+    enabled: bool = True
+    scopes: Mapping[str, ScopeLimits] = field(default_factory=dict)  # by source, and `global`
+    backoff: Backoff | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PriorityWeighting:
+    enabled: bool = True
+    base_scores: Mapping[str, float] = field(
+        default_factory=lambda: {"CRITICAL": 1000, "HIGH": 100, "MEDIUM": 10, "LOW": 1}
+    )
+    age_weight: float = 0.5  # points an hour
+    source_multipliers: Mapping[str, float] = field(default_factory=dict)
+    gap_size_weight: float = -0.1  # points an object
+    max_gap_size_penalty: float = 10
+    success_rate_weight: float = 20
+    critical_within_days: int = 7  # of `priority: auto`
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCheck:
+    enabled: bool = True
+    port: int = 8080
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    max_attempts: int = 5
+    initial_delay_seconds: float = 60
+    max_delay_seconds: float = 21600
+
+
+@dataclass(frozen=True, slots=True)
+class BlockedWhen:
+    """What means that a source wants to be left alone, and for how long."""
+
+    status: tuple[int, ...] = ()
+    timeouts_in_a_row: int = 3
+    pause_seconds: float = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    name: str
+    base_url: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    timeout_seconds: float = 30  # for a whole request, body included
+    max_concurrent: int = 5
+    error_when: str | None = None  # JMESPath
+    blocked_when: BlockedWhen = BlockedWhen()
+    trust_env: bool = False  # proxies, netrc and certificates from the environment
+
+
+@dataclass(frozen=True, slots=True)
+class Dates:
+    """One object a day: the days of all seasons, or of a range."""
+
+    seasons: bool = False
+    first: datetime.date | None = None
+    last: datetime.date | None = None
+    until: str | datetime.date = "yesterday"  # or today, or a date
+    timezone: str = "UTC"
+
+
+@dataclass(frozen=True, slots=True)
+class Partitions:
+    """What multiplies a dataset into objects. One of dates, seasons_as, values or parent is set."""
+
+    dates: Dates | None = None
+    seasons_as: str | None = None  # label or end
+    values: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    parent: str | None = None
+    ids: str | None = None  # JMESPath over the parent's body
+    regex: str | None = None  # or a pattern with one group
+    names: str = ""  # the field that holds an id
+    times: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def own_fields(self) -> tuple[str, ...]:
+        """The fields that tell its objects apart."""
+        own: tuple[str, ...] = ()
+        if self.dates:
+            own = ("date",)
+        elif self.seasons_as:
+            own = ("season",)
+        elif self.parent:
+            own = (self.names,)
+        return own + tuple(name for name, _ in self.values + self.times)
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """When an object that is there must be fetched again. Durations in seconds."""
+
+    refetch_every: int | None = None
+    until: str | None = None  # JMESPath: true means final
+    refetch_once_after: int | None = None
+    current: int | None = None  # for objects of a season that goes on
+    past: int | None = None  # of one that is over; None: never
+
+
+@dataclass(frozen=True, slots=True)
+class AvailableAfter:
+    """Not expected before this time of its day, or this long after the end of its day."""
+
+    time: datetime.time | None = None
+    seconds: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What makes bytes the object. JMESPath expressions may name fields."""
+
+    json: bool = False
+    min_bytes: int = 1
+    max_bytes: int = 256 << 20
+    require: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()  # any of them does instead of `require`
+    contains: tuple[str, ...] = ()
+    not_contains: tuple[str, ...] = ()
+    starts_with_hex: str = ""
+    ends_with_hex: str = ""
+
+    def needs_content(self) -> bool:
+        """Whether a size alone cannot settle it."""
+        texts = (
+            self.require,
+            self.alternatives,
+            self.contains,
+            self.not_contains,
+            self.starts_with_hex,
+            self.ends_with_hex,
+        )
+        return self.json or any(texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """How many objects one command may bring: those that share the field `by`."""
+
+    by: str
+    max: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    name: str
+    source: str
+    key: Template
+    partitions: Partitions
+    url: Template | None = None
+    command: tuple[Template, ...] = ()
+    call: str | None = None
+    batch: Batch | None = None
+    timeout_seconds: float = 600  # of a command or a call
+    freshness: Freshness = Freshness()
+    validate: Validation = Validation()
+    available_after: AvailableAfter | None = None
+    priority: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """All of adce.yaml. Paths are absolute."""
+
+    path: Path
+    database: Path
+    store: str  # a folder or s3://bucket/prefix
+    interval_seconds: float = 15 * MINUTE
+    queue_check_seconds: float = 10
+    max_concurrent_scrapers: int = 5
+    grace_seconds: float = 30
+    priority_weighting: PriorityWeighting = PriorityWeighting()
+    rate_limiting: RateLimiting = RateLimiting()
+    health_check: HealthCheck = HealthCheck()
+    retry: Retry = Retry()
+    seasons: tuple[Season, ...] = ()
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    datasets: Mapping[str, Dataset] = field(default_factory=dict)
+
+    def children_of(self, name: str) -> list[Dataset]:
+        """The datasets whose partitions come from the bodies of this one."""
+        return [dataset for dataset in self.datasets.values() if dataset.partitions.parent == name]
+
+    def fields_of(self, name: str) -> set[str]:
+        """Every field that templates of this dataset may name."""
+        partitions = self.datasets[name].partitions
+        declared = set(partitions.own_fields())
+        if partitions.parent:
+            declared |= self.fields_of(partitions.parent)
+        if partitions.dates and partitions.dates.seasons:
+            declared |= {"season", "end"}
+        return declared
+
+
+# ---------------------------------------------------------------- Keys
+# Everything that may stand in adce.yaml: one line each. The reader, the messages and the tests of the
+# documentation use this table. Headline: KEYS.
+
+LIMIT_SECONDS = {
+    "requests_per_second": 1,
+    "requests_per_minute": MINUTE,
+    "requests_per_hour": HOUR,
+    "requests_per_day": DAY,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One thing that may stand in adce.yaml: its path (`*` is any name), the kind of its value, its meaning."""
+
+    path: str
+    kind: str
+    meaning: str
+    required: bool = False
+
+
+def _limit_keys(path: str) -> list[Key]:
+    return [
+        *(Key(f"{path}.{name}", "count", "at most so many requests in any such span") for name in LIMIT_SECONDS),
+        Key(f"{path}.burst_size", "count", "requests that may follow one another at once"),
+        Key(f"{path}.min_delay_seconds", "positive", "between two requests"),
+    ]
+
+
+KEYS = (
+    Key("database", "text", "the SQLite file"),
+    Key("store", "text", "the lake: a folder, or s3://bucket/prefix"),
+    Key("reconciliation_interval_minutes", "positive", "between the starts of two cycles"),
+    Key("reconciliation_interval_hours", "positive", "the older form of the same"),
+    Key("queue_check_seconds", "positive", "the longest sleep of the main loop"),
+    Key("max_concurrent_scrapers", "count", "workers"),
+    Key("grace_seconds", "number", "for running attempts at a stop"),
+    Key("priority_weighting", "mapping", "the score"),
+    Key("priority_weighting.enabled", "boolean", "false: by priority alone, oldest first"),
+    Key("priority_weighting.base_scores", "mapping", "points by priority"),
+    *(Key(f"priority_weighting.base_scores.{priority}", "number", "points") for priority in Priority),
+    Key("priority_weighting.age_weight", "number", "points an hour since the gap was found"),
+    Key("priority_weighting.source_multipliers", "mapping", "by source"),
+    Key("priority_weighting.source_multipliers.*", "number", "multiplies points and age"),
+    Key("priority_weighting.gap_size_weight", "number", "points for each object of the task"),
+    Key("priority_weighting.max_gap_size_penalty", "number", "the most that gap size takes away"),
+    Key("priority_weighting.success_rate_weight", "number", "points for a dataset that always succeeds"),
+    Key("priority_weighting.critical_within_days", "count", "an object this young is CRITICAL under `priority: auto`"),
+    Key("rate_limiting", "mapping", "what may be asked, and how often"),
+    Key("rate_limiting.enabled", "boolean", "false: no limits but pauses"),
+    Key("rate_limiting.global_limits", "mapping", "over all sources together"),
+    *_limit_keys("rate_limiting.global_limits"),
+    Key("rate_limiting.source_limits", "mapping", "by source"),
+    Key("rate_limiting.source_limits.*", "mapping", "of one source"),
+    *_limit_keys("rate_limiting.source_limits.*"),
+    Key("rate_limiting.backoff", "mapping", "slowing down before a window is full"),
+    Key("rate_limiting.backoff.threshold_percent", "percent", "of a window, from where on"),
+    Key("rate_limiting.backoff.initial_delay_seconds", "number", "the first delay"),
+    Key("rate_limiting.backoff.max_delay_seconds", "number", "the longest delay"),
+    Key("rate_limiting.backoff.exponential_factor", "positive", "each delay is so many times the one before"),
+    Key("health_check", "mapping", "answers over HTTP on 127.0.0.1"),
+    Key("health_check.enabled", "boolean", ""),
+    Key("health_check.port", "port", "0: any free one"),
+    Key("retry", "mapping", "after a failed attempt"),
+    Key("retry.max_attempts", "count", "failures after which a task gave up"),
+    Key("retry.initial_delay_seconds", "positive", "doubled after each failure"),
+    Key("retry.max_delay_seconds", "positive", "the longest delay"),
+    Key("seasons", "seasons", "what `seasons: all` stands for"),
+    Key("seasons.*.label", "text", "", required=True),
+    Key("seasons.*.end", "count", "the year it ends in", required=True),
+    Key("seasons.*.start", "date", "its first day", required=True),
+    Key("seasons.*.finish", "date", "its last day", required=True),
+    Key("sources", "mapping", "upstreams with limits of their own"),
+    Key("sources.*", "mapping", "one upstream"),
+    Key("sources.*.base_url", "text", "what every url of its datasets starts with"),
+    Key("sources.*.headers", "mapping", "sent with every request"),
+    Key("sources.*.headers.*", "text", ""),
+    Key("sources.*.timeout_seconds", "positive", "for a whole request, body included"),
+    Key("sources.*.max_concurrent", "count", "of the workers on this source at once"),
+    Key("sources.*.error_when", "expression", "true: the body is an error, whatever the status"),
+    Key("sources.*.blocked_when", "mapping", "what means that it wants to be left alone"),
+    Key("sources.*.blocked_when.status", "statuses", "these statuses"),
+    Key("sources.*.blocked_when.timeouts_in_a_row", "count", "so many requests without an answer"),
+    Key("sources.*.blocked_when.pause_seconds", "positive", "how long"),
+    Key("sources.*.trust_env", "boolean", "proxies and netrc of the environment"),
+    Key("datasets", "mapping", "families of objects"),
+    Key("datasets.*", "mapping", "one family"),
+    Key("datasets.*.source", "text", "", required=True),
+    Key("datasets.*.key", "text", "name of an object in the store", required=True),
+    Key("datasets.*.url", "text", "what to get, after the source's base_url"),
+    Key("datasets.*.command", "texts", "a program and its arguments that bring it"),
+    Key("datasets.*.call", "text", "module:function that brings it"),
+    Key("datasets.*.timeout_seconds", "positive", "for a command or a call"),
+    Key("datasets.*.batch", "mapping", "one command for many objects"),
+    Key("datasets.*.batch.by", "text", "the field they share", required=True),
+    Key("datasets.*.batch.max", "count", "at most"),
+    Key("datasets.*.partitions", "mapping", "what objects there are", required=True),
+    Key("datasets.*.partitions.dates", "mapping", "one a day"),
+    Key("datasets.*.partitions.dates.seasons", "all", "the days of all seasons"),
+    Key("datasets.*.partitions.dates.from", "date", "or from this day"),
+    Key("datasets.*.partitions.dates.to", "date", "to this one"),
+    Key("datasets.*.partitions.dates.until", "until", "yesterday, today or a date"),
+    Key("datasets.*.partitions.dates.timezone", "timezone", "whose days"),
+    Key("datasets.*.partitions.seasons", "all", "one a season"),
+    Key("datasets.*.partitions.as", "text", "seasons: label or end; from: the name of the id"),
+    Key("datasets.*.partitions.values", "mapping", "one for each value"),
+    Key("datasets.*.partitions.values.*", "texts", ""),
+    Key("datasets.*.partitions.from", "text", "one for each id in the objects of another dataset"),
+    Key("datasets.*.partitions.ids", "expression", "where the ids are"),
+    Key("datasets.*.partitions.regex", "regex", "or a pattern with one group for an id"),
+    Key("datasets.*.partitions.same_as", "text", "the partitions of another dataset"),
+    Key("datasets.*.partitions.times", "mapping", "multiplied by fixed values"),
+    Key("datasets.*.partitions.times.*", "texts", ""),
+    Key("datasets.*.available_after", "available", "a time of its day, or {hours: N} after its end"),
+    Key("datasets.*.freshness", "mapping", "when to fetch again"),
+    Key("datasets.*.freshness.refetch_every", "duration", "so often"),
+    Key("datasets.*.freshness.until", "expression", "true: final, settled for ever"),
+    Key("datasets.*.freshness.refetch_once_after", "duration", "once more, so long after its day"),
+    Key("datasets.*.freshness.current", "duration", "so often while its season goes on"),
+    Key("datasets.*.freshness.past", "duration", "so often after its season, or never"),
+    Key("datasets.*.validate", "mapping", "what makes bytes the object"),
+    Key("datasets.*.validate.json", "boolean", "must parse as JSON"),
+    Key("datasets.*.validate.min_bytes", "count", ""),
+    Key("datasets.*.validate.max_bytes", "count", ""),
+    Key("datasets.*.validate.require", "expressions", "all true"),
+    Key("datasets.*.validate.alternatives", "expressions", "any of them does instead"),
+    Key("datasets.*.validate.contains", "texts", "all in the text"),
+    Key("datasets.*.validate.not_contains", "texts", "none in the text"),
+    Key("datasets.*.validate.starts_with_hex", "hex", "first bytes"),
+    Key("datasets.*.validate.ends_with_hex", "hex", "last bytes"),
+    Key("datasets.*.priority", "priority", "auto, CRITICAL, HIGH, MEDIUM or LOW"),
+)
+
+
+# ---------------------------------------------------------------- Reading the configuration
+# YAML nodes to values. A mistake is noted with its place and reading goes on, so that all mistakes are
+# told at once; YAML's own traps (12:30, no, 010) are named. Headline: NodeReader.
+
+MAX_FILE_BYTES = 1 << 20
+MAX_NODES = 20_000
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """One mistake and its place; lines and columns count from 1."""
+
+    line: int
+    column: int
+    path: str
+    text: str
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean "x"?`, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f', did you mean "{near[0]}"?' if near else ""
+
+
+def _is_scalar(node: Any, *tags: str) -> bool:
+    return node.id == "scalar" and node.tag.rpartition(":")[2] in tags
+
+
+def _describe(node: Any) -> str:
+    if node.id != "scalar":
+        return "a list" if node.id == "sequence" else "a mapping"
+    if _is_scalar(node, "null"):
+        return "nothing"
+    kinds = {"str": "text", "int": "a number", "float": "a number", "bool": "yes or no"}
+    return f"{node.value!r} ({kinds.get(node.tag.rpartition(':')[2], 'a date')})"
+
+
+def _number(node: Any) -> float | None:
+    if _is_scalar(node, "int", "float") and re.fullmatch(r"[-+]?(0|[1-9]\d*)(\.\d+)?", node.value):
+        return float(node.value) if "." in node.value else int(node.value)
+    return None
+
+
+def _check_expression(text: str) -> None:
+    import jmespath
+
+    jmespath.compile(FIELD_IN_EXPRESSION.sub("x", text))
+
+
+class NodeReader:
+    """Walks the nodes of a YAML file: values come out, problems are collected, places are remembered."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.places: dict[str, tuple[int, int]] = {}
+        self._nodes_left = MAX_NODES
+        self._children: dict[str, dict[str, Key]] = {}
+        for key in KEYS:
+            parent, _, name = key.path.rpartition(".")
+            self._children.setdefault(parent, {})[name] = key
+
+    def complain(self, path: str, text: str) -> None:
+        """Note a problem at the place of `path`, or of the nearest thing around it."""
+        place = path
+        while place not in self.places and place:
+            place = place.rpartition(".")[0]
+        self.problems.append(Problem(*self.places.get(place, (1, 1)), path, text))
+
+    def mapping(self, node: Any, path: str, pattern: str) -> dict[str, Any]:
+        """The good values of a mapping by name."""
+        if node.id != "mapping":
+            self.complain(path, f"expected a mapping, found {_describe(node)}")
+            return {}
+        known = self._children[pattern]
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            name = key_node.value if key_node.id == "scalar" else "?"
+            here = f"{path}.{name}" if path else name
+            place = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
+            if here in self.places:
+                self.problems.append(Problem(*place, here, f"duplicate key, first set at line {self.places[here][0]}"))
+                continue
+            self.places[here] = place
+            key = known.get(name) or known.get("*")
+            if not key:
+                self.complain(here, f"unknown key{suggest(name, known)}")
+                continue
+            self.places[here] = (value_node.start_mark.line + 1, value_node.start_mark.column + 1)
+            value = self.value(value_node, here, key)
+            if value is not None:
+                values[name] = value
+        for name, key in known.items():
+            if key.required and f"{path}.{name}" not in self.places:
+                self.complain(path, f'"{name}" is missing')
+        return values
+
+    def value(self, node: Any, path: str, key: Key) -> Any:
+        """The value of a node by its kind; None, and a problem, when it is not one."""
+        self._nodes_left -= 1
+        if self._nodes_left < 0:
+            raise ConfigurationError(f"more than {MAX_NODES:,} values", "is an alias repeated?")
+        if key.kind == "mapping":
+            return self.mapping(node, path, key.path)
+        read = getattr(self, f"_read_{key.kind}", None)
+        return read(node, path) if read else self._read_scalar(node, path, key.kind)
+
+    def _read_scalar(self, node: Any, path: str, kind: str) -> Any:
+        expected, convert = SCALARS[kind]
+        if node.id == "scalar":
+            with contextlib.suppress(ValueError):
+                value = convert(node)
+                if value is not None:
+                    return value
+        if kind in ("count", "positive") and _number(node) is not None:
+            self.complain(path, f"{node.value} is not {expected}")
+        else:
+            self.complain(path, f"expected {expected}, found {_describe(node)}")
+        return None
+
+    def _read_text(self, node: Any, path: str) -> str | None:
+        if _is_scalar(node, "str"):
+            return cast(str, node.value)
+        if node.id == "scalar" and not _is_scalar(node, "null"):
+            import yaml
+
+            read = yaml.safe_load(node.value)
+            self.complain(path, f'{node.value} is read as {json.dumps(read, default=str)}; write "{node.value}"')
+        else:
+            self.complain(path, f"expected text, found {_describe(node)}")
+        return None
+
+    def _read_list(self, node: Any, path: str, read: Callable[[Any, str], Any]) -> tuple[Any, ...] | None:
+        if node.id != "sequence" or not node.value:
+            self.complain(path, f"expected a list, found {_describe(node) if node.value else 'an empty one'}")
+            return None
+        values = []
+        for number, item in enumerate(node.value):
+            here = f"{path}.{number}"
+            self.places[here] = (item.start_mark.line + 1, item.start_mark.column + 1)
+            values.append(read(item, here))
+        if len(set(map(str, values))) < len(values):
+            self.complain(path, "the same value stands twice")
+        return tuple(value for value in values if value is not None)
+
+    def _read_texts(self, node: Any, path: str) -> Any:
+        return self._read_list(node, path, self._read_text)
+
+    def _read_expressions(self, node: Any, path: str) -> Any:
+        return self._read_list(node, path, self._read_expression)
+
+    def _read_statuses(self, node: Any, path: str) -> Any:
+        return self._read_list(node, path, lambda item, here: self._read_scalar(item, here, "status"))
+
+    def _read_seasons(self, node: Any, path: str) -> Any:
+        return self._read_list(node, path, lambda item, here: self.mapping(item, here, "seasons.*"))
+
+    def _read_expression(self, node: Any, path: str) -> str | None:
+        import jmespath.exceptions
+
+        text = self._read_text(node, path)
+        if text is None:
+            return None
+        try:
+            _check_expression(text)
+        except (jmespath.exceptions.JMESPathError, ValueError) as error:
+            column = getattr(error, "lex_position", None)
+            where = f" at its character {column + 1}" if column is not None and column >= 0 else ""
+            self.complain(path, f"not a JMESPath expression{where}: {text}")
+            return None
+        return text
+
+    def _read_regex(self, node: Any, path: str) -> str | None:
+        text = self._read_text(node, path)
+        if text is None:
+            return None
+        try:
+            groups = re.compile(text).groups
+        except (re.error, OverflowError, RecursionError) as error:
+            self.complain(path, f"not a regular expression: {error}")
+            return None
+        if groups != 1:
+            self.complain(path, f"needs one group ( ) for the id, has {groups}")
+            return None
+        return text
+
+    def _read_available(self, node: Any, path: str) -> AvailableAfter | None:
+        if node.id == "mapping":
+            pairs = [(key.value, _number(value)) for key, value in node.value]
+            if len(pairs) == 1 and pairs[0][0] == "hours" and pairs[0][1] is not None and pairs[0][1] >= 0:
+                return AvailableAfter(seconds=round(pairs[0][1] * HOUR))
+            self.complain(path, 'expected "HH:MM" or {hours: N}')
+            return None
+        text = self._read_text(node, path)
+        if text is None:
+            return None
+        with contextlib.suppress(ValueError):
+            return AvailableAfter(time=datetime.time.fromisoformat(text))
+        self.complain(path, f'expected "HH:MM" or {{hours: N}}, found {text!r}')
+        return None
+
+
+def _date(node: Any) -> datetime.date | None:
+    return datetime.date.fromisoformat(node.value) if re.fullmatch(r"\d{4}-\d\d-\d\d", node.value) else None
+
+
+def _word(*words: str) -> Callable[[Any], str | None]:
+    return lambda node: node.value if node.value in words else None
+
+
+def _whole(least: int, most: float = math.inf) -> Callable[[Any], int | None]:
+    def convert(node: Any) -> int | None:
+        number = _number(node)
+        return number if isinstance(number, int) and least <= number <= most else None
+
+    return convert
+
+
+def _real(least: float, most: float = math.inf, *, above: bool = False) -> Callable[[Any], float | None]:
+    def convert(node: Any) -> float | None:
+        number = _number(node)
+        return (
+            number if number is not None and (least < number if above else least <= number) and number <= most else None
+        )
+
+    return convert
+
+
+def _timezone(node: Any) -> str | None:
+    try:
+        return node.value if zoneinfo.ZoneInfo(node.value) else None
+    except (zoneinfo.ZoneInfoNotFoundError, OSError, ValueError):
+        return None
+
+
+# kind: what a message calls it, and how a scalar node becomes it (None or ValueError: it is not one)
+SCALARS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "boolean": (
+        "true or false",
+        lambda node: node.value.lower() in ("true", "yes", "on") if _is_scalar(node, "bool") else None,
+    ),
+    "number": ("a number", _real(-math.inf)),
+    "positive": ("a number above 0", _real(0, above=True)),
+    "percent": ("a number from 0 to 100", _real(0, 100)),
+    "count": ("a whole number of 1 or more", _whole(1)),
+    "port": ("a port from 0 to 65535", _whole(0, 65535)),
+    "status": ("an HTTP status", _whole(100, 599)),
+    "date": ("a date like 2024-10-22", _date),
+    "until": (
+        "yesterday, today or a date like 2024-10-22",
+        lambda node: _word("yesterday", "today")(node) or _date(node),
+    ),
+    "all": ("the word all", _word("all")),
+    "duration": (
+        "a duration like 90s, 15m, 6h or 1d (or never)",
+        lambda node: 0 if node.value == "never" else parse_duration(node.value),
+    ),
+    "timezone": ("a time zone like America/New_York", _timezone),
+    "priority": ("auto, CRITICAL, HIGH, MEDIUM or LOW", _word("auto", *Priority)),
+    "hex": (
+        "bytes in hexadecimal, in quotes",
+        lambda node: node.value if _is_scalar(node, "str") and bytes.fromhex(node.value) else None,
+    ),
+}
+
+
+# ---------------------------------------------------------------- Building the configuration
+# Values to records; what a value alone cannot be is noted at its place. Headline: Builder.
+
+
+class Builder:
+    """Makes the records out of the values of one file, and notes what does not fit together."""
+
+    def __init__(self, reader: NodeReader, values: dict[str, Any], path: Path) -> None:
+        self.reader, self.values, self.path = reader, values, path
+        self.complain = reader.complain
+
+    def configuration(self) -> Configuration:
+        """The whole of it; what is broken is left out, and complained of."""
+        values = self.values
+        names = ("queue_check_seconds", "max_concurrent_scrapers", "grace_seconds")
+        interval = (
+            values.get("reconciliation_interval_minutes", 0) * MINUTE
+            or values.get("reconciliation_interval_hours", 0) * HOUR
+        )
+        seasons = self._seasons()
+        return Configuration(
+            path=self.path,
+            database=self.path.parent / values.get("database", "adce.db"),
+            store=self._store(values.get("store", "lake")),
+            interval_seconds=interval or 15 * MINUTE,
+            priority_weighting=PriorityWeighting(**values.get("priority_weighting", {})),
+            rate_limiting=self._rate_limiting(values.get("rate_limiting")),
+            health_check=HealthCheck(**values.get("health_check", {"enabled": False})),
+            retry=Retry(**values.get("retry", {})),
+            seasons=seasons,
+            sources=self._sources(),
+            datasets=self._datasets(),
+            **{name: values[name] for name in names if name in values},
+        )
+
+    def _store(self, text: str) -> str:
+        if text.startswith("s3://"):
+            if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", text):
+                self.complain("store", f"{text} is not s3://bucket/prefix")
+            return text.rstrip("/")
+        if "://" in text:
+            self.complain("store", f"{text}: a store is a folder or s3://bucket/prefix")
+        return str(self.path.parent / Path(text).expanduser())
+
+    def _seasons(self) -> tuple[Season, ...]:
+        seasons: list[Season] = []
+        for number, values in enumerate(self.values.get("seasons", ())):
+            if len(values) < 4:
+                continue
+            season = Season(**values)
+            if season.finish < season.start:
+                self.complain(f"seasons.{number}.finish", f"{season.finish} is before its start {season.start}")
+            for other in seasons:
+                if season.label == other.label or season.end == other.end:
+                    self.complain(f"seasons.{number}", f"season {other.label} is declared twice")
+                if season.start <= other.finish and other.start <= season.finish:
+                    self.complain(f"seasons.{number}.start", f"season {season.label} overlaps season {other.label}")
+            seasons.append(season)
+        return tuple(sorted(seasons, key=lambda season: season.start))
+
+    def _rate_limiting(self, values: dict[str, Any] | None) -> RateLimiting:
+        if values is None or not values.get("enabled", True):
+            return RateLimiting(enabled=False)
+        scopes = {
+            name: self._limits(limits, f"rate_limiting.source_limits.{name}")
+            for name, limits in values.get("source_limits", {}).items()
+        }
+        if "global" in scopes:
+            self.complain("rate_limiting.source_limits.global", "a source cannot be named global; use global_limits")
+        scopes["global"] = self._limits(values.get("global_limits", {}), "rate_limiting.global_limits")
+        backoff = values.get("backoff")
+        return RateLimiting(scopes=scopes, backoff=None if backoff is None else Backoff(**backoff))
+
+    def _limits(self, values: dict[str, Any], path: str) -> ScopeLimits:
+        windows = {LIMIT_SECONDS[name]: count for name, count in values.items() if name in LIMIT_SECONDS}
+        burst = values.get("burst_size")
+        if burst and not windows:
+            self.complain(path, "burst_size needs a limit such as requests_per_minute to refill it")
+        span = MINUTE if MINUTE in windows else min(windows, default=1)
+        refill = windows.get(span, 0) / span
+        delay = values.get("min_delay_seconds")
+        limits = [WindowLimit(count, float(seconds)) for seconds, count in sorted(windows.items()) if seconds != delay]
+        if delay:
+            limits.insert(0, WindowLimit(1, float(delay)))
+        return ScopeLimits(tuple(limits), burst, refill)
+
+    def _sources(self) -> dict[str, Source]:
+        sources = {}
+        for name, given in self.values.get("sources", {}).items():
+            path = f"sources.{name}"
+            blocked = BlockedWhen(**given.pop("blocked_when", {}))
+            source = Source(name=name, blocked_when=blocked, **given)
+            if name == "global":
+                self.complain(path, "a source cannot be named global")
+            if source.base_url and not re.match(r"https?://[^/\s?#]+[^\s?#]*$", source.base_url):
+                self.complain(f"{path}.base_url", f"{source.base_url} is not an http or https address")
+            for header, text in source.headers.items():
+                if not re.fullmatch(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+", header) or not re.fullmatch(r"[\x20-\x7e]*", text):
+                    self.complain(
+                        f"{path}.headers.{header}",
+                        "not a header: names are letters and hyphens, values are plain ASCII",
+                    )
+            sources[name] = dataclasses.replace(source, base_url=source.base_url.rstrip("/"))
+        return sources
+
+    def _datasets(self) -> dict[str, Dataset]:
+        raw = self.values.get("datasets", {})
+        datasets = {}
+        for name, given in raw.items():
+            if not {"source", "key", "partitions"} <= set(given):
+                continue
+            path = f"datasets.{name}"
+            runners = [runner for runner in ("url", "command", "call") if runner in given]
+            if len(runners) != 1:
+                self.complain(
+                    path, f"needs exactly one of url, command and call, has {' and '.join(runners) or 'none'}"
+                )
+            partitions = self._partitions(name, raw)
+            if partitions is None:
+                continue
+            freshness = {key: value or None for key, value in given.get("freshness", {}).items()}
+            texts = {
+                key: given[key]
+                for key in ("source", "call", "timeout_seconds", "available_after", "priority")
+                if key in given
+            }
+            datasets[name] = Dataset(
+                name=name,
+                key=Template(given["key"]),
+                partitions=partitions,
+                url=Template(given["url"]) if "url" in given else None,
+                command=tuple(Template(word) for word in given.get("command", ())),
+                batch=Batch(**given["batch"]) if "by" in given.get("batch", {}) else None,
+                freshness=Freshness(**freshness),
+                validate=Validation(**given.get("validate", {})),
+                **texts,
+            )
+        return datasets
+
+    def _partitions(self, name: str, raw: dict[str, Any]) -> Partitions | None:
+        """The partitions of a dataset; `same_as` is followed to where they are declared."""
+        path, seen = f"datasets.{name}.partitions", [name]
+        values = raw[name]["partitions"]
+        while "same_as" in values:
+            other = values["same_as"]
+            if len(values) > 1:
+                self.complain(f"datasets.{seen[-1]}.partitions", "same_as stands alone")
+            if other in seen or other not in raw or "partitions" not in raw[other]:
+                text = (
+                    "cycle: " + " -> ".join([*seen, other])
+                    if other in seen
+                    else f'dataset "{other}" is not defined{suggest(other, raw)}'
+                )
+                self.complain(f"{path}.same_as", text)
+                return None
+            seen.append(other)
+            values = raw[other]["partitions"]
+        kinds = [kind for kind in ("dates", "seasons", "values", "from") if kind in values]
+        if len(kinds) != 1:
+            self.complain(
+                path,
+                f"needs exactly one of dates, seasons, values, from and same_as, has {' and '.join(kinds) or 'none'}",
+            )
+            return None
+        times = tuple((key, value) for key, value in values.get("times", {}).items())
+        if kinds == ["dates"]:
+            return Partitions(dates=self._dates(values["dates"], path), times=times)
+        if kinds == ["seasons"]:
+            return Partitions(seasons_as=self._season_form(values.get("as", "label"), path), times=times)
+        if kinds == ["values"]:
+            return Partitions(values=tuple(values["values"].items()), times=times)
+        return self._derived(values, times, path)
+
+    def _dates(self, values: dict[str, Any], path: str) -> Dates:
+        dates = Dates(
+            seasons="seasons" in values,
+            first=values.get("from"),
+            last=values.get("to"),
+            until=values.get("until", "yesterday"),
+            timezone=values.get("timezone", "UTC"),
+        )
+        if dates.seasons == (dates.first is not None):
+            self.complain(f"{path}.dates", "needs either seasons: all or from: DATE")
+        if dates.seasons and not self.values.get("seasons"):
+            self.complain(f"{path}.dates.seasons", "no seasons are declared")
+        if dates.first and dates.last and dates.last < dates.first:
+            self.complain(f"{path}.dates.to", f"{dates.last} is before from: {dates.first}")
+        if dates.first and isinstance(dates.until, datetime.date) and dates.until < dates.first:
+            self.complain(f"{path}.dates.until", f"{dates.until} is before from: {dates.first}")
+        return dates
+
+    def _season_form(self, form: str, path: str) -> str:
+        if form not in ("label", "end"):
+            self.complain(f"{path}.as", f"expected label or end, found {form!r}")
+        if not self.values.get("seasons"):
+            self.complain(f"{path}.seasons", "no seasons are declared")
+        return form
+
+    def _derived(self, values: dict[str, Any], times: tuple[Any, ...], path: str) -> Partitions:
+        if ("ids" in values) == ("regex" in values):
+            self.complain(path, "needs either ids or regex to find the ids")
+        name = values.get("as", "")
+        if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
+            self.complain(f"{path}.as" if "as" in values else path, "needs `as: NAME` with a name of small letters")
+        return Partitions(
+            parent=values["from"], ids=values.get("ids"), regex=values.get("regex"), names=name, times=times
+        )
+
+
+# ---------------------------------------------------------------- Checking the configuration
+# All that must hold between the records: sources and datasets that exist, fields that are declared, keys
+# that keep objects apart. Here a file becomes a configuration. Headline: load_configuration().
+
+DEFAULT_NAME = "adce.yaml"
+
+
+class Checker:
+    """Notes what does not hold between the parts of a configuration."""
+
+    def __init__(self, reader: NodeReader, configuration: Configuration, values: dict[str, Any]) -> None:
+        self.configuration, self.values = configuration, values
+        self.complain = reader.complain
+
+    def check(self) -> None:
+        """Every dataset by itself and beside the others."""
+        for dataset in self.configuration.datasets.values():
+            self._check_dataset(dataset)
+        self._check_names()
+
+    def _check_dataset(self, dataset: Dataset) -> None:
+        path = f"datasets.{dataset.name}"
+        if dataset.source not in self.configuration.sources:
+            self.complain(
+                f"{path}.source",
+                f'source "{dataset.source}" is not defined{suggest(dataset.source, self.configuration.sources)}',
+            )
+        if dataset.batch and not dataset.command:
+            self.complain(f"{path}.batch", "only a command can bring many objects")
+        if dataset.call and not re.fullmatch(r"[\w.]+:\w+", dataset.call):
+            self.complain(f"{path}.call", f"{dataset.call} is not module:function")
+        if dataset.validate.max_bytes < dataset.validate.min_bytes:
+            self.complain(f"{path}.validate.max_bytes", f"{dataset.validate.max_bytes} is less than min_bytes")
+        if not self._has_ancestors(dataset):
+            return
+        declared = self.configuration.fields_of(dataset.name)
+        if dataset.batch:
+            if dataset.batch.by not in declared:
+                self.complain(f"{path}.batch.by", f'no field "{dataset.batch.by}"{suggest(dataset.batch.by, declared)}')
+            declared |= {f"{name}s" for name in dataset.partitions.own_fields()}
+        self._check_key(dataset, declared)
+        templates = [
+            ("url", dataset.url),
+            *((f"command.{number}", word) for number, word in enumerate(dataset.command)),
+        ]
+        for name, template in templates:
+            if template:
+                self._check_template(f"{path}.{name}", template, declared)
+        if dataset.url and dataset.source in self.configuration.sources:
+            address = self.configuration.sources[dataset.source].base_url + dataset.url.text
+            if not address.startswith(("http://", "https://")):
+                self.complain(f"{path}.url", f"{address} is no address: give source {dataset.source} a base_url")
+        for name in ("require", "alternatives", "contains", "not_contains"):
+            for number, text in enumerate(getattr(dataset.validate, name)):
+                self._check_fields(f"{path}.validate.{name}.{number}", Template(text, FIELD_IN_EXPRESSION), declared)
+
+    def _has_ancestors(self, dataset: Dataset) -> bool:
+        path, seen = f"datasets.{dataset.name}.partitions.from", [dataset.name]
+        while (parent := self.configuration.datasets[seen[-1]].partitions.parent) is not None:
+            if parent in seen:
+                self.complain(path, "cycle: " + " -> ".join([*seen, parent]))
+                return False
+            if parent not in self.configuration.datasets:
+                if len(seen) == 1 and parent not in self.values["datasets"]:
+                    self.complain(path, f'dataset "{parent}" is not defined{suggest(parent, self.values["datasets"])}')
+                return False
+            seen.append(parent)
+        return True
+
+    def _check_template(self, path: str, template: Template, declared: set[str]) -> bool:
+        if set("{}") & set(template.shape().replace("{}", "")):
+            self.complain(path, f"{template.text}: a brace that is no {{field}}; a field is a name in small letters")
+            return False
+        return self._check_fields(path, template, declared)
+
+    def _check_fields(self, path: str, template: Template, declared: set[str]) -> bool:
+        good = True
+        for match in template.pattern.finditer(template.text):
+            if match[1] not in declared:
+                self.complain(
+                    path,
+                    f'no field "{match[1]}"{suggest(match[1], declared)} (there are: {", ".join(sorted(declared))})',
+                )
+                good = False
+            elif match[2] and (match[1] != "date" or not re.fullmatch(r"(%[A-Za-z]|[^%])+", match[2])):
+                self.complain(path, f"{match[0]}: only a date has a format, made of codes like %Y%m%d")
+                good = False
+        return good
+
+    def _check_key(self, dataset: Dataset, declared: set[str]) -> None:
+        path, template = f"datasets.{dataset.name}.key", dataset.key
+        if not self._check_template(path, template, declared):
+            return
+        if any(part in ("", ".", "..", STAGING) for part in template.text.split("/")) or re.search(
+            r"[\x00-\x1f\x7f]", template.text
+        ):
+            self.complain(path, f"{template.text}: a key has no empty, . or .. parts and does not start or end with /")
+        for name in dataset.partitions.own_fields():
+            if name not in template.fields():
+                self.complain(path, f"does not name {{{name}}}: its objects would overwrite one another")
+        days = [
+            {**dict.fromkeys(declared, "1"), "date": day}
+            for day in ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
+        ]
+        if "date" in dataset.partitions.own_fields() and len({template.render(day, str) for day in days}) < len(days):
+            self.complain(path, "its date format gives different days the same key")
+        for other in self.values["datasets"]:
+            if other == dataset.name:
+                break
+            if Template(self.values["datasets"][other].get("key", "")).shape() == template.shape():
+                self.complain(path, f'the same keys as dataset "{other}": two datasets cannot share objects')
+
+    def _check_names(self) -> None:
+        """A limit or multiplier for an undeclared source is harmless, unless it is a slip of the pen."""
+        tables = (("priority_weighting", "source_multipliers"), ("rate_limiting", "source_limits"))
+        for block, table in tables:
+            names = self.values.get(block, {}).get(table, {})
+            unused = [source for source in self.configuration.sources if source not in names]
+            for name in names:
+                if name not in self.configuration.sources and (hint := suggest(name, unused)):
+                    self.complain(f"{block}.{table}.{name}", f'source "{name}" is not defined{hint}')
+
+
+def find_configuration(given: str | None) -> Path:
+    """Which file: the given one, $ADCE_CONFIG, adce.yaml here, else the one beside this module."""
+    chosen = given or os.environ.get("ADCE_CONFIG")
+    if chosen:
+        return Path(chosen).absolute()
+    here = Path(DEFAULT_NAME).absolute()
+    return here if here.exists() else Path(__file__).resolve().with_name(DEFAULT_NAME)
+
+
+def load_configuration(path: Path) -> Configuration:
+    """Read adce.yaml. Raises ConfigurationError that tells every problem with its place."""
+    text = _read_text_file(path)
+    reader = NodeReader()
+    configuration = None
+    try:
+        node = _compose(text, reader)
+        if node is not None:
+            values = reader.mapping(node, "", "")
+            configuration = Builder(reader, values, path.absolute()).configuration()
+            Checker(reader, configuration, values).check()
+    except RecursionError:
+        reader.complain("", "nested too deeply")
+    if reader.problems or configuration is None:
+        raise ConfigurationError(render_problems(path, text, sorted(set(reader.problems))))
+    return configuration
+
+
+def render_problems(path: Path, text: str, problems: Sequence[Problem]) -> str:
+    """Every problem with its line and a caret under its place."""
+    lines = text.splitlines()
+    blocks = []
+    for problem in problems:
+        name = f"{problem.path}: " if problem.path else ""
+        blocks.append(f"{path.name}:{problem.line}:{problem.column}: {name}{problem.text}")
+        if problem.line <= len(lines) and lines[problem.line - 1].strip():
+            source = lines[problem.line - 1].replace("\t", " ")[:200]
+            blocks.append(f"{problem.line:5} | {source}\n      | {' ' * (problem.column - 1)}^")
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n".join([*blocks, f"{count}; nothing was started"])
+
+
+def _read_text_file(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigurationError(f"there is no configuration at {path}", "name one with -c FILE") from None
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}", "name another file with -c FILE") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+
+
+def _compose(text: str, reader: NodeReader) -> Any:
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.context_mark if error.context and "quoted scalar" in error.context else error.problem_mark
+        place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        reader.problems.append(Problem(*place, "", f"not YAML: {error.problem or error.context}"))
+        return None
+    except yaml.YAMLError as error:
+        reader.problems.append(Problem(1, 1, "", f"not YAML: {' '.join(str(error).split())}"))
+        return None
+    if node is None:
+        reader.problems.append(Problem(1, 1, "", "the file is empty"))
+    return node
+
+
+# ---------------------------------------------------------------- Objects
+# What should exist, what a whole object is, and how fresh it must be. Decisions only: values in, values
+# out, no clock, no disk, no SQL. Headlines: expand(), inspect(), appraise().
+
+MAX_KEY_BYTES = 1000  # S3 takes 1,024
+SAFE_IN_KEYS = "-_~@+=,() "  # and letters, digits and inner dots
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedObject:
+    """One object that a dataset wants in the store."""
+
+    key: str
+    fields: Fields
+    season: str | None
+    day: str | None
+    available_at: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What the content of an object says."""
+
+    valid: bool
+    verdict: str | None  # why it is not valid
+    settled: bool  # final: its `until` holds
+    children: Mapping[str, tuple[str, ...]]  # ids by dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of an expected object. Instants in seconds since 1970."""
+
+    available_at: int | None = None
+    proven: bool = True  # False: nobody has looked in the store
+    seen_at: int | None = None
+    size: int | None = None
+    etag: str | None = None  # None: not in the store
+    modified_at: int | None = None
+    valid: bool | None = None  # None: its content was not looked at
+    settled: bool | None = None
+    verdict: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Appraisal:
+    """What follows from the facts now."""
+
+    state: ObjectState
+    reason: str | None = None
+    due_at: int | None = None  # when time alone will change it
+    ask_at: int | None = None  # of a gap: no use to ask before
+
+
+def quote_for_key(value: str) -> str:
+    """A value as a part of a key. Different values stay different, and none can name a folder above."""
+    quoted = urllib.parse.quote(value, safe=SAFE_IN_KEYS)
+    return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
+
+
+def quote_for_url(value: str) -> str:
+    return urllib.parse.quote(value, safe="")
+
+
+def quote_for_expression(value: str) -> str:
+    """A value inside a JMESPath 'raw string'."""
+    return value.replace("\\", "\\\\").replace("'", "\\'")
+
+
+def season_at(seasons: Sequence[Season], day: datetime.date) -> Season | None:
+    """The last season that has begun by a day."""
+    started = [season for season in seasons if season.start <= day]
+    return started[-1] if started else None
+
+
+def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season]) -> ExpectedObject:
+    """The object of one partition. Raises ValueError when its values make no usable key."""
+    for name in dataset.partitions.own_fields():
+        if not fields[name].strip() or not fields[name].isprintable():
+            raise ValueError(f"{dataset.name}: {name} {fields[name]!r} makes no key")
+    key = dataset.key.render(fields, quote_for_key)
+    if len(key.encode()) > MAX_KEY_BYTES or any(len(part.encode()) > 255 for part in key.split("/")):
+        raise ValueError(f"{dataset.name}: the key {key[:60]}... is too long")
+    season = next((season.label for season in seasons if fields.get("season") in (season.label, str(season.end))), None)
+    day = fields.get("date")
+    if season is None and day:
+        found = season_at(seasons, datetime.date.fromisoformat(day))
+        season = found.label if found and day <= found.finish.isoformat() else None
+    return ExpectedObject(key, fields, season, day, _available_at(dataset, day))
+
+
+def _available_at(dataset: Dataset, day: str | None) -> int | None:
+    rule = dataset.available_after
+    if rule is None or day is None:
+        return None
+    date, timezone = datetime.date.fromisoformat(day), timezone_of(dataset)
+    if rule.time:
+        return instant_of(date, rule.time, timezone)
+    return instant_of(date + datetime.timedelta(days=1), datetime.time(), timezone) + rule.seconds
+
+
+def timezone_of(dataset: Dataset) -> str:
+    """Whose days its dates are."""
+    return dataset.partitions.dates.timezone if dataset.partitions.dates else "UTC"
+
+
+def expand(dataset: Dataset, seasons: Sequence[Season], now: float) -> Iterator[dict[str, str]]:
+    """The fields of every object of a dataset that does not depend on other objects, as of now."""
+    partitions = dataset.partitions
+    bases: Iterable[dict[str, str]] = [{}]
+    if partitions.dates:
+        bases = _expand_dates(partitions.dates, seasons, now)
+    elif partitions.seasons_as:
+        today = day_of(now)
+        bases = (_season_fields(season, partitions.seasons_as) for season in seasons if season.start <= today)
+    for base in bases:
+        yield from multiply(base, partitions)
+
+
+def _season_fields(season: Season, form: str) -> dict[str, str]:
+    return {"season": season.label if form == "label" else str(season.end), "end": str(season.end)}
+
+
+def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterator[dict[str, str]]:
+    today = day_of(now, dates.timezone)
+    bound = {"today": today, "yesterday": today - datetime.timedelta(days=1)}.get(str(dates.until), dates.until)
+    assert isinstance(bound, datetime.date)
+    spans: list[tuple[datetime.date, datetime.date, dict[str, str]]] = []
+    if dates.seasons:
+        spans = [(season.start, season.finish, _season_fields(season, "label")) for season in seasons]
+    elif dates.first:
+        spans = [(dates.first, dates.last or bound, {})]
+    for first, last, fields in spans:
+        for number in range((min(last, bound) - first).days + 1):
+            yield {"date": (first + datetime.timedelta(days=number)).isoformat(), **fields}
+
+
+def multiply(base: Mapping[str, str], partitions: Partitions) -> Iterator[dict[str, str]]:
+    """`values` and `times`: every combination of fixed values beside the fields of `base`."""
+    fixed = partitions.values + partitions.times
+    for combination in itertools.product(*(values for _, values in fixed)):
+        yield {**base, **{name: value for (name, _), value in zip(fixed, combination, strict=True)}}
+
+
+def children_of_parent(child: Dataset, parent_fields: Fields, ids: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The fields of the objects that a parent names; they inherit the parent's fields."""
+    for identity in ids:
+        yield from multiply({**parent_fields, child.partitions.names: identity}, child.partitions)
+
+
+def inspect(dataset: Dataset, fields: Fields, body: bytes, children: Sequence[Dataset] = ()) -> Inspection:
+    """Look at the content of an object: is it whole, is it final, and which children does it name?"""
+    document, verdict = _verdict(dataset.validate, fields, body)
+    if verdict:
+        return Inspection(False, verdict, False, {})
+    if document is None and (dataset.freshness.until or any(child.partitions.ids for child in children)):
+        with contextlib.suppress(ValueError, RecursionError):
+            document = json.loads(body)
+    until = dataset.freshness.until
+    settled = until is None or holds(until, fields, document)
+    return Inspection(True, None, settled, {child.name: _ids(child, document, body) for child in children})
+
+
+def _verdict(validation: Validation, fields: Fields, body: bytes) -> tuple[Any, str | None]:
+    """The parsed JSON, if asked for, and why the body is not the object, or None."""
+    if len(body) < validation.min_bytes:
+        return None, f"{len(body)} bytes, fewer than {validation.min_bytes}"
+    if not body.startswith(bytes.fromhex(validation.starts_with_hex)) or not body.endswith(
+        bytes.fromhex(validation.ends_with_hex)
+    ):
+        return None, "its first or last bytes are not those of its format"
+    if validation.contains or validation.not_contains:
+        text = body.decode("utf-8", "replace")
+        for part in validation.contains:
+            wanted = Template(part, FIELD_IN_EXPRESSION).render(fields, str)
+            if wanted not in text:
+                return None, f"does not contain {wanted!r}"
+        for part in validation.not_contains:
+            if Template(part, FIELD_IN_EXPRESSION).render(fields, str) in text:
+                return None, f"contains {part!r}"
+    if not (validation.json or validation.require or validation.alternatives):
+        return None, None
+    try:
+        document = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON: {str(error)[:100]}"
+    failed = next((expression for expression in validation.require if not holds(expression, fields, document)), None)
+    if failed and not any(holds(expression, fields, document) for expression in validation.alternatives):
+        return document, f"not true: {failed}"
+    return document, None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def search(expression: str, fields: Fields, document: Any) -> Any:
+    """The value of a JMESPath expression that may name fields; None when it cannot be evaluated."""
+    import jmespath
+    import jmespath.exceptions
+
+    try:
+        return jmespath.search(Template(expression, FIELD_IN_EXPRESSION).render(fields, quote_for_expression), document)
+    except (jmespath.exceptions.JMESPathError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def holds(expression: str, fields: Fields, document: Any) -> bool:
+    """Whether an expression is true: neither false, null nor empty. One that raises is not."""
+    value = search(expression, fields, document)
+    return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
+
+
+def _ids(child: Dataset, document: Any, body: bytes) -> tuple[str, ...]:
+    """The ids that a parent's body names, without repeats. Numbers become text; anything else is no id."""
+    partitions = child.partitions
+    if partitions.regex:
+        found: Any = re.findall(partitions.regex, body.decode("utf-8", "replace"))
+    else:
+        found = search(partitions.ids or "", {}, document)
+    texts = (str(value) for value in found or () if isinstance(value, str | int) and not isinstance(value, bool))
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def appraise(dataset: Dataset, season: Season | None, day: str | None, facts: Facts, now: float) -> Appraisal:
+    """The state of an object, from the facts alone."""
+    if facts.etag is None:
+        if not facts.proven:
+            return Appraisal(ObjectState.AWAITED)
+        if facts.available_at is not None and now < facts.available_at:
+            return Appraisal(ObjectState.AWAITED, due_at=facts.available_at)
+        return Appraisal(ObjectState.MISSING)
+    if facts.valid is False:
+        return Appraisal(ObjectState.SUSPECT, facts.verdict)
+    if facts.size is not None and facts.size < dataset.validate.min_bytes:
+        return Appraisal(ObjectState.SUSPECT, f"{facts.size} bytes, fewer than {dataset.validate.min_bytes}")
+    freshness, modified = dataset.freshness, facts.modified_at or 0
+    if freshness.until:
+        if facts.settled is not False:
+            return Appraisal(ObjectState.PRESENT)
+        return Appraisal(ObjectState.STALE, "not final yet", ask_at=modified + (freshness.refetch_every or 0))
+    due_at = min(_refetch_instants(dataset, season, day, facts), default=None)
+    if due_at is not None and due_at <= now:
+        return Appraisal(ObjectState.STALE, f"last fetched {utc_text(modified)}", ask_at=due_at)
+    return Appraisal(ObjectState.PRESENT, due_at=due_at)
+
+
+def _refetch_instants(dataset: Dataset, season: Season | None, day: str | None, facts: Facts) -> Iterator[int]:
+    """When an object that is there and valid must be fetched again. A rule that is met gives no instant."""
+    freshness, modified = dataset.freshness, facts.modified_at or 0
+    if freshness.refetch_every:
+        yield modified + freshness.refetch_every
+    if freshness.refetch_once_after:
+        if day:
+            following = datetime.date.fromisoformat(day) + datetime.timedelta(days=1)
+            once = instant_of(following, datetime.time(), timezone_of(dataset)) + freshness.refetch_once_after
+        else:
+            once = (facts.seen_at or modified) + freshness.refetch_once_after
+        if modified < once:
+            yield once
+    if season and (freshness.current or freshness.past):
+        over = instant_of(season.finish + datetime.timedelta(days=1), datetime.time(), "UTC")
+        if modified < over:  # fetched while its season went on: not before the season's end for good
+            yield min(modified + freshness.current, over) if freshness.current else over
+        elif freshness.past:
+            yield modified + freshness.past
+
+
+def priority_of(
+    dataset: Dataset, season: str | None, day: str | None, today: datetime.date, configuration: Configuration
+) -> Priority:
+    """How much its gap matters. `auto`: by the age of its date, then of its season."""
+    if dataset.priority != "auto":
+        return Priority(dataset.priority)
+    days = configuration.priority_weighting.critical_within_days
+    if day and abs((today - datetime.date.fromisoformat(day)).days) <= days:
+        return Priority.CRITICAL
+    labels = [season.label for season in configuration.seasons if season.start <= today]
+    if season in labels[-1:]:
+        return Priority.HIGH
+    return Priority.MEDIUM if season in labels[-2:] else Priority.LOW
+
+
+def may_still_appear(season: Season | None, day: str | None, now: float) -> bool:
+    """Whether a source that does not have an object today may have it tomorrow: its season goes on, or
+    its day is less than a week ago, or nothing tells its age."""
+    today = day_of(now)
+    if day:
+        return (today - datetime.date.fromisoformat(day)).days <= 7
+    return season is None or today <= season.finish + datetime.timedelta(days=30)
+
+
+# ---------------------------------------------------------------- Store
+# What does exist: a folder or S3 behind the same few calls. An object is there whole or not at all.
+# Headline: open_store().
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """One object as the store lists it."""
+
+    key: str
+    size: int  # bytes
+    etag: str  # changes whenever the content does
+    modified_at: int  # seconds since 1970
+
+
+PAGE = 1000  # objects compared, sorted or noted in one transaction
+Item = TypeVar("Item")
+
+
+def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+def ascending(listing: Iterator[StoredObject]) -> Iterator[StoredObject]:
+    """A listing that must be in key order. Raises StoreError at the first object that is not."""
+    last = ""
+    for entry in listing:
+        if entry.key <= last:
+            raise StoreError(f"the store listed {entry.key} after {last}", "the next cycle sorts its listing first")
+        last = entry.key
+        yield entry
+
+
+def sort_listing(listing: Iterator[StoredObject]) -> tuple[bool, Iterator[StoredObject]]:
+    """Whether a whole listing was in key order, and the listing in that order, by way of a temporary file."""
+    scratch = sqlite3.connect("", isolation_level=None)  # "": a temporary database that spills to disk
+    scratch.execute("create table listing (key text primary key, size, etag, modified_at) without rowid")
+    was_ascending, last = True, ""
+    for page in chunks(listing, PAGE):
+        for entry in page:
+            was_ascending, last = was_ascending and entry.key > last, entry.key
+        rows = [dataclasses.astuple(entry) for entry in page]
+        scratch.executemany("insert or replace into listing values (?, ?, ?, ?)", rows)
+    return was_ascending, (StoredObject(*row) for row in scratch.execute("select * from listing order by key"))
+
+
+class Store(Protocol):
+    """What ADCE needs of a store. Every call raises StoreError when the store fails."""
+
+    calls: int  # list requests made so far
+
+    def list(self, prefix: str) -> Iterator[StoredObject]:
+        """Every object whose key starts with the prefix, as a stream, in key order where the store has one."""
+
+    def find(self, key: str) -> StoredObject | None:
+        """One object as it would be listed."""
+
+    def read(self, key: str) -> bytes:
+        """The content of an object. Raises KeyError when there is none."""
+
+    def write(self, key: str, body: bytes) -> StoredObject:
+        """Put an object whole or not at all; durable when this returns."""
+
+    def sweep(self) -> None:
+        """Make the store usable, and remove what a crash has left half written."""
+
+
+def open_store(address: str) -> Store:
+    """The store at a folder or at s3://bucket/prefix. Nothing is touched yet."""
+    if address.startswith("s3://"):
+        bucket, _, prefix = address.removeprefix("s3://").partition("/")
+        return S3Store(bucket, prefix.strip("/"))
+    return FolderStore(Path(address))
+
+
+class FolderStore:
+    """A folder. Every part of a key is a folder below it; links are never followed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.calls = 0
+
+    def sweep(self) -> None:
+        """Make the root and its staging folder; remove unfinished files."""
+        try:
+            staging = self.root / STAGING
+            staging.mkdir(parents=True, exist_ok=True)
+            for leftover in staging.iterdir():
+                leftover.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.root} cannot be written: {error.strerror}", "see `store:` in adce.yaml"
+            ) from error
+
+    def list(self, prefix: str) -> Iterator[StoredObject]:
+        """Folder by folder, sorted as S3 sorts: a folder counts as its name with a slash."""
+        if not self.root.is_dir():
+            raise StoreError(f"the store {self.root} is not there", "is its disk mounted?")
+        folder, _, start = prefix.rpartition("/")
+        above = f"{folder}/" if folder else ""
+        if (self.root / folder).is_dir():
+            yield from self._walk(above, start)
+
+    def _walk(self, above: str, start: str) -> Iterator[StoredObject]:
+        self.calls += 1
+        entries = []
+        try:
+            with os.scandir(self.root / above) as scan:
+                for entry in scan:
+                    name = entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
+                    if name.startswith(start) or start.startswith(name):
+                        entries.append((name, entry))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StoreError(f"cannot list {self.root / above}: {error.strerror}") from error
+        for name, entry in sorted(entries, key=lambda pair: pair[0]):
+            if name.endswith("/"):
+                if above or entry.name != STAGING:
+                    yield from self._walk(above + name, "")
+            elif entry.is_file(follow_symlinks=False) and name.isprintable():
+                with contextlib.suppress(FileNotFoundError):
+                    yield self._stored(above + name, entry.stat(follow_symlinks=False))
+
+    def find(self, key: str) -> StoredObject | None:
+        """One file as it would be listed."""
+        *folders, name = key.split("/")
+        try:
+            with self._folder(folders, create=False) as parent:
+                status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot look for {key}: {error.strerror}") from error
+        return self._stored(key, status) if stat.S_ISREG(status.st_mode) else None
+
+    def read(self, key: str) -> bytes:
+        """The content of a file. Raises KeyError when there is none."""
+        *folders, name = key.split("/")
+        try:
+            with self._folder(folders, create=False) as parent:
+                descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+                with os.fdopen(descriptor, "rb") as file:
+                    return file.read()
+        except FileNotFoundError:
+            raise KeyError(key) from None
+        except OSError as error:
+            raise StoreError(f"cannot read {key}: {error.strerror}") from error
+
+    def write(self, key: str, body: bytes) -> StoredObject:
+        """Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
+        *folders, name = key.split("/")
+        temporary = f"{STAGING}/{secrets.token_hex(8)}"
+        try:
+            with self._folder([], create=False) as root, self._folder(folders, create=True) as parent:
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=root)
+                try:
+                    with os.fdopen(descriptor, "wb") as file:
+                        file.write(body)
+                        file.flush()
+                        os.fsync(file.fileno())
+                        status = os.fstat(file.fileno())
+                    os.rename(temporary, name, src_dir_fd=root, dst_dir_fd=parent)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        os.unlink(temporary, dir_fd=root)
+                    raise
+                os.fsync(parent)
+        except OSError as error:
+            raise StoreError(f"cannot write {key}: {error.strerror}") from error
+        return self._stored(key, status)
+
+    @contextlib.contextmanager
+    def _folder(self, folders: Sequence[str], *, create: bool) -> Iterator[int]:
+        """A descriptor of a folder below the root, reached without following a link."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        current = os.open(self.root, flags)
+        try:
+            for folder in folders:
+                if create:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(folder, dir_fd=current)
+                        os.fsync(current)
+                following = os.open(folder, flags | os.O_NOFOLLOW, dir_fd=current)
+                os.close(current)
+                current = following
+            yield current
+        finally:
+            os.close(current)
+
+    @staticmethod
+    def _stored(key: str, status: os.stat_result) -> StoredObject:
+        return StoredObject(key, status.st_size, f"{status.st_mtime_ns}-{status.st_size}", status.st_mtime_ns // 10**9)
+
+
+class S3Store:
+    """A bucket, or what lies below a prefix in one. Credentials and endpoint come from where boto3 looks."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.bucket, self.above = bucket, f"{prefix}/" if prefix else ""
+        self.calls = 0
+
+    @functools.cached_property
+    def _client(self) -> Any:
+        import boto3
+        import botocore.config
+
+        timeouts = botocore.config.Config(
+            connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 3}
+        )
+        with self._translated("use"):
+            return boto3.session.Session().client("s3", config=timeouts)
+
+    def sweep(self) -> None:
+        """See that the bucket is there. S3 keeps nothing half written."""
+        with self._translated("use"):
+            self._client.head_bucket(Bucket=self.bucket)
+
+    def list(self, prefix: str) -> Iterator[StoredObject]:
+        """Page by page, a thousand keys a request."""
+        more: dict[str, str] = {}
+        while True:
+            with self._translated("list"):
+                self.calls += 1
+                page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self.above + prefix, **more)
+            for entry in page.get("Contents", ()):
+                key = entry["Key"].removeprefix(self.above)
+                yield StoredObject(key, entry["Size"], entry["ETag"].strip('"'), int(entry["LastModified"].timestamp()))
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def find(self, key: str) -> StoredObject | None:
+        """One object as it would be listed."""
+        try:
+            with self._translated(f"look for {key} in"):
+                head = self._client.head_object(Bucket=self.bucket, Key=self.above + key)
+        except KeyError:
+            return None
+        return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), int(head["LastModified"].timestamp()))
+
+    def read(self, key: str) -> bytes:
+        """The content of an object. Raises KeyError when there is none."""
+        with self._translated(f"read {key} in"):
+            return cast(bytes, self._client.get_object(Bucket=self.bucket, Key=self.above + key)["Body"].read())
+
+    def write(self, key: str, body: bytes) -> StoredObject:
+        """One PUT, which S3 takes whole or not at all, with a checksum that S3 verifies."""
+        with self._translated(f"write {key} to"):
+            answer = self._client.put_object(
+                Bucket=self.bucket, Key=self.above + key, Body=body, ChecksumAlgorithm="SHA256"
+            )
+        modified = email.utils.parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return StoredObject(key, len(body), answer["ETag"].strip('"'), int(modified.timestamp()))
+
+    @contextlib.contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        import boto3.exceptions
+        import botocore.exceptions
+
+        try:
+            yield
+        except (
+            botocore.exceptions.BotoCoreError,
+            botocore.exceptions.ClientError,
+            boto3.exceptions.Boto3Error,
+            ValueError,
+        ) as error:
+            if getattr(error, "response", {}).get("Error", {}).get("Code") in ("NoSuchKey", "404") and " " in action:
+                raise KeyError(action) from None
+            hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
+            raise StoreError(f"cannot {action} s3://{self.bucket}/{self.above}: {error}", hint) from error
+
+
+# ---------------------------------------------------------------- Limits
+# What may be asked, and when. A request is granted only if, in every window of its source and of all
+# together, (in flight) + (finished less than W ago) < N. A request reaches the server between its grant
+# and its finish, so no server sees N + 1 of them inside W, whatever the latency. Nothing here sleeps, and
+# every function works inside the caller's transaction with a boot time read after the transaction began.
+# Headlines: opening(), grant(), release().
+
+GLOBAL = "global"
+SEND_WITHIN_SECONDS = 10  # a permit that is not used by then is void
+RELEASE_WITHIN_SECONDS = 10  # after the end of the request, before its owner counts as dead
+EXPIRED_PER_GRANT = 4
+LONGEST_RETRY_AFTER = DAY
+FIRST_PAUSE_SECONDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """The right to send one HTTP request. Boot times."""
+
+    request_id: int
+    source: str
+    send_before: float
+    deadline: float  # counts as finished by then
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The first instant at which a source can be asked, and what it waits for."""
+
+    at: float  # boot
+    reason: str = ""
+    is_pause: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A source is left alone for some time."""
+
+    source: str
+    seconds: float
+    reason: str
+
+
+def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock: Clock) -> None:
+    """Make the stored limits those of the configuration. What was asked before keeps counting."""
+    boot_id, offset = clock.boot_id(), clock.wall() - clock.boot()
+    known = sql.execute("select boot_id, wall_offset from boot").fetchone()
+    if known and known["boot_id"] != boot_id:
+        _carry_over_reboot(sql, known["wall_offset"] - offset)
+    sql.execute("insert or replace into boot values (1, ?, ?)", (boot_id, offset))
+    sql.execute("delete from windows")
+    for scope in (*configuration.sources, GLOBAL):
+        limits = configuration.rate_limiting.scopes.get(scope, ScopeLimits())
+        sql.execute(
+            "insert into scopes values (?, 0, 0, ?, ?, 0, 0, null, 0, 0) on conflict do nothing",
+            (scope, limits.burst_size or 0, clock.boot()),
+        )
+        sql.executemany(
+            "insert into windows values (?, ?, ?)",
+            [(scope, limit.seconds, limit.max_requests) for limit in limits.windows],
+        )
+
+
+def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
+    """Boot times start again at 0: all that was asked before counts as finished at that instant, which
+    is later than the truth and so never grants too early. `shift` is the old wall offset less the new one."""
+    for request_id, source in sql.execute(
+        "select request_id, source from requests where finished_at is null"
+    ).fetchall():
+        _finish(sql, request_id, source, 0.0)
+    sql.execute("update requests set granted_at = 0, finished_at = 0, deadline = 0")
+    sql.execute(
+        """
+        update scopes
+        set granted_at = 0, tokens = 0, tokens_at = 0,
+            paused_until = max(0, min(paused_for, paused_until + :shift))
+        """,
+        {"shift": shift},
+    )
+
+
+def opening(sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: float) -> Opening:
+    """When this source can be asked: `at <= now` means now. O(log n) in the number of stored requests."""
+    latest = Opening(now)
+    for scope in (source, GLOBAL):
+        for candidate in _openings(sql, limiting, scope, now):
+            if candidate.at > latest.at:
+                latest = candidate
+    return latest
+
+
+def _openings(sql: sqlite3.Connection, limiting: RateLimiting, scope: str, now: float) -> Iterator[Opening]:
+    state = sql.execute("select * from scopes where scope = ?", (scope,)).fetchone()
+    limits = limiting.scopes.get(scope, ScopeLimits())
+    if state["paused_until"] > now:
+        yield Opening(state["paused_until"], state["reason"] or "paused", is_pause=True)
+    use, deadline = _use(sql, scope, state["finished"])
+    if state["throttles"] and use.in_flight:
+        yield Opening(deadline, "waits for the answer that tells whether it is back")
+    for limit in limits.windows:
+        name = f"{scope} {limit.max_requests} in {limit.seconds:g} s"
+        yield Opening(_window_opens_at(sql, use, limit, now), name)
+        if limiting.backoff and limit.max_requests > 1:
+            delay = _backoff_delay(sql, use, limit, limiting.backoff, now)
+            yield Opening(state["granted_at"] + delay if delay else now, f"{name}, nearly used up")
+    if limits.burst_size:
+        tokens = _tokens(limits, state, now)
+        yield Opening(
+            now if tokens >= 1 - 1e-9 else now + (1 - tokens) / limits.refill_per_second,
+            f"{scope} bucket of {limits.burst_size}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """What a scope has under way, and the number of its last finished request."""
+
+    scope: str
+    in_flight: int
+    finished: int
+
+
+def _use(sql: sqlite3.Connection, scope: str, finished: int) -> tuple[_Use, float]:
+    """What a scope has under way, and the earliest deadline of that."""
+    row = sql.execute(
+        """
+        select count(*), min(deadline)
+        from requests indexed by requests_in_flight
+        where finished_at is null and (:scope = 'global' or source = :scope)
+        """,
+        {"scope": scope},
+    ).fetchone()
+    return _Use(scope, row[0], finished), row[1] or 0.0
+
+
+def _finished_at(sql: sqlite3.Connection, scope: str, number: int) -> float:
+    """When the n-th finished request of a scope finished; long ago if its row is gone."""
+    if scope == GLOBAL:
+        row = sql.execute("select finished_at from requests where global_number = ?", (number,)).fetchone()
+    else:
+        row = sql.execute(
+            "select finished_at from requests where source = ? and source_number = ?", (scope, number)
+        ).fetchone()
+    return cast(float, row[0]) if row else -math.inf
+
+
+def _window_opens_at(sql: sqlite3.Connection, use: _Use, limit: WindowLimit, now: float) -> float:
+    """The rule. With u in flight, the (N - u)-th last finish must be W ago. When all N are in flight, the
+    first of them cannot finish before now, nor its place be free before W after that."""
+    free = limit.max_requests - use.in_flight
+    if free <= 0:
+        return now + limit.seconds
+    return _finished_at(sql, use.scope, use.finished - free + 1) + limit.seconds
+
+
+def _backoff_delay(sql: sqlite3.Connection, use: _Use, limit: WindowLimit, backoff: Backoff, now: float) -> float:
+    """Seconds after the last grant. Past the threshold the delay grows with each further request of the
+    window, but is never longer than spreading the rest of the quota evenly over the rest of the window
+    asks for: the plain rule would end at about 81% of the quota."""
+    most = limit.max_requests
+    numbers = range(max(1, use.finished - most + 1), use.finished + 1)
+    threshold = math.ceil(most * backoff.threshold_percent / 100)
+    if use.in_flight + len(numbers) < threshold:
+        return 0.0
+    position = bisect.bisect_right(
+        numbers, now - limit.seconds, key=lambda number: _finished_at(sql, use.scope, number)
+    )
+    used = use.in_flight + len(numbers) - position
+    if used < threshold or used >= most:
+        return 0.0
+    oldest = _finished_at(sql, use.scope, numbers[position]) if position < len(numbers) else now
+    growing = backoff.initial_delay_seconds * backoff.exponential_factor ** min(used - threshold, 64)
+    spread = (oldest + limit.seconds - now) / (most - used)
+    return min(growing, backoff.max_delay_seconds, spread)
+
+
+def _tokens(limits: ScopeLimits, state: sqlite3.Row, now: float) -> float:
+    refilled: float = state["tokens"] + (now - state["tokens_at"]) * limits.refill_per_second
+    return min(float(limits.burst_size or 0), refilled)
+
+
+def grant(sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_seconds: float, now: float) -> Permit:
+    """Take the permit that `opening` has promised in this transaction."""
+    send_before = now + SEND_WITHIN_SECONDS
+    deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
+    for scope in (source, GLOBAL):
+        state = sql.execute("select * from scopes where scope = ?", (scope,)).fetchone()
+        tokens = _tokens(limiting.scopes.get(scope, ScopeLimits()), state, now)
+        sql.execute(
+            "update scopes set granted_at = ?, tokens = ?, tokens_at = ? where scope = ?", (now, tokens - 1, now, scope)
+        )
+    _expire(sql, limiting, now)
+    inserted = sql.execute(
+        "insert into requests (source, granted_at, deadline) values (?, ?, ?)", (source, now, deadline)
+    )
+    return Permit(cast(int, inserted.lastrowid), source, send_before, deadline)
+
+
+def release(sql: sqlite3.Connection, permit: Permit, now: float, *, used: bool = True) -> None:
+    """The request of a permit is over, or was never sent."""
+    if used:
+        _finish(sql, permit.request_id, permit.source, now)
+    else:
+        sql.execute("delete from requests where request_id = ? and finished_at is null", (permit.request_id,))
+
+
+def reap(sql: sqlite3.Connection, now: float) -> None:
+    """Requests past their deadline have lost their owner: they finish now, not when they were granted."""
+    overdue = sql.execute(
+        """
+        select request_id, source
+        from requests indexed by requests_in_flight
+        where finished_at is null and deadline < ?
+        """,
+        (now,),
+    ).fetchall()
+    for request_id, source in overdue:
+        _finish(sql, request_id, source, now)
+
+
+def _finish(sql: sqlite3.Connection, request_id: int, source: str, now: float) -> None:
+    finished = sql.execute(
+        """
+        update requests
+        set finished_at = :now,
+            source_number = (select finished + 1 from scopes where scope = :source),
+            global_number = (select finished + 1 from scopes where scope = 'global')
+        where request_id = :request_id and finished_at is null
+        """,
+        {"now": now, "source": source, "request_id": request_id},
+    )
+    if finished.rowcount:
+        sql.execute("update scopes set finished = finished + 1 where scope in (?, 'global')", (source,))
+
+
+def _expire(sql: sqlite3.Connection, limiting: RateLimiting, now: float) -> None:
+    """Remove a few of the oldest finished requests that no window can count any more."""
+    horizon = max((limit.seconds for limits in limiting.scopes.values() for limit in limits.windows), default=0.0)
+    sql.execute(
+        """
+        delete from requests where request_id in (
+            select request_id from (
+                select request_id, finished_at
+                from requests
+                where global_number is not null
+                order by global_number
+                limit :few
+            ) where finished_at <= :before
+        )
+        """,
+        {"few": EXPIRED_PER_GRANT, "before": now - horizon},
+    )
+
+
+def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now: float) -> None:
+    """Leave a source alone; an earlier, longer pause stays."""
+    sql.execute(
+        """
+        update scopes
+        set paused_until = :until, paused_for = :seconds, reason = :reason
+        where scope = :scope and paused_until < :until
+        """,
+        {"scope": scope, "until": now + seconds, "seconds": seconds, "reason": reason},
+    )
+
+
+def learn(
+    sql: sqlite3.Connection, source: Source, outcome: Outcome, answer: str, now: float, retry_after: float | None
+) -> tuple[int, Pause | None]:
+    """What an answer says about its source: how many failures in a row blame it, and whether it is paused.
+
+    A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until the
+    source gives a good answer; meanwhile one request at a time asks whether it is back."""
+    scope = sql.execute("select failures, throttles from scopes where scope = ?", (source.name,)).fetchone()
+    failures, throttles, longest = scope["failures"], scope["throttles"], source.blocked_when.pause_seconds
+    growing = min(FIRST_PAUSE_SECONDS * 2.0 ** min(throttles, 30), max(longest, FIRST_PAUSE_SECONDS))
+    seconds: float | None = None
+    if outcome is Outcome.THROTTLED:
+        seconds, failures = growing if retry_after is None else min(max(retry_after, 0.0), LONGEST_RETRY_AFTER), 0
+    elif outcome in SOURCE_FAILURES:
+        failures += 1
+        if failures >= source.blocked_when.timeouts_in_a_row:
+            seconds = longest if outcome is Outcome.TIMEOUT else growing
+    elif outcome not in (Outcome.LOST, Outcome.STORE_ERROR):
+        failures = throttles = 0
+    if seconds is not None:
+        throttles += 1
+        pause(sql, source.name, seconds, answer, now)
+    sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
+    return failures, None if seconds is None else Pause(source.name, seconds, answer)
+
+
+# ---------------------------------------------------------------- Ledger
+# Objects and their tasks, kept in step: whoever learns something of an object notes it here, and its task
+# opens, stays or closes in the same transaction. The score is computed here. Headline: Ledger.
+
+
+@dataclass(frozen=True, slots=True)
+class KnownObject:
+    """A row of objects."""
+
+    object_id: int
+    dataset: str
+    key: str
+    fields: Fields
+    season: str | None
+    day: str | None
+    state: ObjectState
+    facts: Facts
+    read_etag: str | None
+    cycle_id: int | None
+
+
+def rank_of(
+    weighting: PriorityWeighting, source: str, priority: str, gap_size: int, detected_at: float
+) -> tuple[float, float]:
+    """The time-free rank of a task and its slope in points an hour.
+
+    score = (base + age_weight * age_hours) * multiplier + max(gap_size_weight * gap_size, -max_penalty) + bonus
+    is a line in time. The rank is its value at 1970, without the bonus: tasks of one dataset have one slope
+    and one bonus, so their order by rank is their order by score, for ever."""
+    base = weighting.base_scores.get(priority, 0.0)
+    if not weighting.enabled:
+        return base, 0.0
+    multiplier = weighting.source_multipliers.get(source, 1.0)
+    slope = weighting.age_weight * multiplier
+    penalty = max(weighting.gap_size_weight * gap_size, -weighting.max_gap_size_penalty)
+    return base * multiplier + penalty - slope * detected_at / HOUR, slope
+
+
+def bonus_of(weighting: PriorityWeighting, success_rate: float) -> float:
+    """The points that all tasks of a dataset have for its success rate."""
+    return weighting.success_rate_weight * success_rate if weighting.enabled else 0.0
+
+
+def score_at(rank: float, slope: float, bonus: float, now: float) -> float:
+    """The live score; the view `queue` computes the same."""
+    return rank + slope * now / HOUR + bonus
+
+
+class Ledger:
+    """Objects and tasks as one transaction sees and changes them: no state without its task."""
+
+    def __init__(
+        self, sql: sqlite3.Connection, configuration: Configuration, now: float, cycle_id: int | None = None
+    ) -> None:
+        self.sql, self.configuration, self.now, self.cycle_id = sql, configuration, now, cycle_id
+        self.created = self.closed = 0
+        self._ids: dict[str, int] = dict(sql.execute("select dataset, dataset_id from datasets").fetchall())
+        self._names = {number: name for name, number in self._ids.items()}
+        self._seasons = {season.label: season for season in configuration.seasons}
+
+    def objects(self, condition: str, parameters: Mapping[str, Any]) -> list[KnownObject]:
+        """The objects that meet a condition in SQL."""
+        rows = self.sql.execute(f"select * from objects where {condition}", parameters).fetchall()  # noqa: S608
+        return [self._known(row) for row in rows]
+
+    def _known(self, row: sqlite3.Row) -> KnownObject:
+        facts = Facts(
+            available_at=row["available_at"],
+            proven=bool(row["proven"]),
+            seen_at=row["seen_at"],
+            size=row["size"],
+            etag=row["etag"],
+            modified_at=row["modified_at"],
+            valid=None if row["valid"] is None else bool(row["valid"]),
+            settled=None if row["settled"] is None else bool(row["settled"]),
+            verdict=row["verdict"],
+        )
+        return KnownObject(
+            object_id=row["object_id"],
+            dataset=self._names[row["dataset_id"]],
+            key=row["key"],
+            fields=json.loads(row["fields"]),
+            season=row["season"],
+            day=row["day"],
+            state=ObjectState(row["state"]),
+            facts=facts,
+            read_etag=row["read_etag"],
+            cycle_id=row["cycle_id"],
+        )
+
+    def expect(self, dataset: Dataset, wanted: ExpectedObject, *, proven: bool) -> int:
+        """Note that an object should exist, and return its id. Raises ValueError when another has its key."""
+        fields = json.dumps(wanted.fields, sort_keys=True)
+        row = self.sql.execute("select * from objects where key = ?", (wanted.key,)).fetchone()
+        if row is None:
+            inserted = self.sql.execute(
+                """
+                insert into objects (dataset_id, key, fields, season, day, state, since, available_at, proven)
+                values (?, ?, ?, ?, ?, 'dropped', ?, ?, ?)
+                """,
+                (
+                    self._ids[dataset.name],
+                    wanted.key,
+                    fields,
+                    wanted.season,
+                    wanted.day,
+                    int(self.now),
+                    wanted.available_at,
+                    proven,
+                ),
+            )
+            row = self.sql.execute("select * from objects where object_id = ?", (inserted.lastrowid,)).fetchone()
+        known = self._known(row)
+        own = dataset.partitions.own_fields()
+        if known.state is not ObjectState.DROPPED:
+            if known.dataset != dataset.name or any(known.fields.get(name) != wanted.fields[name] for name in own):
+                raise ValueError(f"{wanted.key} is already the key of another object of {known.dataset}")
+            if known.facts.available_at == wanted.available_at:
+                return known.object_id
+        self.sql.execute(
+            "update objects set dataset_id = ?, fields = ?, season = ?, day = ? where object_id = ?",
+            (self._ids[dataset.name], fields, wanted.season, wanted.day, known.object_id),
+        )
+        facts = dataclasses.replace(known.facts, available_at=wanted.available_at)
+        self.note(dataclasses.replace(known, dataset=dataset.name, season=wanted.season, day=wanted.day), facts)
+        return known.object_id
+
+    def drop(self, object_id: int) -> None:
+        """Note that an object is no longer expected; what lies in the store is left alone."""
+        self.sql.execute(
+            """
+            update objects
+            set state = 'dropped', reason = null, due_at = null, proven = 0, since = ?
+            where object_id = ?
+            """,
+            (int(self.now), object_id),
+        )
+        self._close_task(object_id, TaskState.CANCELLED)
+
+    def note(self, known: KnownObject, facts: Facts, read_etag: str | None = None) -> Appraisal:
+        """Write what is now known of an object; open, keep or close its task accordingly."""
+        dataset = self.configuration.datasets[known.dataset]
+        verdict = appraise(dataset, self._seasons.get(known.season or ""), known.day, facts, self.now)
+        self.sql.execute(
+            """
+            update objects
+            set state = :state, reason = :reason, due_at = :due_at,
+                since = case when state = :state then since else :now end,
+                available_at = :available_at, proven = :proven, seen_at = coalesce(seen_at, :seen_at),
+                size = :size, etag = :etag, modified_at = :modified_at,
+                read_etag = coalesce(:read_etag, read_etag), valid = :valid, settled = :settled, verdict = :verdict,
+                cycle_id = coalesce(:cycle_id, cycle_id)
+            where object_id = :object_id
+            """,
+            {
+                **{name: getattr(facts, name) for name in Facts.__dataclass_fields__},
+                "state": verdict.state,
+                "reason": verdict.reason,
+                "due_at": verdict.due_at,
+                "now": int(self.now),
+                "seen_at": None if facts.etag is None else int(self.now),
+                "read_etag": read_etag,
+                "cycle_id": self.cycle_id if read_etag else None,
+                "object_id": known.object_id,
+            },
+        )
+        if verdict.state in GAPS:
+            self._open_task(known, dataset, verdict)
+        else:
+            self._close_task(known.object_id, TaskState.DONE)
+        return verdict
+
+    def _open_task(self, known: KnownObject, dataset: Dataset, verdict: Appraisal) -> None:
+        """A gap that has a live task keeps it; only one that changed its kind may be tried at once."""
+        waits = verdict.ask_at is not None and verdict.ask_at > self.now
+        priority = priority_of(dataset, known.season, known.day, day_of(self.now), self.configuration)
+        rank, slope = rank_of(self.configuration.priority_weighting, dataset.source, priority, 1, int(self.now))
+        opened = self.sql.execute(
+            """
+            insert into tasks (object_id, dataset_id, state, priority, detected_at, gap_size, rank, slope, next_at,
+                               attempts, failures)
+            values (?, ?, ?, ?, ?, 1, ?, ?, ?, 0, 0)
+            on conflict do nothing
+            """,
+            (
+                known.object_id,
+                self._ids[dataset.name],
+                TaskState.RETRY if waits else TaskState.PENDING,
+                priority,
+                int(self.now),
+                rank,
+                slope,
+                verdict.ask_at if waits else None,
+            ),
+        )
+        self.created += opened.rowcount
+        if not opened.rowcount and known.state in GAPS and known.state is not verdict.state and not waits:
+            self.sql.execute(
+                """
+                update tasks set state = 'pending', next_at = null
+                where object_id = ? and state = 'retry' and failures = 0
+                """,
+                (known.object_id,),
+            )
+
+    def _close_task(self, object_id: int, state: TaskState) -> None:
+        closed = self.sql.execute(
+            """
+            update tasks
+            set state = ?, closed_at = ?, next_at = null
+            where object_id = ? and state in ('pending', 'retry', 'gave_up')
+            """,
+            (state, int(self.now), object_id),
+        )
+        self.closed += closed.rowcount
+
+    def set_children(self, parent: KnownObject, children: Mapping[str, tuple[str, ...]], *, proven: bool) -> list[str]:
+        """Make the children of a parent those that its body names. Returns what could not be a child."""
+        problems, named = [], set()
+        for name, identities in children.items():
+            dataset = self.configuration.datasets[name]
+            for fields in children_of_parent(dataset, parent.fields, identities):
+                try:
+                    named.add(
+                        self.expect(
+                            dataset, expected_object(dataset, fields, self.configuration.seasons), proven=proven
+                        )
+                    )
+                except ValueError as error:
+                    problems.append(f"{parent.key}: {error}")
+        linked = {
+            row[0] for row in self.sql.execute("select child_id from links where parent_id = ?", (parent.object_id,))
+        }
+        self.sql.executemany("insert into links values (?, ?)", [(parent.object_id, child) for child in named - linked])
+        for child in linked - named:
+            self.sql.execute("delete from links where parent_id = ? and child_id = ?", (parent.object_id, child))
+            if not self.sql.execute("select 1 from links where child_id = ? limit 1", (child,)).fetchone():
+                self.drop(child)
+        return problems
+
+
+def declare_datasets(sql: sqlite3.Connection, configuration: Configuration, now: float) -> None:
+    """Make the stored datasets those of the configuration; cancel what is no longer declared."""
+    weighting = configuration.priority_weighting
+    sql.execute("update datasets set active = 0")
+    for dataset in configuration.datasets.values():
+        parts = (dataset.key.text, dataset.partitions, dataset.freshness, dataset.validate, dataset.available_after)
+        definition = hashlib.sha256(repr(parts).encode()).hexdigest()
+        known = sql.execute("select * from datasets where dataset = ?", (dataset.name,)).fetchone()
+        if known is None:
+            sql.execute(
+                "insert into datasets values (null, ?, ?, 1, ?, '', 1.0, 0)", (dataset.name, dataset.source, definition)
+            )
+        elif known["definition"] != definition:
+            _forget_readings(sql, dataset, known["dataset_id"])
+        sql.execute(
+            "update datasets set active = 1, source = ?, definition = ? where dataset = ?",
+            (dataset.source, definition, dataset.name),
+        )
+    for row in sql.execute("select dataset_id, success_rate from datasets").fetchall():
+        sql.execute("update datasets set bonus = ? where dataset_id = ?", (bonus_of(weighting, row[1]), row[0]))
+    inactive = "select object_id from objects join datasets using (dataset_id) where not active and state != 'dropped'"
+    ledger = Ledger(sql, configuration, now)
+    for row in sql.execute(inactive).fetchall():
+        ledger.drop(row[0])
+
+
+def _forget_readings(sql: sqlite3.Connection, dataset: Dataset, dataset_id: int) -> None:
+    """A changed declaration: look at its objects, and at the parents that name them, once more."""
+    sql.execute("update datasets set expansion = '' where dataset_id = ?", (dataset_id,))
+    sql.execute("update objects set read_etag = null, valid = null, settled = null where dataset_id = ?", (dataset_id,))
+    parent = "(select dataset_id from datasets where dataset = ?)"
+    sql.execute(f"update objects set read_etag = null where dataset_id = {parent}", (dataset.partitions.parent,))  # noqa: S608
+
+
+def reprioritise(sql: sqlite3.Connection, configuration: Configuration, now: float) -> None:
+    """Priority and rank of every live task, as of now: days pass, weights and batches change."""
+    rows = sql.execute(
+        """
+        select t.task_id, t.priority, t.detected_at, t.gap_size, t.rank, t.slope, o.season, o.day, o.fields, d.dataset
+        from tasks t
+        join objects o using (object_id)
+        join datasets d on d.dataset_id = t.dataset_id
+        where t.state in ('pending', 'retry', 'running', 'gave_up') and d.active
+        """
+    ).fetchall()
+    groups: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if batch := configuration.datasets[row["dataset"]].batch:
+            group = (row["dataset"], json.loads(row["fields"])[batch.by])
+            groups[group] = min(groups.get(group, 0) + 1, batch.max)
+    changes = []
+    for row in rows:
+        dataset = configuration.datasets[row["dataset"]]
+        size = groups[row["dataset"], json.loads(row["fields"])[dataset.batch.by]] if dataset.batch else 1
+        priority = priority_of(dataset, row["season"], row["day"], day_of(now), configuration)
+        rank, slope = rank_of(configuration.priority_weighting, dataset.source, priority, size, row["detected_at"])
+        if (priority, size, rank, slope) != (row["priority"], row["gap_size"], row["rank"], row["slope"]):
+            changes.append((priority, size, rank, slope, row["task_id"]))
+    sql.executemany("update tasks set priority = ?, gap_size = ?, rank = ?, slope = ? where task_id = ?", changes)
+
+
+# ---------------------------------------------------------------- Queue
+# What is to be done, and in which order: claim() takes the best task whose source can be asked now,
+# together with its permit; finish() records how it ended. Headlines: claim(), finish().
+
+SUCCESS_MEMORY = 0.1  # weight of the latest attempt in a dataset's success rate
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedTask:
+    """One task of a claim, and the attempt at it."""
+
+    task_id: int
+    attempt_id: int
+    priority: str
+    target: KnownObject
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one execution has to do: one task, or several for a batch."""
+
+    dataset: Dataset
+    source: Source
+    tasks: tuple[ClaimedTask, ...]
+    permit: Permit | None  # commands and calls ask for their own
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How the attempt at one object ended."""
+
+    outcome: Outcome
+    error: str | None = None
+    http_status: int | None = None
+    stored: StoredObject | None = None
+    inspection: Inspection | None = None
+    requests: int = 0
+    retry_after: float | None = None  # seconds, when a throttling source named them
+    redirect: str | None = None  # the answer was: ask there
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What became of a task."""
+
+    task: ClaimedTask
+    result: Result
+    state: TaskState
+    failures: int
+    next_at: int | None
+
+
+def wake_retries(sql: sqlite3.Connection, before: float) -> None:
+    """Retries whose instant has come may be claimed again."""
+    sql.execute(
+        "update tasks set state = 'pending', next_at = null where state = 'retry' and next_at <= ?", (int(before),)
+    )
+
+
+def claim(
+    sql: sqlite3.Connection, configuration: Configuration, clock: Clock
+) -> tuple[Claim | None, dict[str, Opening]]:
+    """Take the best task whose source can be asked now, with its permit; else, what each source waits for.
+
+    One head per dataset is compared, so the cost does not grow with the queue."""
+    now = clock.boot()
+    reap(sql, now)
+    heads = sql.execute(
+        """
+        select t.task_id, t.rank, t.slope, t.detected_at, d.dataset, d.dataset_id, d.source, d.bonus,
+               (select count(*) from tasks r join datasets e using (dataset_id)
+                 where r.state = 'running' and e.source = d.source) as running
+        from datasets d
+        join tasks t on t.task_id = (
+            select task_id from tasks
+            where dataset_id = d.dataset_id and state = 'pending'
+            order by rank desc, task_id
+            limit 1)
+        where d.active
+        """
+    ).fetchall()
+    wall = clock.wall()
+    heads.sort(
+        key=lambda head: (
+            -score_at(head["rank"], head["slope"], head["bonus"], wall),
+            head["detected_at"],
+            head["task_id"],
+        )
+    )
+    openings: dict[str, Opening] = {}
+    for head in heads:
+        source, dataset = configuration.sources[head["source"]], configuration.datasets[head["dataset"]]
+        if head["running"] >= source.max_concurrent:
+            continue
+        if source.name not in openings:
+            openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now)
+        if openings[source.name].at <= now:
+            permit = (
+                grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now)
+                if dataset.url
+                else None
+            )
+            return Claim(dataset, source, _take(sql, configuration, dataset, head, wall), permit), openings
+    return None, openings
+
+
+def _take(
+    sql: sqlite3.Connection, configuration: Configuration, dataset: Dataset, head: sqlite3.Row, wall: float
+) -> tuple[ClaimedTask, ...]:
+    """Start an attempt at the head of a dataset's queue, and at those that go with it in a batch."""
+    by, most = (dataset.batch.by, dataset.batch.max) if dataset.batch else ("", 1)
+    rows = sql.execute(
+        """
+        select t.task_id, t.priority, t.object_id
+        from tasks t join objects o using (object_id)
+        where t.dataset_id = :dataset_id and t.state = 'pending'
+          and (t.task_id = :head
+               or (:most > 1 and o.fields ->> :by = (
+                   select h.fields ->> :by from objects h join tasks using (object_id) where task_id = :head)))
+        order by t.task_id != :head, t.rank desc, t.task_id
+        limit :most
+        """
+        if most > 1
+        else "select task_id, priority, object_id from tasks where task_id = :head",
+        {"dataset_id": head["dataset_id"], "head": head["task_id"], "by": by, "most": most},
+    ).fetchall()
+    ledger, taken = Ledger(sql, configuration, wall), []
+    for row in rows:
+        started = sql.execute(
+            "insert into attempts (task_id, started_at, outcome, requests) values (?, ?, 'running', 0)",
+            (row["task_id"], wall),
+        )
+        attempt_id = cast(int, started.lastrowid)
+        sql.execute(
+            """
+            update tasks set state = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null
+            where task_id = ?
+            """,
+            (attempt_id, row["task_id"]),
+        )
+        target = ledger.objects("object_id = :object_id", {"object_id": row["object_id"]})[0]
+        taken.append(ClaimedTask(row["task_id"], attempt_id, row["priority"], target))
+    return tuple(taken)
+
+
+def retry_delay(policy: Retry, times: int, dice: random.Random) -> float:
+    """Seconds before the next attempt, after so many: doubled each time, a quarter more or less by chance."""
+    growing = policy.initial_delay_seconds * 2.0 ** min(times - 1, 40)
+    return min(growing * dice.uniform(0.75, 1.25), policy.max_delay_seconds)
+
+
+def finish(
+    ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clock, dice: random.Random
+) -> tuple[list[Ending], Pause | None]:
+    """Record how a claim ended: requests, attempts, objects, tasks, all in the caller's transaction.
+
+    An attempt that is no longer the one its task waits for changes nothing but its own row."""
+    now = clock.boot()
+    sql, source, first = ledger.sql, claimed.source, results[0]
+    if claimed.permit:
+        release(sql, claimed.permit, now, used=any(result.requests for result in results))
+    failures, pausing = 0, None
+    if any(result.requests for result in results):
+        failures, pausing = learn(sql, source, first.outcome, first.error or first.outcome, now, first.retry_after)
+    if first.outcome is Outcome.STORE_ERROR:
+        pausing = Pause(GLOBAL, FIRST_PAUSE_SECONDS, first.error or "the store failed")
+        pause(sql, GLOBAL, pausing.seconds, pausing.reason, now)
+    least = pausing.seconds if pausing else 0.0
+
+    def delay(times: int) -> float:
+        return max(least, retry_delay(ledger.configuration.retry, times, dice))
+
+    endings = []
+    for task, result in zip(claimed.tasks, results, strict=True):
+        _record_attempt(ledger, claimed.dataset, task, result)
+        row = sql.execute(
+            "select * from tasks where task_id = ? and state = 'running' and attempt_id = ?",
+            (task.task_id, task.attempt_id),
+        ).fetchone()
+        if row is not None:
+            endings.append(_settle(ledger, task, result, row, failures, delay))
+    return endings, pausing
+
+
+def _settle(
+    ledger: Ledger,
+    task: ClaimedTask,
+    result: Result,
+    row: sqlite3.Row,
+    source_failures: int,
+    delay: Callable[[int], float],
+) -> Ending:
+    """The next state of a task. It is done only when its object is whole in the store and no longer a gap."""
+    sql = ledger.sql
+    known = ledger.objects("object_id = :object_id", {"object_id": task.target.object_id})[0]
+    season = next((season for season in ledger.configuration.seasons if season.label == known.season), None)
+    counted = (
+        result.outcome in COUNTED_FAILURES
+        or (result.outcome in SOURCE_FAILURES and source_failures <= 1)
+        or (result.outcome is Outcome.NOT_YET and not may_still_appear(season, known.day, ledger.now))
+    )
+    failures = 0 if result.outcome is Outcome.OK else row["failures"] + counted
+    next_at: int | None = None
+    if known.state is ObjectState.DROPPED:
+        state = TaskState.CANCELLED
+    elif result.outcome is Outcome.OK or result.outcome is Outcome.LOST:
+        state = TaskState.PENDING
+    elif failures >= ledger.configuration.retry.max_attempts:
+        state = TaskState.GAVE_UP
+    else:
+        state = TaskState.RETRY
+        next_at = int(ledger.now + delay(failures if counted else row["attempts"] - failures)) + 1
+    sql.execute(
+        """
+        update tasks set state = ?, failures = ?, next_at = ?, last_error = ?, attempt_id = null, closed_at = ?
+        where task_id = ?
+        """,
+        (
+            state,
+            failures,
+            next_at,
+            result.error,
+            int(ledger.now) if state is TaskState.CANCELLED else None,
+            task.task_id,
+        ),
+    )
+    if result.outcome is Outcome.OK and result.stored and state is TaskState.PENDING:
+        state, next_at = _note_stored(ledger, known, result, task.task_id)
+    return Ending(task, result, state, failures, next_at)
+
+
+def _note_stored(ledger: Ledger, known: KnownObject, result: Result, task_id: int) -> tuple[TaskState, int | None]:
+    """The object is in the store. The task closes, or waits when the object is not final yet."""
+    stored, inspection = result.stored, result.inspection
+    assert stored and inspection
+    facts = dataclasses.replace(
+        known.facts,
+        proven=True,
+        size=stored.size,
+        etag=stored.etag,
+        modified_at=stored.modified_at,
+        valid=inspection.valid,
+        settled=inspection.settled,
+        verdict=inspection.verdict,
+    )
+    verdict = ledger.note(known, facts, read_etag=stored.etag)
+    ledger.set_children(known, inspection.children, proven=True)
+    if verdict.state not in GAPS:
+        return TaskState.DONE, None
+    ledger.sql.execute("update tasks set state = 'retry', next_at = ? where task_id = ?", (verdict.ask_at, task_id))
+    return TaskState.RETRY, verdict.ask_at
+
+
+def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result: Result) -> None:
+    sql = ledger.sql
+    size = result.stored.size if result.stored else None
+    ended = sql.execute(
+        """
+        update attempts
+        set outcome = ?, seconds = max(0, ? - started_at), http_status = ?, bytes = ?, requests = ?, error = ?
+        where attempt_id = ? and outcome = 'running'
+        returning seconds
+        """,
+        (result.outcome, ledger.now, result.http_status, size, result.requests, result.error, task.attempt_id),
+    ).fetchall()
+    if not ended:
+        return
+    sql.execute(
+        """
+        insert into daily_totals
+        values (date(:now, 'unixepoch'), (select dataset_id from datasets where dataset = :dataset),
+                :priority, :outcome, 1, :seconds, :bytes)
+        on conflict do update set
+            attempts = attempts + 1,
+            seconds = seconds + excluded.seconds,
+            bytes = bytes + excluded.bytes
+        """,
+        {
+            "now": int(ledger.now),
+            "dataset": dataset.name,
+            "priority": task.priority,
+            "outcome": result.outcome,
+            "seconds": ended[0]["seconds"],
+            "bytes": size or 0,
+        },
+    )
+    if result.outcome in RELIABILITY:
+        rate = sql.execute("select success_rate from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
+        rate += SUCCESS_MEMORY * ((result.outcome is Outcome.OK) - rate)
+        bonus = bonus_of(ledger.configuration.priority_weighting, rate)
+        sql.execute("update datasets set success_rate = ?, bonus = ? where dataset = ?", (rate, bonus, dataset.name))
+
+
+def requeue_orphans(sql: sqlite3.Connection) -> int:
+    """After a crash: what was running is pending again, and its attempt is lost. Returns how many."""
+    sql.execute(
+        "update attempts set outcome = 'lost', seconds = 0, error = 'the runner died' where outcome = 'running'"
+    )
+    return sql.execute("update tasks set state = 'pending', attempt_id = null where state = 'running'").rowcount
+
+
+# ---------------------------------------------------------------- Reconcile
+# Notices: expected against present. A cycle is a row of short steps, so that the runner keeps claiming in
+# between: expand what should exist, list what does, read what names other objects, note the differences.
+# It derives everything from state, so a missed event costs nothing. Headline: reconcile().
+
+READS_IN_A_TRANSACTION = 20
+READS_IN_A_CYCLE = 1000  # of objects that name no others and that something else wrote
+BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
+
+
+def reconcile(
+    database: Database, configuration: Configuration, store: Store, clock: Clock, believe: frozenset[str] = frozenset()
+) -> Iterator[int]:
+    """One cycle, as steps: each `next()` does a little and yields the cycle's id; the last step records
+    what was found. Errors of the store end the cycle and stand in its row. `believe` names datasets whose
+    mass loss is real."""
+    cycle = _Cycle(database, configuration, store, clock, believe)
+    try:
+        for level in _levels(configuration):
+            for _ in itertools.chain(cycle.expand(level), cycle.compare(level), cycle.read(level)):
+                yield cycle.cycle_id
+        for _ in itertools.chain(cycle.apply_losses(), cycle.age()):
+            yield cycle.cycle_id
+    except StoreError as error:
+        cycle.problems.append(str(error))
+    except GeneratorExit:
+        cycle.problems.append("stopped before its end")
+        raise
+    finally:
+        cycle.end()
+
+
+def run_cycle(steps: Iterator[int]) -> int:
+    """Do all steps of a cycle; returns its id."""
+    return max(steps)
+
+
+def _levels(configuration: Configuration) -> list[list[Dataset]]:
+    """The datasets, parents before their children."""
+    depths: dict[str, int] = {}
+
+    def depth(name: str) -> int:
+        if name not in depths:
+            parent = configuration.datasets[name].partitions.parent
+            depths[name] = depth(parent) + 1 if parent else 0
+        return depths[name]
+
+    levels: dict[int, list[Dataset]] = {}
+    for dataset in configuration.datasets.values():
+        levels.setdefault(depth(dataset.name), []).append(dataset)
+    return [levels[number] for number in sorted(levels)]
+
+
+def prefixes(datasets: Iterable[Dataset]) -> list[str]:
+    """What to list for these datasets: the fixed starts of their keys, none within another."""
+    starts = sorted({dataset.key.text.partition("{")[0] for dataset in datasets})
+    return [
+        start for number, start in enumerate(starts) if not any(start.startswith(other) for other in starts[:number])
+    ]
+
+
+class _Cycle:
+    """What one cycle has seen and done so far."""
+
+    def __init__(
+        self, database: Database, configuration: Configuration, store: Store, clock: Clock, believe: frozenset[str]
+    ) -> None:
+        self.database, self.configuration, self.store, self.clock, self.believe = (
+            database,
+            configuration,
+            store,
+            clock,
+            believe,
+        )
+        self.listed = self.unexpected = self.created = self.closed = 0
+        self.losses: dict[str, list[int]] = {}  # objects that were there, by dataset
+        self.problems: list[str] = []
+        self.started, self.calls_before = clock.boot(), store.calls
+        with database.transaction() as sql:
+            sql.execute("update reconciliations set error = 'the runner died', seconds = 0 where seconds is null")
+            begun = sql.execute(
+                "insert into reconciliations values (null, ?, null, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, null)",
+                (clock.wall(),),
+            )
+            self.cycle_id = cast(int, begun.lastrowid)
+
+    @contextlib.contextmanager
+    def ledger(self) -> Iterator[Ledger]:
+        """A transaction, whose opened and closed tasks count for this cycle."""
+        with self.database.transaction() as sql:
+            ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
+            yield ledger
+        self.created += ledger.created
+        self.closed += ledger.closed
+
+    def expand(self, level: Sequence[Dataset]) -> Iterator[None]:
+        """Make the expected objects of datasets that depend on no others those of today."""
+        for dataset in level:
+            if dataset.partitions.parent:
+                continue
+            now = self.clock.wall()
+            inputs = (
+                dataset.partitions,
+                dataset.key.text,
+                self.configuration.seasons,
+                day_of(now, timezone_of(dataset)),
+            )
+            digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
+            if self.database.value("select expansion from datasets where dataset = ?", (dataset.name,)) == digest:
+                continue
+            wanted: set[int] = set()
+            for chunk in chunks(expand(dataset, self.configuration.seasons, now), PAGE):
+                with self.ledger() as ledger:
+                    for fields in chunk:
+                        try:
+                            expected = expected_object(dataset, fields, self.configuration.seasons)
+                            wanted.add(ledger.expect(dataset, expected, proven=False))
+                        except ValueError as error:
+                            self.problems.append(str(error))
+                yield
+            self._drop_others(dataset, wanted, digest)
+            yield
+
+    def _drop_others(self, dataset: Dataset, wanted: set[int], digest: str) -> None:
+        with self.ledger() as ledger:
+            known = ledger.sql.execute(
+                """
+                select object_id
+                from objects join datasets using (dataset_id)
+                where dataset = ? and state != 'dropped'
+                """,
+                (dataset.name,),
+            ).fetchall()
+            for (object_id,) in known:
+                if object_id not in wanted:
+                    ledger.drop(object_id)
+            ledger.sql.execute("update datasets set expansion = ? where dataset = ?", (digest, dataset.name))
+
+    def compare(self, level: Sequence[Dataset]) -> Iterator[None]:
+        """List the store and note what differs from what is known. Each page proves its own range of keys
+        and nothing beyond it."""
+        for prefix in prefixes(level):
+            low = prefix
+            for page in chunks(self._in_order(prefix), PAGE):
+                high = page[-1].key
+                self._compare_page(page, low, high)
+                low = high + "\0"
+                yield
+            self._compare_page([], low, prefix + "\U0010ffff")
+            yield
+
+    def _in_order(self, prefix: str) -> Iterator[StoredObject]:
+        """The listing in key order. A store that was out of order here, or that was never listed here, is
+        sorted first."""
+        name = f"order of {prefix}"
+        if self.database.value("select value from settings where name = ?", (name,)) == "ascending":
+            yield from ascending(self.store.list(prefix))
+            return
+        was_ascending, listing = sort_listing(self.store.list(prefix))
+        with self.database.transaction() as sql:
+            value = "ascending" if was_ascending else "out of order"
+            sql.execute("insert or replace into settings values (?, ?)", (name, value))
+        yield from listing
+
+    def _compare_page(self, page: Sequence[StoredObject], low: str, high: str) -> None:
+        listed = {entry.key: entry for entry in page}
+        with self.ledger() as ledger:
+            known = ledger.objects("key >= :low and key <= :high and state != 'dropped'", {"low": low, "high": high})
+            for target in known:
+                if target.cycle_id == self.cycle_id:
+                    continue  # written since this listing may have begun
+                entry = listed.get(target.key)
+                if entry is None and target.facts.etag is not None:
+                    self.losses.setdefault(target.dataset, []).append(target.object_id)
+                elif entry is None and not target.facts.proven:
+                    ledger.note(target, dataclasses.replace(target.facts, proven=True))
+                elif entry is not None and (entry.etag != target.facts.etag or not target.facts.proven):
+                    ledger.note(target, _seen(target, entry))
+        self.listed += len(page)
+        self.unexpected += len(page) - sum(target.key in listed for target in known)
+
+    def read(self, level: Sequence[Dataset]) -> Iterator[None]:
+        """Look once at the content of each version of an object that something else wrote: is it valid, is
+        it final, which children does it name?"""
+        for dataset in level:
+            children = self.configuration.children_of(dataset.name)
+            if not (children or dataset.freshness.until or dataset.validate.needs_content()):
+                continue
+            left = math.inf if children or dataset.freshness.until else READS_IN_A_CYCLE
+            after = ""
+            while left > 0 and (unread := self._unread(dataset, after)):
+                bodies = {target.object_id: self._body(target.key) for target in unread}
+                with self.ledger() as ledger:
+                    for target in unread:
+                        self._note_content(ledger, target, bodies[target.object_id], children)
+                after = unread[-1].key
+                left -= len(unread)
+                yield
+
+    def _unread(self, dataset: Dataset, after: str) -> list[KnownObject]:
+        with self.database.transaction() as sql:
+            return Ledger(sql, self.configuration, 0).objects(
+                """
+                dataset_id = (select dataset_id from datasets where dataset = :dataset)
+                and etag is not read_etag and etag is not null and key > :after and state != 'dropped'
+                order by key limit :few
+                """,
+                {"dataset": dataset.name, "after": after, "few": READS_IN_A_TRANSACTION},
+            )
+
+    def _body(self, key: str) -> bytes | None:
+        try:
+            return self.store.read(key)
+        except KeyError:
+            return None  # gone since it was listed: the next cycle sees that
+
+    def _note_content(
+        self, ledger: Ledger, target: KnownObject, body: bytes | None, children: Sequence[Dataset]
+    ) -> None:
+        if body is None:
+            return
+        found = inspect(self.configuration.datasets[target.dataset], target.fields, body, children)
+        facts = dataclasses.replace(target.facts, valid=found.valid, settled=found.settled, verdict=found.verdict)
+        ledger.note(target, facts, read_etag=target.facts.etag)
+        if found.valid:
+            self.problems += ledger.set_children(target, found.children, proven=False)
+
+    def apply_losses(self) -> Iterator[None]:
+        """What was there and is no longer listed is missing, unless so much is gone that the listing or the
+        mount is more likely at fault."""
+        total = sum(map(len, self.losses.values()))
+        for name, lost in self.losses.items():
+            there = self.database.value(
+                "select count(*) from objects join datasets using (dataset_id) where dataset = ? and etag is not null",
+                (name,),
+            )
+            many = len(lost) > BRAKE_OBJECTS and len(lost) > BRAKE_SHARE * there
+            if name not in self.believe and (many or (self.listed == 0 and total > BRAKE_EMPTY)):
+                text = f"{name}: {len(lost)} of {there} objects vanished at once, none is taken for missing"
+                self.problems.append(f"{text}; if the loss is real: adce.py reconcile --believe {name}")
+                continue
+            for chunk in chunks(iter(lost), PAGE):
+                with self.ledger() as ledger:
+                    for target in ledger.objects(
+                        "object_id in (select value from json_each(:ids))", {"ids": json.dumps(chunk)}
+                    ):
+                        if target.cycle_id != self.cycle_id:
+                            ledger.note(
+                                target, Facts(available_at=target.facts.available_at, seen_at=target.facts.seen_at)
+                            )
+                yield
+
+    def age(self) -> Iterator[None]:
+        """What time alone has changed; and once a day, or when the weights did, the priorities."""
+        while note_due_objects(self.database, self.configuration, self.clock):
+            yield
+        weighting, batches = (
+            self.configuration.priority_weighting,
+            [dataset.batch for dataset in self.configuration.datasets.values()],
+        )
+        inputs = repr(
+            (
+                day_of(self.clock.wall()),
+                weighting,
+                self.configuration.seasons,
+                [d.priority for d in self.configuration.datasets.values()],
+            )
+        )
+        with self.database.transaction() as sql:
+            known = sql.execute("select value from settings where name = 'priorities'").fetchone()
+            if any(batches) or not known or known[0] != inputs:
+                reprioritise(sql, self.configuration, self.clock.wall())
+                sql.execute("insert or replace into settings values ('priorities', ?)", (inputs,))
+        yield
+
+    def end(self) -> None:
+        """Record the cycle."""
+        counts = {
+            row[0]: row[1]
+            for row in self.database.read(
+                "select state, count(*) from objects where state not in ('awaited', 'dropped') group by state"
+            )
+        }
+        with self.database.transaction() as sql:
+            sql.execute(
+                """
+                update reconciliations
+                set seconds = :seconds, listed = :listed, unexpected = :unexpected, list_calls = :list_calls,
+                    expected = :expected, present = :present, missing = :missing, stale = :stale, suspect = :suspect,
+                    created = :created, closed = :closed, error = :error
+                where cycle_id = :cycle_id
+                """,
+                {
+                    **{str(state): counts.get(state, 0) for state in (ObjectState.PRESENT, *GAPS)},
+                    "expected": sum(counts.values()),
+                    "seconds": self.clock.boot() - self.started,
+                    "listed": self.listed,
+                    "unexpected": self.unexpected,
+                    "list_calls": self.store.calls - self.calls_before,
+                    "created": self.created,
+                    "closed": self.closed,
+                    "error": "; ".join(self.problems[:5])
+                    + (f" and {len(self.problems) - 5} more" if len(self.problems) > 5 else "")
+                    or None,
+                    "cycle_id": self.cycle_id,
+                },
+            )
+
+
+def note_due_objects(database: Database, configuration: Configuration, clock: Clock) -> int:
+    """Appraise up to a page of objects whose instant has come. Returns how many."""
+    with database.transaction() as sql:
+        ledger = Ledger(sql, configuration, clock.wall())
+        due = ledger.objects(
+            "due_at is not null and due_at <= :now order by due_at limit :page",
+            {"now": int(clock.wall()), "page": PAGE},
+        )
+        for target in due:
+            ledger.note(target, target.facts)
+    return len(due)
+
+
+def _seen(target: KnownObject, entry: StoredObject) -> Facts:
+    """The facts of an object that is listed with an etag not known yet: its content counts as unread."""
+    read = target.read_etag == entry.etag
+    facts = dataclasses.replace(
+        target.facts, proven=True, size=entry.size, etag=entry.etag, modified_at=entry.modified_at
+    )
+    return facts if read else dataclasses.replace(facts, valid=None, settled=None, verdict=None)
+
+
+# ---------------------------------------------------------------- Executions
+# What one execution is, as plain data that can travel to another process, and what it leaves: an object
+# that is validated before it is stored. Headlines: FetchSpec, keep(), look().
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One object that an execution should bring."""
+
+    key: str
+    fields: Fields
+    is_missing: bool  # then the store is asked first
+
+
+@dataclass(frozen=True, slots=True)
+class FetchSpec:
+    """All that an execution needs to know. Plain data: it can travel to another process."""
+
+    dataset: Dataset
+    source: Source
+    children: tuple[Dataset, ...]
+    targets: tuple[Target, ...]
+    url: str = ""
+    hops: int = 0
+    send_before: float = math.inf  # boot
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def specify(configuration: Configuration, claimed: Claim) -> FetchSpec:
+    """The plain data of a claim."""
+    dataset = claimed.dataset
+    targets = tuple(
+        Target(task.target.key, task.target.fields, task.target.state is ObjectState.MISSING) for task in claimed.tasks
+    )
+    url = claimed.source.base_url + dataset.url.render(targets[0].fields, quote_for_url) if dataset.url else ""
+    environment = {
+        "ADCE_CONFIG": str(configuration.path),
+        "ADCE_DB": str(configuration.database),
+        "ADCE_SOURCE": claimed.source.name,
+        "ADCE_TASK": ",".join(str(task.task_id) for task in claimed.tasks),
+    }
+    return FetchSpec(
+        dataset=dataset,
+        source=claimed.source,
+        children=tuple(configuration.children_of(dataset.name)),
+        targets=targets,
+        url=url,
+        send_before=claimed.permit.send_before if claimed.permit else math.inf,
+        environment=environment,
+    )
+
+
+def look(spec: FetchSpec, target: Target, store: Store) -> Result | None:
+    """What the store holds under a key, judged; None when there is nothing."""
+    stored = store.find(target.key)
+    if stored is None:
+        return None
+    try:
+        inspection = inspect(spec.dataset, target.fields, store.read(target.key), spec.children)
+    except KeyError:
+        return None
+    outcome = Outcome.OK if inspection.valid else Outcome.INVALID
+    return Result(outcome, inspection.verdict, stored=stored, inspection=inspection)
+
+
+def keep(spec: FetchSpec, target: Target, body: bytes, store: Store, http_status: int | None = None) -> Result:
+    """Validate a body, then store it. `requests` counts the HTTP request that brought it."""
+    requests = 0 if http_status is None else 1
+    inspection = inspect(spec.dataset, target.fields, body, spec.children)
+    if not inspection.valid:
+        return Result(Outcome.INVALID, inspection.verdict, http_status, requests=requests)
+    try:
+        stored = store.write(target.key, body)
+    except StoreError as error:
+        return Result(Outcome.STORE_ERROR, str(error), http_status, requests=requests)
+    return Result(Outcome.OK, None, http_status, stored, inspection, requests)
+
+
+def excerpt(body: bytes) -> str:
+    """The start of a body, fit for one line."""
+    text = body[:300].decode("utf-8", "replace")
+    plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in plain)[:120] or "empty"
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line, whatever it is."""
+    try:
+        return excerpt(f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
+    except Exception:  # noqa: BLE001  # its own __str__ failed
+        return type(error).__name__
+
+
+# ---------------------------------------------------------------- Requests
+# One HTTP request: a deadline for all of it, a cap on its size, no hidden retries. A redirect is handed
+# back, because each hop needs a permit of its own. Headline: request().
+
+CONNECT_SECONDS = 10
+BLOCK_BYTES = 64 << 10
+MAX_REDIRECTS = 5
+REDIRECTS = (301, 302, 303, 307, 308)
+KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
+    """One HTTP request with a deadline for all of it, at most max_bytes long."""
+    import requests
+
+    if clock.boot() > spec.send_before:
+        return Result(Outcome.LOST, "its permit ran out before it was sent")
+    deadline = _Deadline(spec.source.timeout_seconds)
+    try:
+        with deadline, requests.Session() as session:
+            session.trust_env = spec.source.trust_env
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, _adapter(deadline))
+            with session.get(
+                spec.url,
+                headers=_headers(spec),
+                timeout=(min(CONNECT_SECONDS, spec.source.timeout_seconds), spec.source.timeout_seconds),
+                stream=True,
+                allow_redirects=False,
+            ) as response:
+                body = _read_body(response, spec.dataset.validate.max_bytes)
+                return _judge(spec, response, body, store)
+    except _TooLargeError:
+        return Result(Outcome.INVALID, f"longer than {spec.dataset.validate.max_bytes} bytes", requests=1)
+    except (requests.RequestException, OSError, ValueError) as error:
+        if deadline.passed or isinstance(error, requests.Timeout):
+            return Result(Outcome.TIMEOUT, f"no whole answer within {spec.source.timeout_seconds:g} s", requests=1)
+        if isinstance(error, requests.exceptions.ContentDecodingError):
+            return Result(Outcome.INVALID, "its encoding is broken", requests=1)
+        return Result(Outcome.UNREACHABLE, f"{_host(spec.url)}: {_root_cause(error)}", requests=1)
+
+
+class _Deadline:
+    """Ends a request when its time is over, by closing its socket from a watching thread: a server that
+    sends a byte now and then never trips a timeout for a single read."""
+
+    def __init__(self, seconds: float) -> None:
+        self.passed = False
+        self.connections: list[Any] = []
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def _end(self) -> None:
+        self.passed = True
+        for connection in self.connections:
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+
+def _adapter(deadline: _Deadline) -> Any:
+    """A transport without retries whose connections the deadline knows."""
+    import requests.adapters
+    import urllib3
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def get_connection_with_tls_context(self, *arguments: Any, **options: Any) -> Any:
+            pool: Any = super().get_connection_with_tls_context(*arguments, **options)
+            kind = pool.ConnectionCls
+
+            def connect(*arguments: Any, **options: Any) -> Any:
+                connection = kind(*arguments, **options)
+                deadline.connections.append(connection)
+                return connection
+
+            pool.ConnectionCls = connect
+            return pool
+
+    return Adapter(pool_connections=1, pool_maxsize=1, max_retries=urllib3.Retry(total=False))
+
+
+def _headers(spec: FetchSpec) -> dict[str, str]:
+    """Secrets for one host are not sent to another."""
+    headers = dict(spec.source.headers)
+    if _origin(spec.url) != _origin(spec.source.base_url or spec.url):
+        headers = {name: text for name, text in headers.items() if name.lower() in KEPT_ON_OTHER_HOSTS}
+    return headers
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.netloc
+
+
+def _host(url: str) -> str:
+    return urllib.parse.urlsplit(url).hostname or "?"
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost reason, in its own words: not the address, which may hold a key."""
+    while True:
+        inner = getattr(error, "reason", None) or error.__cause__ or error.__context__
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    text = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+    return text if len(text) < 100 else text[:100]
+
+
+def _read_body(response: Any, most: int) -> bytes:
+    blocks, size = [], 0
+    for block in response.iter_content(BLOCK_BYTES):
+        size += len(block)
+        if size > most:
+            raise _TooLargeError
+        blocks.append(block)
+    return b"".join(blocks)
+
+
+def _judge(spec: FetchSpec, response: Any, body: bytes, store: Store) -> Result:
+    """What an answer means. Errors can come with status 200, and "not there yet" with 403."""
+    status = response.status_code
+    if status in REDIRECTS and "location" in response.headers:
+        return _redirected(spec, response)
+    failure = classify(spec.source, status, body)
+    if failure is None:
+        return keep(spec, spec.targets[0], body, store, status)
+    outcome, error = failure
+    retry_after = None
+    if outcome is Outcome.THROTTLED:
+        retry_after = parse_retry_after(response.headers.get("Retry-After"), response.headers.get("Date"))
+        if retry_after is None and status in spec.source.blocked_when.status:
+            retry_after = spec.source.blocked_when.pause_seconds
+    return Result(outcome, error, status, requests=1, retry_after=retry_after)
+
+
+def _redirected(spec: FetchSpec, response: Any) -> Result:
+    target = urllib.parse.urljoin(spec.url, response.headers["location"])
+    parts, status = urllib.parse.urlsplit(target), response.status_code
+    if spec.hops >= MAX_REDIRECTS:
+        return Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status, requests=1)
+    if parts.scheme not in ("http", "https") or (parts.scheme == "http" and spec.url.startswith("https:")):
+        return Result(
+            Outcome.HTTP_ERROR, f"redirected to {parts.scheme}://{parts.hostname}, which is refused", status, requests=1
+        )
+    return Result(Outcome.RUNNING, None, status, requests=1, redirect=target)
+
+
+def classify(source: Source, status: int, body: bytes) -> tuple[Outcome, str] | None:
+    """Why an answer is no object, or None when it may be one."""
+    if status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000]):
+        return Outcome.NOT_YET, "HTTP 403: no such object"
+    if status in (429, 503) or status in source.blocked_when.status:
+        return Outcome.THROTTLED, f"HTTP {status}: {excerpt(body)}"
+    document: Any = None
+    if source.error_when:
+        with contextlib.suppress(ValueError, RecursionError):
+            document = json.loads(body)
+    is_error = source.error_when is not None and document is not None and holds(source.error_when, {}, document)
+    code = document.get("code") if is_error and isinstance(document, dict) else None
+    if status in (404, 410) or (is_error and code in (404, "404")):
+        return Outcome.NOT_YET, f"HTTP {status}: {excerpt(body)}"
+    if is_error and status < 500:
+        return Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}"
+    if status != 200:
+        return Outcome.HTTP_ERROR, f"HTTP {status}: {excerpt(body)}"
+    return None
+
+
+def parse_retry_after(text: str | None, date: str | None) -> float | None:
+    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date less the answer's own Date,
+    which needs no agreement of clocks. None when it says nothing usable."""
+    if text is None:
+        return None
+    if re.fullmatch(r"\s*\d{1,9}\s*", text):
+        return float(text)
+    try:
+        until = email.utils.parsedate_to_datetime(text)
+        since = email.utils.parsedate_to_datetime(date) if date else datetime.datetime.now(datetime.UTC)
+        return max(0.0, (until - since).total_seconds())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+# ---------------------------------------------------------------- Scrapers
+# Other ways to bring an object: a program in any language, or a function. Headlines: run_command(),
+# call_function().
+
+OUTPUT_TAIL_BYTES = 4096
+CHILD_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR")
+
+
+def run_command(spec: FetchSpec, store: Store) -> list[Result]:
+    """Run a program; it has succeeded for each object that is whole in the store afterwards.
+
+    No shell, its own process group, an environment of named variables; the group is ended with it."""
+    fields: dict[str, str] = dict(spec.targets[0].fields)
+    for name in spec.dataset.partitions.own_fields():
+        fields[f"{name}s"] = ",".join(target.fields[name] for target in spec.targets)
+    words = [word.render(fields, str) for word in spec.dataset.command]
+    environment = {name: os.environ[name] for name in CHILD_ENVIRONMENT if name in os.environ} | dict(spec.environment)
+    with tempfile.TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                cwd=Path(spec.environment["ADCE_CONFIG"]).parent,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return [Result(Outcome.ERROR, f"cannot start {words[0]}: {error.strerror}")] * len(spec.targets)
+        ended = _wait_for(process, spec.dataset.timeout_seconds)
+        output.seek(max(0, output.tell() - OUTPUT_TAIL_BYTES))
+        tail = excerpt(output.read()[-300:])
+    results = []
+    for target in spec.targets:
+        found = look(spec, target, store)
+        outcome = Outcome.ERROR if ended == "failed" or found is None else found.outcome
+        if ended == "timed out":
+            outcome = Outcome.TIMEOUT
+        if found and found.outcome is Outcome.OK:
+            results.append(found)
+        else:
+            reason = found.error if found else f"left no object ({ended}): {tail}"
+            results.append(Result(outcome, reason))
+    return results
+
+
+def _wait_for(process: subprocess.Popen[bytes], seconds: float) -> str:
+    """How a program ended; whatever is left of its group is killed."""
+    try:
+        code = process.wait(seconds)
+        ended = "exit 0" if code == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        ended = "timed out"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return ended
+
+
+def call_function(spec: FetchSpec, store: Store) -> Result:
+    """Call module:function with the fields as keywords; it returns the object's bytes or a path to them."""
+    module, _, name = (spec.dataset.call or "").partition(":")
+    target = spec.targets[0]
+    value = getattr(importlib.import_module(module), name)(**target.fields)
+    if isinstance(value, str | Path):
+        value = Path(value).read_bytes()
+    if not isinstance(value, bytes):
+        return Result(Outcome.ERROR, f"{spec.dataset.call} returned {type(value).__name__}, not bytes or a path")
+    return keep(spec, target, value, store)
+
+
+# ---------------------------------------------------------------- Fetch
+# Does one execution, whatever its kind, without the database. Headline: fetch().
+
+
+def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
+    """Bring the objects of a spec into the store. One result for each target; never raises.
+
+    An object that is in the store already, and whole, is not asked for again."""
+    try:
+        if len(spec.targets) == 1 and spec.targets[0].is_missing and not spec.hops:
+            found = look(spec, spec.targets[0], store)
+            if found and found.outcome is Outcome.OK:
+                return [found]
+        if spec.dataset.command:
+            return run_command(spec, store)
+        if spec.dataset.call:
+            return [call_function(spec, store)]
+        return [request(spec, store, clock)]
+    except StoreError as error:
+        return [Result(Outcome.STORE_ERROR, str(error))] * len(spec.targets)
+    except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
+        return [Result(Outcome.ERROR, describe(error))] * len(spec.targets)
+
+
+# ---------------------------------------------------------------- Report
+# Tells: questions in SQL, answers as sections of rows, and sections as text in the format that was asked
+# for. Nothing here changes anything. Headlines: the *_sections functions, render().
+
+FORMATS = ("table", "json", "csv", "github", "html")
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A titled table. `name` is its key in JSON."""
+
+    name: str
+    title: str
+    rows: Rows
+    is_one: bool = False  # one thing with many properties, rather than many things
+    empty: str = "none"
+
+
+def query(database: Database, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> Rows:
+    """Rows as dictionaries, in the order of the columns."""
+    return [dict(row) for row in database.read(sql, parameters)]
+
+
+def render(sections: Sequence[Section], style: str, width: int | None = None) -> str:
+    """Sections as text. JSON is one document; a table is cut to `width` columns when one is given."""
+    if style == "json":
+        values = {
+            section.name: section.rows[0] if section.is_one and section.rows else section.rows for section in sections
+        }
+        document = next(iter(values.values())) if len(values) == 1 else values
+        return json.dumps(document, indent=2, ensure_ascii=False, default=str)
+    if style == "csv":
+        return "\n".join(_csv(section) for section in sections).rstrip("\n")
+    blocks = []
+    for section in sections:
+        rows = (
+            [{"what": name, "value": value} for row in section.rows for name, value in row.items()]
+            if section.is_one
+            else section.rows
+        )
+        body = _table(rows, style, width) if rows else section.empty
+        title = {"html": f"<h2>{html.escape(section.title)}</h2>", "github": f"### {section.title}\n"}.get(
+            style, section.title
+        )
+        blocks.append(f"{title}\n{body}" if section.title else body)
+    return "\n\n".join(blocks)
+
+
+def _csv(section: Section) -> str:
+    text = io.StringIO()
+    if section.rows:
+        writer = csv.DictWriter(text, fieldnames=list(section.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(section.rows)
+    return text.getvalue()
+
+
+def _table(rows: Rows, style: str, width: int | None) -> str:
+    import tabulate
+
+    numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]]
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    if style == "html":
+        cells = [[html.escape(cell) for cell in row] for row in cells]
+    text = tabulate.tabulate(
+        cells,
+        headers=list(rows[0]),
+        tablefmt={"table": "simple", "github": "github", "html": "unsafehtml"}[style],
+        disable_numparse=True,
+        colalign=["right" if is_number else "left" for is_number in numeric],
+    )
+    lines = [line.rstrip() for line in text.splitlines()]
+    return "\n".join(line if not width or len(line) <= width else f"{line[: width - 1]}…" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def coverage_sections(database: Database, source: str | None = None, dataset: str | None = None) -> list[Section]:
+    """What is expected and what is there, by dataset and season."""
+    sql = """
+        select * from coverage
+        where (:source is null or source = :source) and (:dataset is null or dataset = :dataset)
+        order by source, dataset, season
+    """
+    rows = query(database, sql, {"source": source, "dataset": dataset})
+    return [
+        Section(
+            "coverage",
+            "Coverage by dataset and season",
+            rows,
+            empty="nothing is expected yet; run a cycle: adce.py reconcile",
+        )
+    ]
+
+
+COVERAGE_BY_DATASET = """
+    select source, dataset, sum(expected) as expected, sum(present) as present, sum(missing) as missing,
+           sum(stale) as stale, sum(suspect) as suspect, sum(gave_up) as gave_up,
+           sum(present) * 10000 / sum(expected) / 100.0 as percent
+    from coverage
+    group by source, dataset
+"""
+COVERAGE_IN_ALL = """
+    select sum(expected) as expected, sum(present) as present, sum(missing) as missing,
+           sum(stale) as stale, sum(suspect) as suspect, sum(gave_up) as gave_up,
+           sum(present) * 10000 / sum(expected) / 100.0 as percent
+    from coverage
+    having sum(expected) > 0
+"""
+
+
+def report_sections(database: Database, since_seconds: float, now: float) -> list[Section]:
+    """The whole picture: coverage, queue, attempts, limits, cycles, what is wrong."""
+    since = {"since": now - since_seconds, "now": now}
+    span = format_duration(since_seconds)
+    return [
+        Section("coverage", "Coverage by dataset", query(database, COVERAGE_BY_DATASET)),
+        Section("total", "In all", query(database, COVERAGE_IN_ALL), is_one=True, empty="nothing is expected yet"),
+        Section("queue", "Open tasks by priority", query(database, QUEUE_BY_PRIORITY)),
+        Section("reasons", "Why objects are missing, stale or suspect", query(database, GAPS_BY_REASON)),
+        Section("attempts", f"Attempts of the last {span}", query(database, ATTEMPTS_BY_OUTCOME, since)),
+        Section("rates", "Rate limits", query(database, RATES)),
+        Section("cycles", "The last cycles", query(database, "select * from cycles order by cycle_id desc limit 5")),
+    ]
+
+
+QUEUE_BY_PRIORITY = """
+    select priority,
+           sum(state = 'pending') as pending, sum(state = 'retry') as retry, sum(state = 'running') as running,
+           sum(state = 'gave_up') as gave_up, max(age_hours) as oldest_hours
+    from queue
+    group by priority
+    order by min(case priority when 'CRITICAL' then 1 when 'HIGH' then 2 when 'MEDIUM' then 3 else 4 end)
+"""
+GAPS_BY_REASON = """
+    select g.dataset, g.kind, coalesce(t.state, 'no task') as task, count(*) as objects,
+           coalesce(max(t.last_error), max(g.reason)) as example, min(g.since) as oldest
+    from gaps g
+    left join tasks t using (task_id)
+    group by g.dataset, g.kind, t.state, substr(coalesce(t.last_error, g.reason), 1, 24)
+    order by objects desc
+    limit 20
+"""
+ATTEMPTS_BY_OUTCOME = """
+    select d.dataset, a.outcome, count(*) as attempts, sum(a.requests) as requests,
+           round(avg(a.seconds), 3) as mean_seconds, round(max(a.seconds), 3) as longest, sum(a.bytes) as bytes
+    from attempts a
+    join tasks t using (task_id)
+    join datasets d using (dataset_id)
+    where a.started_at >= :since
+    group by d.dataset, a.outcome
+    order by d.dataset, attempts desc
+"""
+RATES = """
+    select scope, window_seconds, max_requests, used, in_flight, blocked_until, reason
+    from rates
+    order by scope = 'global', scope, window_seconds
+"""
+
+
+def next_steps(database: Database) -> list[str]:
+    """Commands that answer the questions which the figures raise."""
+    steps = []
+    if database.value("select count(*) from tasks where state = 'gave_up'"):
+        steps.append("adce.py tasks --state gave_up     what gave up, and why")
+    if database.value("select 1 from objects where state in ('missing', 'stale', 'suspect') limit 1"):
+        steps.append("adce.py plan                      what the next run would do")
+    if database.value("select error from cycles order by cycle_id desc limit 1"):
+        steps.append("adce.py check                     is everything in order?")
+    return steps
+
+
+def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, Any]:
+    """Whether a runner works, and its last signs of life."""
+    rows = query(database, "select * from runner")
+    holder = lock.holder()
+    if not rows:
+        return {"runner": "never ran" if holder is None else "starting"}
+    row = rows[0]
+    if holder is not None:
+        return {
+            "runner": "running",
+            "pid": row["pid"],
+            "version": row["version"],
+            "started_at": utc_text(row["started_at"]),
+            "last_sign_of_life": utc_text(row["beat_at"]),
+            "uptime": format_duration(now - row["started_at"]),
+        }
+    ended = (
+        {"stopped_at": utc_text(row["stopped_at"]), "note": row["note"]}
+        if row["stopped_at"]
+        else {"note": "ended without a word"}
+    )
+    return {"runner": "not running", "last_sign_of_life": utc_text(row["beat_at"]), **ended}
+
+
+def status_sections(database: Database, configuration: Configuration, lock: RunnerLock, now: float) -> list[Section]:
+    """In one screen: is it running, is the lake complete, what is under way, which sources can be asked."""
+    cycle = query(database, "select * from cycles order by cycle_id desc limit 1")
+    counts = query(
+        database, "select state, count(*) as n from objects where state not in ('awaited', 'dropped') group by state"
+    )
+    by_state = {row["state"]: row["n"] for row in counts}
+    tasks = query(
+        database,
+        """
+        select (select count(*) from tasks where state = 'pending') as pending,
+               (select count(*) from tasks where state = 'running') as running,
+               (select count(*) from tasks where state = 'retry') as retry,
+               (select count(*) from tasks where state = 'gave_up') as gave_up,
+               (select strftime('%Y-%m-%dT%H:%M:%SZ', min(next_at), 'unixepoch')
+                from tasks where state = 'retry') as next_retry
+        """,
+    )
+    expected = sum(by_state.values())
+    coverage = {
+        "expected": expected,
+        **{str(state): by_state.get(state, 0) for state in (ObjectState.PRESENT, *GAPS)},
+        "percent": by_state.get("present", 0) * 10000 // expected / 100 if expected else None,
+    }
+    overview = {
+        **runner_state(database, lock, now),
+        "database": str(configuration.database),
+        "store": configuration.store,
+        "database_bytes": configuration.database.stat().st_size,
+        "disk_free_bytes": shutil.disk_usage(configuration.database.parent).free,
+    }
+    return [
+        Section("runner", "Runner", [overview], is_one=True),
+        Section("lake", "Lake", [coverage], is_one=True),
+        Section("tasks", "Tasks", tasks, is_one=True),
+        Section("cycle", "Last cycle", cycle, is_one=True, empty="no cycle yet"),
+        Section("sources", "Sources", query(database, RATES)),
+    ]
+
+
+def tasks_sections(database: Database, filters: Mapping[str, str | None], most: int) -> list[Section]:
+    """The open tasks that match, the most urgent first."""
+    sql = """
+        from queue
+        where (:state is null or state = :state)
+          and (:dataset is null or dataset = :dataset)
+          and (:source is null or source = :source)
+    """
+    count = database.value(f"select count(*) {sql}", filters)
+    rows = query(database, f"select * {sql} order by score desc, task_id limit :most", {**filters, "most": most})
+    title = f"{count} open tasks" + (f", the first {most}" if count > most else "")
+    return [Section("tasks", title, rows)]
+
+
+def task_sections(database: Database, task_id: int) -> list[Section]:
+    """One task with all that is known of it. Raises Error when there is none."""
+    sql = """
+        select t.task_id, t.state, t.priority, d.source, d.dataset, o.key, o.state as object, o.reason, o.fields,
+               strftime('%Y-%m-%dT%H:%M:%SZ', t.detected_at, 'unixepoch') as detected_at,
+               round(t.rank + t.slope * unixepoch() / 3600.0 + d.bonus, 2) as score,
+               t.gap_size, t.attempts, t.failures,
+               strftime('%Y-%m-%dT%H:%M:%SZ', t.next_at, 'unixepoch') as next_at,
+               strftime('%Y-%m-%dT%H:%M:%SZ', t.closed_at, 'unixepoch') as closed_at,
+               t.last_error, o.size, o.etag
+        from tasks t join datasets d using (dataset_id) join objects o using (object_id)
+        where t.task_id = ?
+    """
+    rows = query(database, sql, (task_id,))
+    if not rows:
+        raise Error(f"there is no task {task_id}", "see: adce.py tasks")
+    attempts = """
+        select attempt_id, started_at, seconds, outcome, http_status, bytes, error
+        from recent_attempts where task_id = ?
+    """
+    return [
+        Section("task", f"Task {task_id}", rows, is_one=True),
+        Section("attempts", "Attempts, the latest first", query(database, attempts, (task_id,))),
+    ]
+
+
+def plan_sections(database: Database, most: int) -> list[Section]:
+    """What a run would do with the queue as it is."""
+    sql = """
+        select dataset,
+               sum(state = 'pending') as now, sum(state = 'retry') as later, sum(state = 'gave_up') as gave_up,
+               min(case when state = 'retry' then next_at end) as next_retry, max(last_error) as last_error
+        from queue
+        group by dataset
+        order by dataset
+    """
+    first = """
+        select score, priority, dataset, key, reason, attempts
+        from queue where state = 'pending'
+        order by score desc, task_id limit ?
+    """
+    return [
+        Section("datasets", "What would be asked for", query(database, sql), empty="nothing: the lake is complete"),
+        Section(
+            "first", f"First of them (at most {most})", query(database, first, (most,)), empty="nothing can start now"
+        ),
+    ]
+
+
+# name, kind, meaning, query whose last column is the value and whose others are labels
+METRICS = (
+    (
+        "adce_objects",
+        "gauge",
+        "Expected objects by state.",
+        """
+        select d.dataset, o.state, count(*) as value from objects o join datasets d using (dataset_id)
+        where o.state not in ('awaited', 'dropped') group by 1, 2
+        """,
+    ),
+    ("adce_tasks", "gauge", "Open tasks.", "select dataset, state, count(*) as value from queue group by 1, 2"),
+    (
+        "adce_attempts_total",
+        "counter",
+        "Attempts that ended.",
+        "select dataset, outcome, sum(attempts) as value from stats group by 1, 2",
+    ),
+    (
+        "adce_attempt_seconds_total",
+        "counter",
+        "Time spent in attempts.",
+        "select dataset, sum(seconds) as value from stats group by 1",
+    ),
+    (
+        "adce_stored_bytes_total",
+        "counter",
+        "Bytes put into the store.",
+        "select dataset, sum(bytes) as value from stats group by 1",
+    ),
+    ("adce_cycles_total", "counter", "Cycles begun.", "select count(*) as value from cycles"),
+    (
+        "adce_cycle_last_success_timestamp_seconds",
+        "gauge",
+        "End of the last cycle without an error.",
+        "select max(started_at + seconds) as value from reconciliations where error is null having value is not null",
+    ),
+)
+
+
+def metrics_text(database: Database) -> str:
+    """The figures in the text format of Prometheus, version 0.0.4."""
+    lines = []
+    for name, kind, meaning, sql in METRICS:
+        lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+        for row in query(database, sql):
+            value = row.pop("value")
+            marks = ",".join(f'{label}="{str(text).translate(PROMETHEUS_ESCAPES)}"' for label, text in row.items())
+            lines.append(f"{name}{{{marks}}} {value}" if marks else f"{name} {value}")
+    return "\n".join(lines) + "\n"
+
+
+PROMETHEUS_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+# ---------------------------------------------------------------- Health
+# Serves the same answers over HTTP on 127.0.0.1: read-only, a few threads, a few seconds each. It only
+# reads the database. Headline: HealthServer.
+
+BEAT_SECONDS = 10  # between two signs of life of the main loop
+HTTP_THREADS = 8
+HTTP_SECONDS = 5
+PAGE_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #8884; }
+"""
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def page(sections: Sequence[Section], verdict: str, now: float) -> str:
+    """One HTML document without scripts and without requests to anywhere."""
+    title = html.escape(f"ADCE: {verdict}")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="30">
+<style>{PAGE_STYLE}</style></head>
+<body><h1>{title}</h1><p>{utc_text(now)}</p>
+{render(sections, "html")}
+</body></html>
+"""
+
+
+class HealthServer:
+    """GET /health, /status, /tasks, /metrics and / for one database, until stopped."""
+
+    def __init__(self, configuration: Configuration, database: Database, lock: RunnerLock, clock: Clock) -> None:
+        self.configuration, self.database, self.lock, self.clock = configuration, database, lock, clock
+        self.slots = threading.BoundedSemaphore(
+            HTTP_THREADS
+        )  # guards the number of answers at once; the rest are refused
+        self._server: http.server.ThreadingHTTPServer | None = None
+
+    def start(self) -> int:
+        """Listen, and return the port. Raises Error when the port is taken."""
+        outer = self
+
+        class Handler(_Handler):
+            health = outer
+
+        try:
+            self._server = _Server(("127.0.0.1", self.configuration.health_check.port), Handler)
+        except OSError as error:
+            port = self.configuration.health_check.port
+            raise Error(
+                f"cannot listen on 127.0.0.1:{port}: {error.strerror}", "see health_check.port in adce.yaml"
+            ) from error
+        threading.Thread(target=self._server.serve_forever, name="adce-health", daemon=True).start()
+        return self._server.server_address[1]
+
+    def stop(self) -> None:
+        """Stop listening."""
+        if self._server:
+            self._server.shutdown()
+            self._server.server_close()
+
+    def answer(self, path: str, query_text: str) -> tuple[int, str, str]:
+        """Status, content type and body of a path."""
+        now = self.clock.wall()
+        options = dict(urllib.parse.parse_qsl(query_text))
+        if path == "/health":
+            problems = self._problems(now)
+            body = {"status": "unhealthy" if problems else "healthy", "timestamp": utc_text(now), "problems": problems}
+            return (503 if problems else 200), "application/json", json.dumps(body)
+        if path == "/metrics" and options.get("format") != "json":
+            return 200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(self.database)
+        if path in ("/status", "/metrics"):
+            sections = status_sections(self.database, self.configuration, self.lock, now)
+            return 200, "application/json", render(sections, "json")
+        if path == "/tasks":
+            filters = {name: options.get(name) for name in ("state", "dataset", "source")}
+            return 200, "application/json", render(tasks_sections(self.database, filters, 100), "json")
+        if path == "/":
+            sections = status_sections(self.database, self.configuration, self.lock, now) + report_sections(
+                self.database, DAY, now
+            )
+            gaps = self.database.value("select count(*) from gaps")
+            return 200, "text/html; charset=utf-8", page(sections, f"{gaps} gaps" if gaps else "complete", now)
+        return 404, "text/plain; charset=utf-8", "try /health /status /tasks /metrics or /\n"
+
+    def _problems(self, now: float) -> list[str]:
+        """What makes it unhealthy: being idle does not."""
+        try:
+            beat = self.database.value("select beat_at from runner") or now
+        except DatabaseError as error:
+            return [str(error)]
+        silent = now - beat
+        if silent > 2 * max(self.configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
+            return [f"the main loop has been stuck for {format_duration(silent)}"]
+        reason = self.database.value(
+            "select reason from rates where scope = 'global' and reason like 'cannot %' limit 1"
+        )
+        return [reason] if reason else []
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 32
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    health: ClassVar[HealthServer]
+    timeout = HTTP_SECONDS
+    server_version = f"adce/{__version__}"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
+        if host not in ("localhost", "127.0.0.1", "[::1]"):
+            self._send(403, "text/plain; charset=utf-8", "this server answers to localhost only\n")
+            return
+        if not self.health.slots.acquire(blocking=False):
+            self._send(503, "text/plain; charset=utf-8", "too many requests at once\n")
+            return
+        try:
+            url = urllib.parse.urlsplit(self.path)
+            self._send(*self.health.answer(url.path, url.query))
+        except DatabaseError as error:
+            self._send(503, "text/plain; charset=utf-8", f"{error}\n")
+        finally:
+            self.health.slots.release()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _send(self, status: int, kind: str, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        for name, value in (
+            ("Content-Type", kind),
+            ("Content-Length", str(len(body))),
+            ("Content-Security-Policy", PAGE_POLICY),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Cache-Control", "no-store"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Requests are not logged."""
+
+
+# ---------------------------------------------------------------- Screen
+# What a person sees while it runs: one line for each event that matters, or on a terminal a few lines
+# that are painted over. Headlines: Journal, LiveScreen.
+
+SCREEN_SECONDS = 0.5
+LEVELS = ("DEBUG", "INFO", "WARN", "ERROR")
+
+
+class Journal:
+    """One line for each event that matters, on stderr or into the live screen."""
+
+    def __init__(self, stream: TextIO, level: str = "INFO", clock: Clock | None = None) -> None:
+        self.stream, self.level, self.clock = stream, level, clock or Clock()
+        self.screen: LiveScreen | None = None
+
+    def write(self, level: str, event: str, **fields: Any) -> None:
+        """`2026-11-23T14:24:25Z INFO  cycle missing=3`; fields without a value are left out."""
+        words = [f"{name}={_logged(value)}" for name, value in fields.items() if value is not None]
+        line = " ".join([utc_text(self.clock.wall()) or "", f"{level:5}", event, *words])
+        if LEVELS.index(level) < LEVELS.index(self.level):
+            return
+        if self.screen:
+            self.screen.note(line)
+        else:
+            with contextlib.suppress(OSError, ValueError):
+                print(line, file=self.stream, flush=True)
+
+
+def _logged(value: Any) -> str:
+    text = f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
+
+
+class LiveScreen:
+    """A few lines on a terminal, repainted in place; the last state stays in the scrollback."""
+
+    def __init__(self, stream: TextIO, database: Database, configuration: Configuration) -> None:
+        self.stream, self.database, self.configuration = stream, database, configuration
+        self.last_lines: list[str] = []
+        self._height = 0
+
+    def note(self, line: str) -> None:
+        """Keep an event for the foot of the screen."""
+        self.last_lines = [*self.last_lines[-4:], line]
+
+    def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None) -> None:
+        """Draw the present state over the one before."""
+        size = shutil.get_terminal_size()
+        lines = live_lines(self.database, self.configuration, now, running, next_cycle_in) + self.last_lines
+        shown = [line[: size.columns - 1] for line in lines][: max(2, size.lines - 1)]
+        up = f"\x1b[{self._height}A" if self._height else ""
+        self._height = len(shown)
+        self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in shown) + "\x1b[J")
+        self.stream.flush()
+
+
+def live_lines(
+    database: Database, configuration: Configuration, now: float, running: Sequence[str], next_cycle_in: float | None
+) -> list[str]:
+    """The live screen as text."""
+    cycle = next(
+        iter(query(database, "select cycle_id, seconds from reconciliations order by cycle_id desc limit 1")), None
+    )
+    number = (
+        f"cycle {cycle['cycle_id']} {'running' if cycle['seconds'] is None else 'done'}" if cycle else "no cycle yet"
+    )
+    following = (
+        f", the next in {format_duration(next_cycle_in)}"
+        if next_cycle_in is not None and cycle and cycle["seconds"] is not None
+        else ""
+    )
+    coverage = query(database, COVERAGE_BY_DATASET)
+    pauses = query(database, "select distinct scope, blocked_until, reason from rates where blocked_until is not null")
+    rates = query(database, RATES)
+    used = ", ".join(
+        f"{row['scope']} {row['used']}/{row['max_requests']} in {row['window_seconds']:g} s"
+        for row in rates
+        if row["used"] and row["max_requests"]
+    )
+    return [
+        f"ADCE {__version__}  store {configuration.store}  {utc_text(now)}   Ctrl-C stops cleanly",
+        f"{number}{following}",
+        *(_table(coverage, "table", None).splitlines() if coverage else ["nothing is expected yet"]),
+        f"asked   {used or 'nothing lately'}",
+        *(f"paused  {row['scope']} until {row['blocked_until']}: {row['reason']}" for row in pauses),
+        f"workers {', '.join(running) or 'idle'}",
+    ]
+
+
+# ---------------------------------------------------------------- Runner
+# Keeps going until told to stop. The main thread makes every decision (claim, finish, reconcile) and is
+# the only writer; workers run fetch() on plain data; health threads only read. It sleeps until the next
+# event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What a worker is doing, or what waits for the permit of its next hop."""
+
+    claimed: Claim
+    spec: FetchSpec
+
+
+class Runner:
+    """One run on one database: `run()` returns when it is told to stop, or when `once` is done."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        database: Database,
+        store: Store,
+        journal: Journal,
+        clock: Clock | None = None,
+    ) -> None:
+        self.configuration, self.database, self.store, self.journal = configuration, database, store, journal
+        self.clock = clock or journal.clock
+        self.dice = random.Random()  # noqa: S311  # spreads retries, guards nothing
+        self.pool: Executor = ThreadPoolExecutor(configuration.max_concurrent_scrapers, "adce-worker")
+        self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.running: dict[Future[list[Result]], Execution] = {}
+        self.hops: list[Execution] = []
+        self.unrecorded: list[tuple[Execution, list[Result]]] = []
+        self.steps: Iterator[int] | None = None
+        self.cycle_id: int | None = None
+        self.next_cycle_at = self.next_beat_at = self.next_paint_at = -math.inf
+        self.stop_reason: str | None = None
+        self.stop_at = math.inf
+        self.once = False
+
+    def stop(self, reason: str) -> None:
+        """Ask the loop to end; safe from a signal handler and from other threads."""
+        self.stop_reason = self.stop_reason or reason
+        self.wakeups.put("stop")
+
+    def run(self, *, once: bool = False, max_seconds: float = math.inf) -> ExitCode:
+        """Work until stopped. With `once`: one cycle, then one attempt at every open task."""
+        self.once, self.stop_at = once, self.clock.boot() + max_seconds
+        self._start()
+        try:
+            while not self.stop_reason:
+                self._turn()
+        finally:
+            self._finish_running()
+            self._say_goodbye()
+        if not once:
+            return ExitCode.DONE
+        left = self.database.value("select count(*) from objects where state in ('missing', 'stale', 'suspect')")
+        return ExitCode.GAPS_LEFT if left else ExitCode.DONE
+
+    def _start(self) -> None:
+        self.store.sweep()
+        now = self.clock.wall()
+        with self.database.transaction() as sql:
+            declare_limits(sql, self.configuration, self.clock)
+            declare_datasets(sql, self.configuration, now)
+            orphans = requeue_orphans(sql)
+            sql.execute(
+                "insert or replace into runner values (1, ?, ?, ?, ?, null, null)",
+                (os.getpid(), __version__, int(now), int(now)),
+            )
+        self.journal.write(
+            "INFO",
+            "start",
+            version=__version__,
+            pid=os.getpid(),
+            config=self.configuration.path,
+            database=self.configuration.database,
+            store=self.configuration.store,
+            workers=self.configuration.max_concurrent_scrapers,
+            requeued=orphans or None,
+        )
+
+    def _turn(self) -> None:
+        """One turn of the main loop."""
+        self._collect()
+        self._advance_cycle()
+        openings = self._dispatch()
+        self._beat()
+        wait = self._seconds_to_next_event(openings)
+        if self.clock.boot() >= self.stop_at:
+            self.stop("its time was up")
+        elif self.once and self._is_idle() and all(opening.is_pause for opening in openings.values()):
+            self.stop("all was attempted")
+        if not self.stop_reason:
+            self.clock.wait(self.wakeups, wait)
+
+    def _is_idle(self) -> bool:
+        return self.steps is None and not (self.running or self.hops or self.unrecorded)
+
+    def _advance_cycle(self) -> None:
+        """Begin a cycle when it is time, or do the next step of the one that runs."""
+        now = self.clock.boot()
+        if self.steps is None and now >= self.next_cycle_at:
+            self.next_cycle_at = math.inf if self.once else now + self.configuration.interval_seconds
+            self.steps = reconcile(self.database, self.configuration, self.store, self.clock)
+        if self.steps is None:
+            while note_due_objects(self.database, self.configuration, self.clock):
+                pass
+            return
+        try:
+            self.cycle_id = next(self.steps)
+        except StopIteration:
+            self.steps = None
+            self._announce_cycle()
+            if self.once:
+                with self.database.transaction() as sql:
+                    wake_retries(sql, sys.maxsize)
+
+    def _announce_cycle(self) -> None:
+        row = query(self.database, "select * from cycles order by cycle_id desc limit 1")[0]
+        shown = (
+            "expected",
+            "present",
+            "missing",
+            "stale",
+            "suspect",
+            "created",
+            "closed",
+            "listed",
+            "seconds",
+            "error",
+        )
+        self.journal.write(
+            "WARN" if row["error"] else "INFO", "cycle", id=row["cycle_id"], **{name: row[name] for name in shown}
+        )
+
+    def _dispatch(self) -> dict[str, Opening]:
+        """Give every free worker the best thing to do. Returns what the sources wait for, if any worker is free."""
+        if self.once and self.steps is not None:
+            return {}
+        self._dispatch_hops()
+        while len(self.running) + len(self.hops) < self.configuration.max_concurrent_scrapers:
+            with self.database.transaction() as sql:
+                if not self.once:
+                    wake_retries(sql, self.clock.wall())
+                claimed, openings = claim(sql, self.configuration, self.clock)
+            if claimed is None:
+                return openings
+            self._submit(Execution(claimed, specify(self.configuration, claimed)))
+        return {}
+
+    def _dispatch_hops(self) -> None:
+        """A redirect is followed with a permit of its own."""
+        waiting, self.hops = self.hops, []
+        for execution in waiting:
+            source, limiting = execution.claimed.source, self.configuration.rate_limiting
+            with self.database.transaction() as sql:
+                now = self.clock.boot()
+                can_ask = opening(sql, limiting, source.name, now).at <= now
+                permit = grant(sql, limiting, source.name, source.timeout_seconds, now) if can_ask else None
+            if permit is None:
+                self.hops.append(execution)
+            else:
+                spec = dataclasses.replace(execution.spec, send_before=permit.send_before)
+                self._submit(Execution(dataclasses.replace(execution.claimed, permit=permit), spec))
+
+    def _submit(self, execution: Execution) -> None:
+        future = self.pool.submit(fetch, execution.spec, self.store, self.clock)
+        self.running[future] = execution
+        future.add_done_callback(lambda _: self.wakeups.put("finished"))
+
+    def _collect(self) -> None:
+        """Record what has finished. What the database will not take now is kept and tried again."""
+        for future in [future for future in self.running if future.done()]:
+            execution = self.running.pop(future)
+            try:
+                results = future.result()
+            except BaseException as error:  # noqa: BLE001  # a broken pool
+                results = [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
+            self.unrecorded.append((execution, results))
+        while self.unrecorded:
+            execution, results = self.unrecorded[0]
+            try:
+                self._record(execution, results)
+            except DatabaseError as error:
+                self.journal.write("ERROR", "database", error=str(error), hint=error.hint)
+                return
+            del self.unrecorded[0]
+
+    def _record(self, execution: Execution, results: list[Result]) -> None:
+        claimed, spec = execution.claimed, execution.spec
+        if results[0].redirect and claimed.permit and not self.stop_reason:
+            with self.database.transaction() as sql:
+                release(sql, claimed.permit, self.clock.boot())
+            self.hops.append(
+                Execution(
+                    dataclasses.replace(claimed, permit=None),
+                    dataclasses.replace(spec, url=results[0].redirect, hops=spec.hops + 1),
+                )
+            )
+            return
+        results = [dataclasses.replace(result, requests=result.requests + spec.hops) for result in results]
+        if results[0].redirect:
+            results = [Result(Outcome.LOST, "stopped before the redirect was followed", requests=results[0].requests)]
+        with self.database.transaction() as sql:
+            ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
+            endings, pausing = finish(ledger, claimed, results, self.clock, self.dice)
+        for ending in endings:
+            self._announce(claimed, ending)
+        if pausing:
+            until = utc_text(self.clock.wall() + pausing.seconds)
+            self.journal.write("WARN", "paused", source=pausing.source, until=until, reason=pausing.reason)
+
+    def _announce(self, claimed: Claim, ending: Ending) -> None:
+        result, attempts = ending.result, self.configuration.retry.max_attempts
+        level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
+        if result.outcome in (Outcome.OK, Outcome.NOT_YET, Outcome.LOST) and level == "WARN":
+            level = "DEBUG"
+        self.journal.write(
+            level,
+            ending.state,
+            dataset=claimed.dataset.name,
+            key=ending.task.target.key,
+            outcome=result.outcome,
+            failures=f"{ending.failures}/{attempts}" if ending.failures else None,
+            bytes=result.stored.size if result.stored else None,
+            error=result.error,
+            next=utc_text(ending.next_at),
+            task=ending.task.task_id,
+        )
+
+    def _beat(self) -> None:
+        now = self.clock.boot()
+        if now >= self.next_beat_at:
+            self.next_beat_at = now + BEAT_SECONDS
+            with self.database.transaction() as sql:
+                sql.execute("update runner set beat_at = ?", (int(self.clock.wall()),))
+                sql.execute("update boot set wall_offset = ?", (self.clock.wall() - now,))
+        if self.journal.screen and now >= self.next_paint_at:
+            self.next_paint_at = now + SCREEN_SECONDS
+            self.journal.screen.paint(self.clock.wall(), self._busy(), None if self.once else self.next_cycle_at - now)
+
+    def _busy(self) -> list[str]:
+        return [execution.claimed.tasks[0].target.key for execution in self.running.values()]
+
+    def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
+        """How long nothing can happen. While a cycle runs there is always something to do."""
+        if self.steps is not None:
+            return 0.0
+        now, wall = self.clock.boot(), self.clock.wall()
+        instants = [self.next_cycle_at, self.next_beat_at, self.stop_at, now + self.configuration.queue_check_seconds]
+        instants += [opening.at for opening in openings.values()]
+        if self.journal.screen:
+            instants.append(self.next_paint_at)
+        if self.hops:
+            instants.append(now + 0.05 if not openings else min(opening.at for opening in openings.values()))
+        if self.unrecorded:
+            instants.append(now + 1)
+        due = self.database.value("select min(due_at) from objects where due_at is not null")
+        retry = None if self.once else self.database.value("select min(next_at) from tasks where state = 'retry'")
+        instants += [now + instant - wall for instant in (due, retry) if instant is not None]
+        return max(0.0, min(instants) - now)
+
+    def _finish_running(self) -> None:
+        """Let running attempts finish within the grace time; the rest return to the queue."""
+        limit = self.clock.boot() + self.configuration.grace_seconds
+        if self.steps is not None:
+            cast(Any, self.steps).close()
+        if self.running:
+            self.journal.write("INFO", "stopping", running=len(self.running), grace=self.configuration.grace_seconds)
+        while self.running and self.clock.boot() < limit:
+            self.clock.wait(self.wakeups, min(1.0, limit - self.clock.boot()))
+            self._collect()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        left = [*self.running.values(), *self.hops]
+        self.unrecorded += [
+            (execution, [Result(Outcome.LOST, "the runner stopped", requests=1)] * len(execution.claimed.tasks))
+            for execution in left
+        ]
+        self._collect()
+
+    def _say_goodbye(self) -> None:
+        reason = self.stop_reason or "an error"
+        with contextlib.suppress(DatabaseError), self.database.transaction() as sql:
+            sql.execute("update runner set stopped_at = ?, note = ?", (int(self.clock.wall()), reason))
+        left = {
+            row["state"]: row["n"]
+            for row in query(self.database, "select state, count(*) as n from queue group by state")
+        }
+        if self.journal.screen:
+            self.journal.screen.paint(self.clock.wall(), [], None)
+            self.journal.screen = None
+        self.journal.write(
+            "INFO", "stop", reason=reason, **{name: left.get(name) for name in ("pending", "retry", "gave_up")}
+        )
+
+
+# ---------------------------------------------------------------- Examples
+# Texts for the programs around ADCE, printed by `adce.py example NAME`. Headline: EXAMPLES.
+
+EXAMPLES = {
+    "systemd": """\
+# Save as /etc/systemd/system/adce.service with your own paths, then: systemctl enable --now adce
+[Unit]
+Description=ADCE keeps the data lake complete
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+WorkingDirectory={folder}
+ExecStart={python} {module} -c {configuration} run
+Restart=on-failure
+RestartSec=5
+RestartPreventExitStatus=78
+TimeoutStopSec=90
+UMask=0077
+
+[Install]
+WantedBy=multi-user.target
+""",
+    "cron": """\
+# For `crontab -e`: cron sends a mail only when something is printed; exit 11 means that one still runs.
+*/15 * * * * {python} {module} -c {configuration} -q run --once
+""",
+}
+
+
+# ---------------------------------------------------------------- Commands
+# Obeys: the command line. Data go to stdout, everything else to stderr. Headline: main().
+
+Arguments = argparse.Namespace
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One argument of a command, as argparse takes it."""
+
+    names: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: its name, what it does, its options, and the function that does it."""
+
+    name: str
+    meaning: str
+    act: Callable[[Arguments, Configuration], ExitCode]
+    options: tuple[Option, ...] = ()
+
+
+def _option(*names: str, **settings: Any) -> Option:
+    return Option(names, settings)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _existing(configuration: Configuration) -> Database:
+    return open_database(configuration.database, must_exist=True)
+
+
+def _print(arguments: Arguments, sections: Sequence[Section], notes: Iterable[str] = ()) -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(render(sections, arguments.format, width))
+    if arguments.format == "table" and not arguments.quiet:
+        for note in notes:
+            print(note, file=sys.stderr)
+
+
+def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Keep the lake complete until told to stop."""
+    minutes = arguments.interval_minutes or (arguments.interval_hours or 0) * 60
+    if minutes:
+        configuration = dataclasses.replace(configuration, interval_seconds=minutes * MINUTE)
+    if arguments.dry_run:
+        return command_plan(arguments, configuration)
+    level = "ERROR" if arguments.quiet else "DEBUG" if arguments.verbose else "INFO"
+    journal, store = Journal(sys.stderr, level), open_store(configuration.store)
+    database = open_database(configuration.database)
+    lock = RunnerLock(configuration.database)
+    lock.acquire()
+    runner = Runner(configuration, database, store, journal)
+    if sys.stderr.isatty() and not arguments.quiet and os.environ.get("TERM") != "dumb":
+        journal.screen = LiveScreen(sys.stderr, database, configuration)
+    _obey_signals(runner)
+    health = None
+    if configuration.health_check.enabled and not arguments.once:
+        health = _start_health(HealthServer(configuration, database, lock, runner.clock), journal)
+    code = runner.run(once=arguments.once, max_seconds=(arguments.max_minutes or math.inf) * MINUTE)
+    if health:
+        health.stop()
+    if runner.running:  # a worker hangs: only the end of the process ends it
+        sys.stderr.flush()
+        os._exit(code)
+    database.close()
+    return code
+
+
+def _obey_signals(runner: Runner) -> None:
+    """The first signal stops cleanly, the second at once; the next start requeues what ran."""
+
+    def obey(number: int, _frame: object) -> None:
+        if runner.stop_reason:
+            os._exit(ExitCode.INTERRUPTED)
+        runner.stop(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, obey)
+
+
+def _start_health(health: HealthServer, journal: Journal) -> HealthServer | None:
+    try:
+        port = health.start()
+    except Error as error:
+        journal.write("WARN", "health", error=str(error), hint=error.hint)
+        return None
+    journal.write("INFO", "health", address=f"http://127.0.0.1:{port}/")
+    return health
+
+
+def command_reconcile(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Run one cycle and show what it found; nothing is fetched."""
+    for name in arguments.believe:
+        if name not in configuration.datasets:
+            raise Error(f'dataset "{name}" is not defined{suggest(name, configuration.datasets)}')
+    database, clock = open_database(configuration.database), Clock()
+    lock = RunnerLock(configuration.database)
+    lock.acquire()
+    store = open_store(configuration.store)
+    store.sweep()
+    _declare(database, configuration, clock)
+    cycle_id = run_cycle(reconcile(database, configuration, store, clock, frozenset(arguments.believe)))
+    rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
+    _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], next_steps(database))
+    if rows[0]["error"]:
+        return ExitCode.ERROR
+    return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
+
+
+def _declare(database: Database, configuration: Configuration, clock: Clock) -> None:
+    with database.transaction() as sql:
+        declare_limits(sql, configuration, clock)
+        declare_datasets(sql, configuration, clock.wall())
+
+
+def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
+    clock = Clock()
+    if configuration.database.exists():
+        with contextlib.closing(_existing(configuration)) as original:
+            database = original.copy()
+    else:
+        database = open_database(Path(tempfile.mkdtemp(), "plan.db")).copy()
+    store = open_store(configuration.store)
+    if isinstance(store, FolderStore) and not store.root.exists():
+        store = FolderStore(Path(tempfile.mkdtemp()))
+    _declare(database, configuration, clock)
+    cycle_id = run_cycle(reconcile(database, configuration, store, clock))
+    with database.transaction() as sql:
+        wake_retries(sql, clock.wall())
+    error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
+    notes = [
+        "Nothing was written and nothing was asked; the store was only listed and read.",
+        *([f"The cycle had trouble: {error}"] if error else []),
+    ]
+    _print(arguments, plan_sections(database, arguments.most), notes)
+    return ExitCode.ERROR if error else ExitCode.DONE
+
+
+def command_report(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show coverage, queue, attempts, limits and cycles."""
+    database = _existing(configuration)
+    _print(arguments, report_sections(database, arguments.since, Clock().wall()), ["", *next_steps(database)])
+    return ExitCode.DONE
+
+
+def command_status(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show in one screen how things are; exit 4 when no runner works."""
+    database, lock = _existing(configuration), RunnerLock(configuration.database)
+    _print(arguments, status_sections(database, configuration, lock, Clock().wall()))
+    return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
+
+
+def command_tasks(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """List the open tasks, the most urgent first."""
+    filters = {name: getattr(arguments, name) for name in ("state", "dataset", "source")}
+    _print(arguments, tasks_sections(_existing(configuration), filters, arguments.most))
+    return ExitCode.DONE
+
+
+def command_task(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show one task with all its attempts."""
+    _print(arguments, task_sections(_existing(configuration), arguments.task_id))
+    return ExitCode.DONE
+
+
+def command_coverage(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show what is expected and what is there, by dataset and season."""
+    _print(arguments, coverage_sections(_existing(configuration), arguments.source, arguments.dataset))
+    return ExitCode.DONE
+
+
+def command_check(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Check the configuration, the database, the store and, with --online, the sources."""
+    rows = [
+        _check_row(
+            "configuration",
+            lambda: (
+                f"{configuration.path}, {len(configuration.sources)} sources, {len(configuration.datasets)} datasets"
+            ),
+        )
+    ]
+    rows.append(_check_row("database", lambda: _check_database(configuration)))
+    rows.append(_check_row("store", lambda: _check_store(configuration)))
+    rows.append(
+        _check_row(
+            "runner",
+            lambda: (
+                f"process {holder}" if (holder := RunnerLock(configuration.database).holder()) is not None else "none"
+            ),
+        )
+    )
+    if arguments.online:
+        rows += [
+            _check_row(f"source {source.name}", functools.partial(_check_source, source))
+            for source in configuration.sources.values()
+        ]
+    _print(arguments, [Section("checks", "", rows)])
+    return ExitCode.ERROR if any(row["result"] == "FAIL" for row in rows) else ExitCode.DONE
+
+
+def _check_row(what: str, check: Callable[[], str]) -> dict[str, str]:
+    try:
+        return {"result": "ok", "what": what, "details": check()}
+    except Error as error:
+        return {"result": "FAIL", "what": what, "details": f"{error}; {error.hint}" if error.hint else str(error)}
+
+
+def _check_database(configuration: Configuration) -> str:
+    if not configuration.database.exists():
+        return f"{configuration.database}, to be made by the first run"
+    database = _existing(configuration)
+    if problems := database.check():
+        raise DatabaseError("; ".join(problems[:3]), "restore a backup")
+    return f"{configuration.database}, whole, SQLite {sqlite3.sqlite_version}"
+
+
+def _check_store(configuration: Configuration) -> str:
+    store = open_store(configuration.store)
+    if isinstance(store, FolderStore) and not store.root.exists():
+        return f"{configuration.store}, to be made by the first run"
+    first = next(iter(store.list("")), None)
+    return f"{configuration.store}, {'not empty' if first else 'empty'}"
+
+
+def _check_source(source: Source) -> str:
+    """Whether a connection to a source can be made; no request is sent."""
+    parts = urllib.parse.urlsplit(source.base_url)
+    if not parts.hostname:
+        return "no base_url"
+    try:
+        socket.create_connection(
+            (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=5
+        ).close()
+    except OSError as error:
+        raise Error(f"{parts.hostname} cannot be reached: {error.strerror or error}") from error
+    return f"{parts.hostname} can be reached"
+
+
+def command_example(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Print a ready text for another program."""
+    names = {
+        "python": sys.executable,
+        "module": Path(__file__).resolve(),
+        "folder": configuration.path.parent,
+        "configuration": configuration.path,
+    }
+    print(EXAMPLES[arguments.name].format(**names), end="")
+    return ExitCode.DONE
+
+
+FILTERS = (_option("--source", help="only this source"), _option("--dataset", help="only this dataset"))
+MOST = _option("--most", type=int, default=20, metavar="N", help="at most so many rows (20)")
+COMMANDS = (
+    Command(
+        "run",
+        "keep the lake complete until told to stop",
+        command_run,
+        (
+            _option(
+                "--once",
+                action="store_true",
+                help="one cycle, then one attempt at every open task; exit 3 if something is left",
+            ),
+            _option("--dry-run", action="store_true", help="the same as plan"),
+            _option("--interval-minutes", type=_positive, metavar="N", help="between cycles"),
+            _option("--interval-hours", type=_positive, metavar="N", help="the older form of the same"),
+            _option("--max-minutes", type=_positive, metavar="N", help="stop cleanly after so long"),
+            MOST,
+        ),
+    ),
+    Command("plan", "show what a run would do, without doing it", command_plan, (MOST,)),
+    Command(
+        "reconcile",
+        "run one cycle: compare what should be there with what is",
+        command_reconcile,
+        (
+            _option(
+                "--believe", action="append", default=[], metavar="DATASET", help="its mass loss is real: open its gaps"
+            ),
+        ),
+    ),
+    Command(
+        "report",
+        "show coverage, queue, attempts, limits and cycles",
+        command_report,
+        (_option("--since", type=_duration, default=DAY, metavar="24h", help="how far back attempts count"),),
+    ),
+    Command("status", "show in one screen how things are; exit 4 when no runner works", command_status),
+    Command(
+        "tasks",
+        "list the open tasks, the most urgent first",
+        command_tasks,
+        (_option("--state", choices=[str(state) for state in TaskState]), *FILTERS, MOST),
+    ),
+    Command("task", "show one task with all its attempts", command_task, (_option("task_id", type=int, metavar="ID"),)),
+    Command("coverage", "show what is expected and what is there, by dataset and season", command_coverage, FILTERS),
+    Command(
+        "check",
+        "check configuration, database and store",
+        command_check,
+        (_option("--online", action="store_true", help="the sources too"),),
+    ),
+    Command(
+        "example",
+        "print a ready text for another program",
+        command_example,
+        (_option("name", choices=sorted(EXAMPLES)),),
+    ),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of COMMANDS; the common options may stand before or after the command."""
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        help="the configuration (else $ADCE_CONFIG, ./adce.yaml, the one beside adce.py)",
+    )
+    common.add_argument("--db", metavar="FILE", help="another database than the configured one")
+    common.add_argument("--format", choices=FORMATS, help="of data on stdout (table)")
+    common.add_argument("-q", "--quiet", action="store_true", help="nothing but data and errors")
+    common.add_argument("-v", "--verbose", action="store_true", help="every attempt")
+    parser = argparse.ArgumentParser(
+        prog="adce.py", description=(__doc__ or "").partition("\n")[0], parents=[common], allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"ADCE {__version__}, SQLite {sqlite3.sqlite_version}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name, help=command.meaning, description=command.meaning, parents=[common], allow_abbrev=False
+        )
+        for option in command.options:
+            sub.add_argument(*option.names, **option.settings)
+        sub.set_defaults(act=command.act)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Obey one command line and return its exit code."""
+    defaults = Arguments(config=None, db=None, format="table", quiet=False, verbose=False)
+    arguments = build_parser().parse_args(words, defaults)
+    try:
+        configuration = load_configuration(find_configuration(arguments.config))
+        if arguments.db:
+            configuration = dataclasses.replace(configuration, database=Path(arguments.db).absolute())
+        code: ExitCode = arguments.act(arguments, configuration)
+        sys.stdout.flush()
+    except Error as error:
+        print(f"adce.py: {error}" if not isinstance(error, ConfigurationError) else error, file=sys.stderr)
+        if error.hint:
+            print(f"Try: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
