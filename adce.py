@@ -16,7 +16,8 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
 
     Words                       the vocabulary: states, outcomes, exit codes, errors
     Time                        instants and durations; the only reader of the clock
-    Schema                      the tables and the views: the centre of the design
+    Schema                      the tables: the centre of the design
+    Views                       what people read of them
     Database                    one safe door to the SQLite file
     Configuration               the shape of what the user declares
     Keys                        everything that may stand in adce.yaml
@@ -33,12 +34,15 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Requests                    one HTTP request
     Scrapers                    a command or a call instead
     Fetch                       does one execution
-    Report                      tells: questions in SQL, answers as text
+    Tables                      rows as text
+    Report                      tells: questions in SQL, answers as rows
     Health                      serves the same answers over HTTP
     Screen                      what a person sees while it runs
     Runner                      keeps going until told to stop
     Examples                    texts for the programs around ADCE
-    Commands                    obeys: the command line
+    Checks                      is everything in order?
+    Commands                    obeys: one function for each command
+    Command line                from words to an exit code
 """
 
 from __future__ import annotations
@@ -291,11 +295,11 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 
 
 # ---------------------------------------------------------------- Schema
-# The centre of the design: what ADCE remembers. TABLES are facts; VIEWS are what people read, and are
-# made anew whenever their text changes. Instants are whole seconds since 1970 (UTC) unless the remark
-# says boot: those count from the start of the machine. MIGRATIONS is only ever appended to.
+# The centre of the design: what ADCE remembers. Instants are whole seconds since 1970 (UTC) unless the
+# remark says boot: those count from the start of the machine. MIGRATIONS is only ever appended to.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
+MIGRATIONS: tuple[str, ...] = ()  # MIGRATIONS[n] leads from user_version n + 1 to n + 2
 
 TABLES = """
 create table settings (
@@ -484,6 +488,10 @@ create unique index requests_by_source on requests (source, source_number) where
 create unique index requests_by_number on requests (global_number) where global_number is not null;
 """
 
+# ---------------------------------------------------------------- Views
+# What people read, with plain names and UTC times as text; the score is live. Made anew in a database
+# whenever this text changes. Headline: VIEWS.
+
 VIEWS = """
 create view queue as
     -- Every task that is not closed. The score is live.
@@ -607,9 +615,6 @@ create view cycles as
            listed, expected, present, missing, stale, suspect, created, closed, list_calls, error
     from reconciliations;
 """
-
-MIGRATIONS: tuple[str, ...] = ()  # MIGRATIONS[n] leads from user_version n + 1 to n + 2
-
 
 # ---------------------------------------------------------------- Database
 # One safe door to the file: one writing connection behind a lock, one that can only read. Nothing slow
@@ -739,6 +744,13 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
         name = getattr(error, "sqlite_errorname", "")
         raise DatabaseError(f"{path}: {error}", _database_hint(name)) from error
     return Database(str(path), writer, reader)
+
+
+def memory_database() -> Database:
+    """An empty database that is gone when it is closed."""
+    connection = _connect(":memory:")
+    _migrate(connection, Path(":memory:"))
+    return Database(":memory:", connection, connection)
 
 
 def _create_file(path: Path) -> None:
@@ -1087,6 +1099,18 @@ class Configuration:
     def children_of(self, name: str) -> list[Dataset]:
         """The datasets whose partitions come from the bodies of this one."""
         return [dataset for dataset in self.datasets.values() if dataset.partitions.parent == name]
+
+    def levels(self) -> list[list[Dataset]]:
+        """The datasets in levels, parents before their children."""
+
+        def depth(dataset: Dataset) -> int:
+            parent = dataset.partitions.parent
+            return depth(self.datasets[parent]) + 1 if parent else 0
+
+        levels: dict[int, list[Dataset]] = {}
+        for dataset in self.datasets.values():
+            levels.setdefault(depth(dataset), []).append(dataset)
+        return [levels[number] for number in sorted(levels)]
 
     def fields_of(self, name: str) -> set[str]:
         """Every field that templates of this dataset may name."""
@@ -2743,7 +2767,9 @@ def learn(
 
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until the
     source gives a good answer; meanwhile one request at a time asks whether it is back."""
-    scope = sql.execute("select failures, throttles from scopes where scope = ?", (source.name,)).fetchone()
+    scope = sql.execute(
+        "select failures, throttles, paused_until from scopes where scope = ?", (source.name,)
+    ).fetchone()
     failures, throttles, longest = scope["failures"], scope["throttles"], source.blocked_when.pause_seconds
     growing = min(FIRST_PAUSE_SECONDS * 2.0 ** min(throttles, 30), max(longest, FIRST_PAUSE_SECONDS))
     seconds: float | None = None
@@ -2755,6 +2781,8 @@ def learn(
             seconds = longest if outcome is Outcome.TIMEOUT else growing
     elif outcome not in (Outcome.LOST, Outcome.STORE_ERROR):
         failures = throttles = 0
+    if retry_after is None and scope["paused_until"] > now:
+        seconds = None  # this request was granted before the pause began and tells nothing new
     if seconds is not None:
         throttles += 1
         pause(sql, source.name, seconds, answer, now)
@@ -3114,6 +3142,7 @@ class Ending:
     state: TaskState
     failures: int
     next_at: int | None
+    counted: bool  # the attempt counts towards retry.max_attempts
 
 
 def wake_retries(sql: sqlite3.Connection, before: float) -> None:
@@ -3292,7 +3321,7 @@ def _settle(
     )
     if result.outcome is Outcome.OK and result.stored and state is TaskState.PENDING:
         state, next_at = _note_stored(ledger, known, result, task.task_id)
-    return Ending(task, result, state, failures, next_at)
+    return Ending(task, result, state, failures, next_at, counted)
 
 
 def _note_stored(ledger: Ledger, known: KnownObject, result: Result, task_id: int) -> tuple[TaskState, int | None]:
@@ -3383,7 +3412,7 @@ def reconcile(
     mass loss is real."""
     cycle = _Cycle(database, configuration, store, clock, believe)
     try:
-        for level in _levels(configuration):
+        for level in configuration.levels():
             for _ in itertools.chain(cycle.expand(level), cycle.compare(level), cycle.read(level)):
                 yield cycle.cycle_id
         for _ in itertools.chain(cycle.apply_losses(), cycle.age()):
@@ -3400,22 +3429,6 @@ def reconcile(
 def run_cycle(steps: Iterator[int]) -> int:
     """Do all steps of a cycle; returns its id."""
     return max(steps)
-
-
-def _levels(configuration: Configuration) -> list[list[Dataset]]:
-    """The datasets, parents before their children."""
-    depths: dict[str, int] = {}
-
-    def depth(name: str) -> int:
-        if name not in depths:
-            parent = configuration.datasets[name].partitions.parent
-            depths[name] = depth(parent) + 1 if parent else 0
-        return depths[name]
-
-    levels: dict[int, list[Dataset]] = {}
-    for dataset in configuration.datasets.values():
-        levels.setdefault(depth(dataset.name), []).append(dataset)
-    return [levels[number] for number in sorted(levels)]
 
 
 def prefixes(datasets: Iterable[Dataset]) -> list[str]:
@@ -3807,6 +3820,7 @@ class _TooLargeError(Exception):
 def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
     """One HTTP request with a deadline for all of it, at most max_bytes long."""
     import requests
+    import urllib3
 
     if clock.boot() > spec.send_before:
         return Result(Outcome.LOST, "its permit ran out before it was sent")
@@ -3827,12 +3841,12 @@ def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
                 return _judge(spec, response, body, store)
     except _TooLargeError:
         return Result(Outcome.INVALID, f"longer than {spec.dataset.validate.max_bytes} bytes", requests=1)
-    except (requests.RequestException, OSError, ValueError) as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         if deadline.passed or isinstance(error, requests.Timeout):
             return Result(Outcome.TIMEOUT, f"no whole answer within {spec.source.timeout_seconds:g} s", requests=1)
         if isinstance(error, requests.exceptions.ContentDecodingError):
             return Result(Outcome.INVALID, "its encoding is broken", requests=1)
-        return Result(Outcome.UNREACHABLE, f"{_host(spec.url)}: {_root_cause(error)}", requests=1)
+        return Result(Outcome.UNREACHABLE, f"{_host(spec.url)} cannot be reached: {_root_cause(error)}", requests=1)
 
 
 class _Deadline:
@@ -3861,7 +3875,6 @@ class _Deadline:
 def _adapter(deadline: _Deadline) -> Any:
     """A transport without retries whose connections the deadline knows."""
     import requests.adapters
-    import urllib3
 
     class Adapter(requests.adapters.HTTPAdapter):
         def get_connection_with_tls_context(self, *arguments: Any, **options: Any) -> Any:
@@ -3876,7 +3889,7 @@ def _adapter(deadline: _Deadline) -> Any:
             pool.ConnectionCls = connect
             return pool
 
-    return Adapter(pool_connections=1, pool_maxsize=1, max_retries=urllib3.Retry(total=False))
+    return Adapter(pool_connections=1, pool_maxsize=1)
 
 
 def _headers(spec: FetchSpec) -> dict[str, str]:
@@ -4082,9 +4095,8 @@ def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
         return [Result(Outcome.ERROR, describe(error))] * len(spec.targets)
 
 
-# ---------------------------------------------------------------- Report
-# Tells: questions in SQL, answers as sections of rows, and sections as text in the format that was asked
-# for. Nothing here changes anything. Headlines: the *_sections functions, render().
+# ---------------------------------------------------------------- Tables
+# Rows as text: for a person, for a program, for a page. Headline: render().
 
 FORMATS = ("table", "json", "csv", "github", "html")
 Rows = list[dict[str, Any]]
@@ -4163,6 +4175,11 @@ def _cell(value: Any) -> str:
         return "-"
     text = f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+# ---------------------------------------------------------------- Report
+# Tells: questions in SQL, answers as sections of rows. Nothing here changes anything. Headlines: the
+# functions named *_sections.
 
 
 def coverage_sections(database: Database, source: str | None = None, dataset: str | None = None) -> list[Section]:
@@ -4387,6 +4404,23 @@ def plan_sections(database: Database, most: int) -> list[Section]:
     ]
 
 
+# ---------------------------------------------------------------- Health
+# Serves the same answers over HTTP on 127.0.0.1: read-only, a few threads, a few seconds each. It only
+# reads the database. Headline: HealthServer.
+
+BEAT_SECONDS = 10  # between two signs of life of the main loop
+HTTP_THREADS = 8
+HTTP_SECONDS = 5
+PAGE_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #8884; }
+"""
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+PROMETHEUS_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 # name, kind, meaning, query whose last column is the value and whose others are labels
 METRICS = (
     (
@@ -4437,25 +4471,6 @@ def metrics_text(database: Database) -> str:
             marks = ",".join(f'{label}="{str(text).translate(PROMETHEUS_ESCAPES)}"' for label, text in row.items())
             lines.append(f"{name}{{{marks}}} {value}" if marks else f"{name} {value}")
     return "\n".join(lines) + "\n"
-
-
-PROMETHEUS_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
-
-# ---------------------------------------------------------------- Health
-# Serves the same answers over HTTP on 127.0.0.1: read-only, a few threads, a few seconds each. It only
-# reads the database. Headline: HealthServer.
-
-BEAT_SECONDS = 10  # between two signs of life of the main loop
-HTTP_THREADS = 8
-HTTP_SECONDS = 5
-PAGE_STYLE = """
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
-body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #8884; }
-"""
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def page(sections: Sequence[Section], verdict: str, now: float) -> str:
@@ -4774,7 +4789,7 @@ class Runner:
         if self.clock.boot() >= self.stop_at:
             self.stop("its time was up")
         elif self.once and self._is_idle() and all(opening.is_pause for opening in openings.values()):
-            self.stop("all was attempted")
+            self.stop("what is left belongs to paused sources" if openings else "all was attempted")
         if not self.stop_reason:
             self.clock.wait(self.wakeups, wait)
 
@@ -4898,7 +4913,7 @@ class Runner:
     def _announce(self, claimed: Claim, ending: Ending) -> None:
         result, attempts = ending.result, self.configuration.retry.max_attempts
         level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
-        if result.outcome in (Outcome.OK, Outcome.NOT_YET, Outcome.LOST) and level == "WARN":
+        if level == "WARN" and not ending.counted:
             level = "DEBUG"
         self.journal.write(
             level,
@@ -5009,46 +5024,76 @@ WantedBy=multi-user.target
 }
 
 
+# ---------------------------------------------------------------- Checks
+# Is everything in order? One row for each part, with what to do when it is not. Headline: check_rows().
+
+
+def check_rows(configuration: Configuration, *, online: bool) -> Rows:
+    """What was checked and how it went; `online` asks for connections to the sources too."""
+    checks: dict[str, Callable[[Configuration], str]] = {
+        "configuration": _check_configuration,
+        "database": _check_database,
+        "store": _check_store,
+        "runner": _check_runner,
+    }
+    rows = [_check(what, functools.partial(check, configuration)) for what, check in checks.items()]
+    if online:
+        sources = configuration.sources.values()
+        rows += [_check(f"source {source.name}", functools.partial(_check_source, source)) for source in sources]
+    return rows
+
+
+def _check(what: str, check: Callable[[], str]) -> dict[str, str]:
+    try:
+        return {"result": "ok", "what": what, "details": check()}
+    except Error as error:
+        return {"result": "FAIL", "what": what, "details": f"{error}; {error.hint}" if error.hint else str(error)}
+
+
+def _check_configuration(configuration: Configuration) -> str:
+    return f"{configuration.path}, {len(configuration.sources)} sources, {len(configuration.datasets)} datasets"
+
+
+def _check_runner(configuration: Configuration) -> str:
+    holder = RunnerLock(configuration.database).holder()
+    return "none" if holder is None else f"process {holder}"
+
+
+def _check_database(configuration: Configuration) -> str:
+    if not configuration.database.exists():
+        return f"{configuration.database}, to be made by the first run"
+    with contextlib.closing(open_database(configuration.database, must_exist=True)) as database:
+        if problems := database.check():
+            raise DatabaseError("; ".join(problems[:3]), "restore a backup")
+    return f"{configuration.database}, whole, SQLite {sqlite3.sqlite_version}"
+
+
+def _check_store(configuration: Configuration) -> str:
+    store = open_store(configuration.store)
+    if isinstance(store, FolderStore) and not store.root.exists():
+        return f"{configuration.store}, to be made by the first run"
+    first = next(iter(store.list("")), None)
+    return f"{configuration.store}, {'not empty' if first else 'empty'}"
+
+
+def _check_source(source: Source) -> str:
+    """Whether a connection to a source can be made; no request is sent."""
+    parts = urllib.parse.urlsplit(source.base_url)
+    if not parts.hostname:
+        return "no base_url"
+    try:
+        socket.create_connection(
+            (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=5
+        ).close()
+    except OSError as error:
+        raise Error(f"{parts.hostname} cannot be reached: {error.strerror or error}") from error
+    return f"{parts.hostname} can be reached"
+
+
 # ---------------------------------------------------------------- Commands
-# Obeys: the command line. Data go to stdout, everything else to stderr. Headline: main().
+# Obeys: one function for each command. Data go to stdout, everything else to stderr.
 
 Arguments = argparse.Namespace
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One argument of a command, as argparse takes it."""
-
-    names: tuple[str, ...]
-    settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One command: its name, what it does, its options, and the function that does it."""
-
-    name: str
-    meaning: str
-    act: Callable[[Arguments, Configuration], ExitCode]
-    options: tuple[Option, ...] = ()
-
-
-def _option(*names: str, **settings: Any) -> Option:
-    return Option(names, settings)
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _existing(configuration: Configuration) -> Database:
@@ -5070,21 +5115,17 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         configuration = dataclasses.replace(configuration, interval_seconds=minutes * MINUTE)
     if arguments.dry_run:
         return command_plan(arguments, configuration)
-    level = "ERROR" if arguments.quiet else "DEBUG" if arguments.verbose else "INFO"
-    journal, store = Journal(sys.stderr, level), open_store(configuration.store)
-    database = open_database(configuration.database)
-    lock = RunnerLock(configuration.database)
+    journal = Journal(sys.stderr, "ERROR" if arguments.quiet else "DEBUG" if arguments.verbose else "INFO")
+    database, lock = open_database(configuration.database), RunnerLock(configuration.database)
     lock.acquire()
-    runner = Runner(configuration, database, store, journal)
+    runner = Runner(configuration, database, open_store(configuration.store), journal)
     if sys.stderr.isatty() and not arguments.quiet and os.environ.get("TERM") != "dumb":
         journal.screen = LiveScreen(sys.stderr, database, configuration)
     _obey_signals(runner)
-    health = None
-    if configuration.health_check.enabled and not arguments.once:
-        health = _start_health(HealthServer(configuration, database, lock, runner.clock), journal)
-    code = runner.run(once=arguments.once, max_seconds=(arguments.max_minutes or math.inf) * MINUTE)
-    if health:
-        health.stop()
+    with contextlib.ExitStack() as stack:
+        if configuration.health_check.enabled and not arguments.once:
+            stack.enter_context(_serving(HealthServer(configuration, database, lock, runner.clock), journal))
+        code = runner.run(once=arguments.once, max_seconds=(arguments.max_minutes or math.inf) * MINUTE)
     if runner.running:  # a worker hangs: only the end of the process ends it
         sys.stderr.flush()
         os._exit(code)
@@ -5104,14 +5145,17 @@ def _obey_signals(runner: Runner) -> None:
         signal.signal(number, obey)
 
 
-def _start_health(health: HealthServer, journal: Journal) -> HealthServer | None:
+@contextlib.contextmanager
+def _serving(health: HealthServer, journal: Journal) -> Iterator[None]:
+    """Answer over HTTP meanwhile. A port that is taken is told, and stops nothing."""
     try:
-        port = health.start()
+        journal.write("INFO", "health", address=f"http://127.0.0.1:{health.start()}/")
     except Error as error:
         journal.write("WARN", "health", error=str(error), hint=error.hint)
-        return None
-    journal.write("INFO", "health", address=f"http://127.0.0.1:{port}/")
-    return health
+    try:
+        yield
+    finally:
+        health.stop()
 
 
 def command_reconcile(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -5141,25 +5185,25 @@ def _declare(database: Database, configuration: Configuration, clock: Clock) -> 
 
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
-    clock = Clock()
-    if configuration.database.exists():
-        with contextlib.closing(_existing(configuration)) as original:
-            database = original.copy()
-    else:
-        database = open_database(Path(tempfile.mkdtemp(), "plan.db")).copy()
-    store = open_store(configuration.store)
-    if isinstance(store, FolderStore) and not store.root.exists():
-        store = FolderStore(Path(tempfile.mkdtemp()))
-    _declare(database, configuration, clock)
-    cycle_id = run_cycle(reconcile(database, configuration, store, clock))
-    with database.transaction() as sql:
-        wake_retries(sql, clock.wall())
+    clock, store = Clock(), open_store(configuration.store)
+    with contextlib.ExitStack() as stack:
+        if configuration.database.exists():
+            database = stack.enter_context(contextlib.closing(_existing(configuration))).copy()
+        else:
+            database = memory_database()
+            if isinstance(store, FolderStore) and not store.root.exists():
+                store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        _declare(database, configuration, clock)
+        cycle_id = run_cycle(reconcile(database, configuration, store, clock))
+        with database.transaction() as sql:
+            wake_retries(sql, clock.wall())
+    notes = ["", "Nothing was written and nothing was asked; the store was only listed and read."]
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
-    notes = [
-        "Nothing was written and nothing was asked; the store was only listed and read.",
-        *([f"The cycle had trouble: {error}"] if error else []),
-    ]
-    _print(arguments, plan_sections(database, arguments.most), notes)
+    _print(
+        arguments,
+        plan_sections(database, arguments.most),
+        [*notes, f"The cycle had trouble: {error}"] if error else notes,
+    )
     return ExitCode.ERROR if error else ExitCode.DONE
 
 
@@ -5198,69 +5242,9 @@ def command_coverage(arguments: Arguments, configuration: Configuration) -> Exit
 
 def command_check(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Check the configuration, the database, the store and, with --online, the sources."""
-    rows = [
-        _check_row(
-            "configuration",
-            lambda: (
-                f"{configuration.path}, {len(configuration.sources)} sources, {len(configuration.datasets)} datasets"
-            ),
-        )
-    ]
-    rows.append(_check_row("database", lambda: _check_database(configuration)))
-    rows.append(_check_row("store", lambda: _check_store(configuration)))
-    rows.append(
-        _check_row(
-            "runner",
-            lambda: (
-                f"process {holder}" if (holder := RunnerLock(configuration.database).holder()) is not None else "none"
-            ),
-        )
-    )
-    if arguments.online:
-        rows += [
-            _check_row(f"source {source.name}", functools.partial(_check_source, source))
-            for source in configuration.sources.values()
-        ]
+    rows = check_rows(configuration, online=arguments.online)
     _print(arguments, [Section("checks", "", rows)])
     return ExitCode.ERROR if any(row["result"] == "FAIL" for row in rows) else ExitCode.DONE
-
-
-def _check_row(what: str, check: Callable[[], str]) -> dict[str, str]:
-    try:
-        return {"result": "ok", "what": what, "details": check()}
-    except Error as error:
-        return {"result": "FAIL", "what": what, "details": f"{error}; {error.hint}" if error.hint else str(error)}
-
-
-def _check_database(configuration: Configuration) -> str:
-    if not configuration.database.exists():
-        return f"{configuration.database}, to be made by the first run"
-    database = _existing(configuration)
-    if problems := database.check():
-        raise DatabaseError("; ".join(problems[:3]), "restore a backup")
-    return f"{configuration.database}, whole, SQLite {sqlite3.sqlite_version}"
-
-
-def _check_store(configuration: Configuration) -> str:
-    store = open_store(configuration.store)
-    if isinstance(store, FolderStore) and not store.root.exists():
-        return f"{configuration.store}, to be made by the first run"
-    first = next(iter(store.list("")), None)
-    return f"{configuration.store}, {'not empty' if first else 'empty'}"
-
-
-def _check_source(source: Source) -> str:
-    """Whether a connection to a source can be made; no request is sent."""
-    parts = urllib.parse.urlsplit(source.base_url)
-    if not parts.hostname:
-        return "no base_url"
-    try:
-        socket.create_connection(
-            (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=5
-        ).close()
-    except OSError as error:
-        raise Error(f"{parts.hostname} cannot be reached: {error.strerror or error}") from error
-    return f"{parts.hostname} can be reached"
 
 
 def command_example(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -5273,6 +5257,46 @@ def command_example(arguments: Arguments, configuration: Configuration) -> ExitC
     }
     print(EXAMPLES[arguments.name].format(**names), end="")
     return ExitCode.DONE
+
+
+# ---------------------------------------------------------------- Command line
+# The commands and their options as one table, and the way from words to an exit code. Headline: main().
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One argument of a command, as argparse takes it."""
+
+    names: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: its name, what it does, its options, and the function that does it."""
+
+    name: str
+    meaning: str
+    act: Callable[[Arguments, Configuration], ExitCode]
+    options: tuple[Option, ...] = ()
+
+
+def _option(*names: str, **settings: Any) -> Option:
+    return Option(names, settings)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 FILTERS = (_option("--source", help="only this source"), _option("--dataset", help="only this dataset"))
