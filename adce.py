@@ -27,7 +27,8 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Objects                     what should exist, and what a whole object is
     Store                       what does exist: a folder or S3
     Limits                      what may be asked, and when
-    Ledger                      objects and their tasks, kept in step; the score
+    Score                       which gap matters most
+    Ledger                      objects and their tasks, kept in step
     Queue                       what is to be done, and in which order
     Reconcile                   notices: expected against present
     Executions                  what one execution is, and what it leaves
@@ -1988,6 +1989,7 @@ def quote_for_key(value: str) -> str:
 
 
 def quote_for_url(value: str) -> str:
+    """A value as a part of a url: it can add no path and no parameter."""
     return urllib.parse.quote(value, safe="")
 
 
@@ -2239,6 +2241,7 @@ Item = TypeVar("Item")
 
 
 def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of at most `size`."""
     while chunk := list(itertools.islice(items, size)):
         yield chunk
 
@@ -2790,25 +2793,8 @@ def learn(
     return failures, None if seconds is None else Pause(source.name, seconds, answer)
 
 
-# ---------------------------------------------------------------- Ledger
-# Objects and their tasks, kept in step: whoever learns something of an object notes it here, and its task
-# opens, stays or closes in the same transaction. The score is computed here. Headline: Ledger.
-
-
-@dataclass(frozen=True, slots=True)
-class KnownObject:
-    """A row of objects."""
-
-    object_id: int
-    dataset: str
-    key: str
-    fields: Fields
-    season: str | None
-    day: str | None
-    state: ObjectState
-    facts: Facts
-    read_etag: str | None
-    cycle_id: int | None
+# ---------------------------------------------------------------- Score
+# Which gap matters most. The formula is here and nowhere else: SQL only adds. Headline: rank_of().
 
 
 def rank_of(
@@ -2838,6 +2824,27 @@ def score_at(rank: float, slope: float, bonus: float, now: float) -> float:
     return rank + slope * now / HOUR + bonus
 
 
+# ---------------------------------------------------------------- Ledger
+# Objects and their tasks, kept in step: whoever learns something of an object notes it here, and its task
+# opens, stays or closes in the same transaction. Headline: Ledger.
+
+
+@dataclass(frozen=True, slots=True)
+class KnownObject:
+    """A row of objects."""
+
+    object_id: int
+    dataset: str
+    key: str
+    fields: Fields
+    season: str | None
+    day: str | None
+    state: ObjectState
+    facts: Facts
+    read_etag: str | None
+    cycle_id: int | None
+
+
 class Ledger:
     """Objects and tasks as one transaction sees and changes them: no state without its task."""
 
@@ -2846,8 +2853,8 @@ class Ledger:
     ) -> None:
         self.sql, self.configuration, self.now, self.cycle_id = sql, configuration, now, cycle_id
         self.created = self.closed = 0
-        self._ids: dict[str, int] = dict(sql.execute("select dataset, dataset_id from datasets").fetchall())
-        self._names = {number: name for name, number in self._ids.items()}
+        self.ids: dict[str, int] = dict(sql.execute("select dataset, dataset_id from datasets").fetchall())
+        self._names = {number: name for name, number in self.ids.items()}
         self._seasons = {season.label: season for season in configuration.seasons}
 
     def objects(self, condition: str, parameters: Mapping[str, Any]) -> list[KnownObject]:
@@ -2891,7 +2898,7 @@ class Ledger:
                 values (?, ?, ?, ?, ?, 'dropped', ?, ?, ?)
                 """,
                 (
-                    self._ids[dataset.name],
+                    self.ids[dataset.name],
                     wanted.key,
                     fields,
                     wanted.season,
@@ -2911,7 +2918,7 @@ class Ledger:
                 return known.object_id
         self.sql.execute(
             "update objects set dataset_id = ?, fields = ?, season = ?, day = ? where object_id = ?",
-            (self._ids[dataset.name], fields, wanted.season, wanted.day, known.object_id),
+            (self.ids[dataset.name], fields, wanted.season, wanted.day, known.object_id),
         )
         facts = dataclasses.replace(known.facts, available_at=wanted.available_at)
         self.note(dataclasses.replace(known, dataset=dataset.name, season=wanted.season, day=wanted.day), facts)
@@ -2976,7 +2983,7 @@ class Ledger:
             """,
             (
                 known.object_id,
-                self._ids[dataset.name],
+                self.ids[dataset.name],
                 TaskState.RETRY if waits else TaskState.PENDING,
                 priority,
                 int(self.now),
@@ -3090,6 +3097,19 @@ def reprioritise(sql: sqlite3.Connection, configuration: Configuration, now: flo
         if (priority, size, rank, slope) != (row["priority"], row["gap_size"], row["rank"], row["slope"]):
             changes.append((priority, size, rank, slope, row["task_id"]))
     sql.executemany("update tasks set priority = ?, gap_size = ?, rank = ?, slope = ? where task_id = ?", changes)
+
+
+def note_due_objects(database: Database, configuration: Configuration, clock: Clock) -> int:
+    """Appraise up to a page of objects whose instant has come. Returns how many."""
+    with database.transaction() as sql:
+        ledger = Ledger(sql, configuration, clock.wall())
+        due = ledger.objects(
+            "due_at is not null and due_at <= :now order by due_at limit :page",
+            {"now": int(clock.wall()), "page": PAGE},
+        )
+        for target in due:
+            ledger.note(target, target.facts)
+    return len(due)
 
 
 # ---------------------------------------------------------------- Queue
@@ -3221,11 +3241,8 @@ def _take(
     ).fetchall()
     ledger, taken = Ledger(sql, configuration, wall), []
     for row in rows:
-        started = sql.execute(
-            "insert into attempts (task_id, started_at, outcome, requests) values (?, ?, 'running', 0)",
-            (row["task_id"], wall),
-        )
-        attempt_id = cast(int, started.lastrowid)
+        begin = "insert into attempts (task_id, started_at, outcome, requests) values (?, ?, 'running', 0)"
+        attempt_id = cast(int, sql.execute(begin, (row["task_id"], wall)).lastrowid)
         sql.execute(
             """
             update tasks set state = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null
@@ -3363,8 +3380,7 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result:
     sql.execute(
         """
         insert into daily_totals
-        values (date(:now, 'unixepoch'), (select dataset_id from datasets where dataset = :dataset),
-                :priority, :outcome, 1, :seconds, :bytes)
+        values (date(:now, 'unixepoch'), :dataset_id, :priority, :outcome, 1, :seconds, :bytes)
         on conflict do update set
             attempts = attempts + 1,
             seconds = seconds + excluded.seconds,
@@ -3372,7 +3388,7 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result:
         """,
         {
             "now": int(ledger.now),
-            "dataset": dataset.name,
+            "dataset_id": ledger.ids[dataset.name],
             "priority": task.priority,
             "outcome": result.outcome,
             "seconds": ended[0]["seconds"],
@@ -3569,10 +3585,10 @@ class _Cycle:
             left = math.inf if children or dataset.freshness.until else READS_IN_A_CYCLE
             after = ""
             while left > 0 and (unread := self._unread(dataset, after)):
-                bodies = {target.object_id: self._body(target.key) for target in unread}
+                found = [(target, self._inspect(target, children)) for target in unread]
                 with self.ledger() as ledger:
-                    for target in unread:
-                        self._note_content(ledger, target, bodies[target.object_id], children)
+                    for target, inspection in found:
+                        self._note_content(ledger, target, inspection)
                 after = unread[-1].key
                 left -= len(unread)
                 yield
@@ -3588,18 +3604,16 @@ class _Cycle:
                 {"dataset": dataset.name, "after": after, "few": READS_IN_A_TRANSACTION},
             )
 
-    def _body(self, key: str) -> bytes | None:
+    def _inspect(self, target: KnownObject, children: Sequence[Dataset]) -> Inspection | None:
         try:
-            return self.store.read(key)
+            body = self.store.read(target.key)
         except KeyError:
             return None  # gone since it was listed: the next cycle sees that
+        return inspect(self.configuration.datasets[target.dataset], target.fields, body, children)
 
-    def _note_content(
-        self, ledger: Ledger, target: KnownObject, body: bytes | None, children: Sequence[Dataset]
-    ) -> None:
-        if body is None:
+    def _note_content(self, ledger: Ledger, target: KnownObject, found: Inspection | None) -> None:
+        if found is None:
             return
-        found = inspect(self.configuration.datasets[target.dataset], target.fields, body, children)
         facts = dataclasses.replace(target.facts, valid=found.valid, settled=found.settled, verdict=found.verdict)
         ledger.note(target, facts, read_etag=target.facts.etag)
         if found.valid:
@@ -3685,19 +3699,6 @@ class _Cycle:
                     "cycle_id": self.cycle_id,
                 },
             )
-
-
-def note_due_objects(database: Database, configuration: Configuration, clock: Clock) -> int:
-    """Appraise up to a page of objects whose instant has come. Returns how many."""
-    with database.transaction() as sql:
-        ledger = Ledger(sql, configuration, clock.wall())
-        due = ledger.objects(
-            "due_at is not null and due_at <= :now order by due_at limit :page",
-            {"now": int(clock.wall()), "page": PAGE},
-        )
-        for target in due:
-            ledger.note(target, target.facts)
-    return len(due)
 
 
 def _seen(target: KnownObject, entry: StoredObject) -> Facts:
@@ -4710,6 +4711,46 @@ class Execution:
     spec: FetchSpec
 
 
+def announce_cycle(journal: Journal, database: Database) -> None:
+    """One line for the cycle that has just ended."""
+    row = query(database, "select * from cycles order by cycle_id desc limit 1")[0]
+    shown = (
+        "expected",
+        "present",
+        "missing",
+        "stale",
+        "suspect",
+        "created",
+        "closed",
+        "listed",
+        "seconds",
+        "error",
+    )
+    journal.write(
+        "WARN" if row["error"] else "INFO", "cycle", id=row["cycle_id"], **{name: row[name] for name in shown}
+    )
+
+
+def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
+    """One line for what became of a task."""
+    result = ending.result
+    level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
+    if level == "WARN" and not ending.counted:
+        level = "DEBUG"
+    journal.write(
+        level,
+        ending.state,
+        dataset=claimed.dataset.name,
+        key=ending.task.target.key,
+        outcome=result.outcome,
+        failures=f"{ending.failures}/{max_attempts}" if ending.failures else None,
+        bytes=result.stored.size if result.stored else None,
+        error=result.error,
+        next=utc_text(ending.next_at),
+        task=ending.task.task_id,
+    )
+
+
 class Runner:
     """One run on one database: `run()` returns when it is told to stop, or when `once` is done."""
 
@@ -4786,15 +4827,13 @@ class Runner:
         openings = self._dispatch()
         self._beat()
         wait = self._seconds_to_next_event(openings)
+        is_idle = self.steps is None and not (self.running or self.hops or self.unrecorded)
         if self.clock.boot() >= self.stop_at:
             self.stop("its time was up")
-        elif self.once and self._is_idle() and all(opening.is_pause for opening in openings.values()):
+        elif self.once and is_idle and all(opening.is_pause for opening in openings.values()):
             self.stop("what is left belongs to paused sources" if openings else "all was attempted")
         if not self.stop_reason:
             self.clock.wait(self.wakeups, wait)
-
-    def _is_idle(self) -> bool:
-        return self.steps is None and not (self.running or self.hops or self.unrecorded)
 
     def _advance_cycle(self) -> None:
         """Begin a cycle when it is time, or do the next step of the one that runs."""
@@ -4810,28 +4849,10 @@ class Runner:
             self.cycle_id = next(self.steps)
         except StopIteration:
             self.steps = None
-            self._announce_cycle()
+            announce_cycle(self.journal, self.database)
             if self.once:
                 with self.database.transaction() as sql:
                     wake_retries(sql, sys.maxsize)
-
-    def _announce_cycle(self) -> None:
-        row = query(self.database, "select * from cycles order by cycle_id desc limit 1")[0]
-        shown = (
-            "expected",
-            "present",
-            "missing",
-            "stale",
-            "suspect",
-            "created",
-            "closed",
-            "listed",
-            "seconds",
-            "error",
-        )
-        self.journal.write(
-            "WARN" if row["error"] else "INFO", "cycle", id=row["cycle_id"], **{name: row[name] for name in shown}
-        )
 
     def _dispatch(self) -> dict[str, Opening]:
         """Give every free worker the best thing to do. Returns what the sources wait for, if any worker is free."""
@@ -4905,28 +4926,10 @@ class Runner:
             ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
             endings, pausing = finish(ledger, claimed, results, self.clock, self.dice)
         for ending in endings:
-            self._announce(claimed, ending)
+            announce_ending(self.journal, claimed, ending, self.configuration.retry.max_attempts)
         if pausing:
             until = utc_text(self.clock.wall() + pausing.seconds)
             self.journal.write("WARN", "paused", source=pausing.source, until=until, reason=pausing.reason)
-
-    def _announce(self, claimed: Claim, ending: Ending) -> None:
-        result, attempts = ending.result, self.configuration.retry.max_attempts
-        level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
-        if level == "WARN" and not ending.counted:
-            level = "DEBUG"
-        self.journal.write(
-            level,
-            ending.state,
-            dataset=claimed.dataset.name,
-            key=ending.task.target.key,
-            outcome=result.outcome,
-            failures=f"{ending.failures}/{attempts}" if ending.failures else None,
-            bytes=result.stored.size if result.stored else None,
-            error=result.error,
-            next=utc_text(ending.next_at),
-            task=ending.task.task_id,
-        )
 
     def _beat(self) -> None:
         now = self.clock.boot()
@@ -4937,10 +4940,8 @@ class Runner:
                 sql.execute("update boot set wall_offset = ?", (self.clock.wall() - now,))
         if self.journal.screen and now >= self.next_paint_at:
             self.next_paint_at = now + SCREEN_SECONDS
-            self.journal.screen.paint(self.clock.wall(), self._busy(), None if self.once else self.next_cycle_at - now)
-
-    def _busy(self) -> list[str]:
-        return [execution.claimed.tasks[0].target.key for execution in self.running.values()]
+            busy = [execution.claimed.tasks[0].target.key for execution in self.running.values()]
+            self.journal.screen.paint(self.clock.wall(), busy, None if self.once else self.next_cycle_at - now)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
         """How long nothing can happen. While a cycle runs there is always something to do."""

@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import adce  # noqa: E402
 from upstream import Upstream  # noqa: E402
+
+import adce  # noqa: E402
 
 
 class ManualClock(adce.Clock):

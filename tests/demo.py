@@ -8,6 +8,7 @@ The upstream has real sockets, strict limits that answer 429 when broken, and so
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -61,9 +62,13 @@ def main() -> int:
     options = parser.parse_args()
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
-        return show(options.keep, options.days)
+        code = show(options.keep, options.days)
+        say_what_next(options.keep, kept=True)
+        return code
     with tempfile.TemporaryDirectory() as folder:
-        return show(Path(folder), options.days)
+        code = show(Path(folder), options.days)
+    say_what_next(Path(folder), kept=False)
+    return code
 
 
 def show(folder: Path, days: int) -> int:
@@ -79,7 +84,6 @@ def show(folder: Path, days: int) -> int:
         objects = sum(1 for path in (folder / "lake").rglob("*.json"))
         print(f"\nThe lake holds {objects} objects. The source answered {upstream.count()} requests", end="")
         print(f" and counted {upstream.violations} beyond its limits of 20 a second and 300 a minute.")
-    say_what_next(folder)
     return code
 
 
@@ -93,15 +97,13 @@ def fill(configuration: Path) -> int:
     return code
 
 
-def say_what_next(folder: Path) -> None:
-    if not folder.samefile(Path.cwd()) and str(folder).startswith(tempfile.gettempdir()):
-        print("Look closer: run it again with --keep demo, then, from that folder:")
-    else:
-        print(f"Look closer, from {folder}:")
-    adce = f"{Path(sys.executable).name} {ADCE.name}"
+def say_what_next(folder: Path, *, kept: bool) -> None:
+    print("Look closer:" if kept else "Look closer, after another run with --keep demo:")
+    place = folder if kept else Path("demo")
+    python, adce = os.path.relpath(sys.executable), os.path.relpath(ADCE)
     for words in ("status", "coverage --dataset games", "task 1"):
-        print(f"    {adce} {words}")
-    print('    sqlite3 -readonly -box adce.db "select * from rates"')
+        print(f"    {python} {adce} -c {place / 'adce.yaml'} {words}")
+    print(f'    sqlite3 -readonly -box {place / "adce.db"} "select * from rates"')
 
 
 if __name__ == "__main__":
