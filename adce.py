@@ -1535,6 +1535,10 @@ class Builder:
         self.reader, self.values, self.path = reader, values, path
         self.complain = reader.complain
 
+    def _named(self, path: str, *names: str) -> list[str]:
+        """Which of these keys stand in the file, whether their values are good or not."""
+        return [name for name in names if f"{path}.{name}" in self.reader.places]
+
     def configuration(self) -> Configuration:
         """The whole of it; what is broken is left out, and complained of."""
         values = self.values
@@ -1636,7 +1640,7 @@ class Builder:
             if not {"source", "key", "partitions"} <= set(given):
                 continue
             path = f"datasets.{name}"
-            runners = [runner for runner in ("url", "command", "call") if runner in given]
+            runners = self._named(path, "url", "command", "call")
             if len(runners) != 1:
                 self.complain(
                     path, f"needs exactly one of url, command and call, has {' and '.join(runners) or 'none'}"
@@ -1681,12 +1685,15 @@ class Builder:
                 return None
             seen.append(other)
             values = raw[other]["partitions"]
-        kinds = [kind for kind in ("dates", "seasons", "values", "from") if kind in values]
+        path = f"datasets.{seen[-1]}.partitions"
+        kinds = self._named(path, "dates", "seasons", "values", "from")
         if len(kinds) != 1:
             self.complain(
                 path,
                 f"needs exactly one of dates, seasons, values, from and same_as, has {' and '.join(kinds) or 'none'}",
             )
+            return None
+        if kinds[0] not in values:
             return None
         times = tuple((key, value) for key, value in values.get("times", {}).items())
         if kinds == ["dates"]:
@@ -1705,7 +1712,7 @@ class Builder:
             until=values.get("until", "yesterday"),
             timezone=values.get("timezone", "UTC"),
         )
-        if dates.seasons == (dates.first is not None):
+        if len(self._named(f"{path}.dates", "seasons", "from")) != 1:
             self.complain(f"{path}.dates", "needs either seasons: all or from: DATE")
         if dates.seasons and not self.values.get("seasons"):
             self.complain(f"{path}.dates.seasons", "no seasons are declared")
@@ -1723,7 +1730,7 @@ class Builder:
         return form
 
     def _derived(self, values: dict[str, Any], times: tuple[Any, ...], path: str) -> Partitions:
-        if ("ids" in values) == ("regex" in values):
+        if len(self._named(path, "ids", "regex")) != 1:
             self.complain(path, "needs either ids or regex to find the ids")
         name = values.get("as", "")
         if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
@@ -1830,14 +1837,14 @@ class Checker:
             r"[\x00-\x1f\x7f]", template.text
         ):
             self.complain(path, f"{template.text}: a key has no empty, . or .. parts and does not start or end with /")
-        for name in dataset.partitions.own_fields():
-            if name not in template.fields():
-                self.complain(path, f"does not name {{{name}}}: its objects would overwrite one another")
+        missing = [name for name in dataset.partitions.own_fields() if name not in template.fields()]
+        for name in missing:
+            self.complain(path, f"does not name {{{name}}}: its objects would overwrite one another")
         days = [
             {**dict.fromkeys(declared, "1"), "date": day}
             for day in ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
         ]
-        if "date" in dataset.partitions.own_fields() and len({template.render(day, str) for day in days}) < len(days):
+        if dataset.partitions.dates and not missing and len({template.render(day, str) for day in days}) < len(days):
             self.complain(path, "its date format gives different days the same key")
         for other in self.values["datasets"]:
             if other == dataset.name:
@@ -1994,8 +2001,10 @@ def quote_for_url(value: str) -> str:
 
 
 def quote_for_expression(value: str) -> str:
-    """A value inside a JMESPath 'raw string'."""
-    return value.replace("\\", "\\\\").replace("'", "\\'")
+    """A value inside a JMESPath 'raw string'. Raises ValueError for what such a string cannot hold."""
+    if "\\" in value:
+        raise ValueError(f"{value!r} cannot be compared")
+    return value.replace("'", "\\'")
 
 
 def season_at(seasons: Sequence[Season], day: datetime.date) -> Season | None:

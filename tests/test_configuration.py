@@ -1,0 +1,485 @@
+"""adce.yaml: what may stand in it, and what is said when it is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from datetime import date, time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_adce
+
+import adce
+
+BASE = """\
+sources:
+  espn: {base_url: "https://example.org"}
+datasets:
+  days:
+    source: espn
+    key: "days/{date}.json"
+    url: "/days/{date}"
+    partitions: {dates: {from: 2024-01-01}}
+"""
+CHILD = """\
+  games:
+    source: espn
+    key: "games/{game_id}.json"
+    url: "/games/{game_id}"
+    partitions: {from: days, ids: "ids", as: game_id}
+"""
+FOUR_BLOCKS = """\
+max_concurrent_scrapers: 5
+reconciliation_interval_minutes: 15
+priority_weighting:
+  enabled: true
+  base_scores: {CRITICAL: 1000, HIGH: 100, MEDIUM: 10, LOW: 1}
+  age_weight: 0.5
+  source_multipliers: {espn: 1.5, nba_api: 1.3, basketball_reference: 1.2, hoopr: 1.1}
+  gap_size_weight: -0.1
+  max_gap_size_penalty: 10
+  success_rate_weight: 20
+rate_limiting:
+  enabled: true
+  global_limits: {requests_per_minute: 100, requests_per_hour: 5000}
+  source_limits:
+    espn: {requests_per_minute: 60, requests_per_hour: 3000, burst_size: 10}
+    nba_api: {requests_per_minute: 30, requests_per_hour: 1000, burst_size: 5}
+    basketball_reference: {requests_per_minute: 20, requests_per_hour: 500, burst_size: 3, min_delay_seconds: 3}
+    hoopr: {requests_per_minute: 40, requests_per_hour: 2000, burst_size: 8}
+  backoff: {threshold_percent: 80, initial_delay_seconds: 1, max_delay_seconds: 30, exponential_factor: 2}
+"""
+
+
+def edited(old: str, new: str) -> str:
+    assert old in BASE
+    return BASE.replace(old, new)
+
+
+# case: (text, the problem lines that must be told, all of them, in order)
+BROKEN = {
+    "unknown key with a near miss": (
+        "databse: x.db\n" + BASE,
+        ['1:1: databse: unknown key, did you mean "database"?'],
+    ),
+    "unknown key": ("colour: red\n" + BASE, ["1:1: colour: unknown key"]),
+    "duplicate key": (
+        "store: a\nstore: b\n" + BASE,
+        ["2:1: store: duplicate key, first set at line 1"],
+    ),
+    "two datasets of one name": (
+        BASE + "  days: {source: espn}\n",
+        ["9:3: datasets.days: duplicate key, first set at line 5"],
+    ),
+    "text for a number": (
+        "max_concurrent_scrapers: five\n" + BASE,
+        ["1:26: max_concurrent_scrapers: expected a whole number of 1 or more, found 'five' (text)"],
+    ),
+    "a list for a mapping": ("retry: [5]\n" + BASE, ["1:8: retry: expected a mapping, found a list"]),
+    "nothing for a number": (
+        "queue_check_seconds:\n" + BASE,
+        ["1:21: queue_check_seconds: expected a number above 0, found nothing"],
+    ),
+    "a limit of zero": (
+        "rate_limiting: {source_limits: {espn: {requests_per_minute: 0}}}\n" + BASE,
+        ["1:61: rate_limiting.source_limits.espn.requests_per_minute: 0 is not a whole number of 1 or more"],
+    ),
+    "half a request": (
+        "rate_limiting: {global_limits: {requests_per_hour: 1.5}}\n" + BASE,
+        ["1:52: rate_limiting.global_limits.requests_per_hour: 1.5 is not a whole number of 1 or more"],
+    ),
+    "a bucket that nothing refills": (
+        "rate_limiting: {source_limits: {espn: {burst_size: 5}}}\n" + BASE,
+        ["1:39: rate_limiting.source_limits.espn: burst_size needs a limit such as requests_per_minute to refill it"],
+    ),
+    "a limit for a misspelt source": (
+        "rate_limiting: {source_limits: {epsn: {requests_per_minute: 5}}}\n" + BASE,
+        ['1:39: rate_limiting.source_limits.epsn: source "epsn" is not defined, did you mean "espn"?'],
+    ),
+    "a percentage above 100": (
+        "rate_limiting: {backoff: {threshold_percent: 180}}\n" + BASE,
+        ["1:46: rate_limiting.backoff.threshold_percent: expected a number from 0 to 100, found '180' (a number)"],
+    ),
+    "a port that is none": (
+        "health_check: {port: 70000}\n" + BASE,
+        ["1:22: health_check.port: expected a port from 0 to 65535, found '70000' (a number)"],
+    ),
+    "yes for a number of seconds": (
+        "grace_seconds: yes\n" + BASE,
+        ["1:16: grace_seconds: expected a number, found 'yes' (yes or no)"],
+    ),
+    "undefined source": (
+        edited("source: espn", "source: epsn"),
+        ['5:13: datasets.days.source: source "epsn" is not defined, did you mean "espn"?'],
+    ),
+    "undefined parent": (
+        BASE + CHILD.replace("from: days", "from: dayz"),
+        ['13:24: datasets.games.partitions.from: dataset "dayz" is not defined, did you mean "days"?'],
+    ),
+    "undefined same_as": (
+        BASE + CHILD.replace('{from: days, ids: "ids", as: game_id}', "{same_as: nobody}"),
+        ['13:27: datasets.games.partitions.same_as: dataset "nobody" is not defined'],
+    ),
+    "a dataset below itself": (
+        edited("{dates: {from: 2024-01-01}}", '{from: games, ids: "x", as: date}') + CHILD,
+        [
+            "8:24: datasets.days.partitions.from: cycle: days -> games -> days",
+            "13:24: datasets.games.partitions.from: cycle: games -> days -> games",
+        ],
+    ),
+    "the same as each other": (
+        edited("{dates: {from: 2024-01-01}}", "{same_as: games}")
+        + CHILD.replace('{from: days, ids: "ids", as: game_id}', "{same_as: days}"),
+        [
+            "8:27: datasets.days.partitions.same_as: cycle: days -> games -> days",
+            "13:27: datasets.games.partitions.same_as: cycle: games -> days -> games",
+        ],
+    ),
+    "bad JMESPath": (
+        BASE + CHILD.replace('"ids"', '"events[?"'),
+        ["13:35: datasets.games.partitions.ids: not a JMESPath expression at its character 9: events[?"],
+    ),
+    "bad regular expression": (
+        BASE + CHILD.replace('ids: "ids"', 'regex: "(a"'),
+        [
+            "13:37: datasets.games.partitions.regex: "
+            "not a regular expression: missing ), unterminated subpattern at position 0"
+        ],
+    ),
+    "regular expression without a group": (
+        BASE + CHILD.replace('ids: "ids"', 'regex: "a"'),
+        ["13:37: datasets.games.partitions.regex: needs one group ( ) for the id, has 0"],
+    ),
+    "undeclared field in a url": (
+        edited('url: "/days/{date}"', 'url: "/days/{game_id}"'),
+        ['7:10: datasets.days.url: no field "game_id" (there are: date)'],
+    ),
+    "undeclared field in an expression": (
+        BASE + CHILD + """    validate: {require: ["id == '{gameid}'"]}\n""",
+        [
+            '14:26: datasets.games.validate.require.0: no field "gameid", did you mean "game_id"? '
+            "(there are: date, game_id)"
+        ],
+    ),
+    "format of a field that is no date": (
+        BASE + CHILD.replace("/games/{game_id}", "/games/{game_id:%Y}"),
+        ["12:10: datasets.games.url: {game_id:%Y}: only a date has a format, made of codes like %Y%m%d"],
+    ),
+    "attribute access in a template": (
+        edited("/days/{date}", "/days/{date.__class__}"),
+        [
+            "7:10: datasets.days.url: /days/{date.__class__}: a brace that is no {field}; a field is a name in small letters"
+        ],
+    ),
+    "dates that end before they start": (
+        edited("{from: 2024-01-01}", "{from: 2024-01-02, to: 2024-01-01}"),
+        ["8:48: datasets.days.partitions.dates.to: 2024-01-01 is before from: 2024-01-02"],
+    ),
+    "a day that does not exist": (
+        edited("2024-01-01", "2024-02-30"),
+        [
+            "8:32: datasets.days.partitions.dates.from: expected a date like 2024-10-22, found '2024-02-30' (a date)",
+        ],
+    ),
+    "a season that ends before it starts": (
+        'seasons: [{label: "a", end: 2024, start: 2024-05-01, finish: 2024-04-01}]\n' + BASE,
+        ["1:62: seasons.0.finish: 2024-04-01 is before its start 2024-05-01"],
+    ),
+    "seasons that are not declared": (
+        edited("{dates: {from: 2024-01-01}}", "{dates: {seasons: all}}"),
+        ["8:35: datasets.days.partitions.dates.seasons: no seasons are declared"],
+    ),
+    "two datasets with the same key": (
+        BASE + CHILD.replace("games/{game_id}.json", "days/{game_id}.json"),
+        ['11:10: datasets.games.key: the same keys as dataset "days": two datasets cannot share objects'],
+    ),
+    "a key that does not tell its objects apart": (
+        edited("days/{date}.json", "days/today.json"),
+        ["6:10: datasets.days.key: does not name {date}: its objects would overwrite one another"],
+    ),
+    "a date format that loses the day": (
+        edited("days/{date}.json", "days/{date:%Y-%m}.json"),
+        ["6:10: datasets.days.key: its date format gives different days the same key"],
+    ),
+    "a key that climbs out": (
+        edited("days/{date}.json", "../{date}.json"),
+        ["6:10: datasets.days.key: ../{date}.json: a key has no empty, . or .. parts and does not start or end with /"],
+    ),
+    "YAML reads no as false": (
+        edited("source: espn", "source: no"),
+        ['5:13: datasets.days.source: no is read as false; write "no"'],
+    ),
+    "YAML reads 12:30 as 750": (
+        BASE + "    available_after: 12:30\n",
+        ['9:22: datasets.days.available_after: 12:30 is read as 750; write "12:30"'],
+    ),
+    "YAML reads 010 as 8": (
+        "max_concurrent_scrapers: 010\n" + BASE,
+        ["1:26: max_concurrent_scrapers: expected a whole number of 1 or more, found '010' (a number)"],
+    ),
+    "unquoted ids": (
+        edited("{dates: {from: 2024-01-01}}", "{values: {date: [0022300001]}}"),
+        ['8:34: datasets.days.partitions.values.date.0: 0022300001 is read as 4816897; write "0022300001"'],
+    ),
+    "no runner": (
+        edited('    url: "/days/{date}"\n', ""),
+        ["5:5: datasets.days: needs exactly one of url, command and call, has none"],
+    ),
+    "two runners": (
+        BASE + "    call: module:function\n",
+        ["5:5: datasets.days: needs exactly one of url, command and call, has url and call"],
+    ),
+    "two kinds of partitions": (
+        edited("{dates: {from: 2024-01-01}}", "{dates: {from: 2024-01-01}, values: {date: [a]}}"),
+        [
+            "8:17: datasets.days.partitions: needs exactly one of dates, seasons, values, from and same_as, has dates and values"
+        ],
+    ),
+    "a duration without a unit": (
+        BASE + "    freshness: {refetch_every: 6}\n",
+        [
+            "9:32: datasets.days.freshness.refetch_every: "
+            "expected a duration like 90s, 15m, 6h or 1d (or never), found '6' (a number)"
+        ],
+    ),
+    "an unknown time zone": (
+        edited("{from: 2024-01-01}", "{from: 2024-01-01, timezone: America/Gotham}"),
+        [
+            "8:54: datasets.days.partitions.dates.timezone: "
+            "expected a time zone like America/New_York, found 'America/Gotham' (text)"
+        ],
+    ),
+    "an address that is none": (
+        edited("https://example.org", "ftp://example.org"),
+        [
+            "2:20: sources.espn.base_url: ftp://example.org is not an http or https address",
+            "7:10: datasets.days.url: ftp://example.org/days/{date} is no address: give source espn a base_url",
+        ],
+    ),
+    "a header that smuggles another": (
+        edited("{base_url", '{headers: {X-A: "a\\nB: c"}, base_url'),
+        ["2:25: sources.espn.headers.X-A: not a header: names are letters and hyphens, values are plain ASCII"],
+    ),
+    "a source named global": (
+        BASE.replace("espn", "global"),
+        ["2:11: sources.global: a source cannot be named global"],
+    ),
+    "a store that is none": (
+        "store: http://example.org/lake\n" + BASE,
+        ["1:8: store: http://example.org/lake: a store is a folder or s3://bucket/prefix"],
+    ),
+    "hexadecimal that is none": (
+        BASE + '    validate: {starts_with_hex: "5041x"}\n',
+        [
+            "9:33: datasets.days.validate.starts_with_hex: expected bytes in hexadecimal, in quotes, found '5041x' (text)"
+        ],
+    ),
+    "a priority that is none": (
+        BASE + "    priority: URGENT\n",
+        ["9:15: datasets.days.priority: expected auto, CRITICAL, HIGH, MEDIUM or LOW, found 'URGENT' (text)"],
+    ),
+    "a batch of requests": (
+        BASE + "    batch: {by: date}\n",
+        ["9:12: datasets.days.batch: only a command can bring many objects"],
+    ),
+    "an open quote": ('store: "lake\n', ["1:8: not YAML: found unexpected end of stream"]),
+    "a tab": ("retry:\n\tmax_attempts: 5\n", ["2:1: not YAML: found character '\\t' that cannot start any token"]),
+    "an empty file": ("# nothing\n", ["1:1: the file is empty"]),
+    "brackets without end": ("store: " + "[" * 3000 + "\n", ["1:1: nested too deeply"]),
+}
+
+
+def problems_of(text: str, folder: Path) -> list[str]:
+    """The problem lines of the message, without the lines that quote the file."""
+    path = folder / "adce.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(adce.ConfigurationError) as caught:
+        adce.load_configuration(path)
+    lines = str(caught.value).splitlines()
+    return [line.removeprefix("adce.yaml:") for line in lines if line.startswith("adce.yaml:")]
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_configuration_is_told_exactly(case, tmp_path):
+    text, expected = BROKEN[case]
+    assert sorted(problems_of(text, tmp_path)) == sorted(expected)
+
+
+def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(tmp_path):
+    text = "databse: x\n" + edited("source: espn", "source: epsn") + "    priority: URGENT\n"
+    places = [tuple(map(int, problem.split(":")[:2])) for problem in problems_of(text, tmp_path)]
+    assert len(places) == 3
+    assert places == sorted(places)
+
+
+def test_message_shows_the_line_with_a_caret(tmp_path):
+    path = tmp_path / "adce.yaml"
+    path.write_text(edited("source: espn", "source: epsn"), encoding="utf-8")
+    with pytest.raises(adce.ConfigurationError) as caught:
+        adce.load_configuration(path)
+    assert str(caught.value).splitlines() == [
+        'adce.yaml:5:13: datasets.days.source: source "epsn" is not defined, did you mean "espn"?',
+        "    5 |     source: epsn",
+        "      |             ^",
+        "1 problem; nothing was started",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
+        (b"a" * ((1 << 20) + 1), "larger than 1,048,576 bytes"),
+        (b"a: &a [x]\nb: [" + b"*a, " * 40_000 + b"]\n" + BASE.encode(), "unknown key"),
+    ],
+)
+def test_unreadable_file_is_refused_in_one_message(content, message, tmp_path):
+    path = tmp_path / "adce.yaml"
+    path.write_bytes(content)
+    with pytest.raises(adce.ConfigurationError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        adce.load_configuration(path)
+
+
+def test_alias_bomb_ends_at_a_bound(tmp_path):
+    layers = ["a0: &a0 {x: [a, b]}"] + [f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}" for n in range(1, 40)]
+    path = tmp_path / "adce.yaml"
+    path.write_text("\n".join(layers) + "\nsources: *a39\n" + BASE.partition("\n")[2], encoding="utf-8")
+    with pytest.raises(adce.ConfigurationError):
+        adce.load_configuration(path)
+
+
+@pytest.mark.parametrize("command", ["run", "report", "plan", "check"])
+def test_program_says_it_with_exit_78_and_starts_nothing(command, tmp_path):
+    (tmp_path / "adce.yaml").write_text("databse: x\n" + BASE, encoding="utf-8")
+    done = run_adce(command, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr.startswith("adce.yaml:1:1: databse: unknown key")
+    assert [path.name for path in tmp_path.iterdir()] == ["adce.yaml"]
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: None])
+def test_missing_file_or_folder_is_named(make, tmp_path):
+    make(tmp_path / "other.yaml")
+    done = run_adce("-c", "other.yaml", "check", folder=tmp_path)
+    assert done.returncode == 78
+    assert "other.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_byte_order_mark_and_carriage_returns_are_accepted(tmp_path):
+    path = tmp_path / "adce.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + BASE.replace("\n", "\r\n").encode())
+    assert list(adce.load_configuration(path).datasets) == ["days"]
+
+
+def test_shipped_configuration_holds_four_sources_and_twelve_datasets():
+    configuration = adce.load_configuration(ROOT / "adce.yaml")
+    assert list(configuration.sources) == ["espn", "nba_api", "basketball_reference", "hoopr"]
+    assert len(configuration.datasets) == 12
+    assert configuration.store == str(ROOT / "lake")
+
+
+def test_four_blocks_are_accepted_exactly_as_written(configure):
+    configuration = configure(FOUR_BLOCKS + BASE)
+    limits = configuration.rate_limiting.scopes["basketball_reference"]
+    windows = [(limit.max_requests, limit.seconds) for limit in limits.windows]
+    assert windows == [(1, 3.0), (20, 60.0), (500, 3600.0)]
+    assert (limits.burst_size, limits.refill_per_second) == (3, 20 / 60)
+    assert configuration.priority_weighting.source_multipliers["hoopr"] == 1.1
+    assert configuration.rate_limiting.backoff == adce.Backoff(80, 1, 30, 2)
+
+
+def test_every_block_may_be_absent(configure):
+    configuration = configure(BASE)
+    assert configuration.rate_limiting == adce.RateLimiting(enabled=False)
+    assert configuration.priority_weighting == adce.PriorityWeighting()
+    assert (configuration.interval_seconds, configuration.retry) == (900, adce.Retry())
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("reconciliation_interval_hours: 2\n", 7200), ("reconciliation_interval_minutes: 0.5\n", 30), ("", 900)],
+)
+def test_interval_in_minutes_or_in_hours(text, seconds, configure):
+    assert configure(text + BASE).interval_seconds == seconds
+
+
+def test_switched_off_limits_are_no_limits(configure):
+    text = FOUR_BLOCKS.replace("rate_limiting:\n  enabled: true", "rate_limiting:\n  enabled: false")
+    assert configure(text + BASE).rate_limiting.scopes == {}
+
+
+def test_limits_may_be_given_by_second_and_by_day(configure):
+    limits = "rate_limiting: {global_limits: {requests_per_second: 2, requests_per_day: 900}}\n"
+    windows = configure(limits + BASE).rate_limiting.scopes["global"].windows
+    assert windows == (adce.WindowLimit(2, 1.0), adce.WindowLimit(900, 86400.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [('"23:30"', adce.AvailableAfter(time=time(23, 30))), ("{hours: 3}", adce.AvailableAfter(seconds=10800))],
+)
+def test_both_forms_of_available_after(text, expected, configure):
+    assert configure(BASE + f"    available_after: {text}\n").datasets["days"].available_after == expected
+
+
+@pytest.mark.parametrize(
+    ("partitions", "own"),
+    [
+        ("{dates: {from: 2024-01-01, until: 2024-02-01}}", ("date",)),
+        ("{dates: {seasons: all, until: today, timezone: America/New_York}}", ("date",)),
+        ("{seasons: all, as: end, times: {date: [a, b]}}", ("season", "date")),
+        ("{values: {date: [a, b], team: [ATL, BOS]}}", ("date", "team")),
+    ],
+)
+def test_every_kind_of_partition(partitions, own, configure):
+    seasons = 'seasons: [{label: "2023-24", end: 2024, start: 2023-10-24, finish: 2024-06-17}]\n'
+    key = "days/" + "-".join(f"{{{name}}}" for name in own)
+    text = edited("{dates: {from: 2024-01-01}}", partitions).replace("days/{date}.json", key)
+    assert configure(seasons + text).datasets["days"].partitions.own_fields() == own
+
+
+def test_child_inherits_the_fields_of_its_parent(configure):
+    configuration = configure(BASE + CHILD.replace("/games/{game_id}", "/games/{date:%Y}/{game_id}"))
+    assert configuration.fields_of("games") == {"date", "game_id"}
+    assert [[dataset.name for dataset in level] for level in configuration.levels()] == [["days"], ["games"]]
+
+
+def test_same_as_takes_the_partitions_of_the_other(configure):
+    boxes = CHILD.replace("games", "boxes").replace('{from: days, ids: "ids", as: game_id}', "{same_as: games}")
+    datasets = configure(BASE + CHILD + boxes).datasets
+    assert datasets["boxes"].partitions == datasets["games"].partitions
+
+
+def test_relative_paths_belong_to_the_file(configure, tmp_path):
+    configuration = configure("database: state/a.db\nstore: ../lake\n" + BASE)
+    assert configuration.database == tmp_path / "state/a.db"
+    assert Path(configuration.store).resolve() == tmp_path.parent / "lake"
+
+
+def test_which_file_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ADCE_CONFIG", raising=False)
+    assert adce.find_configuration(None) == ROOT / "adce.yaml"
+    (tmp_path / "adce.yaml").touch()
+    assert adce.find_configuration(None) == tmp_path / "adce.yaml"
+    monkeypatch.setenv("ADCE_CONFIG", "by/environment.yaml")
+    assert adce.find_configuration(None) == tmp_path / "by/environment.yaml"
+    assert adce.find_configuration("given.yaml") == tmp_path / "given.yaml"
+
+
+def test_every_key_is_read_into_a_record():
+    records = {"retry": adce.Retry, "rate_limiting.backoff": adce.Backoff, "sources.*.blocked_when": adce.BlockedWhen}
+    records |= {"health_check": adce.HealthCheck, "datasets.*.validate": adce.Validation}
+    records |= {"datasets.*.freshness": adce.Freshness, "datasets.*.batch": adce.Batch}
+    for path, record in records.items():
+        keys = {key.path.rpartition(".")[2] for key in adce.KEYS if key.path.rpartition(".")[0] == path}
+        assert keys == {field.name for field in fields(record)}, path
+
+
+def test_seasons_are_sorted_and_dates_are_dates(configure):
+    later = '{label: "b", end: 2025, start: 2024-10-01, finish: 2025-06-01}'
+    earlier = '{label: "a", end: 2024, start: 2023-10-01, finish: 2024-06-01}'
+    seasons = configure(f"seasons: [{later}, {earlier}]\n" + BASE).seasons
+    assert [season.label for season in seasons] == ["a", "b"]
+    assert seasons[0].start == date(2023, 10, 1)

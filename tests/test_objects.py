@@ -1,0 +1,285 @@
+"""What should exist, what a whole object is, and how fresh it must be."""
+
+from __future__ import annotations
+
+import datetime
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adce
+
+SEASONS = (
+    adce.Season("2023-24", 2024, datetime.date(2023, 10, 24), datetime.date(2024, 6, 17)),
+    adce.Season("2024-25", 2025, datetime.date(2024, 10, 22), datetime.date(2025, 6, 22)),
+)
+HOUR, DAY = 3600, 86400
+NOON = 1_736_942_400.0  # 2025-01-15 12:00 UTC
+
+
+def dataset(**changes) -> adce.Dataset:
+    given = {
+        "name": "days",
+        "source": "espn",
+        "key": adce.Template("days/{date}.json"),
+        "partitions": adce.Partitions(dates=adce.Dates(seasons=True)),
+    }
+    return adce.Dataset(**{**given, **changes})
+
+
+def child(**partitions) -> adce.Dataset:
+    parts = adce.Partitions(parent="days", names="game_id", **partitions)
+    return dataset(name="games", key=adce.Template("games/{game_id}.json"), partitions=parts)
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_quoted_values_stay_different_and_inside_their_folder(one, other):
+    try:
+        first, second = adce.quote_for_key(one), adce.quote_for_key(other)
+    except UnicodeEncodeError:  # a lone surrogate is refused, not stored
+        return
+    assert (first == second) == (one == other)
+    assert not set(first) & set("/\\\0\n")
+    assert first not in ("", ".", "..")
+
+
+@given(st.text())
+def test_value_in_a_url_adds_no_path_and_no_parameter(value):
+    try:
+        assert not set(adce.quote_for_url(value)) & set("/?#&=+ \r\n")
+    except UnicodeEncodeError:
+        return
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\\")))
+def test_value_in_an_expression_is_compared_as_it_is(value):
+    assert adce.holds("id == '{game_id}'", {"game_id": value}, {"id": value})
+
+
+@pytest.mark.parametrize("value", ["\\' || `true` || '", "7\\", "' || `true` || '"])
+def test_value_cannot_break_out_of_an_expression(value):
+    assert not adce.holds("id == '{game_id}'", {"game_id": value}, {"id": "7"})
+
+
+@pytest.mark.parametrize("value", ["", " ", "a\nb", "a\0b", "x" * 300, "\u202edrow"])
+def test_value_that_makes_no_key_is_refused(value):
+    with pytest.raises(ValueError, match="games"):
+        adce.expected_object(child(ids="ids"), {"game_id": value, "date": "2024-12-15"}, SEASONS)
+
+
+def test_days_of_all_seasons_end_yesterday_in_their_own_zone():
+    just_after_midnight_utc = adce.instant_of(datetime.date(2024, 10, 25), datetime.time(1), "UTC")
+    there = adce.Partitions(dates=adce.Dates(seasons=True, timezone="America/New_York"))
+    here = adce.Partitions(dates=adce.Dates(seasons=True, until="today"))
+    last = [
+        list(adce.expand(dataset(partitions=partitions), SEASONS, just_after_midnight_utc))[-1]["date"]
+        for partitions in (there, here)
+    ]
+    assert last == ["2024-10-23", "2024-10-25"]
+
+
+def test_finished_season_has_all_its_days():
+    fields = list(adce.expand(dataset(), SEASONS[:1], NOON))
+    assert len(fields) == (SEASONS[0].finish - SEASONS[0].start).days + 1
+    assert fields[0] == {"date": "2023-10-24", "season": "2023-24", "end": "2024"}
+
+
+def test_season_that_has_not_begun_is_not_expected():
+    partitions = adce.Partitions(seasons_as="end", times=(("month", ("may", "june")),))
+    before = adce.instant_of(SEASONS[1].start, datetime.time(), "UTC") - 1
+    fields = list(adce.expand(dataset(partitions=partitions), SEASONS, before))
+    assert [(one["season"], one["month"]) for one in fields] == [("2024", "may"), ("2024", "june")]
+
+
+def test_range_of_dates_stops_at_its_end_or_at_its_bound():
+    first = datetime.date(2025, 1, 1)
+    ranged = adce.Dates(first=first, last=datetime.date(2025, 1, 3))
+    open_ended = adce.Dates(first=first, until=datetime.date(2025, 1, 2))
+    counts = [
+        len(list(adce.expand(dataset(partitions=adce.Partitions(dates=dates)), (), NOON)))
+        for dates in (ranged, open_ended)
+    ]
+    assert counts == [3, 2]
+
+
+def test_values_are_combined():
+    values = (("team", ("ATL", "BOS")), ("kind", ("a", "b", "c")))
+    assert len(list(adce.expand(dataset(partitions=adce.Partitions(values=values)), (), NOON))) == 6
+
+
+def test_object_of_a_date_belongs_to_its_season():
+    partitions = adce.Partitions(dates=adce.Dates(first=datetime.date(2024, 1, 1)))
+    days = [
+        adce.expected_object(dataset(partitions=partitions), {"date": day}, SEASONS)
+        for day in ("2024-06-17", "2024-06-18")
+    ]
+    assert [one.season for one in days] == ["2023-24", None]
+
+
+@pytest.mark.parametrize(
+    ("rule", "instant"),
+    [
+        (adce.AvailableAfter(time=datetime.time(23, 30)), "2024-12-16T04:30:00Z"),
+        (adce.AvailableAfter(seconds=3 * HOUR), "2024-12-16T08:00:00Z"),
+    ],
+)
+def test_object_is_available_after_an_instant_of_its_own_zone(rule, instant):
+    partitions = adce.Partitions(dates=adce.Dates(seasons=True, timezone="America/New_York"))
+    wanted = adce.expected_object(dataset(partitions=partitions, available_after=rule), {"date": "2024-12-15"}, SEASONS)
+    assert adce.utc_text(wanted.available_at) == instant
+
+
+@pytest.mark.parametrize(
+    ("value", "is_true"),
+    [
+        (None, False),
+        (False, False),
+        ("", False),
+        ([], False),
+        ({}, False),
+        (0, True),
+        (True, True),
+        ("x", True),
+        ([0], True),
+    ],
+)
+def test_truth_is_that_of_jmespath(value, is_true):
+    assert adce.holds("value", {}, {"value": value}) is is_true
+
+
+def test_expression_that_raises_is_not_true():
+    assert not adce.holds("length(plays) > `100`", {}, {"no": "plays"})
+
+
+WHOLE = b'{"id": "7", "plays": [1, 2]}'
+
+
+@pytest.mark.parametrize(
+    ("rules", "body", "verdict"),
+    [
+        ({}, b"x", None),
+        ({}, b"", "0 bytes, fewer than 1"),
+        ({"min_bytes": 100}, WHOLE, "28 bytes, fewer than 100"),
+        ({"json": True}, WHOLE, None),
+        ({"json": True}, b"<html>", "not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ({"json": True}, b'{"a": NaN}', "not JSON: NaN is not JSON"),
+        (
+            {"json": True},
+            b"[" * 100_000,
+            "not JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
+        ),
+        ({"require": ("id == '{game_id}'",)}, WHOLE, None),
+        ({"require": ("id == '8'",)}, WHOLE, "not true: id == '8'"),
+        ({"require": ("id == '8'",), "alternatives": ("no", "plays")}, WHOLE, None),
+        ({"contains": ("plays", "{game_id}")}, WHOLE, None),
+        ({"contains": ("goals",)}, WHOLE, "does not contain 'goals'"),
+        ({"not_contains": ("plays",)}, WHOLE, "contains 'plays'"),
+        ({"starts_with_hex": "7b", "ends_with_hex": "7d"}, WHOLE, None),
+        ({"starts_with_hex": "50415231"}, WHOLE, "its first or last bytes are not those of its format"),
+    ],
+)
+def test_body_is_judged_by_each_rule(rules, body, verdict):
+    inspection = adce.inspect(dataset(validate=adce.Validation(**rules)), {"game_id": "7"}, body)
+    assert (inspection.valid, inspection.verdict) == (verdict is None, verdict)
+
+
+def test_body_is_settled_when_its_until_holds():
+    until = adce.Freshness(until="length(events[?!done]) == `0`")
+    bodies = [b'{"events": [{"done": true}, {}]}', b'{"events": [{"done": true}]}', b'{"events": []}', b"[]"]
+    assert [adce.inspect(dataset(freshness=until), {}, body).settled for body in bodies] == [False, True, True, False]
+
+
+def test_ids_are_texts_without_repeats_and_nothing_else():
+    body = json.dumps({"ids": ["7", 8, "7", "", None, True, 1.5, {}, ["9"], "0022400561"]}).encode()
+    found = adce.inspect(dataset(), {}, body, [child(ids="ids")])
+    assert found.children == {"games": ("7", "8", "0022400561")}
+
+
+def test_ids_may_come_from_a_pattern_over_the_text():
+    body = b'<a href="/box/201701010ATL.html"><a href="/box/201701010ATL.html"><a href="/other">'
+    found = adce.inspect(dataset(), {}, body, [child(regex=r"/box/(\d{9}[A-Z]{3})\.html")])
+    assert found.children == {"games": ("201701010ATL",)}
+
+
+def test_body_that_is_not_valid_names_no_children():
+    rules = adce.Validation(json=True, require=("final",))
+    assert adce.inspect(dataset(validate=rules), {}, b'{"ids": ["7"]}', [child(ids="ids")]).children == {}
+
+
+def facts(**changes) -> adce.Facts:
+    return adce.Facts(**{"size": 500, "etag": "a", "modified_at": int(NOON), "valid": True, **changes})
+
+
+def state(one: adce.Dataset, known: adce.Facts, now: float = NOON, day: str | None = "2025-01-14") -> adce.Appraisal:
+    return adce.appraise(one, SEASONS[1], day, known, now)
+
+
+def test_object_that_is_not_there_is_missing_once_it_is_available():
+    known = adce.Facts(available_at=int(NOON) + 60)
+    assert state(dataset(), known) == adce.Appraisal(adce.ObjectState.AWAITED, due_at=int(NOON) + 60)
+    assert state(dataset(), known, NOON + 60).state == "missing"
+
+
+def test_object_that_nobody_looked_for_is_awaited():
+    assert state(dataset(), adce.Facts(proven=False)).state == "awaited"
+
+
+def test_object_that_fails_its_validation_is_suspect_with_the_reason():
+    known = facts(valid=False, verdict="not JSON")
+    assert (state(dataset(), known).state, state(dataset(), known).reason) == ("suspect", "not JSON")
+    assert state(dataset(validate=adce.Validation(min_bytes=501)), facts(valid=None)).state == "suspect"
+
+
+def test_object_that_is_not_final_is_stale_until_it_is():
+    one = dataset(freshness=adce.Freshness(refetch_every=6 * HOUR, until="done"))
+    waiting = state(one, facts(settled=False))
+    assert (waiting.state, waiting.ask_at) == ("stale", int(NOON) + 6 * HOUR)
+    assert state(one, facts(settled=True), NOON + 1000 * DAY).state == "present"
+
+
+@given(st.integers(0, 30 * DAY))
+def test_object_is_stale_from_the_very_second_its_refetch_is_due(age):
+    one = dataset(freshness=adce.Freshness(refetch_every=7 * DAY))
+    verdict = state(one, facts(), NOON + age)
+    assert verdict.state == ("stale" if age >= 7 * DAY else "present")
+    assert verdict.due_at == (None if age >= 7 * DAY else int(NOON) + 7 * DAY)
+
+
+def test_refetch_once_happens_once_so_long_after_the_end_of_its_day():
+    one = dataset(freshness=adce.Freshness(refetch_once_after=36 * HOUR))
+    due = adce.instant_of(datetime.date(2025, 1, 15), datetime.time(), "UTC") + 36 * HOUR
+    assert state(one, facts()).due_at == due
+    assert state(one, facts(), due).state == "stale"
+    assert state(one, facts(modified_at=due), due + 1) == adce.Appraisal(adce.ObjectState.PRESENT)
+
+
+def test_object_of_a_past_season_that_was_fetched_before_its_end_is_fetched_again():
+    one = dataset(freshness=adce.Freshness(current=DAY))
+    over = adce.instant_of(datetime.date(2025, 6, 23), datetime.time(), "UTC")
+    assert state(one, facts(modified_at=over - 1), over).state == "stale"
+    assert state(one, facts(modified_at=over), over + 1000 * DAY).state == "present"
+
+
+@pytest.mark.parametrize(
+    ("day", "season", "priority"),
+    [
+        ("2025-01-10", "2024-25", "CRITICAL"),
+        ("2025-01-07", "2024-25", "HIGH"),
+        (None, "2024-25", "HIGH"),
+        ("2024-01-10", "2023-24", "MEDIUM"),
+        (None, "2019-20", "LOW"),
+        (None, None, "LOW"),
+    ],
+)
+def test_automatic_priority_follows_the_age_of_the_date_then_of_the_season(day, season, priority, tmp_path):
+    configuration = adce.Configuration(tmp_path, tmp_path, "lake", seasons=SEASONS)
+    assert adce.priority_of(dataset(), season, day, datetime.date(2025, 1, 15), configuration) == priority
+    assert adce.priority_of(dataset(priority="LOW"), season, day, datetime.date(2025, 1, 15), configuration) == "LOW"
+
+
+@pytest.mark.parametrize(("day", "can"), [("2025-01-08", True), ("2025-01-07", False), (None, True)])
+def test_what_is_old_will_not_appear_any_more(day, can):
+    assert adce.may_still_appear(SEASONS[1], day, NOON) is can
+    assert not adce.may_still_appear(SEASONS[0], None, NOON)
