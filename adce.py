@@ -50,6 +50,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -2923,13 +2924,14 @@ class Ledger:
         if known.state is not ObjectState.DROPPED:
             if known.dataset != dataset.name or any(known.fields.get(name) != wanted.fields[name] for name in own):
                 raise ValueError(f"{wanted.key} is already the key of another object of {known.dataset}")
-            if known.facts.available_at == wanted.available_at:
+            if known.facts.available_at == wanted.available_at and (known.facts.proven or not proven):
                 return known.object_id
         self.sql.execute(
             "update objects set dataset_id = ?, fields = ?, season = ?, day = ? where object_id = ?",
             (self.ids[dataset.name], fields, wanted.season, wanted.day, known.object_id),
         )
-        facts = dataclasses.replace(known.facts, available_at=wanted.available_at)
+        proven = known.facts.proven or proven
+        facts = dataclasses.replace(known.facts, available_at=wanted.available_at, proven=proven)
         self.note(dataclasses.replace(known, dataset=dataset.name, season=wanted.season, day=wanted.day), facts)
         return known.object_id
 
@@ -3182,18 +3184,17 @@ def wake_retries(sql: sqlite3.Connection, before: float) -> None:
 
 
 def claim(
-    sql: sqlite3.Connection, configuration: Configuration, clock: Clock
+    sql: sqlite3.Connection, configuration: Configuration, clock: Clock, busy: Mapping[str, int]
 ) -> tuple[Claim | None, dict[str, Opening]]:
     """Take the best task whose source can be asked now, with its permit; else, what each source waits for.
 
-    One head per dataset is compared, so the cost does not grow with the queue."""
+    One head per dataset is compared, so the cost does not grow with the queue. `busy` counts what runs
+    now, by source."""
     now = clock.boot()
     reap(sql, now)
     heads = sql.execute(
         """
-        select t.task_id, t.rank, t.slope, t.detected_at, d.dataset, d.dataset_id, d.source, d.bonus,
-               (select count(*) from tasks r join datasets e using (dataset_id)
-                 where r.state = 'running' and e.source = d.source) as running
+        select t.task_id, t.rank, t.slope, t.detected_at, d.dataset, d.dataset_id, d.source, d.bonus
         from datasets d
         join tasks t on t.task_id = (
             select task_id from tasks
@@ -3214,7 +3215,7 @@ def claim(
     openings: dict[str, Opening] = {}
     for head in heads:
         source, dataset = configuration.sources[head["source"]], configuration.datasets[head["dataset"]]
-        if head["running"] >= source.max_concurrent:
+        if busy.get(source.name, 0) >= source.max_concurrent:
             continue
         if source.name not in openings:
             openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now)
@@ -4869,10 +4870,11 @@ class Runner:
             return {}
         self._dispatch_hops()
         while len(self.running) + len(self.hops) < self.configuration.max_concurrent_scrapers:
+            busy = collections.Counter(one.claimed.source.name for one in [*self.running.values(), *self.hops])
             with self.database.transaction() as sql:
                 if not self.once:
                     wake_retries(sql, self.clock.wall())
-                claimed, openings = claim(sql, self.configuration, self.clock)
+                claimed, openings = claim(sql, self.configuration, self.clock, busy)
             if claimed is None:
                 return openings
             self._submit(Execution(claimed, specify(self.configuration, claimed)))

@@ -223,6 +223,17 @@ def test_finished_requests_that_no_window_counts_are_removed_little_by_little():
     assert desk.database.value("select count(*) from requests") < 12
 
 
+def test_saturated_window_is_used_up_and_never_exceeded():
+    desk, granted = Desk(limiting(espn=windows((5, 10), (40, 100)))), []
+    while desk.clock.boot() < 50_000 + 500:
+        if desk.ask_and_release():
+            granted.append(desk.clock.boot())
+        desk.clock.advance(0.5)
+    assert all(later - earlier >= 10 for earlier, later in zip(granted, granted[5:], strict=False))
+    assert all(later - earlier >= 100 for earlier, later in zip(granted, granted[40:], strict=False))
+    assert len(granted) >= 5 * 40
+
+
 REAL = (60, 3000, 10), (30, 1000, 5), (20, 500, 3), (40, 2000, 8)  # a minute, an hour, burst
 
 

@@ -1,0 +1,371 @@
+"""What is to be done, in which order, and what becomes of it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from conftest import ManualClock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import adce
+
+TEXT = """\
+retry: {max_attempts: 3, initial_delay_seconds: 60, max_delay_seconds: 600}
+rate_limiting: {source_limits: {espn: {requests_per_minute: 3}}}
+sources:
+  espn: {base_url: "http://localhost", max_concurrent: 2}
+  nba: {base_url: "http://localhost", max_concurrent: 5}
+datasets:
+  days:
+    source: espn
+    key: "days/{date}.json"
+    url: "/{date}"
+    partitions: {dates: {from: 2025-09-01}}
+    priority: HIGH
+  teams:
+    source: nba
+    key: "teams/{team}.json"
+    url: "/{team}"
+    partitions: {values: {team: [A, B, C, D, E, F, G]}}
+    priority: LOW
+  files:
+    source: nba
+    key: "files/{season}/{name}.json"
+    command: [fetch, "{season}", "{names}"]
+    batch: {by: season, max: 3}
+    partitions: {values: {season: [S1, S2], name: [a, b, c, d]}}
+    priority: MEDIUM
+"""
+HELD = adce.Inspection(valid=True, verdict=None, settled=True, children={})
+
+
+class Desk:
+    """A queue on a real database, driven by hand."""
+
+    def __init__(self, configuration: adce.Configuration, database: adce.Database, clock: ManualClock) -> None:
+        self.configuration, self.database, self.clock = configuration, database, clock
+        self.dice = random.Random(1)
+        self.busy: Counter[str] = Counter()
+        with database.transaction() as sql:
+            adce.declare_limits(sql, configuration, clock)
+            adce.declare_datasets(sql, configuration, clock.wall())
+
+    def expect(self, name: str, /, **fields: str) -> int:
+        dataset = self.configuration.datasets[name]
+        with self.database.transaction() as sql:
+            ledger = adce.Ledger(sql, self.configuration, self.clock.wall())
+            wanted = adce.expected_object(dataset, fields, self.configuration.seasons)
+            return ledger.expect(dataset, wanted, proven=True)
+
+    def claim(self) -> adce.Claim | None:
+        with self.database.transaction() as sql:
+            adce.wake_retries(sql, self.clock.wall())
+            claimed = adce.claim(sql, self.configuration, self.clock, self.busy)[0]
+        if claimed:
+            self.busy[claimed.source.name] += 1
+        return claimed
+
+    def finish(self, claimed: adce.Claim, *results: adce.Result) -> list[adce.Ending]:
+        self.busy[claimed.source.name] -= 1
+        with self.database.transaction() as sql:
+            ledger = adce.Ledger(sql, self.configuration, self.clock.wall(), 1)
+            return adce.finish(ledger, claimed, results, self.clock, self.dice)[0]
+
+    def end(self, claimed: adce.Claim, outcome: adce.Outcome) -> adce.Ending:
+        """Finish a claim of one task with an outcome; OK stores its object."""
+        return self.finish(claimed, result(claimed.tasks[0], outcome, self.clock))[0]
+
+    def states(self) -> dict[str, int]:
+        return dict(Counter(row[0] for row in self.database.read("select state from tasks")))
+
+
+def result(task: adce.ClaimedTask, outcome: adce.Outcome, clock: ManualClock) -> adce.Result:
+    if outcome is not adce.Outcome.OK:
+        return adce.Result(outcome, f"it was {outcome}", requests=1)
+    stored = adce.StoredObject(task.target.key, 9, f"etag at {clock.boot()}", int(clock.wall()))
+    return adce.Result(outcome, stored=stored, inspection=HELD, requests=1)
+
+
+@pytest.fixture
+def desk(configure, database, clock) -> Desk:
+    return Desk(configure(TEXT), database, clock)
+
+
+def test_best_score_whose_source_can_be_asked_is_claimed(desk):
+    desk.expect("teams", team="A")
+    desk.expect("days", date="2025-10-01")
+    keys = [claimed.tasks[0].target.key for claimed in (desk.claim(), desk.claim()) if claimed]
+    assert keys == ["days/2025-10-01.json", "teams/A.json"]
+
+
+def test_source_that_waits_for_its_window_holds_nobody_up(desk):
+    for day in range(1, 9):
+        desk.expect("days", date=f"2025-10-0{day}")
+    desk.expect("teams", team="A")
+    for _ in range(3):
+        desk.end(desk.claim(), adce.Outcome.OK)
+    claimed = desk.claim()
+    assert claimed and claimed.source.name == "nba"
+    assert desk.claim() is None
+    desk.clock.advance(60)
+    claimed = desk.claim()
+    assert claimed and claimed.source.name == "espn"
+
+
+def test_source_has_at_most_its_own_number_of_workers(desk):
+    for day in range(1, 5):
+        desk.expect("days", date=f"2025-10-0{day}")
+    first, second = desk.claim(), desk.claim()
+    assert first and second
+    assert desk.claim() is None
+    desk.end(first, adce.Outcome.OK)
+    assert desk.claim()
+
+
+def test_among_equals_the_oldest_goes_first(desk):
+    for team in "CAB":
+        desk.expect("teams", team=team)
+        desk.clock.advance(60)
+    claims = [desk.claim() for _ in range(3)]
+    assert [claimed.tasks[0].target.fields["team"] for claimed in claims if claimed] == ["C", "A", "B"]
+
+
+def test_rolled_back_claim_leaves_neither_task_nor_permit(desk):
+    desk.expect("days", date="2025-10-01")
+    with pytest.raises(ZeroDivisionError), desk.database.transaction() as sql:
+        adce.claim(sql, desk.configuration, desk.clock, {})[0].tasks[0].task_id / 0
+    assert desk.states() == {"pending": 1}
+    assert desk.database.value("select count(*) from requests") == 0
+    assert desk.database.value("select count(*) from attempts") == 0
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "failures"),
+    [
+        (adce.Outcome.OK, "done", 0),
+        (adce.Outcome.NOT_YET, "retry", 0),
+        (adce.Outcome.INVALID, "retry", 1),
+        (adce.Outcome.HTTP_ERROR, "retry", 1),
+        (adce.Outcome.ERROR, "retry", 1),
+        (adce.Outcome.THROTTLED, "retry", 0),
+        (adce.Outcome.UNREACHABLE, "retry", 1),
+        (adce.Outcome.STORE_ERROR, "retry", 0),
+        (adce.Outcome.LOST, "pending", 0),
+    ],
+)
+def test_outcome_decides_the_next_state(desk, outcome, state, failures):
+    desk.expect("teams", team="A")
+    ending = desk.end(desk.claim(), outcome)
+    assert (ending.state, ending.failures) == (state, failures)
+    assert desk.states() == {state: 1}
+    row = desk.database.read("select outcome, error, requests from attempts")[0]
+    assert (row["outcome"], row["requests"]) == (outcome, 1)
+
+
+def test_task_gives_up_after_so_many_failures_and_stays_visible(desk):
+    desk.expect("teams", team="A")
+    delays = []
+    for _ in range(3):
+        ending = desk.end(desk.claim(), adce.Outcome.HTTP_ERROR)
+        delays.append(ending.next_at and ending.next_at - desk.clock.wall())
+        desk.clock.advance(3600)
+    assert ending.state == "gave_up"
+    assert 45 <= delays[0] <= 77
+    assert 89 <= delays[1] <= 152
+    assert desk.claim() is None
+    assert desk.database.value("select last_error from queue where state = 'gave_up'") == "it was http_error"
+
+
+def test_second_failure_in_a_row_of_a_source_blames_the_source_and_not_the_task(desk):
+    for team in "ABCDE":
+        desk.expect("teams", team=team)
+    claims = [desk.claim() for _ in range(4)]
+    endings = [desk.end(claimed, adce.Outcome.UNREACHABLE) for claimed in claims if claimed]
+    assert [ending.failures for ending in endings] == [1, 0, 0, 0]
+    assert desk.claim() is None
+    assert desk.database.value("select reason from scopes where scope = 'nba'") == "it was unreachable"
+
+
+def test_store_failure_pauses_everything(desk):
+    desk.expect("teams", team="A")
+    desk.expect("days", date="2025-10-01")
+    desk.end(desk.claim(), adce.Outcome.STORE_ERROR)
+    assert desk.claim() is None
+    desk.clock.advance(61)
+    assert desk.claim()
+
+
+def test_late_finish_of_a_lost_attempt_changes_nothing(desk):
+    desk.expect("teams", team="A")
+    lost = desk.claim()
+    with desk.database.transaction() as sql:
+        assert adce.requeue_orphans(sql) == 1
+    again = desk.claim()
+    assert lost and again
+    assert desk.finish(lost, result(lost.tasks[0], adce.Outcome.OK, desk.clock)) == []
+    assert desk.states() == {"running": 1}
+    assert desk.end(again, adce.Outcome.OK).state == "done"
+    outcomes = [row[0] for row in desk.database.read("select outcome from attempts order by attempt_id")]
+    assert outcomes == ["lost", "ok"]
+
+
+def test_object_that_was_dropped_meanwhile_cancels_its_task(desk):
+    object_id = desk.expect("teams", team="A")
+    claimed = desk.claim()
+    with desk.database.transaction() as sql:
+        adce.Ledger(sql, desk.configuration, desk.clock.wall()).drop(object_id)
+    assert desk.end(claimed, adce.Outcome.OK).state == "cancelled"
+
+
+def test_batch_takes_the_tasks_that_share_a_field(desk):
+    for season in ("S1", "S2"):
+        for name in "abcd":
+            desk.expect("files", season=season, name=name)
+    sizes = [sorted(task.target.key for task in claimed.tasks) for claimed in iter(desk.claim, None)]
+    assert [len(keys) for keys in sizes] == [3, 1, 3, 1] or [len(keys) for keys in sizes] == [3, 3, 1, 1]
+    assert all(len({key.split("/")[1] for key in keys}) == 1 for keys in sizes)
+
+
+def test_gap_size_of_a_batch_is_its_number(desk):
+    for name in "abcd":
+        desk.expect("files", season="S1", name=name)
+    with desk.database.transaction() as sql:
+        adce.reprioritise(sql, desk.configuration, desk.clock.wall())
+    assert {row[0] for row in desk.database.read("select gap_size from tasks")} == {3}
+
+
+@given(st.integers(1, 100), st.integers(0, 1000))
+def test_delay_doubles_with_a_quarter_of_chance_and_has_a_longest(times, seed):
+    policy = adce.Retry(max_attempts=5, initial_delay_seconds=60, max_delay_seconds=21600)
+    delay, plain = adce.retry_delay(policy, times, random.Random(seed)), 60 * 2.0 ** min(times - 1, 40)
+    assert min(plain * 0.75, 21600) <= delay <= min(plain * 1.25, 21600)
+
+
+def test_success_rate_follows_the_latest_attempts(desk):
+    for team in "AB":
+        desk.expect("teams", team=team)
+    desk.end(desk.claim(), adce.Outcome.HTTP_ERROR)
+    rate, bonus = desk.database.read("select success_rate, bonus from datasets where dataset = 'teams'")[0]
+    assert (rate, bonus) == (pytest.approx(0.9), pytest.approx(18))
+    desk.end(desk.claim(), adce.Outcome.OK)
+    assert desk.database.value("select success_rate from datasets where dataset = 'teams'") == pytest.approx(0.91)
+
+
+def test_daily_totals_are_the_sums_of_the_attempts(desk):
+    for team in "ABCDE":
+        desk.expect("teams", team=team)
+    for outcome in (adce.Outcome.OK, adce.Outcome.OK, adce.Outcome.INVALID, adce.Outcome.NOT_YET):
+        claimed = desk.claim()
+        desk.clock.advance(2)
+        desk.end(claimed, outcome)
+    totals = {row["outcome"]: (row["attempts"], row["seconds"]) for row in desk.database.read("select * from stats")}
+    assert totals == {"ok": (2, 4.0), "invalid": (1, 2.0), "not_yet": (1, 2.0)}
+
+
+def test_claim_is_served_by_indexes_whatever_the_size(desk):
+    with desk.database.transaction() as sql:
+        sql.execute(
+            """
+            with recursive n(i) as (select 1 union all select i + 1 from n where i < 30000)
+            insert into objects (dataset_id, key, fields, state, since, proven)
+            select 2, 'teams/' || i, '{"team": "x"}', 'missing', 0, 1 from n
+            """
+        )
+        sql.execute(
+            """
+            insert into tasks (object_id, dataset_id, state, priority, detected_at, gap_size, rank, slope,
+                               attempts, failures)
+            select object_id, 2, 'pending', 'LOW', 0, 1, object_id, 0, 0, 0 from objects
+            """
+        )
+    statements: list[str] = []
+    desk.database._writer.set_trace_callback(statements.append)
+    claimed = desk.claim()
+    desk.database._writer.set_trace_callback(None)
+    assert claimed and claimed.tasks[0].target.key == "teams/30000"
+    texts = {text for text in statements if text.split()[0] in ("select", "update")}
+    plans = [row[3] for text in texts for row in desk.database.read(f"explain query plan {text}")]
+    assert any("pending_tasks" in plan for plan in plans)
+    assert [plan for plan in plans if plan.startswith(("SCAN t", "SCAN tasks", "SCAN objects", "SCAN attempts"))] == []
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Any mixture of work, time, crashes and losses keeps every task accounted for."""
+
+    outcomes = st.sampled_from([outcome for outcome in adce.Outcome if outcome is not adce.Outcome.RUNNING])
+
+    @initialize()
+    def start(self) -> None:
+        partitions = adce.Partitions(values=(("team", tuple("ABCDEF")),))
+        dataset = adce.Dataset("teams", "nba", adce.Template("{team}"), partitions, url=adce.Template("/{team}"))
+        self.configuration = adce.Configuration(
+            path=adce.Path("x"),
+            database=adce.Path("x"),
+            store="x",
+            sources={"nba": adce.Source("nba")},
+            datasets={"teams": dataset},
+        )
+        self.desk = Desk(self.configuration, adce.memory_database(), ManualClock())
+        self.claims: list[adce.Claim] = []
+        self.ids: dict[str, int] = {}
+        self.whole: set[str] = set()
+        self.dropped: set[str] = set()
+
+    @rule(team=st.sampled_from("ABCDEF"))
+    def expect(self, team: str) -> None:
+        self.ids[team] = self.desk.expect("teams", team=team)
+        self.dropped.discard(team)
+
+    @rule()
+    def claim(self) -> None:
+        if claimed := self.desk.claim():
+            self.claims.append(claimed)
+
+    @precondition(lambda self: self.claims)
+    @rule(outcome=outcomes, data=st.data())
+    def finish(self, outcome: adce.Outcome, data: st.DataObject) -> None:
+        claimed = self.claims.pop(data.draw(st.integers(0, len(self.claims) - 1)))
+        team = claimed.tasks[0].target.fields["team"]
+        ending = self.desk.end(claimed, outcome)
+        if outcome is adce.Outcome.OK and team not in self.dropped:
+            self.whole.add(team)
+        assert (ending.state == "done") == (outcome is adce.Outcome.OK and team not in self.dropped)
+
+    @rule()
+    def crash(self) -> None:
+        with self.desk.database.transaction() as sql:
+            assert adce.requeue_orphans(sql) == len(self.claims)
+        self.claims.clear()
+        self.desk.busy.clear()
+
+    @rule(seconds=st.integers(1, 30_000))
+    def wait(self, seconds: int) -> None:
+        self.desk.clock.advance(seconds)
+
+    @rule(team=st.sampled_from("ABCDEF"))
+    def drop(self, team: str) -> None:
+        if team in self.ids:
+            with self.desk.database.transaction() as sql:
+                adce.Ledger(sql, self.configuration, self.desk.clock.wall()).drop(self.ids[team])
+            self.dropped.add(team)
+
+    @invariant()
+    def every_gap_has_one_live_task_and_nothing_else_has(self) -> None:
+        if not hasattr(self, "desk"):
+            return
+        live = "('pending', 'retry', 'running', 'gave_up')"
+        rows = self.desk.database.read(
+            f"select o.fields ->> 'team', t.state from tasks t join objects o using (object_id) where t.state in {live}"
+        )
+        working = {claimed.tasks[0].target.fields["team"] for claimed in self.claims}
+        wanted = set(self.ids) - self.dropped - self.whole
+        assert sorted(row[0] for row in rows) == sorted(wanted | working)
+        assert {row[0] for row in rows if row[1] == "running"} == working
+
+
+QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestQueueMachine = QueueMachine.TestCase

@@ -1,0 +1,208 @@
+"""A folder and a bucket: the same promises."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+
+import boto3
+import pytest
+from conftest import ROOT
+from s3_server import ACCESS_KEY, S3Server
+
+import adce
+
+KEYS = ["a-b", "a.b", "a/b", "a/c/c d+e%20.json", "b/'quoted\" & <x>.json", "b/ä🏀.json", "c/0.json"]
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch) -> str:
+    """An empty prefix of a bucket, with credentials where boto3 looks."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://lake/{secrets.token_hex(4)}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request, tmp_path) -> adce.Store:
+    address = str(tmp_path / "lake") if request.param == "folder" else request.getfixturevalue("bucket")
+    store = adce.open_store(address)
+    store.sweep()
+    return store
+
+
+def test_written_object_is_listed_found_and_read_as_it_was(store):
+    written = {key: store.write(key, f"body of {key}".encode()) for key in KEYS}
+    assert sorted(stored.key for stored in store.list("")) == sorted(written)
+    for stored in store.list(""):
+        assert (stored.size, stored.etag) == (written[stored.key].size, written[stored.key].etag)
+        assert store.find(stored.key) == stored
+        assert store.read(stored.key) == f"body of {stored.key}".encode()
+
+
+def test_prefix_selects_by_the_start_of_the_key(store):
+    for key in ("days/20240101.json", "days/20240102.json", "days/2025.json", "daysx/1.json", "other/1.json"):
+        store.write(key, b"x")
+    assert [stored.key for stored in store.list("days/2024")] == ["days/20240101.json", "days/20240102.json"]
+    assert len(list(store.list("days/"))) == 3
+    assert list(store.list("nothing/")) == []
+
+
+def test_missing_object_is_not_found(store):
+    assert store.find("no/such.json") is None
+    with pytest.raises(KeyError):
+        store.read("no/such.json")
+
+
+def test_overwritten_object_has_another_etag(store):
+    first = store.write("a/b.json", b"one")
+    second = store.write("a/b.json", b"two")
+    assert first.etag != second.etag
+    assert store.read("a/b.json") == b"two"
+
+
+def test_empty_object_is_listed_with_no_bytes(store):
+    store.write("empty.json", b"")
+    assert [(stored.key, stored.size) for stored in store.list("")] == [("empty.json", 0)]
+
+
+def test_more_than_a_page_is_listed_once_and_in_order(bucket):
+    store = adce.open_store(bucket)
+    for number in range(1003):
+        store.write(f"many/{number:05}.json", b"x")
+    keys = [stored.key for stored in store.list("many/")]
+    assert keys == [f"many/{number:05}.json" for number in range(1003)]
+    assert store.calls == 2
+
+
+def test_wrong_secret_is_told_without_showing_it(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    with pytest.raises(adce.StoreError) as caught:
+        list(adce.open_store(bucket).list(""))
+    assert "not-the-secret" not in str(caught.value) + caught.value.hint
+    assert ACCESS_KEY not in str(caught.value)
+    assert "AWS_ACCESS_KEY_ID" in caught.value.hint
+
+
+def test_missing_bucket_and_missing_server_are_told(bucket, monkeypatch):
+    with pytest.raises(adce.StoreError, match="cannot use s3://nosuchbucket/"):
+        adce.open_store("s3://nosuchbucket").sweep()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(adce.StoreError, match="cannot use s3://lake/"):
+        adce.open_store("s3://lake").sweep()
+
+
+def test_prefix_of_the_address_stays_out_of_the_keys(bucket, s3_server):
+    adce.open_store(bucket).write("a/b.json", b"x")
+    name = bucket.removeprefix("s3://lake/")
+    listed = s3_server.client().list_objects_v2(Bucket="lake", Prefix=name)["Contents"]
+    assert [entry["Key"] for entry in listed] == [f"{name}/a/b.json"]
+    assert isinstance(boto3.__version__, str)
+
+
+@pytest.fixture
+def folder(tmp_path) -> adce.FolderStore:
+    store = adce.FolderStore(tmp_path / "lake")
+    store.sweep()
+    return store
+
+
+def test_folder_is_listed_in_the_order_of_s3(folder):
+    for key in ("a-b", "a.b", "a/b", "a0", "b/c/d", "b/c-d", "B"):
+        folder.write(key, b"x")
+    keys = [stored.key for stored in folder.list("")]
+    assert keys == sorted(keys)
+    assert len(keys) == 7
+
+
+def test_unfinished_files_are_not_listed_and_are_swept(folder):
+    leftover = folder.root / adce.STAGING / "0123456789abcdef"
+    leftover.write_bytes(b"half")
+    folder.write("a.json", b"whole")
+    assert [stored.key for stored in folder.list("")] == ["a.json"]
+    folder.sweep()
+    assert list((folder.root / adce.STAGING).iterdir()) == []
+
+
+def test_link_out_of_the_folder_is_not_followed(folder, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.json").write_bytes(b"secret")
+    (folder.root / "days").symlink_to(outside)
+    for attempt in (lambda: folder.write("days/1.json", b"x"), lambda: folder.read("days/secret.json")):
+        with pytest.raises(adce.StoreError):
+            attempt()
+    assert list(folder.list("")) == []
+    assert [path.name for path in outside.iterdir()] == ["secret.json"]
+
+
+def test_planted_link_in_place_of_an_object_is_replaced_and_not_written_through(folder, tmp_path):
+    target = tmp_path / "target"
+    target.write_bytes(b"precious")
+    (folder.root / "a.json").symlink_to(target)
+    folder.write("a.json", b"new")
+    assert target.read_bytes() == b"precious"
+    assert folder.read("a.json") == b"new"
+
+
+def test_file_where_a_folder_is_needed_is_told(folder):
+    folder.write("days", b"a file")
+    with pytest.raises(adce.StoreError, match=r"cannot write days/1\.json"):
+        folder.write("days/1.json", b"x")
+    assert list((folder.root / adce.STAGING).iterdir()) == []
+
+
+def test_folder_that_is_not_there_is_no_empty_store(tmp_path):
+    with pytest.raises(adce.StoreError, match="is not there"):
+        list(adce.FolderStore(tmp_path / "unmounted").list(""))
+
+
+WRITER = """
+import sys; sys.path.insert(0, sys.argv[1])
+import adce, pathlib
+store = adce.FolderStore(pathlib.Path(sys.argv[2])); store.sweep()
+print("ready", flush=True)
+for number in range(10**9):
+    store.write(f"days/{number % 50}.json", bytes([number % 256]) * 300_000)
+"""
+
+
+def test_killed_writer_leaves_only_whole_objects(folder):
+    for _ in range(3):
+        words = [sys.executable, "-c", WRITER, str(ROOT), str(folder.root)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+            assert process.stdout and process.stdout.readline()
+            time.sleep(0.1 + secrets.randbelow(100) / 1000)
+            process.kill()
+        bodies = [folder.read(stored.key) for stored in folder.list("")]
+        assert bodies
+        assert all(len(body) == 300_000 and len(set(body)) == 1 for body in bodies)
+
+
+def test_out_of_order_listing_is_refused_or_sorted():
+    entries = [adce.StoredObject(key, 1, "e", 0) for key in ("a", "a/b", "a-b", "b")]
+    with pytest.raises(adce.StoreError, match="listed a-b after a/b"):
+        list(adce.ascending(iter(entries)))
+    was_ascending, listing = adce.sort_listing(iter(entries))
+    assert (was_ascending, [entry.key for entry in listing]) == (False, ["a", "a-b", "a/b", "b"])
+    assert adce.sort_listing(iter(sorted(entries, key=lambda entry: entry.key)))[0]
+
+
+def test_new_object_is_readable_by_its_group_as_umask_says(folder):
+    folder.write("a.json", b"x")
+    assert (folder.root / "a.json").stat().st_mode & 0o777 == 0o644 & ~current_umask()
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
