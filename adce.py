@@ -226,6 +226,10 @@ class StoreError(Error):
     exit_code = ExitCode.STORE_UNUSABLE
 
 
+class OutOfOrderError(StoreError):
+    """A store listed its objects in another order than that of their keys."""
+
+
 # ---------------------------------------------------------------- Time
 # Instants and durations. Wall time is for people and for ages in hours; limits use boot time, which no
 # clock change moves and which all processes of the machine share. Headline: Clock.
@@ -2257,11 +2261,11 @@ def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
 
 
 def ascending(listing: Iterator[StoredObject]) -> Iterator[StoredObject]:
-    """A listing that must be in key order. Raises StoreError at the first object that is not."""
+    """A listing that must be in key order. Raises OutOfOrderError at the first object that is not."""
     last = ""
     for entry in listing:
         if entry.key <= last:
-            raise StoreError(f"the store listed {entry.key} after {last}", "the next cycle sorts its listing first")
+            raise OutOfOrderError(f"the store listed {entry.key} after {last}", "the next cycle sorts first")
         last = entry.key
         yield entry
 
@@ -3426,6 +3430,7 @@ def requeue_orphans(sql: sqlite3.Connection) -> int:
 # It derives everything from state, so a missed event costs nothing. Headline: reconcile().
 
 READS_IN_A_TRANSACTION = 20
+MOST_PROBLEMS = 5  # told of one cycle
 READS_IN_A_CYCLE = 1000  # of objects that name no others and that something else wrote
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
 
@@ -3438,13 +3443,14 @@ def reconcile(
     mass loss is real."""
     cycle = _Cycle(database, configuration, store, clock, believe)
     try:
+        yield cycle.cycle_id
         for level in configuration.levels():
             for _ in itertools.chain(cycle.expand(level), cycle.compare(level), cycle.read(level)):
                 yield cycle.cycle_id
         for _ in itertools.chain(cycle.apply_losses(), cycle.age()):
             yield cycle.cycle_id
     except StoreError as error:
-        cycle.problems.append(str(error))
+        cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
     except GeneratorExit:
         cycle.problems.append("stopped before its end")
         raise
@@ -3558,15 +3564,21 @@ class _Cycle:
     def _in_order(self, prefix: str) -> Iterator[StoredObject]:
         """The listing in key order. A store that was out of order here, or that was never listed here, is
         sorted first."""
-        name = f"order of {prefix}"
-        if self.database.value("select value from settings where name = ?", (name,)) == "ascending":
-            yield from ascending(self.store.list(prefix))
+        setting = f"order of {prefix}"
+        if self.database.value("select value from settings where name = ?", (setting,)) != "ascending":
+            was_ascending, listing = sort_listing(self.store.list(prefix))
+            self._set(setting, "ascending" if was_ascending else "out of order")
+            yield from listing
             return
-        was_ascending, listing = sort_listing(self.store.list(prefix))
+        try:
+            yield from ascending(self.store.list(prefix))
+        except OutOfOrderError:
+            self._set(setting, "out of order")
+            raise
+
+    def _set(self, name: str, value: str) -> None:
         with self.database.transaction() as sql:
-            value = "ascending" if was_ascending else "out of order"
             sql.execute("insert or replace into settings values (?, ?)", (name, value))
-        yield from listing
 
     def _compare_page(self, page: Sequence[StoredObject], low: str, high: str) -> None:
         listed = {entry.key: entry for entry in page}
@@ -3598,7 +3610,8 @@ class _Cycle:
                 found = [(target, self._inspect(target, children)) for target in unread]
                 with self.ledger() as ledger:
                     for target, inspection in found:
-                        self._note_content(ledger, target, inspection)
+                        if inspection:
+                            self._note_content(ledger, target, inspection)
                 after = unread[-1].key
                 left -= len(unread)
                 yield
@@ -3621,9 +3634,7 @@ class _Cycle:
             return None  # gone since it was listed: the next cycle sees that
         return inspect(self.configuration.datasets[target.dataset], target.fields, body, children)
 
-    def _note_content(self, ledger: Ledger, target: KnownObject, found: Inspection | None) -> None:
-        if found is None:
-            return
+    def _note_content(self, ledger: Ledger, target: KnownObject, found: Inspection) -> None:
         facts = dataclasses.replace(target.facts, valid=found.valid, settled=found.settled, verdict=found.verdict)
         ledger.note(target, facts, read_etag=target.facts.etag)
         if found.valid:
@@ -3658,21 +3669,12 @@ class _Cycle:
         """What time alone has changed; and once a day, or when the weights did, the priorities."""
         while note_due_objects(self.database, self.configuration, self.clock):
             yield
-        weighting, batches = (
-            self.configuration.priority_weighting,
-            [dataset.batch for dataset in self.configuration.datasets.values()],
-        )
-        inputs = repr(
-            (
-                day_of(self.clock.wall()),
-                weighting,
-                self.configuration.seasons,
-                [d.priority for d in self.configuration.datasets.values()],
-            )
-        )
+        today, wishes = day_of(self.clock.wall()), self.configuration
+        datasets = [(dataset.priority, dataset.batch) for dataset in wishes.datasets.values()]
+        inputs = repr((today, wishes.priority_weighting, wishes.seasons, datasets))
         with self.database.transaction() as sql:
             known = sql.execute("select value from settings where name = 'priorities'").fetchone()
-            if any(batches) or not known or known[0] != inputs:
+            if any(batch for _, batch in datasets) or not known or known[0] != inputs:
                 reprioritise(sql, self.configuration, self.clock.wall())
                 sql.execute("insert or replace into settings values ('priorities', ?)", (inputs,))
         yield
@@ -3703,9 +3705,7 @@ class _Cycle:
                     "list_calls": self.store.calls - self.calls_before,
                     "created": self.created,
                     "closed": self.closed,
-                    "error": "; ".join(self.problems[:5])
-                    + (f" and {len(self.problems) - 5} more" if len(self.problems) > 5 else "")
-                    or None,
+                    "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
                     "cycle_id": self.cycle_id,
                 },
             )
@@ -3849,6 +3849,8 @@ def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
                 allow_redirects=False,
             ) as response:
                 body = _read_body(response, spec.dataset.validate.max_bytes)
+                if deadline.passed:  # a socket that we closed looks like one that has no more to say
+                    raise requests.Timeout
                 return _judge(spec, response, body, store)
     except _TooLargeError:
         return Result(Outcome.INVALID, f"longer than {spec.dataset.validate.max_bytes} bytes", requests=1)

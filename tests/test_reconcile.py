@@ -1,0 +1,444 @@
+"""Expected against present: gaps are exactly those of what was proven."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from conftest import ManualClock
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+import adce
+
+TEXT = """\
+sources: {espn: {base_url: "http://localhost"}}
+datasets:
+  days:
+    source: espn
+    key: "days/{date}.json"
+    url: "/{date}"
+    partitions: {dates: {from: 2025-10-01, to: 2025-10-05}}
+    freshness: {refetch_every: 6h, until: "final"}
+    validate: {json: true, min_bytes: 10}
+  games:
+    source: espn
+    key: "games/{game_id}.json"
+    url: "/games/{game_id}"
+    partitions: {from: days, ids: "games", as: game_id}
+    validate: {json: true, require: ["id == '{game_id}'"]}
+"""
+
+
+class Lake:
+    """A folder store with a few words for what tests do to it."""
+
+    def __init__(self, root) -> None:
+        self.store = adce.FolderStore(root)
+        self.store.sweep()
+
+    def put_day(self, day: int, games: list[str], *, final: bool = True) -> None:
+        self.put(f"days/2025-10-0{day}.json", {"final": final, "games": games})
+
+    def put_game(self, game: str) -> None:
+        self.put(f"games/{game}.json", {"id": game})
+
+    def put(self, key: str, document: object) -> None:
+        self.store.write(key, json.dumps(document).encode())
+
+    def delete(self, key: str) -> None:
+        (self.store.root / key).unlink()
+
+
+class Desk:
+    """A lake, a configuration, and cycles between them."""
+
+    def __init__(
+        self, configuration: adce.Configuration, database: adce.Database, lake: Lake, clock: ManualClock
+    ) -> None:
+        self.configuration, self.database, self.lake, self.clock = configuration, database, lake, clock
+        self.declare(configuration)
+
+    def declare(self, configuration: adce.Configuration) -> None:
+        self.configuration = configuration
+        with self.database.transaction() as sql:
+            adce.declare_limits(sql, configuration, self.clock)
+            adce.declare_datasets(sql, configuration, self.clock.wall())
+
+    def cycle(self, store: adce.Store | None = None, believe: tuple[str, ...] = ()) -> dict:
+        self.clock.advance(60)
+        steps = adce.reconcile(
+            self.database, self.configuration, store or self.lake.store, self.clock, frozenset(believe)
+        )
+        return dict(self.database.read("select * from cycles where cycle_id = ?", (adce.run_cycle(steps),))[0])
+
+    def gaps(self) -> dict[str, str]:
+        return {row["key"]: row["kind"] for row in self.database.read("select key, kind from gaps")}
+
+    def live_tasks(self) -> dict[str, tuple[int, int]]:
+        """Task and detection by key."""
+        rows = self.database.read("select key, task_id, detected_at from queue join tasks using (task_id)")
+        return {row["key"]: (row["task_id"], row["detected_at"]) for row in rows}
+
+
+@pytest.fixture
+def lake(tmp_path) -> Lake:
+    return Lake(tmp_path / "lake")
+
+
+@pytest.fixture
+def desk(configure, database, lake, clock) -> Desk:
+    return Desk(configure(TEXT), database, lake, clock)
+
+
+def test_first_cycle_opens_a_task_for_each_missing_object(desk):
+    row = desk.cycle()
+    assert (row["expected"], row["missing"], row["created"], row["error"]) == (5, 5, 5, None)
+    assert set(desk.gaps()) == set(desk.live_tasks())
+
+
+def test_existing_lake_is_adopted_without_a_task_for_what_is_there(desk, lake):
+    for day in range(1, 6):
+        lake.put_day(day, [f"{day}1", f"{day}2"])
+    for game in ("11", "12", "21"):
+        lake.put_game(game)
+    row = desk.cycle()
+    assert (row["expected"], row["present"], row["missing"], row["listed"]) == (15, 8, 7, 8)
+    assert row["created"] == desk.database.value("select count(*) from tasks") == 7
+
+
+def test_settled_lake_changes_nothing_in_a_cycle(desk, lake):
+    for day in range(1, 6):
+        lake.put_day(day, [])
+    desk.cycle()
+    before = desk.database.read("select * from objects")
+    row = desk.cycle()
+    assert (row["created"], row["closed"], row["present"]) == (0, 0, 5)
+    assert [tuple(one) for one in desk.database.read("select * from objects")] == [tuple(one) for one in before]
+
+
+def test_gap_that_persists_keeps_its_task_and_its_age(desk):
+    desk.cycle()
+    before = desk.live_tasks()
+    for _ in range(5):
+        desk.clock.advance(3600)
+        assert desk.cycle()["created"] == 0
+    assert desk.live_tasks() == before
+
+
+def test_object_that_somebody_else_wrote_closes_its_gap_without_an_attempt(desk, lake):
+    desk.cycle()
+    lake.put_day(1, [])
+    row = desk.cycle()
+    assert (row["closed"], row["present"]) == (1, 1)
+    assert desk.database.value("select count(*) from attempts") == 0
+
+
+def test_object_that_vanished_is_missing_again_with_a_task_of_its_own(desk, lake):
+    lake.put_day(1, [])
+    desk.cycle()
+    lake.delete("days/2025-10-01.json")
+    desk.cycle()
+    assert desk.gaps()["days/2025-10-01.json"] == "missing"
+    assert "days/2025-10-01.json" in desk.live_tasks()
+
+
+@pytest.mark.parametrize("body", [b"<html>error page</html>", b"", b'{"a": 1}'])
+def test_object_with_wrong_content_is_suspect(desk, lake, body):
+    lake.store.write("days/2025-10-01.json", body)
+    desk.cycle()
+    assert desk.gaps()["days/2025-10-01.json"] == "suspect"
+
+
+def test_object_that_is_not_final_is_stale_and_waits_for_its_refetch(desk, lake):
+    lake.put_day(1, [], final=False)
+    desk.cycle()
+    columns = "tasks.state, next_at, modified_at"
+    row = desk.database.read(f"select {columns} from tasks join objects using (object_id) where key like '%01.json'")[0]
+    assert desk.gaps()["days/2025-10-01.json"] == "stale"
+    assert (row["state"], row["next_at"]) == ("retry", row["modified_at"] + 6 * 3600)
+    lake.put_day(1, [], final=True)
+    desk.cycle()
+    assert "days/2025-10-01.json" not in desk.gaps()
+
+
+def test_parent_is_read_once_for_each_version(desk, lake):
+    lake.put_day(1, ["7"])
+    reads: list[str] = []
+
+    class Watched(adce.FolderStore):
+        def read(self, key: str) -> bytes:
+            reads.append(key)
+            return super().read(key)
+
+    store = Watched(lake.store.root)
+    desk.cycle(store)
+    desk.cycle(store)
+    lake.put_day(1, ["7", "8"])
+    desk.cycle(store)
+    assert reads == ["days/2025-10-01.json"] * 2
+    assert {"games/7.json", "games/8.json"} <= set(desk.gaps())
+
+
+def test_child_that_no_parent_names_any_more_is_dropped(desk, lake):
+    lake.put_day(1, ["7", "8"])
+    lake.put_day(2, ["8"])
+    desk.cycle()
+    lake.put_day(1, [])
+    desk.cycle()
+    assert {key for key in desk.gaps() if key.startswith("games/")} == {"games/8.json"}
+    assert desk.database.value("select count(*) from tasks where state = 'cancelled'") == 1
+
+
+def test_game_that_two_days_name_is_one_object(desk, lake):
+    lake.put_day(1, ["7"])
+    lake.put_day(2, ["7"])
+    desk.cycle()
+    assert desk.database.value("select count(*) from objects where key = 'games/7.json'") == 1
+    assert desk.database.value("select count(*) from links") == 2
+
+
+def test_id_that_makes_no_key_is_told_and_harms_nobody(desk, lake):
+    lake.put_day(1, ["../../etc/passwd", "x" * 400, "7"])
+    row = desk.cycle()
+    games = {key for key in desk.gaps() if key.startswith("games/")}
+    assert games == {"games/..%2F..%2Fetc%2Fpasswd.json", "games/7.json"}
+    assert "is too long" in row["error"]
+
+
+class FailingStore(adce.FolderStore):
+    """Lists some objects, then breaks."""
+
+    good = 2
+
+    def list(self, prefix: str) -> Iterator[adce.StoredObject]:
+        for number, stored in enumerate(super().list(prefix)):
+            if number == self.good:
+                raise adce.StoreError("the connection broke")
+            yield stored
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_listing_that_fails_half_way_opens_and_closes_nothing(desk, lake, is_known):
+    for day in range(1, 6):
+        lake.put_day(day, [])
+    if is_known:
+        desk.cycle()
+    row = desk.cycle(FailingStore(lake.store.root))
+    assert row["error"] == "the connection broke"
+    assert desk.gaps() == {}
+    assert desk.cycle()["present"] == 5
+
+
+class ShuffledStore(adce.FolderStore):
+    """Has no order, as some stores."""
+
+    def list(self, prefix: str) -> Iterator[adce.StoredObject]:
+        yield from reversed(list(super().list(prefix)))
+
+
+def test_store_without_order_is_compared_rightly(desk, lake):
+    for day in range(1, 5):
+        lake.put_day(day, [])
+    for _ in range(2):
+        row = desk.cycle(ShuffledStore(lake.store.root))
+        assert (row["present"], row["missing"], row["error"]) == (4, 1, None)
+
+
+def test_store_that_loses_its_order_is_told_and_sorted_from_then_on(desk, lake):
+    for day in range(1, 6):
+        lake.put_day(day, [])
+    desk.cycle()
+    row = desk.cycle(ShuffledStore(lake.store.root))
+    assert "listed" in row["error"]
+    assert desk.gaps() == {}
+    assert desk.cycle(ShuffledStore(lake.store.root))["error"] is None
+
+
+MANY = TEXT.replace("to: 2025-10-05", "until: 2025-10-05").replace("from: 2025-10-01", "from: 2025-05-01")
+
+
+def fill_days(desk: Desk, lake: Lake) -> list[str]:
+    desk.cycle()
+    keys = sorted(desk.gaps())
+    for key in keys:
+        lake.put(key, {"final": True, "games": []})
+    desk.cycle()
+    return keys
+
+
+def test_mass_loss_opens_no_gap_until_it_is_believed(configure, database, lake, clock):
+    desk = Desk(configure(MANY), database, lake, clock)
+    keys = fill_days(desk, lake)
+    for key in keys[:120]:
+        lake.delete(key)
+    row = desk.cycle()
+    assert f"days: 120 of {len(keys)} objects vanished at once" in row["error"]
+    assert (row["missing"], desk.live_tasks()) == (0, {})
+    assert desk.cycle(believe=("days",))["missing"] == 120
+
+
+def test_unmounted_or_empty_store_opens_no_gap(configure, database, lake, clock, tmp_path):
+    desk = Desk(configure(MANY), database, lake, clock)
+    keys = fill_days(desk, lake)
+    for key in keys[30:]:
+        lake.delete(key)
+    desk.cycle(believe=("days",))
+    lake.store.root.rename(tmp_path / "elsewhere")
+    assert "is not there" in desk.cycle()["error"]
+    lake.store.sweep()
+    assert "vanished at once" in desk.cycle()["error"]
+    assert desk.database.value("select count(*) from objects where state = 'present'") == 30
+
+
+def test_a_few_losses_are_gaps_at_once(configure, database, lake, clock):
+    desk = Desk(configure(MANY), database, lake, clock)
+    for key in fill_days(desk, lake)[:99]:
+        lake.delete(key)
+    assert desk.cycle()["missing"] == 99
+
+
+def test_object_written_during_a_cycle_is_not_taken_for_lost(desk, lake):
+    lake.put_day(1, [])
+    desk.cycle()
+    lake.delete("days/2025-10-01.json")
+    steps = adce.reconcile(desk.database, desk.configuration, lake.store, desk.clock)
+    cycle_id = next(steps)
+    lake.put_day(1, [])
+    with desk.database.transaction() as sql:
+        ledger = adce.Ledger(sql, desk.configuration, desk.clock.wall(), cycle_id)
+        known = ledger.objects("key = 'days/2025-10-01.json'", {})[0]
+        stored = lake.store.find(known.key)
+        assert stored
+        facts = adce.Facts(size=stored.size, etag=stored.etag, modified_at=stored.modified_at, valid=True, settled=True)
+        ledger.note(known, facts, read_etag=stored.etag)
+    adce.run_cycle(steps)
+    assert "days/2025-10-01.json" not in desk.gaps()
+
+
+def test_new_declaration_expects_more_and_cancels_less(desk, configure, lake):
+    desk.cycle()
+    desk.declare(configure(TEXT.replace("from: 2025-10-01, to: 2025-10-05", "from: 2025-10-03, to: 2025-10-08")))
+    row = desk.cycle()
+    assert sorted(desk.gaps()) == [f"days/2025-10-0{day}.json" for day in range(3, 9)]
+    assert row["created"] == 3
+
+
+def test_changed_ids_are_looked_for_in_parents_that_were_read_before(desk, configure, lake):
+    lake.put("days/2025-10-01.json", {"final": True, "games": ["7"], "other": ["8"]})
+    desk.cycle()
+    desk.declare(configure(TEXT.replace('ids: "games"', 'ids: "other"')))
+    desk.cycle()
+    assert {key for key in desk.gaps() if key.startswith("games/")} == {"games/8.json"}
+
+
+def test_changed_validation_is_applied_to_what_was_read_before(desk, configure, lake):
+    lake.put_day(1, [])
+    desk.cycle()
+    desk.declare(configure(TEXT.replace("{json: true, min_bytes: 10}", '{json: true, require: ["more"]}')))
+    desk.cycle()
+    assert desk.gaps()["days/2025-10-01.json"] == "suspect"
+
+
+def test_object_that_nobody_expects_is_counted_and_left_alone(desk, lake):
+    lake.store.write("days/notes.txt", b"mine")
+    row = desk.cycle()
+    assert row["listed"] == 1
+    assert desk.database.value("select unexpected from reconciliations") == 1
+    assert lake.store.read("days/notes.txt") == b"mine"
+
+
+def test_object_is_not_expected_before_it_is_available(configure, database, lake, clock):
+    text = TEXT.replace(
+        "    freshness: {refetch_every", "    available_after: {hours: 240}\n    freshness: {refetch_every"
+    )
+    desk = Desk(configure(text), database, lake, clock)
+    assert desk.cycle()["expected"] == 0
+    available = desk.database.value("select min(available_at) from objects")
+    clock.advance(available - clock.wall())
+    assert adce.note_due_objects(database, desk.configuration, clock) == 1
+    assert sorted(desk.gaps()) == ["days/2025-10-01.json"]
+
+
+def test_interrupted_cycle_says_so(desk):
+    steps = adce.reconcile(desk.database, desk.configuration, desk.lake.store, desk.clock)
+    next(steps)
+    steps.close()
+    assert desk.database.value("select error from cycles") == "stopped before its end"
+
+
+def test_copy_of_a_database_can_be_tried_on(desk):
+    copy = desk.database.copy()
+    tried = Desk(desk.configuration, copy, desk.lake, desk.clock)
+    assert tried.cycle()["created"] == 5
+    assert desk.database.value("select count(*) from tasks") == 0
+
+
+class LakeMachine(RuleBasedStateMachine):
+    """Whatever is done to the lake, a full cycle finds exactly the gaps that a few lines of model find."""
+
+    days = st.integers(1, 5)
+    games = st.lists(st.sampled_from("789"), unique=True)
+
+    @initialize(data=st.data())
+    def start(self, data) -> None:
+        import tempfile
+        from pathlib import Path
+
+        folder = Path(tempfile.mkdtemp())
+        (folder / "adce.yaml").write_text(TEXT)
+        self.lake = Lake(folder / "lake")
+        configuration = adce.load_configuration(folder / "adce.yaml")
+        self.desk = Desk(configuration, adce.memory_database(), self.lake, ManualClock())
+        self.model: dict[str, object] = {}
+        self.ever_named: set[str] = set()
+
+    def put(self, key: str, document: object) -> None:
+        self.lake.put(key, document)
+        self.model[key] = document
+
+    @rule(day=days, games=games, final=st.booleans())
+    def put_day(self, day: int, games: list[str], final: bool) -> None:
+        self.put(f"days/2025-10-0{day}.json", {"final": final, "games": games})
+
+    @rule(game=st.sampled_from("789"), is_right=st.booleans())
+    def put_game(self, game: str, is_right: bool) -> None:
+        self.put(f"games/{game}.json", {"id": game if is_right else "another"})
+
+    @rule(data=st.data())
+    def delete(self, data) -> None:
+        if self.model:
+            key = data.draw(st.sampled_from(sorted(self.model)))
+            self.lake.delete(key)
+            del self.model[key]
+
+    @rule()
+    def cycle(self) -> None:
+        row = self.desk.cycle()
+        assert row["error"] is None
+        expected = {f"days/2025-10-0{day}.json": "missing" for day in range(1, 6)}
+        for key, document in self.model.items():
+            if key in expected:
+                expected[key] = "present" if document["final"] else "stale"
+                self.named_by[key] = document["games"]
+        for game in {game for games in self.named_by.values() for game in games}:
+            document = self.model.get(f"games/{game}.json")
+            right = document == {"id": game}
+            expected[f"games/{game}.json"] = "missing" if document is None else "present" if right else "suspect"
+        gaps = {key: state for key, state in expected.items() if state != "present"}
+        assert self.desk.gaps() == gaps
+        assert set(self.desk.live_tasks()) == set(gaps)
+        assert (row["expected"], row["present"]) == (len(expected), len(expected) - len(gaps))
+
+    @property
+    def named_by(self) -> dict[str, list[str]]:
+        """What each day named when it was last read: a day that vanished still says what it said."""
+        if not hasattr(self, "_named_by"):
+            self._named_by: dict[str, list[str]] = {}
+        return self._named_by
+
+
+LakeMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestLakeMachine = LakeMachine.TestCase
