@@ -24,6 +24,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Reading the configuration   YAML to values, all mistakes at once
     Building the configuration  values to records
     Checking the configuration  what must hold between them
+    Expressions                 JMESPath over the bodies of objects
     Objects                     what should exist, and what a whole object is
     Store                       what does exist: a folder or S3
     Limits                      what may be asked, and when
@@ -159,7 +160,8 @@ class Outcome(enum.StrEnum):
     HTTP_ERROR = "http_error"
     THROTTLED = "throttled"  # 429, 503, or a status that means blocked: the source is paused
     TIMEOUT = "timeout"
-    UNREACHABLE = "unreachable"  # no connection, or it broke
+    UNREACHABLE = "unreachable"  # no connection could be made
+    BROKEN = "broken"  # the connection broke before the whole answer was there
     STORE_ERROR = "store_error"  # fetched, but the store would not take it
     ERROR = "error"  # a scraper failed
     LOST = "lost"  # the runner stopped or died before the end
@@ -169,8 +171,8 @@ class Outcome(enum.StrEnum):
 COUNTED_FAILURES = (Outcome.INVALID, Outcome.HTTP_ERROR, Outcome.ERROR)
 # What tells how reliable a dataset is; a pause, an outage or a stop says nothing about it.
 RELIABILITY = (Outcome.OK, *COUNTED_FAILURES)
-# In a row, these mean that the source itself is away.
-SOURCE_FAILURES = (Outcome.TIMEOUT, Outcome.UNREACHABLE)
+# So many of these in a row mean that the source itself is away; for timeouts its own setting counts.
+SOURCE_FAILURES = {Outcome.UNREACHABLE: 2, Outcome.BROKEN: 5, Outcome.TIMEOUT: 3}
 
 
 class ExitCode(enum.IntEnum):
@@ -1940,6 +1942,54 @@ def _compose(text: str, reader: NodeReader) -> Any:
     return node
 
 
+# ---------------------------------------------------------------- Expressions
+# JMESPath over the bodies of objects: conditions that hold or do not, ids that are found. Headlines:
+# search(), holds().
+
+
+def quote_for_expression(value: str) -> str:
+    """A value inside a JMESPath 'raw string'. Raises ValueError for what such a string cannot hold."""
+    if "\\" in value:
+        raise ValueError(f"{value!r} cannot be compared")
+    return value.replace("'", "\\'")
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile(expression: str) -> Any:
+    """A JMESPath expression in which `!a.b` means not a.b. By the letter it is (!a).b, which is always null
+    because a truth has no fields, so nothing that means something changes its meaning."""
+    import jmespath
+    import jmespath.parser
+
+    return jmespath.parser.ParsedResult(expression, _negate_whole(jmespath.compile(expression).parsed))
+
+
+def _negate_whole(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    first, *others = children = [_negate_whole(child) for child in node["children"]] or [None]
+    if node["type"] in ("subexpression", "index_expression") and first["type"] == "not_expression":
+        whole = {**node, "children": [*first["children"], *others]}
+        return {"type": "not_expression", "children": [whole]}
+    return {**node, "children": children if node["children"] else []}
+
+
+def search(expression: str, fields: Fields, document: Any) -> Any:
+    """The value of a JMESPath expression that may name fields; None when it cannot be evaluated."""
+    import jmespath.exceptions
+
+    try:
+        return _compile(Template(expression, FIELD_IN_EXPRESSION).render(fields, quote_for_expression)).search(document)
+    except (jmespath.exceptions.JMESPathError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def holds(expression: str, fields: Fields, document: Any) -> bool:
+    """Whether an expression is true: neither false, null nor empty. One that raises is not."""
+    value = search(expression, fields, document)
+    return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
+
+
 # ---------------------------------------------------------------- Objects
 # What should exist, what a whole object is, and how fresh it must be. Decisions only: values in, values
 # out, no clock, no disk, no SQL. Headlines: expand(), inspect(), appraise().
@@ -2003,13 +2053,6 @@ def quote_for_key(value: str) -> str:
 def quote_for_url(value: str) -> str:
     """A value as a part of a url: it can add no path and no parameter."""
     return urllib.parse.quote(value, safe="")
-
-
-def quote_for_expression(value: str) -> str:
-    """A value inside a JMESPath 'raw string'. Raises ValueError for what such a string cannot hold."""
-    if "\\" in value:
-        raise ValueError(f"{value!r} cannot be compared")
-    return value.replace("'", "\\'")
 
 
 def season_at(seasons: Sequence[Season], day: datetime.date) -> Season | None:
@@ -2137,23 +2180,6 @@ def _verdict(validation: Validation, fields: Fields, body: bytes) -> tuple[Any, 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def search(expression: str, fields: Fields, document: Any) -> Any:
-    """The value of a JMESPath expression that may name fields; None when it cannot be evaluated."""
-    import jmespath
-    import jmespath.exceptions
-
-    try:
-        return jmespath.search(Template(expression, FIELD_IN_EXPRESSION).render(fields, quote_for_expression), document)
-    except (jmespath.exceptions.JMESPathError, TypeError, ValueError, RecursionError):
-        return None
-
-
-def holds(expression: str, fields: Fields, document: Any) -> bool:
-    """Whether an expression is true: neither false, null nor empty. One that raises is not."""
-    value = search(expression, fields, document)
-    return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
 
 
 def _ids(child: Dataset, document: Any, body: bytes) -> tuple[str, ...]:
@@ -2794,8 +2820,9 @@ def learn(
         seconds, failures = growing if retry_after is None else min(max(retry_after, 0.0), LONGEST_RETRY_AFTER), 0
     elif outcome in SOURCE_FAILURES:
         failures += 1
-        if failures >= source.blocked_when.timeouts_in_a_row:
-            seconds = longest if outcome is Outcome.TIMEOUT else growing
+        is_timeout = outcome is Outcome.TIMEOUT
+        if failures >= (source.blocked_when.timeouts_in_a_row if is_timeout else SOURCE_FAILURES[outcome]):
+            seconds = longest if is_timeout else growing
     elif outcome not in (Outcome.LOST, Outcome.STORE_ERROR):
         failures = throttles = 0
     if retry_after is None and scope["paused_until"] > now:
@@ -3336,19 +3363,13 @@ def _settle(
     else:
         state = TaskState.RETRY
         next_at = int(ledger.now + delay(failures if counted else row["attempts"] - failures)) + 1
+    closed_at = int(ledger.now) if state is TaskState.CANCELLED else None
     sql.execute(
         """
         update tasks set state = ?, failures = ?, next_at = ?, last_error = ?, attempt_id = null, closed_at = ?
         where task_id = ?
         """,
-        (
-            state,
-            failures,
-            next_at,
-            result.error,
-            int(ledger.now) if state is TaskState.CANCELLED else None,
-            task.task_id,
-        ),
+        (state, failures, next_at, result.error, closed_at, task.task_id),
     )
     if result.outcome is Outcome.OK and result.stored and state is TaskState.PENDING:
         state, next_at = _note_stored(ledger, known, result, task.task_id)
@@ -3421,7 +3442,13 @@ def requeue_orphans(sql: sqlite3.Connection) -> int:
     sql.execute(
         "update attempts set outcome = 'lost', seconds = 0, error = 'the runner died' where outcome = 'running'"
     )
-    return sql.execute("update tasks set state = 'pending', attempt_id = null where state = 'running'").rowcount
+    requeue = """
+        update tasks
+        set attempt_id = null,
+            state = iif(object_id in (select object_id from objects where state = 'dropped'), 'cancelled', 'pending')
+        where state = 'running'
+    """
+    return sql.execute(requeue).rowcount
 
 
 # ---------------------------------------------------------------- Reconcile
@@ -3855,11 +3882,14 @@ def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
     except _TooLargeError:
         return Result(Outcome.INVALID, f"longer than {spec.dataset.validate.max_bytes} bytes", requests=1)
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        unconnected = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError)
         if deadline.passed or isinstance(error, requests.Timeout):
             return Result(Outcome.TIMEOUT, f"no whole answer within {spec.source.timeout_seconds:g} s", requests=1)
         if isinstance(error, requests.exceptions.ContentDecodingError):
             return Result(Outcome.INVALID, "its encoding is broken", requests=1)
-        return Result(Outcome.UNREACHABLE, f"{_host(spec.url)} cannot be reached: {_root_cause(error)}", requests=1)
+        if any(isinstance(cause, unconnected) for cause in _causes(error)):
+            return Result(Outcome.UNREACHABLE, f"{_host(spec.url)} cannot be reached: {_words(error)}", requests=1)
+        return Result(Outcome.BROKEN, f"the connection to {_host(spec.url)} broke: {_words(error)}", requests=1)
 
 
 class _Deadline:
@@ -3922,15 +3952,19 @@ def _host(url: str) -> str:
     return urllib.parse.urlsplit(url).hostname or "?"
 
 
-def _root_cause(error: BaseException) -> str:
-    """The innermost reason, in its own words: not the address, which may hold a key."""
-    while True:
-        inner = getattr(error, "reason", None) or error.__cause__ or error.__context__
-        if not isinstance(inner, BaseException):
-            break
-        error = inner
-    text = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-    return text if len(text) < 100 else text[:100]
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what lies behind it, the innermost last."""
+    inner: Any = error
+    while isinstance(inner, BaseException):
+        yield inner
+        inner = getattr(inner, "reason", None) or inner.__cause__ or inner.__context__
+
+
+def _words(error: BaseException) -> str:
+    """The innermost reason in its own words: not the address, which may hold a key."""
+    *_, innermost = _causes(error)
+    text = innermost.strerror if isinstance(innermost, OSError) and innermost.strerror else type(innermost).__name__
+    return text[:100]
 
 
 def _read_body(response: Any, most: int) -> bytes:
@@ -4012,7 +4046,7 @@ def parse_retry_after(text: str | None, date: str | None) -> float | None:
 # Other ways to bring an object: a program in any language, or a function. Headlines: run_command(),
 # call_function().
 
-OUTPUT_TAIL_BYTES = 4096
+OUTPUT_SHOWN_BYTES = 100
 CHILD_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR")
 
 
@@ -4039,19 +4073,15 @@ def run_command(spec: FetchSpec, store: Store) -> list[Result]:
         except OSError as error:
             return [Result(Outcome.ERROR, f"cannot start {words[0]}: {error.strerror}")] * len(spec.targets)
         ended = _wait_for(process, spec.dataset.timeout_seconds)
-        output.seek(max(0, output.tell() - OUTPUT_TAIL_BYTES))
-        tail = excerpt(output.read()[-300:])
+        output.seek(max(0, os.fstat(output.fileno()).st_size - OUTPUT_SHOWN_BYTES))
+        tail = excerpt(output.read()[-OUTPUT_SHOWN_BYTES:])
     results = []
     for target in spec.targets:
         found = look(spec, target, store)
-        outcome = Outcome.ERROR if ended == "failed" or found is None else found.outcome
-        if ended == "timed out":
-            outcome = Outcome.TIMEOUT
-        if found and found.outcome is Outcome.OK:
-            results.append(found)
-        else:
-            reason = found.error if found else f"left no object ({ended}): {tail}"
-            results.append(Result(outcome, reason))
+        if found is None:
+            outcome = Outcome.TIMEOUT if ended == "timed out" else Outcome.ERROR
+            found = Result(outcome, f"left no object ({ended}): {tail}")
+        results.append(found)
     return results
 
 
@@ -4059,7 +4089,7 @@ def _wait_for(process: subprocess.Popen[bytes], seconds: float) -> str:
     """How a program ended; whatever is left of its group is killed."""
     try:
         code = process.wait(seconds)
-        ended = "exit 0" if code == 0 else "failed"
+        ended = f"exit {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
     except subprocess.TimeoutExpired:
         ended = "timed out"
         with contextlib.suppress(ProcessLookupError):
@@ -4700,7 +4730,7 @@ def live_lines(
         if row["used"] and row["max_requests"]
     )
     return [
-        f"ADCE {__version__}  store {configuration.store}  {utc_text(now)}   Ctrl-C stops cleanly",
+        f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly  store {configuration.store}",
         f"{number}{following}",
         *(_table(coverage, "table", None).splitlines() if coverage else ["nothing is expected yet"]),
         f"asked   {used or 'nothing lately'}",
@@ -5402,8 +5432,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _open_standard_files() -> None:
+    """A standard file that came closed would lend its number to the database, and errors be written there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Obey one command line and return its exit code."""
+    _open_standard_files()
     defaults = Arguments(config=None, db=None, format="table", quiet=False, verbose=False)
     arguments = build_parser().parse_args(words, defaults)
     try:

@@ -195,16 +195,14 @@ def test_pause_without_retry_after_doubles_until_a_good_answer():
 
 def test_answers_to_requests_from_before_a_pause_do_not_lengthen_it():
     desk = Desk(limiting())
-    pauses = [
-        desk.learn(adce.Outcome.UNREACHABLE, blocked_when=adce.BlockedWhen(timeouts_in_a_row=1)) for _ in range(3)
-    ]
-    assert [bool(pause) for pause in pauses] == [True, False, False]
+    pauses = [desk.learn(adce.Outcome.UNREACHABLE) for _ in range(4)]
+    assert [bool(pause) for pause in pauses] == [False, True, False, False]
 
 
 def test_failures_in_a_row_pause_a_source_and_one_request_at_a_time_asks_whether_it_is_back():
     desk = Desk(limiting())
-    pauses = [desk.learn(adce.Outcome.UNREACHABLE) for _ in range(3)]
-    assert [bool(pause) for pause in pauses] == [False, False, True]
+    pauses = [desk.learn(adce.Outcome.BROKEN) for _ in range(5)]
+    assert [bool(pause) for pause in pauses] == [False, False, False, False, True]
     desk.clock.advance(60)
     probe = desk.ask()
     assert probe

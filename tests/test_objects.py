@@ -149,6 +149,16 @@ def test_truth_is_that_of_jmespath(value, is_true):
     assert adce.holds("value", {}, {"value": value}) is is_true
 
 
+@pytest.mark.parametrize(
+    ("expression", "is_true"),
+    [("!game.over", False), ("!game.begun", True), ("!game.over || !game.begun", True), ("!(game.over)", False)],
+)
+def test_negation_reaches_over_the_whole_path(expression, is_true):
+    """By the letter of JMESPath `!game.over` is (!game).over: null, whatever the document says."""
+    assert adce.holds(expression, {}, {"game": {"over": True, "begun": False}}) is is_true
+    assert len(adce.search(f"[?{expression}]", {}, [{"game": {"over": True, "begun": False}}])) == is_true
+
+
 def test_expression_that_raises_is_not_true():
     assert not adce.holds("length(plays) > `100`", {}, {"no": "plays"})
 

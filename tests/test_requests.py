@@ -46,10 +46,10 @@ def fetch(spec: adce.FetchSpec, store: adce.Store) -> adce.Result:
 O = adce.Outcome  # noqa: E741  # a column of the table
 VERDICTS = {
     "a good answer": (Answer(GOOD), O.OK, None),
-    "dropped": (Answer(behaviour="drop"), O.UNREACHABLE, "127.0.0.1 cannot be reached"),
-    "shorter than promised": (Answer(GOOD, behaviour="short"), O.UNREACHABLE, "127.0.0.1"),
+    "dropped": (Answer(behaviour="drop"), O.BROKEN, "the connection to 127.0.0.1 broke"),
+    "shorter than promised": (Answer(GOOD, behaviour="short"), O.BROKEN, "127.0.0.1"),
     "cut without a length": (Answer(GOOD, behaviour="no_length"), O.INVALID, "not JSON"),
-    "cut in a chunk": (Answer(GOOD, behaviour="chunked_cut"), O.UNREACHABLE, "127.0.0.1"),
+    "cut in a chunk": (Answer(GOOD, behaviour="chunked_cut"), O.BROKEN, "127.0.0.1"),
     "no answer at all": (Answer(behaviour="hang"), O.TIMEOUT, "no whole answer within 1 s"),
     "headers for ever": (Answer(behaviour="drip_headers"), O.TIMEOUT, "no whole answer within 1 s"),
     "a byte now and then": (Answer(behaviour="drip_body"), O.TIMEOUT, "no whole answer within 1 s"),

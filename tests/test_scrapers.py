@@ -1,0 +1,162 @@
+"""Commands and calls that bring objects."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import adce
+
+WHOLE = '{"id": "7"}'
+
+
+@pytest.fixture
+def store(tmp_path) -> adce.FolderStore:
+    store = adce.FolderStore(tmp_path / "lake")
+    store.sweep()
+    return store
+
+
+def specification(folder: Path, *words: str, targets: tuple[str, ...] = ("7",), **more) -> adce.FetchSpec:
+    settings = {"command": tuple(map(adce.Template, words)), "timeout_seconds": 5, **more}
+    dataset = adce.Dataset(
+        name="games",
+        source="espn",
+        key=adce.Template("games/{game_id}.json"),
+        partitions=adce.Partitions(parent="days", names="game_id"),
+        validate=adce.Validation(json=True, require=("id == '{game_id}'",)),
+        **settings,
+    )
+    wanted = tuple(adce.Target(f"games/{game}.json", {"game_id": game}, is_missing=True) for game in targets)
+    environment = {"ADCE_CONFIG": str(folder / "adce.yaml"), "ADCE_SOURCE": "espn"}
+    return adce.FetchSpec(dataset, adce.Source("espn"), (), wanted, environment=environment)
+
+
+def run(spec: adce.FetchSpec, store: adce.Store) -> list[adce.Result]:
+    return adce.fetch(spec, store, adce.Clock())
+
+
+def shell(script: str) -> tuple[str, ...]:
+    return ("/bin/sh", "-c", script)
+
+
+WRITE = f"mkdir -p lake/games; echo '{WHOLE}' > lake/games/{{game_id}}.json"
+O = adce.Outcome  # noqa: E741  # a column of the table
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome", "reason"),
+    [
+        (WRITE, O.OK, None),
+        (f"{WRITE}; exit 3", O.OK, None),
+        ("echo nothing to do", O.ERROR, "left no object (exit 0): nothing to do"),
+        ("echo broken >&2; exit 1", O.ERROR, "left no object (exit 1): broken"),
+        ("kill -9 $$", O.ERROR, "left no object (killed by SIGKILL): empty"),
+        ("mkdir -p lake/games; echo '{' > lake/games/7.json", O.INVALID, "not JSON"),
+        ("sleep 60", O.TIMEOUT, "left no object (timed out)"),
+        ("trap '' TERM; sleep 60", O.TIMEOUT, "left no object (timed out)"),
+    ],
+)
+def test_verdict_is_what_the_store_holds_afterwards(script, outcome, reason, store, tmp_path):
+    seconds = 1.0 if outcome is O.TIMEOUT else 10.0
+    started = time.monotonic()
+    result = run(specification(tmp_path, *shell(script), timeout_seconds=seconds), store)[0]
+    assert (result.outcome, result.requests) == (outcome, 0)
+    assert (reason or "") in (result.error or "")
+    assert time.monotonic() - started < 10
+
+
+def test_program_that_is_not_there_is_named(store, tmp_path):
+    result = run(specification(tmp_path, "no-such-scraper", "{game_id}"), store)[0]
+    assert (result.outcome, result.error) == (O.ERROR, "cannot start no-such-scraper: No such file or directory")
+
+
+def test_grandchild_ends_with_its_group(store, tmp_path):
+    script = "sleep 321 & echo $! > grandchild; wait"
+    run(specification(tmp_path, *shell(script), timeout_seconds=0.5), store)
+    number = int((tmp_path / "grandchild").read_text())
+    deadline = time.monotonic() + 5
+    while is_alive(number):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_alive(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_endless_output_is_kept_to_its_end(store, tmp_path):
+    result = run(specification(tmp_path, *shell("yes x | head -c 20000000; echo the end")), store)[0]
+    assert result.error and result.error.endswith("the end")
+    assert len(result.error) < 300
+
+
+def test_environment_is_a_list_of_names(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    run(specification(tmp_path, *shell("env > environment")), store)
+    text = (tmp_path / "environment").read_text()
+    assert "hunter2" not in text
+    assert "ADCE_SOURCE=espn" in text
+    assert "PATH=" in text
+
+
+def test_argument_is_one_word_whatever_is_in_it(store, tmp_path):
+    spec = specification(
+        tmp_path, "/bin/sh", "-c", 'echo "$1" > argument', "sh", "{game_id}", targets=("; rm -rf $HOME",)
+    )
+    run(spec, store)
+    assert (tmp_path / "argument").read_text() == "; rm -rf $HOME\n"
+
+
+def test_one_command_brings_many_objects_and_each_is_judged(store, tmp_path):
+    script = r"""
+        mkdir -p lake/games
+        for game in $(echo {game_ids} | tr , ' '); do
+            [ $game = 9 ] || printf '%s' "<\"id\": \"$game\">" | tr '<>' '\173\175' > lake/games/$game.json
+        done
+    """
+    results = run(specification(tmp_path, *shell(script), targets=("7", "8", "9")), store)
+    assert [result.outcome for result in results] == [O.OK, O.OK, O.ERROR]
+
+
+SCRAPER = f"""
+import pathlib, sys
+def bytes_(game_id): return b'{WHOLE}'
+def path(game_id):
+    pathlib.Path('body').write_bytes(b'{WHOLE}'); return 'body'
+def wrong(game_id): return {{}}
+def raises(game_id): raise ValueError('no luck\\n')
+def exits(game_id): sys.exit(3)
+def recursion(game_id): return recursion(game_id)
+class Odd(Exception):
+    def __str__(self): raise RuntimeError
+def odd(game_id): raise Odd
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "outcome", "reason"),
+    [
+        ("bytes_", O.OK, None),
+        ("path", O.OK, None),
+        ("wrong", O.ERROR, "a_scraper:wrong returned dict, not bytes or a path"),
+        ("raises", O.ERROR, "ValueError: no luck"),
+        ("exits", O.ERROR, "SystemExit: 3"),
+        ("recursion", O.ERROR, "RecursionError: maximum recursion depth exceeded"),
+        ("odd", O.ERROR, "Odd"),
+        ("missing", O.ERROR, "AttributeError: module 'a_scraper' has no attribute 'missing'"),
+    ],
+)
+def test_call_brings_bytes_or_a_path_or_fails_in_words(function, outcome, reason, store, tmp_path, monkeypatch):
+    (tmp_path / "a_scraper.py").write_text(SCRAPER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "a_scraper", raising=False)
+    result = run(specification(tmp_path, command=(), call=f"a_scraper:{function}"), store)[0]
+    assert (result.outcome, result.error) == (outcome, reason)
