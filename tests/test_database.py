@@ -1,0 +1,202 @@
+"""One safe door to the SQLite file."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import adce
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_database_is_private_with_all_its_files(tmp_path):
+    before = os.umask(0o022)
+    try:
+        database = adce.open_database(tmp_path / "adce.db")
+        with database.transaction() as sql:
+            sql.execute("insert into settings values ('a', 'b')")
+        assert {path.name: mode(path) for path in tmp_path.iterdir()} == dict.fromkeys(
+            ("adce.db", "adce.db-wal", "adce.db-shm"), 0o600
+        )
+        database.close()
+    finally:
+        os.umask(before)
+
+
+def test_every_table_is_strict_and_every_commit_durable(database):
+    tables = database.read("select name, strict from pragma_table_list where schema = 'main' and type = 'table'")
+    assert {row["name"] for row in tables if not row["strict"]} == {"sqlite_schema"}
+    with database.transaction() as sql:
+        settings = [
+            sql.execute(f"pragma {name}").fetchone()[0] for name in ("journal_mode", "synchronous", "foreign_keys")
+        ]
+    assert settings == ["wal", 2, 1]
+
+
+def make_foreign(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("create table theirs (a)")
+    connection.close()
+
+
+def make_newer(path: Path) -> None:
+    adce.open_database(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("pragma user_version = 999")
+    connection.close()
+
+
+def make_broken(path: Path) -> None:
+    adce.open_database(path).close()
+    body = path.read_bytes()
+    path.write_bytes(body[:5000])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_foreign, "is a database of another program"),
+        (make_newer, "was written by a newer ADCE"),
+        (make_broken, "malformed"),
+        (
+            lambda path: path.write_text("just a text, and long enough to be read as a header " * 20),
+            "is not a database",
+        ),
+        (lambda path: path.mkdir(), "is not a regular file"),
+        (lambda path: path.symlink_to("/dev/null"), "is not a regular file"),
+    ],
+)
+def test_what_is_not_ours_is_refused_and_left_as_it_is(make, message, tmp_path):
+    path = tmp_path / "adce.db"
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(adce.DatabaseError, match=message):
+        adce.open_database(path)
+    assert before is None or path.read_bytes() == before
+
+
+def test_missing_database_is_told_where_one_is_needed(tmp_path):
+    with pytest.raises(adce.NoDatabaseError, match="there is no database"):
+        adce.open_database(tmp_path / "adce.db", must_exist=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exception_rolls_the_whole_transaction_back(database):
+    def fail() -> None:
+        with database.transaction() as sql:
+            sql.execute("insert into settings values ('a', 'b')")
+            sql.execute("insert into settings values ('a', 'b')")
+
+    with pytest.raises(adce.DatabaseError, match="UNIQUE constraint"):
+        fail()
+    assert database.value("select count(*) from settings where name = 'a'") == 0
+
+
+def test_reader_cannot_write(database):
+    with pytest.raises(adce.DatabaseError, match="readonly"):
+        database.read("insert into settings values ('a', 'b')")
+
+
+def test_full_disk_is_told_and_nothing_is_lost(database):
+    with database.transaction() as sql:
+        sql.execute("insert into settings values ('kept', 'x')")
+        pages = sql.execute("pragma page_count").fetchone()[0]
+    database._writer.execute(f"pragma max_page_count = {pages + 1}")
+
+    def fill() -> None:
+        with database.transaction() as sql:
+            sql.executemany("insert into settings values (?, ?)", [(str(n), "x" * 500) for n in range(1000)])
+
+    with pytest.raises(adce.DatabaseError, match="full") as caught:
+        fill()
+    assert "free some disk space" in caught.value.hint
+    assert database.value("select value from settings where name = 'kept'") == "x"
+
+
+def test_child_of_a_fork_cannot_use_the_connection(database):
+    number = os.fork()
+    if number == 0:
+        try:
+            database.read("select 1")
+        except adce.DatabaseError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 7
+
+
+def count_up(path: str, times: int) -> None:
+    database = adce.open_database(Path(path))
+    for _ in range(times):
+        with database.transaction() as sql:
+            sql.execute("update settings set value = cast(value as integer) + 1 where name = 'n'")
+    database.close()
+
+
+def test_processes_wait_for_one_another(tmp_path):
+    database = adce.open_database(tmp_path / "adce.db")
+    with database.transaction() as sql:
+        sql.execute("insert into settings values ('n', '0')")
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=count_up, args=(str(tmp_path / "adce.db"), 100)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert database.value("select value from settings where name = 'n'") == "400"
+
+
+def test_copy_is_independent(database):
+    copy = database.copy()
+    with copy.transaction() as sql:
+        sql.execute("insert into settings values ('only', 'there')")
+    assert copy.value("select value from settings where name = 'only'") == "there"
+    assert database.value("select value from settings where name = 'only'") is None
+
+
+HOLDER = """
+import sys, pathlib; sys.path.insert(0, sys.argv[1])
+import adce
+lock = adce.RunnerLock(pathlib.Path(sys.argv[2])); lock.acquire()
+print("held", flush=True); sys.stdin.read()
+"""
+
+
+def test_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path):
+    path, lock = tmp_path / "adce.db", adce.RunnerLock(tmp_path / "adce.db")
+    words = [sys.executable, "-c", HOLDER, str(ROOT), str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"held\n"
+        assert lock.holder() == process.pid
+        with pytest.raises(adce.LockedError, match=f"process {process.pid}"):
+            lock.acquire()
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 5
+    while lock.holder() is not None:
+        assert time.monotonic() < deadline
+    lock.acquire()
+    lock.release()
+
+
+def test_views_are_made_anew_when_their_text_has_changed(tmp_path):
+    database = adce.open_database(tmp_path / "adce.db")
+    with database.transaction() as sql:
+        sql.execute("drop view gaps")
+        sql.execute("create view gaps as select 1 as old")
+        sql.execute("update settings set value = 'of another text' where name = 'views'")
+    database.close()
+    again = adce.open_database(tmp_path / "adce.db")
+    assert again.read("select * from gaps") == []
+    again.close()

@@ -1,0 +1,70 @@
+"""The guide tells the truth: what it names exists, and what exists is named."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import adce
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHIPPED = (ROOT / "adce.yaml").read_text(encoding="utf-8")
+
+
+def test_every_key_is_in_the_guide_or_in_the_shipped_configuration():
+    words = set(re.findall(r"[a-z_]+", README + SHIPPED))
+    shortened = {"requests_per_minute", "requests_per_hour", "requests_per_day"}  # written as _minute, _hour, _day
+    names = {key.path.rpartition(".")[2] for key in adce.KEYS} - {"*"} - {str(priority) for priority in adce.Priority}
+    assert names - words - shortened == set()
+
+
+def test_every_command_view_and_exit_code_is_in_the_guide():
+    missing = [command.name for command in adce.COMMANDS if f"`{command.name}" not in README]
+    views = re.findall(r"create view (\w+)", adce.VIEWS)
+    missing += [view for view in views if f"| `{view}` |" not in README]
+    missing += [str(code.value) for code in adce.ExitCode if f"| {code.value} |" not in README]
+    assert missing == []
+
+
+def test_every_option_of_a_command_is_in_the_guide():
+    names = [name for command in adce.COMMANDS for option in command.options for name in option.names]
+    assert [name for name in names if name.startswith("--") and name not in README] == []
+
+
+def test_commands_of_the_guide_are_accepted():
+    parser = adce.build_parser()
+    for line in re.findall(r"^    (?:\.venv/bin/python )?adce\.py (.+?)(?:  +#.*)?$", README, re.MULTILINE):
+        assert parser.parse_args(shlex.split(line)).command
+
+
+def test_configuration_of_the_guide_is_accepted(configure):
+    text = re.search(r"```yaml\n(.+?)```", README, re.DOTALL)
+    assert text
+    assert list(configure(text[1]).datasets) == ["days", "orders"]
+
+
+def test_map_of_the_guide_names_rooms_and_tests_that_exist():
+    rooms = {
+        room.strip()
+        for line in re.findall(r"^ {4}(\w[\w ]+?)  +\w", adce.__doc__ or "", re.MULTILINE)
+        for room in [line]
+    }
+    for row in re.findall(r"^\| [^|]+ \| ([^|]+) \| (`test_[^|]+) \|$", README, re.MULTILINE):
+        for room in row[0].split(", "):
+            assert any(name.startswith(room.strip()) for name in rooms), room
+        for test in re.findall(r"test_\w+\.py", row[1]):
+            assert (ROOT / "tests" / test).exists(), test
+
+
+@pytest.mark.timeout(120)
+def test_demo_fills_its_lake_and_breaks_no_limit(tmp_path):
+    words = [sys.executable, str(ROOT / "tests/demo.py"), "--days", "12", "--keep", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "counted 0 beyond its limits" in done.stdout
+    assert re.search(r"^expected +(\d+)\npresent +\1$", done.stdout, re.MULTILINE)

@@ -1,0 +1,112 @@
+"""The views are the contract: their columns, their times, their figures."""
+
+from __future__ import annotations
+
+import io
+import re
+from datetime import date
+
+import pytest
+from lakes import league_text
+from upstream import Answer, League, Upstream
+
+import adce
+
+COLUMNS = {
+    "queue": "task_id state score priority source dataset key gap_size age_hours reason attempts next_at last_error",
+    "gaps": "dataset key kind since priority",
+    "coverage": "source dataset season expected present missing stale suspect gave_up percent",
+    "rates": "scope window_seconds max_requests used in_flight blocked_until",
+    "recent_attempts": "attempt_id task_id source dataset key started_at seconds outcome http_status bytes error",
+    "stats": "day source dataset priority outcome attempts seconds bytes",
+    "cycles": "cycle_id started_at seconds listed expected present missing stale suspect created closed list_calls error",
+}
+TIMES = ("since", "next_at", "blocked_until", "started_at")
+LIMITS = "rate_limiting: {global_limits: {requests_per_hour: 500}, source_limits: {league: {requests_per_minute: 100}}}"
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory):
+    """A database with some life: done, failed, gave up, not final, paused."""
+    folder = tmp_path_factory.mktemp("lived")
+    with Upstream() as upstream:
+        league = League(date(2025, 1, 1), 6, games_per_day=(2, 3), seed=5)
+        league.serve(upstream)
+        games = sorted(league.ids)
+        upstream.answer(f"/summary?event={games[0]}", Answer(b"trouble <script>\n", 500))
+        upstream.answer(f"/summary?event={games[1]}", Answer(b'{"code": 404, "message": "no"}', 404))
+        league_early = League(date(2025, 1, 1), 6, games_per_day=(2, 3), seed=5)
+        league_early.phase = "early"
+        upstream.answer("/scoreboard?dates=20250106", league_early.scoreboard("20250106"))
+        text = league_text(upstream.address, limits=LIMITS, attempts=1)
+        (folder / "adce.yaml").write_text(text)
+        configuration = adce.load_configuration(folder / "adce.yaml")
+        database = adce.open_database(folder / "adce.db")
+        store = adce.open_store(configuration.store)
+        for _ in range(2):
+            adce.Runner(configuration, database, store, adce.Journal(io.StringIO())).run(once=True)
+        with database.transaction() as sql:
+            adce.pause(sql, "league", 500, "asked to", adce.Clock().boot())
+        yield database
+        database.close()
+
+
+@pytest.mark.parametrize("view", COLUMNS)
+def test_view_has_its_columns_and_answers(view, lived):
+    names = COLUMNS[view].split()
+    rows = lived.read(f"select * from {view}")
+    assert rows, view
+    assert [name for name in names if name not in dict(rows[0])] == []
+
+
+@pytest.mark.parametrize("view", COLUMNS)
+def test_times_are_text_in_utc(view, lived):
+    for row in lived.read(f"select * from {view}"):
+        for name in set(TIMES) & set(dict(row)):
+            assert row[name] is None or re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row[name])
+
+
+def test_coverage_sums_to_the_objects(lived):
+    totals = lived.read(
+        "select sum(expected), sum(present), sum(missing), sum(stale), sum(suspect), sum(gave_up) from coverage"
+    )
+    counts = lived.read(
+        """
+        select count(*), sum(state = 'present'), sum(state = 'missing'), sum(state = 'stale'), sum(state = 'suspect'),
+               (select count(*) from tasks where state = 'gave_up')
+        from objects where state not in ('awaited', 'dropped')
+        """
+    )
+    assert tuple(totals[0]) == tuple(counts[0])
+    assert totals[0][5] == 2
+
+
+def test_percent_is_100_only_when_nothing_is_missing(lived):
+    for row in lived.read("select * from coverage"):
+        assert (row["percent"] == 100) == (row["present"] == row["expected"])
+
+
+def test_used_is_what_was_asked_within_the_window(lived):
+    asked = lived.value("select count(*) from requests")
+    used = {
+        row["scope"]: (row["max_requests"], row["used"], row["in_flight"]) for row in lived.read("select * from rates")
+    }
+    assert used == {"league": (100, asked, 0), "global": (500, asked, 0)}
+
+
+def test_pause_is_seen_with_its_reason(lived):
+    row = lived.read("select blocked_until, reason from rates where scope = 'league'")[0]
+    assert row["blocked_until"] > adce.utc_text(adce.Clock().wall())
+    assert row["reason"] == "asked to"
+
+
+def test_every_gap_has_a_task_and_every_open_task_a_gap(lived):
+    assert lived.value("select count(*) from gaps where task_id is null") == 0
+    assert lived.value("select count(*) from queue where key not in (select key from gaps)") == 0
+
+
+def test_stats_are_the_sums_of_the_attempts(lived):
+    attempts = lived.read("select outcome, count(*), round(sum(seconds), 3) from attempts group by outcome")
+    stats = lived.read("select outcome, sum(attempts), round(sum(seconds), 3) from stats group by outcome")
+    assert {tuple(row)[:2] for row in attempts} == {tuple(row)[:2] for row in stats}
+    assert {"ok", "http_error", "not_yet"} == {row["outcome"] for row in attempts}
