@@ -45,7 +45,7 @@ def test_loop_that_is_stuck_is_not(served, clock):
     clock.advance(600)
     answer = requests.get(f"{served}/health", timeout=5)
     assert answer.status_code == 503
-    assert answer.json()["problems"] == ["the main loop has been stuck for 10 min"]
+    assert answer.json()["problems"][0].startswith("the main loop has been stuck for 10 min")
 
 
 def test_store_that_fails_is_not(served, database, clock):

@@ -19,7 +19,8 @@ COLUMNS = {
     "rates": "scope window_seconds max_requests used in_flight blocked_until",
     "recent_attempts": "attempt_id task_id source dataset key started_at seconds outcome http_status bytes error",
     "stats": "day source dataset priority outcome attempts seconds bytes",
-    "cycles": "cycle_id started_at seconds listed expected present missing stale suspect created closed list_calls error",
+    "cycles": "cycle_id started_at seconds listed expected present missing stale suspect created closed list_calls "
+    "error",
 }
 TIMES = ("since", "next_at", "blocked_until", "started_at")
 LIMITS = "rate_limiting: {global_limits: {requests_per_hour: 500}, source_limits: {league: {requests_per_minute: 100}}}"
