@@ -90,7 +90,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TextIO, TypeVar, cast
+from typing import IO, Any, ClassVar, Protocol, TextIO, TypeVar, cast
 
 __version__ = "1.0.0"
 __all__ = [
@@ -3893,30 +3893,42 @@ def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
 
 
 class _Deadline:
-    """Ends a request when its time is over, by closing its socket from a watching thread: a server that
+    """Ends a request when its time is over, by shutting its socket from a watching thread: a server that
     sends a byte now and then never trips a timeout for a single read."""
 
     def __init__(self, seconds: float) -> None:
         self.passed = False
-        self.connections: list[Any] = []
+        self._sockets: list[socket.socket] = []
+        self._lock = threading.Lock()  # guards _sockets
         self._timer = threading.Timer(seconds, self._end)
         self._timer.daemon = True
 
+    def watch(self, connected: socket.socket) -> None:
+        """By a second handle: TLS and http.client let go of the first while the answer is still coming."""
+        with self._lock:
+            self._sockets.append(connected.dup())
+        if self.passed:
+            self._end()
+
     def _end(self) -> None:
         self.passed = True
-        for connection in self.connections:
-            with contextlib.suppress(OSError, AttributeError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            for handle in self._sockets:
+                with contextlib.suppress(OSError):  # it is closed already
+                    handle.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> None:
         self._timer.start()
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
+        with self._lock:
+            while self._sockets:
+                self._sockets.pop().close()
 
 
 def _adapter(deadline: _Deadline) -> Any:
-    """A transport without retries whose connections the deadline knows."""
+    """A transport without retries whose sockets the deadline watches."""
     import requests.adapters
 
     class Adapter(requests.adapters.HTTPAdapter):
@@ -3924,12 +3936,12 @@ def _adapter(deadline: _Deadline) -> Any:
             pool: Any = super().get_connection_with_tls_context(*arguments, **options)
             kind = pool.ConnectionCls
 
-            def connect(*arguments: Any, **options: Any) -> Any:
-                connection = kind(*arguments, **options)
-                deadline.connections.append(connection)
-                return connection
+            def connect(connection: Any) -> Any:
+                connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
+                deadline.watch(connected)
+                return connected
 
-            pool.ConnectionCls = connect
+            pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": connect})
             return pool
 
     return Adapter(pool_connections=1, pool_maxsize=1)
@@ -4059,22 +4071,24 @@ def run_command(spec: FetchSpec, store: Store) -> list[Result]:
         fields[f"{name}s"] = ",".join(target.fields[name] for target in spec.targets)
     words = [word.render(fields, str) for word in spec.dataset.command]
     environment = {name: os.environ[name] for name in CHILD_ENVIRONMENT if name in os.environ} | dict(spec.environment)
-    with tempfile.TemporaryFile() as output:
-        try:
-            process = subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=environment,
-                cwd=Path(spec.environment["ADCE_CONFIG"]).parent,
-                start_new_session=True,
-            )
-        except OSError as error:
-            return [Result(Outcome.ERROR, f"cannot start {words[0]}: {error.strerror}")] * len(spec.targets)
-        ended = _wait_for(process, spec.dataset.timeout_seconds)
-        output.seek(max(0, os.fstat(output.fileno()).st_size - OUTPUT_SHOWN_BYTES))
-        tail = excerpt(output.read()[-OUTPUT_SHOWN_BYTES:])
+    try:
+        process = subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=Path(spec.environment["ADCE_CONFIG"]).parent,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return [Result(Outcome.ERROR, f"cannot start {words[0]}: {error.strerror}")] * len(spec.targets)
+    shown = bytearray()
+    reader = threading.Thread(target=_keep_end, args=(process.stdout, shown), daemon=True)
+    reader.start()
+    ended = _wait_for(process, spec.dataset.timeout_seconds)
+    reader.join(1)  # longer only when something has left the group and still holds the pipe
+    tail = excerpt(bytes(shown))
     results = []
     for target in spec.targets:
         found = look(spec, target, store)
@@ -4083,6 +4097,13 @@ def run_command(spec: FetchSpec, store: Store) -> list[Result]:
             found = Result(outcome, f"left no object ({ended}): {tail}")
         results.append(found)
     return results
+
+
+def _keep_end(output: IO[bytes], shown: bytearray) -> None:
+    """Read to the end, keep the last bytes: however much a program prints, no disk and no memory is filled."""
+    with output:
+        while block := os.read(output.fileno(), BLOCK_BYTES):
+            shown[:] = (shown + block[-OUTPUT_SHOWN_BYTES:])[-OUTPUT_SHOWN_BYTES:]
 
 
 def _wait_for(process: subprocess.Popen[bytes], seconds: float) -> str:
@@ -4869,7 +4890,7 @@ class Runner:
         openings = self._dispatch()
         self._beat()
         wait = self._seconds_to_next_event(openings)
-        is_idle = self.steps is None and not (self.running or self.hops or self.unrecorded)
+        is_idle = self.steps is None and not (self.running or self.unrecorded)
         if self.clock.boot() >= self.stop_at:
             self.stop("its time was up")
         elif self.once and is_idle and all(opening.is_pause for opening in openings.values()):
@@ -4900,32 +4921,36 @@ class Runner:
         """Give every free worker the best thing to do. Returns what the sources wait for, if any worker is free."""
         if self.once and self.steps is not None:
             return {}
-        self._dispatch_hops()
-        while len(self.running) + len(self.hops) < self.configuration.max_concurrent_scrapers:
+        awaited = self._dispatch_hops()
+        while len(self.running) < self.configuration.max_concurrent_scrapers:
             busy = collections.Counter(one.claimed.source.name for one in [*self.running.values(), *self.hops])
             with self.database.transaction() as sql:
                 if not self.once:
                     wake_retries(sql, self.clock.wall())
                 claimed, openings = claim(sql, self.configuration, self.clock, busy)
             if claimed is None:
-                return openings
+                return awaited | openings
             self._submit(Execution(claimed, specify(self.configuration, claimed)))
         return {}
 
-    def _dispatch_hops(self) -> None:
-        """A redirect is followed with a permit of its own."""
-        waiting, self.hops = self.hops, []
-        for execution in waiting:
+    def _dispatch_hops(self) -> dict[str, Opening]:
+        """A redirect is followed with a permit of its own, and holds no worker while it waits for that."""
+        awaited: dict[str, Opening] = {}
+        for execution in list(self.hops):
             source, limiting = execution.claimed.source, self.configuration.rate_limiting
+            if len(self.running) >= self.configuration.max_concurrent_scrapers:
+                break
             with self.database.transaction() as sql:
                 now = self.clock.boot()
-                can_ask = opening(sql, limiting, source.name, now).at <= now
-                permit = grant(sql, limiting, source.name, source.timeout_seconds, now) if can_ask else None
-            if permit is None:
-                self.hops.append(execution)
-            else:
-                spec = dataclasses.replace(execution.spec, send_before=permit.send_before)
-                self._submit(Execution(dataclasses.replace(execution.claimed, permit=permit), spec))
+                opens = opening(sql, limiting, source.name, now)
+                if opens.at > now:
+                    awaited[source.name] = opens
+                    continue
+                permit = grant(sql, limiting, source.name, source.timeout_seconds, now)
+            self.hops.remove(execution)
+            spec = dataclasses.replace(execution.spec, send_before=permit.send_before)
+            self._submit(Execution(dataclasses.replace(execution.claimed, permit=permit), spec))
+        return awaited
 
     def _submit(self, execution: Execution) -> None:
         future = self.pool.submit(fetch, execution.spec, self.store, self.clock)
@@ -4995,8 +5020,6 @@ class Runner:
         instants += [opening.at for opening in openings.values()]
         if self.journal.screen:
             instants.append(self.next_paint_at)
-        if self.hops:
-            instants.append(now + 0.05 if not openings else min(opening.at for opening in openings.values()))
         if self.unrecorded:
             instants.append(now + 1)
         due = self.database.value("select min(due_at) from objects where due_at is not null")
@@ -5016,10 +5039,9 @@ class Runner:
             self._collect()
         self.pool.shutdown(wait=False, cancel_futures=True)
         left = [*self.running.values(), *self.hops]
-        self.unrecorded += [
-            (execution, [Result(Outcome.LOST, "the runner stopped", requests=1)] * len(execution.claimed.tasks))
-            for execution in left
-        ]
+        for execution in left:
+            lost = Result(Outcome.LOST, "the runner stopped", requests=int(execution not in self.hops))
+            self.unrecorded.append((execution, [lost] * len(execution.claimed.tasks)))
         self._collect()
 
     def _say_goodbye(self) -> None:
