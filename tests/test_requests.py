@@ -53,6 +53,11 @@ VERDICTS = {
     "no answer at all": (Answer(behaviour="hang"), O.TIMEOUT, "no whole answer within 1 s"),
     "headers for ever": (Answer(behaviour="drip_headers"), O.TIMEOUT, "no whole answer within 1 s"),
     "a byte now and then": (Answer(behaviour="drip_body"), O.TIMEOUT, "no whole answer within 1 s"),
+    "a byte now and then, to the end": (
+        Answer(headers={"Connection": "close"}, behaviour="drip_body"),
+        O.TIMEOUT,
+        "no whole answer within 1 s",
+    ),
     "a late answer": (Answer(GOOD, delay_seconds=3), O.TIMEOUT, "no whole answer within 1 s"),
     "no end": (Answer(behaviour="endless_body"), O.INVALID, "longer than 1048576 bytes"),
     "a bomb": (Answer(behaviour="gzip_bomb"), O.INVALID, "longer than 1048576 bytes"),

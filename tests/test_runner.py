@@ -113,6 +113,17 @@ def test_redirects_for_ever_end_as_an_error(configure, database, upstream, leagu
     assert upstream.count("/scoreboard?dates=20250101") == adce.MAX_REDIRECTS + 1
 
 
+def test_redirect_of_a_paused_source_does_not_keep_a_run_from_ending(configure, database, upstream, league):
+    upstream.answer("/scoreboard?dates=20250101", Answer(b"", 302, {"Location": "/moved"}, delay_seconds=0.3))
+    for day in range(2, 7):
+        upstream.answer(f"/scoreboard?dates=2025010{day}", Answer(b"wait", 429, {"Retry-After": "3000"}))
+    code, lines = run_once(configure(league_text(upstream.address)), database)
+    assert code == adce.ExitCode.GAPS_LEFT
+    assert "paused sources" in lines
+    assert upstream.count("/moved") == 0
+    assert database.value("select count(*) from attempts where outcome = 'running'") == 0
+
+
 def test_source_that_is_down_is_paused_while_another_goes_on(configure, database, upstream, league):
     text = league_text(upstream.address).replace(
         "datasets:\n",
