@@ -647,6 +647,7 @@ class Database:
         self._writing = threading.Lock()  # guards _writer: whoever wants a transaction waits here, in turn
         self._reading = threading.Lock()  # guards _reader
         self._pid = os.getpid()
+        self._identity = _identity(path)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -683,6 +684,11 @@ class Database:
         ]
         return problems
 
+    def check_place(self) -> None:
+        """Raises NoDatabaseError when the file was moved, replaced or deleted: SQLite would go on writing to it."""
+        if _identity(self.path) != self._identity:
+            raise NoDatabaseError(f"{self.path} was moved, replaced or deleted while in use", "start again")
+
     def copy(self) -> Database:
         """The same contents in memory: what is tried there changes nothing here."""
         self._check_process()
@@ -709,6 +715,14 @@ class Database:
         except sqlite3.Error as error:
             name = getattr(error, "sqlite_errorname", type(error).__name__)
             raise DatabaseError(f"{self.path}: {error} ({name})", _database_hint(name)) from error
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _database_hint(name: str) -> str:
@@ -4704,6 +4718,46 @@ def _logged(value: Any) -> str:
     return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
 
 
+def announce_cycle(journal: Journal, database: Database) -> None:
+    """One line for the cycle that has just ended."""
+    row = query(database, "select * from cycles order by cycle_id desc limit 1")[0]
+    shown = (
+        "expected",
+        "present",
+        "missing",
+        "stale",
+        "suspect",
+        "created",
+        "closed",
+        "listed",
+        "seconds",
+        "error",
+    )
+    journal.write(
+        "WARN" if row["error"] else "INFO", "cycle", id=row["cycle_id"], **{name: row[name] for name in shown}
+    )
+
+
+def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
+    """One line for what became of a task."""
+    result = ending.result
+    level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
+    if level == "WARN" and not ending.counted:
+        level = "DEBUG"
+    journal.write(
+        level,
+        ending.state,
+        dataset=claimed.dataset.name,
+        key=ending.task.target.key,
+        outcome=result.outcome,
+        failures=f"{ending.failures}/{max_attempts}" if ending.failures else None,
+        bytes=result.stored.size if result.stored else None,
+        error=result.error,
+        next=utc_text(ending.next_at),
+        task=ending.task.task_id,
+    )
+
+
 class LiveScreen:
     """A few lines on a terminal, repainted in place; the last state stays in the scrollback."""
 
@@ -4772,46 +4826,7 @@ class Execution:
 
     claimed: Claim
     spec: FetchSpec
-
-
-def announce_cycle(journal: Journal, database: Database) -> None:
-    """One line for the cycle that has just ended."""
-    row = query(database, "select * from cycles order by cycle_id desc limit 1")[0]
-    shown = (
-        "expected",
-        "present",
-        "missing",
-        "stale",
-        "suspect",
-        "created",
-        "closed",
-        "listed",
-        "seconds",
-        "error",
-    )
-    journal.write(
-        "WARN" if row["error"] else "INFO", "cycle", id=row["cycle_id"], **{name: row[name] for name in shown}
-    )
-
-
-def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
-    """One line for what became of a task."""
-    result = ending.result
-    level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
-    if level == "WARN" and not ending.counted:
-        level = "DEBUG"
-    journal.write(
-        level,
-        ending.state,
-        dataset=claimed.dataset.name,
-        key=ending.task.target.key,
-        outcome=result.outcome,
-        failures=f"{ending.failures}/{max_attempts}" if ending.failures else None,
-        bytes=result.stored.size if result.stored else None,
-        error=result.error,
-        next=utc_text(ending.next_at),
-        task=ending.task.task_id,
-    )
+    overdue_at: float = math.inf  # boot; nothing can end a function that never returns
 
 
 class Runner:
@@ -4831,6 +4846,7 @@ class Runner:
         self.pool: Executor = ThreadPoolExecutor(configuration.max_concurrent_scrapers, "adce-worker")
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.running: dict[Future[list[Result]], Execution] = {}
+        self.stuck: dict[Future[list[Result]], Execution] = {}
         self.hops: list[Execution] = []
         self.unrecorded: list[tuple[Execution, list[Result]]] = []
         self.steps: Iterator[int] | None = None
@@ -4923,7 +4939,8 @@ class Runner:
             return {}
         awaited = self._dispatch_hops()
         while len(self.running) < self.configuration.max_concurrent_scrapers:
-            busy = collections.Counter(one.claimed.source.name for one in [*self.running.values(), *self.hops])
+            at_work = [*self.running.values(), *self.hops, *self.stuck.values()]
+            busy = collections.Counter(execution.claimed.source.name for execution in at_work)
             with self.database.transaction() as sql:
                 if not self.once:
                     wake_retries(sql, self.clock.wall())
@@ -4954,15 +4971,28 @@ class Runner:
 
     def _submit(self, execution: Execution) -> None:
         future = self.pool.submit(fetch, execution.spec, self.store, self.clock)
+        if execution.spec.dataset.call:
+            overdue_at = self.clock.boot() + execution.spec.dataset.timeout_seconds
+            execution = dataclasses.replace(execution, overdue_at=overdue_at)
         self.running[future] = execution
         future.add_done_callback(lambda _: self.wakeups.put("finished"))
 
     def _collect(self) -> None:
         """Record what has finished. What the database will not take now is kept and tried again."""
-        for future in [future for future in self.running if future.done()]:
-            execution = self.running.pop(future)
+        self.stuck = {future: execution for future, execution in self.stuck.items() if not future.done()}
+        for future, execution in list(self.running.items()):
+            if not future.done() and self.clock.boot() < execution.overdue_at:
+                continue
+            del self.running[future]
             try:
-                results = future.result()
+                results = future.result(0)
+            except TimeoutError:  # its worker is lost, others take over, and its source has one fewer until it returns
+                self.stuck[future] = execution
+                self.pool.shutdown(wait=False)
+                self.pool = ThreadPoolExecutor(self.configuration.max_concurrent_scrapers, "adce-worker")
+                dataset = execution.spec.dataset
+                text = f"{dataset.call} did not return within {dataset.timeout_seconds:g} s"
+                results = [Result(Outcome.TIMEOUT, text)]
             except BaseException as error:  # noqa: BLE001  # a broken pool
                 results = [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
             self.unrecorded.append((execution, results))
@@ -5003,6 +5033,7 @@ class Runner:
         now = self.clock.boot()
         if now >= self.next_beat_at:
             self.next_beat_at = now + BEAT_SECONDS
+            self.database.check_place()
             with self.database.transaction() as sql:
                 sql.execute("update runner set beat_at = ?", (int(self.clock.wall()),))
                 sql.execute("update boot set wall_offset = ?", (self.clock.wall() - now,))
@@ -5018,6 +5049,7 @@ class Runner:
         now, wall = self.clock.boot(), self.clock.wall()
         instants = [self.next_cycle_at, self.next_beat_at, self.stop_at, now + self.configuration.queue_check_seconds]
         instants += [opening.at for opening in openings.values()]
+        instants += [execution.overdue_at for execution in self.running.values()]
         if self.journal.screen:
             instants.append(self.next_paint_at)
         if self.unrecorded:
@@ -5192,7 +5224,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         if configuration.health_check.enabled and not arguments.once:
             stack.enter_context(_serving(HealthServer(configuration, database, lock, runner.clock), journal))
         code = runner.run(once=arguments.once, max_seconds=(arguments.max_minutes or math.inf) * MINUTE)
-    if runner.running:  # a worker hangs: only the end of the process ends it
+    if runner.running or runner.stuck:  # a worker hangs: only the end of the process ends it
         sys.stderr.flush()
         os._exit(code)
     database.close()
@@ -5479,9 +5511,12 @@ def main(words: Sequence[str] | None = None) -> int:
         if error.hint:
             print(f"Try: {error.hint}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.DONE
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
+        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
+            return ExitCode.DONE
+        print(f"adce.py: {error}", file=sys.stderr)
+        return ExitCode.ERROR
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     return code

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import resource
+import contextlib
+import dataclasses
+import shutil
+import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from upstream import Answer, json_answer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from upstream import Answer, Upstream, json_answer
 
 import adce
 
 GOOD = b'{"id": "7", "plays": [1, 2, 3]}'
 KEY = "games/7.json"
+NOWHERE = "http://127.0.0.1:9"
 
 
 @pytest.fixture
@@ -43,6 +52,11 @@ def fetch(spec: adce.FetchSpec, store: adce.Store) -> adce.Result:
     return adce.fetch(spec, store, adce.Clock())[0]
 
 
+def files(store: adce.FolderStore) -> list[str]:
+    """Everything in the folder, what is half written included."""
+    return [path.relative_to(store.root).as_posix() for path in store.root.rglob("*") if path.is_file()]
+
+
 O = adce.Outcome  # noqa: E741  # a column of the table
 VERDICTS = {
     "a good answer": (Answer(GOOD), O.OK, None),
@@ -50,22 +64,25 @@ VERDICTS = {
     "shorter than promised": (Answer(GOOD, behaviour="short"), O.BROKEN, "127.0.0.1"),
     "cut without a length": (Answer(GOOD, behaviour="no_length"), O.INVALID, "not JSON"),
     "cut in a chunk": (Answer(GOOD, behaviour="chunked_cut"), O.BROKEN, "127.0.0.1"),
-    "no answer at all": (Answer(behaviour="hang"), O.TIMEOUT, "no whole answer within 1 s"),
-    "headers for ever": (Answer(behaviour="drip_headers"), O.TIMEOUT, "no whole answer within 1 s"),
-    "a byte now and then": (Answer(behaviour="drip_body"), O.TIMEOUT, "no whole answer within 1 s"),
+    "no answer at all": (Answer(behaviour="hang"), O.TIMEOUT, "no whole answer within 0.5 s"),
+    "headers for ever": (Answer(behaviour="drip_headers"), O.TIMEOUT, "no whole answer within 0.5 s"),
+    "a byte now and then": (Answer(behaviour="drip_body"), O.TIMEOUT, "no whole answer within 0.5 s"),
     "a byte now and then, to the end": (
         Answer(headers={"Connection": "close"}, behaviour="drip_body"),
         O.TIMEOUT,
-        "no whole answer within 1 s",
+        "no whole answer within 0.5 s",
     ),
-    "a late answer": (Answer(GOOD, delay_seconds=3), O.TIMEOUT, "no whole answer within 1 s"),
+    "a late answer": (Answer(GOOD, delay_seconds=3), O.TIMEOUT, "no whole answer within 0.5 s"),
     "no end": (Answer(behaviour="endless_body"), O.INVALID, "longer than 1048576 bytes"),
     "a bomb": (Answer(behaviour="gzip_bomb"), O.INVALID, "longer than 1048576 bytes"),
     "broken encoding": (Answer(behaviour="garbage_gzip"), O.INVALID, "its encoding is broken"),
     "empty": (Answer(b""), O.INVALID, "0 bytes, fewer than 5"),
     "a page instead of data": (Answer(b"<html>sorry</html>"), O.INVALID, "not JSON"),
     "not a number": (Answer(b'{"id": NaN}'), O.INVALID, "NaN is not JSON"),
-    "too deep": (Answer(b"[" * 50_000), O.INVALID, "not JSON"),
+    "too deep": (Answer(b"[" * 10_000 + b"]" * 10_000), O.INVALID, "not JSON"),
+    "infinite": (Answer(b'{"id": -Infinity}'), O.INVALID, "Infinity is not JSON"),
+    "not text": (Answer(b'{"id": "7", "x": "\xff\xfe"}'), O.INVALID, "not JSON"),
+    "too many headers": (Answer(GOOD, headers={f"X-{n}": "x" for n in range(150)}), O.BROKEN, "127.0.0.1"),
     "another object": (Answer(b'{"id": "8"}'), O.INVALID, "not true: id == '{game_id}'"),
     "an error with 200": (json_answer({"code": 500, "message": "oops"}), O.HTTP_ERROR, "HTTP 200, an error"),
     "nothing there, with 200": (json_answer({"code": 404, "message": "none"}), O.NOT_YET, "HTTP 200"),
@@ -79,6 +96,8 @@ VERDICTS = {
     "forbidden": (Answer(b"<html>Access Denied</html>", 403), O.HTTP_ERROR, "HTTP 403: Access Denied"),
     "bad request": (Answer(b"no", 400), O.HTTP_ERROR, "HTTP 400: no"),
     "trouble": (Answer(b"trouble", 500), O.HTTP_ERROR, "HTTP 500: trouble"),
+    "a good answer with a bad status": (Answer(GOOD, 500), O.HTTP_ERROR, 'HTTP 500: {"id": "7"'),
+    "a redirect to nowhere": (Answer(b"", 302), O.HTTP_ERROR, "HTTP 302"),
     "slow down": (Answer(b"slow down", 429), O.THROTTLED, "HTTP 429: slow down"),
     "away for a while": (Answer(b"back soon", 503), O.THROTTLED, "HTTP 503: back soon"),
     "no content": (Answer(b"", 204), O.HTTP_ERROR, "HTTP 204"),
@@ -92,13 +111,94 @@ VERDICTS = {
 def test_answer_has_the_right_verdict_in_time(case, upstream, store):
     answer, outcome, reason = VERDICTS[case]
     upstream.answer("/x", answer)
+    seconds = 0.5 if outcome is O.TIMEOUT else 10.0
     started = time.monotonic()
-    result = fetch(specification(upstream.address), store)
-    assert time.monotonic() - started < 4
-    assert result.outcome == outcome
+    result = fetch(specification(upstream.address, timeout_seconds=seconds), store)
+    assert time.monotonic() - started < 2.5
+    assert (result.outcome, upstream.count(), result.requests) == (outcome, 1, 1)
     assert (reason or "") in (result.error or "")
-    assert (upstream.count(), result.requests) == (1, 1)
-    assert [stored.key for stored in store.list("")] == ([KEY] if outcome is O.OK else [])
+    assert files(store) == ([KEY] if outcome is O.OK else [])
+
+
+@contextlib.contextmanager
+def speaker(first: bytes, piece: bytes = b"", times: int = 200) -> Iterator[str]:
+    """The address of a server that says these bytes, then a piece of more now and then; it knows no HTTP."""
+    stopping = threading.Event()
+
+    def serve() -> None:
+        while not stopping.is_set():
+            with contextlib.suppress(OSError):  # the listener is closed, or a client has left
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(first)
+                    for _ in range(times if piece else 0):
+                        stopping.wait(0.05)
+                        connection.sendall(piece)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        stopping.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("first", "piece"),
+    [
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 1000\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+        (b"HTTP/1.0 200 OK\r\n\r\n", b"x"),
+        (b"HTTP/1.1 20", b"0"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+)
+def test_dripping_server_is_left_at_the_deadline_whatever_it_promised(first, piece, store):
+    started = time.monotonic()
+    with speaker(first, piece) as address:
+        result = fetch(specification(address, timeout_seconds=0.4), store)
+    assert result.outcome is O.TIMEOUT
+    assert time.monotonic() - started < 2.5
+    assert files(store) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [
+        (b"HTTP/1.1 103 Early Hints\r\n\r\n", O.HTTP_ERROR),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 9\r\n\r\n{}", O.BROKEN),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000, O.BROKEN),
+        (b"HTTP/1.1 99999 What\r\n\r\n", O.BROKEN),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n", O.BROKEN),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", O.BROKEN),
+        (b"\x00\xff\xfe", O.BROKEN),
+    ],
+)
+def test_server_that_hardly_speaks_http_gets_a_verdict(said, outcome, store):
+    with speaker(said) as address:
+        result = fetch(specification(address, timeout_seconds=10), store)
+    assert result.outcome is outcome
+    assert files(store) == []
+
+
+HEAD = st.sampled_from(
+    [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0 200\r\n", b"HTTP/1.1 302 \r\nLocation: ", b"HTTP/1.1 200 OK"]
+)
+LINE = st.sampled_from([b"Content-Length: ", b"Content-Encoding: gzip\r\n", b"Transfer-Encoding: chunked\r\n", b"\r\n"])
+NOISE = st.binary(max_size=30) | st.integers(-5, 99).map(lambda number: b"%d\r\n" % number) | st.just(GOOD)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(said=st.builds(lambda head, parts: head + b"".join(parts), HEAD, st.lists(LINE | NOISE, max_size=8)))
+def test_no_answer_raises_and_what_is_stored_is_valid(said, store):
+    with speaker(said) as address:
+        result = fetch(specification(address, timeout_seconds=5), store)
+    assert result.outcome in (O.OK, O.BROKEN, O.INVALID, O.HTTP_ERROR, O.RUNNING)
+    assert files(store) == ([KEY] if result.outcome is O.OK else [])
+    (store.root / KEY).unlink(missing_ok=True)
 
 
 def test_stored_object_is_what_was_sent_byte_for_byte(upstream, store):
@@ -124,7 +224,7 @@ def test_broken_object_that_is_there_is_replaced(upstream, store):
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("http://127.0.0.1:9", "127.0.0.1 cannot be reached: Connection refused"),
+        (NOWHERE, "127.0.0.1 cannot be reached: Connection refused"),
         ("http://no.invalid", "no.invalid cannot be"),
     ],
 )
@@ -145,6 +245,9 @@ def test_source_without_a_server_is_unreachable(address, reason, store):
         ("Wed, 21 Oct 2026 07:29:00 GMT", 60),
         ("Wed, 21 Oct 2026 07:27:00 GMT", 0),
         ("99999999999999", None),
+        ("315360000", 315_360_000),
+        ("Wed, 32 Foo 9999 99:99:99 GMT", None),
+        ("", None),
     ],
 )
 def test_retry_after_is_read_as_seconds_or_as_a_date_by_the_answers_own_clock(header, seconds):
@@ -180,50 +283,111 @@ def test_redirect_is_handed_back_and_not_followed(location, target, upstream, st
 
 def test_redirects_have_an_end(upstream, store):
     upstream.answer("/x", Answer(b"", 302, {"Location": "/x"}))
-    spec = adce.dataclasses.replace(specification(upstream.address), hops=adce.MAX_REDIRECTS)
+    spec = dataclasses.replace(specification(upstream.address), hops=adce.MAX_REDIRECTS)
     result = fetch(spec, store)
     assert (result.outcome, result.redirect) == (O.HTTP_ERROR, None)
 
 
-@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://example.org/", "gopher://x"])
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://me:hunter2@example.org/?key=hunter2", "gopher://x"])
 def test_redirect_to_another_kind_of_address_is_refused(location, upstream, store):
     upstream.answer("/x", Answer(b"", 302, {"Location": location}))
     result = fetch(specification(upstream.address), store)
     assert (result.outcome, result.redirect) == (O.HTTP_ERROR, None)
-    assert "refused" in (result.error or "")
+    assert "refused" in (result.error or "") and "hunter2" not in (result.error or "")
 
 
-def test_secret_header_is_not_sent_to_another_host(upstream, store):
+@pytest.fixture
+def secure(tmp_path, monkeypatch) -> Iterator[Upstream]:
+    """An upstream behind TLS, whose certificate the environment names."""
+    program = shutil.which("openssl")
+    if program is None:
+        pytest.skip("the openssl program is not installed")
+    made = f"{program} req -x509 -newkey rsa:2048 -nodes -keyout key -out certificate -subj /CN=x -days 2"
+    words = [*made.split(), "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "certificate"))
+    server = Upstream()
+    server._server.socket = context.wrap_socket(server._server.socket, server_side=True)
+    server.address = server.address.replace("http:", "https:")
+    with server:
+        yield server
+
+
+def test_tls_keeps_its_deadline_and_does_not_redirect_to_http(secure, store):
+    secure.answer("/x", Answer(behaviour="drip_body"), Answer(b"", 302, {"Location": "http://127.0.0.1/x"}))
+    spec = specification(secure.address, trust_env=True, timeout_seconds=1)
+    assert fetch(spec, store).outcome is O.TIMEOUT
+    result = fetch(spec, store)
+    assert (result.outcome, result.redirect) == (O.HTTP_ERROR, None)
+    assert result.error == "redirected to http://127.0.0.1, which is refused"
+
+
+def test_certificate_of_an_unknown_authority_is_refused(secure, store):
+    secure.answer("/x", Answer(GOOD))
+    result = fetch(specification(secure.address, timeout_seconds=10), store)
+    assert (result.outcome, secure.count()) == (O.BROKEN, 0)
+    assert "CERTIFICATE_VERIFY_FAILED" in (result.error or "")
+
+
+def test_server_that_never_begins_tls_is_left_at_the_deadline(store):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        assert fetch(specification(address, timeout_seconds=0.4), store).outcome is O.TIMEOUT
+
+
+SECRETS = {"X-Api-Key": "hunter2", "Authorization": "Bearer hunter2", "Cookie": "a=hunter2", "User-Agent": "me"}
+
+
+@pytest.mark.parametrize(("base_url", "is_sent"), [(None, True), ("http://example.org", False), (NOWHERE, False)])
+def test_secret_header_is_sent_to_its_own_host_and_port_only(base_url, is_sent, upstream, store):
     upstream.answer("/x", Answer(GOOD))
-    headers = {"X-Api-Key": "secret", "Authorization": "Bearer secret", "User-Agent": "me"}
-    spec = specification(upstream.address, base_url="http://example.org", headers=headers)
-    fetch(spec, store)
-    fetch(
-        adce.dataclasses.replace(spec, source=adce.dataclasses.replace(spec.source, base_url=upstream.address), hops=1),
-        store,
-    )
-    sent = [arrival.headers for arrival in upstream.arrivals]
-    assert ("secret" in str(sent[0]), sent[0]["User-Agent"]) == (False, "me")
-    assert "secret" in str(sent[1])
+    spec = specification(upstream.address, base_url=base_url or upstream.address, headers=SECRETS)
+    assert fetch(dataclasses.replace(spec, hops=1), store).outcome is O.OK
+    sent = upstream.arrivals[0].headers
+    assert ("hunter2" in str(sent), sent["User-Agent"]) == (is_sent, "me")
 
 
-def test_secret_of_the_address_is_in_no_error(store):
-    for address in ("http://127.0.0.1:9", "http://no.invalid", "http://user:hunter2@127.0.0.1:9"):
-        result = fetch(specification(address, "/x?api_key=hunter2"), store)
-        assert "hunter2" not in repr(result)
+@pytest.mark.parametrize("address", [NOWHERE, "http://no.invalid", "http://user:hunter2@127.0.0.1:9"])
+def test_secret_of_the_address_is_in_no_error(address, store):
+    result = fetch(specification(address, "/x?api_key=hunter2"), store)
+    assert result.outcome is O.UNREACHABLE
+    assert "hunter2" not in repr(result)
 
 
-def test_proxy_and_netrc_of_the_environment_are_ignored(upstream, store, monkeypatch, tmp_path):
+@pytest.mark.parametrize("behaviour", ["drop", "short", "hang", "garbage_gzip"])
+def test_secret_of_the_address_is_not_told_when_an_answer_breaks(behaviour, upstream, store):
+    upstream.answer("/x?api_key=hunter2", Answer(GOOD, behaviour=behaviour))
+    result = fetch(specification(upstream.address, "/x?api_key=hunter2", timeout_seconds=0.5), store)
+    assert upstream.count() == 1
+    assert result.error and "hunter2" not in repr(result)
+
+
+@pytest.fixture
+def hostile_environment(monkeypatch, tmp_path) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hunter2\n")
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, NOWHERE)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_proxy_and_netrc_of_the_environment_are_ignored(upstream, store, hostile_environment):
     upstream.answer("/x", Answer(GOOD))
     assert fetch(specification(upstream.address), store).outcome is O.OK
     assert "Authorization" not in upstream.arrivals[0].headers
 
 
+def test_proxy_of_the_environment_is_used_when_it_is_trusted(upstream, store, hostile_environment):
+    result = fetch(specification(upstream.address, trust_env=True), store)
+    assert (result.outcome, upstream.count()) == (O.UNREACHABLE, 0)
+
+
 def test_permit_that_ran_out_is_not_used(upstream, store):
-    spec = adce.dataclasses.replace(specification(upstream.address), send_before=adce.Clock().boot() - 1)
+    spec = dataclasses.replace(specification(upstream.address), send_before=adce.Clock().boot() - 1)
     result = fetch(spec, store)
     assert (result.outcome, result.requests, upstream.count()) == (O.LOST, 0, 0)
 
@@ -252,4 +416,3 @@ def test_bomb_takes_little_memory(upstream, tmp_path):
     outcome, kilobytes = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
     assert outcome == "invalid"
     assert int(kilobytes) < 50_000
-    assert resource.getpagesize() > 0
