@@ -137,11 +137,11 @@ def speaker(first: bytes, piece: bytes = b"", times: int = 200) -> Iterator[str]
                         connection.sendall(piece)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(0.05)
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         stopping.set()
+        listener.shutdown(socket.SHUT_RDWR)  # accept() returns
         thread.join()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from datetime import date
 
@@ -151,6 +152,19 @@ def test_object_that_is_not_there_yet_is_no_failure(configure, database, upstrea
     row = database.read("select state, attempts, last_error from queue")[0]
     assert row["state"] == "retry"
     assert row["last_error"].startswith("HTTP 404")
+
+
+def test_call_that_never_returns_holds_nobody_up(configure, database, upstream, league, tmp_path, monkeypatch):
+    (tmp_path / "endless.py").write_text("import threading\nend = threading.Event()\ndef wait(team): end.wait()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = league_text(upstream.address) + (
+        "  calls:\n    source: league\n    key: 'calls/{team}'\n    call: 'endless:wait'\n    timeout_seconds: 0.3\n"
+        "    partitions: {values: {team: [A]}}\n    priority: CRITICAL\n"
+    )
+    code, lines = run_once(configure(text), database)
+    importlib.import_module("endless").end.set()
+    assert (code, gaps(database)) == (adce.ExitCode.GAPS_LEFT, {"calls/A": "missing"})
+    assert "endless:wait did not return within 0.3 s" in lines
 
 
 def test_store_that_fails_pauses_everything_and_is_told(configure, database, upstream, league, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -77,7 +79,30 @@ def test_program_that_is_not_there_is_named(store, tmp_path):
 def test_grandchild_ends_with_its_group(store, tmp_path):
     script = "sleep 321 & echo $! > grandchild; wait"
     run(specification(tmp_path, *shell(script), timeout_seconds=0.5), store)
-    number = int((tmp_path / "grandchild").read_text())
+    wait_for_end(int((tmp_path / "grandchild").read_text()))
+
+
+def test_grandchild_ends_when_its_program_ends_well(store, tmp_path):
+    result = run(specification(tmp_path, *shell(f"sleep 321 & echo $! > grandchild; {WRITE}")), store)[0]
+    assert result.outcome is O.OK
+    wait_for_end(int((tmp_path / "grandchild").read_text()))
+
+
+def test_program_that_left_its_group_and_holds_the_output_is_not_waited_for(store, tmp_path):
+    started = time.monotonic()
+    result = run(specification(tmp_path, *shell("setsid sleep 60 & echo $! > escaped; echo done")), store)[0]
+    assert result.error == "left no object (exit 0): done"
+    assert time.monotonic() - started < 10
+    os.kill(int((tmp_path / "escaped").read_text()), signal.SIGKILL)
+
+
+def test_stopped_program_ends_too(store, tmp_path):
+    result = run(specification(tmp_path, *shell("echo $$ > stopped; kill -STOP $$"), timeout_seconds=0.3), store)[0]
+    assert result.outcome is O.TIMEOUT
+    wait_for_end(int((tmp_path / "stopped").read_text()))
+
+
+def wait_for_end(number: int) -> None:
     deadline = time.monotonic() + 5
     while is_alive(number):
         assert time.monotonic() < deadline
@@ -97,13 +122,33 @@ def test_endless_output_is_kept_to_its_end(store, tmp_path):
     assert len(result.error) < 300
 
 
+def test_output_without_end_fills_no_disk(store, tmp_path):
+    """A limit on the size of files kills the program at once if what it prints goes to one."""
+    script = "ulimit -f 1000; yes & sleep 0.5; kill $! && echo still printing"
+    result = run(specification(tmp_path, *shell(script)), store)[0]
+    assert result.error and result.error.endswith("still printing")
+
+
+def test_output_that_is_no_text_is_shown_as_such(store, tmp_path):
+    result = run(specification(tmp_path, *shell(r"printf '\377\000\033[31m oops \n'; exit 1")), store)[0]
+    assert result.error == "left no object (exit 1): ???[31m oops"
+
+
 def test_environment_is_a_list_of_names(store, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     run(specification(tmp_path, *shell("env > environment")), store)
-    text = (tmp_path / "environment").read_text()
-    assert "hunter2" not in text
-    assert "ADCE_SOURCE=espn" in text
-    assert "PATH=" in text
+    lines = (tmp_path / "environment").read_text().splitlines()
+    names = {line.partition("=")[0] for line in lines} - {"PWD", "OLDPWD", "SHLVL", "_"}  # the shell's own
+    assert names <= {*adce.CHILD_ENVIRONMENT, "ADCE_CONFIG", "ADCE_SOURCE"}
+    assert "ADCE_SOURCE=espn" in lines and names >= {"PATH"}
+
+
+def test_program_inherits_nothing_open(store, tmp_path):
+    with (tmp_path / "secret").open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        run(specification(tmp_path, *shell("ls /proc/self/fd > open; readlink /proc/self/fd/0 >> open")), store)
+    *numbers, standard_input = (tmp_path / "open").read_text().split()
+    assert (set(numbers) <= {"0", "1", "2", "3"}, standard_input) == (True, "/dev/null")  # 3 is what ls reads
 
 
 def test_argument_is_one_word_whatever_is_in_it(store, tmp_path):
@@ -134,6 +179,12 @@ def wrong(game_id): return {{}}
 def raises(game_id): raise ValueError('no luck\\n')
 def exits(game_id): sys.exit(3)
 def recursion(game_id): return recursion(game_id)
+def interrupted(game_id): raise KeyboardInterrupt
+def generator(game_id): raise GeneratorExit
+def long(game_id): raise ValueError('x' * 10_000_000)
+def nothing(game_id): return None
+def nowhere(game_id): return 'no-such-file'
+def invalid(game_id): return b'{{}}'
 class Odd(Exception):
     def __str__(self): raise RuntimeError
 def odd(game_id): raise Odd
@@ -150,6 +201,12 @@ def odd(game_id): raise Odd
         ("exits", O.ERROR, "SystemExit: 3"),
         ("recursion", O.ERROR, "RecursionError: maximum recursion depth exceeded"),
         ("odd", O.ERROR, "Odd"),
+        ("interrupted", O.ERROR, "KeyboardInterrupt:"),
+        ("generator", O.ERROR, "GeneratorExit:"),
+        ("long", O.ERROR, f"ValueError: {'x' * 108}"),
+        ("nothing", O.ERROR, "a_scraper:nothing returned NoneType, not bytes or a path"),
+        ("nowhere", O.ERROR, "FileNotFoundError: [Errno 2] No such file or directory: 'no-such-file'"),
+        ("invalid", O.INVALID, "not true: id == '{game_id}'"),
         ("missing", O.ERROR, "AttributeError: module 'a_scraper' has no attribute 'missing'"),
     ],
 )
@@ -160,3 +217,4 @@ def test_call_brings_bytes_or_a_path_or_fails_in_words(function, outcome, reason
     monkeypatch.delitem(sys.modules, "a_scraper", raising=False)
     result = run(specification(tmp_path, command=(), call=f"a_scraper:{function}"), store)[0]
     assert (result.outcome, result.error) == (outcome, reason)
+    assert [stored.key for stored in store.list("")] == (["games/7.json"] if outcome is O.OK else [])
