@@ -79,8 +79,10 @@ def show(folder: Path, days: int) -> int:
         configuration = folder / "adce.yaml"
         configuration.write_text(CONFIGURATION.format(address=upstream.address, first=FIRST_DAY, last=last))
         code = fill(configuration)
-        if code == 0:
-            subprocess.run([sys.executable, ADCE, "-c", configuration, "report"], check=True)
+        if code != 0:
+            print(f"adce.py ended with {code}: the lake is not complete; see above", file=sys.stderr)
+            return code
+        subprocess.run([sys.executable, ADCE, "-c", configuration, "report"], check=True)
         objects = sum(1 for path in (folder / "lake").rglob("*.json"))
         print(f"\nThe lake holds {objects} objects. The source answered {upstream.count()} requests", end="")
         print(f" and counted {upstream.violations} beyond its limits of 20 a second and 300 a minute.")
