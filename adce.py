@@ -4777,8 +4777,9 @@ class LiveScreen:
         shown = [line[: size.columns - 1] for line in lines][: max(2, size.lines - 1)]
         up = f"\x1b[{self._height}A" if self._height else ""
         self._height = len(shown)
-        self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in shown) + "\x1b[J")
-        self.stream.flush()
+        with contextlib.suppress(OSError):  # the terminal is gone, the work is not
+            self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in shown) + "\x1b[J")
+            self.stream.flush()
 
 
 def live_lines(
@@ -5063,7 +5064,8 @@ class Runner:
         """Let running attempts finish within the grace time; the rest return to the queue."""
         limit = self.clock.boot() + self.configuration.grace_seconds
         if self.steps is not None:
-            cast(Any, self.steps).close()
+            with contextlib.suppress(DatabaseError):  # what failed first is what is told
+                cast(Any, self.steps).close()
         if self.running:
             self.journal.write("INFO", "stopping", running=len(self.running), grace=self.configuration.grace_seconds)
         while self.running and self.clock.boot() < limit:
@@ -5077,16 +5079,15 @@ class Runner:
         self._collect()
 
     def _say_goodbye(self) -> None:
-        reason = self.stop_reason or "an error"
-        with contextlib.suppress(DatabaseError), self.database.transaction() as sql:
-            sql.execute("update runner set stopped_at = ?, note = ?", (int(self.clock.wall()), reason))
-        left = {
-            row["state"]: row["n"]
-            for row in query(self.database, "select state, count(*) as n from queue group by state")
-        }
-        if self.journal.screen:
-            self.journal.screen.paint(self.clock.wall(), [], None)
-            self.journal.screen = None
+        reason, left = self.stop_reason or "an error", dict[str, int]()
+        with contextlib.suppress(DatabaseError):
+            with self.database.transaction() as sql:
+                sql.execute("update runner set stopped_at = ?, note = ?", (int(self.clock.wall()), reason))
+            rows = query(self.database, "select state, count(*) as n from queue group by state")
+            left = {row["state"]: row["n"] for row in rows}
+            if self.journal.screen:
+                self.journal.screen.paint(self.clock.wall(), [], None)
+        self.journal.screen = None
         self.journal.write(
             "INFO", "stop", reason=reason, **{name: left.get(name) for name in ("pending", "retry", "gave_up")}
         )

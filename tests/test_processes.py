@@ -14,8 +14,9 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
@@ -48,6 +49,21 @@ def end(process: subprocess.Popen[str], seconds: float = 20) -> tuple[str, str]:
 
 
 @pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the program; what still runs at the end of the test is killed."""
+    started = []
+
+    def begin(*words: str) -> subprocess.Popen[str]:
+        started.append(start_adce(*words, folder=tmp_path))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
 def league(upstream, tmp_path) -> League:
     league = League(date(2025, 1, 1), 6, games_per_day=(1, 3), seed=3)
     league.serve(upstream)
@@ -56,10 +72,9 @@ def league(upstream, tmp_path) -> League:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_lets_running_attempts_finish_and_ends_with_0(number, upstream, league, tmp_path):
-    upstream.answer("/scoreboard?dates=20250106", league.scoreboard("20250106"))
+def test_signal_lets_running_attempts_finish_and_ends_with_0(number, upstream, league, tmp_path, start):
     upstream.latency_seconds = (0.4, 0.5)
-    process = start_adce("run", folder=tmp_path)
+    process = start("run")
     wait_until(lambda: upstream.count() >= 3)
     process.send_signal(number)
     _, err = end(process)
@@ -69,10 +84,10 @@ def test_signal_lets_running_attempts_finish_and_ends_with_0(number, upstream, l
     assert rows(tmp_path, "select note from runner") == [(number.name,)]
 
 
-def test_attempt_that_outlasts_the_grace_time_goes_back_to_the_queue(upstream, league, tmp_path):
+def test_attempt_that_outlasts_the_grace_time_goes_back_to_the_queue(upstream, league, tmp_path, start):
     write_league(tmp_path, upstream.address, grace=0.3)
     upstream.answer("/scoreboard?dates=20250103", Answer(behaviour="hang"))
-    process = start_adce("run", folder=tmp_path)
+    process = start("run")
     wait_until(lambda: upstream.count("/scoreboard?dates=20250103"))
     started = time.monotonic()
     process.terminate()
@@ -83,39 +98,38 @@ def test_attempt_that_outlasts_the_grace_time_goes_back_to_the_queue(upstream, l
     assert rows(tmp_path, lost) == [(0, "pending", "lost")]
 
 
-def test_second_signal_ends_it_at_once_and_the_next_start_requeues(upstream, league, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_it_at_once_and_the_next_start_requeues(number, upstream, league, tmp_path, start):
     write_league(tmp_path, upstream.address, grace=30)
     upstream.answer("/scoreboard?dates=20250103", Answer(behaviour="hang"), league.scoreboard("20250103"))
-    process = start_adce("run", folder=tmp_path)
+    process = start("run")
     wait_until(lambda: upstream.count("/scoreboard?dates=20250103"))
-    process.send_signal(signal.SIGINT)
-    wait_until(lambda: process.poll() is not None or b"stopping" in os.read(process.stderr.fileno(), 65536))
-    process.send_signal(signal.SIGINT)
-    process.wait(5)
-    process.stdout.close()
-    process.stderr.close()
-    assert process.returncode == 130
+    process.send_signal(number)
+    wait_until(lambda: "stopping" in process.stderr.readline())
+    process.send_signal(number)
+    assert process.wait(5) == 130
+    assert rows(tmp_path, "select count(*) from tasks where state = 'running'") == [(1,)]
     done = run_adce("run", "--once", folder=tmp_path)
     assert (done.returncode, rows(tmp_path, "select count(*) from gaps")) == (0, [(0,)])
 
 
-def test_second_runner_is_refused_with_the_process_of_the_first(upstream, league, tmp_path):
+def test_second_runner_is_refused_with_the_process_of_the_first(upstream, league, tmp_path, start):
     upstream.latency_seconds = (0.2, 0.3)
-    first = start_adce("run", folder=tmp_path)
+    first = start("run")
     wait_until(upstream.count)
     second = run_adce("run", folder=tmp_path)
     assert second.returncode == 11
     assert f"process {first.pid}" in second.stderr
     assert run_adce("status", folder=tmp_path).returncode == 0
     first.kill()
-    end(first)
+    first.wait()
     assert run_adce("run", "--once", folder=tmp_path).returncode == 0
 
 
 def kill_rounds(folder: Path, count: int, seed: int) -> None:
     """Start and kill the runner at random moments while a faulty upstream answers; then let one run finish."""
     dice = random.Random(seed)
-    with Upstream(latency_seconds=(0.0, 0.1), fault_share=0.2, seed=seed) as faulty:
+    with Upstream(limits=[(40, 1.0)], latency_seconds=(0.0, 0.1), fault_share=0.2, seed=seed) as faulty:
         league = League(date(2025, 1, 1), 28, games_per_day=(1, 3), seed=seed)
         league.serve(faulty)
         write_league(folder, faulty.address, last=28, attempts=1000, delay=0.2, limits=LIMITS)
@@ -126,7 +140,7 @@ def kill_rounds(folder: Path, count: int, seed: int) -> None:
             end(process)
         faulty.fault_share = 0.0
         done = run_adce("run", "--once", folder=folder)
-        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        assert (done.returncode, done.stdout, faulty.violations) == (0, "", 0), done.stderr
         objects = {
             path.relative_to(folder / "lake").as_posix(): path.read_bytes()
             for path in (folder / "lake").rglob("*.json")
@@ -153,45 +167,66 @@ def test_killed_fifty_times_nothing_is_lost(seed, tmp_path):
     kill_rounds(tmp_path, count=50, seed=seed)
 
 
-def test_unreachable_source_is_told_paused_and_left_with_its_tasks(tmp_path):
+OTHER_SOURCE = """\
+  other: {base_url: "http://no.invalid"}
+datasets:
+  others: {source: other, key: "others/{team}.json", url: "/{team}", partitions: {values: {team: [A, B, C]}}}
+"""
+
+
+@pytest.fixture
+def unreachable(tmp_path, start) -> subprocess.Popen[str]:
+    """A runner that has found out that neither of its sources can be reached."""
     write_league(tmp_path, NOWHERE)
-    process = start_adce("run", folder=tmp_path)
-    wait_until(lambda: is_paused(tmp_path))
-    before = os.times().children_user + os.times().children_system
-    time.sleep(3)  # what is measured is how little it does in these seconds
-    ticks = (Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2]).split()
+    text = (tmp_path / "adce.yaml").read_text().replace("datasets:\n", OTHER_SOURCE)
+    (tmp_path / "adce.yaml").write_text(text)
+    process = start("run")
+    wait_until(lambda: paused(tmp_path) == ["league", "other"])
+    return process
+
+
+def paused(folder: Path) -> list[str]:
+    try:
+        return [
+            row[0] for row in rows(folder, "select scope from rates where blocked_until is not null order by scope")
+        ]
+    except sqlite3.OperationalError:  # the schema is not there yet
+        return []
+
+
+def test_unreachable_sources_are_told_and_paused_and_their_tasks_kept(unreachable, tmp_path):
     started = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, err = end(process)
-    assert (process.returncode, time.monotonic() - started < 2) == (0, True)
-    assert "paused source=league" in err
-    assert "127.0.0.1 cannot be reached: Connection refused" in err
-    assert rows(tmp_path, "select count(*), max(failures) from tasks where state in ('pending', 'retry')") == [(6, 1)]
-    assert (int(ticks[11]) + int(ticks[12])) / os.sysconf("SC_CLK_TCK") < 1.5  # seconds, the start included
-    assert before >= 0
+    unreachable.send_signal(signal.SIGINT)
+    _, err = end(unreachable)
+    assert (unreachable.returncode, time.monotonic() - started < 2) == (0, True)
+    assert re.search(r'paused source=league until=\S+ reason="127.0.0.1 cannot be reached: Connection refused"', err)
+    assert re.search(r'paused source=other until=\S+ reason="no.invalid cannot be reached: ', err)
+    assert rows(tmp_path, "select count(*), max(failures) from tasks where state in ('pending', 'retry')") == [(9, 1)]
     assert run_adce("run", "--once", folder=tmp_path).returncode == 3
 
 
-def is_paused(folder: Path) -> bool:
-    try:
-        return bool(rows(folder, "select 1 from scopes where reason is not null"))
-    except sqlite3.OperationalError:  # the schema is not there yet
-        return False
+def test_runner_that_waits_uses_almost_no_time_of_the_processor(unreachable):
+    before = processor_seconds(unreachable.pid)
+    time.sleep(3)  # what is measured is how little it does in these seconds
+    assert processor_seconds(unreachable.pid) - before < 0.15
 
 
-def test_views_answer_in_the_sqlite3_program_while_it_runs(upstream, league, tmp_path):
+def processor_seconds(number: int) -> float:
+    fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_views_answer_in_the_sqlite3_program_while_it_runs(upstream, league, tmp_path, start):
     program = shutil.which("sqlite3")
     if program is None:
         pytest.skip("the sqlite3 program is not installed")
     upstream.latency_seconds = (0.2, 0.3)
-    process = start_adce("run", folder=tmp_path)
+    start("run")
     wait_until(lambda: upstream.count() > 2)
     for view in ("queue", "gaps", "coverage", "rates", "recent_attempts", "stats", "cycles"):
         words = [program, "-readonly", "-header", "adce.db", f"select * from {view}"]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), view
-    process.terminate()
-    end(process)
 
 
 def test_quiet_run_prints_nothing_when_all_is_well(upstream, league, tmp_path):
@@ -207,39 +242,115 @@ def test_quiet_run_still_tells_what_gave_up(upstream, league, tmp_path):
     assert re.fullmatch(r"\S+ ERROR gave_up dataset=days key=days/20250101.json .*\n", done.stderr)
 
 
-def test_run_ends_after_so_many_minutes(upstream, league, tmp_path):
-    done = run_adce("run", "--max-minutes", "0.02", "--interval-hours", "1", folder=tmp_path)
+@pytest.mark.parametrize(
+    ("words", "one_cycle_only"),
+    [
+        (["--interval-minutes", "0.002"], False),
+        (["--interval-hours", "0.00005"], False),
+        (["--interval-hours", "1"], True),
+    ],
+)
+def test_run_begins_a_cycle_each_interval_and_ends_after_so_many_minutes(words, one_cycle_only, league, tmp_path):
+    done = run_adce("run", "--max-minutes", "0.015", *words, folder=tmp_path)
     assert done.returncode == 0
     assert 'reason="its time was up"' in done.stderr
+    assert (rows(tmp_path, "select count(*) from cycles")[0][0] == 1) == one_cycle_only
 
 
-def test_closed_standard_error_stops_nothing(upstream, league, tmp_path):
-    words = f"{sys.executable} {ROOT / 'adce.py'} run --once 2>&-"
-    assert subprocess.run(words, shell=True, cwd=tmp_path, check=False).returncode == 0
+def in_a_shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash in which $ADCE is the program; the line ends with the program's own exit code."""
+    environment = {**os.environ, "ADCE": f"{sys.executable} {ROOT / 'adce.py'}"}
+    words = ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"]
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("elsewhere", ["2>&-", ">&- 2>&- <&-", "2>&1 | head -1", "2> /dev/full", "> /dev/full"])
+def test_run_goes_on_when_nobody_listens(elsewhere, league, tmp_path):
+    done = in_a_shell(f"$ADCE run --once {elsewhere}", tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
     assert rows(tmp_path, "select count(*) from gaps") == [(0,)]
 
 
-def test_terminal_shows_the_live_screen_and_a_pipe_none_of_it(upstream, league, tmp_path):
-    terminal, inside = pty.openpty()
-    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    words = [sys.executable, str(ROOT / "adce.py"), "run", "--once"]
-    process = subprocess.Popen(
-        words, cwd=tmp_path, stdin=inside, stdout=inside, stderr=inside, env={**os.environ, "TERM": "xterm"}
-    )
-    os.close(inside)
-    shown = b""
-    while True:
+@pytest.mark.parametrize("command", ["report", "coverage --format json", "tasks --format csv", "plan"])
+def test_reader_that_has_seen_enough_is_no_error(command, tmp_path):
+    write_league(tmp_path, NOWHERE, last=31)
+    run_adce("reconcile", folder=tmp_path)
+    done = in_a_shell(f"$ADCE {command} | head -1", tmp_path)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    assert not re.search("Traceback|Broken pipe|Exception ignored", done.stderr)
+
+
+def test_full_disk_behind_standard_output_is_an_error_in_words(tmp_path):
+    write_league(tmp_path, NOWHERE)
+    run_adce("reconcile", folder=tmp_path)
+    done = in_a_shell("$ADCE report -q > /dev/full", tmp_path)
+    assert (done.returncode, done.stderr) == (1, "adce.py: [Errno 28] No space left on device\n")
+
+
+class Terminal:
+    """The program on a terminal of its own, and all that it has drawn."""
+
+    def __init__(self, folder: Path, *words: str, size: tuple[int, int] = (40, 120), term: str = "xterm") -> None:
+        self.file, inside = pty.openpty()
+        fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        session = [sys.executable, "-c", BECOME_FOREMOST, sys.executable, str(ROOT / "adce.py"), *words]
+        environment = {**os.environ, "TERM": term}
+        files = {"stdin": inside, "stdout": inside, "stderr": inside}
+        self.process = subprocess.Popen(session, cwd=folder, env=environment, start_new_session=True, **files)
+        os.close(inside)
+        self.shown = b""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
         try:
-            block = os.read(terminal, 65536)
+            while block := os.read(self.file, 65536):
+                self.shown += block
         except OSError:  # the last process has closed the other side
-            break
-        if not block:
-            break
-        shown += block
-    os.close(terminal)
-    assert process.wait() == 0
-    assert b"\x1b[" in shown
-    assert b"Ctrl-C stops cleanly" in shown
-    assert b"100" in shown
+            return
+
+    def end(self) -> str:
+        """Wait for the program; everything it has drawn."""
+        self.process.wait(20)
+        self._reader.join(20)
+        os.close(self.file)
+        return self.shown.decode()
+
+
+BECOME_FOREMOST = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+def test_terminal_shows_the_live_screen_and_a_pipe_none_of_it(league, tmp_path):
+    terminal = Terminal(tmp_path, "run", "--once")
+    shown = terminal.end()
+    assert terminal.process.returncode == 0
+    assert "\x1b[" in shown and "Ctrl-C stops cleanly" in shown
+    assert re.search(r"league +games +(\d+) +\1 +0", shown)
     again = run_adce("run", "--once", folder=tmp_path)
     assert "\x1b" not in again.stdout + again.stderr
+
+
+def test_ctrl_c_on_a_terminal_stops_cleanly(league, tmp_path):
+    terminal = Terminal(tmp_path, "run")
+    wait_until(lambda: b"workers idle" in terminal.shown)
+    os.write(terminal.file, b"\x03")
+    shown = terminal.end()
+    assert terminal.process.returncode == 0
+    assert "stop reason=SIGINT" in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize("size", [(5, 20), (2, 2), (0, 0)])
+def test_small_terminal_is_never_overfull(size, league, tmp_path):
+    terminal = Terminal(tmp_path, "run", "--once", size=size)
+    screens = terminal.end().rpartition("\x1b[J")[0].split("\x1b[J")
+    height, width = size if all(size) else (24, 80)
+    plain = [re.sub(r"\x1b\[\d*[A-Z]", "", screen).splitlines() for screen in screens]
+    assert terminal.process.returncode == 0
+    assert max(len(lines) for lines in plain) <= max(2, height)
+    assert max(len(line) for lines in plain for line in lines) <= width
+
+
+def test_dumb_terminal_gets_plain_lines(league, tmp_path):
+    assert "\x1b" not in Terminal(tmp_path, "run", "--once", term="dumb").end()

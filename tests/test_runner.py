@@ -4,27 +4,51 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
+import random
+import re
+import threading
+from collections.abc import Callable
 from datetime import date
 
 import pytest
 from lakes import league_text
-from upstream import Answer, League, Upstream
+from upstream import Answer, League, Upstream, json_answer
 
 import adce
 
 
-def run_once(
-    configuration: adce.Configuration, database: adce.Database, *, level: str = "DEBUG"
-) -> tuple[adce.ExitCode, str]:
-    """One run to its end, and what it wrote."""
+def make_runner(configuration: adce.Configuration, database: adce.Database) -> tuple[adce.Runner, io.StringIO]:
     lines = io.StringIO()
-    store = adce.open_store(configuration.store)
-    runner = adce.Runner(configuration, database, store, adce.Journal(lines, level))
+    journal = adce.Journal(lines, "DEBUG")
+    return adce.Runner(configuration, database, adce.open_store(configuration.store), journal), lines
+
+
+def run_once(configuration: adce.Configuration, database: adce.Database) -> tuple[adce.ExitCode, str]:
+    """One run to its end, and what it wrote."""
+    runner, lines = make_runner(configuration, database)
     return runner.run(once=True, max_seconds=60), lines.getvalue()
 
 
 def outcomes(database: adce.Database) -> dict[str, int]:
     return {row[0]: row[1] for row in database.read("select outcome, count(*) from attempts group by outcome")}
+
+
+ANOTHER_SOURCE = """\
+  other: {{base_url: '{address}', max_concurrent: {workers}}}
+datasets:
+  others:
+    source: other
+    key: 'others/{{team}}.json'
+    {runner}
+    partitions: {{values: {{team: [A, B, C, D, E, F, G, H]}}}}
+    priority: CRITICAL
+"""
+
+
+def with_another_source(text: str, address: str, runner: str = "url: '/other?team={team}'", workers: int = 5) -> str:
+    """The league, and a source with eight objects that matter more."""
+    return text.replace("datasets:\n", ANOTHER_SOURCE.format(address=address, runner=runner, workers=workers))
 
 
 def gaps(database: adce.Database) -> dict[str, str]:
@@ -85,6 +109,19 @@ def test_run_waits_for_windows_and_breaks_none(configure, database):
         assert (code, upstream.count(), upstream.violations) == (adce.ExitCode.DONE, 24, 0)
 
 
+def test_faults_redirects_and_two_sources_together_break_no_global_limit(configure, database):
+    limits = "rate_limiting: {global_limits: {requests_per_second: 20}}"
+    with Upstream(limits=[(20, 1.0)], latency_seconds=(0.0, 0.1), fault_share=0.2, seed=7) as upstream:
+        League(date(2025, 1, 1), 6, games_per_day=(3, 3)).serve(upstream)
+        upstream.route("/other", lambda _, query: Answer(b"", 302, {"Location": f"/end?team={query['team']}"}))
+        upstream.route("/end", lambda _, query: json_answer(query))
+        run_once(
+            configure(with_another_source(league_text(upstream.address, limits=limits), upstream.address)), database
+        )
+        assert upstream.count() > 25
+        assert (upstream.violations, database.value("select sum(requests) from attempts")) == (0, upstream.count())
+
+
 def test_run_does_not_wait_for_a_pause(configure, database, upstream, league):
     upstream.answer("/scoreboard?dates=20250106", Answer(b"wait", 429, {"Retry-After": "3000"}))
     code, lines = run_once(
@@ -125,23 +162,55 @@ def test_redirect_of_a_paused_source_does_not_keep_a_run_from_ending(configure, 
     assert database.value("select count(*) from attempts where outcome = 'running'") == 0
 
 
+def test_redirect_that_waits_for_a_window_leaves_the_workers_to_another_source(configure, database, upstream, league):
+    limits = "rate_limiting: {source_limits: {other: {requests_per_minute: 5}}}"
+    upstream.route("/other", lambda _, query: Answer(b"", 302, {"Location": "/end"}))
+    text = with_another_source(league_text(upstream.address, limits=limits), upstream.address)
+    runner, _ = make_runner(configure(text), database)
+    upstream.route("/summary", once_all_are_asked(league, lambda: runner.stop("the games are here")))
+    runner.run(once=True, max_seconds=60)
+    assert database.value("select note from runner") == "the games are here"
+    assert set(gaps(database)) == {f"others/{team}.json" for team in "ABCDEFGH"}
+    assert upstream.count() == 5 + 6 + len(league.ids)
+
+
 def test_source_that_is_down_is_paused_while_another_goes_on(configure, database, upstream, league):
-    text = league_text(upstream.address).replace(
-        "datasets:\n",
-        "  away: {base_url: 'http://127.0.0.1:9'}\n"
-        "datasets:\n"
-        "  others:\n"
-        "    source: away\n"
-        "    key: 'others/{team}.json'\n"
-        "    url: '/{team}'\n"
-        "    partitions: {values: {team: [A, B, C, D, E, F, G, H]}}\n",
+    code, lines = run_once(
+        configure(with_another_source(league_text(upstream.address), "http://127.0.0.1:9")), database
     )
-    code, lines = run_once(configure(text), database)
     assert code == adce.ExitCode.GAPS_LEFT
     assert set(gaps(database)) == {f"others/{team}.json" for team in "ABCDEFGH"}
-    assert "paused source=away" in lines
+    assert "paused source=other" in lines
     assert "127.0.0.1 cannot be reached: Connection refused" in lines
     assert 2 <= outcomes(database)["unreachable"] <= 6
+
+
+def test_source_that_hangs_holds_no_more_workers_than_it_may(configure, database, upstream, league):
+    freed = threading.Event()
+
+    def hang(_: str, query: dict[str, str]) -> Answer:
+        return json_answer(query) if freed.wait(20) else Answer(b"the games never came", 500)
+
+    upstream.route("/other", hang)
+    upstream.route("/summary", once_all_are_asked(league, freed.set))
+    code, _ = run_once(
+        configure(with_another_source(league_text(upstream.address), upstream.address, workers=2)), database
+    )
+    assert code == adce.ExitCode.DONE
+    assert outcomes(database) == {"ok": 8 + 6 + len(league.ids)}
+
+
+def once_all_are_asked(league: League, act: Callable[[], None]) -> Callable[[str, dict[str, str]], Answer]:
+    """The league's summaries; something is done when the last of them is asked for."""
+    asked: set[str] = set()
+
+    def summary(_: str, query: dict[str, str]) -> Answer:
+        asked.add(query["event"])
+        if asked == league.ids:
+            act()
+        return league.summary(query["event"])
+
+    return summary
 
 
 def test_object_that_is_not_there_yet_is_no_failure(configure, database, upstream, league):
@@ -168,28 +237,90 @@ def test_call_that_never_returns_holds_nobody_up(configure, database, upstream, 
 
 
 def test_store_that_fails_pauses_everything_and_is_told(configure, database, upstream, league, tmp_path):
-    class Full(adce.FolderStore):
-        def write(self, key: str, body: bytes) -> adce.StoredObject:
-            raise adce.StoreError(f"cannot write {key}: No space left on device")
-
-    configuration, lines = configure(league_text(upstream.address)), io.StringIO()
-    runner = adce.Runner(configuration, database, Full(tmp_path / "lake"), adce.Journal(lines))
-    assert runner.run(once=True, max_seconds=30) == adce.ExitCode.GAPS_LEFT
-    assert "paused source=global" in lines.getvalue()
-    assert upstream.count() <= 5
+    (tmp_path / "lake").mkdir()
+    (tmp_path / "lake" / "days").write_text("a file where the folder should be")
+    code, lines = run_once(configure(league_text(upstream.address)), database)
+    assert (code, upstream.count() <= 5) == (adce.ExitCode.GAPS_LEFT, True)
+    assert re.search(r'paused source=global until=\S+ reason="cannot .* days/\d+.json: Not a directory"', lines)
     assert database.value("select count(*) from tasks where failures > 0") == 0
+    assert database.value("select blocked_until from rates where scope = 'global'")
+
+
+def test_source_whose_functions_never_return_loses_its_own_workers_only(
+    configure, database, upstream, league, tmp_path, monkeypatch
+):
+    (tmp_path / "stuck.py").write_text("import threading\nend = threading.Event()\ndef wait(team): end.wait()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    runner = "call: stuck:wait\n    timeout_seconds: 0.2"
+    text = with_another_source(league_text(upstream.address), upstream.address, runner, workers=2)
+    code, _ = run_once(configure(text), database)
+    importlib.import_module("stuck").end.set()
+    assert code == adce.ExitCode.GAPS_LEFT
+    assert outcomes(database) == {"ok": 6 + len(league.ids), "timeout": 2}
+
+
+BATCH = """\
+store: lake
+sources: {box: {}}
+datasets:
+  others:
+    source: box
+    key: 'others/{kind}-{team}.json'
+    command:
+        - sh
+        - -c
+        - |
+          echo {teams} >> calls
+          mkdir -p lake/others
+          for team in $(echo {teams} | tr , ' '); do echo 1 > lake/others/{kind}-$team.json; done
+    batch: {by: kind, max: 50}
+    partitions: {values: {team: [A, B, C], kind: [x, y]}}
+"""
+
+
+def test_one_command_closes_the_gaps_of_a_batch(configure, database, tmp_path):
+    code, _ = run_once(configure(BATCH), database)
+    assert code == adce.ExitCode.DONE
+    assert sorted((tmp_path / "calls").read_text().split()) == ["A,B,C", "A,B,C"]
+    assert len(list((tmp_path / "lake" / "others").iterdir())) == 6
+
+
+def damage(value: object, dice: random.Random) -> object:
+    """A document some parts of which are of another kind, or gone."""
+    if dice.random() < 0.1:
+        return dice.choice([None, True, 0, -1, 2**70, 1e300, "", "\ud800", "..", "a/b", [], {}, [[]]])
+    if isinstance(value, dict):
+        return {name: damage(part, dice) for name, part in value.items() if dice.random() > 0.03}
+    return [damage(part, dice) for part in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_damaged_answers_stop_nothing(seed, configure, database, upstream, league):
+    dice = random.Random(seed)
+
+    def damaged(answer: Answer) -> Answer:
+        return json_answer(damage(json.loads(answer.body), dice))
+
+    upstream.route("/scoreboard", lambda _, query: damaged(league.scoreboard(query["dates"])))
+    upstream.route("/summary", lambda _, query: damaged(league.summary(query["event"])))
+    _, lines = run_once(configure(league_text(upstream.address)), database)
+    assert 'stop reason="all was attempted"' in lines
+    assert set(outcomes(database)) <= {"ok", "invalid", "not_yet", "http_error"}
+
+
+def test_runner_whose_database_was_moved_away_ends_and_says_so(configure, upstream, league, tmp_path):
+    database = adce.open_database(tmp_path / "other.db")
+    (tmp_path / "other.db").rename(tmp_path / "elsewhere.db")
+    with pytest.raises(adce.NoDatabaseError, match="moved, replaced or deleted while in use"):
+        run_once(configure(league_text(upstream.address)), database)
+    assert upstream.count() <= 5
+    database.close()
 
 
 def test_run_ends_at_its_time(configure, database, upstream, league):
     for day in range(1, 7):
         upstream.answer(f"/scoreboard?dates=2025010{day}", Answer(b"trouble", 500))
-    runner = adce.Runner(
-        configure(league_text(upstream.address)),
-        database,
-        adce.FolderStore(adce.Path("x")),
-        adce.Journal(io.StringIO()),
-    )
-    runner.store = adce.open_store(runner.configuration.store)
+    runner, _ = make_runner(configure(league_text(upstream.address)), database)
     assert runner.run(max_seconds=0.5) == adce.ExitCode.DONE
     assert database.value("select note from runner") == "its time was up"
 
