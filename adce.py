@@ -31,6 +31,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Score                       which gap matters most
     Ledger                      objects and their tasks, kept in step
     Queue                       what is to be done, and in which order
+    Endings                     what becomes of a task when an attempt ends
     Reconcile                   notices: expected against present
     Executions                  what one execution is, and what it leaves
     Requests                    one HTTP request
@@ -74,6 +75,7 @@ import queue
 import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -208,6 +210,10 @@ class ConfigurationError(Error):
 
 class DatabaseError(Error):
     """The database is unusable, or not ADCE's."""
+
+
+class DatabaseTroubleError(DatabaseError):
+    """The database cannot be used now and may be later: it is locked, or its disk is full."""
 
 
 class NoDatabaseError(DatabaseError):
@@ -695,7 +701,7 @@ class Database:
         memory = _connect(":memory:")
         with self._reading, self._translated():
             self._reader.backup(memory)
-        return Database(":memory:", memory, memory)
+        return Database(self.path, memory, memory)
 
     def close(self) -> None:
         """Close both connections."""
@@ -714,7 +720,9 @@ class Database:
             yield
         except sqlite3.Error as error:
             name = getattr(error, "sqlite_errorname", type(error).__name__)
-            raise DatabaseError(f"{self.path}: {error} ({name})", _database_hint(name)) from error
+            passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
+            kind = DatabaseTroubleError if passes else DatabaseError
+            raise kind(f"{self.path}: {error} ({name})", _database_hint(name)) from error
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -757,7 +765,8 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
     writer = None
     try:
         writer = _connect(str(path))
-        _migrate(writer, path)
+        with _alone_in(path.parent):
+            _migrate(writer, path)
         reader = _connect(str(path))
         reader.execute("pragma query_only = on")
     except sqlite3.Error as error:
@@ -783,6 +792,17 @@ def _create_file(path: Path) -> None:
         return
     except OSError as error:
         raise DatabaseError(f"cannot create {path}: {error.strerror}", "see `database:` in adce.yaml") from error
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Of all processes that open a database in a folder, one at a time makes or changes a schema."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a folder that cannot be listed, a file system without locks
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
@@ -846,14 +866,17 @@ class RunnerLock:
         """Take the lock for the life of this process. Raises LockedError."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         file = os.fdopen(descriptor, "r+", encoding="ascii", errors="replace")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = file.read().strip() or "unknown"
-            file.close()
-            raise LockedError(
-                f"another runner works on this database (process {holder})", "look at it with: adce.py status"
-            ) from None
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            holder = self.holder()
+            if holder is not None:  # else another process only looked whether there is one
+                file.close()
+                raise LockedError(
+                    f"another runner works on this database (process {holder or 'unknown'})",
+                    "look at it with: adce.py status",
+                )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -904,6 +927,8 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Season:
+    """A span of days with a name."""
+
     label: str  # 2024-25
     end: int  # the year it ends in
     start: datetime.date
@@ -939,6 +964,8 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class RateLimiting:
+    """How often sources may be asked."""
+
     enabled: bool = True
     scopes: Mapping[str, ScopeLimits] = field(default_factory=dict)  # by source, and `global`
     backoff: Backoff | None = None
@@ -946,6 +973,8 @@ class RateLimiting:
 
 @dataclass(frozen=True, slots=True)
 class PriorityWeighting:
+    """What makes one gap matter more than another."""
+
     enabled: bool = True
     base_scores: Mapping[str, float] = field(
         default_factory=lambda: {"CRITICAL": 1000, "HIGH": 100, "MEDIUM": 10, "LOW": 1}
@@ -960,12 +989,16 @@ class PriorityWeighting:
 
 @dataclass(frozen=True, slots=True)
 class HealthCheck:
+    """Whether the runner answers over HTTP, and where."""
+
     enabled: bool = True
     port: int = 8080
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
+    """How often, and after how long, a task is tried again."""
+
     max_attempts: int = 5
     initial_delay_seconds: float = 60
     max_delay_seconds: float = 21600
@@ -982,6 +1015,8 @@ class BlockedWhen:
 
 @dataclass(frozen=True, slots=True)
 class Source:
+    """An upstream with limits of its own."""
+
     name: str
     base_url: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -1084,6 +1119,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
+    """A family of objects of one source."""
+
     name: str
     source: str
     key: Template
@@ -2723,7 +2760,7 @@ def _backoff_delay(sql: sqlite3.Connection, use: _Use, limit: WindowLimit, backo
         return 0.0
     oldest = _finished_at(sql, use.scope, numbers[position]) if position < len(numbers) else now
     growing = backoff.initial_delay_seconds * backoff.exponential_factor ** min(used - threshold, 64)
-    spread = (oldest + limit.seconds - now) / (most - used)
+    spread = (oldest + limit.seconds - now) / (most - used + 1)  # the last of them before the oldest makes room
     return min(growing, backoff.max_delay_seconds, spread)
 
 
@@ -2740,7 +2777,8 @@ def grant(sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_
         state = sql.execute("select * from scopes where scope = ?", (scope,)).fetchone()
         tokens = _tokens(limiting.scopes.get(scope, ScopeLimits()), state, now)
         sql.execute(
-            "update scopes set granted_at = ?, tokens = ?, tokens_at = ? where scope = ?", (now, tokens - 1, now, scope)
+            "update scopes set granted_at = ?, tokens = ?, tokens_at = ? where scope = ?",
+            (now, max(0.0, tokens - 1), now, scope),  # without a bucket there is no debt either
         )
     _expire(sql, limiting, now)
     inserted = sql.execute(
@@ -2787,8 +2825,9 @@ def _finish(sql: sqlite3.Connection, request_id: int, source: str, now: float) -
 
 
 def _expire(sql: sqlite3.Connection, limiting: RateLimiting, now: float) -> None:
-    """Remove a few of the oldest finished requests that no window can count any more."""
-    horizon = max((limit.seconds for limits in limiting.scopes.values() for limit in limits.windows), default=0.0)
+    """Remove a few of the oldest finished requests that no window can count any more. An hour is always kept,
+    for limits that are declared, or switched on again, later."""
+    horizon = max([HOUR, *(limit.seconds for limits in limiting.scopes.values() for limit in limits.windows)])
     sql.execute(
         """
         delete from requests where request_id in (
@@ -2829,6 +2868,7 @@ def learn(
     ).fetchone()
     failures, throttles, longest = scope["failures"], scope["throttles"], source.blocked_when.pause_seconds
     growing = min(FIRST_PAUSE_SECONDS * 2.0 ** min(throttles, 30), max(longest, FIRST_PAUSE_SECONDS))
+    is_paused = scope["paused_until"] > now  # then this request was granted before that and tells nothing new
     seconds: float | None = None
     if outcome is Outcome.THROTTLED:
         seconds, failures = growing if retry_after is None else min(max(retry_after, 0.0), LONGEST_RETRY_AFTER), 0
@@ -2837,12 +2877,12 @@ def learn(
         is_timeout = outcome is Outcome.TIMEOUT
         if failures >= (source.blocked_when.timeouts_in_a_row if is_timeout else SOURCE_FAILURES[outcome]):
             seconds = longest if is_timeout else growing
-    elif outcome not in (Outcome.LOST, Outcome.STORE_ERROR):
+    elif outcome not in (Outcome.LOST, Outcome.STORE_ERROR) and not is_paused:
         failures = throttles = 0
-    if retry_after is None and scope["paused_until"] > now:
-        seconds = None  # this request was granted before the pause began and tells nothing new
+    if retry_after is None and is_paused:
+        seconds = None
     if seconds is not None:
-        throttles += 1
+        throttles += not (is_paused and throttles)
         pause(sql, source.name, seconds, answer, now)
     sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
     return failures, None if seconds is None else Pause(source.name, seconds, answer)
@@ -3053,7 +3093,8 @@ class Ledger:
             self.sql.execute(
                 """
                 update tasks set state = 'pending', next_at = null
-                where object_id = ? and state = 'retry' and failures = 0
+                where object_id = ? and state in ('pending', 'retry', 'running', 'gave_up')
+                  and state = 'retry' and failures = 0
                 """,
                 (known.object_id,),
             )
@@ -3063,8 +3104,8 @@ class Ledger:
             """
             update tasks
             set state = ?, closed_at = ?, next_at = null
-            where object_id = ? and state in ('pending', 'retry', 'gave_up')
-            """,
+            where object_id = ? and state in ('pending', 'retry', 'running', 'gave_up') and state != 'running'
+            """,  # with the very words of the index live_tasks, which else is not used
             (state, int(self.now), object_id),
         )
         self.closed += closed.rowcount
@@ -3169,8 +3210,8 @@ def note_due_objects(database: Database, configuration: Configuration, clock: Cl
 
 
 # ---------------------------------------------------------------- Queue
-# What is to be done, and in which order: claim() takes the best task whose source can be asked now,
-# together with its permit; finish() records how it ended. Headlines: claim(), finish().
+# What is to be done, and in which order: the best task whose source can be asked now is taken together
+# with its permit. Headline: claim().
 
 SUCCESS_MEMORY = 0.1  # weight of the latest attempt in a dataset's success rate
 
@@ -3250,13 +3291,7 @@ def claim(
         """
     ).fetchall()
     wall = clock.wall()
-    heads.sort(
-        key=lambda head: (
-            -score_at(head["rank"], head["slope"], head["bonus"], wall),
-            head["detected_at"],
-            head["task_id"],
-        )
-    )
+    heads.sort(key=lambda h: (-score_at(h["rank"], h["slope"], h["bonus"], wall), h["detected_at"], h["task_id"]))
     openings: dict[str, Opening] = {}
     for head in heads:
         source, dataset = configuration.sources[head["source"]], configuration.datasets[head["dataset"]]
@@ -3265,11 +3300,9 @@ def claim(
         if source.name not in openings:
             openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now)
         if openings[source.name].at <= now:
-            permit = (
-                grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now)
-                if dataset.url
-                else None
-            )
+            permit = None
+            if dataset.url:
+                permit = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now)
             return Claim(dataset, source, _take(sql, configuration, dataset, head, wall), permit), openings
     return None, openings
 
@@ -3308,6 +3341,11 @@ def _take(
         target = ledger.objects("object_id = :object_id", {"object_id": row["object_id"]})[0]
         taken.append(ClaimedTask(row["task_id"], attempt_id, row["priority"], target))
     return tuple(taken)
+
+
+# ---------------------------------------------------------------- Endings
+# What becomes of a task when an attempt at it ends: its next state, its attempt, the sums of its day.
+# Headlines: finish(), requeue_orphans().
 
 
 def retry_delay(policy: Retry, times: int, dice: random.Random) -> float:
@@ -3376,7 +3414,7 @@ def _settle(
         state = TaskState.GAVE_UP
     else:
         state = TaskState.RETRY
-        next_at = int(ledger.now + delay(failures if counted else row["attempts"] - failures)) + 1
+        next_at = int(ledger.now + delay(failures if counted else _fruitless(sql, task) - failures)) + 1
     closed_at = int(ledger.now) if state is TaskState.CANCELLED else None
     sql.execute(
         """
@@ -3388,6 +3426,16 @@ def _settle(
     if result.outcome is Outcome.OK and result.stored and state is TaskState.PENDING:
         state, next_at = _note_stored(ledger, known, result, task.task_id)
     return Ending(task, result, state, failures, next_at, counted)
+
+
+def _fruitless(sql: sqlite3.Connection, task: ClaimedTask) -> int:
+    """How many attempts at a task have failed since one last brought its object; a stop is no failure."""
+    query = """
+        select count(*) from attempts
+        where task_id = :id and outcome != 'lost'
+          and attempt_id > (select coalesce(max(attempt_id), 0) from attempts where task_id = :id and outcome = 'ok')
+    """
+    return cast(int, sql.execute(query, {"id": task.task_id}).fetchone()[0])
 
 
 def _note_stored(ledger: Ledger, known: KnownObject, result: Result, task_id: int) -> tuple[TaskState, int | None]:
@@ -3420,30 +3468,12 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result:
         update attempts
         set outcome = ?, seconds = max(0, ? - started_at), http_status = ?, bytes = ?, requests = ?, error = ?
         where attempt_id = ? and outcome = 'running'
-        returning seconds
         """,
         (result.outcome, ledger.now, result.http_status, size, result.requests, result.error, task.attempt_id),
-    ).fetchall()
-    if not ended:
-        return
-    sql.execute(
-        """
-        insert into daily_totals
-        values (date(:now, 'unixepoch'), :dataset_id, :priority, :outcome, 1, :seconds, :bytes)
-        on conflict do update set
-            attempts = attempts + 1,
-            seconds = seconds + excluded.seconds,
-            bytes = bytes + excluded.bytes
-        """,
-        {
-            "now": int(ledger.now),
-            "dataset_id": ledger.ids[dataset.name],
-            "priority": task.priority,
-            "outcome": result.outcome,
-            "seconds": ended[0]["seconds"],
-            "bytes": size or 0,
-        },
     )
+    if not ended.rowcount:
+        return
+    _add_to_totals(sql, task.attempt_id)
     if result.outcome in RELIABILITY:
         rate = sql.execute("select success_rate from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
         rate += SUCCESS_MEMORY * ((result.outcome is Outcome.OK) - rate)
@@ -3451,11 +3481,30 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result:
         sql.execute("update datasets set success_rate = ?, bonus = ? where dataset = ?", (rate, bonus, dataset.name))
 
 
+def _add_to_totals(sql: sqlite3.Connection, attempt_id: int) -> None:
+    """An attempt has ended: add it to the sums of its day."""
+    sql.execute(
+        """
+        insert into daily_totals
+        select date(started_at + seconds, 'unixepoch'), dataset_id, priority, outcome, 1, seconds, coalesce(bytes, 0)
+        from attempts a join tasks using (task_id)
+        where a.attempt_id = ?
+        on conflict do update set
+            attempts = attempts + 1, seconds = seconds + excluded.seconds, bytes = bytes + excluded.bytes
+        """,
+        (attempt_id,),
+    )
+
+
 def requeue_orphans(sql: sqlite3.Connection) -> int:
     """After a crash: what was running is pending again, and its attempt is lost. Returns how many."""
-    sql.execute(
-        "update attempts set outcome = 'lost', seconds = 0, error = 'the runner died' where outcome = 'running'"
-    )
+    lose = """
+        update attempts set outcome = 'lost', seconds = 0, error = 'the runner died'
+        where outcome = 'running'
+        returning attempt_id
+    """
+    for row in sql.execute(lose).fetchall():
+        _add_to_totals(sql, row[0])
     requeue = """
         update tasks
         set attempt_id = null,
@@ -4200,7 +4249,7 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
     """Sections as text. JSON is one document; a table is cut to `width` columns when one is given."""
     if style == "json":
         values = {
-            section.name: section.rows[0] if section.is_one and section.rows else section.rows for section in sections
+            section.name: next(iter(section.rows), None) if section.is_one else section.rows for section in sections
         }
         document = next(iter(values.values())) if len(values) == 1 else values
         return json.dumps(document, indent=2, ensure_ascii=False, default=str)
@@ -4237,6 +4286,8 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
     cells = [[_cell(value) for value in row.values()] for row in rows]
     if style == "html":
         cells = [[html.escape(cell) for cell in row] for row in cells]
+    elif style == "github":
+        cells = [[cell.replace("|", r"\|") for cell in row] for row in cells]
     text = tabulate.tabulate(
         cells,
         headers=list(rows[0]),
@@ -4251,7 +4302,7 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    text = f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)
+    text = f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
@@ -4359,13 +4410,15 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
     """Whether a runner works, and its last signs of life."""
     rows = query(database, "select * from runner")
     holder = lock.holder()
+    if holder is not None and (not rows or rows[0]["pid"] != holder):  # it has said nothing of itself yet
+        return {"runner": "running", "pid": holder or None}
     if not rows:
-        return {"runner": "never ran" if holder is None else "starting"}
+        return {"runner": "never ran"}
     row = rows[0]
     if holder is not None:
         return {
             "runner": "running",
-            "pid": row["pid"],
+            "pid": holder,
             "version": row["version"],
             "started_at": utc_text(row["started_at"]),
             "last_sign_of_life": utc_text(row["beat_at"]),
@@ -4475,7 +4528,7 @@ def plan_sections(database: Database, most: int) -> list[Section]:
         order by score desc, task_id limit ?
     """
     return [
-        Section("datasets", "What would be asked for", query(database, sql), empty="nothing: the lake is complete"),
+        Section("datasets", "What would be asked for", query(database, sql), empty="nothing"),
         Section(
             "first", f"First of them (at most {most})", query(database, first, (most,)), empty="nothing can start now"
         ),
@@ -4487,8 +4540,8 @@ def plan_sections(database: Database, most: int) -> list[Section]:
 # reads the database. Headline: HealthServer.
 
 BEAT_SECONDS = 10  # between two signs of life of the main loop
-HTTP_THREADS = 8
-HTTP_SECONDS = 5
+HTTP_THREADS = 32
+HTTP_SECONDS = 10  # for a whole connection
 PAGE_STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
 body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
@@ -4569,9 +4622,7 @@ class HealthServer:
 
     def __init__(self, configuration: Configuration, database: Database, lock: RunnerLock, clock: Clock) -> None:
         self.configuration, self.database, self.lock, self.clock = configuration, database, lock, clock
-        self.slots = threading.BoundedSemaphore(
-            HTTP_THREADS
-        )  # guards the number of answers at once; the rest are refused
+        self.started_at = clock.wall()
         self._server: http.server.ThreadingHTTPServer | None = None
 
     def start(self) -> int:
@@ -4582,7 +4633,7 @@ class HealthServer:
             health = outer
 
         try:
-            self._server = _Server(("127.0.0.1", self.configuration.health_check.port), Handler)
+            self._server = _Server(("127.0.0.1", self.configuration.health_check.port), Handler, self.clock)
         except OSError as error:
             port = self.configuration.health_check.port
             raise Error(
@@ -4624,10 +4675,10 @@ class HealthServer:
     def _problems(self, now: float) -> list[str]:
         """What makes it unhealthy: being idle does not."""
         try:
-            beat = self.database.value("select beat_at from runner") or now
+            beat = self.database.value("select beat_at from runner") or 0
         except DatabaseError as error:
             return [str(error)]
-        silent = now - beat
+        silent = now - max(beat, self.started_at)  # the last beat may be that of an earlier run
         if silent > 2 * max(self.configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
             return [f"the main loop has been stuck for {format_duration(silent)}"]
         reason = self.database.value(
@@ -4637,8 +4688,41 @@ class HealthServer:
 
 
 class _Server(http.server.ThreadingHTTPServer):
+    """A thread for each connection, for a few seconds; when there are many, the oldest makes room."""
+
     daemon_threads = True
     request_queue_size = 32
+
+    def __init__(self, address: tuple[str, int], handler: type[_Handler], clock: Clock) -> None:
+        super().__init__(address, handler)
+        self._clock = clock
+        self._open: dict[Any, float] = {}  # connections, the oldest first, and since when
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._open) >= HTTP_THREADS:
+            for oldest in list(self._open)[:1]:
+                self._cut(oldest)
+        self._open[request] = self._clock.boot()
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        for request, since in list(self._open.items()):
+            if self._clock.boot() - since > HTTP_SECONDS:
+                self._cut(request)
+
+    def _cut(self, request: Any) -> None:
+        self._open.pop(request, None)
+        with contextlib.suppress(OSError):  # it has just ended by itself
+            request.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves early is no news."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -4652,16 +4736,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if host not in ("localhost", "127.0.0.1", "[::1]"):
             self._send(403, "text/plain; charset=utf-8", "this server answers to localhost only\n")
             return
-        if not self.health.slots.acquire(blocking=False):
-            self._send(503, "text/plain; charset=utf-8", "too many requests at once\n")
-            return
+        path, _, query_text = self.path.partition("?")
         try:
-            url = urllib.parse.urlsplit(self.path)
-            self._send(*self.health.answer(url.path, url.query))
-        except DatabaseError as error:
-            self._send(503, "text/plain; charset=utf-8", f"{error}\n")
-        finally:
-            self.health.slots.release()
+            answer = self.health.answer(path, query_text)
+        except (DatabaseError, OSError) as error:
+            answer = 503, "text/plain; charset=utf-8", f"{error}\n"
+        self._send(*answer)
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -4821,6 +4901,9 @@ def live_lines(
 # event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
 
 
+TROUBLE_SECONDS = 10  # before the database is tried again
+
+
 @dataclass(frozen=True, slots=True)
 class Execution:
     """What a worker is doing, or what waits for the permit of its next hop."""
@@ -4868,7 +4951,13 @@ class Runner:
         self._start()
         try:
             while not self.stop_reason:
-                self._turn()
+                try:
+                    self._turn()
+                except DatabaseTroubleError as error:
+                    if once:
+                        raise
+                    self.journal.write("ERROR", "database", error=str(error), hint=error.hint)
+                    self.clock.wait(self.wakeups, TROUBLE_SECONDS)
         finally:
             self._finish_running()
             self._say_goodbye()
@@ -4927,6 +5016,9 @@ class Runner:
             return
         try:
             self.cycle_id = next(self.steps)
+        except DatabaseError:
+            self.steps, self.next_cycle_at = None, now
+            raise
         except StopIteration:
             self.steps = None
             announce_cycle(self.journal, self.database)
@@ -5106,7 +5198,7 @@ Wants=network-online.target
 
 [Service]
 WorkingDirectory={folder}
-ExecStart={python} {module} -c {configuration} run
+ExecStart={command} run
 Restart=on-failure
 RestartSec=5
 RestartPreventExitStatus=78
@@ -5118,9 +5210,20 @@ WantedBy=multi-user.target
 """,
     "cron": """\
 # For `crontab -e`: cron sends a mail only when something is printed; exit 11 means that one still runs.
-*/15 * * * * {python} {module} -c {configuration} -q run --once
+*/15 * * * * {command} -q run --once
 """,
 }
+
+
+def quote_for_systemd(word: str) -> str:
+    """A word of a command line in a unit."""
+    text = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{text}"' if re.search(r"[^\w%$/.:=+@,-]", text) else text
+
+
+def quote_for_cron(word: str) -> str:
+    """A word of a command line in a crontab, where a bare percent sign begins another line."""
+    return shlex.quote(word).replace("%", r"\%")
 
 
 # ---------------------------------------------------------------- Checks
@@ -5199,6 +5302,20 @@ def _existing(configuration: Configuration) -> Database:
     return open_database(configuration.database, must_exist=True)
 
 
+def _known(what: str, name: str | None, names: Iterable[str]) -> str | None:
+    """A name that was typed. A misspelt one must not look like one that has nothing to show."""
+    if name is not None and name not in names:
+        raise Error(f'{what} "{name}" is not defined{suggest(name, names)}')
+    return name
+
+
+def _filters(arguments: Arguments, configuration: Configuration) -> dict[str, str | None]:
+    return {
+        "source": _known("source", arguments.source, configuration.sources),
+        "dataset": _known("dataset", arguments.dataset, configuration.datasets),
+    }
+
+
 def _print(arguments: Arguments, sections: Sequence[Section], notes: Iterable[str] = ()) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(render(sections, arguments.format, width))
@@ -5225,9 +5342,6 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         if configuration.health_check.enabled and not arguments.once:
             stack.enter_context(_serving(HealthServer(configuration, database, lock, runner.clock), journal))
         code = runner.run(once=arguments.once, max_seconds=(arguments.max_minutes or math.inf) * MINUTE)
-    if runner.running or runner.stuck:  # a worker hangs: only the end of the process ends it
-        sys.stderr.flush()
-        os._exit(code)
     database.close()
     return code
 
@@ -5260,8 +5374,7 @@ def _serving(health: HealthServer, journal: Journal) -> Iterator[None]:
 def command_reconcile(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Run one cycle and show what it found; nothing is fetched."""
     for name in arguments.believe:
-        if name not in configuration.datasets:
-            raise Error(f'dataset "{name}" is not defined{suggest(name, configuration.datasets)}')
+        _known("dataset", name, configuration.datasets)
     database, clock = open_database(configuration.database), Clock()
     lock = RunnerLock(configuration.database)
     lock.acquire()
@@ -5294,15 +5407,14 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
                 store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         _declare(database, configuration, clock)
         cycle_id = run_cycle(reconcile(database, configuration, store, clock))
+        is_once = getattr(arguments, "once", False)  # that does not wait for retries, it tries them all
         with database.transaction() as sql:
-            wake_retries(sql, clock.wall())
+            wake_retries(sql, sys.maxsize if is_once else clock.wall())
     notes = ["", "Nothing was written and nothing was asked; the store was only listed and read."]
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
-    _print(
-        arguments,
-        plan_sections(database, arguments.most),
-        [*notes, f"The cycle had trouble: {error}"] if error else notes,
-    )
+    _print(arguments, plan_sections(database, arguments.most), notes)
+    if error:
+        print(f"adce.py: the cycle had trouble: {error}", file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
 
 
@@ -5322,7 +5434,7 @@ def command_status(arguments: Arguments, configuration: Configuration) -> ExitCo
 
 def command_tasks(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """List the open tasks, the most urgent first."""
-    filters = {name: getattr(arguments, name) for name in ("state", "dataset", "source")}
+    filters = {"state": arguments.state, **_filters(arguments, configuration)}
     _print(arguments, tasks_sections(_existing(configuration), filters, arguments.most))
     return ExitCode.DONE
 
@@ -5335,7 +5447,7 @@ def command_task(arguments: Arguments, configuration: Configuration) -> ExitCode
 
 def command_coverage(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show what is expected and what is there, by dataset and season."""
-    _print(arguments, coverage_sections(_existing(configuration), arguments.source, arguments.dataset))
+    _print(arguments, coverage_sections(_existing(configuration), **_filters(arguments, configuration)))
     return ExitCode.DONE
 
 
@@ -5348,13 +5460,11 @@ def command_check(arguments: Arguments, configuration: Configuration) -> ExitCod
 
 def command_example(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Print a ready text for another program."""
-    names = {
-        "python": sys.executable,
-        "module": Path(__file__).resolve(),
-        "folder": configuration.path.parent,
-        "configuration": configuration.path,
-    }
-    print(EXAMPLES[arguments.name].format(**names), end="")
+    quote = quote_for_cron if arguments.name == "cron" else quote_for_systemd
+    words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
+    folder = str(configuration.path.parent).replace("%", "%%")
+    text = EXAMPLES[arguments.name].format(command=" ".join(quote(word) for word in words), folder=folder)
+    print(text, end="")
     return ExitCode.DONE
 
 
@@ -5391,6 +5501,13 @@ def _positive(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if not 0 < value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
+    return value
+
+
 def _duration(text: str) -> float:
     try:
         return parse_duration(text)
@@ -5399,7 +5516,7 @@ def _duration(text: str) -> float:
 
 
 FILTERS = (_option("--source", help="only this source"), _option("--dataset", help="only this dataset"))
-MOST = _option("--most", type=int, default=20, metavar="N", help="at most so many rows (20)")
+MOST = _option("--most", type=_count, default=20, metavar="N", help="at most so many rows (20)")
 COMMANDS = (
     Command(
         "run",
@@ -5442,7 +5559,9 @@ COMMANDS = (
         command_tasks,
         (_option("--state", choices=[str(state) for state in TaskState]), *FILTERS, MOST),
     ),
-    Command("task", "show one task with all its attempts", command_task, (_option("task_id", type=int, metavar="ID"),)),
+    Command(
+        "task", "show one task with all its attempts", command_task, (_option("task_id", type=_count, metavar="ID"),)
+    ),
     Command("coverage", "show what is expected and what is there, by dataset and season", command_coverage, FILTERS),
     Command(
         "check",
@@ -5494,6 +5613,8 @@ def _open_standard_files() -> None:
     os.close(descriptor)
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of a letter that this terminal does not know: ?
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -5524,4 +5645,6 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # sys.exit would wait for a function that never returns

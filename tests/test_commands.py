@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
+import pty
+import re
+import shlex
 import shutil
+import sqlite3
+import struct
 import subprocess
 import sys
+import termios
 from datetime import date
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_adce
+from conftest import ROOT, run_adce, start_adce
 from lakes import write_league
 from upstream import Answer, League, Upstream
 
@@ -29,7 +37,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lake")
     with Upstream() as upstream:
         League(date(2025, 1, 1), 6, games_per_day=(1, 2), seed=5).serve(upstream)
-        upstream.answer("/scoreboard?dates=20250104", Answer(b"trouble", 500))
+        upstream.answer("/scoreboard?dates=20250104", Answer("trouble ü".encode(), 500))
         write_league(folder, upstream.address)
         assert run_adce("run", "--once", folder=folder).returncode == 3
     return folder
@@ -48,7 +56,53 @@ def test_every_command_that_prints_data_has_every_format(command, style, folder)
         assert len(list(csv.reader(io.StringIO(done.stdout)))) > 1
 
 
-def test_options_stand_before_or_after_the_command(folder, tmp_path):
+def on_a_terminal(*words: str, folder: Path, columns: int, lines: int = 24) -> str:
+    """What the program writes to a terminal of a size."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    environment = {name: text for name, text in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "adce.py"), *words],
+        cwd=folder,
+        env={**environment, "TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    written = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while block := os.read(ours, 65536):
+            written += block
+    os.close(ours)
+    process.wait()
+    return written.decode().replace("\r\n", "\n")
+
+
+def test_narrow_terminal_gets_no_line_that_wraps(folder):
+    shown = on_a_terminal("tasks", folder=folder, columns=20).splitlines()
+    assert max(map(len, shown)) == 20
+    assert shown[0] == "1 open tasks"
+
+
+def test_live_screen_fits_a_small_terminal(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    shown = on_a_terminal("run", "--max-minutes", "0.01", folder=tmp_path / "copy", columns=20, lines=6)
+    painted, _, last = shown.rpartition("\x1b[J")
+    assert max(len(line) for line in painted.replace("\x1b[J", "\n").split("\x1b[2K")) <= 20 + len("\n\n\x1b[5A")
+    assert 'reason="its time was up"' in last
+    assert "\x1b" not in last
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("option", ["-q", "-v", "--format=json", "--db=adce.db", "--config=adce.yaml"])
+def test_option_stands_before_or_after_the_command(option, place, folder):
+    done = run_adce(*((option, "tasks") if place == "before" else ("tasks", option)), folder=folder)
+    assert (done.returncode, "days/20250104.json" in done.stdout) == (0, True)
+    assert done.stdout.startswith("[") == (option == "--format=json")
+
+
+def test_configuration_is_named_before_or_after_the_command(folder, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for words in (("-c", str(folder / "adce.yaml"), "coverage"), ("coverage", "-c", str(folder / "adce.yaml"))):
@@ -80,6 +134,13 @@ def test_another_database_may_be_named(folder, tmp_path):
         ("tasks", "--state", "odd"),
         ("run", "--interval-minutes", "0"),
         ("report", "--since", "soon"),
+        ("task", "0"),
+        ("task", "99999999999999999999"),
+        ("tasks", "--most", "0"),
+        ("plan", "--most", "-1"),
+        ("tasks", "--format", "xml"),
+        ("report", "--conf", "adce.yaml"),
+        ("example", "supervisord"),
     ],
 )
 def test_wrong_usage_ends_with_2(words, folder):
@@ -94,6 +155,40 @@ def test_without_a_database_there_is_nothing_to_show(command, tmp_path):
     done = run_adce(*command.split(), folder=tmp_path)
     assert (done.returncode, done.stdout) == (10, "")
     assert "Try: start with: adce.py run" in done.stderr
+
+
+def test_unknown_name_is_no_empty_answer(folder):
+    for words in (("tasks", "--dataset", "dayz"), ("coverage", "--dataset", "dayz")):
+        done = run_adce(*words, folder=folder)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == 'adce.py: dataset "dayz" is not defined, did you mean "days"?\n'
+    assert 'source "espn" is not defined' in run_adce("tasks", "--source", "espn", folder=folder).stderr
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "store: [lake", "stores: lake", "\t", "[" * 5000])
+def test_bad_configuration_ends_with_78(text, tmp_path):
+    (tmp_path / "adce.yaml").write_text(text)
+    done = run_adce("run", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr.startswith("adce.yaml:1:")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["adce.yaml"]
+
+
+def test_runner_is_seen_by_status_and_keeps_others_out(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    runner = start_adce("run", folder=tmp_path / "copy")
+    assert runner.stderr
+    assert " start " in runner.stderr.readline()
+    status = run_adce("status", "--format", "json", folder=tmp_path / "copy")
+    assert (status.returncode, json.loads(status.stdout)["runner"]["pid"]) == (0, runner.pid)
+    for words in (("run",), ("run", "--once"), ("reconcile",)):
+        refused = run_adce(*words, folder=tmp_path / "copy")
+        assert (refused.returncode, f"(process {runner.pid})" in refused.stderr) == (11, True)
+    assert "process" in run_adce("check", folder=tmp_path / "copy").stdout
+    runner.terminate()
+    runner.communicate(timeout=20)
+    assert (runner.returncode, run_adce("status", folder=tmp_path / "copy").returncode) == (0, 4)
 
 
 def test_task_that_does_not_exist_is_told(folder):
@@ -134,6 +229,26 @@ def test_plan_writes_nothing_and_names_what_the_next_run_attempts(tmp_path):
     assert keys == [f"days/{path.rpartition('=')[2]}.json" for path in sorted(asked)]
 
 
+def test_dry_run_of_once_names_the_retries_that_it_would_not_wait_for(folder, tmp_path):
+    text = (folder / "adce.yaml").read_text().replace("initial_delay_seconds: 1,", "initial_delay_seconds: 60,")
+    assert "initial_delay_seconds: 60" in text
+    (tmp_path / "adce.yaml").write_text(text)
+    assert run_adce("run", "--once", folder=tmp_path).returncode == 3  # nobody answers: all is to be tried again
+    waiting = json.loads(run_adce("tasks", "--state", "retry", "--format", "json", folder=tmp_path).stdout)
+    for words, expected in (((), []), (("--once",), [row["key"] for row in waiting])):
+        done = run_adce("run", "--dry-run", *words, "--format", "json", folder=tmp_path)
+        assert [row["key"] for row in json.loads(done.stdout)["first"]] == expected
+
+
+def test_plan_that_could_not_look_says_so_even_when_quiet(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    (tmp_path / "lake").write_text("a file in its place")
+    done = run_adce("plan", "-q", "--format", "json", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("adce.py: the cycle had trouble: the store ")
+    assert "complete" not in done.stdout
+
+
 def test_plan_leaves_an_existing_database_as_it_is(folder):
     before = (folder / "adce.db").read_bytes()
     assert run_adce("run", "--dry-run", folder=folder).returncode == 0
@@ -170,10 +285,56 @@ def test_check_finds_a_broken_database_and_a_store_that_is_none(tmp_path):
     assert (done.returncode, failed) == (1, {"database", "store", "source league"})
 
 
-def test_reader_that_leaves_early_is_no_error(folder):
-    words = f"{sys.executable} {ROOT / 'adce.py'} tasks --format json | head -c 5; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["/bin/bash", "-c", words], cwd=folder, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_check_finds_a_page_that_is_damaged(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy/adce.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        size = connection.execute("pragma page_size").fetchone()[0]
+        page = connection.execute("select rootpage from sqlite_schema where name = 'tasks_by_state'").fetchone()[0]
+        connection.execute("pragma wal_checkpoint(truncate)")
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size + 100)
+        file.write(b"\xff" * (size - 100))
+    done = run_adce("check", "--format", "json", folder=tmp_path / "copy")
+    (failed,) = [row for row in json.loads(done.stdout) if row["result"] == "FAIL"]
+    assert (done.returncode, failed["what"]) == (1, "database")
+    assert "restore a backup" in failed["details"]
+
+
+def test_store_that_cannot_be_reached_is_told(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    path = tmp_path / "adce.yaml"
+    path.write_text(path.read_text().replace("store: lake", "store: s3://bucket/prefix"))
+    nobody = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    checked = run_adce("check", folder=tmp_path, **nobody)
+    assert (checked.returncode, "FAIL      store" in checked.stdout) == (1, True)
+    done = run_adce("run", "--once", folder=tmp_path, **nobody)
+    assert (done.returncode, "cannot use s3://bucket/prefix/" in done.stderr) == (12, True)
+
+
+def test_reader_that_leaves_early_is_no_error(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    path = tmp_path / "adce.yaml"
+    path.write_text(path.read_text().replace("from: 2025-01-01", "from: 2020-01-01"))  # far more than a pipe holds
+    words = (
+        f"{sys.executable} {ROOT / 'adce.py'} plan -q --most 2000 --format json | head -c 5; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["/bin/bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '{\n  "', "")
+
+
+def test_full_disk_under_the_output_is_told(folder):
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, str(ROOT / "adce.py"), "tasks"]
+        done = subprocess.run(words, cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "adce.py: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("style", adce.FORMATS)
+def test_letters_that_a_terminal_does_not_know_are_replaced(style, folder):
+    """The first answer's error text has letters beyond ASCII."""
+    done = run_adce("tasks", "--format", style, folder=folder, PYTHONIOENCODING="ascii")
+    assert (done.returncode, "HTTP 500: trouble ?" in done.stdout) == (0, True)
 
 
 @pytest.mark.parametrize("name", sorted(adce.EXAMPLES))
@@ -196,8 +357,23 @@ def test_unit_is_one_that_systemd_takes(folder, tmp_path):
         assert "adce.service" not in done.stderr, done.stderr
 
 
-def test_crontab_line_works_in_the_empty_environment_of_cron(folder):
-    line = run_adce("example", "cron", folder=folder).stdout.splitlines()[-1]
+def test_unit_and_crontab_take_any_folder(tmp_path):
+    folder = tmp_path / 'my "lake", 5% of $HOME'
+    folder.mkdir()
+    write_league(folder, "http://127.0.0.1:9")
+    unit = tmp_path / "adce.service"
+    unit.write_text(run_adce("example", "systemd", folder=folder).stdout)
+    assert r'my \"lake\", 5%% of $$HOME/adce.yaml" run' in unit.read_text()
+    assert 'my "lake", 5%% of $HOME' in re.findall("WorkingDirectory=(.*)", unit.read_text())[0]
+    command = run_adce("example", "cron", folder=folder).stdout.splitlines()[-1].split(None, 5)[5]
+    assert re.sub(r"\\%", "", command).count("%") == 0
+    words = shlex.split(command.replace(r"\%", "%"))  # as cron reads it before the shell does
+    assert words[-5:] == ["-c", str(folder / "adce.yaml"), "-q", "run", "--once"]
+
+
+def test_crontab_line_works_in_the_empty_environment_of_cron(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    line = run_adce("example", "cron", folder=tmp_path / "copy").stdout.splitlines()[-1]
     command = line.split(None, 5)[5]
     done = subprocess.run(
         ["/bin/sh", "-c", command], env={"PATH": "/usr/bin:/bin"}, cwd="/", capture_output=True, check=False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -63,12 +65,18 @@ def make_broken(path: Path) -> None:
     path.write_bytes(body[:5000])
 
 
+def make_zeroed(path: Path) -> None:
+    adce.open_database(path).close()
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (make_foreign, "is a database of another program"),
         (make_newer, "was written by a newer ADCE"),
         (make_broken, "malformed"),
+        (make_zeroed, "malformed|is a database of another program|not a database"),
         (
             lambda path: path.write_text("just a text, and long enough to be read as a header " * 20),
             "is not a database",
@@ -106,6 +114,42 @@ def test_exception_rolls_the_whole_transaction_back(database):
 def test_reader_cannot_write(database):
     with pytest.raises(adce.DatabaseError, match="readonly"):
         database.read("insert into settings values ('a', 'b')")
+
+
+def test_reader_sees_what_is_committed_and_never_waits(database):
+    with database.transaction() as sql:
+        sql.execute("insert into settings values ('a', 'b')")
+        assert database.value("select count(*) from settings where name = 'a'") == 0
+    assert database.value("select count(*) from settings where name = 'a'") == 1
+
+
+def test_threads_take_turns_and_lose_no_write(database):
+    with database.transaction() as sql:
+        sql.execute("insert into settings values ('n', '0')")
+
+    def count() -> None:
+        for _ in range(50):
+            with database.transaction() as sql:
+                n = int(sql.execute("select value from settings where name = 'n'").fetchone()[0])
+                sql.execute("update settings set value = ? where name = 'n'", (str(n + 1),))
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert database.value("select value from settings where name = 'n'") == "200"
+
+
+def test_damage_is_found_and_named(tmp_path):
+    with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
+        with database.transaction() as sql:
+            sql.execute("insert into scopes values ('x', 0, 0, 0, 0, 0, 0, null, 0, 0)")
+            sql.execute("insert into windows values ('x', 60, 1)")
+        database._writer.execute("pragma foreign_keys = off")
+        with database.transaction() as sql:
+            sql.execute("delete from scopes")
+        assert database.check() == ["a row of windows names a row of scopes that is gone"]
 
 
 def test_full_disk_is_told_and_nothing_is_lost(database):
@@ -157,6 +201,38 @@ def test_processes_wait_for_one_another(tmp_path):
     assert database.value("select value from settings where name = 'n'") == "400"
 
 
+def open_together(path: str, barrier: threading.Barrier) -> None:
+    barrier.wait(30)
+    adce.open_database(Path(path)).close()
+
+
+def leave_as_is(path: Path) -> None:
+    """There is no database yet."""
+
+
+def make_older(path: Path) -> None:
+    """A database whose views are those of another version."""
+    database = adce.open_database(path)
+    with database.transaction() as sql:
+        sql.execute("update settings set value = 'of another text' where name = 'views'")
+    database.close()
+
+
+@pytest.mark.parametrize("make", [leave_as_is, make_older])
+def test_processes_that_start_together_make_one_schema(make, tmp_path):
+    make(tmp_path / "adce.db")
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=open_together, args=(str(tmp_path / "adce.db"), barrier)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
+        assert database.check() == []
+
+
 def test_copy_is_independent(database):
     copy = database.copy()
     with copy.transaction() as sql:
@@ -197,6 +273,36 @@ def test_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path):
     while lock.holder() is not None:
         assert time.monotonic() < deadline
     lock.acquire()
+    lock.release()
+
+
+def look_at(path: str, stop: threading.Event) -> None:
+    while not stop.is_set():
+        adce.RunnerLock(Path(path)).holder()
+
+
+def test_look_at_the_holder_never_keeps_a_runner_out(tmp_path):
+    path, context = tmp_path / "adce.db", multiprocessing.get_context("fork")
+    stop, lock = context.Event(), adce.RunnerLock(path)
+    onlookers = [context.Process(target=look_at, args=(str(path), stop)) for _ in range(2)]
+    for onlooker in onlookers:
+        onlooker.start()
+    try:
+        for _ in range(500):
+            lock.acquire()
+            lock.release()
+    finally:
+        stop.set()
+        for onlooker in onlookers:
+            onlooker.join()
+    assert lock.holder() is None
+
+
+def test_lock_file_is_private_and_tells_the_process(tmp_path):
+    lock = adce.RunnerLock(tmp_path / "adce.db")
+    lock.acquire()
+    assert mode(lock.path) == 0o600
+    assert (lock.path.read_text(), lock.holder()) == (str(os.getpid()), os.getpid())
     lock.release()
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import socket
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import requests
@@ -14,87 +19,195 @@ from lakes import league_text, write_league
 import adce
 
 
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock(wall=adce.Clock().wall())
-
-
-@pytest.fixture
-def served(configure, database, clock, tmp_path) -> Iterator[str]:
+@contextlib.contextmanager
+def serving(folder: Path, clock: ManualClock) -> Iterator[str]:
     """The address of a health server beside a database with a few gaps."""
-    configuration = configure(league_text("http://127.0.0.1:9") + "health_check: {port: 0}\n")
-    store = adce.open_store(configuration.store)
+    path = folder / "adce.yaml"
+    path.write_text(league_text("http://127.0.0.1:9") + "health_check: {port: 0}\n")
+    configuration = adce.load_configuration(path)
+    store, database = adce.open_store(configuration.store), adce.open_database(configuration.database)
     store.sweep()
     with database.transaction() as sql:
         adce.declare_limits(sql, configuration, clock)
         adce.declare_datasets(sql, configuration, clock.wall())
         sql.execute("insert into runner values (1, 1, 'x', ?, ?, null, null)", (int(clock.wall()), int(clock.wall())))
     adce.run_cycle(adce.reconcile(database, configuration, store, clock))
-    lock = adce.RunnerLock(tmp_path / "adce.db")
-    server = adce.HealthServer(configuration, database, lock, clock)
+    server = adce.HealthServer(configuration, database, adce.RunnerLock(configuration.database), clock)
     yield f"http://127.0.0.1:{server.start()}"
     server.stop()
+    database.close()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(wall=adce.Clock().wall())
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> Iterator[str]:
+    """A server that nobody changes anything about."""
+    with serving(tmp_path_factory.mktemp("served"), ManualClock(wall=adce.Clock().wall())) as address:
+        yield address
+
+
+@pytest.fixture
+def own(tmp_path, clock) -> Iterator[str]:
+    """A server of one's own."""
+    with serving(tmp_path, clock) as address:
+        yield address
+
+
+@pytest.fixture
+def database(own, tmp_path) -> Iterator[adce.Database]:
+    """The database behind `own`."""
+    with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
+        yield database
+
+
+def get(address: str, **options) -> requests.Response:
+    return requests.get(address, timeout=10, **options)
+
+
+def say(address: str, text: bytes) -> socket.socket:
+    """A connection to a server that has been told so much."""
+    host, port = address.removeprefix("http://").strip("/").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    connection.sendall(text)
+    return connection
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (held := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return held
+
+
+def threads_of(process: subprocess.Popen[str]) -> int:
+    return sum(1 for _ in Path(f"/proc/{process.pid}/task").iterdir())
 
 
 def test_idle_runner_is_healthy(served):
-    answer = requests.get(f"{served}/health", timeout=5)
+    answer = get(f"{served}/health")
     assert (answer.status_code, answer.json()["status"], answer.json()["problems"]) == (200, "healthy", [])
 
 
-def test_loop_that_is_stuck_is_not(served, clock):
+def test_loop_that_is_stuck_is_not(own, clock):
     clock.advance(600)
-    answer = requests.get(f"{served}/health", timeout=5)
+    answer = get(f"{own}/health")
     assert answer.status_code == 503
     assert answer.json()["problems"][0].startswith("the main loop has been stuck for 10 min")
 
 
-def test_store_that_fails_is_not(served, database, clock):
+def test_beat_of_an_earlier_run_is_not_that_of_a_loop_that_is_stuck(own, database, clock):
+    with database.transaction() as sql:
+        sql.execute("update runner set beat_at = beat_at - 86400")
+    assert get(f"{own}/health").status_code == 200
+    clock.advance(600)
+    assert get(f"{own}/health").json()["problems"] == ["the main loop has been stuck for 10 min"]
+
+
+def test_store_that_fails_is_not(own, database, clock):
     with database.transaction() as sql:
         adce.pause(sql, "global", 60, "cannot write days/1.json: No space left on device", clock.boot())
-    answer = requests.get(f"{served}/health", timeout=5)
+    answer = get(f"{own}/health")
     assert answer.status_code == 503
     assert "No space left" in answer.json()["problems"][0]
 
 
 def test_status_tasks_and_metrics_answer(served):
-    status = requests.get(f"{served}/status", timeout=5).json()
-    assert status["lake"]["missing"] == 6
-    assert len(requests.get(f"{served}/tasks?state=pending", timeout=5).json()) == 6
-    assert requests.get(f"{served}/tasks?state=gave_up", timeout=5).json() == []
-    assert 'adce_objects{dataset="days",state="missing"} 6' in requests.get(f"{served}/metrics", timeout=5).text
-    assert requests.get(f"{served}/metrics?format=json", timeout=5).json()["lake"]["missing"] == 6
+    assert get(f"{served}/status").json()["lake"]["missing"] == 6
+    assert len(get(f"{served}/tasks?state=pending").json()) == 6
+    assert get(f"{served}/tasks?state=gave_up").json() == []
+    metrics = get(f"{served}/metrics")
+    assert metrics.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert 'adce_objects{dataset="days",state="missing"} 6' in metrics.text
+    assert get(f"{served}/metrics?format=json").json()["lake"]["missing"] == 6
+
+
+def test_database_that_is_gone_is_told(own, tmp_path):
+    (tmp_path / "adce.db").rename(tmp_path / "moved.db")
+    answer = get(f"{own}/status")
+    (tmp_path / "moved.db").rename(tmp_path / "adce.db")
+    assert (answer.status_code, "No such file" in answer.text) == (503, True)
 
 
 def test_page_is_one_document_that_asks_for_nothing(served):
-    answer = requests.get(f"{served}/", timeout=5)
+    answer = get(f"{served}/")
     assert "<title>ADCE: 6 gaps</title>" in answer.text
-    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert re.findall(r"<script|src=|href=|url\(|@import|javascript:", answer.text) == []
+
+
+def test_markup_from_upstream_is_only_shown(own, database):
+    with database.transaction() as sql:
+        sql.execute("update tasks set last_error = '<script>alert(1)</script>\"&', state = 'retry', next_at = 0")
+    text = get(f"{own}/").text
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/status", "/tasks", "/metrics", "/nothing"])
+def test_every_answer_forbids_scripts_and_caches(served, path):
+    answer = get(served + path)
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'; ")
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert not {"<script", "src=", "href="} & set(answer.text.split())
+    assert answer.headers["Cache-Control"] == "no-store"
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "headers", "status"),
+    ("method", "path", "host", "status"),
     [
-        ("GET", "/nothing", {}, 404),
-        ("HEAD", "/health", {}, 200),
-        ("POST", "/health", {}, 501),
-        ("GET", "/health", {"Host": "evil.example"}, 403),
-        ("GET", "/health", {"Host": "localhost:1"}, 200),
-        ("GET", "/../../etc/passwd", {}, 404),
+        ("GET", "/nothing", "127.0.0.1", 404),
+        ("HEAD", "/health", "127.0.0.1", 200),
+        ("HEAD", "/nothing", "127.0.0.1", 404),
+        ("POST", "/health", "127.0.0.1", 501),
+        ("PUT", "/tasks", "127.0.0.1", 501),
+        ("DELETE", "/tasks", "127.0.0.1", 501),
+        ("OPTIONS", "/", "127.0.0.1", 501),
+        ("GET", "/health", "evil.example", 403),
+        ("GET", "/health", "evil.example:80", 403),
+        ("GET", "/health", "127.0.0.1.evil.example", 403),
+        ("GET", "/health", "localhost:1", 200),
+        ("GET", "/health", "localhost", 200),
+        ("GET", "/../../etc/passwd", "127.0.0.1", 404),
+        ("GET", "//[", "127.0.0.1", 404),
+        ("GET", "http://[/health", "127.0.0.1", 404),
+        ("GET", "/tasks?state=%ff&dataset=%00", "127.0.0.1", 200),
+        ("GET", "/" + "a" * 70_000, "127.0.0.1", 414),
     ],
 )
-def test_only_reading_from_here_is_answered(served, method, path, headers, status):
-    assert requests.request(method, served + path, headers=headers, timeout=5).status_code == status
+def test_only_reading_from_here_is_answered(served, method, path, host, status):
+    request = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"
+    with contextlib.closing(say(served, request.encode())) as connection:
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(f"HTTP/1.0 {status} ".encode())
+    assert (method == "HEAD") == answer.endswith(b"\r\n\r\n")
 
 
-def test_slow_client_holds_nobody_up(served):
-    host, port = served.removeprefix("http://").split(":")
-    slow = [socket.create_connection((host, int(port))) for _ in range(20)]
+def test_head_tells_the_length_of_the_answer(served):
+    head = requests.head(f"{served}/tasks", timeout=10)
+    assert int(head.headers["Content-Length"]) == len(get(f"{served}/tasks").content) > 0
+
+
+def test_slow_clients_hold_nobody_up(served):
+    slow = [say(served, b"GET /health HT") for _ in range(3 * adce.HTTP_THREADS)]
+    assert get(f"{served}/health").status_code == 200
     for one in slow:
-        one.sendall(b"GET /health HT")
-    assert requests.get(f"{served}/health", timeout=3).status_code == 200
-    for one in slow:
+        one.close()
+
+
+def test_client_that_drips_is_cut_off_when_its_time_is_over(own, clock):
+    dripping = say(own, b"GET /health HT")
+    assert get(f"{own}/health").status_code == 200  # so the other one was accepted before
+    clock.advance(adce.HTTP_SECONDS + 1)
+    assert dripping.recv(100) == b""
+    dripping.close()
+
+
+def test_many_answers_at_once_are_all_given(served):
+    asked = [say(served, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") for _ in range(adce.HTTP_THREADS)]
+    assert {one.recv(15) for one in asked} == {b"HTTP/1.0 200 OK"}
+    for one in asked:
         one.close()
 
 
@@ -110,15 +223,37 @@ def test_port_that_is_taken_is_told_and_the_run_goes_on(upstream, tmp_path):
     assert "health_check.port" in done.stderr
 
 
-def test_runner_serves_while_it_runs(upstream, tmp_path):
+@pytest.fixture
+def runner(upstream, tmp_path) -> Iterator[subprocess.Popen[str]]:
     write_league(tmp_path, upstream.address)
     path = tmp_path / "adce.yaml"
     path.write_text(path.read_text() + "health_check: {port: 0}\n")
     process = start_adce("run", folder=tmp_path)
-    assert process.stderr
-    line = process.stderr.readline()
-    address = line.rpartition("address=")[2].strip()
-    assert requests.get(address + "health", timeout=5).status_code == 200
-    assert json.loads(requests.get(address + "status", timeout=5).text)["runner"]["pid"] == process.pid
-    process.terminate()
-    process.communicate(timeout=10)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def address_of(runner: subprocess.Popen[str]) -> str:
+    assert runner.stderr
+    return runner.stderr.readline().rpartition("address=")[2].strip()
+
+
+def test_runner_serves_while_it_runs(runner):
+    address = address_of(runner)
+    assert get(address + "health").status_code == 200
+    assert json.loads(get(address + "status").text)["runner"]["pid"] == runner.pid
+
+
+def test_bad_clients_leave_no_word_and_no_thread_behind(runner):
+    address = address_of(runner)
+    assert until(lambda: get(address + "status").json()["tasks"]["retry"] == 6)  # all workers have begun
+    few = threads_of(runner)
+    for number in range(100):
+        client = say(address, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" if number % 2 else b"GET / HT")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0, 0, 0, 0, 0]))  # reset, not closed
+        client.close()
+    assert until(lambda: threads_of(runner) <= few + 1)
+    runner.terminate()
+    _, told = runner.communicate(timeout=20)
+    assert [line for line in told.splitlines() if not re.match(r"20\S+Z (INFO|WARN) ", line)] == []

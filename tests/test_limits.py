@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import multiprocessing
 import sqlite3
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -29,22 +31,23 @@ def windows(*pairs: tuple[int, float], **more) -> adce.ScopeLimits:
     return adce.ScopeLimits(tuple(adce.WindowLimit(*pair) for pair in pairs), **more)
 
 
-def configuration(rates: adce.RateLimiting) -> adce.Configuration:
-    sources = {name: adce.Source(name, timeout_seconds=20) for name in SOURCES}
+def configuration(rates: adce.RateLimiting, names: Iterable[str] = SOURCES) -> adce.Configuration:
+    sources = {name: adce.Source(name) for name in names}
     return adce.Configuration(Path("adce.yaml"), Path("adce.db"), "lake", rate_limiting=rates, sources=sources)
 
 
 class Desk:
     """A limiter on a database in memory, whose time is moved by hand."""
 
-    def __init__(self, rates: adce.RateLimiting) -> None:
+    def __init__(self, rates: adce.RateLimiting, *sources: str) -> None:
         self.clock, self.rates = ManualClock(), rates
+        self.sources = sources or SOURCES
         self.database = adce.memory_database()
         self.declare()
 
     def declare(self) -> None:
         with self.database.transaction() as sql:
-            adce.declare_limits(sql, configuration(self.rates), self.clock)
+            adce.declare_limits(sql, configuration(self.rates, self.sources), self.clock)
 
     def opening(self, source: str = "espn") -> adce.Opening:
         with self.database.transaction() as sql:
@@ -121,6 +124,26 @@ def test_bucket_lets_a_burst_through_and_then_its_rate():
     assert [desk.ask_and_release(), desk.ask_and_release()] == [True, False]
 
 
+def test_bucket_that_is_declared_later_starts_without_debt():
+    desk = Desk(limiting())
+    for _ in range(500):
+        assert desk.ask_and_release()
+        desk.clock.advance(0.1)
+    desk.rates = limiting(espn=windows((600, 60), burst_size=3, refill_per_second=10))
+    desk.declare()
+    desk.clock.advance(0.1)
+    assert desk.ask()
+
+
+def test_request_may_take_until_its_deadline_and_counts_as_long():
+    desk = Desk(limiting(espn=windows((1, 1))))
+    permit = desk.ask(timeout=20)
+    assert permit and permit.deadline >= permit.send_before + 20
+    for before in (20, 5, 0):
+        desk.clock.seconds = permit.deadline - before
+        assert not desk.ask()
+
+
 def test_dead_owner_counts_until_its_deadline_and_a_window_after_it():
     desk = Desk(limiting(espn=windows((1, 60))))
     permit = desk.ask()
@@ -138,6 +161,16 @@ def test_changed_limit_applies_to_what_was_asked_before():
     assert all(desk.ask_and_release() for _ in range(3))
     desk.rates = limiting(espn=windows((3, 60)))
     desk.declare()
+    assert not desk.ask()
+
+
+def test_history_counts_again_after_limits_were_switched_off():
+    desk = Desk(limiting(espn=windows((3, 60))))
+    assert all(desk.ask_and_release() for _ in range(3))
+    for rates in (adce.RateLimiting(enabled=False), limiting(espn=windows((5, 60)))):
+        desk.rates = rates
+        desk.declare()
+        assert desk.ask_and_release()
     assert not desk.ask()
 
 
@@ -160,13 +193,15 @@ def test_reboot_makes_old_requests_count_from_the_new_start():
     assert desk.ask()
 
 
-def test_pause_survives_a_reboot_but_grows_no_longer():
+@pytest.mark.parametrize(("step", "left"), [(0, 60), (-36000, 100), (36000, 0)])
+def test_pause_survives_a_reboot_but_grows_no_longer_whatever_the_wall_clock_says(step, left):
     desk = Desk(limiting())
-    assert desk.learn(adce.Outcome.THROTTLED, retry_after=100)
+    desk.learn(adce.Outcome.THROTTLED, retry_after=100)
     desk.clock.advance(40)
-    desk.clock.reboot(uptime=5)
+    desk.clock.reboot(uptime=0)
+    desk.clock.step_wall(step)
     desk.declare()
-    assert desk.opening().at == pytest.approx(65)
+    assert desk.opening().at == pytest.approx(left)
 
 
 def test_pauses_are_merged_to_the_longest():
@@ -199,6 +234,42 @@ def test_answers_to_requests_from_before_a_pause_do_not_lengthen_it():
     assert [bool(pause) for pause in pauses] == [False, True, False, False]
 
 
+def test_good_answer_to_a_request_from_before_a_pause_does_not_say_that_the_source_is_back():
+    desk, lengths = Desk(limiting()), []
+    for _ in range(3):
+        pause = desk.learn(adce.Outcome.THROTTLED)
+        desk.learn(adce.Outcome.OK)
+        lengths.append(pause and pause.seconds)
+        desk.clock.advance(1000)
+    assert lengths == [60, 120, 240]
+
+
+def test_five_workers_that_are_told_to_wait_at_once_make_one_pause():
+    desk = Desk(limiting())
+    for _ in range(5):
+        desk.learn(adce.Outcome.THROTTLED, retry_after=5)
+    desk.clock.advance(6)
+    pause = desk.learn(adce.Outcome.THROTTLED)
+    assert pause and pause.seconds == 120
+
+
+@pytest.mark.parametrize(("outcome", "times"), [*adce.SOURCE_FAILURES.items()])
+def test_so_many_failures_in_a_row_pause_a_source_and_a_good_answer_between_them_prevents_it(outcome, times):
+    desk = Desk(limiting())
+    for _ in range(3):
+        assert [desk.learn(outcome) for _ in range(times - 1)] == [None] * (times - 1)
+        desk.learn(adce.Outcome.OK)
+    assert [bool(desk.learn(outcome)) for _ in range(times)] == [False] * (times - 1) + [True]
+
+
+@pytest.mark.parametrize("outcome", [adce.Outcome.LOST, adce.Outcome.STORE_ERROR])
+def test_what_says_nothing_of_the_source_changes_nothing_of_it(outcome):
+    desk = Desk(limiting())
+    desk.learn(adce.Outcome.UNREACHABLE)
+    assert desk.learn(outcome) is None
+    assert desk.learn(adce.Outcome.UNREACHABLE)
+
+
 def test_failures_in_a_row_pause_a_source_and_one_request_at_a_time_asks_whether_it_is_back():
     desk = Desk(limiting())
     pauses = [desk.learn(adce.Outcome.BROKEN) for _ in range(5)]
@@ -213,12 +284,17 @@ def test_failures_in_a_row_pause_a_source_and_one_request_at_a_time_asks_whether
     assert desk.ask()
 
 
-def test_finished_requests_that_no_window_counts_are_removed_little_by_little():
-    desk = Desk(limiting(espn=windows((5, 10))))
-    for _ in range(200):
-        assert desk.ask_and_release()
-        desk.clock.advance(2)
-    assert desk.database.value("select count(*) from requests") < 12
+def test_requests_stay_as_long_as_a_window_counts_them_and_little_longer():
+    desk = Desk(limiting(espn=windows((5, 10), (1000, 7200)), nba=windows((50, 60))))
+    asked = []
+    for number in range(900):
+        assert desk.ask_and_release(SOURCES[number % 2])
+        asked.append(desk.clock.boot())
+        desk.clock.advance(20)
+    counted = [at for at in asked if at > asked[-1] - 7200]
+    kept = [row[0] for row in desk.database.read("select finished_at from requests order by finished_at desc")]
+    assert kept[: len(counted)] == counted[::-1]
+    assert len(kept) <= len(counted) + 5
 
 
 def test_saturated_window_is_used_up_and_never_exceeded():
@@ -232,20 +308,38 @@ def test_saturated_window_is_used_up_and_never_exceeded():
     assert len(granted) >= 5 * 40
 
 
-REAL = (60, 3000, 10), (30, 1000, 5), (20, 500, 3), (40, 2000, 8)  # a minute, an hour, burst
-
-
-@pytest.mark.parametrize(("minute", "hour", "burst"), REAL)
-def test_backoff_still_reaches_the_whole_quota(minute, hour, burst):
+@pytest.mark.parametrize("source", ["espn", "nba_api", "basketball_reference", "hoopr"])
+def test_backoff_still_reaches_the_whole_quota_of_the_shipped_limits(source):
     """The plain rule, 1, 2, 4 ... 30 s past 80%, would end at 81% of it."""
-    limits = windows((minute, 60), (hour, 3600), burst_size=burst, refill_per_second=minute / 60)
-    desk, granted = Desk(limiting(adce.Backoff(), espn=limits)), 0
-    start = desk.clock.boot()
-    while desk.clock.boot() < start + 3 * 3600:
+    shipped = adce.load_configuration(ROOT / "adce.yaml")
+    of_a_minute = {
+        scope: dataclasses.replace(
+            limits, windows=tuple(limit for limit in limits.windows if limit.seconds <= adce.MINUTE)
+        )
+        for scope, limits in shipped.rate_limiting.scopes.items()
+    }
+    desk, granted = Desk(dataclasses.replace(shipped.rate_limiting, scopes=of_a_minute), source), 0
+    end = desk.clock.boot() + 2 * adce.HOUR
+    while desk.clock.boot() < end:
+        granted += desk.ask_and_release(source)
+        desk.clock.seconds = max(desk.opening(source).at, desk.clock.seconds)
+    assert granted >= 0.99 * 120 * of_a_minute[source].windows[-1].max_requests
+
+
+@settings(deadline=None)
+@given(st.integers(2, 20), st.floats(10, 100), st.floats(1, 60), st.lists(st.floats(0, 5), min_size=1, max_size=40))
+def test_backoff_never_asks_for_more_than_spreading_the_rest_evenly(most, percent, longest, gaps):
+    backoff = adce.Backoff(threshold_percent=percent, max_delay_seconds=longest)
+    desk, asked = Desk(limiting(backoff, espn=windows((most, 60)))), []
+    for gap in gaps:
         if desk.ask_and_release():
-            granted += desk.clock.boot() >= start + 3600  # without the first hour's burst
-        desk.clock.seconds = max(desk.opening().at, desk.clock.seconds)
-    assert granted >= 0.99 * 2 * min(hour, minute * 60)
+            asked.append(desk.clock.boot())
+            used = [at for at in asked if at > asked[-1] - 60]
+            spread = (used[0] + 60 - asked[-1]) / max(1, most - len(used))
+            wait = desk.opening().at - asked[-1]
+            assert wait <= spread + 1e-6
+            assert wait <= longest + 1e-6 or len(used) == most
+        desk.clock.advance(gap)
 
 
 def test_backoff_spaces_requests_past_the_threshold():
@@ -261,11 +355,17 @@ def test_backoff_spaces_requests_past_the_threshold():
 
 # --------------------------------------------------------------- no window is ever exceeded
 
-limit_values = st.tuples(st.integers(1, 6), st.sampled_from([1.0, 3.0, 10.0, 60.0]))
+LONGEST_ANSWER = 29.0  # as the source's timeout is 20, and it may be sent 10 late
+SPANS = [1.0, 3.0, 10.0, 60.0, 3600.0, 86400.0]
 scope_values = st.builds(
-    lambda pairs, burst: windows(*pairs, burst_size=burst, refill_per_second=pairs[0][0] / pairs[0][1]),
-    st.lists(limit_values, min_size=1, max_size=3, unique_by=lambda pair: pair[1]),
+    lambda pairs, burst, least: windows(
+        *([(1, least)] if least else []), *pairs, burst_size=burst, refill_per_second=pairs[0][0] / pairs[0][1]
+    ),
+    st.lists(
+        st.tuples(st.integers(1, 6), st.sampled_from(SPANS)), min_size=1, max_size=4, unique_by=lambda pair: pair[1]
+    ),
     st.none() | st.integers(1, 5),
+    st.none() | st.sampled_from([0.5, 2.5]),  # min_delay_seconds
 )
 rate_values = st.builds(
     lambda espn, nba, everyone, backoff: limiting(backoff, espn=espn, nba=nba, **{"global": everyone}),
@@ -274,13 +374,30 @@ rate_values = st.builds(
     scope_values,
     st.none() | st.just(adce.Backoff()),
 )
-asks = st.tuples(st.just("ask"), st.sampled_from(SOURCES), st.floats(0, 25), st.floats(0, 1), st.booleans())
-others = st.one_of(
-    st.tuples(st.just("advance"), st.floats(0, 30)),
-    st.tuples(st.just("until open"), st.sampled_from(SOURCES)),
-    st.tuples(st.just("step"), st.sampled_from([3600.0, -3600.0])),
+steps = st.one_of(
+    st.tuples(
+        st.just("ask"),
+        st.sampled_from(SOURCES),
+        st.just(LONGEST_ANSWER) | st.floats(0, LONGEST_ANSWER),
+        st.sampled_from([0.0, 0.5, 1.0]),
+        st.booleans(),
+    ),
+    st.tuples(st.just("advance"), st.sampled_from([0.5, 5.0, 20.0, 45.0]) | st.floats(0, 60)),
+    st.tuples(st.just("until_open"), st.sampled_from(SOURCES)),
+    st.tuples(st.just("step_wall"), st.sampled_from([3600.0, -3600.0])),
     st.tuples(st.just("reboot"), st.floats(0.1, 100)),
+    st.tuples(st.just("change"), rate_values),
 )
+
+
+@dataclasses.dataclass
+class Asked:
+    """A request with its true times, and the limits that were in force when it was granted."""
+
+    source: str
+    arrives: float
+    rates: adce.RateLimiting
+    remembered: float  # no window longer than this could know all that went before
 
 
 class World:
@@ -288,8 +405,13 @@ class World:
 
     def __init__(self, rates: adce.RateLimiting) -> None:
         self.desk, self.elapsed = Desk(rates), 0.0
-        self.arrivals: dict[str, list[float]] = {name: [] for name in SOURCES}
+        self.asked: list[Asked] = []
         self.finishes: list[tuple[float, int, adce.Permit]] = []
+        self.remembered = self.longest(rates)
+
+    @staticmethod
+    def longest(rates: adce.RateLimiting) -> float:
+        return max([3600.0, *(limit.seconds for limits in rates.scopes.values() for limit in limits.windows)])
 
     def advance(self, seconds: float) -> None:
         """Let time pass; requests finish at their instants."""
@@ -304,80 +426,103 @@ class World:
         self.desk.clock.advance(max(0.0, to - self.elapsed))
         self.elapsed = max(self.elapsed, to)
 
+    def until_open(self, source: str) -> None:
+        self.advance(max(0.0, self.desk.opening(source).at - self.desk.clock.boot()))
+
     def ask(self, source: str, latency: float, where: float, dies: bool) -> None:
         permit = self.desk.ask(source)
         if permit:
-            self.arrivals[source].append(self.elapsed + latency * where)
+            self.asked.append(Asked(source, self.elapsed + latency * where, self.desk.rates, self.remembered))
             if not dies:
                 heapq.heappush(self.finishes, (self.elapsed + latency, permit.request_id, permit))
 
+    def step_wall(self, seconds: float) -> None:
+        self.desk.clock.step_wall(seconds)
+
+    def change(self, rates: adce.RateLimiting) -> None:
+        self.remembered = min(self.remembered, self.longest(rates))
+        self.desk.rates = rates
+        self.desk.declare()
+
     def reboot(self, uptime: float) -> None:
         """What was on its way has arrived or never will; the machine comes up a little later."""
-        cut = self.elapsed
-        self.arrivals = {name: [min(at, cut) for at in times] for name, times in self.arrivals.items()}
+        for asked in self.asked:
+            asked.arrives = min(asked.arrives, self.elapsed)
         self.finishes = []
-        self.desk.clock.reboot(f"boot at {cut}", uptime)
+        self.desk.clock.reboot(f"boot at {self.elapsed}", uptime)
         self.elapsed += uptime
         self.desk.declare()
 
-    def excess(self, scope: str, limit: adce.WindowLimit) -> list[float]:
-        names = SOURCES if scope == "global" else (scope,)
-        times = sorted(itertools.chain(*(self.arrivals[name] for name in names)))
-        spans = [later - earlier for earlier, later in zip(times, times[limit.max_requests :], strict=False)]
-        return [span for span in spans if span < limit.seconds - 1e-6]
+    def violations(self) -> list[str]:
+        """Every request that was one too many at the server, by its arrival among all granted before it."""
+        return [
+            f"request {number} of {scope}: more than {limit}"
+            for number, asked in enumerate(self.asked)
+            for scope in (asked.source, "global")
+            for limit in asked.rates.scopes[scope].windows
+            if limit.seconds <= asked.remembered and self._is_too_many(number, scope, limit)
+        ]
+
+    def _is_too_many(self, number: int, scope: str, limit: adce.WindowLimit) -> bool:
+        asked = self.asked[: number + 1]
+        times = sorted(one.arrives for one in asked if scope in ("global", one.source))
+        place = times.index(asked[-1].arrives)
+        runs = zip(times, times[limit.max_requests :], strict=False)
+        around = itertools.islice(runs, max(0, place - limit.max_requests), place + 1)
+        return any(last - first < limit.seconds - 1e-6 for first, last in around)
 
 
-@settings(max_examples=150, deadline=None)
-@given(rate_values, st.lists(asks | others, max_size=60))
+@settings(max_examples=300, deadline=None)
+@given(rate_values, st.lists(steps, max_size=60))
 @example(
     limiting(espn=windows((1, 1.0)), nba=windows((1, 1.0)), **{"global": windows((1, 1.0))}),
     [("ask", "espn", 25.0, 1.0, True)],
 )
 def test_no_window_is_ever_exceeded_at_the_server(rates, steps):
     world = World(rates)
-    for step in steps:
-        if step[0] == "ask":
-            world.ask(*step[1:])
-        elif step[0] == "advance":
-            world.advance(step[1])
-        elif step[0] == "until open":
-            world.advance(world.desk.opening(step[1]).at - world.desk.clock.boot())
-        elif step[0] == "step":
-            world.desk.clock.step_wall(step[1])
-        else:
-            world.reboot(step[1])
-    for scope, limits in rates.scopes.items():
-        assert [world.excess(scope, limit) for limit in limits.windows] == [[] for _ in limits.windows]
+    for name, *values in steps:
+        getattr(world, name)(*values)
+    assert world.violations() == []
 
 
 @settings(max_examples=100, deadline=None)
 @given(rate_values, st.integers(0, 30), st.sampled_from(SOURCES))
-def test_idle_limiter_grants_at_the_very_instant_it_has_promised(rates, used, source):
+def test_idle_limiter_grants_at_the_very_instant_it_has_promised_and_no_sooner(rates, used, source):
     desk = Desk(rates)
     for _ in range(used):
-        desk.ask_and_release()
-    promised = desk.opening(source)
-    desk.clock.seconds = max(desk.clock.seconds, promised.at)
-    assert desk.ask(source)
+        desk.ask_and_release(source)
+        desk.clock.advance(0.3)
+    looks = 0
+    while not desk.ask(source):
+        looks += 1
+        promised = desk.opening(source)
+        if promised.reason.endswith(" s"):  # a window, not a bucket or a backoff
+            desk.clock.seconds = promised.at - 0.001
+            assert not desk.ask(source)
+        desk.clock.seconds = promised.at
+    # a backoff may find at the end of its wait that another window is nearly used up by then
+    assert looks <= (3 if rates.backoff else 1)
 
 
 def test_no_statement_scans_the_requests():
     desk = Desk(limiting(adce.Backoff(), espn=windows((5, 10), (50, 100)), **{"global": windows((60, 100))}))
-    for _ in range(12):
-        desk.ask_and_release()
-        desk.clock.advance(1)
     statements: list[str] = []
     desk.database._writer.set_trace_callback(statements.append)
-    desk.ask_and_release()
+    for number in range(12):
+        permit = desk.ask()
+        if permit and number % 3:  # one of three is released unused, one never
+            desk.release(permit, used=number % 3 == 1)
+        desk.clock.advance(5)
     desk.database._writer.set_trace_callback(None)
-    plans = [
-        row[3]
-        for text in set(statements)
-        if text.split()[0] in ("select", "update", "delete", "insert")
-        for row in desk.database.read(f"explain query plan {text}")
-    ]
-    assert any("requests_by_source" in plan for plan in plans)
-    assert [plan for plan in plans if plan.startswith("SCAN requests") and "INDEX" not in plan] == []
+    texts = {text for text in statements if text.split()[0] in ("select", "update", "delete", "insert")}
+    plans = {row[3] for text in texts for row in desk.database.read(f"explain query plan {text}")}
+    assert {
+        name for name in ("by_source", "by_number", "in_flight") if any(f"requests_{name}" in plan for plan in plans)
+    }
+    # the index of what is in flight is as long as there are workers
+    assert {plan for plan in plans if plan.startswith("SCAN requests")} <= {
+        "SCAN requests USING INDEX requests_in_flight"
+    }
 
 
 def ask_in_a_process(database: str, address: str, seconds: float) -> None:
@@ -409,14 +554,14 @@ def test_processes_that_share_a_database_share_its_limits(tmp_path):
     with Upstream(limits=[(20, 1.0), (30, 2.0)], latency_seconds=(0.0, 0.03)) as upstream:
         upstream.answer("/x", Answer(b"ok"))
         context = multiprocessing.get_context("spawn")
-        arguments = (str(tmp_path / "adce.db"), upstream.address, 4.0)
+        arguments = (str(tmp_path / "adce.db"), upstream.address, 3.0)
         processes = [context.Process(target=ask_in_a_process, args=arguments) for _ in range(3)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
         assert upstream.violations == 0
-        assert upstream.count() >= 45
+        assert upstream.count() >= 35
 
 
 def test_shipped_limits_are_those_of_the_windows_table(tmp_path):

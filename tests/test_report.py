@@ -6,38 +6,115 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 
 import pytest
+from lakes import league_text
 from test_schema import lived  # noqa: F401  # a fixture
 
 import adce
 
 DAY = 86400
+GAPS = ("missing", "stale", "suspect")
 
 
 def section(sections: list[adce.Section], name: str) -> adce.Rows:
     return next(one.rows for one in sections if one.name == name)
 
 
+def objects_by(database: adce.Database, *columns: str) -> Counter[tuple[str, ...]]:
+    """Objects counted by some columns of the tables themselves, without the views."""
+    sql = "select * from objects join datasets using (dataset_id) where objects.state not in ('awaited', 'dropped')"
+    return Counter(tuple(row[column] for column in columns) for row in database.read(sql))
+
+
+def tasks_by(database: adce.Database, *columns: str) -> Counter[tuple[str, ...]]:
+    sql = "select * from tasks join datasets using (dataset_id)"
+    return Counter(tuple(row[column] for column in columns) for row in database.read(sql))
+
+
+def test_coverage_counts_the_objects(lived):  # noqa: F811
+    counts, gave_up = objects_by(lived, "dataset", "season", "state"), tasks_by(lived, "dataset", "state")
+    rows = section(adce.coverage_sections(lived), "coverage")
+    for row in rows:
+        told = {state: row[state] for state in ("present", *GAPS)}
+        assert told == {state: counts[row["dataset"], row["season"], state] for state in told}
+        assert row["expected"] == sum(told.values())
+        assert row["gave_up"] == gave_up[row["dataset"], "gave_up"]
+        assert row["percent"] == row["present"] * 10000 // row["expected"] / 100
+    assert sum(row["expected"] for row in rows) == counts.total() > 0
+
+
+def test_coverage_of_one_source_or_dataset_is_a_part_of_it(lived):  # noqa: F811
+    every = section(adce.coverage_sections(lived), "coverage")
+    assert section(adce.coverage_sections(lived, source="league"), "coverage") == every
+    assert section(adce.coverage_sections(lived, dataset="games"), "coverage") == [
+        row for row in every if row["dataset"] == "games"
+    ]
+
+
 def test_every_figure_of_the_report_is_a_count_of_the_tables(lived):  # noqa: F811
     sections = adce.report_sections(lived, DAY, adce.Clock().wall())
-    objects = lived.value("select count(*) from objects where state not in ('awaited', 'dropped')")
-    present = lived.value("select count(*) from objects where state = 'present'")
+    by_state, by_dataset = objects_by(lived, "state"), objects_by(lived, "dataset", "state")
+    for row in section(sections, "coverage"):
+        assert [row[state] for state in GAPS] == [by_dataset[row["dataset"], state] for state in GAPS]
     total = section(sections, "total")[0]
-    assert (total["expected"], total["present"]) == (objects, present)
-    assert sum(row["expected"] for row in section(sections, "coverage")) == objects
-    assert sum(row["objects"] for row in section(sections, "reasons")) == objects - present
-    assert sum(row["attempts"] for row in section(sections, "attempts")) == lived.value("select count(*) from attempts")
-    by_priority = section(sections, "queue")
-    assert sum(row["gave_up"] for row in by_priority) == lived.value(
-        "select count(*) from tasks where state = 'gave_up'"
-    )
-    assert sum(row["retry"] for row in by_priority) == lived.value("select count(*) from tasks where state = 'retry'")
+    assert (total["expected"], total["present"]) == (by_state.total(), by_state["present",])
+    assert [total[state] for state in GAPS] == [by_state[state,] for state in GAPS]
+    reasons = section(sections, "reasons")
+    assert sum(row["objects"] for row in reasons) == sum(by_state[state,] for state in GAPS)
+    by_priority = tasks_by(lived, "priority", "state")
+    for row in section(sections, "queue"):
+        for state in ("pending", "retry", "running", "gave_up"):
+            assert row[state] == by_priority[row["priority"], state]
     assert section(sections, "cycles")[0]["cycle_id"] == lived.value("select max(cycle_id) from reconciliations")
+
+
+def test_attempts_of_the_report_are_sums_of_the_table(lived):  # noqa: F811
+    told = section(adce.report_sections(lived, DAY, adce.Clock().wall()), "attempts")
+    kept = lived.read("select * from attempts")
+    for column in ("requests", "bytes"):
+        assert sum(row[column] or 0 for row in told) == sum(attempt[column] or 0 for attempt in kept)
+    assert sum(row["attempts"] for row in told) == len(kept)
+    assert max(row["longest"] for row in told) == pytest.approx(max(one["seconds"] for one in kept), abs=0.001)
+    assert {row["outcome"] for row in told} == {attempt["outcome"] for attempt in kept}
 
 
 def test_attempts_before_the_span_do_not_count(lived):  # noqa: F811
     assert section(adce.report_sections(lived, 1, adce.Clock().wall() + DAY), "attempts") == []
+
+
+def test_every_figure_of_the_status_is_a_count_of_the_tables(lived, configure, tmp_path):  # noqa: F811
+    configuration = configure(league_text("http://127.0.0.1:9"))
+    configuration.database.touch()
+    lock = adce.RunnerLock(tmp_path / "adce.db")
+    sections = adce.status_sections(lived, configuration, lock, adce.Clock().wall())
+    by_state, tasks = objects_by(lived, "state"), tasks_by(lived, "state")
+    lake = section(sections, "lake")[0]
+    assert {state: lake[state] for state in ("present", *GAPS)} == {s: by_state[s,] for s in ("present", *GAPS)}
+    assert (lake["expected"], lake["percent"]) == (
+        by_state.total(),
+        by_state["present",] * 10000 // by_state.total() / 100,
+    )
+    told = section(sections, "tasks")[0]
+    assert [told[state] for state in ("pending", "running", "retry", "gave_up")] == [
+        tasks[state,] for state in ("pending", "running", "retry", "gave_up")
+    ]
+    assert section(sections, "runner")[0]["runner"] == "not running"
+
+
+def test_tasks_are_all_that_are_open_the_most_urgent_first(lived):  # noqa: F811
+    (told,) = adce.tasks_sections(lived, {"state": None, "dataset": None, "source": None}, 1000)
+    live = lived.read("select task_id from tasks where state in ('pending', 'retry', 'running', 'gave_up')")
+    assert {row["task_id"] for row in told.rows} == {row["task_id"] for row in live}
+    assert [row["score"] for row in told.rows] == sorted((row["score"] for row in told.rows), reverse=True)
+    assert told.title == f"{len(live)} open tasks"
+
+
+def test_tasks_that_are_left_out_are_told(lived):  # noqa: F811
+    (told,) = adce.tasks_sections(lived, {"state": None, "dataset": None, "source": None}, 1)
+    assert len(told.rows) == 1
+    assert re.fullmatch(r"\d+ open tasks, the first 1", told.title)
 
 
 def test_task_is_shown_with_all_its_attempts(lived):  # noqa: F811
@@ -49,23 +126,49 @@ def test_task_is_shown_with_all_its_attempts(lived):  # noqa: F811
         adce.task_sections(lived, 99999)
 
 
+def test_lock_of_another_process_is_not_taken_for_the_last_run(database, tmp_path):
+    with database.transaction() as sql:
+        sql.execute("insert into runner values (1, 4711, '0.9', 100, 200, null, null)")
+    lock = adce.RunnerLock(tmp_path / "adce.db")
+    assert adce.runner_state(database, lock, 300)["note"] == "ended without a word"
+    lock.acquire()
+    state = adce.runner_state(database, adce.RunnerLock(tmp_path / "adce.db"), 300)
+    assert (state["runner"], state["pid"]) == ("running", int((tmp_path / "adce.db.lock").read_text()))
+    assert "uptime" not in state
+    lock.release()
+
+
 ROWS = [
     {"key": "20200407_2", "game": "0022300001", "ratio": 1.10, "note": "a\x1b[31m\nb"},
-    {"key": "1.10", "game": None, "ratio": 2.0, "note": "<b>"},
+    {"key": "1.10", "game": None, "ratio": 2.0, "note": "<b>|\u202e\x9b"},
 ]
 SECTIONS = [adce.Section("things", "Things", ROWS)]
 
 
-def test_ids_stand_unchanged_in_a_table():
-    text = adce.render(SECTIONS, "table")
-    assert "20200407_2" in text
-    assert "0022300001" in text
-    assert re.search(r"^1\.10 ", text, re.MULTILINE)
+@pytest.mark.parametrize("style", adce.FORMATS)
+@pytest.mark.parametrize("word", ["20200407_2", "0022300001", "1.10"])
+def test_ids_stand_unchanged(style, word):
+    assert re.search(rf"(?<![\w.]){re.escape(word)}(?![\w.])", adce.render(SECTIONS, style))
 
 
-def test_control_characters_are_shown_and_not_obeyed():
-    assert "a?[31m?b" in adce.render(SECTIONS, "table")
-    assert "\x1b" not in adce.render(SECTIONS, "table")
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (1234567.0, "1234567"), (86400.0, "86400"), (0.5, "0.5"), (99.99, "99.99"), (172905, "172905")],
+)
+def test_number_is_written_out(value, text):
+    assert adce.render([adce.Section("x", "", [{"n": value}])], "table").split()[-1] == text
+
+
+@pytest.mark.parametrize("style", ["table", "github", "html"])
+def test_control_characters_are_shown_and_not_obeyed(style):
+    text = adce.render(SECTIONS, style)
+    assert "a?[31m?b" in text
+    assert [letter for letter in text if not letter.isprintable() and letter != "\n"] == []
+
+
+def test_bar_in_a_value_makes_no_column_on_github():
+    lines = adce.render(SECTIONS, "github").splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")} == {5}
 
 
 def test_markup_is_escaped_in_html():
@@ -74,10 +177,20 @@ def test_markup_is_escaped_in_html():
     assert "<b>" not in text + adce.page(SECTIONS, "<b>", 0)
 
 
-def test_json_is_one_document_and_csv_has_a_header():
-    assert json.loads(adce.render(SECTIONS, "json"))[0]["game"] == "0022300001"
-    assert json.loads(adce.render([*SECTIONS, adce.Section("more", "", [])], "json"))["things"] == ROWS
-    assert next(csv.DictReader(io.StringIO(adce.render(SECTIONS, "csv"))))["key"] == "20200407_2"
+def test_json_is_one_document():
+    assert json.loads(adce.render(SECTIONS, "json")) == ROWS
+    assert json.loads(adce.render([*SECTIONS, adce.Section("more", "", [])], "json")) == {"things": ROWS, "more": []}
+
+
+def test_one_thing_in_json_is_an_object_or_null():
+    one, none = adce.Section("one", "", ROWS[:1], is_one=True), adce.Section("none", "", [], is_one=True)
+    assert json.loads(adce.render([one, none], "json")) == {"one": ROWS[0], "none": None}
+
+
+def test_csv_gives_back_what_was_put_in():
+    rows = list(csv.DictReader(io.StringIO(adce.render(SECTIONS, "csv"))))
+    assert [row["note"] for row in rows] == [row["note"] for row in ROWS]
+    assert [row["key"] for row in rows] == [row["key"] for row in ROWS]
 
 
 def test_table_is_cut_to_the_width_of_a_terminal():
@@ -89,25 +202,64 @@ def test_nothing_is_said_in_words():
     assert adce.render([adce.Section("x", "Things", [], empty="none so far")], "table") == "Things\nnone so far"
 
 
-METRIC = re.compile(r'([a-z_]+)(\{(?:[a-z]+="(?:[^"\\\n]|\\.)*",?)*\})? (-?[0-9.e+]+)')
+SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (-?[0-9.]+(?:e[+-]?[0-9]+)?)")
+LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\["\\n])*)"(?:,|$)')
+Labels = tuple[tuple[str, str], ...]
 
 
-def test_metrics_are_in_the_format_of_prometheus(lived):  # noqa: F811
-    described: set[str] = set()
-    for line in adce.metrics_text(lived).splitlines():
-        if line.startswith("#"):
-            described.add(line.split()[2])
-        else:
-            match = METRIC.fullmatch(line)
-            assert match, line
-            assert match[1] in described
-    assert "adce_attempts_total" in described
+def parse_metrics(text: str) -> dict[tuple[str, Labels], float]:
+    """The samples of a text in Prometheus's format 0.0.4; each after the HELP and TYPE of its own family."""
+    samples: dict[tuple[str, Labels], float] = {}
+    words: list[str] = []
+    assert text.endswith("\n")
+    for line in text.removesuffix("\n").split("\n"):
+        if line.startswith("# "):
+            words = [*words, *line.split(" ", 3)[1:3]] if line.startswith("# TYPE") else line.split(" ", 3)[1:3]
+            continue
+        match = SAMPLE.fullmatch(line)
+        assert match, line
+        assert words == ["HELP", match[1], "TYPE", match[1]], line
+        labels = match[2] or ""
+        assert LABEL.sub("", labels) == "", line
+        plain = {
+            name: re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), value)
+            for name, value in LABEL.findall(labels)
+        }
+        sample = match[1], tuple(plain.items())
+        assert sample not in samples, line
+        samples[sample] = float(match[3])
+    return samples
 
 
 def test_metrics_agree_with_the_tables(lived):  # noqa: F811
-    text = adce.metrics_text(lived)
-    present = lived.value(
-        "select count(*) from objects join datasets using (dataset_id) where dataset = 'days' and state = 'present'"
-    )
-    assert f'adce_objects{{dataset="days",state="present"}} {present}' in text
-    assert f"adce_cycles_total {lived.value('select count(*) from reconciliations')}" in text
+    samples = parse_metrics(adce.metrics_text(lived))
+    for (dataset, state), count in objects_by(lived, "dataset", "state").items():
+        assert samples["adce_objects", (("dataset", dataset), ("state", state))] == count
+    for (dataset, state), count in tasks_by(lived, "dataset", "state").items():
+        if state in ("pending", "retry", "running", "gave_up"):
+            assert samples["adce_tasks", (("dataset", dataset), ("state", state))] == count
+    attempts = sum(value for (name, _), value in samples.items() if name == "adce_attempts_total")
+    assert attempts == lived.value("select count(*) from attempts")
+    assert samples["adce_cycles_total", ()] == lived.value("select count(*) from reconciliations")
+
+
+def test_metrics_are_named_by_their_kind(lived):  # noqa: F811
+    kinds = re.findall(r"^# TYPE (\w+) (\w+)$", adce.metrics_text(lived), re.MULTILINE)
+    assert {name for name, _ in kinds} == {name for name, *_ in adce.METRICS}
+    for name, kind in kinds:
+        assert name.startswith("adce_")
+        assert name.endswith("_total") == (kind == "counter")
+
+
+def test_metrics_of_an_empty_database_are_valid(database):
+    samples = parse_metrics(adce.metrics_text(database))
+    assert samples == {("adce_cycles_total", ()): 0}
+
+
+def test_labels_are_escaped(database):
+    name = 'odd "name" with \\ and\nnewline, {x}'
+    with database.transaction() as sql:
+        sql.execute("insert into datasets values (1, ?, 'league', 1, '', '', 1.0, 0.0)", (name,))
+        sql.execute("insert into daily_totals values ('2025-01-01', 1, 'LOW', 'ok', 3, 1.5, 10)")
+    samples = parse_metrics(adce.metrics_text(database))
+    assert samples["adce_attempts_total", (("dataset", name), ("outcome", "ok"))] == 3

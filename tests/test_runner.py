@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import queue
 import random
 import re
+import sqlite3
 import threading
 from collections.abc import Callable
 from datetime import date
@@ -306,6 +308,30 @@ def test_damaged_answers_stop_nothing(seed, configure, database, upstream, leagu
     _, lines = run_once(configure(league_text(upstream.address)), database)
     assert 'stop reason="all was attempted"' in lines
     assert set(outcomes(database)) <= {"ok", "invalid", "not_yet", "http_error"}
+
+
+def test_locked_database_is_outlasted_and_no_answer_is_lost(configure, database, upstream, league, tmp_path):
+    meddler = sqlite3.connect(tmp_path / "adce.db", isolation_level=None)
+    runner, lines = make_runner(configure(league_text(upstream.address)), database)
+
+    class Clock(adce.Clock):
+        """Locks the database when something was asked, until that has been noticed."""
+
+        def wait(self, wakeups: queue.SimpleQueue[str], seconds: float) -> None:
+            is_noticed = "database is locked (SQLITE_BUSY)" in lines.getvalue()
+            if meddler.in_transaction and is_noticed:
+                meddler.rollback()
+            elif upstream.count() and not is_noticed and not meddler.in_transaction:
+                meddler.execute("begin immediate")
+            super().wait(wakeups, min(seconds, 0.05))
+
+    database._writer.execute("pragma busy_timeout = 50")  # not half a minute
+    runner.clock = Clock()
+    upstream.route("/summary", once_all_are_asked(league, lambda: runner.stop("the games are here")))
+    assert runner.run(max_seconds=60) == adce.ExitCode.DONE
+    assert 'stop reason="the games are here"' in lines.getvalue()
+    assert (gaps(database), outcomes(database)) == ({}, {"ok": upstream.count()})
+    meddler.close()
 
 
 def test_runner_whose_database_was_moved_away_ends_and_says_so(configure, upstream, league, tmp_path):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import re
+import shutil
+import subprocess
+import time
 from datetime import date
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lakes import league_text
 from upstream import Answer, League, Upstream
 
@@ -82,9 +90,20 @@ def test_coverage_sums_to_the_objects(lived):
     assert totals[0][5] == 2
 
 
-def test_percent_is_100_only_when_nothing_is_missing(lived):
-    for row in lived.read("select * from coverage"):
-        assert (row["percent"] == 100) == (row["present"] == row["expected"])
+@pytest.mark.parametrize(("missing", "percent"), [(0, 100), (1, 99.99), (30_000, 0)])
+def test_percent_is_100_only_when_nothing_is_missing(missing, percent):
+    with contextlib.closing(adce.memory_database()) as database:
+        with database.transaction() as sql:
+            sql.execute("insert into datasets values (1, 'd', 's', 1, '', '', 1, 0)")
+            sql.execute(
+                """
+                with recursive n(i) as (select 1 union all select i + 1 from n where i < 30000)
+                insert into objects (dataset_id, key, fields, state, since, proven)
+                select 1, i, '{}', iif(i <= ?, 'missing', 'present'), 0, 1 from n
+                """,
+                (missing,),
+            )
+        assert database.value("select percent from coverage") == percent
 
 
 def test_used_is_what_was_asked_within_the_window(lived):
@@ -93,6 +112,69 @@ def test_used_is_what_was_asked_within_the_window(lived):
         row["scope"]: (row["max_requests"], row["used"], row["in_flight"]) for row in lived.read("select * from rates")
     }
     assert used == {"league": (100, asked, 0), "global": (500, asked, 0)}
+
+
+SQLITE = shutil.which("sqlite3")
+
+
+@pytest.mark.skipif(not SQLITE, reason="no sqlite3 program here")
+@pytest.mark.parametrize("view", COLUMNS)
+def test_view_answers_the_sqlite3_program_while_a_transaction_is_open(view, lived):
+    with lived.transaction() as sql:
+        sql.execute("update runner set note = note")
+        words = [SQLITE, "-readonly", "-header", "-separator", " ", lived.path, f"select * from {view}"]
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    lines = answer.stdout.splitlines()
+    assert set(COLUMNS[view].split()) <= set(lines[0].split())
+    assert len(lines) > 1
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b"]), st.booleans(), st.floats(0, 200)), max_size=12),
+    st.lists(st.sampled_from([10.0, 60.0, 100.0]), min_size=1, unique=True),
+)
+@settings(max_examples=50, deadline=None)
+def test_used_is_what_is_in_flight_or_finished_within_the_window(asked, spans):
+    clock, limits = adce.Clock(), tuple(adce.WindowLimit(50, span) for span in spans)
+    rates = adce.RateLimiting(scopes={"a": adce.ScopeLimits(limits), "global": adce.ScopeLimits(limits)})
+    sources = {name: adce.Source(name) for name in "ab"}
+    paths = Path("adce.yaml"), Path("adce.db"), "lake"
+    with contextlib.closing(adce.memory_database()) as database:
+        with database.transaction() as sql:
+            adce.declare_limits(sql, adce.Configuration(*paths, rate_limiting=rates, sources=sources), clock)
+            for source, is_over, age in sorted(asked, key=lambda one: -one[2]):
+                permit = adce.grant(sql, rates, source, 500, clock.boot() - age)
+                if is_over:
+                    adce.release(sql, permit, clock.boot() - age)
+        rows = {(row["scope"], row["window_seconds"]): row for row in database.read("select * from rates")}
+    for scope, span in itertools.product(("a", "global"), spans):
+        mine = [(is_over, age) for source, is_over, age in asked if scope in ("global", source)]
+        assert rows[scope, span]["in_flight"] == sum(not is_over for is_over, _ in mine)
+        counted = [not is_over or age < span for is_over, age in mine if not (is_over and abs(age - span) < 1)]
+        assert sum(counted) <= rows[scope, span]["used"] <= sum(counted) + len(mine) - len(counted)
+
+
+def test_source_without_limits_is_shown_for_its_pauses():
+    configuration = adce.Configuration(Path("adce.yaml"), Path("adce.db"), "lake", sources={"a": adce.Source("a")})
+    with contextlib.closing(adce.memory_database()) as database:
+        with database.transaction() as sql:
+            adce.declare_limits(sql, configuration, adce.Clock())
+        rows = [tuple(row) for row in database.read("select scope, window_seconds, max_requests from rates")]
+    assert sorted(rows) == [("a", None, None), ("global", None, None)]
+
+
+def test_score_of_the_view_is_the_formula(lived):
+    weighting, now = adce.PriorityWeighting(), time.time()
+    rows = lived.read(
+        "select q.*, t.detected_at, d.bonus from queue q join tasks t using (task_id) join datasets d using (dataset)"
+    )
+    for row in rows:
+        age = (now - row["detected_at"]) / adce.HOUR
+        expected = weighting.base_scores[row["priority"]] + weighting.age_weight * age
+        expected += max(weighting.gap_size_weight * row["gap_size"], -weighting.max_gap_size_penalty) + row["bonus"]
+        assert row["score"] == pytest.approx(expected, abs=0.05)
+        assert row["age_hours"] == pytest.approx(age, abs=0.05)
+    assert rows
 
 
 def test_pause_is_seen_with_its_reason(lived):

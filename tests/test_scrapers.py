@@ -118,9 +118,9 @@ def test_endless_output_is_kept_to_its_end(store, tmp_path):
 
 def test_output_without_end_fills_no_disk(store, tmp_path):
     """A limit on the size of files kills the program at once if what it prints goes to one."""
-    script = "ulimit -f 1000; yes & sleep 0.5; kill $! && echo still printing"
+    script = "ulimit -f 1000; yes & sleep 0.5; kill $!; wait $!; echo killed by $(kill -l $?)"
     result = run(specification(tmp_path, *shell(script)), store)[0]
-    assert result.error and result.error.endswith("still printing")
+    assert result.error and result.error.endswith("killed by TERM")
 
 
 def test_output_that_is_no_text_is_shown_as_such(store, tmp_path):
