@@ -4691,7 +4691,7 @@ class _Server(http.server.ThreadingHTTPServer):
     """A thread for each connection, for a few seconds; when there are many, the oldest makes room."""
 
     daemon_threads = True
-    request_queue_size = 32
+    request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], handler: type[_Handler], clock: Clock) -> None:
         super().__init__(address, handler)
