@@ -103,12 +103,28 @@ def test_every_figure_of_the_status_is_a_count_of_the_tables(lived, configure, t
     assert section(sections, "runner")[0]["runner"] == "not running"
 
 
-def test_tasks_are_all_that_are_open_the_most_urgent_first(lived):  # noqa: F811
+def test_tasks_are_all_that_are_open(lived):  # noqa: F811
     (told,) = adce.tasks_sections(lived, {"state": None, "dataset": None, "source": None}, 1000)
     live = lived.read("select task_id from tasks where state in ('pending', 'retry', 'running', 'gave_up')")
     assert {row["task_id"] for row in told.rows} == {row["task_id"] for row in live}
-    assert [row["score"] for row in told.rows] == sorted((row["score"] for row in told.rows), reverse=True)
     assert told.title == f"{len(live)} open tasks"
+
+
+def test_tasks_are_shown_the_most_urgent_first(database):
+    now = int(adce.Clock().wall())
+    objects = (
+        "insert into objects (object_id, dataset_id, key, fields, state, since, proven) values (?, 1, ?, '{}', ?, ?, 1)"
+    )
+    tasks = "insert into tasks values (?, ?, 1, 'pending', 'LOW', ?, 1, ?, 0.0, null, 0, 0, null, null, null)"
+    with database.transaction() as sql:
+        sql.execute("insert into datasets values (1, 'days', 'league', 1, '', '', 1.0, 0.0)")
+        for number, rank in enumerate((10.0, 30.0, 20.0, 30.0), start=1):
+            sql.execute(objects, (number, f"{number}.json", "missing", now))
+            sql.execute(tasks, (number, number, now, rank))
+    (told,) = adce.tasks_sections(database, {"state": None, "dataset": None, "source": None}, 3)
+    assert [row["task_id"] for row in told.rows] == [2, 4, 3]
+    first = section(adce.plan_sections(database, 3), "first")
+    assert [row["key"] for row in first] == ["2.json", "4.json", "3.json"]
 
 
 def test_tasks_that_are_left_out_are_told(lived):  # noqa: F811
