@@ -28,6 +28,8 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Objects                     what should exist, and what a whole object is
     Store                       what does exist: a folder or S3
     Limits                      what may be asked, and when
+    Pauses                      what the answers of a source say about it
+    Permits                     the limits for other threads and processes
     Score                       which gap matters most
     Ledger                      objects and their tasks, kept in step
     Queue                       what is to be done, and in which order
@@ -35,6 +37,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Reconcile                   notices: expected against present
     Executions                  what one execution is, and what it leaves
     Requests                    one HTTP request
+    Sessions                    the limits for programs that use requests
     Scrapers                    a command or a call instead
     Fetch                       does one execution
     Tables                      rows as text
@@ -64,6 +67,7 @@ import fcntl
 import functools
 import hashlib
 import html
+import http.client
 import http.server
 import importlib
 import io
@@ -101,13 +105,17 @@ __all__ = [
     "Database",
     "Error",
     "FetchSpec",
+    "Limiter",
     "Runner",
     "fetch",
+    "limit",
     "load_configuration",
     "main",
     "open_database",
     "open_store",
+    "permit",
     "reconcile",
+    "session",
 ]
 
 # A scraper that imports adce must meet these very classes, also when this file runs as a script.
@@ -222,6 +230,10 @@ class NoDatabaseError(DatabaseError):
     exit_code = ExitCode.NO_DATABASE
 
 
+class RateLimitedError(Error):
+    """A source cannot be asked within the time that was given."""
+
+
 class LockedError(Error):
     """Another runner holds this database."""
 
@@ -313,7 +325,22 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 # remark says boot: those count from the start of the machine. MIGRATIONS is only ever appended to.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-MIGRATIONS: tuple[str, ...] = ()  # MIGRATIONS[n] leads from user_version n + 1 to n + 2
+MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 to n + 2
+    """
+    alter table scopes add column burst_size integer;
+    alter table scopes add column refill_per_second real not null default 0;
+    create table waiters (
+        waiter_id    integer primary key,
+        source       text    not null references scopes,
+        owner        text    not null,
+        ready_at     real    not null,
+        opens_at     real    not null,
+        reason       text    not null,
+        expires_at   real    not null,
+        unique (source, owner)
+    ) strict;
+    """,
+)
 
 TABLES = """
 create table settings (
@@ -476,7 +503,9 @@ create table scopes (
     paused_for   real    not null,   -- seconds, as first asked
     reason       text,               -- of the pause
     failures     integer not null,   -- failures in a row that blame the source
-    throttles    integer not null    -- pauses in a row without a good answer
+    throttles    integer not null,   -- pauses in a row without a good answer
+    burst_size   integer,            -- tokens that its bucket can hold; null: it has none
+    refill_per_second real not null default 0
 ) strict, without rowid;
 
 create table windows (
@@ -500,6 +529,18 @@ create table requests (
 create index requests_in_flight on requests (source, deadline) where finished_at is null;
 create unique index requests_by_source on requests (source, source_number) where source_number is not null;
 create unique index requests_by_number on requests (global_number) where global_number is not null;
+
+create table waiters (
+    -- Who waits for a permit, the longest first. Boot times.
+    waiter_id    integer primary key,
+    source       text    not null references scopes,
+    owner        text    not null,   -- the runner, or a thread of another process
+    ready_at     real    not null,   -- its source's own limits are no longer in the way
+    opens_at     real    not null,   -- nothing is
+    reason       text    not null,   -- what is in the way until then
+    expires_at   real    not null,   -- gone, if it has not looked again by then
+    unique (source, owner)
+) strict;
 """
 
 # ---------------------------------------------------------------- Views
@@ -578,23 +619,70 @@ create view coverage as
     where c.expected > 0;
 
 create view rates as
-    -- Each limit and how much of it is used now. A source without limits has one row, for its pauses.
-    select s.scope,
-           w.window_seconds,
-           w.max_requests,
-           (select count(*) from requests r
-             where (s.scope = 'global' or r.source = s.scope)
-               and (r.finished_at is null
-                    or r.finished_at > (julianday('now') - 2440587.5) * 86400.0 - b.wall_offset - w.window_seconds)
-           ) as used,
-           (select count(*) from requests r
-             where r.finished_at is null and (s.scope = 'global' or r.source = s.scope)) as in_flight,
-           case when s.paused_until + b.wall_offset > unixepoch()
-                then strftime('%Y-%m-%dT%H:%M:%SZ', s.paused_until + b.wall_offset, 'unixepoch') end as blocked_until,
-           case when s.paused_until + b.wall_offset > unixepoch() then s.reason end as reason
-    from scopes s
-    join boot b
-    left join windows w using (scope);
+    -- Each limit and how much of it is used now. The next request is granted at free_at, null for now, and not
+    -- before because of why. A scope without limits has one row, for its pauses.
+    with now as (
+        select (julianday('now') - 2440587.5) * 86400.0 - wall_offset as at, wall_offset from boot
+    ), counted as (
+        select s.*,
+               w.window_seconds,
+               w.max_requests,
+               n.at,
+               n.wall_offset,
+               (select count(*) from requests r
+                 where (s.scope = 'global' or r.source = s.scope)
+                   and (r.finished_at is null or r.finished_at > n.at - w.window_seconds)) as used,
+               (select count(*) from requests r
+                 where r.finished_at is null and (s.scope = 'global' or r.source = s.scope)) as in_flight,
+               (select count(*) from waiters l
+                 where l.expires_at >= n.at and (s.scope = 'global' or l.source = s.scope)) as waiting,
+               (select min(l.waiter_id) from waiters l
+                 where l.expires_at >= n.at and l.opens_at > n.at and l.source = s.scope) as first_waiter
+        from scopes s
+        join now n
+        left join windows w using (scope)
+    ), judged as (
+        select c.*,
+               -- the place that comes free next is that of the (max_requests - in_flight)-th last to finish
+               case when c.used < c.max_requests then null
+                    when c.in_flight >= c.max_requests then c.at + c.window_seconds
+                    when c.scope = 'global' then c.window_seconds + (
+                        select finished_at from requests
+                        where global_number = c.finished - c.max_requests + c.in_flight + 1)
+                    else c.window_seconds + (
+                        select finished_at from requests
+                        where source = c.scope
+                          and source_number = c.finished - c.max_requests + c.in_flight + 1)
+               end as window_at,
+               iif(c.burst_size > 0, c.tokens_at + (1 - c.tokens) / c.refill_per_second, null) as bucket_at
+        from counted c
+    ), explained as (
+        select j.*,
+               iif(j.paused_until > j.at, j.reason, null) as pause_reason,
+               case when j.paused_until > j.at then j.paused_until
+                    when l.waiter_id then l.opens_at
+                    when j.window_at > j.at then j.window_at
+                    when j.bucket_at > j.at then j.bucket_at end as opens_at,
+               case when j.paused_until > j.at then 'paused: ' || j.reason
+                    when l.waiter_id then l.reason
+                    when j.window_at > j.at then 'used up'
+                    when j.bucket_at > j.at then 'bucket of ' || j.burst_size || ' empty' end as why
+        from judged j
+        left join waiters l on l.waiter_id = j.first_waiter
+    )
+    select scope,
+           window_seconds,
+           max_requests,
+           used,
+           in_flight,
+           waiting,
+           strftime('%Y-%m-%dT%H:%M:%SZ', iif(paused_until > at, paused_until + wall_offset, null), 'unixepoch')
+               as blocked_until,
+           pause_reason as reason,
+           -- the second in which it is free, and the next one if that began before
+           strftime('%Y-%m-%dT%H:%M:%SZ', cast(opens_at + wall_offset + 0.999 as integer), 'unixepoch') as free_at,
+           why
+    from explained;
 
 create view recent_attempts as
     -- Every attempt that is still kept, the latest first.
@@ -651,17 +739,23 @@ class Database:
         self.path = path
         self._writer, self._reader = writer, reader
         self._writing = threading.Lock()  # guards _writer: whoever wants a transaction waits here, in turn
+        self._durable = True  # guarded by _writing, too: what the writer is set to
         self._reading = threading.Lock()  # guards _reader
         self._pid = os.getpid()
         self._identity = _identity(path)
+        self._translation = _Translation(path)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """One `begin immediate` transaction: committed at the end, rolled back on any exception.
 
-        Raises DatabaseError when SQLite cannot do it, for instance because the disk is full."""
+        One that need not be durable is faster, and all see it, but a power cut may undo it. Raises
+        DatabaseError when SQLite cannot do it, for instance because the disk is full."""
         self._check_process()
-        with self._writing, self._translated():
+        with self._writing, self._translation:
+            if durable != self._durable:
+                self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
+                self._durable = durable
             self._writer.execute("begin immediate")
             try:
                 yield self._writer
@@ -674,7 +768,7 @@ class Database:
     def read(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a query, as of one moment. Never waits for a writer."""
         self._check_process()
-        with self._reading, self._translated():
+        with self._reading, self._translation:
             return self._reader.execute(sql, parameters).fetchall()
 
     def value(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> Any:
@@ -699,7 +793,7 @@ class Database:
         """The same contents in memory: what is tried there changes nothing here."""
         self._check_process()
         memory = _connect(":memory:")
-        with self._reading, self._translated():
+        with self._reading, self._translation:
             self._reader.backup(memory)
         return Database(self.path, memory, memory)
 
@@ -714,11 +808,18 @@ class Database:
                 f"{self.path} was opened before this process was forked", "open it again in the child process"
             )
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
+
+class _Translation:
+    """Turns the errors of SQLite into a DatabaseError with a hint."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, sqlite3.Error):
             name = getattr(error, "sqlite_errorname", type(error).__name__)
             passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
             kind = DatabaseTroubleError if passes else DatabaseError
@@ -960,6 +1061,7 @@ class Backoff:
     initial_delay_seconds: float = 1
     max_delay_seconds: float = 30
     exponential_factor: float = 2
+    strict: bool = False  # the delays to the letter, at the price of a fifth of the quota
 
 
 @dataclass(frozen=True, slots=True)
@@ -1243,6 +1345,7 @@ KEYS = (
     Key("rate_limiting.backoff.initial_delay_seconds", "number", "the first delay"),
     Key("rate_limiting.backoff.max_delay_seconds", "number", "the longest delay"),
     Key("rate_limiting.backoff.exponential_factor", "positive", "each delay is so many times the one before"),
+    Key("rate_limiting.backoff.strict", "boolean", "these delays to the letter, though a fifth of the quota is lost"),
     Key("health_check", "mapping", "answers over HTTP on 127.0.0.1"),
     Key("health_check.enabled", "boolean", ""),
     Key("health_check.port", "port", "0: any free one"),
@@ -2591,16 +2694,16 @@ class S3Store:
 # ---------------------------------------------------------------- Limits
 # What may be asked, and when. A request is granted only if, in every window of its source and of all
 # together, (in flight) + (finished less than W ago) < N. A request reaches the server between its grant
-# and its finish, so no server sees N + 1 of them inside W, whatever the latency. Nothing here sleeps, and
-# every function works inside the caller's transaction with a boot time read after the transaction began.
-# Headlines: opening(), grant(), release().
+# and its finish, so no server sees N + 1 of them inside W, whatever the latency. Whoever cannot be granted
+# at once stands in line, and later ones are granted only what is left when all before them had theirs.
+# Nothing here sleeps, and every function works inside the caller's transaction with a boot time read after
+# the transaction began. Headlines: opening(), grant(), release().
 
 GLOBAL = "global"
 SEND_WITHIN_SECONDS = 10  # a permit that is not used by then is void
 RELEASE_WITHIN_SECONDS = 10  # after the end of the request, before its owner counts as dead
-EXPIRED_PER_GRANT = 4
-LONGEST_RETRY_AFTER = DAY
-FIRST_PAUSE_SECONDS = 60
+EXPIRE_EVERY = 4  # grants; so many rows and a few more may go each time
+SETTLING_ROUNDS = 64  # of asking whether at the instant when one limit opens another is in the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -2620,15 +2723,52 @@ class Opening:
     at: float  # boot
     reason: str = ""
     is_pause: bool = False
+    ready_at: float = field(default=0.0, compare=False)  # boot: its own limits are no longer in the way
+
+
+# What a source, and all together, have under way, and how many wait longer for it: they are served first.
+OBSERVATION = """
+    select s.*,
+           (select count(*)
+              from requests indexed by requests_in_flight
+             where finished_at is null and (s.scope = 'global' or source = s.scope)) as in_flight,
+           (select min(deadline)
+              from requests indexed by requests_in_flight
+             where finished_at is null and (s.scope = 'global' or source = s.scope)) as deadline,
+           (select count(*)
+              from waiters
+             where expires_at >= :now
+               and iif(s.scope = 'global', ready_at <= :now, source = s.scope)
+               and waiter_id < coalesce(
+                   (select waiter_id from waiters where source = :source and owner = :owner),
+                   9223372036854775807)) as ahead
+    from scopes s
+    where s.scope in (:source, 'global')
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
-    """A source is left alone for some time."""
+class _Scope:
+    """A source, or all together: its limits, and its row of OBSERVATION."""
 
-    source: str
-    seconds: float
-    reason: str
+    name: str
+    limits: ScopeLimits
+    row: sqlite3.Row
+
+    def finished_at(self, sql: sqlite3.Connection, number: int) -> float:
+        """Boot time at which its n-th finished request finished; long ago if its row is gone."""
+        if self.name == GLOBAL:
+            row = sql.execute("select finished_at from requests where global_number = ?", (number,)).fetchone()
+        else:
+            row = sql.execute(
+                "select finished_at from requests where source = ? and source_number = ?", (self.name, number)
+            ).fetchone()
+        return cast(float, row[0]) if row else -math.inf
+
+    def tokens(self, now: float) -> float:
+        """What is in its bucket."""
+        refilled: float = self.row["tokens"] + (now - self.row["tokens_at"]) * self.limits.refill_per_second
+        return min(float(self.limits.burst_size or 0), refilled)
 
 
 def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock: Clock) -> None:
@@ -2642,8 +2782,18 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
     for scope in (*configuration.sources, GLOBAL):
         limits = configuration.rate_limiting.scopes.get(scope, ScopeLimits())
         sql.execute(
-            "insert into scopes values (?, 0, 0, ?, ?, 0, 0, null, 0, 0) on conflict do nothing",
-            (scope, limits.burst_size or 0, clock.boot()),
+            """
+            insert into scopes (scope, finished, granted_at, tokens, tokens_at, paused_until, paused_for, failures,
+                                throttles, burst_size, refill_per_second)
+            values (:scope, 0, 0, coalesce(:burst_size, 0), :now, 0, 0, 0, 0, :burst_size, :refill)
+            on conflict do update set burst_size = :burst_size, refill_per_second = :refill
+            """,
+            {
+                "scope": scope,
+                "burst_size": limits.burst_size,
+                "refill": limits.refill_per_second,
+                "now": clock.boot(),
+            },
         )
         sql.executemany(
             "insert into windows values (?, ?, ?)",
@@ -2654,11 +2804,11 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
     """Boot times start again at 0: all that was asked before counts as finished at that instant, which
     is later than the truth and so never grants too early. `shift` is the old wall offset less the new one."""
-    for request_id, source in sql.execute(
-        "select request_id, source from requests where finished_at is null"
-    ).fetchall():
+    in_flight = sql.execute("select request_id, source from requests where finished_at is null").fetchall()
+    for request_id, source in in_flight:
         _finish(sql, request_id, source, 0.0)
     sql.execute("update requests set granted_at = 0, finished_at = 0, deadline = 0")
+    sql.execute("delete from waiters")
     sql.execute(
         """
         update scopes
@@ -2669,122 +2819,123 @@ def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
     )
 
 
-def opening(sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: float) -> Opening:
-    """When this source can be asked: `at <= now` means now. O(log n) in the number of stored requests."""
-    latest = Opening(now)
-    for scope in (source, GLOBAL):
-        for candidate in _openings(sql, limiting, scope, now):
-            if candidate.at > latest.at:
-                latest = candidate
-    return latest
+def opening(sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: float, owner: str = "") -> Opening:
+    """When this source can be asked: `at <= now` means now. Nothing makes it earlier but that a permit is given
+    back unused, a place in line given up, or a limit or a pause changed. O(log n) in the stored requests.
+
+    Whoever stood in line before `owner` comes first, and everybody who stands there if `owner` does not."""
+    scopes = _observe(sql, limiting, source, now, owner)
+    latest, ready_at = Opening(now), now
+    for _ in range(SETTLING_ROUNDS):
+        at = latest.at
+        for scope in scopes:
+            for candidate in _openings(sql, scope, limiting.backoff, now, at):
+                latest = candidate if candidate.at > latest.at else latest
+                ready_at = candidate.at if candidate.at > ready_at and scope.name == source else ready_at
+        if latest.at <= at or any(scope.row["ahead"] for scope in scopes):
+            break  # by then nothing else is in the way, or nobody knows what the others will have done
+    return Opening(latest.at, latest.reason, latest.is_pause, ready_at)
 
 
-def _openings(sql: sqlite3.Connection, limiting: RateLimiting, scope: str, now: float) -> Iterator[Opening]:
-    state = sql.execute("select * from scopes where scope = ?", (scope,)).fetchone()
-    limits = limiting.scopes.get(scope, ScopeLimits())
-    if state["paused_until"] > now:
-        yield Opening(state["paused_until"], state["reason"] or "paused", is_pause=True)
-    use, deadline = _use(sql, scope, state["finished"])
-    if state["throttles"] and use.in_flight:
-        yield Opening(deadline, "waits for the answer that tells whether it is back")
-    for limit in limits.windows:
-        name = f"{scope} {limit.max_requests} in {limit.seconds:g} s"
-        yield Opening(_window_opens_at(sql, use, limit, now), name)
-        if limiting.backoff and limit.max_requests > 1:
-            delay = _backoff_delay(sql, use, limit, limiting.backoff, now)
-            yield Opening(state["granted_at"] + delay if delay else now, f"{name}, nearly used up")
-    if limits.burst_size:
-        tokens = _tokens(limits, state, now)
-        yield Opening(
-            now if tokens >= 1 - 1e-9 else now + (1 - tokens) / limits.refill_per_second,
-            f"{scope} bucket of {limits.burst_size}",
-        )
+def _observe(
+    sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: float, owner: str
+) -> tuple[_Scope, ...]:
+    """The source and the global scope as they are."""
+    rows = sql.execute(OBSERVATION, {"source": source, "owner": owner, "now": now}).fetchall()
+    if any((row["deadline"] or now) < now for row in rows):
+        _reap(sql, now)
+        return _observe(sql, limiting, source, now, owner)
+    return tuple(_Scope(row["scope"], limiting.scopes.get(row["scope"], ScopeLimits()), row) for row in rows)
 
 
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """What a scope has under way, and the number of its last finished request."""
-
-    scope: str
-    in_flight: int
-    finished: int
-
-
-def _use(sql: sqlite3.Connection, scope: str, finished: int) -> tuple[_Use, float]:
-    """What a scope has under way, and the earliest deadline of that."""
-    row = sql.execute(
-        """
-        select count(*), min(deadline)
-        from requests indexed by requests_in_flight
-        where finished_at is null and (:scope = 'global' or source = :scope)
-        """,
-        {"scope": scope},
-    ).fetchone()
-    return _Use(scope, row[0], finished), row[1] or 0.0
+def _openings(
+    sql: sqlite3.Connection, scope: _Scope, backoff: Backoff | None, now: float, at: float
+) -> Iterator[Opening]:
+    """What a scope has against a request at the instant `at`, as far as can be known `now`."""
+    if scope.row["paused_until"] > at:
+        yield Opening(scope.row["paused_until"], scope.row["reason"] or "paused", is_pause=True)
+    if scope.row["throttles"] and scope.row["in_flight"] + scope.row["ahead"]:
+        yield Opening(max(scope.row["deadline"] or 0, now + 1), "waits for the answer that tells whether it is back")
+    for limit in scope.limits.windows:
+        name = f"{scope.name}: {limit.max_requests} in {limit.seconds:g} s"
+        yield Opening(_window_opens_at(sql, scope, limit, now), f"{name} used up")
+        if backoff and limit.max_requests > 1:
+            yield Opening(_backoff_ends_at(sql, scope, limit, backoff, now, at), f"{name} nearly used up")
+    if scope.limits.burst_size:
+        lacking = 1 + scope.row["ahead"] - scope.tokens(now)
+        opens_at = now if lacking <= 1e-9 else now + lacking / scope.limits.refill_per_second
+        yield Opening(opens_at, f"{scope.name}: bucket of {scope.limits.burst_size} empty")
 
 
-def _finished_at(sql: sqlite3.Connection, scope: str, number: int) -> float:
-    """When the n-th finished request of a scope finished; long ago if its row is gone."""
-    if scope == GLOBAL:
-        row = sql.execute("select finished_at from requests where global_number = ?", (number,)).fetchone()
-    else:
-        row = sql.execute(
-            "select finished_at from requests where source = ? and source_number = ?", (scope, number)
-        ).fetchone()
-    return cast(float, row[0]) if row else -math.inf
+def _window_opens_at(sql: sqlite3.Connection, scope: _Scope, limit: WindowLimit, now: float) -> float:
+    """The rule. With u in flight and k ahead, the (N - u - k)-th last finish must be W ago.
+
+    Some of them may still be to come. The first u of those come now at the earliest, each other one only W
+    after the N-th before it, because that is when the rule lets it begin."""
+    most, in_flight, finished = limit.max_requests, scope.row["in_flight"], scope.row["finished"]
+    to_come: int = in_flight + scope.row["ahead"] - most + 1
+    if to_come <= 0:
+        return scope.finished_at(sql, finished + to_come) + limit.seconds
+    rounds, place = divmod(to_come - 1, most)
+    first = now
+    if place >= in_flight:
+        first = max(now, scope.finished_at(sql, finished + place + 1 - most) + limit.seconds)
+    return first + (rounds + 1) * limit.seconds
 
 
-def _window_opens_at(sql: sqlite3.Connection, use: _Use, limit: WindowLimit, now: float) -> float:
-    """The rule. With u in flight, the (N - u)-th last finish must be W ago. When all N are in flight, the
-    first of them cannot finish before now, nor its place be free before W after that."""
-    free = limit.max_requests - use.in_flight
-    if free <= 0:
-        return now + limit.seconds
-    return _finished_at(sql, use.scope, use.finished - free + 1) + limit.seconds
-
-
-def _backoff_delay(sql: sqlite3.Connection, use: _Use, limit: WindowLimit, backoff: Backoff, now: float) -> float:
-    """Seconds after the last grant. Past the threshold the delay grows with each further request of the
-    window, but is never longer than spreading the rest of the quota evenly over the rest of the window
-    asks for: the plain rule would end at about 81% of the quota."""
-    most = limit.max_requests
-    numbers = range(max(1, use.finished - most + 1), use.finished + 1)
+def _backoff_ends_at(
+    sql: sqlite3.Connection, scope: _Scope, limit: WindowLimit, backoff: Backoff, now: float, at: float
+) -> float:
+    """Past the threshold the delay since the last grant grows with each further request of the window, but
+    unless it is strict it is never longer than spreading the rest of the quota evenly over the rest of the
+    window asks for: the plain rule would end at about 81% of the quota."""
+    most, ahead, finished = limit.max_requests, scope.row["ahead"], scope.row["finished"]
+    in_flight = scope.row["in_flight"] if at < now + limit.seconds else 0  # by then they may have gone
+    numbers = range(max(1, finished - most + 1), finished + 1)
     threshold = math.ceil(most * backoff.threshold_percent / 100)
-    if use.in_flight + len(numbers) < threshold:
-        return 0.0
-    position = bisect.bisect_right(
-        numbers, now - limit.seconds, key=lambda number: _finished_at(sql, use.scope, number)
-    )
-    used = use.in_flight + len(numbers) - position
-    if used < threshold or used >= most:
-        return 0.0
-    oldest = _finished_at(sql, use.scope, numbers[position]) if position < len(numbers) else now
-    growing = backoff.initial_delay_seconds * backoff.exponential_factor ** min(used - threshold, 64)
-    spread = (oldest + limit.seconds - now) / (most - used + 1)  # the last of them before the oldest makes room
-    return min(growing, backoff.max_delay_seconds, spread)
-
-
-def _tokens(limits: ScopeLimits, state: sqlite3.Row, now: float) -> float:
-    refilled: float = state["tokens"] + (now - state["tokens_at"]) * limits.refill_per_second
-    return min(float(limits.burst_size or 0), refilled)
+    if in_flight + len(numbers) + ahead < threshold:
+        return at
+    position = bisect.bisect_right(numbers, at - limit.seconds, key=lambda number: scope.finished_at(sql, number))
+    used = in_flight + len(numbers) - position
+    if not threshold <= used + ahead < most:  # nothing to slow down, or nothing left
+        return at
+    last: float = scope.row["granted_at"] if used >= threshold else at  # those before the threshold go at once
+    slowed_ahead = ahead - max(0, threshold - used)
+    used = max(used, threshold)
+    makes_room_at: float = (
+        scope.finished_at(sql, numbers[position]) if position < len(numbers) else now
+    ) + limit.seconds
+    delay = backoff.initial_delay_seconds * backoff.exponential_factor ** min(used - threshold, 64)
+    delay = min(delay, backoff.max_delay_seconds)
+    if not backoff.strict:
+        delay = min(delay, max(0.0, makes_room_at - last) / (most - used + 1))
+    # when the oldest leaves the window there may be less to slow down
+    slowed_until: float = max(last + delay, at) + delay * slowed_ahead
+    return min(slowed_until, makes_room_at)
 
 
 def grant(sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_seconds: float, now: float) -> Permit:
     """Take the permit that `opening` has promised in this transaction."""
     send_before = now + SEND_WITHIN_SECONDS
     deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
-    for scope in (source, GLOBAL):
-        state = sql.execute("select * from scopes where scope = ?", (scope,)).fetchone()
-        tokens = _tokens(limiting.scopes.get(scope, ScopeLimits()), state, now)
-        sql.execute(
-            "update scopes set granted_at = ?, tokens = ?, tokens_at = ? where scope = ?",
-            (now, max(0.0, tokens - 1), now, scope),  # without a bucket there is no debt either
-        )
-    _expire(sql, limiting, now)
+    sql.execute(
+        """
+        update scopes
+        set granted_at = :now,
+            -- without a bucket there is no debt either
+            tokens = max(0, min(coalesce(burst_size, 0), tokens + (:now - tokens_at) * refill_per_second) - 1),
+            tokens_at = :now
+        where scope in (:source, 'global')
+        """,
+        {"now": now, "source": source},
+    )
     inserted = sql.execute(
         "insert into requests (source, granted_at, deadline) values (?, ?, ?)", (source, now, deadline)
     )
-    return Permit(cast(int, inserted.lastrowid), source, send_before, deadline)
+    request_id = cast(int, inserted.lastrowid)
+    if request_id % EXPIRE_EVERY == 0:
+        _expire(sql, limiting, now)
+    return Permit(request_id, source, send_before, deadline)
 
 
 def release(sql: sqlite3.Connection, permit: Permit, now: float, *, used: bool = True) -> None:
@@ -2795,17 +2946,10 @@ def release(sql: sqlite3.Connection, permit: Permit, now: float, *, used: bool =
         sql.execute("delete from requests where request_id = ? and finished_at is null", (permit.request_id,))
 
 
-def reap(sql: sqlite3.Connection, now: float) -> None:
+def _reap(sql: sqlite3.Connection, now: float) -> None:
     """Requests past their deadline have lost their owner: they finish now, not when they were granted."""
-    overdue = sql.execute(
-        """
-        select request_id, source
-        from requests indexed by requests_in_flight
-        where finished_at is null and deadline < ?
-        """,
-        (now,),
-    ).fetchall()
-    for request_id, source in overdue:
+    overdue = "select * from requests indexed by requests_in_flight where finished_at is null and deadline < ?"
+    for request_id, source, *_ in sql.execute(overdue, (now,)).fetchall():
         _finish(sql, request_id, source, now)
 
 
@@ -2840,8 +2984,51 @@ def _expire(sql: sqlite3.Connection, limiting: RateLimiting, now: float) -> None
             ) where finished_at <= :before
         )
         """,
-        {"few": EXPIRED_PER_GRANT, "before": now - horizon},
+        {"few": 4 * EXPIRE_EVERY, "before": now - horizon},
     )
+
+
+# ---------------------------------------------------------------- Pauses
+# What the answers of a source say about the source itself. A pause is a pause, whoever asked for it: a
+# Retry-After, a block, failures in a row. Headlines: pause(), learn().
+
+LONGEST_RETRY_AFTER = DAY
+FIRST_PAUSE_SECONDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A source is left alone for some time."""
+
+    source: str
+    seconds: float
+    reason: str
+
+
+def is_throttling(source: Source, status: int) -> bool:
+    """This HTTP status asks to be left alone."""
+    return status in (429, 503) or status in source.blocked_when.status
+
+
+def asked_pause(source: Source, status: int, headers: Mapping[str, str]) -> float | None:
+    """Seconds for which such an answer asks; None when it does not say."""
+    seconds = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
+    return source.blocked_when.pause_seconds if seconds is None and status in source.blocked_when.status else seconds
+
+
+def parse_retry_after(text: str | None, date: str | None) -> float | None:
+    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date less the answer's own Date,
+    which needs no agreement of clocks. None when it says nothing usable."""
+    if text is None:
+        return None
+    if re.fullmatch(r"\s*\d{1,9}\s*", text):
+        return float(text)
+    try:
+        until = email.utils.parsedate_to_datetime(text)
+        since = email.utils.parsedate_to_datetime(date) if date else datetime.datetime.now(datetime.UTC)
+        return max(0.0, (until - since).total_seconds())
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now: float) -> None:
@@ -2884,8 +3071,233 @@ def learn(
     if seconds is not None:
         throttles += not (is_paused and throttles)
         pause(sql, source.name, seconds, answer, now)
-    sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
+    if (failures, throttles) != (scope["failures"], scope["throttles"]):
+        sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
     return failures, None if seconds is None else Pause(source.name, seconds, answer)
+
+
+# ---------------------------------------------------------------- Permits
+# The limits for everybody: other threads and processes ask the same sources under the same limits. Whoever
+# must wait computes the instant, takes a place in line and sleeps until then, outside every lock.
+# Headlines: Limiter, permit().
+
+RUNNER = "runner"  # the owner of the main loop's places in line
+LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
+LATE_SECONDS = 2  # whoever stands in line and has not looked again by then has gone
+KEEP_ALIVE_SECONDS = 5
+
+
+def stand_in_line(sql: sqlite3.Connection, source: str, owner: str, opens: Opening, looks_at: float) -> None:
+    """Take a place at the end of the line, or keep the one there is, until its owner looks again."""
+    sql.execute(
+        """
+        insert into waiters (source, owner, ready_at, opens_at, reason, expires_at)
+        values (:source, :owner, :ready_at, :opens_at, :reason, :expires_at)
+        on conflict do update set
+            ready_at = :ready_at, opens_at = :opens_at, reason = :reason, expires_at = :expires_at
+        """,
+        {
+            "source": source,
+            "owner": owner,
+            "ready_at": opens.ready_at,
+            "opens_at": opens.at,
+            "reason": opens.reason,
+            "expires_at": looks_at + LATE_SECONDS,
+        },
+    )
+
+
+def leave_line(sql: sqlite3.Connection, owner: str, now: float, stay: Iterable[str] = ()) -> None:
+    """Give up the owner's places, but those for the sources in `stay`; forget who has long gone."""
+    sql.execute(
+        """
+        delete from waiters
+        where (owner = :owner and source not in (select value from json_each(:stay)))
+           or expires_at < :long_ago
+        """,
+        {"owner": owner, "stay": json.dumps(list(stay)), "long_ago": now - MINUTE},
+    )
+
+
+def extend(sql: sqlite3.Connection, permit: Permit, deadline: float) -> None:
+    """The owner of a permit lives and needs it longer."""
+    sql.execute(
+        "update requests set deadline = ? where request_id = ? and finished_at is null", (deadline, permit.request_id)
+    )
+
+
+class Held:
+    """A permit in use. Tell it how the request ended, and a 429 pauses the source for everybody."""
+
+    def __init__(self, permit: Permit, source: Source) -> None:
+        self.permit, self.source = permit, source
+        self.outcome: Outcome | None = None
+        self.text = ""
+        self.retry_after: float | None = None
+
+    def answered(self, status: int, headers: Mapping[str, str]) -> None:
+        """The source answered with this HTTP status and these headers."""
+        self.outcome, self.text = Outcome.OK, f"HTTP {status}"
+        if is_throttling(self.source, status):
+            self.outcome, self.retry_after = Outcome.THROTTLED, asked_pause(self.source, status, headers)
+
+    def failed(self, outcome: Outcome, text: str) -> None:
+        """No answer came: TIMEOUT, UNREACHABLE or BROKEN, and why."""
+        self.outcome, self.text = outcome, text
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A place in line, and the boot time at which its owner looks again."""
+
+    owner: str
+    looks_at: float
+
+
+class Limiter:
+    """The limits of one configuration, shared by the threads of this process and by all processes."""
+
+    def __init__(self, configuration: Configuration, database: Database, clock: Clock | None = None) -> None:
+        self.configuration, self.database, self.clock = configuration, database, clock or Clock()
+        self._places = itertools.count(1)
+        self._guard = threading.Lock()  # guards what follows
+        self._sleepers: set[queue.SimpleQueue[str]] = set()
+        self._held: dict[Permit, float] = {}  # and its deadline
+        self._keeper: threading.Thread | None = None
+        self._closed = threading.Event()
+        with database.transaction() as sql:
+            declare_limits(sql, configuration, self.clock)
+
+    def source(self, name: str) -> Source:
+        """The source of that name. Raises Error when there is none."""
+        if name not in self.configuration.sources:
+            raise Error(f'source "{name}" is not defined{suggest(name, self.configuration.sources)}')
+        return self.configuration.sources[name]
+
+    @contextlib.contextmanager
+    def permit(self, source: str, wait: float | None = None) -> Iterator[Held]:
+        """The right to send one HTTP request: waits until the source can be asked, `wait` seconds at most.
+
+        The request counts as under way until the block ends, however it ends. Raises RateLimitedError as
+        soon as it is certain that `wait` is too short, and Error for an unknown source or when closed."""
+        held = self.acquire(source, wait)
+        try:
+            yield held
+        finally:
+            self.release(held)
+
+    def acquire(self, source: str, wait: float | None = None) -> Held:
+        """The same without a block: the caller must release() what it gets."""
+        described = self.source(source)
+        owner = ""  # of a place in line
+        give_up_at = math.inf if wait is None else self.clock.boot() + wait
+        try:
+            while True:
+                granted = self._try(described, owner, give_up_at)
+                if isinstance(granted, _Place):
+                    owner = granted.owner
+                    self._sleep(granted.looks_at)
+                elif self.clock.boot() <= granted.send_before:
+                    return self._hold(Held(granted, described))
+                else:  # this process was suspended, or the disk took very long
+                    self.release(Held(granted, described), used=False)
+        except BaseException:
+            with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
+                leave_line(sql, owner, self.clock.boot())
+            raise
+
+    def _try(self, source: Source, owner: str, give_up_at: float) -> Permit | _Place:
+        """A permit, or a place in line."""
+        limiting = self.configuration.rate_limiting
+        with self.database.transaction() as sql:
+            now = self.clock.boot()
+            opens = opening(sql, limiting, source.name, now, owner)
+            if opens.at <= now:
+                if owner:
+                    leave_line(sql, owner, now)
+                return grant(sql, limiting, source.name, source.timeout_seconds, now)
+            if opens.at > give_up_at:
+                wait = format_duration(opens.at - now)
+                raise RateLimitedError(f"{source.name} cannot be asked for another {wait}: {opens.reason}")
+            place = _Place(owner or f"{os.getpid()}.{next(self._places)}", min(opens.at, now + LOOK_AGAIN_SECONDS))
+            stand_in_line(sql, source.name, place.owner, opens, place.looks_at)
+            return place
+
+    def _sleep(self, until: float) -> None:
+        wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
+        with self._guard:
+            self._sleepers.add(wakeups)
+        if not self._closed.is_set():
+            self.clock.wait(wakeups, until - self.clock.boot())
+        with self._guard:
+            self._sleepers.discard(wakeups)
+        if self._closed.is_set():
+            raise Error("the limiter was closed")
+
+    def _hold(self, held: Held) -> Held:
+        with self._guard:
+            self._held[held.permit] = held.permit.deadline
+            if self._keeper is None:
+                self._keeper = threading.Thread(target=self._keep_alive, name="adce-permits", daemon=True)
+                self._keeper.start()
+        return held
+
+    def _keep_alive(self) -> None:
+        """A request that takes longer than its source's timeout goes on counting while this process lives."""
+        while not self._closed.wait(KEEP_ALIVE_SECONDS):
+            now = self.clock.boot()
+            with self._guard:
+                due = [permit for permit, deadline in self._held.items() if deadline - now < 2 * KEEP_ALIVE_SECONDS]
+            if due:
+                with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
+                    for permit in due:
+                        extend(sql, permit, now + 4 * KEEP_ALIVE_SECONDS)
+                    with self._guard:
+                        self._held.update(
+                            {permit: now + 4 * KEEP_ALIVE_SECONDS for permit in due if permit in self._held}
+                        )
+
+    def release(self, held: Held, *, used: bool = True) -> None:
+        """The request is over, or was never sent. What cannot be written now counts until its deadline: that
+        is safe."""
+        with self._guard:
+            self._held.pop(held.permit, None)
+        is_news = held.outcome not in (None, Outcome.OK)
+        with contextlib.suppress(DatabaseError), self.database.transaction(durable=is_news) as sql:
+            now = self.clock.boot()
+            release(sql, held.permit, now, used=used)
+            if held.outcome:
+                learn(sql, held.source, held.outcome, held.text, now, held.retry_after)
+
+    def close(self) -> None:
+        """Whoever waits for a permit gets an Error at once. The database stays open."""
+        self._closed.set()
+        with self._guard:
+            for wakeups in self._sleepers:
+                wakeups.put("closed")
+
+
+@functools.cache
+def _limiter_of(path: Path, database: Path | None, _pid: int) -> Limiter:
+    """One for each process: a database must not be used across a fork."""
+    configuration = load_configuration(path)
+    return Limiter(configuration, open_database(database or configuration.database))
+
+
+def shared_limiter(config: str | os.PathLike[str] | None = None) -> Limiter:
+    """The limiter of a configuration file: the given one, $ADCE_CONFIG, adce.yaml here, or beside the module.
+
+    Its database is $ADCE_DB when that is set, else the configured one."""
+    database = os.environ.get("ADCE_DB")
+    path = find_configuration(os.fspath(config) if config is not None else None)
+    return _limiter_of(path, Path(database).absolute() if database else None, os.getpid())
+
+
+def permit(
+    source: str, config: str | os.PathLike[str] | None = None, wait: float | None = None
+) -> contextlib.AbstractContextManager[Held]:
+    """`with adce.permit("espn"): ...` around one HTTP request by any means. See Limiter.permit()."""
+    return shared_limiter(config).permit(source, wait)
 
 
 # ---------------------------------------------------------------- Score
@@ -3277,7 +3689,6 @@ def claim(
     One head per dataset is compared, so the cost does not grow with the queue. `busy` counts what runs
     now, by source."""
     now = clock.boot()
-    reap(sql, now)
     heads = sql.execute(
         """
         select t.task_id, t.rank, t.slope, t.detected_at, d.dataset, d.dataset_id, d.source, d.bonus
@@ -3293,18 +3704,31 @@ def claim(
     wall = clock.wall()
     heads.sort(key=lambda h: (-score_at(h["rank"], h["slope"], h["bonus"], wall), h["detected_at"], h["task_id"]))
     openings: dict[str, Opening] = {}
+    claimed = None
     for head in heads:
         source, dataset = configuration.sources[head["source"]], configuration.datasets[head["dataset"]]
         if busy.get(source.name, 0) >= source.max_concurrent:
             continue
         if source.name not in openings:
-            openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now)
+            openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now, RUNNER)
         if openings[source.name].at <= now:
-            permit = None
+            granted = None
             if dataset.url:
-                permit = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now)
-            return Claim(dataset, source, _take(sql, configuration, dataset, head, wall), permit), openings
-    return None, openings
+                granted = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now)
+            claimed = Claim(dataset, source, _take(sql, configuration, dataset, head, wall), granted)
+            break
+    await_openings(sql, configuration, openings, now)
+    return claimed, openings
+
+
+def await_openings(
+    sql: sqlite3.Connection, configuration: Configuration, openings: Mapping[str, Opening], now: float
+) -> None:
+    """The runner stands in line, among other processes, for the sources that it waits for and for no others."""
+    awaited = {source: opens for source, opens in openings.items() if opens.at > now}
+    for source, opens in awaited.items():
+        stand_in_line(sql, source, RUNNER, opens, min(opens.at, now + configuration.queue_check_seconds))
+    leave_line(sql, RUNNER, now, awaited)
 
 
 def _take(
@@ -3927,11 +4351,11 @@ def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
         return Result(Outcome.LOST, "its permit ran out before it was sent")
     deadline = _Deadline(spec.source.timeout_seconds)
     try:
-        with deadline, requests.Session() as session:
-            session.trust_env = spec.source.trust_env
+        with deadline, requests.Session() as opened:
+            opened.trust_env = spec.source.trust_env
             for scheme in ("http://", "https://"):
-                session.mount(scheme, _adapter(deadline))
-            with session.get(
+                opened.mount(scheme, _adapter(deadline))
+            with opened.get(
                 spec.url,
                 headers=_headers(spec),
                 timeout=(min(CONNECT_SECONDS, spec.source.timeout_seconds), spec.source.timeout_seconds),
@@ -3945,14 +4369,24 @@ def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
     except _TooLargeError:
         return Result(Outcome.INVALID, f"longer than {spec.dataset.validate.max_bytes} bytes", requests=1)
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-        unconnected = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError)
         if deadline.passed or isinstance(error, requests.Timeout):
             return Result(Outcome.TIMEOUT, f"no whole answer within {spec.source.timeout_seconds:g} s", requests=1)
         if isinstance(error, requests.exceptions.ContentDecodingError):
             return Result(Outcome.INVALID, "its encoding is broken", requests=1)
-        if any(isinstance(cause, unconnected) for cause in _causes(error)):
-            return Result(Outcome.UNREACHABLE, f"{_host(spec.url)} cannot be reached: {_words(error)}", requests=1)
-        return Result(Outcome.BROKEN, f"the connection to {_host(spec.url)} broke: {_words(error)}", requests=1)
+        outcome, text = _no_answer(error)
+        return Result(outcome, f"{_host(spec.url)} {text}", requests=1)
+
+
+def _no_answer(error: BaseException) -> tuple[Outcome, str]:
+    """What an exception of urllib3, or of requests around one, says about the source."""
+    import urllib3
+
+    unconnected = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError)
+    if any(isinstance(cause, unconnected) for cause in _causes(error)):
+        return Outcome.UNREACHABLE, f"cannot be reached: {_words(error)}"
+    if isinstance(error, urllib3.exceptions.TimeoutError):
+        return Outcome.TIMEOUT, "did not answer in time"
+    return Outcome.BROKEN, f"broke the connection: {_words(error)}"
 
 
 class _Deadline:
@@ -4061,11 +4495,7 @@ def _judge(spec: FetchSpec, response: Any, body: bytes, store: Store) -> Result:
     if failure is None:
         return keep(spec, spec.targets[0], body, store, status)
     outcome, error = failure
-    retry_after = None
-    if outcome is Outcome.THROTTLED:
-        retry_after = parse_retry_after(response.headers.get("Retry-After"), response.headers.get("Date"))
-        if retry_after is None and status in spec.source.blocked_when.status:
-            retry_after = spec.source.blocked_when.pause_seconds
+    retry_after = asked_pause(spec.source, status, response.headers) if outcome is Outcome.THROTTLED else None
     return Result(outcome, error, status, requests=1, retry_after=retry_after)
 
 
@@ -4085,7 +4515,7 @@ def classify(source: Source, status: int, body: bytes) -> tuple[Outcome, str] | 
     """Why an answer is no object, or None when it may be one."""
     if status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000]):
         return Outcome.NOT_YET, "HTTP 403: no such object"
-    if status in (429, 503) or status in source.blocked_when.status:
+    if is_throttling(source, status):
         return Outcome.THROTTLED, f"HTTP {status}: {excerpt(body)}"
     document: Any = None
     if source.error_when:
@@ -4102,19 +4532,113 @@ def classify(source: Source, status: int, body: bytes) -> tuple[Outcome, str] | 
     return None
 
 
-def parse_retry_after(text: str | None, date: str | None) -> float | None:
-    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date less the answer's own Date,
-    which needs no agreement of clocks. None when it says nothing usable."""
-    if text is None:
-        return None
-    if re.fullmatch(r"\s*\d{1,9}\s*", text):
-        return float(text)
-    try:
-        until = email.utils.parsedate_to_datetime(text)
-        since = email.utils.parsedate_to_datetime(date) if date else datetime.datetime.now(datetime.UTC)
-        return max(0.0, (until - since).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return None
+# ---------------------------------------------------------------- Sessions
+# The same limits for programs that use requests, and for libraries built on it: every request that a
+# session sends has a permit of its own, be it a redirect or a retry. Headlines: session(), limit().
+
+
+def session(source: str, config: str | os.PathLike[str] | None = None, wait: float | None = None) -> Any:
+    """A requests.Session that asks a source as adce.yaml declares it: under its limits, with its headers and
+    its timeout. A path such as "/scoreboard" is appended to its base_url. Raises Error for an unknown source.
+
+    Its requests wait for their permits, `wait` seconds at most each; then they raise RateLimitedError."""
+    import requests
+
+    described = shared_limiter(config).source(source)
+
+    class SourceSession(requests.Session):
+        def request(self, method: Any, url: Any, *arguments: Any, **options: Any) -> Any:
+            options.setdefault("timeout", described.timeout_seconds)
+            url = described.base_url + url if str(url).startswith("/") else url
+            return super().request(method, url, *arguments, **options)
+
+        def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
+            super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
+            if _origin(prepared_request.url) != _origin(response.request.url):
+                for name in described.headers:
+                    if name.lower() not in KEPT_ON_OTHER_HOSTS:
+                        prepared_request.headers.pop(name, None)
+
+    opened = SourceSession()
+    opened.headers.update(described.headers)
+    opened.trust_env = described.trust_env
+    return limit(opened, source, config, wait)
+
+
+def limit(session: Any, source: str, config: str | os.PathLike[str] | None = None, wait: float | None = None) -> Any:
+    """Put a requests.Session that exists under the limits of a source, and return it.
+
+    Its adapters stay, with their retries; one that is mounted later is not limited. Raises Error for an
+    unknown source, and when an adapter is limited for another source already."""
+    limiter = shared_limiter(config)
+    limiter.source(source)
+
+    def ask() -> contextlib.AbstractContextManager[Held]:
+        return limiter.permit(source, wait)
+
+    for prefix, adapter in session.adapters.items():
+        session.adapters[prefix] = _limited(adapter, source, ask)
+    return session
+
+
+def _limited(adapter: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[Held]]) -> Any:
+    """An adapter whose every HTTP request has a permit."""
+    import requests.adapters
+
+    owner = getattr(adapter, "adce_source", source)
+    if owner != source:
+        raise Error(f'this session is limited for source "{owner}" already', "give each source a session of its own")
+    if hasattr(adapter, "adce_source"):
+        return adapter
+
+    class LimitedAdapter(requests.adapters.BaseAdapter):
+        adce_source = source
+
+        def send(self, *arguments: Any, **options: Any) -> Any:
+            if isinstance(adapter, requests.adapters.HTTPAdapter):  # its pools ask for permits
+                return adapter.send(*arguments, **options)
+            with ask():
+                return adapter.send(*arguments, **options)
+
+        def close(self) -> None:
+            adapter.close()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(adapter, name)
+
+    if isinstance(adapter, requests.adapters.HTTPAdapter):
+        connect = adapter.get_connection_with_tls_context
+
+        def connect_limited(*arguments: Any, **options: Any) -> Any:
+            pool = connect(*arguments, **options)
+            _limit_pool(pool, source, ask)
+            return pool
+
+        adapter.get_connection_with_tls_context = connect_limited  # type: ignore[method-assign]
+    return LimitedAdapter()
+
+
+def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[Held]]) -> None:
+    """urllib3 retries and redirects inside one call; this is the place where each of its requests passes."""
+    import urllib3
+
+    if hasattr(pool, "adce_source"):
+        return
+    make_request = pool._make_request  # noqa: SLF001
+
+    def make_limited_request(connection: Any, *arguments: Any, **options: Any) -> Any:
+        with ask() as held:
+            if connection.sock and urllib3.util.connection.is_connection_dropped(connection):
+                connection.close()  # the server has not waited for us; it connects again
+            try:
+                response = make_request(connection, *arguments, **options)
+            except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
+                held.failed(*_no_answer(error))
+                raise
+            held.answered(response.status, response.headers)
+            return response
+
+    pool._make_request, pool.adce_source = make_limited_request, source  # noqa: SLF001
 
 
 # ---------------------------------------------------------------- Scrapers
@@ -4388,7 +4912,7 @@ ATTEMPTS_BY_OUTCOME = """
     order by d.dataset, attempts desc
 """
 RATES = """
-    select scope, window_seconds, max_requests, used, in_flight, blocked_until, reason
+    select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
     from rates
     order by scope = 'global', scope, window_seconds
 """
@@ -4938,7 +5462,7 @@ class Runner:
         self.next_cycle_at = self.next_beat_at = self.next_paint_at = -math.inf
         self.stop_reason: str | None = None
         self.stop_at = math.inf
-        self.once = False
+        self.once = self.in_line = False
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end; safe from a signal handler and from other threads."""
@@ -5038,9 +5562,14 @@ class Runner:
                 if not self.once:
                     wake_retries(sql, self.clock.wall())
                 claimed, openings = claim(sql, self.configuration, self.clock, busy)
+            self.in_line = any(opens.at > self.clock.boot() for opens in openings.values())
             if claimed is None:
                 return awaited | openings
             self._submit(Execution(claimed, specify(self.configuration, claimed)))
+        if self.in_line:  # nobody shall wait for one who has no worker free
+            self.in_line = False
+            with self.database.transaction(durable=False) as sql:
+                await_openings(sql, self.configuration, {}, self.clock.boot())
         return {}
 
     def _dispatch_hops(self) -> dict[str, Opening]:
@@ -5052,14 +5581,14 @@ class Runner:
                 break
             with self.database.transaction() as sql:
                 now = self.clock.boot()
-                opens = opening(sql, limiting, source.name, now)
+                opens = opening(sql, limiting, source.name, now, RUNNER)
                 if opens.at > now:
                     awaited[source.name] = opens
                     continue
-                permit = grant(sql, limiting, source.name, source.timeout_seconds, now)
+                granted = grant(sql, limiting, source.name, source.timeout_seconds, now)
             self.hops.remove(execution)
-            spec = dataclasses.replace(execution.spec, send_before=permit.send_before)
-            self._submit(Execution(dataclasses.replace(execution.claimed, permit=permit), spec))
+            spec = dataclasses.replace(execution.spec, send_before=granted.send_before)
+            self._submit(Execution(dataclasses.replace(execution.claimed, permit=granted), spec))
         return awaited
 
     def _submit(self, execution: Execution) -> None:
@@ -5458,6 +5987,37 @@ def command_check(arguments: Arguments, configuration: Configuration) -> ExitCod
     return ExitCode.ERROR if any(row["result"] == "FAIL" for row in rows) else ExitCode.DONE
 
 
+def command_acquire(arguments: Arguments, configuration: Configuration) -> int:
+    """Wait until a source can be asked once more, then run the command that asks it; its exit code is ours."""
+    limiter = Limiter(configuration, open_database(configuration.database))
+    held = limiter.acquire(arguments.source, arguments.wait)
+    if not arguments.words:
+        if not arguments.quiet:
+            counted = format_duration(held.permit.deadline - limiter.clock.boot())
+            print(
+                f"{arguments.source} may be asked once, within {SEND_WITHIN_SECONDS} s. Nobody will tell when that is "
+                f"over, so it counts as under way for {counted}.",
+                file=sys.stderr,
+            )
+        return ExitCode.DONE
+    return _run_held(limiter, held, arguments.words)
+
+
+def _run_held(limiter: Limiter, held: Held, words: Sequence[str]) -> int:
+    """Run a command that uses a permit. SIGTERM and SIGHUP are passed on to it, SIGINT reaches it anyhow."""
+    try:
+        process = subprocess.Popen(words)  # noqa: S603  # the user's own words, without a shell
+    except OSError as error:
+        limiter.release(held, used=False)
+        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    signal.signal(signal.SIGINT, lambda *_: None)
+    code = process.wait()
+    limiter.release(held)
+    return code if code >= 0 else 128 - code
+
+
 def command_example(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Print a ready text for another program."""
     quote = quote_for_cron if arguments.name == "cron" else quote_for_systemd
@@ -5486,7 +6046,7 @@ class Command:
 
     name: str
     meaning: str
-    act: Callable[[Arguments, Configuration], ExitCode]
+    act: Callable[[Arguments, Configuration], int]
     options: tuple[Option, ...] = ()
 
 
@@ -5570,6 +6130,16 @@ COMMANDS = (
         (_option("--online", action="store_true", help="the sources too"),),
     ),
     Command(
+        "acquire",
+        "wait until a source can be asked, then run a command that sends it one request",
+        command_acquire,
+        (
+            _option("source", metavar="SOURCE"),
+            _option("--wait", type=_duration, metavar="90s", help="at most so long, else exit 1"),
+            _option("words", nargs="*", metavar="-- COMMAND", help="its exit code is that of acquire"),
+        ),
+    ),
+    Command(
         "example",
         "print a ready text for another program",
         command_example,
@@ -5587,7 +6157,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the configuration (else $ADCE_CONFIG, ./adce.yaml, the one beside adce.py)",
     )
-    common.add_argument("--db", metavar="FILE", help="another database than the configured one")
+    common.add_argument("--db", metavar="FILE", help="the database (else $ADCE_DB, the configured one)")
     common.add_argument("--format", choices=FORMATS, help="of data on stdout (table)")
     common.add_argument("-q", "--quiet", action="store_true", help="nothing but data and errors")
     common.add_argument("-v", "--verbose", action="store_true", help="every attempt")
@@ -5606,6 +6176,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_arguments(words: Sequence[str]) -> Arguments:
+    """What was typed. All that follows `--` belongs to another program and is not looked at. May exit."""
+    end = words.index("--") if "--" in words else len(words)
+    defaults = Arguments(config=None, db=None, format="table", quiet=False, verbose=False)
+    parser = build_parser()
+    arguments = parser.parse_args(words[:end], defaults)
+    if words[end + 1 :]:
+        if arguments.command != "acquire":
+            parser.error("only acquire runs another command")
+        arguments.words = words[end + 1 :]
+    return arguments
+
+
 def _open_standard_files() -> None:
     """A standard file that came closed would lend its number to the database, and errors be written there."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -5620,13 +6203,12 @@ def _open_standard_files() -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """Obey one command line and return its exit code."""
     _open_standard_files()
-    defaults = Arguments(config=None, db=None, format="table", quiet=False, verbose=False)
-    arguments = build_parser().parse_args(words, defaults)
+    arguments = parse_arguments(sys.argv[1:] if words is None else words)
     try:
         configuration = load_configuration(find_configuration(arguments.config))
-        if arguments.db:
-            configuration = dataclasses.replace(configuration, database=Path(arguments.db).absolute())
-        code: ExitCode = arguments.act(arguments, configuration)
+        if database := arguments.db or os.environ.get("ADCE_DB"):
+            configuration = dataclasses.replace(configuration, database=Path(database).absolute())
+        code: int = arguments.act(arguments, configuration)
         sys.stdout.flush()
     except Error as error:
         print(f"adce.py: {error}" if not isinstance(error, ConfigurationError) else error, file=sys.stderr)

@@ -144,7 +144,7 @@ def test_threads_take_turns_and_lose_no_write(database):
 def test_damage_is_found_and_named(tmp_path):
     with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
         with database.transaction() as sql:
-            sql.execute("insert into scopes values ('x', 0, 0, 0, 0, 0, 0, null, 0, 0)")
+            sql.execute("insert into scopes values ('x', 0, 0, 0, 0, 0, 0, null, 0, 0, null, 0)")
             sql.execute("insert into windows values ('x', 60, 1)")
         database._writer.execute("pragma foreign_keys = off")
         with database.transaction() as sql:

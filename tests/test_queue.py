@@ -373,9 +373,9 @@ def test_claim_and_finish_are_served_by_indexes_whatever_the_size(desk):
     texts = {text for text in statements if text.split()[0] in ("select", "update", "insert", "delete")}
     plans = {row[3] for text in texts for row in desk.database.read(f"explain query plan {text}")}
     assert any("pending_tasks" in plan for plan in plans)
-    # datasets are few, as are requests in flight, and those that one grant removes
+    # datasets and sources are few, as are requests in flight, those that one grant removes, and who waits
     scans = {plan.split()[1] for plan in plans if plan.startswith("SCAN") and "requests_in_flight" not in plan}
-    assert scans <= {"d", "datasets", "(subquery-1)"}
+    assert scans <= {"d", "datasets", "(subquery-1)", "waiters", "json_each"}
 
 
 def test_cost_of_claim_and_finish_does_not_grow_with_the_queue(configure, clock):

@@ -60,7 +60,7 @@ def files(store: adce.FolderStore) -> list[str]:
 O = adce.Outcome  # noqa: E741  # a column of the table
 VERDICTS = {
     "a good answer": (Answer(GOOD), O.OK, None),
-    "dropped": (Answer(behaviour="drop"), O.BROKEN, "the connection to 127.0.0.1 broke"),
+    "dropped": (Answer(behaviour="drop"), O.BROKEN, "127.0.0.1 broke the connection"),
     "shorter than promised": (Answer(GOOD, behaviour="short"), O.BROKEN, "127.0.0.1"),
     "cut without a length": (Answer(GOOD, behaviour="no_length"), O.INVALID, "not JSON"),
     "cut in a chunk": (Answer(GOOD, behaviour="chunked_cut"), O.BROKEN, "127.0.0.1"),
