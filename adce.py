@@ -2702,7 +2702,8 @@ class S3Store:
 GLOBAL = "global"
 SEND_WITHIN_SECONDS = 10  # a permit that is not used by then is void
 RELEASE_WITHIN_SECONDS = 10  # after the end of the request, before its owner counts as dead
-EXPIRE_EVERY = 4  # grants; so many rows and a few more may go each time
+EXPIRE_EVERY = 4  # grants
+EXPIRED_AT_ONCE = 16
 SETTLING_ROUNDS = 64  # of asking whether at the instant when one limit opens another is in the way
 
 
@@ -2984,7 +2985,7 @@ def _expire(sql: sqlite3.Connection, limiting: RateLimiting, now: float) -> None
             ) where finished_at <= :before
         )
         """,
-        {"few": 4 * EXPIRE_EVERY, "before": now - horizon},
+        {"few": EXPIRED_AT_ONCE, "before": now - horizon},
     )
 
 

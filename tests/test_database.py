@@ -316,3 +316,38 @@ def test_views_are_made_anew_when_their_text_has_changed(tmp_path):
     again = adce.open_database(tmp_path / "adce.db")
     assert again.read("select * from gaps") == []
     again.close()
+
+
+def columns(database: adce.Database) -> dict[str, list[tuple]]:
+    """Every column of every table, and every view."""
+    names = [row[0] for row in database.read("select name from sqlite_schema where type in ('table', 'view')")]
+    return {name: sorted(tuple(row)[1:] for row in database.read(f"pragma table_info({name})")) for name in names}
+
+
+def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
+    path = tmp_path / "adce.db"
+    with contextlib.closing(adce.open_database(path)) as database:
+        newest = columns(database)
+        with database.transaction() as sql:
+            sql.execute(
+                "insert into scopes (scope, finished, granted_at, tokens, tokens_at, paused_until, paused_for, "
+                "failures, throttles) values ('shop', 7, 0, 0, 0, 0, 0, 0, 0)"
+            )
+    with contextlib.closing(sqlite3.connect(path)) as old:  # as version 1 had it
+        views = [name for (name,) in old.execute("select name from sqlite_schema where type = 'view'")]
+        old.executescript("".join(f"drop view {name};" for name in views))
+        old.executescript(
+            """
+            drop table waiters;
+            alter table scopes drop column burst_size;
+            alter table scopes drop column refill_per_second;
+            delete from settings where name = 'views';
+            pragma user_version = 1;
+            """
+        )
+    with contextlib.closing(adce.open_database(path)) as database:
+        assert {name: [column[:3] for column in listed] for name, listed in columns(database).items()} == {
+            name: [column[:3] for column in listed] for name, listed in newest.items()
+        }
+        assert database.value("select finished from scopes") == 7
+        assert database.check() == []
