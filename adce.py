@@ -327,6 +327,7 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 APPLICATION_ID = 0x41444345  # "ADCE"
 MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 to n + 2
     """
+    alter table scopes drop column finished;
     alter table scopes add column burst_size integer;
     alter table scopes add column refill_per_second real not null default 0;
     create table waiters (
@@ -495,7 +496,6 @@ create table boot (
 create table scopes (
     -- One row for each source, and one named global: what its limits remember.
     scope        text    primary key,
-    finished     integer not null,   -- requests finished so far; numbers them
     granted_at   real    not null,   -- boot: the last grant
     tokens       real    not null,   -- in the bucket, at tokens_at
     tokens_at    real    not null,   -- boot
@@ -636,6 +636,8 @@ create view rates as
                  where r.finished_at is null and (s.scope = 'global' or r.source = s.scope)) as in_flight,
                (select count(*) from waiters l
                  where l.expires_at >= n.at and (s.scope = 'global' or l.source = s.scope)) as waiting,
+               (select max(iif(s.scope = 'global', r.global_number, r.source_number)) from requests r
+                 where s.scope = 'global' or r.source = s.scope) as finished,
                (select min(l.waiter_id) from waiters l
                  where l.expires_at >= n.at and l.opens_at > n.at and l.source = s.scope) as first_waiter
         from scopes s
@@ -2730,6 +2732,10 @@ class Opening:
 # What a source, and all together, have under way, and how many wait longer for it: they are served first.
 OBSERVATION = """
     select s.*,
+           iif(s.scope = 'global',
+               (select coalesce(max(global_number), 0) from requests where global_number is not null),
+               (select coalesce(max(source_number), 0) from requests
+                 where source = s.scope and source_number is not null)) as finished,
            (select count(*)
               from requests indexed by requests_in_flight
              where finished_at is null and (s.scope = 'global' or source = s.scope)) as in_flight,
@@ -2784,17 +2790,12 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
         limits = configuration.rate_limiting.scopes.get(scope, ScopeLimits())
         sql.execute(
             """
-            insert into scopes (scope, finished, granted_at, tokens, tokens_at, paused_until, paused_for, failures,
-                                throttles, burst_size, refill_per_second)
-            values (:scope, 0, 0, coalesce(:burst_size, 0), :now, 0, 0, 0, 0, :burst_size, :refill)
-            on conflict do update set burst_size = :burst_size, refill_per_second = :refill
+            insert into scopes (scope, granted_at, tokens, tokens_at, paused_until, paused_for, failures, throttles,
+                                burst_size, refill_per_second)
+            values (?1, 0, coalesce(?2, 0), ?4, 0, 0, 0, 0, ?2, ?3)
+            on conflict do update set burst_size = ?2, refill_per_second = ?3
             """,
-            {
-                "scope": scope,
-                "burst_size": limits.burst_size,
-                "refill": limits.refill_per_second,
-                "now": clock.boot(),
-            },
+            (scope, limits.burst_size, limits.refill_per_second, clock.boot()),
         )
         sql.executemany(
             "insert into windows values (?, ?, ?)",
@@ -2919,17 +2920,18 @@ def grant(sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_
     """Take the permit that `opening` has promised in this transaction."""
     send_before = now + SEND_WITHIN_SECONDS
     deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
-    sql.execute(
-        """
-        update scopes
-        set granted_at = :now,
-            -- without a bucket there is no debt either
-            tokens = max(0, min(coalesce(burst_size, 0), tokens + (:now - tokens_at) * refill_per_second) - 1),
-            tokens_at = :now
-        where scope in (:source, 'global')
-        """,
-        {"now": now, "source": source},
-    )
+    if limiting.backoff or any(limits.burst_size for limits in limiting.scopes.values()):
+        sql.execute(
+            """
+            update scopes
+            set granted_at = :now,
+                -- without a bucket there is no debt either
+                tokens = max(0, min(coalesce(burst_size, 0), tokens + (:now - tokens_at) * refill_per_second) - 1),
+                tokens_at = :now
+            where scope in (:source, 'global')
+            """,
+            {"now": now, "source": source},
+        )
     inserted = sql.execute(
         "insert into requests (source, granted_at, deadline) values (?, ?, ?)", (source, now, deadline)
     )
@@ -2955,18 +2957,19 @@ def _reap(sql: sqlite3.Connection, now: float) -> None:
 
 
 def _finish(sql: sqlite3.Connection, request_id: int, source: str, now: float) -> None:
-    finished = sql.execute(
+    sql.execute(
         """
         update requests
         set finished_at = :now,
-            source_number = (select finished + 1 from scopes where scope = :source),
-            global_number = (select finished + 1 from scopes where scope = 'global')
+            source_number = (
+                select coalesce(max(source_number), 0) + 1 from requests
+                where source = :source and source_number is not null),
+            global_number = (
+                select coalesce(max(global_number), 0) + 1 from requests where global_number is not null)
         where request_id = :request_id and finished_at is null
         """,
         {"now": now, "source": source, "request_id": request_id},
     )
-    if finished.rowcount:
-        sql.execute("update scopes set finished = finished + 1 where scope in (?, 'global')", (source,))
 
 
 def _expire(sql: sqlite3.Connection, limiting: RateLimiting, now: float) -> None:

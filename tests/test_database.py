@@ -144,7 +144,7 @@ def test_threads_take_turns_and_lose_no_write(database):
 def test_damage_is_found_and_named(tmp_path):
     with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
         with database.transaction() as sql:
-            sql.execute("insert into scopes values ('x', 0, 0, 0, 0, 0, 0, null, 0, 0, null, 0)")
+            sql.execute("insert into scopes values ('x', 0, 0, 0, 0, 0, null, 0, 0, null, 0)")
             sql.execute("insert into windows values ('x', 60, 1)")
         database._writer.execute("pragma foreign_keys = off")
         with database.transaction() as sql:
@@ -330,8 +330,8 @@ def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
         newest = columns(database)
         with database.transaction() as sql:
             sql.execute(
-                "insert into scopes (scope, finished, granted_at, tokens, tokens_at, paused_until, paused_for, "
-                "failures, throttles) values ('shop', 7, 0, 0, 0, 0, 0, 0, 0)"
+                "insert into scopes (scope, granted_at, tokens, tokens_at, paused_until, paused_for, "
+                "failures, throttles) values ('shop', 7, 0, 0, 0, 0, 0, 0)"
             )
     with contextlib.closing(sqlite3.connect(path)) as old:  # as version 1 had it
         views = [name for (name,) in old.execute("select name from sqlite_schema where type = 'view'")]
@@ -339,6 +339,7 @@ def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
         old.executescript(
             """
             drop table waiters;
+            alter table scopes add column finished integer not null default 7;
             alter table scopes drop column burst_size;
             alter table scopes drop column refill_per_second;
             delete from settings where name = 'views';
@@ -349,5 +350,5 @@ def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
         assert {name: [column[:3] for column in listed] for name, listed in columns(database).items()} == {
             name: [column[:3] for column in listed] for name, listed in newest.items()
         }
-        assert database.value("select finished from scopes") == 7
+        assert database.value("select granted_at from scopes") == 7
         assert database.check() == []
