@@ -316,8 +316,8 @@ def kill_and_restart(folder: Path, rounds: int, seconds: float, processes: int, 
 )
 @pytest.mark.timeout(300)
 def test_killed_processes_break_no_limit_and_lose_no_permit_for_ever(tmp_path, rounds, seconds, threads):
-    limits = "{requests_per_second: 30, requests_per_minute: 1500}"
-    with Upstream(limits=[(30, 1.0), (1500, 60.0)], latency_seconds=(0.0, 0.05)) as upstream:
+    limits = "{requests_per_second: 30, requests_per_minute: 1800}"
+    with Upstream(limits=[(30, 1.0), (1800, 60.0)], latency_seconds=(0.0, 0.05)) as upstream:
         upstream.answer("/x", Answer(b"ok"))
         (tmp_path / "adce.yaml").write_text(shop_text(upstream.address, limits))
         kill_and_restart(tmp_path, rounds, seconds, processes=4, threads=threads)
