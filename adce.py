@@ -26,14 +26,19 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Checking the configuration  what must hold between them
     Expressions                 JMESPath over the bodies of objects
     Objects                     what should exist, and what a whole object is
-    Store                       what does exist: a folder or S3
+    Store                       what does exist
+    Folder                      on a disk
+    Bucket                      or in S3
     Limits                      what may be asked, and when
     Pauses                      what the answers of a source say about it
     Permits                     the limits for other threads and processes
     Score                       which gap matters most
     Ledger                      objects and their tasks, kept in step
+    Upkeep                      what a new configuration and passing days change
     Queue                       what is to be done, and in which order
     Endings                     what becomes of a task when an attempt ends
+    Listing                     the store, page by page
+    Cycles                      one reconciliation as it goes on
     Reconcile                   notices: expected against present
     Executions                  what one execution is, and what it leaves
     Requests                    one HTTP request
@@ -54,6 +59,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
 from __future__ import annotations
 
 import argparse
+import array
 import bisect
 import collections
 import contextlib
@@ -341,6 +347,32 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
         unique (source, owner)
     ) strict;
     """,
+    """
+    create table counts (
+        dataset_id   integer not null references datasets,
+        season       text    not null,
+        state        text    not null,
+        objects      integer not null,
+        primary key (dataset_id, season, state)
+    ) strict, without rowid;
+    create trigger objects_counted_in after insert on objects begin
+        insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
+        on conflict do update set objects = objects + 1;
+    end;
+    create trigger objects_counted_out after delete on objects begin
+        update counts set objects = objects - 1
+        where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
+    end;
+    create trigger objects_recounted after update of state, season, dataset_id on objects
+    when (old.state, old.season, old.dataset_id) is not (new.state, new.season, new.dataset_id) begin
+        update counts set objects = objects - 1
+        where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
+        insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
+        on conflict do update set objects = objects + 1;
+    end;
+    insert into counts
+    select dataset_id, coalesce(season, ''), state, count(*) from objects group by 1, 2, 3;
+    """,
 )
 
 TABLES = """
@@ -399,12 +431,36 @@ create table objects (
     proven       integer not null,   -- 0: nobody has looked for it in the store yet
     cycle_id     integer             -- the cycle in or after which ADCE last wrote it
 ) strict;
--- coverage and counts
+-- the objects of a dataset in a state
 create index objects_by_state on objects (dataset_id, season, state);
 -- what time alone has changed
 create index objects_due on objects (due_at) where due_at is not null;
 -- what is in the store but was never looked at
 create index objects_unread on objects (dataset_id, key) where etag is not read_etag;
+
+create table counts (
+    -- How many objects are in each state: kept by the triggers below, because counting takes long.
+    dataset_id   integer not null references datasets,
+    season       text    not null,   -- '': of no season
+    state        text    not null,
+    objects      integer not null,
+    primary key (dataset_id, season, state)
+) strict, without rowid;
+create trigger objects_counted_in after insert on objects begin
+    insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
+    on conflict do update set objects = objects + 1;
+end;
+create trigger objects_counted_out after delete on objects begin
+    update counts set objects = objects - 1
+    where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
+end;
+create trigger objects_recounted after update of state, season, dataset_id on objects
+when (old.state, old.season, old.dataset_id) is not (new.state, new.season, new.dataset_id) begin
+    update counts set objects = objects - 1
+    where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
+    insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
+    on conflict do update set objects = objects + 1;
+end;
 
 create table links (
     -- Which parent object names which child object.
@@ -586,15 +642,15 @@ create view gaps as
 
 create view coverage as
     -- What is expected and what is there, by dataset and season. 100 percent means all of it.
-    with counts as (
+    with summed as (
         select dataset_id,
-               season,
-               sum(state in ('present', 'missing', 'stale', 'suspect')) as expected,
-               sum(state = 'present') as present,
-               sum(state = 'missing') as missing,
-               sum(state = 'stale') as stale,
-               sum(state = 'suspect') as suspect
-        from objects
+               nullif(season, '') as season,
+               sum(objects) filter (where state in ('present', 'missing', 'stale', 'suspect')) as expected,
+               coalesce(sum(objects) filter (where state = 'present'), 0) as present,
+               coalesce(sum(objects) filter (where state = 'missing'), 0) as missing,
+               coalesce(sum(objects) filter (where state = 'stale'), 0) as stale,
+               coalesce(sum(objects) filter (where state = 'suspect'), 0) as suspect
+        from counts
         group by dataset_id, season
     ), lost as (
         select t.dataset_id, o.season, count(*) as gave_up
@@ -613,7 +669,7 @@ create view coverage as
            c.suspect,
            coalesce(l.gave_up, 0) as gave_up,
            c.present * 10000 / c.expected / 100.0 as percent
-    from counts c
+    from summed c
     join datasets d using (dataset_id)
     left join lost l on l.dataset_id = c.dataset_id and l.season is c.season
     where c.expected > 0;
@@ -2418,8 +2474,8 @@ def may_still_appear(season: Season | None, day: str | None, now: float) -> bool
 
 
 # ---------------------------------------------------------------- Store
-# What does exist: a folder or S3 behind the same few calls. An object is there whole or not at all.
-# Headline: open_store().
+# What does exist, behind the same few calls wherever it is. An object is there whole or not at all.
+# Headline: Store.
 
 
 @dataclass(frozen=True, slots=True)
@@ -2454,7 +2510,8 @@ def ascending(listing: Iterator[StoredObject]) -> Iterator[StoredObject]:
 
 def sort_listing(listing: Iterator[StoredObject]) -> tuple[bool, Iterator[StoredObject]]:
     """Whether a whole listing was in key order, and the listing in that order, by way of a temporary file."""
-    scratch = sqlite3.connect("", isolation_level=None)  # "": a temporary database that spills to disk
+    # "": a temporary database that spills to disk; pages may be taken by one thread after another
+    scratch = sqlite3.connect("", isolation_level=None, check_same_thread=False)
     scratch.execute("create table listing (key text primary key, size, etag, modified_at) without rowid")
     was_ascending, last = True, ""
     for page in chunks(listing, PAGE):
@@ -2486,12 +2543,8 @@ class Store(Protocol):
         """Make the store usable, and remove what a crash has left half written."""
 
 
-def open_store(address: str) -> Store:
-    """The store at a folder or at s3://bucket/prefix. Nothing is touched yet."""
-    if address.startswith("s3://"):
-        bucket, _, prefix = address.removeprefix("s3://").partition("/")
-        return S3Store(bucket, prefix.strip("/"))
-    return FolderStore(Path(address))
+# ---------------------------------------------------------------- Folder
+# A store on a disk. Headline: FolderStore.
 
 
 class FolderStore:
@@ -2500,6 +2553,7 @@ class FolderStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.calls = 0
+        self._counting = threading.Lock()  # guards calls
 
     def sweep(self) -> None:
         """Make the root and its staging folder; remove unfinished files."""
@@ -2523,7 +2577,8 @@ class FolderStore:
             yield from self._walk(above, start)
 
     def _walk(self, above: str, start: str) -> Iterator[StoredObject]:
-        self.calls += 1
+        with self._counting:
+            self.calls += 1
         entries = []
         try:
             with os.scandir(self.root / above) as scan:
@@ -2614,12 +2669,40 @@ class FolderStore:
         return StoredObject(key, status.st_size, f"{status.st_mtime_ns}-{status.st_size}", status.st_mtime_ns // 10**9)
 
 
+# ---------------------------------------------------------------- Bucket
+# A store in S3, and the choice between the two. Headlines: S3Store, open_store().
+
+S3_ENTRY = re.compile(rb"<Contents>(.*?)</Contents>", re.DOTALL)
+S3_FIELD = re.compile(rb"<(Key|Size|ETag|LastModified)>([^<]*)</")
+
+
+def _take_entries(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
+    """Take the entries out of a page before botocore parses it: most of its time went into dates. Keys come
+    quoted as for a url when the server obeys boto3's wish for that."""
+    body = response_dict["body"]
+    unquote = urllib.parse.unquote_plus if b"<EncodingType>url</EncodingType>" in body else str
+    entries = []
+    for match in S3_ENTRY.finditer(body):
+        found = dict(S3_FIELD.findall(match[1]))
+        entries.append(
+            StoredObject(
+                unquote(html.unescape(found[b"Key"].decode())),
+                int(found[b"Size"]),
+                html.unescape(found[b"ETag"].decode()).strip('"'),
+                int(datetime.datetime.fromisoformat(found[b"LastModified"].decode()).timestamp()),
+            )
+        )
+    customized_response_dict["Entries"] = entries
+    response_dict["body"] = S3_ENTRY.sub(b"", body)
+
+
 class S3Store:
     """A bucket, or what lies below a prefix in one. Credentials and endpoint come from where boto3 looks."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket, self.above = bucket, f"{prefix}/" if prefix else ""
         self.calls = 0
+        self._counting = threading.Lock()  # guards calls, and the making of the client
 
     @functools.cached_property
     def _client(self) -> Any:
@@ -2630,7 +2713,9 @@ class S3Store:
             connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 3}
         )
         with self._translated("use"):
-            return boto3.session.Session().client("s3", config=timeouts)
+            client = boto3.session.Session().client("s3", config=timeouts)
+        client.meta.events.register("before-parse.s3.ListObjectsV2", _take_entries)
+        return client
 
     def sweep(self) -> None:
         """See that the bucket is there. S3 keeps nothing half written."""
@@ -2641,12 +2726,13 @@ class S3Store:
         """Page by page, a thousand keys a request."""
         more: dict[str, str] = {}
         while True:
-            with self._translated("list"):
+            with self._counting:
                 self.calls += 1
-                page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self.above + prefix, **more)
-            for entry in page.get("Contents", ()):
-                key = entry["Key"].removeprefix(self.above)
-                yield StoredObject(key, entry["Size"], entry["ETag"].strip('"'), int(entry["LastModified"].timestamp()))
+                client = self._client
+            with self._translated("list"):
+                page = client.list_objects_v2(Bucket=self.bucket, Prefix=self.above + prefix, **more)
+            for entry in page["Entries"]:
+                yield StoredObject(entry.key.removeprefix(self.above), entry.size, entry.etag, entry.modified_at)
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
@@ -2691,6 +2777,14 @@ class S3Store:
                 raise KeyError(action) from None
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
             raise StoreError(f"cannot {action} s3://{self.bucket}/{self.above}: {error}", hint) from error
+
+
+def open_store(address: str) -> Store:
+    """The store at a folder or at s3://bucket/prefix. Nothing is touched yet."""
+    if address.startswith("s3://"):
+        bucket, _, prefix = address.removeprefix("s3://").partition("/")
+        return S3Store(bucket, prefix.strip("/"))
+    return FolderStore(Path(address))
 
 
 # ---------------------------------------------------------------- Limits
@@ -3400,26 +3494,9 @@ class Ledger:
 
     def expect(self, dataset: Dataset, wanted: ExpectedObject, *, proven: bool) -> int:
         """Note that an object should exist, and return its id. Raises ValueError when another has its key."""
-        fields = json.dumps(wanted.fields, sort_keys=True)
         row = self.sql.execute("select * from objects where key = ?", (wanted.key,)).fetchone()
         if row is None:
-            inserted = self.sql.execute(
-                """
-                insert into objects (dataset_id, key, fields, season, day, state, since, available_at, proven)
-                values (?, ?, ?, ?, ?, 'dropped', ?, ?, ?)
-                """,
-                (
-                    self.ids[dataset.name],
-                    wanted.key,
-                    fields,
-                    wanted.season,
-                    wanted.day,
-                    int(self.now),
-                    wanted.available_at,
-                    proven,
-                ),
-            )
-            row = self.sql.execute("select * from objects where object_id = ?", (inserted.lastrowid,)).fetchone()
+            return self._expect_first(dataset, wanted, proven=proven)
         known = self._known(row)
         own = dataset.partitions.own_fields()
         if known.state is not ObjectState.DROPPED:
@@ -3427,6 +3504,7 @@ class Ledger:
                 raise ValueError(f"{wanted.key} is already the key of another object of {known.dataset}")
             if known.facts.available_at == wanted.available_at and (known.facts.proven or not proven):
                 return known.object_id
+        fields = json.dumps(wanted.fields, sort_keys=True)
         self.sql.execute(
             "update objects set dataset_id = ?, fields = ?, season = ?, day = ? where object_id = ?",
             (self.ids[dataset.name], fields, wanted.season, wanted.day, known.object_id),
@@ -3435,6 +3513,35 @@ class Ledger:
         facts = dataclasses.replace(known.facts, available_at=wanted.available_at, proven=proven)
         self.note(dataclasses.replace(known, dataset=dataset.name, season=wanted.season, day=wanted.day), facts)
         return known.object_id
+
+    def _expect_first(self, dataset: Dataset, wanted: ExpectedObject, *, proven: bool) -> int:
+        facts = Facts(available_at=wanted.available_at, proven=proven)
+        verdict = appraise(dataset, self._seasons.get(wanted.season or ""), wanted.day, facts, self.now)
+        inserted = self.sql.execute(
+            """
+            insert into objects (dataset_id, key, fields, season, day, state, reason, since, due_at, available_at,
+                                 proven)
+            values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            """,
+            (
+                self.ids[dataset.name],
+                wanted.key,
+                json.dumps(wanted.fields, sort_keys=True),
+                wanted.season,
+                wanted.day,
+                verdict.state,
+                verdict.reason,
+                int(self.now),
+                verdict.due_at,
+                wanted.available_at,
+                proven,
+            ),
+        )
+        object_id = cast(int, inserted.lastrowid)
+        if verdict.state in GAPS:
+            known = self.objects("object_id = :object_id", {"object_id": object_id})[0]
+            self._open_task(known, dataset, verdict)
+        return object_id
 
     def drop(self, object_id: int) -> None:
         """Note that an object is no longer expected; what lies in the store is left alone."""
@@ -3446,7 +3553,7 @@ class Ledger:
             """,
             (int(self.now), object_id),
         )
-        self._close_task(object_id, TaskState.CANCELLED)
+        self.close_task(object_id, TaskState.CANCELLED)
 
     def note(self, known: KnownObject, facts: Facts, read_etag: str | None = None) -> Appraisal:
         """Write what is now known of an object; open, keep or close its task accordingly."""
@@ -3477,8 +3584,8 @@ class Ledger:
         )
         if verdict.state in GAPS:
             self._open_task(known, dataset, verdict)
-        else:
-            self._close_task(known.object_id, TaskState.DONE)
+        elif known.state in GAPS:
+            self.close_task(known.object_id, TaskState.DONE)
         return verdict
 
     def _open_task(self, known: KnownObject, dataset: Dataset, verdict: Appraisal) -> None:
@@ -3515,7 +3622,8 @@ class Ledger:
                 (known.object_id,),
             )
 
-    def _close_task(self, object_id: int, state: TaskState) -> None:
+    def close_task(self, object_id: int, state: TaskState) -> None:
+        """The live task of an object, unless it is running, has nothing left to do."""
         closed = self.sql.execute(
             """
             update tasks
@@ -3549,6 +3657,11 @@ class Ledger:
             if not self.sql.execute("select 1 from links where child_id = ? limit 1", (child,)).fetchone():
                 self.drop(child)
         return problems
+
+
+# ---------------------------------------------------------------- Upkeep
+# What a changed configuration, and time alone, mean for what is stored. Headlines: declare_datasets(),
+# note_due_objects().
 
 
 def declare_datasets(sql: sqlite3.Connection, configuration: Configuration, now: float) -> None:
@@ -3883,6 +3996,7 @@ def _note_stored(ledger: Ledger, known: KnownObject, result: Result, task_id: in
     verdict = ledger.note(known, facts, read_etag=stored.etag)
     ledger.set_children(known, inspection.children, proven=True)
     if verdict.state not in GAPS:
+        ledger.close_task(known.object_id, TaskState.DONE)  # also when it was no gap any more before
         return TaskState.DONE, None
     ledger.sql.execute("update tasks set state = 'retry', next_at = ? where task_id = ?", (verdict.ask_at, task_id))
     return TaskState.RETRY, verdict.ask_at
@@ -3942,43 +4056,9 @@ def requeue_orphans(sql: sqlite3.Connection) -> int:
     return sql.execute(requeue).rowcount
 
 
-# ---------------------------------------------------------------- Reconcile
-# Notices: expected against present. A cycle is a row of short steps, so that the runner keeps claiming in
-# between: expand what should exist, list what does, read what names other objects, note the differences.
-# It derives everything from state, so a missed event costs nothing. Headline: reconcile().
-
-READS_IN_A_TRANSACTION = 20
-MOST_PROBLEMS = 5  # told of one cycle
-READS_IN_A_CYCLE = 1000  # of objects that name no others and that something else wrote
-BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
-
-
-def reconcile(
-    database: Database, configuration: Configuration, store: Store, clock: Clock, believe: frozenset[str] = frozenset()
-) -> Iterator[int]:
-    """One cycle, as steps: each `next()` does a little and yields the cycle's id; the last step records
-    what was found. Errors of the store end the cycle and stand in its row. `believe` names datasets whose
-    mass loss is real."""
-    cycle = _Cycle(database, configuration, store, clock, believe)
-    try:
-        yield cycle.cycle_id
-        for level in configuration.levels():
-            for _ in itertools.chain(cycle.expand(level), cycle.compare(level), cycle.read(level)):
-                yield cycle.cycle_id
-        for _ in itertools.chain(cycle.apply_losses(), cycle.age()):
-            yield cycle.cycle_id
-    except StoreError as error:
-        cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
-    except GeneratorExit:
-        cycle.problems.append("stopped before its end")
-        raise
-    finally:
-        cycle.end()
-
-
-def run_cycle(steps: Iterator[int]) -> int:
-    """Do all steps of a cycle; returns its id."""
-    return max(steps)
+# ---------------------------------------------------------------- Listing
+# What the store holds, page by page and in key order, read ahead by other threads: the main loop never
+# waits for a store. Headline: Listing.
 
 
 def prefixes(datasets: Iterable[Dataset]) -> list[str]:
@@ -3989,8 +4069,63 @@ def prefixes(datasets: Iterable[Dataset]) -> list[str]:
     ]
 
 
-class _Cycle:
-    """What one cycle has seen and done so far."""
+@dataclass(frozen=True, slots=True)
+class ReadAhead:
+    """Other threads that make pages, and what to call when one is ready."""
+
+    executor: Executor
+    wake: Callable[[], None]
+
+
+class Listing:
+    """The objects below a prefix as pages. A store that was out of order here, or was never listed here, is
+    sorted first. Without `ahead` each page is made when it is asked for."""
+
+    def __init__(self, store: Store, prefix: str, ahead: ReadAhead | None, *, is_ordered: bool) -> None:
+        self.prefix, self.is_ordered, self.was_ascending = prefix, is_ordered, is_ordered
+        self._ahead = ahead
+        self._pages = chunks(self._entries(store), PAGE)
+        self._next: Future[list[StoredObject] | None] | None = None
+
+    def _entries(self, store: Store) -> Iterator[StoredObject]:
+        if self.is_ordered:
+            yield from ascending(store.list(self.prefix))
+            return
+        self.was_ascending, entries = sort_listing(store.list(self.prefix))
+        yield from entries
+
+    def start(self) -> None:
+        """Begin to make the next page."""
+        if self._ahead and self._next is None:
+            wake = self._ahead.wake
+            self._next = self._ahead.executor.submit(next, self._pages, None)
+            self._next.add_done_callback(lambda _: wake())
+
+    def is_ready(self) -> bool:
+        """Whether take() would not have to wait."""
+        self.start()
+        return self._next is None or self._next.done()
+
+    def take(self) -> list[StoredObject] | None:
+        """The next page; None after the last. Raises StoreError, and OutOfOrderError where order was promised."""
+        if not self._ahead:
+            return next(self._pages, None)
+        self.start()
+        assert self._next
+        page, self._next = self._next.result(), None
+        if page is not None:
+            self.start()
+        return page
+
+
+# ---------------------------------------------------------------- Cycles
+# One reconciliation as it goes on: what it has seen, done and could not prove. Headline: Cycle.
+
+MOST_PROBLEMS = 5  # told of one cycle
+
+
+class Cycle:
+    """What one cycle has seen and done so far; its row in the database."""
 
     def __init__(
         self, database: Database, configuration: Configuration, store: Store, clock: Clock, believe: frozenset[str]
@@ -4003,7 +4138,8 @@ class _Cycle:
             believe,
         )
         self.listed = self.unexpected = self.created = self.closed = 0
-        self.losses: dict[str, list[int]] = {}  # objects that were there, by dataset
+        self.ahead: ReadAhead | None = None
+        self.losses: dict[int, array.array[int]] = {}  # objects that were there, by dataset
         self.problems: list[str] = []
         self.started, self.calls_before = clock.boot(), store.calls
         with database.transaction() as sql:
@@ -4023,186 +4159,12 @@ class _Cycle:
         self.created += ledger.created
         self.closed += ledger.closed
 
-    def expand(self, level: Sequence[Dataset]) -> Iterator[None]:
-        """Make the expected objects of datasets that depend on no others those of today."""
-        for dataset in level:
-            if dataset.partitions.parent:
-                continue
-            now = self.clock.wall()
-            inputs = (
-                dataset.partitions,
-                dataset.key.text,
-                self.configuration.seasons,
-                day_of(now, timezone_of(dataset)),
-            )
-            digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
-            if self.database.value("select expansion from datasets where dataset = ?", (dataset.name,)) == digest:
-                continue
-            wanted: set[int] = set()
-            for chunk in chunks(expand(dataset, self.configuration.seasons, now), PAGE):
-                with self.ledger() as ledger:
-                    for fields in chunk:
-                        try:
-                            expected = expected_object(dataset, fields, self.configuration.seasons)
-                            wanted.add(ledger.expect(dataset, expected, proven=False))
-                        except ValueError as error:
-                            self.problems.append(str(error))
-                yield
-            self._drop_others(dataset, wanted, digest)
-            yield
-
-    def _drop_others(self, dataset: Dataset, wanted: set[int], digest: str) -> None:
-        with self.ledger() as ledger:
-            known = ledger.sql.execute(
-                """
-                select object_id
-                from objects join datasets using (dataset_id)
-                where dataset = ? and state != 'dropped'
-                """,
-                (dataset.name,),
-            ).fetchall()
-            for (object_id,) in known:
-                if object_id not in wanted:
-                    ledger.drop(object_id)
-            ledger.sql.execute("update datasets set expansion = ? where dataset = ?", (digest, dataset.name))
-
-    def compare(self, level: Sequence[Dataset]) -> Iterator[None]:
-        """List the store and note what differs from what is known. Each page proves its own range of keys
-        and nothing beyond it."""
-        for prefix in prefixes(level):
-            low = prefix
-            for page in chunks(self._in_order(prefix), PAGE):
-                high = page[-1].key
-                self._compare_page(page, low, high)
-                low = high + "\0"
-                yield
-            self._compare_page([], low, prefix + "\U0010ffff")
-            yield
-
-    def _in_order(self, prefix: str) -> Iterator[StoredObject]:
-        """The listing in key order. A store that was out of order here, or that was never listed here, is
-        sorted first."""
-        setting = f"order of {prefix}"
-        if self.database.value("select value from settings where name = ?", (setting,)) != "ascending":
-            was_ascending, listing = sort_listing(self.store.list(prefix))
-            self._set(setting, "ascending" if was_ascending else "out of order")
-            yield from listing
-            return
-        try:
-            yield from ascending(self.store.list(prefix))
-        except OutOfOrderError:
-            self._set(setting, "out of order")
-            raise
-
-    def _set(self, name: str, value: str) -> None:
-        with self.database.transaction() as sql:
-            sql.execute("insert or replace into settings values (?, ?)", (name, value))
-
-    def _compare_page(self, page: Sequence[StoredObject], low: str, high: str) -> None:
-        listed = {entry.key: entry for entry in page}
-        with self.ledger() as ledger:
-            known = ledger.objects("key >= :low and key <= :high and state != 'dropped'", {"low": low, "high": high})
-            for target in known:
-                if target.cycle_id == self.cycle_id:
-                    continue  # written since this listing may have begun
-                entry = listed.get(target.key)
-                if entry is None and target.facts.etag is not None:
-                    self.losses.setdefault(target.dataset, []).append(target.object_id)
-                elif entry is None and not target.facts.proven:
-                    ledger.note(target, dataclasses.replace(target.facts, proven=True))
-                elif entry is not None and (entry.etag != target.facts.etag or not target.facts.proven):
-                    ledger.note(target, _seen(target, entry))
-        self.listed += len(page)
-        self.unexpected += len(page) - sum(target.key in listed for target in known)
-
-    def read(self, level: Sequence[Dataset]) -> Iterator[None]:
-        """Look once at the content of each version of an object that something else wrote: is it valid, is
-        it final, which children does it name?"""
-        for dataset in level:
-            children = self.configuration.children_of(dataset.name)
-            if not (children or dataset.freshness.until or dataset.validate.needs_content()):
-                continue
-            left = math.inf if children or dataset.freshness.until else READS_IN_A_CYCLE
-            after = ""
-            while left > 0 and (unread := self._unread(dataset, after)):
-                found = [(target, self._inspect(target, children)) for target in unread]
-                with self.ledger() as ledger:
-                    for target, inspection in found:
-                        if inspection:
-                            self._note_content(ledger, target, inspection)
-                after = unread[-1].key
-                left -= len(unread)
-                yield
-
-    def _unread(self, dataset: Dataset, after: str) -> list[KnownObject]:
-        with self.database.transaction() as sql:
-            return Ledger(sql, self.configuration, 0).objects(
-                """
-                dataset_id = (select dataset_id from datasets where dataset = :dataset)
-                and etag is not read_etag and etag is not null and key > :after and state != 'dropped'
-                order by key limit :few
-                """,
-                {"dataset": dataset.name, "after": after, "few": READS_IN_A_TRANSACTION},
-            )
-
-    def _inspect(self, target: KnownObject, children: Sequence[Dataset]) -> Inspection | None:
-        try:
-            body = self.store.read(target.key)
-        except KeyError:
-            return None  # gone since it was listed: the next cycle sees that
-        return inspect(self.configuration.datasets[target.dataset], target.fields, body, children)
-
-    def _note_content(self, ledger: Ledger, target: KnownObject, found: Inspection) -> None:
-        facts = dataclasses.replace(target.facts, valid=found.valid, settled=found.settled, verdict=found.verdict)
-        ledger.note(target, facts, read_etag=target.facts.etag)
-        if found.valid:
-            self.problems += ledger.set_children(target, found.children, proven=False)
-
-    def apply_losses(self) -> Iterator[None]:
-        """What was there and is no longer listed is missing, unless so much is gone that the listing or the
-        mount is more likely at fault."""
-        total = sum(map(len, self.losses.values()))
-        for name, lost in self.losses.items():
-            there = self.database.value(
-                "select count(*) from objects join datasets using (dataset_id) where dataset = ? and etag is not null",
-                (name,),
-            )
-            many = len(lost) > BRAKE_OBJECTS and len(lost) > BRAKE_SHARE * there
-            if name not in self.believe and (many or (self.listed == 0 and total > BRAKE_EMPTY)):
-                text = f"{name}: {len(lost)} of {there} objects vanished at once, none is taken for missing"
-                self.problems.append(f"{text}; if the loss is real: adce.py reconcile --believe {name}")
-                continue
-            for chunk in chunks(iter(lost), PAGE):
-                with self.ledger() as ledger:
-                    for target in ledger.objects(
-                        "object_id in (select value from json_each(:ids))", {"ids": json.dumps(chunk)}
-                    ):
-                        if target.cycle_id != self.cycle_id:
-                            ledger.note(
-                                target, Facts(available_at=target.facts.available_at, seen_at=target.facts.seen_at)
-                            )
-                yield
-
-    def age(self) -> Iterator[None]:
-        """What time alone has changed; and once a day, or when the weights did, the priorities."""
-        while note_due_objects(self.database, self.configuration, self.clock):
-            yield
-        today, wishes = day_of(self.clock.wall()), self.configuration
-        datasets = [(dataset.priority, dataset.batch) for dataset in wishes.datasets.values()]
-        inputs = repr((today, wishes.priority_weighting, wishes.seasons, datasets))
-        with self.database.transaction() as sql:
-            known = sql.execute("select value from settings where name = 'priorities'").fetchone()
-            if any(batch for _, batch in datasets) or not known or known[0] != inputs:
-                reprioritise(sql, self.configuration, self.clock.wall())
-                sql.execute("insert or replace into settings values ('priorities', ?)", (inputs,))
-        yield
-
     def end(self) -> None:
         """Record the cycle."""
         counts = {
             row[0]: row[1]
             for row in self.database.read(
-                "select state, count(*) from objects where state not in ('awaited', 'dropped') group by state"
+                "select state, sum(objects) from counts where state not in ('awaited', 'dropped') group by state"
             )
         }
         with self.database.transaction() as sql:
@@ -4227,6 +4189,270 @@ class _Cycle:
                     "cycle_id": self.cycle_id,
                 },
             )
+
+
+# ---------------------------------------------------------------- Reconcile
+# Notices: expected against present. A cycle is a row of short steps, so that the runner keeps claiming in
+# between: expand what should exist, list what does, read what names other objects, note the differences.
+# It derives everything from state, so a missed event costs nothing. Headline: reconcile().
+
+LISTED_AT_ONCE = 4  # prefixes
+READS_IN_A_TRANSACTION = 20
+READS_IN_A_CYCLE = 1000  # of objects that name no others and that something else wrote
+BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
+
+
+def reconcile(
+    database: Database,
+    configuration: Configuration,
+    store: Store,
+    clock: Clock,
+    believe: frozenset[str] = frozenset(),
+    ahead: ReadAhead | None = None,
+) -> Iterator[int]:
+    """One cycle, as steps: each `next()` does a little and yields the cycle's id, or 0 when it waits for the
+    store; the last step records what was found. Errors of the store end the cycle and stand in its row.
+    `believe` names datasets whose mass loss is real."""
+    cycle = Cycle(database, configuration, store, clock, believe)
+    cycle.ahead = ahead
+    try:
+        yield cycle.cycle_id
+        for level in configuration.levels():
+            for waits in itertools.chain(_expand(cycle, level), _compare(cycle, level), _read(cycle, level)):
+                yield 0 if waits else cycle.cycle_id
+        for _ in itertools.chain(_apply_losses(cycle), _age(cycle)):
+            yield cycle.cycle_id
+    except StoreError as error:
+        cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
+    except GeneratorExit:
+        cycle.problems.append("stopped before its end")
+        raise
+    finally:
+        cycle.end()
+
+
+def run_cycle(steps: Iterator[int]) -> int:
+    """Do all steps of a cycle; returns its id."""
+    return max(steps)
+
+
+def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
+    """Make the expected objects of datasets that depend on no others those of today."""
+    for dataset in level:
+        if dataset.partitions.parent:
+            continue
+        now = cycle.clock.wall()
+        inputs = (
+            dataset.partitions,
+            dataset.key.text,
+            cycle.configuration.seasons,
+            day_of(now, timezone_of(dataset)),
+        )
+        digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
+        if cycle.database.value("select expansion from datasets where dataset = ?", (dataset.name,)) == digest:
+            continue
+        wanted: set[int] = set()
+        for chunk in chunks(expand(dataset, cycle.configuration.seasons, now), PAGE):
+            with cycle.ledger() as ledger:
+                for fields in chunk:
+                    try:
+                        expected = expected_object(dataset, fields, cycle.configuration.seasons)
+                        wanted.add(ledger.expect(dataset, expected, proven=False))
+                    except ValueError as error:
+                        cycle.problems.append(str(error))
+            yield
+        _drop_others(cycle, dataset, wanted, digest)
+        yield
+
+
+def _drop_others(cycle: Cycle, dataset: Dataset, wanted: set[int], digest: str) -> None:
+    with cycle.ledger() as ledger:
+        known = ledger.sql.execute(
+            """
+            select object_id
+            from objects join datasets using (dataset_id)
+            where dataset = ? and state != 'dropped'
+            """,
+            (dataset.name,),
+        ).fetchall()
+        for (object_id,) in known:
+            if object_id not in wanted:
+                ledger.drop(object_id)
+        ledger.sql.execute("update datasets set expansion = ? where dataset = ?", (digest, dataset.name))
+
+
+def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
+    """List the store and note what differs from what is known. Each page proves its own range of keys
+    and nothing beyond it. Yields True when it waits for the store."""
+    ordered = "select 1 from settings where name = ? and value = 'ascending'"
+    listings = [
+        Listing(
+            cycle.store, prefix, cycle.ahead, is_ordered=cycle.database.value(ordered, (f"order of {prefix}",)) == 1
+        )
+        for prefix in prefixes(level)
+    ]
+    for number, listing in enumerate(listings):
+        for following in listings[number : number + LISTED_AT_ONCE]:
+            following.start()
+        yield from _compare_listing(cycle, listing)
+
+
+def _compare_listing(cycle: Cycle, listing: Listing) -> Iterator[bool | None]:
+    low = listing.prefix
+    while True:
+        while not listing.is_ready():
+            yield True
+        try:
+            page = listing.take()
+        except OutOfOrderError:
+            listing.was_ascending = False
+            _remember_order(cycle, listing)
+            raise
+        if page is None:
+            break
+        yield from _compare_range(cycle, page, low, page[-1].key)
+        low = page[-1].key + "\0"
+    _remember_order(cycle, listing)
+    yield from _compare_range(cycle, [], low, listing.prefix + "\U0010ffff")
+
+
+def _remember_order(cycle: Cycle, listing: Listing) -> None:
+    if listing.was_ascending is not listing.is_ordered:
+        order = "ascending" if listing.was_ascending else "out of order"
+        with cycle.database.transaction() as sql:
+            sql.execute("insert or replace into settings values (?, ?)", (f"order of {listing.prefix}", order))
+
+
+def _compare_range(cycle: Cycle, page: Sequence[StoredObject], low: str, high: str) -> Iterator[None]:
+    """What is listed from one key to another against what is known of it, which may be much more."""
+    listed = {entry.key: entry for entry in page}
+    cycle.listed += len(page)
+    cycle.unexpected += len(page)
+    while True:
+        known = cycle.database.read(
+            """
+            select object_id, key, etag, proven, dataset_id, cycle_id is ? as is_news
+            from objects
+            where key >= ? and key <= ? and state != 'dropped'
+            order by key
+            limit ?
+            """,
+            (cycle.cycle_id, low, high, PAGE),
+        )
+        differing = []
+        for object_id, key, etag, proven, dataset_id, is_news in known:
+            entry = listed.get(key)
+            cycle.unexpected -= entry is not None
+            if is_news:
+                continue  # written since this listing may have begun
+            if entry is None and etag is not None:
+                cycle.losses.setdefault(dataset_id, array.array("q")).append(object_id)
+            elif not proven or (entry is not None and entry.etag != etag):
+                differing.append(object_id)
+        _note_differences(cycle, differing, listed)
+        yield
+        if len(known) < PAGE:
+            return
+        low = known[-1]["key"] + "\0"
+
+
+def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[str, StoredObject]) -> None:
+    if not object_ids:
+        return
+    with cycle.ledger() as ledger:
+        for target in ledger.objects(
+            "object_id in (select value from json_each(:ids))", {"ids": json.dumps(object_ids)}
+        ):
+            entry = listed.get(target.key)
+            facts = _seen(target, entry) if entry else dataclasses.replace(target.facts, proven=True)
+            ledger.note(target, facts)
+
+
+def _read(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
+    """Look once at the content of each version of an object that something else wrote: is it valid, is
+    it final, which children does it name?"""
+    for dataset in level:
+        children = cycle.configuration.children_of(dataset.name)
+        if not (children or dataset.freshness.until or dataset.validate.needs_content()):
+            continue
+        left = math.inf if children or dataset.freshness.until else READS_IN_A_CYCLE
+        after = ""
+        while left > 0 and (unread := _unread(cycle, dataset, after)):
+            found = [(target, _inspect(cycle, target, children)) for target in unread]
+            with cycle.ledger() as ledger:
+                for target, inspection in found:
+                    if inspection:
+                        _note_content(cycle, ledger, target, inspection)
+            after = unread[-1].key
+            left -= len(unread)
+            yield
+
+
+def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[KnownObject]:
+    with cycle.database.transaction() as sql:
+        return Ledger(sql, cycle.configuration, 0).objects(
+            """
+            dataset_id = (select dataset_id from datasets where dataset = :dataset)
+            and etag is not read_etag and etag is not null and key > :after and state != 'dropped'
+            order by key limit :few
+            """,
+            {"dataset": dataset.name, "after": after, "few": READS_IN_A_TRANSACTION},
+        )
+
+
+def _inspect(cycle: Cycle, target: KnownObject, children: Sequence[Dataset]) -> Inspection | None:
+    try:
+        body = cycle.store.read(target.key)
+    except KeyError:
+        return None  # gone since it was listed: the next cycle sees that
+    return inspect(cycle.configuration.datasets[target.dataset], target.fields, body, children)
+
+
+def _note_content(cycle: Cycle, ledger: Ledger, target: KnownObject, found: Inspection) -> None:
+    facts = dataclasses.replace(target.facts, valid=found.valid, settled=found.settled, verdict=found.verdict)
+    ledger.note(target, facts, read_etag=target.facts.etag)
+    if found.valid:
+        cycle.problems += ledger.set_children(target, found.children, proven=False)
+
+
+def _apply_losses(cycle: Cycle) -> Iterator[None]:
+    """What was there and is no longer listed is missing, unless so much is gone that the listing or the
+    mount is more likely at fault."""
+    total = sum(map(len, cycle.losses.values()))
+    names = {row[0]: row[1] for row in cycle.database.read("select dataset_id, dataset from datasets")}
+    for dataset_id, lost in cycle.losses.items():
+        there = cycle.database.value(
+            "select count(*) from objects where dataset_id = ? and etag is not null", (dataset_id,)
+        )
+        many = len(lost) > BRAKE_OBJECTS and len(lost) > BRAKE_SHARE * there
+        name = names[dataset_id]
+        if name not in cycle.believe and (many or (cycle.listed == 0 and total > BRAKE_EMPTY)):
+            text = f"{name}: {len(lost)} of {there} objects vanished at once, none is taken for missing"
+            cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --believe {name}")
+            continue
+        for chunk in chunks(iter(lost), PAGE):
+            with cycle.ledger() as ledger:
+                for target in ledger.objects(
+                    "object_id in (select value from json_each(:ids))", {"ids": json.dumps(chunk)}
+                ):
+                    if target.cycle_id != cycle.cycle_id:
+                        ledger.note(target, Facts(available_at=target.facts.available_at, seen_at=target.facts.seen_at))
+            yield
+
+
+def _age(cycle: Cycle) -> Iterator[None]:
+    """What time alone has changed; and once a day, or when the weights did, the priorities."""
+    while note_due_objects(cycle.database, cycle.configuration, cycle.clock):
+        yield
+    today, wishes = day_of(cycle.clock.wall()), cycle.configuration
+    datasets = [(dataset.priority, dataset.batch) for dataset in wishes.datasets.values()]
+    inputs = repr((today, wishes.priority_weighting, wishes.seasons, datasets))
+    with cycle.database.transaction() as sql:
+        known = sql.execute("select value from settings where name = 'priorities'").fetchone()
+        if any(batch for _, batch in datasets) or not known or known[0] != inputs:
+            reprioritise(sql, cycle.configuration, cycle.clock.wall())
+            sql.execute("insert or replace into settings values ('priorities', ?)", (inputs,))
+    yield
 
 
 def _seen(target: KnownObject, entry: StoredObject) -> Facts:
@@ -4964,7 +5190,7 @@ def status_sections(database: Database, configuration: Configuration, lock: Runn
     """In one screen: is it running, is the lake complete, what is under way, which sources can be asked."""
     cycle = query(database, "select * from cycles order by cycle_id desc limit 1")
     counts = query(
-        database, "select state, count(*) as n from objects where state not in ('awaited', 'dropped') group by state"
+        database, "select state, sum(objects) as n from counts where state not in ('awaited', 'dropped') group by state"
     )
     by_state = {row["state"]: row["n"] for row in counts}
     tasks = query(
@@ -5456,6 +5682,7 @@ class Runner:
         self.clock = clock or journal.clock
         self.dice = random.Random()  # noqa: S311  # spreads retries, guards nothing
         self.pool: Executor = ThreadPoolExecutor(configuration.max_concurrent_scrapers, "adce-worker")
+        self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.running: dict[Future[list[Result]], Execution] = {}
         self.stuck: dict[Future[list[Result]], Execution] = {}
@@ -5466,7 +5693,7 @@ class Runner:
         self.next_cycle_at = self.next_beat_at = self.next_paint_at = -math.inf
         self.stop_reason: str | None = None
         self.stop_at = math.inf
-        self.once = self.in_line = False
+        self.once = self.in_line = self.cycle_waits = False
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end; safe from a signal handler and from other threads."""
@@ -5537,13 +5764,15 @@ class Runner:
         now = self.clock.boot()
         if self.steps is None and now >= self.next_cycle_at:
             self.next_cycle_at = math.inf if self.once else now + self.configuration.interval_seconds
-            self.steps = reconcile(self.database, self.configuration, self.store, self.clock)
+            ahead = ReadAhead(self.listers, lambda: self.wakeups.put("page"))
+            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, ahead=ahead)
         if self.steps is None:
             while note_due_objects(self.database, self.configuration, self.clock):
                 pass
             return
         try:
-            self.cycle_id = next(self.steps)
+            step = next(self.steps)
+            self.cycle_id, self.cycle_waits = step or self.cycle_id, step == 0
         except DatabaseError:
             self.steps, self.next_cycle_at = None, now
             raise
@@ -5670,7 +5899,7 @@ class Runner:
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
         """How long nothing can happen. While a cycle runs there is always something to do."""
-        if self.steps is not None:
+        if self.steps is not None and not self.cycle_waits:
             return 0.0
         now, wall = self.clock.boot(), self.clock.wall()
         instants = [self.next_cycle_at, self.next_beat_at, self.stop_at, now + self.configuration.queue_check_seconds]
@@ -5697,6 +5926,7 @@ class Runner:
             self.clock.wait(self.wakeups, min(1.0, limit - self.clock.boot()))
             self._collect()
         self.pool.shutdown(wait=False, cancel_futures=True)
+        self.listers.shutdown(wait=False, cancel_futures=True)
         left = [*self.running.values(), *self.hops]
         for execution in left:
             lost = Result(Outcome.LOST, "the runner stopped", requests=int(execution not in self.hops))

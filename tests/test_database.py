@@ -338,6 +338,10 @@ def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
         old.executescript("".join(f"drop view {name};" for name in views))
         old.executescript(
             """
+            drop trigger objects_counted_in;
+            drop trigger objects_counted_out;
+            drop trigger objects_recounted;
+            drop table counts;
             drop table waiters;
             alter table scopes add column finished integer not null default 7;
             alter table scopes drop column burst_size;

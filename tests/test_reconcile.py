@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ManualClock
@@ -59,6 +62,7 @@ class Desk:
         self, configuration: adce.Configuration, database: adce.Database, lake: Lake, clock: ManualClock
     ) -> None:
         self.configuration, self.database, self.lake, self.clock = configuration, database, lake, clock
+        self.ahead: adce.ReadAhead | None = None
         self.declare(configuration)
 
     def declare(self, configuration: adce.Configuration) -> None:
@@ -69,9 +73,8 @@ class Desk:
 
     def cycle(self, store: adce.Store | None = None, believe: tuple[str, ...] = ()) -> dict:
         self.clock.advance(60)
-        steps = adce.reconcile(
-            self.database, self.configuration, store or self.lake.store, self.clock, frozenset(believe)
-        )
+        store = store or self.lake.store
+        steps = adce.reconcile(self.database, self.configuration, store, self.clock, frozenset(believe), self.ahead)
         return dict(self.database.read("select * from cycles where cycle_id = ?", (adce.run_cycle(steps),))[0])
 
     def gaps(self) -> dict[str, str]:
@@ -376,6 +379,59 @@ def test_copy_of_a_database_can_be_tried_on(desk):
     assert desk.database.value("select count(*) from tasks") == 0
 
 
+def nobody_sleeps() -> None:
+    """There is nobody to wake when a page is ready."""
+
+
+def recount(database: adce.Database) -> dict[tuple, int]:
+    rows = database.read("select dataset_id, coalesce(season, ''), state, count(*) from objects group by 1, 2, 3")
+    return {tuple(row)[:3]: row[3] for row in rows}
+
+
+def test_slow_store_keeps_nobody_waiting(desk, lake):
+    """Steps go on, and say that they wait, while another thread lists."""
+    for day in range(1, 6):
+        lake.put_day(day, [])
+    gate, woken = threading.Event(), threading.Event()
+
+    class Slow(adce.FolderStore):
+        def list(self, prefix: str) -> Iterator[adce.StoredObject]:
+            assert gate.wait(20)
+            yield from super().list(prefix)
+
+    with ThreadPoolExecutor(4) as executor:
+        ahead = adce.ReadAhead(executor, woken.set)
+        store = Slow(lake.store.root)
+        steps = adce.reconcile(desk.database, desk.configuration, store, desk.clock, ahead=ahead)
+        assert list(itertools.islice(steps, 100))[-50:] == [0] * 50
+        assert not woken.is_set()
+        gate.set()
+        assert woken.wait(20)
+        adce.run_cycle(steps)
+    assert desk.database.value("select present from cycles") == 5
+
+
+def test_listing_that_is_stopped_in_the_middle_leaves_no_thread_behind(desk, lake):
+    lake.put_day(1, [])
+    with ThreadPoolExecutor(4) as executor:
+        ahead = adce.ReadAhead(executor, nobody_sleeps)
+        steps = adce.reconcile(desk.database, desk.configuration, lake.store, desk.clock, ahead=ahead)
+        for _ in range(4):
+            next(steps)
+        steps.close()
+    assert desk.database.value("select error from cycles") == "stopped before its end"
+
+
+def test_counts_follow_whatever_is_done_to_the_objects(desk, lake):
+    lake.put_day(1, ["7"])
+    desk.cycle()
+    with desk.database.transaction() as sql:
+        sql.execute("delete from objects where key = 'games/7.json' and object_id not in (select object_id from tasks)")
+        sql.execute("update objects set season = '2025-26' where key like '%02.json'")
+    counts = desk.database.read("select dataset_id, season, state, objects from counts where objects != 0")
+    assert {tuple(row)[:3]: row[3] for row in counts} == recount(desk.database)
+
+
 class LakeMachine(RuleBasedStateMachine):
     """Whatever is done to the lake, a full cycle finds exactly the gaps that a few lines of model find."""
 
@@ -393,7 +449,15 @@ class LakeMachine(RuleBasedStateMachine):
         configuration = adce.load_configuration(folder / "adce.yaml")
         self.desk = Desk(configuration, adce.memory_database(), self.lake, ManualClock())
         self.model: dict[str, object] = {}
-        self.ever_named: set[str] = set()
+        self.executor = ThreadPoolExecutor(2)
+        if data.draw(st.booleans()):
+            self.desk.ahead = adce.ReadAhead(self.executor, nobody_sleeps)
+        self.page, adce.PAGE = adce.PAGE, data.draw(st.sampled_from([1, 2, 1000]))
+
+    def teardown(self) -> None:
+        if hasattr(self, "page"):
+            adce.PAGE = self.page
+            self.executor.shutdown()
 
     def put(self, key: str, document: object) -> None:
         self.lake.put(key, document)
@@ -431,6 +495,8 @@ class LakeMachine(RuleBasedStateMachine):
         assert self.desk.gaps() == gaps
         assert set(self.desk.live_tasks()) == set(gaps)
         assert (row["expected"], row["present"]) == (len(expected), len(expected) - len(gaps))
+        counts = self.desk.database.read("select dataset_id, season, state, objects from counts where objects != 0")
+        assert {tuple(one)[:3]: one[3] for one in counts} == recount(self.desk.database)
 
     @property
     def named_by(self) -> dict[str, list[str]]:

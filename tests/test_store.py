@@ -7,8 +7,10 @@ import secrets
 import subprocess
 import sys
 import time
+from urllib.parse import unquote_plus
 
 import boto3
+import botocore.parsers
 import pytest
 from conftest import ROOT
 from s3_server import ACCESS_KEY, S3Server
@@ -206,3 +208,38 @@ def current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+PAGE = b"""<?xml version="1.0" encoding="UTF-8"?>
+<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>lake</Name><Prefix></Prefix>
+<EncodingType>url</EncodingType><KeyCount>3</KeyCount><MaxKeys>1000</MaxKeys><IsTruncated>true</IsTruncated>
+<NextContinuationToken>more</NextContinuationToken>
+<Contents><Key>a%26b+c%2Bd.json</Key><LastModified>2026-01-02T03:04:05.678Z</LastModified>
+<ETag>&quot;0123&quot;</ETag><Size>12</Size><StorageClass>STANDARD</StorageClass></Contents>
+<Contents><Size>0</Size><ETag>&#34;abc-2&#34;</ETag><LastModified>2026-01-02T03:04:05+00:00</LastModified>
+<Owner><ID>x</ID></Owner><Key>&lt;x&gt;/%C3%A4.json</Key></Contents>
+<Contents>
+  <Key>plain</Key><LastModified>2026-01-02T03:04:06Z</LastModified><ETag>"d"</ETag><Size>5368709120</Size>
+</Contents></ListBucketResult>"""
+
+
+@pytest.mark.parametrize("quoted", [True, False])
+def test_entries_of_a_page_are_those_that_botocore_would_parse(quoted):
+    """Entities, quoting, any order of fields, no quoting at all."""
+    body = PAGE if quoted else PAGE.replace(b"<EncodingType>url</EncodingType>", b"")
+    client = boto3.client("s3", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x")
+    operation = client.meta.service_model.operation_model("ListObjectsV2")
+    stock = botocore.parsers.create_parser("rest-xml").parse(
+        {"body": body, "headers": {}, "status_code": 200}, operation.output_shape
+    )
+    unquote = unquote_plus if quoted else str
+    taken: dict = {}
+    response = {"body": body, "headers": {}, "status_code": 200}
+    adce._take_entries(response, taken)
+    assert [(one.key, one.size, one.etag, one.modified_at) for one in taken["Entries"]] == [
+        (unquote(one["Key"]), one["Size"], one["ETag"].strip('"'), int(one["LastModified"].timestamp()))
+        for one in stock["Contents"]
+    ]
+    rest = botocore.parsers.create_parser("rest-xml").parse(response, operation.output_shape)
+    assert (rest["IsTruncated"], rest["NextContinuationToken"]) == (True, "more")
+    assert "Contents" not in rest
