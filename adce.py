@@ -372,6 +372,7 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
     end;
     insert into counts
     select dataset_id, coalesce(season, ''), state, count(*) from objects group by 1, 2, 3;
+    alter table objects add column live integer;
     """,
 )
 
@@ -427,6 +428,7 @@ create table objects (
     read_etag    text,               -- the version whose content was looked at; what was found:
     valid        integer,            -- 1: passes its validation
     settled      integer,            -- 1: final, its `until` holds
+    live         integer,            -- 1: it changes all the time, its `live.while` holds
     verdict      text,               -- why it is not valid
     proven       integer not null,   -- 0: nobody has looked for it in the store yet
     cycle_id     integer             -- the cycle in or after which ADCE last wrote it
@@ -1224,6 +1226,14 @@ class Partitions:
 
 
 @dataclass(frozen=True, slots=True)
+class Live:
+    """An object that changes all the time for a while, such as a day with games in progress."""
+
+    expression: str  # JMESPath: true means that it does now
+    every: int  # seconds
+
+
+@dataclass(frozen=True, slots=True)
 class Freshness:
     """When an object that is there must be fetched again. Durations in seconds."""
 
@@ -1232,6 +1242,7 @@ class Freshness:
     refetch_once_after: int | None = None
     current: int | None = None  # for objects of a season that goes on
     past: int | None = None  # of one that is over; None: never
+    live: Live | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1464,6 +1475,11 @@ KEYS = (
     Key("datasets.*.freshness.refetch_once_after", "duration", "once more, so long after its day"),
     Key("datasets.*.freshness.current", "duration", "so often while its season goes on"),
     Key("datasets.*.freshness.past", "duration", "so often after its season, or never"),
+    Key("datasets.*.freshness.live", "mapping", "while it changes all the time"),
+    Key(
+        "datasets.*.freshness.live.while", "expression", "true: it does, as a day with games in progress", required=True
+    ),
+    Key("datasets.*.freshness.live.every", "duration", "fetched so often then", required=True),
     Key("datasets.*.validate", "mapping", "what makes bytes the object"),
     Key("datasets.*.validate.json", "boolean", "must parse as JSON"),
     Key("datasets.*.validate.min_bytes", "count", ""),
@@ -1867,7 +1883,8 @@ class Builder:
             partitions = self._partitions(name, raw)
             if partitions is None:
                 continue
-            freshness = {key: value or None for key, value in given.get("freshness", {}).items()}
+            freshness = {key: value or None for key, value in given.get("freshness", {}).items() if key != "live"}
+            live = given.get("freshness", {}).get("live", {})
             texts = {
                 key: given[key]
                 for key in ("source", "call", "timeout_seconds", "available_after", "priority")
@@ -1880,7 +1897,7 @@ class Builder:
                 url=Template(given["url"]) if "url" in given else None,
                 command=tuple(Template(word) for word in given.get("command", ())),
                 batch=Batch(**given["batch"]) if "by" in given.get("batch", {}) else None,
-                freshness=Freshness(**freshness),
+                freshness=Freshness(**freshness, live=Live(live["while"], live["every"]) if len(live) == 2 else None),
                 validate=Validation(**given.get("validate", {})),
                 **texts,
             )
@@ -2228,6 +2245,7 @@ class Inspection:
     valid: bool
     verdict: str | None  # why it is not valid
     settled: bool  # final: its `until` holds
+    live: bool  # its `live.while` holds
     children: Mapping[str, tuple[str, ...]]  # ids by dataset
 
 
@@ -2243,6 +2261,7 @@ class Facts:
     modified_at: int | None = None
     valid: bool | None = None  # None: its content was not looked at
     settled: bool | None = None
+    live: bool | None = None
     verdict: str | None = None
 
 
@@ -2352,13 +2371,15 @@ def inspect(dataset: Dataset, fields: Fields, body: bytes, children: Sequence[Da
     """Look at the content of an object: is it whole, is it final, and which children does it name?"""
     document, verdict = _verdict(dataset.validate, fields, body)
     if verdict:
-        return Inspection(False, verdict, False, {})
-    if document is None and (dataset.freshness.until or any(child.partitions.ids for child in children)):
+        return Inspection(False, verdict, False, False, {})
+    freshness = dataset.freshness
+    asks = freshness.until or freshness.live or any(child.partitions.ids for child in children)
+    if document is None and asks:
         with contextlib.suppress(ValueError, RecursionError):
             document = json.loads(body)
-    until = dataset.freshness.until
-    settled = until is None or holds(until, fields, document)
-    return Inspection(True, None, settled, {child.name: _ids(child, document, body) for child in children})
+    settled = freshness.until is None or holds(freshness.until, fields, document)
+    live = freshness.live is not None and holds(freshness.live.expression, fields, document)
+    return Inspection(True, None, settled, live, {child.name: _ids(child, document, body) for child in children})
 
 
 def _verdict(validation: Validation, fields: Fields, body: bytes) -> tuple[Any, str | None]:
@@ -2421,6 +2442,8 @@ def appraise(dataset: Dataset, season: Season | None, day: str | None, facts: Fa
     if freshness.until:
         if facts.settled is not False:
             return Appraisal(ObjectState.PRESENT)
+        if freshness.live and facts.live:
+            return Appraisal(ObjectState.STALE, "live", ask_at=modified + freshness.live.every)
         return Appraisal(ObjectState.STALE, "not final yet", ask_at=modified + (freshness.refetch_every or 0))
     due_at = min(_refetch_instants(dataset, season, day, facts), default=None)
     if due_at is not None and due_at <= now:
@@ -2431,6 +2454,8 @@ def appraise(dataset: Dataset, season: Season | None, day: str | None, facts: Fa
 def _refetch_instants(dataset: Dataset, season: Season | None, day: str | None, facts: Facts) -> Iterator[int]:
     """When an object that is there and valid must be fetched again. A rule that is met gives no instant."""
     freshness, modified = dataset.freshness, facts.modified_at or 0
+    if freshness.live and facts.live:
+        yield modified + freshness.live.every
     if freshness.refetch_every:
         yield modified + freshness.refetch_every
     if freshness.refetch_once_after:
@@ -3477,6 +3502,7 @@ class Ledger:
             modified_at=row["modified_at"],
             valid=None if row["valid"] is None else bool(row["valid"]),
             settled=None if row["settled"] is None else bool(row["settled"]),
+            live=None if row["live"] is None else bool(row["live"]),
             verdict=row["verdict"],
         )
         return KnownObject(
@@ -3566,7 +3592,8 @@ class Ledger:
                 since = case when state = :state then since else :now end,
                 available_at = :available_at, proven = :proven, seen_at = coalesce(seen_at, :seen_at),
                 size = :size, etag = :etag, modified_at = :modified_at,
-                read_etag = coalesce(:read_etag, read_etag), valid = :valid, settled = :settled, verdict = :verdict,
+                read_etag = coalesce(:read_etag, read_etag), valid = :valid, settled = :settled, live = :live,
+                verdict = :verdict,
                 cycle_id = coalesce(:cycle_id, cycle_id)
             where object_id = :object_id
             """,
@@ -3693,7 +3720,10 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration, now:
 def _forget_readings(sql: sqlite3.Connection, dataset: Dataset, dataset_id: int) -> None:
     """A changed declaration: look at its objects, and at the parents that name them, once more."""
     sql.execute("update datasets set expansion = '' where dataset_id = ?", (dataset_id,))
-    sql.execute("update objects set read_etag = null, valid = null, settled = null where dataset_id = ?", (dataset_id,))
+    sql.execute(
+        "update objects set read_etag = null, valid = null, settled = null, live = null where dataset_id = ?",
+        (dataset_id,),
+    )
     parent = "(select dataset_id from datasets where dataset = ?)"
     sql.execute(f"update objects set read_etag = null where dataset_id = {parent}", (dataset.partitions.parent,))  # noqa: S608
 
@@ -3991,6 +4021,7 @@ def _note_stored(ledger: Ledger, known: KnownObject, result: Result, task_id: in
         modified_at=stored.modified_at,
         valid=inspection.valid,
         settled=inspection.settled,
+        live=inspection.live,
         verdict=inspection.verdict,
     )
     verdict = ledger.note(known, facts, read_etag=stored.etag)
@@ -4373,9 +4404,10 @@ def _read(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     it final, which children does it name?"""
     for dataset in level:
         children = cycle.configuration.children_of(dataset.name)
-        if not (children or dataset.freshness.until or dataset.validate.needs_content()):
+        says_more = children or dataset.freshness.until or dataset.freshness.live
+        if not (says_more or dataset.validate.needs_content()):
             continue
-        left = math.inf if children or dataset.freshness.until else READS_IN_A_CYCLE
+        left = math.inf if says_more else READS_IN_A_CYCLE
         after = ""
         while left > 0 and (unread := _unread(cycle, dataset, after)):
             found = [(target, _inspect(cycle, target, children)) for target in unread]
@@ -4409,7 +4441,9 @@ def _inspect(cycle: Cycle, target: KnownObject, children: Sequence[Dataset]) -> 
 
 
 def _note_content(cycle: Cycle, ledger: Ledger, target: KnownObject, found: Inspection) -> None:
-    facts = dataclasses.replace(target.facts, valid=found.valid, settled=found.settled, verdict=found.verdict)
+    facts = dataclasses.replace(
+        target.facts, valid=found.valid, settled=found.settled, live=found.live, verdict=found.verdict
+    )
     ledger.note(target, facts, read_etag=target.facts.etag)
     if found.valid:
         cycle.problems += ledger.set_children(target, found.children, proven=False)
@@ -4461,7 +4495,7 @@ def _seen(target: KnownObject, entry: StoredObject) -> Facts:
     facts = dataclasses.replace(
         target.facts, proven=True, size=entry.size, etag=entry.etag, modified_at=entry.modified_at
     )
-    return facts if read else dataclasses.replace(facts, valid=None, settled=None, verdict=None)
+    return facts if read else dataclasses.replace(facts, valid=None, settled=None, live=None, verdict=None)
 
 
 # ---------------------------------------------------------------- Executions

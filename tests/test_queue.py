@@ -43,7 +43,7 @@ datasets:
     partitions: {values: {season: [S1, S2], name: [a, b, c, d]}}
     priority: MEDIUM
 """
-HELD = adce.Inspection(valid=True, verdict=None, settled=True, children={})
+HELD = adce.Inspection(valid=True, verdict=None, settled=True, live=False, children={})
 
 
 class Desk:
