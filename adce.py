@@ -19,6 +19,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Schema                      the tables: the centre of the design
     Views                       what people read of them
     Database                    one safe door to the SQLite file
+    Templates                   texts with fields in them
     Configuration               the shape of what the user declares
     Keys                        everything that may stand in adce.yaml
     Reading the configuration   YAML to values, all mistakes at once
@@ -1050,13 +1051,11 @@ class RunnerLock:
             self._file = None
 
 
-# ---------------------------------------------------------------- Configuration
-# The shape of what the user declares, with every default. Records only: reading them from YAML is the
-# next room. Headline: Configuration.
+# ---------------------------------------------------------------- Templates
+# Texts with fields in them: keys, urls, words of commands, expressions. Headline: Template.
 
 Fields = Mapping[str, str]  # the values of a partition by name; dates as 2024-12-15
 
-STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
 FIELD_IN_TEXT = re.compile(r"\{([a-z_][a-z0-9_]*)(?::([^{}]+))?\}")
 FIELD_IN_EXPRESSION = re.compile(r"\{([a-z_][a-z0-9_]*)(?::((?:%[A-Za-z]|[-_./ ])+))?\}")
 
@@ -1084,6 +1083,13 @@ class Template:
             return quote(datetime.date.fromisoformat(text).strftime(match[2]) if match[2] else text)
 
         return self.pattern.sub(value, self.text)
+
+
+# ---------------------------------------------------------------- Configuration
+# The shape of what the user declares, with every default. Records only: reading them from YAML comes
+# later. Headline: Configuration.
+
+STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
 
 
 @dataclass(frozen=True, slots=True)
