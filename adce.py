@@ -223,6 +223,10 @@ class ConfigurationError(Error):
     exit_code = ExitCode.BAD_CONFIGURATION
 
 
+class MassDropError(ConfigurationError):
+    """adce.yaml expects far less than before, and nobody has said that this is meant."""
+
+
 class DatabaseError(Error):
     """The database is unusable, or not ADCE's."""
 
@@ -3576,16 +3580,30 @@ class Ledger:
         return object_id
 
     def drop(self, object_id: int) -> None:
-        """Note that an object is no longer expected; what lies in the store is left alone."""
+        """Note that an object is no longer expected, nor what it alone has named; what lies in the store is
+        left alone. Expected again, it is read again."""
         self.sql.execute(
             """
             update objects
-            set state = 'dropped', reason = null, due_at = null, proven = 0, since = ?
+            set state = 'dropped', reason = null, due_at = null, read_etag = null, proven = 0, since = ?
             where object_id = ?
             """,
             (int(self.now), object_id),
         )
         self.close_task(object_id, TaskState.CANCELLED)
+        orphans = """
+            select l.child_id
+            from links l
+            join objects child on child.object_id = l.child_id and child.state != 'dropped'
+            where l.parent_id = ?
+              and not exists (
+                  select 1
+                  from links other
+                  join objects parent on parent.object_id = other.parent_id and parent.state != 'dropped'
+                  where other.child_id = l.child_id)
+        """
+        for (child_id,) in self.sql.execute(orphans, (object_id,)).fetchall():
+            self.drop(child_id)
 
     def note(self, known: KnownObject, facts: Facts, read_etag: str | None = None) -> Appraisal:
         """Write what is now known of an object; open, keep or close its task accordingly."""
@@ -3697,8 +3715,29 @@ class Ledger:
 # note_due_objects().
 
 
-def declare_datasets(sql: sqlite3.Connection, configuration: Configuration, now: float) -> None:
-    """Make the stored datasets those of the configuration; cancel what is no longer declared."""
+DROPPED_OBJECTS, DROPPED_SHARE = 100, 0.5  # more than both at once needs a word of the operator
+
+
+@contextlib.contextmanager
+def guarded_drops(sql: sqlite3.Connection, *, consents: bool) -> Iterator[None]:
+    """Raises MassDropError, so that all is rolled back, when far less is expected after the block."""
+    count = "select coalesce(sum(objects), 0) from counts where state != 'dropped'"
+    before = sql.execute(count).fetchone()[0]
+    yield
+    dropped = before - sql.execute(count).fetchone()[0]
+    if dropped > DROPPED_OBJECTS and dropped > DROPPED_SHARE * before and not consents:
+        raise MassDropError(
+            f"adce.yaml no longer expects {dropped:,} of the {before:,} objects that it did; nothing was changed",
+            "see the difference with: adce.py plan; if it is meant, say --yes with run or reconcile",
+        )
+
+
+def declare_datasets(
+    sql: sqlite3.Connection, configuration: Configuration, now: float, *, consents: bool = False
+) -> None:
+    """Make the stored datasets those of the configuration; cancel what is no longer declared.
+
+    Raises MassDropError when that is most of what was expected, and the operator has not consented."""
     weighting = configuration.priority_weighting
     sql.execute("update datasets set active = 0")
     for dataset in configuration.datasets.values():
@@ -3719,8 +3758,9 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration, now:
         sql.execute("update datasets set bonus = ? where dataset_id = ?", (bonus_of(weighting, row[1]), row[0]))
     inactive = "select object_id from objects join datasets using (dataset_id) where not active and state != 'dropped'"
     ledger = Ledger(sql, configuration, now)
-    for row in sql.execute(inactive).fetchall():
-        ledger.drop(row[0])
+    with guarded_drops(sql, consents=consents):
+        for row in sql.execute(inactive).fetchall():
+            ledger.drop(row[0])
 
 
 def _forget_readings(sql: sqlite3.Connection, dataset: Dataset, dataset_id: int) -> None:
@@ -4161,19 +4201,22 @@ class Listing:
 MOST_PROBLEMS = 5  # told of one cycle
 
 
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """What the operator has said is meant, however strange it looks."""
+
+    to_drop: bool = False  # far less is expected than before
+    to_lose: frozenset[str] = frozenset()  # the mass loss of these datasets is real
+
+
 class Cycle:
     """What one cycle has seen and done so far; its row in the database."""
 
     def __init__(
-        self, database: Database, configuration: Configuration, store: Store, clock: Clock, believe: frozenset[str]
+        self, database: Database, configuration: Configuration, store: Store, clock: Clock, consent: Consent
     ) -> None:
-        self.database, self.configuration, self.store, self.clock, self.believe = (
-            database,
-            configuration,
-            store,
-            clock,
-            believe,
-        )
+        self.database, self.configuration, self.store = database, configuration, store
+        self.clock, self.consent = clock, consent
         self.listed = self.unexpected = self.created = self.closed = 0
         self.ahead: ReadAhead | None = None
         self.losses: dict[int, array.array[int]] = {}  # objects that were there, by dataset
@@ -4244,13 +4287,13 @@ def reconcile(
     configuration: Configuration,
     store: Store,
     clock: Clock,
-    believe: frozenset[str] = frozenset(),
+    consent: Consent = Consent(),
     ahead: ReadAhead | None = None,
 ) -> Iterator[int]:
     """One cycle, as steps: each `next()` does a little and yields the cycle's id, or 0 when it waits for the
     store; the last step records what was found. Errors of the store end the cycle and stand in its row.
-    `believe` names datasets whose mass loss is real."""
-    cycle = Cycle(database, configuration, store, clock, believe)
+    Raises MassDropError when far less is expected than before, without the operator's consent."""
+    cycle = Cycle(database, configuration, store, clock, consent)
     cycle.ahead = ahead
     try:
         yield cycle.cycle_id
@@ -4261,7 +4304,7 @@ def reconcile(
             yield cycle.cycle_id
     except StoreError as error:
         cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
-    except GeneratorExit:
+    except (GeneratorExit, MassDropError):
         cycle.problems.append("stopped before its end")
         raise
     finally:
@@ -4275,18 +4318,15 @@ def run_cycle(steps: Iterator[int]) -> int:
 
 def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     """Make the expected objects of datasets that depend on no others those of today."""
+    dropped: list[int] = []
+    digests: list[tuple[str, str]] = []
     for dataset in level:
-        if dataset.partitions.parent:
-            continue
         now = cycle.clock.wall()
-        inputs = (
-            dataset.partitions,
-            dataset.key.text,
-            cycle.configuration.seasons,
-            day_of(now, timezone_of(dataset)),
-        )
+        today = day_of(now, timezone_of(dataset))
+        inputs = (dataset.partitions, dataset.key.text, cycle.configuration.seasons, today)
         digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
-        if cycle.database.value("select expansion from datasets where dataset = ?", (dataset.name,)) == digest:
+        known = "select expansion from datasets where dataset = ?"
+        if dataset.partitions.parent or cycle.database.value(known, (dataset.name,)) == digest:
             continue
         wanted: set[int] = set()
         for chunk in chunks(expand(dataset, cycle.configuration.seasons, now), PAGE):
@@ -4298,24 +4338,25 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
                     except ValueError as error:
                         cycle.problems.append(str(error))
             yield
-        _drop_others(cycle, dataset, wanted, digest)
-        yield
+        dropped += _no_longer_expected(cycle, dataset, wanted)
+        digests.append((digest, dataset.name))
+    with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.consent.to_drop):
+        for object_id in dropped:
+            ledger.drop(object_id)
+        ledger.sql.executemany("update datasets set expansion = ? where dataset = ?", digests)
+    yield
 
 
-def _drop_others(cycle: Cycle, dataset: Dataset, wanted: set[int], digest: str) -> None:
-    with cycle.ledger() as ledger:
-        known = ledger.sql.execute(
-            """
-            select object_id
-            from objects join datasets using (dataset_id)
-            where dataset = ? and state != 'dropped'
-            """,
-            (dataset.name,),
-        ).fetchall()
-        for (object_id,) in known:
-            if object_id not in wanted:
-                ledger.drop(object_id)
-        ledger.sql.execute("update datasets set expansion = ? where dataset = ?", (digest, dataset.name))
+def _no_longer_expected(cycle: Cycle, dataset: Dataset, wanted: set[int]) -> Iterator[int]:
+    rows = cycle.database.read(
+        """
+        select object_id
+        from objects join datasets using (dataset_id)
+        where dataset = ? and state != 'dropped'
+        """,
+        (dataset.name,),
+    )
+    return (row[0] for row in rows if row[0] not in wanted)
 
 
 def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
@@ -4466,7 +4507,7 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
         )
         many = len(lost) > BRAKE_OBJECTS and len(lost) > BRAKE_SHARE * there
         name = names[dataset_id]
-        if name not in cycle.believe and (many or (cycle.listed == 0 and total > BRAKE_EMPTY)):
+        if name not in cycle.consent.to_lose and (many or (cycle.listed == 0 and total > BRAKE_EMPTY)):
             text = f"{name}: {len(lost)} of {there} objects vanished at once, none is taken for missing"
             cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --believe {name}")
             continue
@@ -5306,8 +5347,25 @@ def task_sections(database: Database, task_id: int) -> list[Section]:
     ]
 
 
-def plan_sections(database: Database, most: int) -> list[Section]:
-    """What a run would do with the queue as it is."""
+def expected_by_dataset(database: Database) -> dict[str, int]:
+    """How many objects each dataset expects now, or will when they are available."""
+    sql = """
+        select dataset, sum(objects) as expected
+        from counts join datasets using (dataset_id)
+        where state != 'dropped'
+        group by dataset
+    """
+    return {row["dataset"]: row["expected"] for row in query(database, sql)}
+
+
+def plan_sections(database: Database, before: Mapping[str, int], most: int) -> list[Section]:
+    """What a run would do with the queue as it is; what was expected `before` the configuration was read."""
+    after = expected_by_dataset(database)
+    changes = [
+        {"dataset": name, "expected_now": before.get(name, 0), "expected_then": after.get(name, 0)}
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name, 0) != after.get(name, 0)
+    ]
     sql = """
         select dataset,
                sum(state = 'pending') as now, sum(state = 'retry') as later, sum(state = 'gave_up') as gave_up,
@@ -5322,6 +5380,7 @@ def plan_sections(database: Database, most: int) -> list[Section]:
         order by score desc, task_id limit ?
     """
     return [
+        Section("changes", "What would be expected", changes, empty="the same as now"),
         Section("datasets", "What would be asked for", query(database, sql), empty="nothing"),
         Section(
             "first", f"First of them (at most {most})", query(database, first, (most,)), empty="nothing can start now"
@@ -5731,6 +5790,7 @@ class Runner:
         self.steps: Iterator[int] | None = None
         self.cycle_id: int | None = None
         self.next_cycle_at = self.next_beat_at = self.next_paint_at = -math.inf
+        self.consent = Consent()
         self.stop_reason: str | None = None
         self.stop_at = math.inf
         self.once = self.in_line = self.cycle_waits = False
@@ -5740,9 +5800,9 @@ class Runner:
         self.stop_reason = self.stop_reason or reason
         self.wakeups.put("stop")
 
-    def run(self, *, once: bool = False, max_seconds: float = math.inf) -> ExitCode:
+    def run(self, *, once: bool = False, max_seconds: float = math.inf, consent: Consent = Consent()) -> ExitCode:
         """Work until stopped. With `once`: one cycle, then one attempt at every open task."""
-        self.once, self.stop_at = once, self.clock.boot() + max_seconds
+        self.once, self.consent, self.stop_at = once, consent, self.clock.boot() + max_seconds
         self._start()
         try:
             while not self.stop_reason:
@@ -5766,7 +5826,7 @@ class Runner:
         now = self.clock.wall()
         with self.database.transaction() as sql:
             declare_limits(sql, self.configuration, self.clock)
-            declare_datasets(sql, self.configuration, now)
+            declare_datasets(sql, self.configuration, now, consents=self.consent.to_drop)
             orphans = requeue_orphans(sql)
             sql.execute(
                 "insert or replace into runner values (1, ?, ?, ?, ?, null, null)",
@@ -5805,7 +5865,7 @@ class Runner:
         if self.steps is None and now >= self.next_cycle_at:
             self.next_cycle_at = math.inf if self.once else now + self.configuration.interval_seconds
             ahead = ReadAhead(self.listers, lambda: self.wakeups.put("page"))
-            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, ahead=ahead)
+            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, self.consent, ahead)
         if self.steps is None:
             while note_due_objects(self.database, self.configuration, self.clock):
                 pass
@@ -6144,7 +6204,8 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
     with contextlib.ExitStack() as stack:
         if configuration.health_check.enabled and not arguments.once:
             stack.enter_context(_serving(HealthServer(configuration, database, lock, runner.clock), journal))
-        code = runner.run(once=arguments.once, max_seconds=(arguments.max_minutes or math.inf) * MINUTE)
+        seconds = (arguments.max_minutes or math.inf) * MINUTE
+        code = runner.run(once=arguments.once, max_seconds=seconds, consent=Consent(to_drop=arguments.yes))
     database.close()
     return code
 
@@ -6183,8 +6244,9 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     lock.acquire()
     store = open_store(configuration.store)
     store.sweep()
-    _declare(database, configuration, clock)
-    cycle_id = run_cycle(reconcile(database, configuration, store, clock, frozenset(arguments.believe)))
+    consent = Consent(arguments.yes, frozenset(arguments.believe))
+    _declare(database, configuration, clock, consent)
+    cycle_id = run_cycle(reconcile(database, configuration, store, clock, consent))
     rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], next_steps(database))
     if rows[0]["error"]:
@@ -6192,10 +6254,10 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
 
 
-def _declare(database: Database, configuration: Configuration, clock: Clock) -> None:
+def _declare(database: Database, configuration: Configuration, clock: Clock, consent: Consent) -> None:
     with database.transaction() as sql:
         declare_limits(sql, configuration, clock)
-        declare_datasets(sql, configuration, clock.wall())
+        declare_datasets(sql, configuration, clock.wall(), consents=consent.to_drop)
 
 
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -6208,14 +6270,15 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
             database = memory_database()
             if isinstance(store, FolderStore) and not store.root.exists():
                 store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        _declare(database, configuration, clock)
-        cycle_id = run_cycle(reconcile(database, configuration, store, clock))
+        before, consent = expected_by_dataset(database), Consent(to_drop=True)  # only to show what it would do
+        _declare(database, configuration, clock, consent)
+        cycle_id = run_cycle(reconcile(database, configuration, store, clock, consent))
         is_once = getattr(arguments, "once", False)  # that does not wait for retries, it tries them all
         with database.transaction() as sql:
             wake_retries(sql, sys.maxsize if is_once else clock.wall())
     notes = ["", "Nothing was written and nothing was asked; the store was only listed and read."]
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
-    _print(arguments, plan_sections(database, arguments.most), notes)
+    _print(arguments, plan_sections(database, before, arguments.most), notes)
     if error:
         print(f"adce.py: the cycle had trouble: {error}", file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
@@ -6350,6 +6413,7 @@ def _duration(text: str) -> float:
 
 
 FILTERS = (_option("--source", help="only this source"), _option("--dataset", help="only this dataset"))
+YES = _option("--yes", action="store_true", help="adce.yaml is meant to expect far less than before")
 MOST = _option("--most", type=_count, default=20, metavar="N", help="at most so many rows (20)")
 COMMANDS = (
     Command(
@@ -6366,6 +6430,7 @@ COMMANDS = (
             _option("--interval-minutes", type=_positive, metavar="N", help="between cycles"),
             _option("--interval-hours", type=_positive, metavar="N", help="the older form of the same"),
             _option("--max-minutes", type=_positive, metavar="N", help="stop cleanly after so long"),
+            YES,
             MOST,
         ),
     ),
@@ -6378,6 +6443,7 @@ COMMANDS = (
             _option(
                 "--believe", action="append", default=[], metavar="DATASET", help="its mass loss is real: open its gaps"
             ),
+            YES,
         ),
     ),
     Command(

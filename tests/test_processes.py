@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import random
@@ -370,3 +371,21 @@ def test_small_terminal_is_never_overfull(size, league, tmp_path):
 
 def test_dumb_terminal_gets_plain_lines(league, tmp_path):
     assert "\x1b" not in Terminal(tmp_path, "run", "--once", term="dumb").end()
+
+
+def test_configuration_that_expects_far_less_is_shown_and_needs_a_word(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    text = (tmp_path / "adce.yaml").read_text()
+    (tmp_path / "adce.yaml").write_text(text.replace("from: 2025-01-01", "from: 2024-01-01"))
+    assert run_adce("reconcile", folder=tmp_path).returncode == 3
+    (tmp_path / "adce.yaml").write_text(text)
+    for words in (["run", "--once"], ["reconcile"]):
+        done = run_adce(*words, folder=tmp_path)
+        assert done.returncode == 78
+        assert "adce.yaml no longer expects 366 of the 372 objects that it did; nothing was changed" in done.stderr
+        assert "Try: see the difference with: adce.py plan" in done.stderr
+        assert "Traceback" not in done.stderr
+    plan = json.loads(run_adce("plan", "--format", "json", folder=tmp_path).stdout)
+    assert plan["changes"] == [{"dataset": "days", "expected_now": 372, "expected_then": 6}]
+    assert run_adce("reconcile", "--yes", folder=tmp_path).returncode == 3
+    assert rows(tmp_path, "select count(*) from gaps") == [(6,)]

@@ -71,10 +71,11 @@ class Desk:
             adce.declare_limits(sql, configuration, self.clock)
             adce.declare_datasets(sql, configuration, self.clock.wall())
 
-    def cycle(self, store: adce.Store | None = None, believe: tuple[str, ...] = ()) -> dict:
+    def cycle(self, store: adce.Store | None = None, believe: tuple[str, ...] = (), *, to_drop: bool = False) -> dict:
         self.clock.advance(60)
         store = store or self.lake.store
-        steps = adce.reconcile(self.database, self.configuration, store, self.clock, frozenset(believe), self.ahead)
+        consent = adce.Consent(to_drop=to_drop, to_lose=frozenset(believe))
+        steps = adce.reconcile(self.database, self.configuration, store, self.clock, consent, self.ahead)
         return dict(self.database.read("select * from cycles where cycle_id = ?", (adce.run_cycle(steps),))[0])
 
     def gaps(self) -> dict[str, str]:
@@ -327,6 +328,46 @@ def test_new_declaration_expects_more_and_cancels_less(desk, configure, lake):
     row = desk.cycle()
     assert sorted(desk.gaps()) == [f"days/2025-10-0{day}.json" for day in range(3, 9)]
     assert row["created"] == 3
+
+
+def test_day_that_is_no_longer_expected_takes_its_games_along_and_brings_them_back(desk, configure, lake):
+    lake.put_day(1, ["7", "8"])
+    lake.put_day(2, ["8"])
+    desk.cycle()
+    assert {"games/7.json", "games/8.json"} <= set(desk.live_tasks())
+    desk.declare(configure(TEXT.replace("from: 2025-10-01", "from: 2025-10-02")))
+    desk.cycle()
+    assert {key for key in desk.live_tasks() if key.startswith("games/")} == {"games/8.json"}
+    desk.declare(configure(TEXT))
+    desk.cycle()
+    assert {key for key in desk.live_tasks() if key.startswith("games/")} == {"games/7.json", "games/8.json"}
+
+
+WIDE = TEXT.replace("from: 2025-10-01", "from: 2025-05-01")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        WIDE.replace("from: 2025-05-01", "from: 2025-10-01"),
+        WIDE.replace("  days:", "  other:").replace("from: days", "from: other").replace('"days/', '"other/'),
+    ],
+)
+def test_configuration_that_expects_far_less_changes_nothing_without_consent(configure, database, lake, clock, text):
+    desk = Desk(configure(WIDE), database, lake, clock)
+    desk.cycle()
+    before = [tuple(row) for row in database.read("select * from objects")]
+
+    def apply() -> None:
+        desk.declare(configure(text))
+        desk.cycle()
+
+    with pytest.raises(adce.MassDropError, match=r"no longer expects 15\d of the 158 objects"):
+        apply()
+    assert [tuple(row) for row in database.read("select * from objects where state != 'awaited'")] == before
+    with database.transaction() as sql:
+        adce.declare_datasets(sql, configure(text), clock.wall(), consents=True)
+    assert desk.cycle(to_drop=True)["expected"] == 5 + 153 * ("other" in text)
 
 
 def test_changed_ids_are_looked_for_in_parents_that_were_read_before(desk, configure, lake):
