@@ -681,6 +681,21 @@ create view coverage as
     left join lost l on l.dataset_id = c.dataset_id and l.season is c.season
     where c.expected > 0;
 
+create view coverage_by_day as
+    -- The same of what has a day, by day.
+    select d.source,
+           d.dataset,
+           o.day,
+           count(*) as expected,
+           sum(o.state = 'present') as present,
+           sum(o.state = 'missing') as missing,
+           sum(o.state = 'stale') as stale,
+           sum(o.state = 'suspect') as suspect
+    from objects o
+    join datasets d using (dataset_id)
+    where o.state in ('present', 'missing', 'stale', 'suspect') and o.day is not null
+    group by d.source, d.dataset, o.day;
+
 create view rates as
     -- Each limit and how much of it is used now. The next request is granted at free_at, null for now, and not
     -- before because of why. A scope without limits has one row, for its pauses.
@@ -5146,22 +5161,16 @@ def _cell(value: Any) -> str:
 # functions named *_sections.
 
 
-def coverage_sections(database: Database, source: str | None = None, dataset: str | None = None) -> list[Section]:
-    """What is expected and what is there, by dataset and season."""
-    sql = """
-        select * from coverage
-        where (:source is null or source = :source) and (:dataset is null or dataset = :dataset)
-        order by source, dataset, season
-    """
-    rows = query(database, sql, {"source": source, "dataset": dataset})
-    return [
-        Section(
-            "coverage",
-            "Coverage by dataset and season",
-            rows,
-            empty="nothing is expected yet; run a cycle: adce.py reconcile",
-        )
-    ]
+def coverage_sections(
+    database: Database, source: str | None = None, dataset: str | None = None, *, by_day: bool = False
+) -> list[Section]:
+    """What is expected and what is there, by dataset and season, or of what has a day by that, the latest first."""
+    wanted = "where (:source is null or source = :source) and (:dataset is null or dataset = :dataset)"
+    by_season = f"select * from coverage {wanted} order by source, dataset, season"  # noqa: S608  # fixed words
+    daily = f"select * from coverage_by_day {wanted} order by source, dataset, day desc"  # noqa: S608
+    rows = query(database, daily if by_day else by_season, {"source": source, "dataset": dataset})
+    title = "Coverage by dataset and day" if by_day else "Coverage by dataset and season"
+    return [Section("coverage", title, rows, empty="nothing is expected yet; run a cycle: adce.py reconcile")]
 
 
 COVERAGE_BY_DATASET = """
@@ -5192,6 +5201,7 @@ def report_sections(database: Database, since_seconds: float, now: float) -> lis
         Section("attempts", f"Attempts of the last {span}", query(database, ATTEMPTS_BY_OUTCOME, since)),
         Section("rates", "Rate limits", query(database, RATES)),
         Section("cycles", "The last cycles", query(database, "select * from cycles order by cycle_id desc limit 5")),
+        Section("listing", f"Listing of the last {span}", query(database, LISTING, since), is_one=True),
     ]
 
 
@@ -5221,6 +5231,14 @@ ATTEMPTS_BY_OUTCOME = """
     where a.started_at >= :since
     group by d.dataset, a.outcome
     order by d.dataset, attempts desc
+"""
+LISTING = """
+    select count(*) as cycles, sum(list_calls) as list_calls,
+           -- what S3 asks for them: 0.005 USD for 1,000
+           round(sum(list_calls) * 0.005 / 1000, 4) as s3_list_usd
+    from reconciliations
+    where started_at >= :since
+    having count(*) > 0
 """
 RATES = """
     select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
@@ -6313,7 +6331,8 @@ def command_task(arguments: Arguments, configuration: Configuration) -> ExitCode
 
 def command_coverage(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show what is expected and what is there, by dataset and season."""
-    _print(arguments, coverage_sections(_existing(configuration), **_filters(arguments, configuration)))
+    filters = _filters(arguments, configuration)
+    _print(arguments, coverage_sections(_existing(configuration), by_day=arguments.by_day, **filters))
     return ExitCode.DONE
 
 
@@ -6462,7 +6481,12 @@ COMMANDS = (
     Command(
         "task", "show one task with all its attempts", command_task, (_option("task_id", type=_count, metavar="ID"),)
     ),
-    Command("coverage", "show what is expected and what is there, by dataset and season", command_coverage, FILTERS),
+    Command(
+        "coverage",
+        "show what is expected and what is there, by dataset and season",
+        command_coverage,
+        (*FILTERS, _option("--by-day", action="store_true", help="by dataset and day instead")),
+    ),
     Command(
         "check",
         "check configuration, database and store",

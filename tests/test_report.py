@@ -48,6 +48,11 @@ def test_coverage_counts_the_objects(lived):  # noqa: F811
 def test_coverage_of_one_source_or_dataset_is_a_part_of_it(lived):  # noqa: F811
     every = section(adce.coverage_sections(lived), "coverage")
     assert section(adce.coverage_sections(lived, source="league"), "coverage") == every
+    daily = section(adce.coverage_sections(lived, by_day=True), "coverage")
+    assert sum(row["expected"] for row in daily) == sum(row["expected"] for row in every)
+    assert [row["day"] for row in daily if row["dataset"] == "days"] == sorted(
+        {row["day"] for row in daily}, reverse=True
+    )
     assert section(adce.coverage_sections(lived, dataset="games"), "coverage") == [
         row for row in every if row["dataset"] == "games"
     ]
@@ -123,7 +128,7 @@ def test_tasks_are_shown_the_most_urgent_first(database):
             sql.execute(tasks, (number, number, now, rank))
     (told,) = adce.tasks_sections(database, {"state": None, "dataset": None, "source": None}, 3)
     assert [row["task_id"] for row in told.rows] == [2, 4, 3]
-    first = section(adce.plan_sections(database, 3), "first")
+    first = section(adce.plan_sections(database, {}, 3), "first")
     assert [row["key"] for row in first] == ["2.json", "4.json", "3.json"]
 
 
@@ -279,3 +284,13 @@ def test_labels_are_escaped(database):
         sql.execute("insert into daily_totals values ('2025-01-01', 1, 'LOW', 'ok', 3, 1.5, 10)")
     samples = parse_metrics(adce.metrics_text(database))
     assert samples["adce_attempts_total", (("dataset", name), ("outcome", "ok"))] == 3
+
+
+def test_listing_tells_its_calls_and_what_s3_would_ask_for_them(lived):  # noqa: F811
+    calls = lived.value("select sum(list_calls) from cycles")
+    told = section(adce.report_sections(lived, DAY, adce.Clock().wall()), "listing")[0]
+    assert told == {
+        "cycles": lived.value("select count(*) from cycles"),
+        "list_calls": calls,
+        "s3_list_usd": round(calls * 0.005 / 1000, 4),
+    }

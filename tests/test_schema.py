@@ -24,6 +24,7 @@ COLUMNS = {
     "queue": "task_id state score priority source dataset key gap_size age_hours reason attempts next_at last_error",
     "gaps": "dataset key kind since priority",
     "coverage": "source dataset season expected present missing stale suspect gave_up percent",
+    "coverage_by_day": "source dataset day expected present missing stale suspect",
     "rates": "scope window_seconds max_requests used in_flight blocked_until",
     "recent_attempts": "attempt_id task_id source dataset key started_at seconds outcome http_status bytes error",
     "stats": "day source dataset priority outcome attempts seconds bytes",
@@ -88,6 +89,14 @@ def test_coverage_sums_to_the_objects(lived):
     )
     assert tuple(totals[0]) == tuple(counts[0])
     assert totals[0][5] == 2
+
+
+def test_coverage_by_day_sums_to_the_same(lived):
+    sums = "select dataset, sum(expected), sum(present), sum(missing), sum(stale), sum(suspect) from {} group by 1"
+    assert [tuple(row) for row in lived.read(sums.format("coverage_by_day"))] == [
+        tuple(row) for row in lived.read(sums.format("coverage"))
+    ]
+    assert lived.value("select count(distinct day) from coverage_by_day") == 6
 
 
 @pytest.mark.parametrize(("missing", "percent"), [(0, 100), (1, 99.99), (30_000, 0)])
