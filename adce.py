@@ -39,6 +39,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Queue                       what is to be done, and in which order
     Endings                     what becomes of a task when an attempt ends
     Listing                     the store, page by page
+    Ranges                      which of it to look at
     Cycles                      one reconciliation as it goes on
     Reconcile                   notices: expected against present
     Executions                  what one execution is, and what it leaves
@@ -378,6 +379,7 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
     insert into counts
     select dataset_id, coalesce(season, ''), state, count(*) from objects group by 1, 2, 3;
     alter table objects add column live integer;
+    alter table reconciliations add column looked integer not null default 0;
     """,
 )
 
@@ -537,6 +539,7 @@ create table reconciliations (
     started_at   real    not null,
     seconds      real,               -- null: not finished
     listed       integer not null,   -- objects seen in the store
+    looked       integer not null default 0, -- expected objects that were looked for: all, or a share of them
     unexpected   integer not null,   -- of them, objects that no dataset expects
     list_calls   integer not null,
     expected     integer not null,
@@ -794,7 +797,7 @@ create view cycles as
     select cycle_id,
            strftime('%Y-%m-%dT%H:%M:%SZ', started_at, 'unixepoch') as started_at,
            round(seconds, 3) as seconds,
-           listed, expected, present, missing, stale, suspect, created, closed, list_calls, error
+           listed, looked, expected, present, missing, stale, suspect, created, closed, list_calls, error
     from reconciliations;
 """
 
@@ -1340,6 +1343,7 @@ class Configuration:
     database: Path
     store: str  # a folder or s3://bucket/prefix
     interval_seconds: float = 15 * MINUTE
+    full_seconds: float = DAY  # in which everything is looked at once
     queue_check_seconds: float = 10
     max_concurrent_scrapers: int = 5
     grace_seconds: float = 30
@@ -1413,6 +1417,7 @@ KEYS = (
     Key("store", "text", "the lake: a folder, or s3://bucket/prefix"),
     Key("reconciliation_interval_minutes", "positive", "between the starts of two cycles"),
     Key("reconciliation_interval_hours", "positive", "the older form of the same"),
+    Key("full_reconciliation_hours", "positive", "in which the whole store is looked at once"),
     Key("queue_check_seconds", "positive", "the longest sleep of the main loop"),
     Key("max_concurrent_scrapers", "count", "workers"),
     Key("grace_seconds", "number", "for running attempts at a stop"),
@@ -1813,6 +1818,7 @@ class Builder:
             database=self.path.parent / values.get("database", "adce.db"),
             store=self._store(values.get("store", "lake")),
             interval_seconds=interval or 15 * MINUTE,
+            full_seconds=values.get("full_reconciliation_hours", 24) * HOUR,
             priority_weighting=PriorityWeighting(**values.get("priority_weighting", {})),
             rate_limiting=self._rate_limiting(values.get("rate_limiting")),
             health_check=HealthCheck(**values.get("health_check", {"enabled": False})),
@@ -2577,8 +2583,9 @@ class Store(Protocol):
 
     calls: int  # list requests made so far
 
-    def list(self, prefix: str) -> Iterator[StoredObject]:
-        """Every object whose key starts with the prefix, as a stream, in key order where the store has one."""
+    def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
+        """Every object whose key starts with the prefix, as a stream, in key order where the store has one;
+        with `after`, those that come after it in that order."""
 
     def find(self, key: str) -> StoredObject | None:
         """One object as it would be listed."""
@@ -2617,16 +2624,16 @@ class FolderStore:
                 f"the store {self.root} cannot be written: {error.strerror}", "see `store:` in adce.yaml"
             ) from error
 
-    def list(self, prefix: str) -> Iterator[StoredObject]:
+    def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """Folder by folder, sorted as S3 sorts: a folder counts as its name with a slash."""
         if not self.root.is_dir():
             raise StoreError(f"the store {self.root} is not there", "is its disk mounted?")
         folder, _, start = prefix.rpartition("/")
         above = f"{folder}/" if folder else ""
         if (self.root / folder).is_dir():
-            yield from self._walk(above, start)
+            yield from self._walk(above, start, after)
 
-    def _walk(self, above: str, start: str) -> Iterator[StoredObject]:
+    def _walk(self, above: str, start: str, after: str) -> Iterator[StoredObject]:
         with self._counting:
             self.calls += 1
         entries = []
@@ -2641,12 +2648,15 @@ class FolderStore:
         except OSError as error:
             raise StoreError(f"cannot list {self.root / above}: {error.strerror}") from error
         for name, entry in sorted(entries, key=lambda pair: pair[0]):
+            key = above + name
+            if key <= after and not after.startswith(key):
+                continue
             if name.endswith("/"):
                 if above or entry.name != STAGING:
-                    yield from self._walk(above + name, "")
-            elif entry.is_file(follow_symlinks=False) and name.isprintable():
+                    yield from self._walk(key, "", after)
+            elif key > after and entry.is_file(follow_symlinks=False) and name.isprintable():
                 with contextlib.suppress(FileNotFoundError):
-                    yield self._stored(above + name, entry.stat(follow_symlinks=False))
+                    yield self._stored(key, entry.stat(follow_symlinks=False))
 
     def find(self, key: str) -> StoredObject | None:
         """One file as it would be listed."""
@@ -2772,9 +2782,9 @@ class S3Store:
         with self._translated("use"):
             self._client.head_bucket(Bucket=self.bucket)
 
-    def list(self, prefix: str) -> Iterator[StoredObject]:
+    def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """Page by page, a thousand keys a request."""
-        more: dict[str, str] = {}
+        more: dict[str, str] = {"StartAfter": self.above + after} if after > prefix else {}
         while True:
             with self._counting:
                 self.calls += 1
@@ -4153,12 +4163,29 @@ def requeue_orphans(sql: sqlite3.Connection) -> int:
 # waits for a store. Headline: Listing.
 
 
+@dataclass(frozen=True, slots=True)
+class KeyRange:
+    """The keys from `low` to `high`, both included."""
+
+    low: str
+    high: str
+
+
+LAST_KEY = "\U0010ffff"  # sorts after every key
+ALL_KEYS = KeyRange("", LAST_KEY)
+
+
 def prefixes(datasets: Iterable[Dataset]) -> list[str]:
     """What to list for these datasets: the fixed starts of their keys, none within another."""
     starts = sorted({dataset.key.text.partition("{")[0] for dataset in datasets})
     return [
         start for number, start in enumerate(starts) if not any(start.startswith(other) for other in starts[:number])
     ]
+
+
+def range_of(prefix: str) -> KeyRange:
+    """All keys that start with it."""
+    return KeyRange(prefix, prefix + LAST_KEY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -4170,18 +4197,23 @@ class ReadAhead:
 
 
 class Listing:
-    """The objects below a prefix as pages. A store that was out of order here, or was never listed here, is
-    sorted first. Without `ahead` each page is made when it is asked for."""
+    """The objects of a range below a prefix as pages. A store that was out of order here, or was never listed
+    here, is sorted first, and all of the prefix with it. Without `ahead` each page is made when it is asked for."""
 
-    def __init__(self, store: Store, prefix: str, ahead: ReadAhead | None, *, is_ordered: bool) -> None:
+    def __init__(self, store: Store, prefix: str, keys: KeyRange, ahead: ReadAhead | None, *, is_ordered: bool) -> None:
         self.prefix, self.is_ordered, self.was_ascending = prefix, is_ordered, is_ordered
+        self.keys = keys if is_ordered else range_of(prefix)
         self._ahead = ahead
         self._pages = chunks(self._entries(store), PAGE)
         self._next: Future[list[StoredObject] | None] | None = None
 
     def _entries(self, store: Store) -> Iterator[StoredObject]:
         if self.is_ordered:
-            yield from ascending(store.list(self.prefix))
+            for entry in ascending(store.list(self.prefix, self.keys.low[:-1])):
+                if entry.key > self.keys.high:
+                    return
+                if entry.key >= self.keys.low:
+                    yield entry
             return
         self.was_ascending, entries = sort_listing(store.list(self.prefix))
         yield from entries
@@ -4210,6 +4242,62 @@ class Listing:
         return page
 
 
+# ---------------------------------------------------------------- Ranges
+# Which keys a cycle looks at: those of objects that somebody else may have brought meanwhile, and a share
+# of all others, so that in a day everything is looked at once, at a steady cost. Headlines: share_of_keys(),
+# ranges_to_list().
+
+LEAST_SHARE = 4000  # keys, of a cycle; a lake that is not larger is listed whole each time
+SINGLE_RANGES = 200  # open objects below a prefix; more than that are one range
+
+
+def share_of_keys(database: Database, configuration: Configuration, now: float) -> KeyRange:
+    """The next part of all keys, as large as the time since the last cycle asks for."""
+    total = database.value("select coalesce(sum(objects), 0) from counts where state != 'dropped'")
+    last = database.value("select max(started_at) from reconciliations where seconds is not null")
+    elapsed = max(0.0, now - last) if last is not None else math.inf
+    size = max(LEAST_SHARE, math.ceil(total * min(1.0, elapsed / configuration.full_seconds)))
+    if size >= total:
+        return ALL_KEYS
+    looked_up_to = database.value("select value from settings where name = 'looked up to'") or ""
+    last_of_share = "select key from objects where key > ? and state != 'dropped' order by key limit 1 offset ?"
+    high = database.value(last_of_share, (looked_up_to, size - 1)) or LAST_KEY
+    return KeyRange(looked_up_to + "\0" if looked_up_to else "", high)
+
+
+def ranges_to_list(database: Database, prefix: str, share: KeyRange) -> list[KeyRange]:
+    """What to list below a prefix: its part of the share, and where its open objects are."""
+    whole = range_of(prefix)
+    found = [KeyRange(max(share.low, whole.low), min(share.high, whole.high))]
+    open_keys = database.read(
+        """
+        select key
+        from objects
+        where key >= ? and key <= ?
+          and (state in ('missing', 'stale', 'suspect') or (not proven and state != 'dropped'))
+        order by key
+        limit ?
+        """,
+        (whole.low, whole.high, SINGLE_RANGES + 1),
+    )
+    if len(open_keys) > SINGLE_RANGES:
+        return [whole]
+    found += [KeyRange(key, key) for (key,) in open_keys]
+    joined: list[KeyRange] = []
+    for one in sorted((one for one in found if one.low <= one.high), key=lambda one: (one.low, one.high)):
+        if joined and (one.low <= joined[-1].high or _are_near(database, joined[-1].high, one.low)):
+            joined[-1] = KeyRange(joined[-1].low, max(joined[-1].high, one.high))
+        else:
+            joined.append(one)
+    return joined
+
+
+def _are_near(database: Database, low: str, high: str) -> bool:
+    """Less than a page apart: one request lists what lies between as well."""
+    between = "select count(*) from (select 1 from objects where key > ? and key < ? limit ?)"
+    return cast(int, database.value(between, (low, high, PAGE))) < PAGE
+
+
 # ---------------------------------------------------------------- Cycles
 # One reconciliation as it goes on: what it has seen, done and could not prove. Headline: Cycle.
 
@@ -4217,22 +4305,26 @@ MOST_PROBLEMS = 5  # told of one cycle
 
 
 @dataclass(frozen=True, slots=True)
-class Consent:
-    """What the operator has said is meant, however strange it looks."""
+class Orders:
+    """What the operator has said of a cycle."""
 
-    to_drop: bool = False  # far less is expected than before
-    to_lose: frozenset[str] = frozenset()  # the mass loss of these datasets is real
+    is_full: bool = False  # list everything
+    may_drop: bool = False  # that far less is expected than before is meant
+    may_lose: frozenset[str] = frozenset()  # the mass loss of these datasets is real
 
 
 class Cycle:
     """What one cycle has seen and done so far; its row in the database."""
 
     def __init__(
-        self, database: Database, configuration: Configuration, store: Store, clock: Clock, consent: Consent
+        self, database: Database, configuration: Configuration, store: Store, clock: Clock, orders: Orders
     ) -> None:
         self.database, self.configuration, self.store = database, configuration, store
-        self.clock, self.consent = clock, consent
-        self.listed = self.unexpected = self.created = self.closed = 0
+        self.clock, self.orders = clock, orders
+        self.share = ALL_KEYS if orders.is_full else share_of_keys(database, configuration, clock.wall())
+        self.listed = self.looked = self.unexpected = self.created = self.closed = 0
+        self.is_braked = False
+        self.there: collections.Counter[int] = collections.Counter()  # objects that were known to be, by dataset
         self.ahead: ReadAhead | None = None
         self.losses: dict[int, array.array[int]] = {}  # objects that were there, by dataset
         self.problems: list[str] = []
@@ -4240,7 +4332,11 @@ class Cycle:
         with database.transaction() as sql:
             sql.execute("update reconciliations set error = 'the runner died', seconds = 0 where seconds is null")
             begun = sql.execute(
-                "insert into reconciliations values (null, ?, null, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, null)",
+                """
+                insert into reconciliations (started_at, listed, looked, unexpected, list_calls, expected, present,
+                                             missing, stale, suspect, created, closed)
+                values (?, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+                """,
                 (clock.wall(),),
             )
             self.cycle_id = cast(int, begun.lastrowid)
@@ -4253,6 +4349,11 @@ class Cycle:
             yield ledger
         self.created += ledger.created
         self.closed += ledger.closed
+
+    def remember(self, name: str, value: str) -> None:
+        """A small fact for later cycles."""
+        with self.database.transaction() as sql:
+            sql.execute("insert or replace into settings values (?, ?)", (name, value))
 
     def end(self) -> None:
         """Record the cycle."""
@@ -4268,7 +4369,7 @@ class Cycle:
                 update reconciliations
                 set seconds = :seconds, listed = :listed, unexpected = :unexpected, list_calls = :list_calls,
                     expected = :expected, present = :present, missing = :missing, stale = :stale, suspect = :suspect,
-                    created = :created, closed = :closed, error = :error
+                    created = :created, closed = :closed, error = :error, looked = :looked
                 where cycle_id = :cycle_id
                 """,
                 {
@@ -4276,6 +4377,7 @@ class Cycle:
                     "expected": sum(counts.values()),
                     "seconds": self.clock.boot() - self.started,
                     "listed": self.listed,
+                    "looked": self.looked,
                     "unexpected": self.unexpected,
                     "list_calls": self.store.calls - self.calls_before,
                     "created": self.created,
@@ -4292,6 +4394,7 @@ class Cycle:
 # It derives everything from state, so a missed event costs nothing. Headline: reconcile().
 
 LISTED_AT_ONCE = 4  # prefixes
+NOTED_AT_ONCE = 300  # objects, in one transaction: claims wait no longer than that takes
 READS_IN_A_TRANSACTION = 20
 READS_IN_A_CYCLE = 1000  # of objects that name no others and that something else wrote
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
@@ -4302,13 +4405,13 @@ def reconcile(
     configuration: Configuration,
     store: Store,
     clock: Clock,
-    consent: Consent = Consent(),
+    orders: Orders = Orders(),
     ahead: ReadAhead | None = None,
 ) -> Iterator[int]:
     """One cycle, as steps: each `next()` does a little and yields the cycle's id, or 0 when it waits for the
     store; the last step records what was found. Errors of the store end the cycle and stand in its row.
     Raises MassDropError when far less is expected than before, without the operator's consent."""
-    cycle = Cycle(database, configuration, store, clock, consent)
+    cycle = Cycle(database, configuration, store, clock, orders)
     cycle.ahead = ahead
     try:
         yield cycle.cycle_id
@@ -4317,6 +4420,8 @@ def reconcile(
                 yield 0 if waits else cycle.cycle_id
         for _ in itertools.chain(_apply_losses(cycle), _age(cycle)):
             yield cycle.cycle_id
+        if not cycle.is_braked:  # else the same is looked at, and told, once more
+            cycle.remember("looked up to", "" if cycle.share.high == LAST_KEY else cycle.share.high)
     except StoreError as error:
         cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
     except (GeneratorExit, MassDropError):
@@ -4344,7 +4449,7 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
         if dataset.partitions.parent or cycle.database.value(known, (dataset.name,)) == digest:
             continue
         wanted: set[int] = set()
-        for chunk in chunks(expand(dataset, cycle.configuration.seasons, now), PAGE):
+        for chunk in chunks(expand(dataset, cycle.configuration.seasons, now), NOTED_AT_ONCE):
             with cycle.ledger() as ledger:
                 for fields in chunk:
                     try:
@@ -4355,7 +4460,7 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
             yield
         dropped += _no_longer_expected(cycle, dataset, wanted)
         digests.append((digest, dataset.name))
-    with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.consent.to_drop):
+    with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
         for object_id in dropped:
             ledger.drop(object_id)
         ledger.sql.executemany("update datasets set expansion = ? where dataset = ?", digests)
@@ -4378,12 +4483,11 @@ def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
     """List the store and note what differs from what is known. Each page proves its own range of keys
     and nothing beyond it. Yields True when it waits for the store."""
     ordered = "select 1 from settings where name = ? and value = 'ascending'"
-    listings = [
-        Listing(
-            cycle.store, prefix, cycle.ahead, is_ordered=cycle.database.value(ordered, (f"order of {prefix}",)) == 1
-        )
-        for prefix in prefixes(level)
-    ]
+    listings = []
+    for prefix in prefixes(level):
+        is_ordered = cycle.database.value(ordered, (f"order of {prefix}",)) == 1
+        ranges = ranges_to_list(cycle.database, prefix, cycle.share) if is_ordered else [range_of(prefix)]
+        listings += [Listing(cycle.store, prefix, keys, cycle.ahead, is_ordered=is_ordered) for keys in ranges]
     for number, listing in enumerate(listings):
         for following in listings[number : number + LISTED_AT_ONCE]:
             following.start()
@@ -4391,7 +4495,7 @@ def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
 
 
 def _compare_listing(cycle: Cycle, listing: Listing) -> Iterator[bool | None]:
-    low = listing.prefix
+    low = listing.keys.low
     while True:
         while not listing.is_ready():
             yield True
@@ -4403,22 +4507,20 @@ def _compare_listing(cycle: Cycle, listing: Listing) -> Iterator[bool | None]:
             raise
         if page is None:
             break
-        yield from _compare_range(cycle, page, low, page[-1].key)
+        yield from _compare_range(cycle, page, KeyRange(low, page[-1].key))
         low = page[-1].key + "\0"
     _remember_order(cycle, listing)
-    yield from _compare_range(cycle, [], low, listing.prefix + "\U0010ffff")
+    yield from _compare_range(cycle, [], KeyRange(low, listing.keys.high))
 
 
 def _remember_order(cycle: Cycle, listing: Listing) -> None:
     if listing.was_ascending is not listing.is_ordered:
-        order = "ascending" if listing.was_ascending else "out of order"
-        with cycle.database.transaction() as sql:
-            sql.execute("insert or replace into settings values (?, ?)", (f"order of {listing.prefix}", order))
+        cycle.remember(f"order of {listing.prefix}", "ascending" if listing.was_ascending else "out of order")
 
 
-def _compare_range(cycle: Cycle, page: Sequence[StoredObject], low: str, high: str) -> Iterator[None]:
-    """What is listed from one key to another against what is known of it, which may be much more."""
-    listed = {entry.key: entry for entry in page}
+def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -> Iterator[None]:
+    """What is listed of a range of keys against what is known of it, which may be much more."""
+    listed, low = {entry.key: entry for entry in page}, keys.low
     cycle.listed += len(page)
     cycle.unexpected += len(page)
     while True:
@@ -4430,35 +4532,37 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], low: str, high: s
             order by key
             limit ?
             """,
-            (cycle.cycle_id, low, high, PAGE),
+            (cycle.cycle_id, low, keys.high, PAGE),
         )
         differing = []
         for object_id, key, etag, proven, dataset_id, is_news in known:
             entry = listed.get(key)
             cycle.unexpected -= entry is not None
+            cycle.there[dataset_id] += etag is not None
             if is_news:
                 continue  # written since this listing may have begun
             if entry is None and etag is not None:
                 cycle.losses.setdefault(dataset_id, array.array("q")).append(object_id)
             elif not proven or (entry is not None and entry.etag != etag):
                 differing.append(object_id)
-        _note_differences(cycle, differing, listed)
+        cycle.looked += len(known)
+        yield from _note_differences(cycle, differing, listed)
         yield
         if len(known) < PAGE:
             return
         low = known[-1]["key"] + "\0"
 
 
-def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[str, StoredObject]) -> None:
-    if not object_ids:
-        return
-    with cycle.ledger() as ledger:
-        for target in ledger.objects(
-            "object_id in (select value from json_each(:ids))", {"ids": json.dumps(object_ids)}
-        ):
-            entry = listed.get(target.key)
-            facts = _seen(target, entry) if entry else dataclasses.replace(target.facts, proven=True)
-            ledger.note(target, facts)
+def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[str, StoredObject]) -> Iterator[None]:
+    for chunk in chunks(iter(object_ids), NOTED_AT_ONCE):
+        with cycle.ledger() as ledger:
+            for target in ledger.objects(
+                "object_id in (select value from json_each(:ids))", {"ids": json.dumps(chunk)}
+            ):
+                entry = listed.get(target.key)
+                facts = _seen(target, entry) if entry else dataclasses.replace(target.facts, proven=True)
+                ledger.note(target, facts)
+        yield
 
 
 def _read(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
@@ -4517,16 +4621,15 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
     total = sum(map(len, cycle.losses.values()))
     names = {row[0]: row[1] for row in cycle.database.read("select dataset_id, dataset from datasets")}
     for dataset_id, lost in cycle.losses.items():
-        there = cycle.database.value(
-            "select count(*) from objects where dataset_id = ? and etag is not null", (dataset_id,)
-        )
+        there = cycle.there[dataset_id]
         many = len(lost) > BRAKE_OBJECTS and len(lost) > BRAKE_SHARE * there
         name = names[dataset_id]
-        if name not in cycle.consent.to_lose and (many or (cycle.listed == 0 and total > BRAKE_EMPTY)):
+        if name not in cycle.orders.may_lose and (many or (cycle.listed == 0 and total > BRAKE_EMPTY)):
+            cycle.is_braked = True
             text = f"{name}: {len(lost)} of {there} objects vanished at once, none is taken for missing"
             cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --believe {name}")
             continue
-        for chunk in chunks(iter(lost), PAGE):
+        for chunk in chunks(iter(lost), NOTED_AT_ONCE):
             with cycle.ledger() as ledger:
                 for target in ledger.objects(
                     "object_id in (select value from json_each(:ids))", {"ids": json.dumps(chunk)}
@@ -5808,7 +5911,7 @@ class Runner:
         self.steps: Iterator[int] | None = None
         self.cycle_id: int | None = None
         self.next_cycle_at = self.next_beat_at = self.next_paint_at = -math.inf
-        self.consent = Consent()
+        self.orders = Orders()
         self.stop_reason: str | None = None
         self.stop_at = math.inf
         self.once = self.in_line = self.cycle_waits = False
@@ -5818,9 +5921,9 @@ class Runner:
         self.stop_reason = self.stop_reason or reason
         self.wakeups.put("stop")
 
-    def run(self, *, once: bool = False, max_seconds: float = math.inf, consent: Consent = Consent()) -> ExitCode:
+    def run(self, *, once: bool = False, max_seconds: float = math.inf, orders: Orders = Orders()) -> ExitCode:
         """Work until stopped. With `once`: one cycle, then one attempt at every open task."""
-        self.once, self.consent, self.stop_at = once, consent, self.clock.boot() + max_seconds
+        self.once, self.orders, self.stop_at = once, orders, self.clock.boot() + max_seconds
         self._start()
         try:
             while not self.stop_reason:
@@ -5844,7 +5947,7 @@ class Runner:
         now = self.clock.wall()
         with self.database.transaction() as sql:
             declare_limits(sql, self.configuration, self.clock)
-            declare_datasets(sql, self.configuration, now, consents=self.consent.to_drop)
+            declare_datasets(sql, self.configuration, now, consents=self.orders.may_drop)
             orphans = requeue_orphans(sql)
             sql.execute(
                 "insert or replace into runner values (1, ?, ?, ?, ?, null, null)",
@@ -5883,7 +5986,7 @@ class Runner:
         if self.steps is None and now >= self.next_cycle_at:
             self.next_cycle_at = math.inf if self.once else now + self.configuration.interval_seconds
             ahead = ReadAhead(self.listers, lambda: self.wakeups.put("page"))
-            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, self.consent, ahead)
+            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, self.orders, ahead)
         if self.steps is None:
             while note_due_objects(self.database, self.configuration, self.clock):
                 pass
@@ -6223,7 +6326,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         if configuration.health_check.enabled and not arguments.once:
             stack.enter_context(_serving(HealthServer(configuration, database, lock, runner.clock), journal))
         seconds = (arguments.max_minutes or math.inf) * MINUTE
-        code = runner.run(once=arguments.once, max_seconds=seconds, consent=Consent(to_drop=arguments.yes))
+        code = runner.run(once=arguments.once, max_seconds=seconds, orders=Orders(may_drop=arguments.yes))
     database.close()
     return code
 
@@ -6262,9 +6365,9 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     lock.acquire()
     store = open_store(configuration.store)
     store.sweep()
-    consent = Consent(arguments.yes, frozenset(arguments.believe))
-    _declare(database, configuration, clock, consent)
-    cycle_id = run_cycle(reconcile(database, configuration, store, clock, consent))
+    orders = Orders(arguments.full, arguments.yes, frozenset(arguments.believe))
+    _declare(database, configuration, clock, orders)
+    cycle_id = run_cycle(reconcile(database, configuration, store, clock, orders))
     rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], next_steps(database))
     if rows[0]["error"]:
@@ -6272,10 +6375,10 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
 
 
-def _declare(database: Database, configuration: Configuration, clock: Clock, consent: Consent) -> None:
+def _declare(database: Database, configuration: Configuration, clock: Clock, orders: Orders) -> None:
     with database.transaction() as sql:
         declare_limits(sql, configuration, clock)
-        declare_datasets(sql, configuration, clock.wall(), consents=consent.to_drop)
+        declare_datasets(sql, configuration, clock.wall(), consents=orders.may_drop)
 
 
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -6288,9 +6391,9 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
             database = memory_database()
             if isinstance(store, FolderStore) and not store.root.exists():
                 store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        before, consent = expected_by_dataset(database), Consent(to_drop=True)  # only to show what it would do
-        _declare(database, configuration, clock, consent)
-        cycle_id = run_cycle(reconcile(database, configuration, store, clock, consent))
+        before, orders = expected_by_dataset(database), Orders(is_full=True, may_drop=True)  # only to show
+        _declare(database, configuration, clock, orders)
+        cycle_id = run_cycle(reconcile(database, configuration, store, clock, orders))
         is_once = getattr(arguments, "once", False)  # that does not wait for retries, it tries them all
         with database.transaction() as sql:
             wake_retries(sql, sys.maxsize if is_once else clock.wall())
@@ -6459,6 +6562,7 @@ COMMANDS = (
         "run one cycle: compare what should be there with what is",
         command_reconcile,
         (
+            _option("--full", action="store_true", help="look at everything, not only at a share of it"),
             _option(
                 "--believe", action="append", default=[], metavar="DATASET", help="its mass loss is real: open its gaps"
             ),

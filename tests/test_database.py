@@ -343,6 +343,7 @@ def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
             drop trigger objects_recounted;
             drop table counts;
             alter table objects drop column live;
+            alter table reconciliations drop column looked;
             drop table waiters;
             alter table scopes add column finished integer not null default 7;
             alter table scopes drop column burst_size;

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import ManualClock
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
@@ -71,11 +74,18 @@ class Desk:
             adce.declare_limits(sql, configuration, self.clock)
             adce.declare_datasets(sql, configuration, self.clock.wall())
 
-    def cycle(self, store: adce.Store | None = None, believe: tuple[str, ...] = (), *, to_drop: bool = False) -> dict:
+    def cycle(
+        self,
+        store: adce.Store | None = None,
+        believe: tuple[str, ...] = (),
+        *,
+        to_drop: bool = False,
+        is_full: bool = False,
+    ) -> dict:
         self.clock.advance(60)
         store = store or self.lake.store
-        consent = adce.Consent(to_drop=to_drop, to_lose=frozenset(believe))
-        steps = adce.reconcile(self.database, self.configuration, store, self.clock, consent, self.ahead)
+        orders = adce.Orders(is_full, to_drop, frozenset(believe))
+        steps = adce.reconcile(self.database, self.configuration, store, self.clock, orders, self.ahead)
         return dict(self.database.read("select * from cycles where cycle_id = ?", (adce.run_cycle(steps),))[0])
 
     def gaps(self) -> dict[str, str]:
@@ -217,8 +227,8 @@ class FailingStore(adce.FolderStore):
 
     good = 2
 
-    def list(self, prefix: str) -> Iterator[adce.StoredObject]:
-        for number, stored in enumerate(super().list(prefix)):
+    def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
+        for number, stored in enumerate(super().list(prefix, after)):
             if number == self.good:
                 raise adce.StoreError("the connection broke")
             yield stored
@@ -239,8 +249,8 @@ def test_listing_that_fails_half_way_opens_and_closes_nothing(desk, lake, is_kno
 class ShuffledStore(adce.FolderStore):
     """Has no order, as some stores."""
 
-    def list(self, prefix: str) -> Iterator[adce.StoredObject]:
-        yield from reversed(list(super().list(prefix)))
+    def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
+        yield from reversed(list(super().list(prefix, after)))
 
 
 def test_store_without_order_is_compared_rightly(desk, lake):
@@ -424,6 +434,95 @@ def nobody_sleeps() -> None:
     """There is nobody to wake when a page is ready."""
 
 
+@pytest.fixture
+def shares(monkeypatch):
+    """A lake of a few objects is listed in shares, as a large one is."""
+    monkeypatch.setattr(adce, "LEAST_SHARE", 20)
+    monkeypatch.setattr(adce, "PAGE", 10)
+
+
+def test_shares_of_a_day_look_at_everything_once(configure, database, lake, clock, shares):
+    """All but a few open objects is looked at in turn, so that a day costs one listing of it all."""
+    desk = Desk(configure(MANY), database, lake, clock)
+    keys = fill_days(desk, lake)
+    lost = [keys[number] for number in (3, 50, 100, len(keys) - 1)]
+    for key in lost:
+        lake.delete(key)
+    looked = [desk.cycle()["looked"] for _ in range(math.ceil(len(keys) / 20) + 1)]
+    assert max(looked) <= 20 + len(lost) + 2 * adce.PAGE  # and what lies between, where that costs nothing
+    assert len(keys) <= sum(looked)
+    assert sorted(desk.gaps()) == sorted(lost)
+
+
+def test_share_grows_with_the_time_since_the_last_cycle(configure, database, lake, clock, shares):
+    desk = Desk(configure(MANY), database, lake, clock)
+    keys = fill_days(desk, lake)
+    clock.advance(12 * 3600)
+    assert len(keys) / 2 <= desk.cycle()["looked"] <= len(keys) / 2 + 2
+    clock.advance(30 * 3600)
+    assert desk.cycle()["looked"] == len(keys)
+    assert desk.cycle(is_full=True)["looked"] == len(keys)
+
+
+def test_open_objects_are_looked_for_in_every_cycle(configure, database, lake, clock, shares):
+    desk = Desk(configure(MANY), database, lake, clock)
+    keys = fill_days(desk, lake)
+    for key in (keys[30], keys[-1]):
+        lake.delete(key)
+    desk.cycle(is_full=True)
+    assert sorted(desk.gaps()) == [keys[30], keys[-1]]
+    lake.put(keys[-1], {"final": True, "games": []})
+    lake.put(keys[30], {"final": True, "games": []})
+    row = desk.cycle()
+    assert (desk.gaps(), row["closed"], row["looked"] < len(keys) / 2) == ({}, 2, True)
+
+
+def test_share_that_vanished_is_looked_at_and_told_until_it_is_believed(configure, database, lake, clock, shares):
+    desk = Desk(configure(MANY), database, lake, clock)
+    keys = fill_days(desk, lake)
+    clock.advance(20 * 3600)
+    for key in keys[:125]:
+        lake.delete(key)
+    for _ in range(2):
+        clock.advance(20 * 3600)
+        row = desk.cycle()
+        assert "vanished at once" in row["error"]
+        assert desk.gaps() == {}
+    clock.advance(20 * 3600)
+    assert desk.cycle(believe=("days",))["missing"] > 100
+    for _ in range(2):
+        clock.advance(20 * 3600)
+        row = desk.cycle()
+    assert row["missing"] == 125
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sets(st.sampled_from([f"days/2025-10-0{day}.json" for day in range(1, 6)])),
+    st.integers(1, 3),
+    st.integers(1, 4),
+)
+def test_ranges_hold_every_open_object_and_the_share_and_nothing_twice(present, least, page):
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "adce.yaml").write_text(TEXT)
+        lake = Lake(path / "lake")
+        desk = Desk(adce.load_configuration(path / "adce.yaml"), adce.memory_database(), lake, ManualClock())
+        for key in present:
+            lake.put(key, {"final": True, "games": []})
+        desk.cycle()
+        patch.setattr(adce, "LEAST_SHARE", least)
+        patch.setattr(adce, "PAGE", page)
+        share = adce.share_of_keys(desk.database, desk.configuration, desk.clock.wall())
+        ranges = adce.ranges_to_list(desk.database, "days/", share)
+        keys = [f"days/2025-10-0{day}.json" for day in range(1, 6)]
+        held = [sum(one.low <= key <= one.high for one in ranges) for key in keys]
+        assert max(held) <= 1
+        for key, times in zip(keys, held, strict=True):
+            assert times or (key in present and not share.low <= key <= share.high)
+        assert all(one.high < other.low for one, other in itertools.pairwise(ranges))
+
+
 def recount(database: adce.Database) -> dict[tuple, int]:
     rows = database.read("select dataset_id, coalesce(season, ''), state, count(*) from objects group by 1, 2, 3")
     return {tuple(row)[:3]: row[3] for row in rows}
@@ -436,9 +535,9 @@ def test_slow_store_keeps_nobody_waiting(desk, lake):
     gate, woken = threading.Event(), threading.Event()
 
     class Slow(adce.FolderStore):
-        def list(self, prefix: str) -> Iterator[adce.StoredObject]:
+        def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
             assert gate.wait(20)
-            yield from super().list(prefix)
+            yield from super().list(prefix, after)
 
     with ThreadPoolExecutor(4) as executor:
         ahead = adce.ReadAhead(executor, woken.set)
@@ -481,9 +580,6 @@ class LakeMachine(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def start(self, data) -> None:
-        import tempfile
-        from pathlib import Path
-
         folder = Path(tempfile.mkdtemp())
         (folder / "adce.yaml").write_text(TEXT)
         self.lake = Lake(folder / "lake")
@@ -519,9 +615,25 @@ class LakeMachine(RuleBasedStateMachine):
             self.lake.delete(key)
             del self.model[key]
 
+    @rule(times=st.integers(1, 3))
+    def cycles_that_look_at_a_share(self, times: int) -> None:
+        """Whatever they find, a full cycle comes to the same."""
+        adce.LEAST_SHARE, least = 2, adce.LEAST_SHARE
+        for _ in range(times):
+            assert self.desk.cycle()["error"] is None
+        adce.LEAST_SHARE = least
+        self.note_what_was_read()
+
+    def note_what_was_read(self) -> None:
+        """Of the model: a day that was read names its games, also when it has vanished since."""
+        read = self.desk.database.read("select key from objects where read_etag is etag and etag is not null")
+        for (key,) in read:
+            if key in self.model and key.startswith("days/"):
+                self.named_by[key] = self.model[key]["games"]
+
     @rule()
     def cycle(self) -> None:
-        row = self.desk.cycle()
+        row = self.desk.cycle(is_full=True)
         assert row["error"] is None
         expected = {f"days/2025-10-0{day}.json": "missing" for day in range(1, 6)}
         for key, document in self.model.items():

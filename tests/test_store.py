@@ -59,6 +59,21 @@ def test_prefix_selects_by_the_start_of_the_key(store):
     assert list(store.list("nothing/")) == []
 
 
+def test_listing_after_a_key_is_the_rest_of_the_listing(store):
+    is_folder = isinstance(
+        store, adce.FolderStore
+    )  # this S3 server lists a/b before a-b, and after is what it makes it
+    for key in ("a/b/c", "a/b/d", "a/c", "b/1", "b/2", *(("a-b", "a.b", "a0") if is_folder else ())):
+        store.write(key, b"x")
+    for prefix in ("", "a", "a/", "a/b/") if is_folder else ("a/", "a/b/"):
+        whole = [stored.key for stored in store.list(prefix)]
+        for after in ("", "a", "a/", "a/b", "a/b/", "a/b/c", "a/b/cc", "a/b\U0010ffff", "a0", "b/1", "z"):
+            if not is_folder and (after == "a/b" or not (after.startswith(prefix) or after <= prefix)):
+                continue
+            expected = whole if after <= prefix else [key for key in whole if key > after]
+            assert [stored.key for stored in store.list(prefix, after)] == expected, (prefix, after)
+
+
 def test_missing_object_is_not_found(store):
     assert store.find("no/such.json") is None
     with pytest.raises(KeyError):
