@@ -2564,10 +2564,14 @@ def ascending(listing: Iterator[StoredObject]) -> Iterator[StoredObject]:
         yield entry
 
 
+def _scratch() -> sqlite3.Connection:
+    """A temporary database that spills to disk. Its rows may be taken by one thread after another."""
+    return sqlite3.connect("", isolation_level=None, check_same_thread=False)
+
+
 def sort_listing(listing: Iterator[StoredObject]) -> tuple[bool, Iterator[StoredObject]]:
     """Whether a whole listing was in key order, and the listing in that order, by way of a temporary file."""
-    # "": a temporary database that spills to disk; pages may be taken by one thread after another
-    scratch = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    scratch = _scratch()
     scratch.execute("create table listing (key text primary key, size, etag, modified_at) without rowid")
     was_ascending, last = True, ""
     for page in chunks(listing, PAGE):
@@ -2604,6 +2608,23 @@ class Store(Protocol):
 # A store on a disk. Headline: FolderStore.
 
 
+SORTED_IN_MEMORY = 50_000  # names; a folder of more is sorted on the disk
+
+
+def sort_names(names: Iterator[str]) -> Iterator[str]:
+    """The names in order, without holding them all."""
+    first = list(itertools.islice(names, SORTED_IN_MEMORY))
+    if len(first) < SORTED_IN_MEMORY:
+        yield from sorted(first)
+        return
+    with contextlib.closing(_scratch()) as scratch:
+        scratch.execute("create table names (name text primary key) without rowid")
+        for chunk in itertools.chain([first], chunks(names, PAGE)):
+            scratch.executemany("insert or ignore into names values (?)", ((name,) for name in chunk))
+        for (name,) in scratch.execute("select name from names order by name"):
+            yield name
+
+
 class FolderStore:
     """A folder. Every part of a key is a folder below it; links are never followed."""
 
@@ -2636,27 +2657,31 @@ class FolderStore:
     def _walk(self, above: str, start: str, after: str) -> Iterator[StoredObject]:
         with self._counting:
             self.calls += 1
-        entries = []
         try:
-            with os.scandir(self.root / above) as scan:
-                for entry in scan:
-                    name = entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
-                    if name.startswith(start) or start.startswith(name):
-                        entries.append((name, entry))
+            for name in sort_names(self._names(above, start)):
+                key = above + name
+                if key <= after and not after.startswith(key):
+                    continue
+                if name.endswith("/"):
+                    yield from self._walk(key, "", after)
+                elif key > after:
+                    with contextlib.suppress(FileNotFoundError):
+                        yield self._stored(key, (self.root / key).lstat())
         except FileNotFoundError:
             return
         except OSError as error:
             raise StoreError(f"cannot list {self.root / above}: {error.strerror}") from error
-        for name, entry in sorted(entries, key=lambda pair: pair[0]):
-            key = above + name
-            if key <= after and not after.startswith(key):
-                continue
-            if name.endswith("/"):
-                if above or entry.name != STAGING:
-                    yield from self._walk(key, "", after)
-            elif key > after and entry.is_file(follow_symlinks=False) and name.isprintable():
-                with contextlib.suppress(FileNotFoundError):
-                    yield self._stored(key, entry.stat(follow_symlinks=False))
+
+    def _names(self, above: str, start: str) -> Iterator[str]:
+        """The files of one folder, and the folders in it with a slash."""
+        with os.scandir(self.root / above) as scan:
+            for entry in scan:
+                is_folder = entry.is_dir(follow_symlinks=False)
+                name = entry.name + "/" * is_folder
+                if not (name.startswith(start) or start.startswith(name)) or not name.isprintable():
+                    continue
+                if (is_folder and (above or entry.name != STAGING)) or entry.is_file(follow_symlinks=False):
+                    yield name
 
     def find(self, key: str) -> StoredObject | None:
         """One file as it would be listed."""
@@ -4190,10 +4215,16 @@ def range_of(prefix: str) -> KeyRange:
 
 @dataclass(frozen=True, slots=True)
 class ReadAhead:
-    """Other threads that make pages, and what to call when one is ready."""
+    """Other threads that ask the store, and what to call when one of them has its answer."""
 
     executor: Executor
     wake: Callable[[], None]
+
+    def submit(self, function: Callable[..., Item], *arguments: Any) -> Future[Item]:
+        """Have it done."""
+        future = self.executor.submit(function, *arguments)
+        future.add_done_callback(lambda _: self.wake())
+        return future
 
 
 class Listing:
@@ -4221,9 +4252,7 @@ class Listing:
     def start(self) -> None:
         """Begin to make the next page."""
         if self._ahead and self._next is None:
-            wake = self._ahead.wake
-            self._next = self._ahead.executor.submit(next, self._pages, None)
-            self._next.add_done_callback(lambda _: wake())
+            self._next = self._ahead.submit(next, self._pages, None)
 
     def is_ready(self) -> bool:
         """Whether take() would not have to wait."""
@@ -4565,9 +4594,9 @@ def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[s
         yield
 
 
-def _read(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
+def _read(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
     """Look once at the content of each version of an object that something else wrote: is it valid, is
-    it final, which children does it name?"""
+    it final, which children does it name? Yields True when it waits for the store."""
     for dataset in level:
         children = cycle.configuration.children_of(dataset.name)
         says_more = children or dataset.freshness.until or dataset.freshness.live
@@ -4576,14 +4605,21 @@ def _read(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
         left = math.inf if says_more else READS_IN_A_CYCLE
         after = ""
         while left > 0 and (unread := _unread(cycle, dataset, after)):
-            found = [(target, _inspect(cycle, target, children)) for target in unread]
+            look = functools.partial(_inspect, cycle, children=children)
+            if cycle.ahead:
+                reading = [cycle.ahead.submit(look, target) for target in unread]
+                while not all(future.done() for future in reading):
+                    yield True
+                found = [future.result() for future in reading]
+            else:
+                found = [look(target) for target in unread]
             with cycle.ledger() as ledger:
-                for target, inspection in found:
+                for target, inspection in zip(unread, found, strict=True):
                     if inspection:
                         _note_content(cycle, ledger, target, inspection)
             after = unread[-1].key
             left -= len(unread)
-            yield
+            yield None
 
 
 def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[KnownObject]:
@@ -5874,7 +5910,6 @@ def live_lines(
 # the only writer; workers run fetch() on plain data; health threads only read. It sleeps until the next
 # event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
 
-
 TROUBLE_SECONDS = 10  # before the database is tried again
 
 
@@ -5930,6 +5965,7 @@ class Runner:
                 try:
                     self._turn()
                 except DatabaseTroubleError as error:
+                    self.database.check_place()
                     if once:
                         raise
                     self.journal.write("ERROR", "database", error=str(error), hint=error.hint)

@@ -454,6 +454,36 @@ def test_shares_of_a_day_look_at_everything_once(configure, database, lake, cloc
     assert sorted(desk.gaps()) == sorted(lost)
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_crash_at_any_step_leaves_only_true_gaps_and_the_next_cycle_finds_them_all(
+    configure, database, lake, clock, monkeypatch, is_known
+):
+    """What is copied at a step is what a kill at that step leaves behind."""
+    monkeypatch.setattr(adce, "PAGE", 2)
+    desk = Desk(configure(TEXT), database, lake, clock)
+    for day in range(1, 6):
+        lake.put_day(day, [str(day)])
+        lake.put_game(str(day))
+    if is_known:
+        desk.cycle()
+    lake.delete("days/2025-10-02.json")
+    lake.put_day(3, ["3", "8"], final=False)
+    lake.put("games/4.json", {"id": "another"})
+    truth = {"days/2025-10-02.json": "missing", "days/2025-10-03.json": "stale", "games/8.json": "missing"}
+    truth |= {"games/4.json": "suspect"}
+    steps = adce.reconcile(database, desk.configuration, lake.store, clock)
+    count = 0
+    for _ in steps:
+        count += 1
+        left = Desk(desk.configuration, database.copy(), lake, clock)
+        assert left.gaps().items() <= truth.items()
+        left.cycle(is_full=True)
+        assert left.gaps() == truth
+        left.database.close()
+    assert count > 10
+    assert desk.gaps() == truth
+
+
 def test_share_grows_with_the_time_since_the_last_cycle(configure, database, lake, clock, shares):
     desk = Desk(configure(MANY), database, lake, clock)
     keys = fill_days(desk, lake)

@@ -141,6 +141,16 @@ def test_folder_is_listed_in_the_order_of_s3(folder):
     assert len(keys) == 7
 
 
+@pytest.mark.parametrize("most", [1, 3, 1000])
+def test_folder_of_more_files_than_are_sorted_in_memory_is_listed_in_order(folder, monkeypatch, most):
+    monkeypatch.setattr(adce, "SORTED_IN_MEMORY", most)
+    keys = [f"many/{number * 37 % 101:03}{ending}" for number in range(101) for ending in (".json", "/x.json", "-ä🏀")]
+    for key in keys:
+        folder.write(key, b"x")
+    assert [stored.key for stored in folder.list("")] == sorted(keys)
+    assert [stored.key for stored in folder.list("many/05")] == sorted(key for key in keys if key[5:7] == "05")
+
+
 def test_unfinished_files_are_not_listed_and_are_swept(folder):
     leftover = folder.root / adce.STAGING / "0123456789abcdef"
     leftover.write_bytes(b"half")
