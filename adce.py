@@ -5073,10 +5073,12 @@ def _limited(adapter: Any, source: str, ask: Callable[[], contextlib.AbstractCon
 
     if isinstance(adapter, requests.adapters.HTTPAdapter):
         connect = adapter.get_connection_with_tls_context
+        limiting = threading.Lock()  # of a pool that several threads want at once
 
         def connect_limited(*arguments: Any, **options: Any) -> Any:
             pool = connect(*arguments, **options)
-            _limit_pool(pool, source, ask)
+            with limiting:
+                _limit_pool(pool, source, ask)
             return pool
 
         adapter.get_connection_with_tls_context = connect_limited  # type: ignore[method-assign]

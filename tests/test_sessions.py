@@ -6,6 +6,7 @@ import contextlib
 import pickle
 import subprocess
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -120,6 +121,24 @@ def test_session_waits_for_its_window(shop, upstream):
         session.get("/a")
     times = [arrival.at for arrival in upstream.arrivals]
     assert all(later - earlier >= 1 for earlier, later in zip(times, times[2:], strict=False))
+
+
+def test_session_that_many_threads_share_counts_each_request_once(shop, upstream):
+    upstream.answer("/a", Answer(b"ok"))
+    for _ in range(5):
+        session, barrier = adce.session("shop", shop.config), threading.Barrier(8)
+
+        def get(session=session, barrier=barrier) -> None:
+            barrier.wait(20)
+            session.get("/a")
+
+        threads = [threading.Thread(target=get) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        session.close()
+    assert (upstream.count(), shop.counted()) == (40, (40, 0))
 
 
 def test_connection_that_the_server_dropped_during_the_wait_is_made_anew(shop, upstream):
