@@ -807,6 +807,7 @@ create view cycles as
 # would drop SQLite's locks. Headlines: open_database(), RunnerLock.
 
 BUSY_SECONDS = 30
+TROUBLE_SECONDS = 10  # before a database that cannot be used now is tried again
 CONNECTION_SETTINGS = """
 pragma busy_timeout = 30000;
 pragma foreign_keys = on;
@@ -4331,6 +4332,7 @@ def _are_near(database: Database, low: str, high: str) -> bool:
 # One reconciliation as it goes on: what it has seen, done and could not prove. Headline: Cycle.
 
 MOST_PROBLEMS = 5  # told of one cycle
+SAVED_EVERY_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -4358,6 +4360,7 @@ class Cycle:
         self.losses: dict[int, array.array[int]] = {}  # objects that were there, by dataset
         self.problems: list[str] = []
         self.started, self.calls_before = clock.boot(), store.calls
+        self.saves_at = self.started + SAVED_EVERY_SECONDS
         with database.transaction() as sql:
             sql.execute("update reconciliations set error = 'the runner died', seconds = 0 where seconds is null")
             begun = sql.execute(
@@ -4378,6 +4381,14 @@ class Cycle:
             yield ledger
         self.created += ledger.created
         self.closed += ledger.closed
+
+    def save_progress(self) -> None:
+        """Now and then, what was looked at so far."""
+        if self.clock.boot() >= self.saves_at:
+            self.saves_at = self.clock.boot() + SAVED_EVERY_SECONDS
+            with self.database.transaction(durable=False) as sql:
+                progress = (self.listed, self.looked, self.cycle_id)
+                sql.execute("update reconciliations set listed = ?, looked = ? where cycle_id = ?", progress)
 
     def remember(self, name: str, value: str) -> None:
         """A small fact for later cycles."""
@@ -4446,6 +4457,7 @@ def reconcile(
         yield cycle.cycle_id
         for level in configuration.levels():
             for waits in itertools.chain(_expand(cycle, level), _compare(cycle, level), _read(cycle, level)):
+                cycle.save_progress()
                 yield 0 if waits else cycle.cycle_id
         for _ in itertools.chain(_apply_losses(cycle), _age(cycle)):
             yield cycle.cycle_id
@@ -5830,6 +5842,37 @@ def announce_cycle(journal: Journal, database: Database) -> None:
     )
 
 
+def announce_progress(journal: Journal, database: Database, configuration: Configuration) -> None:
+    """One line for a cycle that takes long: what it has looked for, and what it has still to read."""
+    rows = database.read("select cycle_id, looked, started_at from reconciliations where seconds is null")
+    for cycle_id, looked, started_at in rows[-1:]:
+        known = database.value("select sum(objects) from counts where state != 'dropped'") or 0
+        elapsed = journal.clock.wall() - started_at
+        left = (known - looked) * elapsed / looked if 0 < looked < known else None
+        readers = [
+            dataset.name
+            for dataset in configuration.datasets.values()
+            if configuration.children_of(dataset.name) or dataset.freshness.until or dataset.freshness.live
+        ]
+        to_read = database.value(
+            """
+            select count(*)
+            from objects join datasets using (dataset_id)
+            where etag is not read_etag and etag is not null and dataset in (select value from json_each(?))
+            """,
+            (json.dumps(readers),),
+        )
+        journal.write(
+            "INFO",
+            "progress",
+            id=cycle_id,
+            looked=looked,
+            known=known,
+            to_read=to_read,
+            left=left and format_duration(left),
+        )
+
+
 def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
     """One line for what became of a task."""
     result = ending.result
@@ -5911,8 +5954,6 @@ def live_lines(
 # Keeps going until told to stop. The main thread makes every decision (claim, finish, reconcile) and is
 # the only writer; workers run fetch() on plain data; health threads only read. It sleeps until the next
 # event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
-
-TROUBLE_SECONDS = 10  # before the database is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -6148,6 +6189,7 @@ class Runner:
         if now >= self.next_beat_at:
             self.next_beat_at = now + BEAT_SECONDS
             self.database.check_place()
+            announce_progress(self.journal, self.database, self.configuration)
             with self.database.transaction() as sql:
                 sql.execute("update runner set beat_at = ?", (int(self.clock.wall()),))
                 sql.execute("update boot set wall_offset = ?", (self.clock.wall() - now,))
@@ -6157,7 +6199,7 @@ class Runner:
             self.journal.screen.paint(self.clock.wall(), busy, None if self.once else self.next_cycle_at - now)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
-        """How long nothing can happen. While a cycle runs there is always something to do."""
+        """How long nothing can happen; while a cycle goes on there is always something to do."""
         if self.steps is not None and not self.cycle_waits:
             return 0.0
         now, wall = self.clock.boot(), self.clock.wall()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -484,6 +486,28 @@ def test_crash_at_any_step_leaves_only_true_gaps_and_the_next_cycle_finds_them_a
     assert desk.gaps() == truth
 
 
+def test_long_cycle_tells_how_far_it_is(configure, database, lake, clock, shares):
+    desk = Desk(configure(MANY), database, lake, clock)
+    keys = fill_days(desk, lake)
+    for key in keys[:30]:
+        lake.put(key, {"final": True, "games": ["7"]})
+    lines = io.StringIO()
+    journal = adce.Journal(lines, clock=clock)
+    adce.announce_progress(journal, database, desk.configuration)
+    assert lines.getvalue() == ""  # no cycle is going on
+    orders = adce.Orders(is_full=True)
+    for _ in adce.reconcile(database, desk.configuration, lake.store, clock, orders):
+        clock.advance(6)
+        adce.announce_progress(journal, database, desk.configuration)
+    told = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in lines.getvalue().splitlines()]
+    looked = [int(one["looked"]) for one in told]
+    assert looked == sorted(looked)
+    assert (looked[-1], told[-1]["known"]) == (len(keys) + 1, str(len(keys) + 1))  # the game is known by now
+    assert [one["to_read"] for one in told][-1] == "0"
+    assert "30" in [one["to_read"] for one in told]
+    assert any("left" in one for one in told)
+
+
 def test_share_grows_with_the_time_since_the_last_cycle(configure, database, lake, clock, shares):
     desk = Desk(configure(MANY), database, lake, clock)
     keys = fill_days(desk, lake)
@@ -610,7 +634,8 @@ class LakeMachine(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def start(self, data) -> None:
-        folder = Path(tempfile.mkdtemp())
+        self.place = tempfile.TemporaryDirectory()
+        folder = Path(self.place.name)
         (folder / "adce.yaml").write_text(TEXT)
         self.lake = Lake(folder / "lake")
         configuration = adce.load_configuration(folder / "adce.yaml")
@@ -625,6 +650,7 @@ class LakeMachine(RuleBasedStateMachine):
         if hasattr(self, "page"):
             adce.PAGE = self.page
             self.executor.shutdown()
+            self.place.cleanup()
 
     def put(self, key: str, document: object) -> None:
         self.lake.put(key, document)

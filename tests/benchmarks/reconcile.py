@@ -274,11 +274,12 @@ def main(words: list[str]) -> None:
     parser.add_argument(
         "--keys", type=int, action="append", help="about so many objects: 10000, 172905, 1000000, 10000000"
     )
+    parser.add_argument("--generated", action="store_true", help="no server, whatever the size")
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args(words)
     for wanted in arguments.keys or [10_000, 172_905]:
         keys = min(LAKES, key=lambda size, wanted=wanted: abs(size - wanted))
-        if keys <= 172_905:
+        if keys <= 172_905 and not arguments.generated:
             with S3Server() as server:
                 fill(server, LAKES[keys])
                 rows = table(keys, arguments.repeat, server)
