@@ -349,32 +349,34 @@ def judge(scenario: Scenario, name: str, arrivals: list[float], results: list[di
 
 
 def measure_cost(rows: int = 5000, times: int = 2000) -> list[dict[str, Any]]:
-    """Acquire and finish without waiting, with so many requests stored. Memory is no match, and shown as that."""
-    return [
-        cost_of(f"{name}, {'power cut safe' if durable else 'process crash safe'}", prepare(durable), rows, times)
-        for durable in (False, True)
-        for name, prepare in (("ADCE", cost_by_adce), ("pyrate SQLite", cost_by_pyrate))
-    ]
+    """Acquire and finish without waiting, with so many requests stored."""
+    found = []
+    for durable in (False, True):
+        for name, prepare in (("ADCE", cost_by_adce), ("pyrate SQLite", cost_by_pyrate)):
+            with tempfile.TemporaryDirectory() as folder:
+                title = f"{name}, {'power cut safe' if durable else 'process crash safe'}"
+                found.append(cost_of(title, prepare(Path(folder), durable=durable), rows, times))
+    return found
 
 
-def cost_by_adce(durable: bool) -> Callable[[], None]:
+def cost_by_adce(folder: Path, *, durable: bool) -> Callable[[], object]:
     """A permit taken and given back; if not durable, no commit waits for the disk."""
-    limiter = adce_limiter(Path(tempfile.mkdtemp()), 10**6, 3600.0)
+    limiter = adce_limiter(folder, 10**6, 3600.0)
     if not durable:
         transaction = limiter.database.transaction
         limiter.database.transaction = lambda durable=False: transaction(durable=False)  # type: ignore[method-assign]
     return lambda: limiter.release(limiter.acquire("judge"))
 
 
-def cost_by_pyrate(durable: bool) -> Callable[[], None]:
+def cost_by_pyrate(folder: Path, *, durable: bool) -> Callable[[], object]:
     """A permit taken: pyrate-limiter knows no end of a request."""
     from pyrate_limiter import Limiter
 
-    limiter = Limiter(pyrate_bucket(Path(tempfile.mkdtemp()), 10**6, 3600.0, durable=durable))
+    limiter = Limiter(pyrate_bucket(folder, 10**6, 3600.0, durable=durable))
     return lambda: limiter.try_acquire("judge")
 
 
-def cost_of(name: str, once: Callable[[], None], rows: int, times: int) -> dict[str, Any]:
+def cost_of(name: str, once: Callable[[], object], rows: int, times: int) -> dict[str, Any]:
     """The spread of one call, in microseconds."""
     for _ in range(rows):
         once()
