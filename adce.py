@@ -5844,7 +5844,10 @@ def announce_cycle(journal: Journal, database: Database) -> None:
 
 def announce_progress(journal: Journal, database: Database, configuration: Configuration) -> None:
     """One line for a cycle that takes long: what it has looked for, and what it has still to read."""
-    rows = database.read("select cycle_id, looked, started_at from reconciliations where seconds is null")
+    rows = database.read(
+        "select cycle_id, looked, started_at from reconciliations where seconds is null and started_at <= ?",
+        (journal.clock.wall() - SAVED_EVERY_SECONDS,),
+    )
     for cycle_id, looked, started_at in rows[-1:]:
         known = database.value("select sum(objects) from counts where state != 'dropped'") or 0
         elapsed = journal.clock.wall() - started_at
