@@ -2759,7 +2759,8 @@ class FolderStore:
 # A store in S3, and the choice between the two. Headlines: S3Store, open_store().
 
 S3_ENTRY = re.compile(rb"<Contents>(.*?)</Contents>", re.DOTALL)
-S3_FIELD = re.compile(rb"<(Key|Size|ETag|LastModified)>([^<]*)</")
+S3_FIELDS = ("Key", "Size", "ETag", "LastModified")
+S3_FIELD = re.compile(f"<({'|'.join(S3_FIELDS)})>([^<]*)</".encode())
 
 
 def _take_entries(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
@@ -2770,6 +2771,8 @@ def _take_entries(response_dict: dict[str, Any], customized_response_dict: dict[
     entries = []
     for match in S3_ENTRY.finditer(body):
         found = dict(S3_FIELD.findall(match[1]))
+        if len(found) < len(S3_FIELDS):
+            raise ValueError(f"a listed object without {' or '.join(S3_FIELDS)}")
         entries.append(
             StoredObject(
                 unquote(html.unescape(found[b"Key"].decode())),

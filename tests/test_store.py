@@ -268,3 +268,9 @@ def test_entries_of_a_page_are_those_that_botocore_would_parse(quoted):
     rest = botocore.parsers.create_parser("rest-xml").parse(response, operation.output_shape)
     assert (rest["IsTruncated"], rest["NextContinuationToken"]) == (True, "more")
     assert "Contents" not in rest
+
+
+def test_page_with_an_entry_that_lacks_something_is_an_error_and_not_a_smaller_lake():
+    body = PAGE.replace(b"<Size>12</Size>", b"")
+    with pytest.raises(ValueError, match="a listed object without Key or Size"):
+        adce._take_entries({"body": body}, {})
