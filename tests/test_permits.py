@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,8 +20,9 @@ import pytest
 from conftest import ROOT, ManualClock, run_adce, start_adce
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lakes import write_league
 from test_limits import configuration, limiting, windows
-from upstream import Answer, Upstream
+from upstream import Answer, League, Upstream
 
 import adce
 
@@ -277,8 +279,10 @@ def test_runner_stands_in_line_like_anybody_else_and_only_for_what_it_waits_for(
 # --------------------------------------------------------------- many processes
 
 
-def start_asker(folder: Path, threads: int, seconds: float, **environment: str) -> subprocess.Popen[str]:
-    words = [sys.executable, str(ROOT / "tests" / "asker.py"), "adce.yaml", "shop", str(threads), str(seconds)]
+def start_asker(
+    folder: Path, threads: int, seconds: float, source: str = "shop", **environment: str
+) -> subprocess.Popen[str]:
+    words = [sys.executable, str(ROOT / "tests" / "asker.py"), "adce.yaml", source, str(threads), str(seconds)]
     return subprocess.Popen(words, cwd=folder, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
 
 
@@ -329,6 +333,28 @@ def test_killed_processes_break_no_limit_and_lose_no_permit_for_ever(tmp_path, r
         boot = adce.Clock().boot()
         assert database.value("select count(*) from requests where finished_at is null and deadline < ?", [boot]) == 0
         assert database.check() == []
+
+
+def test_runner_and_other_programs_share_one_limit_and_both_get_on(tmp_path):
+    limits = "rate_limiting: {source_limits: {league: {requests_per_second: 15}}}"
+    with Upstream(limits=[(15, 1.0)], latency_seconds=(0.0, 0.03)) as upstream:
+        league = League(date(2025, 1, 1), 6, games_per_day=(4, 6), seed=3)
+        league.serve(upstream)
+        upstream.answer("/x", Answer(b"ok"))
+        write_league(tmp_path, upstream.address, limits=limits)
+        asker = start_asker(tmp_path, 3, 600, source="league")
+        until(lambda: upstream.count("/x") > 20)
+        done = run_adce("run", "--once", folder=tmp_path)
+        asker.kill()
+        asker.communicate()
+        assert upstream.violations == 0
+        assert done.returncode == 0, done.stderr
+        asked = [arrival.path for arrival in upstream.arrivals]
+    mine = [path != "/x" for path in asked]
+    between = mine[mine.index(True) : len(mine) - mine[::-1].index(True)]
+    assert sum(between) == 6 + len(league.ids)
+    assert sum(between) / len(between) >= 1 / (3 + 1) / 3  # a fair share is one in four
+    assert sum(between) / len(between) <= 3 / (3 + 1)
 
 
 def faketime_library() -> str:
