@@ -380,6 +380,8 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
     select dataset_id, coalesce(season, ''), state, count(*) from objects group by 1, 2, 3;
     alter table objects add column live integer;
     alter table reconciliations add column looked integer not null default 0;
+    create index objects_open on objects (key)
+    where state in ('missing', 'stale', 'suspect') or (proven = 0 and state != 'dropped');
     """,
 )
 
@@ -446,6 +448,9 @@ create index objects_by_state on objects (dataset_id, season, state);
 create index objects_due on objects (due_at) where due_at is not null;
 -- what is in the store but was never looked at
 create index objects_unread on objects (dataset_id, key) where etag is not read_etag;
+-- what each cycle looks for
+create index objects_open on objects (key)
+where state in ('missing', 'stale', 'suspect') or (proven = 0 and state != 'dropped');
 
 create table counts (
     -- How many objects are in each state: kept by the triggers below, because counting takes long.
@@ -4305,9 +4310,9 @@ def ranges_to_list(database: Database, prefix: str, share: KeyRange) -> list[Key
     open_keys = database.read(
         """
         select key
-        from objects
+        from objects indexed by objects_open
         where key >= ? and key <= ?
-          and (state in ('missing', 'stale', 'suspect') or (not proven and state != 'dropped'))
+          and (state in ('missing', 'stale', 'suspect') or (proven = 0 and state != 'dropped'))
         order by key
         limit ?
         """,
@@ -4492,13 +4497,13 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
         known = "select expansion from datasets where dataset = ?"
         if dataset.partitions.parent or cycle.database.value(known, (dataset.name,)) == digest:
             continue
-        wanted: set[int] = set()
+        wanted = array.array("q")
         for chunk in chunks(expand(dataset, cycle.configuration.seasons, now), NOTED_AT_ONCE):
             with cycle.ledger() as ledger:
                 for fields in chunk:
                     try:
                         expected = expected_object(dataset, fields, cycle.configuration.seasons)
-                        wanted.add(ledger.expect(dataset, expected, proven=False))
+                        wanted.append(ledger.expect(dataset, expected, proven=False))
                     except ValueError as error:
                         cycle.problems.append(str(error))
             yield
@@ -4511,16 +4516,29 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     yield
 
 
-def _no_longer_expected(cycle: Cycle, dataset: Dataset, wanted: set[int]) -> Iterator[int]:
-    rows = cycle.database.read(
+def _no_longer_expected(cycle: Cycle, dataset: Dataset, wanted: array.array[int]) -> Iterator[int]:
+    """The objects of a dataset that are not `wanted`."""
+    known = cycle.database.value(
         """
-        select object_id
-        from objects join datasets using (dataset_id)
+        select sum(objects)
+        from counts join datasets using (dataset_id)
         where dataset = ? and state != 'dropped'
         """,
         (dataset.name,),
     )
-    return (row[0] for row in rows if row[0] not in wanted)
+    if known == len(wanted) and all(one < other for one, other in itertools.pairwise(wanted)):
+        return  # all of them, and none twice
+    expected, after = set(wanted), 0
+    page = """
+        select object_id
+        from objects join datasets using (dataset_id)
+        where dataset = ? and state != 'dropped' and object_id > ?
+        order by object_id
+        limit ?
+    """
+    while rows := cycle.database.read(page, (dataset.name, after, PAGE)):
+        after = rows[-1][0]
+        yield from (row[0] for row in rows if row[0] not in expected)
 
 
 def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:

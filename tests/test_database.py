@@ -342,6 +342,7 @@ def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
             drop trigger objects_counted_out;
             drop trigger objects_recounted;
             drop table counts;
+            drop index objects_open;
             alter table objects drop column live;
             alter table reconciliations drop column looked;
             drop table waiters;
