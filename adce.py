@@ -3589,10 +3589,10 @@ class Ledger:
 
     def expect(self, dataset: Dataset, wanted: ExpectedObject, *, proven: bool) -> int:
         """Note that an object should exist, and return its id. Raises ValueError when another has its key."""
-        row = self.sql.execute("select * from objects where key = ?", (wanted.key,)).fetchone()
-        if row is None:
-            return self._expect_first(dataset, wanted, proven=proven)
-        known = self._known(row)
+        object_id = self._expect_first(dataset, wanted, proven=proven)
+        if object_id is not None:
+            return object_id
+        known = self.objects("key = :key", {"key": wanted.key})[0]
         own = dataset.partitions.own_fields()
         if known.state is not ObjectState.DROPPED:
             if known.dataset != dataset.name or any(known.fields.get(name) != wanted.fields[name] for name in own):
@@ -3609,7 +3609,8 @@ class Ledger:
         self.note(dataclasses.replace(known, dataset=dataset.name, season=wanted.season, day=wanted.day), facts)
         return known.object_id
 
-    def _expect_first(self, dataset: Dataset, wanted: ExpectedObject, *, proven: bool) -> int:
+    def _expect_first(self, dataset: Dataset, wanted: ExpectedObject, *, proven: bool) -> int | None:
+        """The id of an object that nobody has expected before, or None."""
         facts = Facts(available_at=wanted.available_at, proven=proven)
         verdict = appraise(dataset, self._seasons.get(wanted.season or ""), wanted.day, facts, self.now)
         inserted = self.sql.execute(
@@ -3617,6 +3618,7 @@ class Ledger:
             insert into objects (dataset_id, key, fields, season, day, state, reason, since, due_at, available_at,
                                  proven)
             values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            on conflict do nothing
             """,
             (
                 self.ids[dataset.name],
@@ -3632,6 +3634,8 @@ class Ledger:
                 proven,
             ),
         )
+        if not inserted.rowcount:
+            return None
         object_id = cast(int, inserted.lastrowid)
         if verdict.state in GAPS:
             known = self.objects("object_id = :object_id", {"object_id": object_id})[0]
@@ -4725,11 +4729,11 @@ def _age(cycle: Cycle) -> Iterator[None]:
 
 def _seen(target: KnownObject, entry: StoredObject) -> Facts:
     """The facts of an object that is listed with an etag not known yet: its content counts as unread."""
-    read = target.read_etag == entry.etag
-    facts = dataclasses.replace(
-        target.facts, proven=True, size=entry.size, etag=entry.etag, modified_at=entry.modified_at
+    is_read = target.read_etag == entry.etag
+    unread = {} if is_read else {"valid": None, "settled": None, "live": None, "verdict": None}
+    return dataclasses.replace(
+        target.facts, proven=True, size=entry.size, etag=entry.etag, modified_at=entry.modified_at, **unread
     )
-    return facts if read else dataclasses.replace(facts, valid=None, settled=None, live=None, verdict=None)
 
 
 # ---------------------------------------------------------------- Executions
