@@ -99,6 +99,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import weakref
 import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -842,17 +843,16 @@ class Database:
         DatabaseError when SQLite cannot do it, for instance because the disk is full."""
         self._check_process()
         with self._writing, self._translation:
-            if durable != self._durable:
-                self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
-                self._durable = durable
-            self._writer.execute("begin immediate")
             try:
+                if durable != self._durable:
+                    self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
+                    self._durable = durable
+                self._writer.execute("begin immediate")
                 yield self._writer
                 self._writer.execute("commit")
-            except BaseException:
+            finally:  # whatever interrupted it, and wherever
                 if self._writer.in_transaction:
                     self._writer.execute("rollback")
-                raise
 
     def read(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a query, as of one moment. Never waits for a writer."""
@@ -875,7 +875,7 @@ class Database:
 
     def check_place(self) -> None:
         """Raises NoDatabaseError when the file was moved, replaced or deleted: SQLite would go on writing to it."""
-        if _identity(self.path) != self._identity:
+        if self._identity and _identity(self.path) != self._identity:
             raise NoDatabaseError(f"{self.path} was moved, replaced or deleted while in use", "start again")
 
     def copy(self) -> Database:
@@ -894,7 +894,8 @@ class Database:
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise DatabaseError(
-                f"{self.path} was opened before this process was forked", "open it again in the child process"
+                f"{self.path} was opened before this process was forked",
+                "start the other process anew; multiprocessing: use the method spawn",
             )
 
 
@@ -3045,7 +3046,7 @@ def _openings(
     if scope.row["paused_until"] > at:
         yield Opening(scope.row["paused_until"], scope.row["reason"] or "paused", is_pause=True)
     if scope.row["throttles"] and scope.row["in_flight"] + scope.row["ahead"]:
-        yield Opening(max(scope.row["deadline"] or 0, now + 1), "waits for the answer that tells whether it is back")
+        yield Opening(now + 1, "waits for the answer that tells whether it is back")
     for limit in scope.limits.windows:
         name = f"{scope.name}: {limit.max_requests} in {limit.seconds:g} s"
         yield Opening(_window_opens_at(sql, scope, limit, now), f"{name} used up")
@@ -3351,10 +3352,11 @@ class Limiter:
 
     def __init__(self, configuration: Configuration, database: Database, clock: Clock | None = None) -> None:
         self.configuration, self.database, self.clock = configuration, database, clock or Clock()
-        self._places = itertools.count(1)
+        self._name, self._places = f"{os.getpid()}.{secrets.token_hex(2)}", itertools.count(1)
         self._guard = threading.Lock()  # guards what follows
         self._sleepers: set[queue.SimpleQueue[str]] = set()
-        self._held: dict[Permit, float] = {}  # and its deadline
+        # with its deadline; one that its owner has lost, interrupted, is not kept alive for ever
+        self._held: weakref.WeakKeyDictionary[Held, float] = weakref.WeakKeyDictionary()
         self._keeper: threading.Thread | None = None
         self._closed = threading.Event()
         with database.transaction() as sql:
@@ -3370,11 +3372,14 @@ class Limiter:
     def permit(self, source: str, wait: float | None = None) -> Iterator[Held]:
         """The right to send one HTTP request: waits until the source can be asked, `wait` seconds at most.
 
-        The request counts as under way until the block ends, however it ends. Raises RateLimitedError as
-        soon as it is certain that `wait` is too short, and Error for an unknown source or when closed."""
+        The request counts as under way until the block ends, however it ends. A block that ends without an
+        exception got a good answer, unless it says otherwise. Raises RateLimitedError as soon as `wait` is
+        too short as things are, and Error for an unknown source or when closed."""
         held = self.acquire(source, wait)
         try:
             yield held
+            if held.outcome is None:
+                held.answered(200, {})
         finally:
             self.release(held)
 
@@ -3401,6 +3406,7 @@ class Limiter:
     def _try(self, source: Source, owner: str, give_up_at: float) -> Permit | _Place:
         """A permit, or a place in line."""
         limiting = self.configuration.rate_limiting
+        self.database.check_place()
         with self.database.transaction() as sql:
             now = self.clock.boot()
             opens = opening(sql, limiting, source.name, now, owner)
@@ -3411,7 +3417,7 @@ class Limiter:
             if opens.at > give_up_at:
                 wait = format_duration(opens.at - now)
                 raise RateLimitedError(f"{source.name} cannot be asked for another {wait}: {opens.reason}")
-            place = _Place(owner or f"{os.getpid()}.{next(self._places)}", min(opens.at, now + LOOK_AGAIN_SECONDS))
+            place = _Place(owner or f"{self._name}.{next(self._places)}", min(opens.at, now + LOOK_AGAIN_SECONDS))
             stand_in_line(sql, source.name, place.owner, opens, place.looks_at)
             return place
 
@@ -3428,7 +3434,7 @@ class Limiter:
 
     def _hold(self, held: Held) -> Held:
         with self._guard:
-            self._held[held.permit] = held.permit.deadline
+            self._held[held] = held.permit.deadline
             if self._keeper is None:
                 self._keeper = threading.Thread(target=self._keep_alive, name="adce-permits", daemon=True)
                 self._keeper.start()
@@ -3437,23 +3443,25 @@ class Limiter:
     def _keep_alive(self) -> None:
         """A request that takes longer than its source's timeout goes on counting while this process lives."""
         while not self._closed.wait(KEEP_ALIVE_SECONDS):
-            now = self.clock.boot()
+            with contextlib.suppress(DatabaseError):
+                self._extend_deadlines(self.clock.boot())
+
+    def _extend_deadlines(self, now: float) -> None:
+        later = now + 4 * KEEP_ALIVE_SECONDS
+        with self._guard:
+            due = [held for held, deadline in self._held.items() if deadline - now < 2 * KEEP_ALIVE_SECONDS]
+        if due:
+            with self.database.transaction(durable=False) as sql:
+                for held in due:
+                    extend(sql, held.permit, later)
             with self._guard:
-                due = [permit for permit, deadline in self._held.items() if deadline - now < 2 * KEEP_ALIVE_SECONDS]
-            if due:
-                with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
-                    for permit in due:
-                        extend(sql, permit, now + 4 * KEEP_ALIVE_SECONDS)
-                    with self._guard:
-                        self._held.update(
-                            {permit: now + 4 * KEEP_ALIVE_SECONDS for permit in due if permit in self._held}
-                        )
+                self._held.update({held: later for held in due if held in self._held})
 
     def release(self, held: Held, *, used: bool = True) -> None:
         """The request is over, or was never sent. What cannot be written now counts until its deadline: that
         is safe."""
         with self._guard:
-            self._held.pop(held.permit, None)
+            self._held.pop(held, None)
         is_news = held.outcome not in (None, Outcome.OK)
         with contextlib.suppress(DatabaseError), self.database.transaction(durable=is_news) as sql:
             now = self.clock.boot()
@@ -3470,8 +3478,8 @@ class Limiter:
 
 
 @functools.cache
-def _limiter_of(path: Path, database: Path | None, _pid: int) -> Limiter:
-    """One for each process: a database must not be used across a fork."""
+def _limiter_of(path: Path, database: Path | None) -> Limiter:
+    """One for each process; in one that was forked from it, every use of it is an error."""
     configuration = load_configuration(path)
     return Limiter(configuration, open_database(database or configuration.database))
 
@@ -3482,7 +3490,7 @@ def shared_limiter(config: str | os.PathLike[str] | None = None) -> Limiter:
     Its database is $ADCE_DB when that is set, else the configured one."""
     database = os.environ.get("ADCE_DB")
     path = find_configuration(os.fspath(config) if config is not None else None)
-    return _limiter_of(path, Path(database).absolute() if database else None, os.getpid())
+    return _limiter_of(path, Path(database).absolute() if database else None)
 
 
 def permit(
@@ -5119,6 +5127,7 @@ def _limited(adapter: Any, source: str, ask: Callable[[], contextlib.AbstractCon
             return pool
 
         adapter.get_connection_with_tls_context = connect_limited  # type: ignore[method-assign]
+        adapter.adce_source = source  # type: ignore[attr-defined]  # also for another session that shares it
     return LimitedAdapter()
 
 
@@ -5134,6 +5143,8 @@ def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractCon
         with ask() as held:
             if connection.sock and urllib3.util.connection.is_connection_dropped(connection):
                 connection.close()  # the server has not waited for us; it connects again
+                if pool.proxy is not None and pool.scheme == "https":
+                    pool._prepare_proxy(connection)  # noqa: SLF001  # which has forgotten its tunnel
             try:
                 response = make_request(connection, *arguments, **options)
             except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
@@ -6572,6 +6583,9 @@ def command_acquire(arguments: Arguments, configuration: Configuration) -> int:
 
 def _run_held(limiter: Limiter, held: Held, words: Sequence[str]) -> int:
     """Run a command that uses a permit. SIGTERM and SIGHUP are passed on to it, SIGINT reaches it anyhow."""
+    early: list[int] = []  # signals that came before there was anybody to pass them on to
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: early.append(number))
     try:
         process = subprocess.Popen(words)  # noqa: S603  # the user's own words, without a shell
     except OSError as error:
@@ -6580,7 +6594,11 @@ def _run_held(limiter: Limiter, held: Held, words: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: process.send_signal(number))
     signal.signal(signal.SIGINT, lambda *_: None)
+    for missed in early:
+        process.send_signal(missed)
     code = process.wait()
+    if code == 0:
+        held.answered(200, {})
     limiter.release(held)
     return code if code >= 0 else 128 - code
 

@@ -476,3 +476,78 @@ def test_waiting_is_seen_in_rates_with_its_instant_and_its_reason(shop):
     assert rates[0]["why"] == "shop: 1 in 60 s used up"
     assert rates[0]["free_at"] > str(adce.utc_text(time.time()))
     until(lambda: json.loads(run_adce("status", "--format", "json", folder=shop).stdout)["sources"][0]["waiting"] == 0)
+
+
+# --------------------------------------------------------------- what interrupts and forks leave behind
+
+
+def test_interrupt_while_a_lock_is_awaited_leaves_no_transaction_open(limiter):
+    """Ctrl-C comes while another program holds the database for a while."""
+    path = limiter.database.path
+    holding = f"""
+import sqlite3, time
+held = sqlite3.connect({path!r}, isolation_level=None)
+held.execute("begin immediate"); print("held", flush=True); time.sleep(1.0); held.execute("rollback")
+"""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                limiter.acquire("espn")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert not limiter.database._writer.in_transaction
+    with limiter.permit("espn"):
+        pass
+
+
+def test_forked_process_gets_an_error_and_no_permit(tmp_path):
+    (tmp_path / "adce.yaml").write_text(shop_text("http://127.0.0.1:1"))
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import adce
+with adce.permit("shop"): pass
+if os.fork() == 0:
+    try:
+        adce.permit("shop").__enter__()
+    except adce.DatabaseError as error:
+        print(error, error.hint, flush=True)
+    os._exit(0)
+os.wait()
+with adce.permit("shop"): pass
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "was opened before this process was forked" in done.stdout
+    assert "spawn" in done.stdout
+
+
+def test_lost_permit_ends_at_its_deadline(limiter):
+    limiter.acquire("espn")  # nobody holds what it returned
+    deadline = limiter.database.value("select deadline from requests")
+    limiter.clock.seconds = deadline - 0.01
+    limiter._extend_deadlines(limiter.clock.boot())
+    assert limiter.database.value("select deadline from requests") == deadline
+
+
+def test_database_that_was_replaced_is_told(limiter):
+    Path(limiter.database.path).rename(f"{limiter.database.path}.old")
+    with pytest.raises(adce.NoDatabaseError, match="moved, replaced or deleted"):
+        limiter.acquire("espn")
+
+
+def test_good_end_of_a_block_is_a_good_answer(limiter):
+    limiter.configuration = configuration(adce.RateLimiting())
+    with limiter.permit("espn") as held:
+        held.answered(429, {"Retry-After": "1"})
+    with limiter.permit("espn"):
+        pass
+    assert limiter.database.value("select throttles from scopes where scope = 'espn'") == 0
