@@ -296,7 +296,7 @@ class Clock:
 
 def parse_duration(text: str) -> int:
     """Seconds of a duration such as 90s, 15m, 6h or 1d. Raises ValueError."""
-    match = re.fullmatch(r"(\d+)\s*([smhd])", text.strip())
+    match = re.fullmatch(r"(\d{1,9})\s*([smhd])", text.strip())
     if not match:
         raise ValueError(f"{text!r} is not a duration; write 90s, 15m, 6h or 1d")
     return int(match[1]) * DURATION_UNITS[match[2]]
@@ -1156,7 +1156,7 @@ class Backoff:
     initial_delay_seconds: float = 1
     max_delay_seconds: float = 30
     exponential_factor: float = 2
-    strict: bool = False  # the delays to the letter, at the price of a fifth of the quota
+    strict: bool = False  # the delays to the letter, at the price of 10 to 20% of the quota
 
 
 @dataclass(frozen=True, slots=True)
@@ -1451,7 +1451,7 @@ KEYS = (
     Key("rate_limiting.backoff.initial_delay_seconds", "number", "the first delay"),
     Key("rate_limiting.backoff.max_delay_seconds", "number", "the longest delay"),
     Key("rate_limiting.backoff.exponential_factor", "positive", "each delay is so many times the one before"),
-    Key("rate_limiting.backoff.strict", "boolean", "these delays to the letter, though a fifth of the quota is lost"),
+    Key("rate_limiting.backoff.strict", "boolean", "these delays to the letter, though 10 to 20% of the quota is lost"),
     Key("health_check", "mapping", "answers over HTTP on 127.0.0.1"),
     Key("health_check.enabled", "boolean", ""),
     Key("health_check.port", "port", "0: any free one"),
@@ -4298,7 +4298,7 @@ class Listing:
 # ranges_to_list().
 
 LEAST_SHARE = 4000  # keys, of a cycle; a lake that is not larger is listed whole each time
-SINGLE_RANGES = 200  # open objects below a prefix; more than that are one range
+SINGLE_RANGES = 200  # open objects below a prefix; with more than that, all of it is listed
 
 
 def share_of_keys(database: Database, configuration: Configuration, now: float) -> KeyRange:
@@ -6779,6 +6779,8 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
     if words[end + 1 :]:
         if arguments.command != "acquire":
             parser.error("only acquire runs another command")
+        if arguments.words:
+            parser.error(f"the command begins after --, so what is {' '.join(arguments.words)}?")
         arguments.words = words[end + 1 :]
     return arguments
 

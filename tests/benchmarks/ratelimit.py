@@ -1,8 +1,8 @@
 """Rate limiters side by side, before a judge that forgives nothing.
 
-    python tests/benchmarks/ratelimit.py            every limiter, every scenario: about twelve minutes
+    python tests/benchmarks/ratelimit.py            every limiter, every scenario: eleven minutes
     python tests/benchmarks/ratelimit.py --short    ADCE and its nearest peer, one minute
-    python tests/benchmarks/ratelimit.py --minute   how much of a limit of 60 in 60 s is reached: four minutes
+    python tests/benchmarks/ratelimit.py --minute   how much of a limit of 60 in 60 s is reached: seven minutes
 
 The judge is a server in a process of its own. A request is stamped after a random delay on its way up, so that
 requests overtake one another as they do on a real network, and is a violation when it arrives less than W

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/reconcile.py                      10,000 and 172,905 objects on a real S3 server
     python tests/benchmarks/reconcile.py --keys 1000000       against a generated listing, without a server
-    python tests/benchmarks/reconcile.py --keys 10000000      the same; half an hour
+    python tests/benchmarks/reconcile.py --keys 10000000      the same; a quarter of an hour
 
 Every figure is of a process of its own, and the median of `--repeat` of them. `above MB` is the peak of memory over
 that of the idle process just before. `longest step` is how long a claim may have to wait for the cycle.
