@@ -3079,7 +3079,7 @@ def _backoff_ends_at(
 ) -> float:
     """Past the threshold the delay since the last grant grows with each further request of the window, but
     unless it is strict it is never longer than spreading the rest of the quota evenly over the rest of the
-    window asks for: the plain rule would end at about 81% of the quota."""
+    window asks for: the plain rule leaves 10 to 20% of the quota unused."""
     most, ahead, finished = limit.max_requests, scope.row["ahead"], scope.row["finished"]
     in_flight = scope.row["in_flight"] if at < now + limit.seconds else 0  # by then they may have gone
     numbers = range(max(1, finished - most + 1), finished + 1)
