@@ -17,6 +17,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Words                       the vocabulary: states, outcomes, exit codes, errors
     Time                        instants and durations; the only reader of the clock
     Schema                      the tables: the centre of the design
+    Migrations                  to it, from those of older versions
     Views                       what people read of them
     Database                    one safe door to the SQLite file
     Templates                   texts with fields in them
@@ -45,16 +46,22 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Executions                  what one execution is, and what it leaves
     Requests                    one HTTP request
     Sessions                    the limits for programs that use requests
+    Processes                   a program of the user's, from start to end
     Scrapers                    a command or a call instead
     Fetch                       does one execution
     Tables                      rows as text
     Report                      tells: questions in SQL, answers as rows
     Health                      serves the same answers over HTTP
     Screen                      what a person sees while it runs
+    Interventions               what a person changes by hand
+    Workers                     who does the executions
+    Supervision                 who has started the runner, and is told
     Runner                      keeps going until told to stop
     Examples                    texts for the programs around ADCE
     Checks                      is everything in order?
-    Commands                    obeys: one function for each command
+    Background                  the runner as a process
+    Answers                     one function for each command that shows
+    Commands                    obeys: one function for each that does
     Command line                from words to an exit code
 """
 
@@ -87,6 +94,8 @@ import queue
 import random
 import re
 import secrets
+import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -104,6 +113,7 @@ import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol, TextIO, TypeVar, cast
 
@@ -190,8 +200,8 @@ class Outcome(enum.StrEnum):
 COUNTED_FAILURES = (Outcome.INVALID, Outcome.HTTP_ERROR, Outcome.ERROR)
 # What tells how reliable a dataset is; a pause, an outage or a stop says nothing about it.
 RELIABILITY = (Outcome.OK, *COUNTED_FAILURES)
-# So many of these in a row mean that the source itself is away; for timeouts its own setting counts.
-SOURCE_FAILURES = {Outcome.UNREACHABLE: 2, Outcome.BROKEN: 5, Outcome.TIMEOUT: 3}
+# So many of these in a row mean that the source itself is away; for others see blocked_when.
+SOURCE_FAILURES = {Outcome.UNREACHABLE: 2, Outcome.BROKEN: 5}
 
 
 class ExitCode(enum.IntEnum):
@@ -268,6 +278,7 @@ class OutOfOrderError(StoreError):
 # clock change moves and which all processes of the machine share. Headline: Clock.
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
+NEWS_SECONDS = 0.1
 DURATION_UNITS = {"s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
 
 
@@ -286,10 +297,18 @@ class Clock:
         """The name of this boot: boot times of two boots must not be compared."""
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
-    def wait(self, wakeups: queue.SimpleQueue[str], seconds: float) -> None:
-        """Sleep until something is put into `wakeups`, or for `seconds`; empties `wakeups`."""
+    def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_news: Callable[[], bool] | None = None) -> None:
+        """Sleep until something is put into `wakeups`, until there are news, or for `seconds`; empties `wakeups`.
+
+        News are what cannot wake anybody, and so are asked for every now and then."""
+        until, is_awake = time.monotonic() + seconds, False
+        while not is_awake:
+            left = max(0.0, until - time.monotonic())
+            with contextlib.suppress(queue.Empty):
+                wakeups.get(timeout=min(left, NEWS_SECONDS) if has_news else left)
+                is_awake = True
+            is_awake = is_awake or time.monotonic() >= until or (has_news is not None and has_news())
         with contextlib.suppress(queue.Empty):
-            wakeups.get(timeout=max(0.0, seconds))
             while True:
                 wakeups.get_nowait()
 
@@ -335,57 +354,9 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 
 # ---------------------------------------------------------------- Schema
 # The centre of the design: what ADCE remembers. Instants are whole seconds since 1970 (UTC) unless the
-# remark says boot: those count from the start of the machine. MIGRATIONS is only ever appended to.
+# remark says boot: those count from the start of the machine. Headline: TABLES.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 to n + 2
-    """
-    alter table scopes drop column finished;
-    alter table scopes add column burst_size integer;
-    alter table scopes add column refill_per_second real not null default 0;
-    create table waiters (
-        waiter_id    integer primary key,
-        source       text    not null references scopes,
-        owner        text    not null,
-        ready_at     real    not null,
-        opens_at     real    not null,
-        reason       text    not null,
-        expires_at   real    not null,
-        unique (source, owner)
-    ) strict;
-    """,
-    """
-    create table counts (
-        dataset_id   integer not null references datasets,
-        season       text    not null,
-        state        text    not null,
-        objects      integer not null,
-        primary key (dataset_id, season, state)
-    ) strict, without rowid;
-    create trigger objects_counted_in after insert on objects begin
-        insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
-        on conflict do update set objects = objects + 1;
-    end;
-    create trigger objects_counted_out after delete on objects begin
-        update counts set objects = objects - 1
-        where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
-    end;
-    create trigger objects_recounted after update of state, season, dataset_id on objects
-    when (old.state, old.season, old.dataset_id) is not (new.state, new.season, new.dataset_id) begin
-        update counts set objects = objects - 1
-        where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
-        insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
-        on conflict do update set objects = objects + 1;
-    end;
-    insert into counts
-    select dataset_id, coalesce(season, ''), state, count(*) from objects group by 1, 2, 3;
-    alter table objects add column live integer;
-    alter table reconciliations add column looked integer not null default 0;
-    create index objects_open on objects (key)
-    where state in ('missing', 'stale', 'suspect') or (proven = 0 and state != 'dropped');
-    """,
-)
-
 TABLES = """
 create table settings (
     -- Small facts about the file itself and about the last run.
@@ -401,7 +372,20 @@ create table runner (
     started_at   integer not null,
     beat_at      integer not null,   -- the loop's last sign of life
     stopped_at   integer,
-    note         text                -- why it stopped
+    note         text,               -- why it stopped
+    address      text,               -- where it answers over HTTP, if it does
+    unit         text,               -- of systemd, if that started it
+    log          text,               -- the file that it writes its events to, if it does
+    lost_workers integer not null default 0 -- functions that have not returned in time, and may never
+) strict;
+
+create table orders (
+    -- What other processes ask the runner for: a cycle.
+    order_id     integer primary key,
+    asked_at     integer not null,
+    is_full      integer not null,   -- 1: it looks at everything
+    may_lose     text    not null,   -- JSON: the datasets whose mass loss is real
+    cycle_id     integer             -- the cycle that obeyed; null: not yet begun
 ) strict;
 
 create table datasets (
@@ -440,6 +424,7 @@ create table objects (
     settled      integer,            -- 1: final, its `until` holds
     live         integer,            -- 1: it changes all the time, its `live.while` holds
     verdict      text,               -- why it is not valid
+    skipped      text,               -- why nobody wants it, in the words of who said so
     proven       integer not null,   -- 0: nobody has looked for it in the store yet
     cycle_id     integer             -- the cycle in or after which ADCE last wrote it
 ) strict;
@@ -452,6 +437,8 @@ create index objects_unread on objects (dataset_id, key) where etag is not read_
 -- what each cycle looks for
 create index objects_open on objects (key)
 where state in ('missing', 'stale', 'suspect') or (proven = 0 and state != 'dropped');
+-- what people do not want
+create index objects_skipped on objects (dataset_id, season) where skipped is not null;
 
 create table counts (
     -- How many objects are in each state: kept by the triggers below, because counting takes long.
@@ -523,7 +510,8 @@ create table attempts (
     http_status  integer,
     bytes        integer,
     requests     integer not null,   -- HTTP requests made, redirects included
-    error        text
+    error        text,
+    output       text                -- the end of what a command printed
 ) strict;
 create index attempts_by_task on attempts (task_id);
 
@@ -615,6 +603,75 @@ create table waiters (
 ) strict;
 """
 
+
+# ---------------------------------------------------------------- Migrations
+# From the schemas of older versions to this one, as they were written then. Only ever appended to.
+
+MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 to n + 2
+    """
+    alter table scopes drop column finished;
+    alter table scopes add column burst_size integer;
+    alter table scopes add column refill_per_second real not null default 0;
+    create table waiters (
+        waiter_id    integer primary key,
+        source       text    not null references scopes,
+        owner        text    not null,
+        ready_at     real    not null,
+        opens_at     real    not null,
+        reason       text    not null,
+        expires_at   real    not null,
+        unique (source, owner)
+    ) strict;
+    """,
+    """
+    create table counts (
+        dataset_id   integer not null references datasets,
+        season       text    not null,
+        state        text    not null,
+        objects      integer not null,
+        primary key (dataset_id, season, state)
+    ) strict, without rowid;
+    create trigger objects_counted_in after insert on objects begin
+        insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
+        on conflict do update set objects = objects + 1;
+    end;
+    create trigger objects_counted_out after delete on objects begin
+        update counts set objects = objects - 1
+        where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
+    end;
+    create trigger objects_recounted after update of state, season, dataset_id on objects
+    when (old.state, old.season, old.dataset_id) is not (new.state, new.season, new.dataset_id) begin
+        update counts set objects = objects - 1
+        where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
+        insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
+        on conflict do update set objects = objects + 1;
+    end;
+    insert into counts
+    select dataset_id, coalesce(season, ''), state, count(*) from objects group by 1, 2, 3;
+    alter table objects add column live integer;
+    alter table reconciliations add column looked integer not null default 0;
+    create index objects_open on objects (key)
+    where state in ('missing', 'stale', 'suspect') or (proven = 0 and state != 'dropped');
+    """,
+    """
+    alter table attempts add column output text;
+    alter table objects add column skipped text;
+    create index objects_skipped on objects (dataset_id, season) where skipped is not null;
+    alter table runner add column address text;
+    alter table runner add column unit text;
+    alter table runner add column log text;
+    alter table runner add column lost_workers integer not null default 0;
+    create table orders (
+        order_id     integer primary key,
+        asked_at     integer not null,
+        is_full      integer not null,
+        may_lose     text    not null,
+        cycle_id     integer
+    ) strict;
+    """,
+)
+
+
 # ---------------------------------------------------------------- Views
 # What people read, with plain names and UTC times as text; the score is live. Made anew in a database
 # whenever this text changes. Headline: VIEWS.
@@ -674,6 +731,11 @@ create view coverage as
         join objects o using (object_id)
         where t.state = 'gave_up'
         group by t.dataset_id, o.season
+    ), unwanted as (
+        select dataset_id, season, count(*) as skipped
+        from objects
+        where skipped is not null
+        group by dataset_id, season
     )
     select d.source,
            d.dataset,
@@ -684,11 +746,25 @@ create view coverage as
            c.stale,
            c.suspect,
            coalesce(l.gave_up, 0) as gave_up,
-           c.present * 10000 / c.expected / 100.0 as percent
+           c.present * 10000 / c.expected / 100.0 as percent,
+           coalesce(u.skipped, 0) as skipped
     from summed c
     join datasets d using (dataset_id)
     left join lost l on l.dataset_id = c.dataset_id and l.season is c.season
+    left join unwanted u on u.dataset_id = c.dataset_id and u.season is c.season
     where c.expected > 0;
+
+create view skipped as
+    -- What nobody wants any more: `retry ID` of its task wants it again.
+    select d.dataset,
+           o.key,
+           o.skipped as reason,
+           strftime('%Y-%m-%dT%H:%M:%SZ', o.since, 'unixepoch') as since,
+           o.season,
+           (select max(t.task_id) from tasks t where t.object_id = o.object_id) as task_id
+    from objects o
+    join datasets d using (dataset_id)
+    where o.skipped is not null;
 
 create view coverage_by_day as
     -- The same of what has a day, by day.
@@ -830,6 +906,7 @@ class Database:
         self._writer, self._reader = writer, reader
         self._writing = threading.Lock()  # guards _writer: whoever wants a transaction waits here, in turn
         self._durable = True  # guarded by _writing, too: what the writer is set to
+        self._version = -1  # and what it last saw of the others
         self._reading = threading.Lock()  # guards _reader
         self._pid = os.getpid()
         self._identity = _identity(path)
@@ -864,6 +941,15 @@ class Database:
         """The first column of the first row, or None."""
         rows = self.read(sql, parameters)
         return rows[0][0] if rows else None
+
+    def has_news(self) -> bool:
+        """Whether another connection, of whatever process, has written since this was last asked. Takes some
+        microseconds: SQLite keeps count (pragma data_version)."""
+        self._check_process()
+        with self._writing, self._translation:
+            version: int = self._writer.execute("pragma data_version").fetchone()[0]
+            known, self._version = self._version, version
+        return version != known
 
     def check(self) -> list[str]:
         """Every damage that can be found, in words; empty when all is well."""
@@ -1207,6 +1293,7 @@ class BlockedWhen:
 
     status: tuple[int, ...] = ()
     timeouts_in_a_row: int = 3
+    failures_in_a_row: int = 10  # HTTP 5xx, scrapers that fail
     pause_seconds: float = 900
 
 
@@ -1334,8 +1421,11 @@ class Dataset:
     url: Template | None = None
     command: tuple[Template, ...] = ()
     call: str | None = None
+    output: str = "store"  # where a command leaves its object: store, or stdout
+    environment: tuple[str, ...] = ()  # variables that a command may see, besides INHERITED
     batch: Batch | None = None
     timeout_seconds: float = 600  # of a command or a call
+    max_concurrent: int | None = None
     freshness: Freshness = Freshness()
     validate: Validation = Validation()
     available_after: AvailableAfter | None = None
@@ -1475,6 +1565,7 @@ KEYS = (
     Key("sources.*.blocked_when", "mapping", "what means that it wants to be left alone"),
     Key("sources.*.blocked_when.status", "statuses", "these statuses"),
     Key("sources.*.blocked_when.timeouts_in_a_row", "count", "so many requests without an answer"),
+    Key("sources.*.blocked_when.failures_in_a_row", "count", "so many answers 5xx, or scrapers that fail"),
     Key("sources.*.blocked_when.pause_seconds", "positive", "how long"),
     Key("sources.*.trust_env", "boolean", "proxies and netrc of the environment"),
     Key("datasets", "mapping", "families of objects"),
@@ -1484,7 +1575,10 @@ KEYS = (
     Key("datasets.*.url", "text", "what to get, after the source's base_url"),
     Key("datasets.*.command", "texts", "a program and its arguments that bring it"),
     Key("datasets.*.call", "text", "module:function that brings it"),
+    Key("datasets.*.environment", "texts", "variables of the runner's that a command may see too"),
+    Key("datasets.*.output", "output", "stdout: what a command prints is the object"),
     Key("datasets.*.timeout_seconds", "positive", "for a command or a call"),
+    Key("datasets.*.max_concurrent", "count", "of the workers on this dataset at once"),
     Key("datasets.*.batch", "mapping", "one command for many objects"),
     Key("datasets.*.batch.by", "text", "the field they share", required=True),
     Key("datasets.*.batch.max", "count", "at most"),
@@ -1789,6 +1883,7 @@ SCALARS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     ),
     "timezone": ("a time zone like America/New_York", _timezone),
     "priority": ("auto, CRITICAL, HIGH, MEDIUM or LOW", _word("auto", *Priority)),
+    "output": ("store or stdout", _word("store", "stdout")),
     "hex": (
         "bytes in hexadecimal, in quotes",
         lambda node: node.value if _is_scalar(node, "str") and bytes.fromhex(node.value) else None,
@@ -1925,7 +2020,16 @@ class Builder:
             live = given.get("freshness", {}).get("live", {})
             texts = {
                 key: given[key]
-                for key in ("source", "call", "timeout_seconds", "available_after", "priority")
+                for key in (
+                    "source",
+                    "call",
+                    "output",
+                    "environment",
+                    "timeout_seconds",
+                    "max_concurrent",
+                    "available_after",
+                    "priority",
+                )
                 if key in given
             }
             datasets[name] = Dataset(
@@ -2043,6 +2147,8 @@ class Checker:
             )
         if dataset.batch and not dataset.command:
             self.complain(f"{path}.batch", "only a command can bring many objects")
+        if dataset.output == "stdout" and (dataset.batch or not dataset.command):
+            self.complain(f"{path}.output", "only a command for one object can print it")
         if dataset.call and not re.fullmatch(r"[\w.]+:\w+", dataset.call):
             self.complain(f"{path}.call", f"{dataset.call} is not module:function")
         if dataset.validate.max_bytes < dataset.validate.min_bytes:
@@ -2301,6 +2407,7 @@ class Facts:
     settled: bool | None = None
     live: bool | None = None
     verdict: str | None = None
+    skipped: str | None = None  # why nobody wants it
 
 
 @dataclass(frozen=True, slots=True)
@@ -2466,6 +2573,8 @@ def _ids(child: Dataset, document: Any, body: bytes) -> tuple[str, ...]:
 
 def appraise(dataset: Dataset, season: Season | None, day: str | None, facts: Facts, now: float) -> Appraisal:
     """The state of an object, from the facts alone."""
+    if facts.skipped is not None:
+        return Appraisal(ObjectState.DROPPED, f"skipped: {facts.skipped}")
     if facts.etag is None:
         if not facts.proven:
             return Appraisal(ObjectState.AWAITED)
@@ -3183,7 +3292,7 @@ def _expire(sql: sqlite3.Connection, limiting: RateLimiting, now: float) -> None
 
 # ---------------------------------------------------------------- Pauses
 # What the answers of a source say about the source itself. A pause is a pause, whoever asked for it: a
-# Retry-After, a block, failures in a row. Headlines: pause(), learn().
+# Retry-After, a block, failures in a row, a person. Headlines: pause(), learn().
 
 LONGEST_RETRY_AFTER = DAY
 FIRST_PAUSE_SECONDS = 60
@@ -3236,10 +3345,35 @@ def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now:
     )
 
 
-def learn(
-    sql: sqlite3.Connection, source: Source, outcome: Outcome, answer: str, now: float, retry_after: float | None
-) -> tuple[int, Pause | None]:
-    """What an answer says about its source: how many failures in a row blame it, and whether it is paused.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How asking a source ended."""
+
+    outcome: Outcome
+    text: str = ""
+    http_status: int | None = None
+    retry_after: float | None = None  # seconds, when it named them
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What an answer says about its source."""
+
+    is_source: bool = False  # the source is to blame, and not what it was asked for
+    pause: Pause | None = None
+
+
+def _patience(source: Source, answer: Answer) -> int | None:
+    """After how many such answers in a row a source is taken to be away; None: it tells nothing of the kind."""
+    if answer.outcome is Outcome.TIMEOUT:
+        return source.blocked_when.timeouts_in_a_row
+    if answer.outcome is Outcome.ERROR or (answer.outcome is Outcome.HTTP_ERROR and (answer.http_status or 0) >= 500):
+        return source.blocked_when.failures_in_a_row
+    return SOURCE_FAILURES.get(answer.outcome)
+
+
+def learn(sql: sqlite3.Connection, source: Source, answer: Answer, now: float) -> Lesson:
+    """Note what an answer says about its source; pause it when it is away or asks for that.
 
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until the
     source gives a good answer; meanwhile one request at a time asks whether it is back."""
@@ -3249,24 +3383,30 @@ def learn(
     failures, throttles, longest = scope["failures"], scope["throttles"], source.blocked_when.pause_seconds
     growing = min(FIRST_PAUSE_SECONDS * 2.0 ** min(throttles, 30), max(longest, FIRST_PAUSE_SECONDS))
     is_paused = scope["paused_until"] > now  # then this request was granted before that and tells nothing new
-    seconds: float | None = None
-    if outcome is Outcome.THROTTLED:
-        seconds, failures = growing if retry_after is None else min(max(retry_after, 0.0), LONGEST_RETRY_AFTER), 0
-    elif outcome in SOURCE_FAILURES:
+    patience, seconds = _patience(source, answer), None
+    if answer.outcome is Outcome.THROTTLED:
+        seconds, failures = growing, 0
+        if answer.retry_after is not None:
+            seconds = min(max(answer.retry_after, 0.0), LONGEST_RETRY_AFTER)
+    elif patience is not None:
         failures += 1
-        is_timeout = outcome is Outcome.TIMEOUT
-        if failures >= (source.blocked_when.timeouts_in_a_row if is_timeout else SOURCE_FAILURES[outcome]):
-            seconds = longest if is_timeout else growing
-    elif outcome not in (Outcome.LOST, Outcome.STORE_ERROR) and not is_paused:
+        if failures >= patience:
+            seconds = longest if answer.outcome is Outcome.TIMEOUT else growing
+    elif answer.outcome not in (Outcome.LOST, Outcome.STORE_ERROR) and not is_paused:
         failures = throttles = 0
-    if retry_after is None and is_paused:
+    if answer.retry_after is None and is_paused:
         seconds = None
     if seconds is not None:
         throttles += not (is_paused and throttles)
-        pause(sql, source.name, seconds, answer, now)
+        pause(sql, source.name, seconds, answer.text, now)
     if (failures, throttles) != (scope["failures"], scope["throttles"]):
         sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
-    return failures, None if seconds is None else Pause(source.name, seconds, answer)
+    # a scraper or a page that fails may be to blame itself; no answer at all twice in a row is not its fault
+    doubt = patience if answer.outcome in COUNTED_FAILURES else 2
+    return Lesson(
+        is_source=patience is not None and failures >= cast(int, doubt),
+        pause=None if seconds is None else Pause(source.name, seconds, answer.text),
+    )
 
 
 # ---------------------------------------------------------------- Permits
@@ -3324,19 +3464,18 @@ class Held:
 
     def __init__(self, permit: Permit, source: Source) -> None:
         self.permit, self.source = permit, source
-        self.outcome: Outcome | None = None
-        self.text = ""
-        self.retry_after: float | None = None
+        self.answer: Answer | None = None
 
     def answered(self, status: int, headers: Mapping[str, str]) -> None:
         """The source answered with this HTTP status and these headers."""
-        self.outcome, self.text = Outcome.OK, f"HTTP {status}"
+        outcome, retry_after = Outcome.HTTP_ERROR if status >= 500 else Outcome.OK, None
         if is_throttling(self.source, status):
-            self.outcome, self.retry_after = Outcome.THROTTLED, asked_pause(self.source, status, headers)
+            outcome, retry_after = Outcome.THROTTLED, asked_pause(self.source, status, headers)
+        self.answer = Answer(outcome, f"HTTP {status}", status, retry_after)
 
     def failed(self, outcome: Outcome, text: str) -> None:
         """No answer came: TIMEOUT, UNREACHABLE or BROKEN, and why."""
-        self.outcome, self.text = outcome, text
+        self.answer = Answer(outcome, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -3378,7 +3517,7 @@ class Limiter:
         held = self.acquire(source, wait)
         try:
             yield held
-            if held.outcome is None:
+            if held.answer is None:
                 held.answered(200, {})
         finally:
             self.release(held)
@@ -3462,12 +3601,12 @@ class Limiter:
         is safe."""
         with self._guard:
             self._held.pop(held, None)
-        is_news = held.outcome not in (None, Outcome.OK)
+        is_news = held.answer is not None and held.answer.outcome is not Outcome.OK
         with contextlib.suppress(DatabaseError), self.database.transaction(durable=is_news) as sql:
             now = self.clock.boot()
             release(sql, held.permit, now, used=used)
-            if held.outcome:
-                learn(sql, held.source, held.outcome, held.text, now, held.retry_after)
+            if held.answer:
+                learn(sql, held.source, held.answer, now)
 
     def close(self) -> None:
         """Whoever waits for a permit gets an Error at once. The database stays open."""
@@ -3581,6 +3720,7 @@ class Ledger:
             settled=None if row["settled"] is None else bool(row["settled"]),
             live=None if row["live"] is None else bool(row["live"]),
             verdict=row["verdict"],
+            skipped=row["skipped"],
         )
         return KnownObject(
             object_id=row["object_id"],
@@ -3688,7 +3828,7 @@ class Ledger:
                 available_at = :available_at, proven = :proven, seen_at = coalesce(seen_at, :seen_at),
                 size = :size, etag = :etag, modified_at = :modified_at,
                 read_etag = coalesce(:read_etag, read_etag), valid = :valid, settled = :settled, live = :live,
-                verdict = :verdict,
+                verdict = :verdict, skipped = :skipped,
                 cycle_id = coalesce(:cycle_id, cycle_id)
             where object_id = :object_id
             """,
@@ -3707,7 +3847,8 @@ class Ledger:
         if verdict.state in GAPS:
             self._open_task(known, dataset, verdict)
         elif known.state in GAPS:
-            self.close_task(known.object_id, TaskState.DONE)
+            is_dropped = verdict.state is ObjectState.DROPPED
+            self.close_task(known.object_id, TaskState.CANCELLED if is_dropped else TaskState.DONE)
         return verdict
 
     def _open_task(self, known: KnownObject, dataset: Dataset, verdict: Appraisal) -> None:
@@ -3924,6 +4065,7 @@ class Result:
     requests: int = 0
     retry_after: float | None = None  # seconds, when a throttling source named them
     redirect: str | None = None  # the answer was: ask there
+    output: str | None = None  # the end of what a command printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -3951,27 +4093,35 @@ def claim(
     """Take the best task whose source can be asked now, with its permit; else, what each source waits for.
 
     One head per dataset is compared, so the cost does not grow with the queue. `busy` counts what runs
-    now, by source."""
+    now, by dataset."""
     now = clock.boot()
     heads = sql.execute(
         """
-        select t.task_id, t.rank, t.slope, t.detected_at, d.dataset, d.dataset_id, d.source, d.bonus
+        select t.task_id, t.rank, t.slope, t.detected_at, d.dataset, d.dataset_id, d.source, d.bonus,
+               s.throttles > 0 as is_probed, s.paused_until > ? as is_paused
         from datasets d
         join tasks t on t.task_id = (
             select task_id from tasks
             where dataset_id = d.dataset_id and state = 'pending'
             order by rank desc, task_id
             limit 1)
+        join scopes s on s.scope = d.source
         where d.active
-        """
+        """,
+        (now,),
     ).fetchall()
     wall = clock.wall()
     heads.sort(key=lambda h: (-score_at(h["rank"], h["slope"], h["bonus"], wall), h["detected_at"], h["task_id"]))
+    wanted = {head["source"] for head in heads if not head["is_paused"]}
     openings: dict[str, Opening] = {}
     claimed = None
     for head in heads:
         source, dataset = configuration.sources[head["source"]], configuration.datasets[head["dataset"]]
-        if busy.get(source.name, 0) >= source.max_concurrent:
+        most = _most_at_once(configuration, source, is_probed=head["is_probed"], has_rivals=wanted != {source.name})
+        at_work = sum(
+            busy.get(name, 0) for name, other in configuration.datasets.items() if other.source == source.name
+        )
+        if at_work >= most or busy.get(dataset.name, 0) >= (dataset.max_concurrent or most):
             continue
         if source.name not in openings:
             openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now, RUNNER)
@@ -3983,6 +4133,15 @@ def claim(
             break
     await_openings(sql, configuration, openings, now)
     return claimed, openings
+
+
+def _most_at_once(configuration: Configuration, source: Source, *, is_probed: bool, has_rivals: bool) -> int:
+    """How many workers a source may hold: one while nobody knows whether it is back, and never the last one
+    that others could use, because a source that has died holds what it has until its timeout."""
+    if is_probed:
+        return 1
+    workers = configuration.max_concurrent_scrapers
+    return min(source.max_concurrent, max(1, workers - 1) if has_rivals else workers)
 
 
 def await_openings(
@@ -4049,14 +4208,17 @@ def finish(
 
     An attempt that is no longer the one its task waits for changes nothing but its own row."""
     now = clock.boot()
-    sql, source, first = ledger.sql, claimed.source, results[0]
+    sql, lesson = ledger.sql, Lesson()
+    telling = min(results, key=_news)  # of a batch
     if claimed.permit:
         release(sql, claimed.permit, now, used=any(result.requests for result in results))
-    failures, pausing = 0, None
-    if any(result.requests for result in results):
-        failures, pausing = learn(sql, source, first.outcome, first.error or first.outcome, now, first.retry_after)
-    if first.outcome is Outcome.STORE_ERROR:
-        pausing = Pause(GLOBAL, FIRST_PAUSE_SECONDS, first.error or "the store failed")
+    if not claimed.dataset.url or any(result.requests for result in results):
+        text = telling.error or telling.outcome
+        answer = Answer(telling.outcome, text, telling.http_status, telling.retry_after)
+        lesson = learn(sql, claimed.source, answer, now)
+    pausing = lesson.pause
+    if telling.outcome is Outcome.STORE_ERROR:
+        pausing = Pause(GLOBAL, FIRST_PAUSE_SECONDS, telling.error or "the store failed")
         pause(sql, GLOBAL, pausing.seconds, pausing.reason, now)
     least = pausing.seconds if pausing else 0.0
 
@@ -4071,8 +4233,13 @@ def finish(
             (task.task_id, task.attempt_id),
         ).fetchone()
         if row is not None:
-            endings.append(_settle(ledger, task, result, row, failures, delay))
+            endings.append(_settle(ledger, task, result, row, lesson, delay))
     return endings, pausing
+
+
+def _news(result: Result) -> int:
+    """What one result of a batch tells of all: that the store fails, that the source works, anything else."""
+    return (Outcome.STORE_ERROR, Outcome.OK, result.outcome).index(result.outcome)
 
 
 def _settle(
@@ -4080,17 +4247,15 @@ def _settle(
     task: ClaimedTask,
     result: Result,
     row: sqlite3.Row,
-    source_failures: int,
+    lesson: Lesson,
     delay: Callable[[int], float],
 ) -> Ending:
     """The next state of a task. It is done only when its object is whole in the store and no longer a gap."""
     sql = ledger.sql
     known = ledger.objects("object_id = :object_id", {"object_id": task.target.object_id})[0]
     season = next((season for season in ledger.configuration.seasons if season.label == known.season), None)
-    counted = (
-        result.outcome in COUNTED_FAILURES
-        or (result.outcome in SOURCE_FAILURES and source_failures <= 1)
-        or (result.outcome is Outcome.NOT_YET and not may_still_appear(season, known.day, ledger.now))
+    counted = (not lesson.is_source and result.outcome in (*COUNTED_FAILURES, *SOURCE_FAILURES, Outcome.TIMEOUT)) or (
+        result.outcome is Outcome.NOT_YET and not may_still_appear(season, known.day, ledger.now)
     )
     failures = 0 if result.outcome is Outcome.OK else row["failures"] + counted
     next_at: int | None = None
@@ -4156,10 +4321,20 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result:
     ended = sql.execute(
         """
         update attempts
-        set outcome = ?, seconds = max(0, ? - started_at), http_status = ?, bytes = ?, requests = ?, error = ?
-        where attempt_id = ? and outcome = 'running'
+        set outcome = :outcome, seconds = max(0, :now - started_at), http_status = :http_status, bytes = :bytes,
+            requests = :requests, error = :error, output = :output
+        where attempt_id = :attempt_id and outcome = 'running'
         """,
-        (result.outcome, ledger.now, result.http_status, size, result.requests, result.error, task.attempt_id),
+        {
+            "outcome": result.outcome,
+            "now": ledger.now,
+            "http_status": result.http_status,
+            "bytes": size,
+            "requests": result.requests,
+            "error": result.error,
+            "output": result.output or None,
+            "attempt_id": task.attempt_id,
+        },
     )
     if not ended.rowcount:
         return
@@ -4186,22 +4361,32 @@ def _add_to_totals(sql: sqlite3.Connection, attempt_id: int) -> None:
     )
 
 
-def requeue_orphans(sql: sqlite3.Connection) -> int:
-    """After a crash: what was running is pending again, and its attempt is lost. Returns how many."""
-    lose = """
-        update attempts set outcome = 'lost', seconds = 0, error = 'the runner died'
-        where outcome = 'running'
-        returning attempt_id
-    """
-    for row in sql.execute(lose).fetchall():
+RUNNER_DIED = "the runner died"
+
+
+def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
+    """After a crash: what was running is pending again, and its attempt is lost. Returns how many.
+
+    A task that has seen `max_attempts` runners die in a row may be what kills them, and has given up."""
+    lose = "update attempts set outcome = 'lost', seconds = 0, error = ? where outcome = 'running' returning attempt_id"
+    for row in sql.execute(lose, (RUNNER_DIED,)).fetchall():
         _add_to_totals(sql, row[0])
     requeue = """
         update tasks
         set attempt_id = null,
-            state = iif(object_id in (select object_id from objects where state = 'dropped'), 'cancelled', 'pending')
+            state = case
+                when object_id in (select object_id from objects where state = 'dropped') then 'cancelled'
+                when :most <= (
+                    select count(*) from attempts
+                    where task_id = tasks.task_id and error = :died
+                      and attempt_id > (
+                          select coalesce(max(attempt_id), 0) from attempts
+                          where task_id = tasks.task_id and error is not :died)) then 'gave_up'
+                else 'pending' end,
+            last_error = :died
         where state = 'running'
     """
-    return sql.execute(requeue).rowcount
+    return sql.execute(requeue, {"most": policy.max_attempts, "died": RUNNER_DIED}).rowcount
 
 
 # ---------------------------------------------------------------- Listing
@@ -4362,6 +4547,7 @@ class Orders:
     is_full: bool = False  # list everything
     may_drop: bool = False  # that far less is expected than before is meant
     may_lose: frozenset[str] = frozenset()  # the mass loss of these datasets is real
+    order_id: int = 0  # the last of the orders of other processes among them
 
 
 class Cycle:
@@ -4392,6 +4578,8 @@ class Cycle:
                 (clock.wall(),),
             )
             self.cycle_id = cast(int, begun.lastrowid)
+            obey = "update orders set cycle_id = ? where cycle_id is null and order_id <= ?"
+            sql.execute(obey, (self.cycle_id, orders.order_id))
 
     @contextlib.contextmanager
     def ledger(self) -> Iterator[Ledger]:
@@ -4756,6 +4944,7 @@ class Target:
     key: str
     fields: Fields
     is_missing: bool  # then the store is asked first
+    version: tuple[str | None, int | None] = (None, None)  # etag and instant of what is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -4776,7 +4965,13 @@ def specify(configuration: Configuration, claimed: Claim) -> FetchSpec:
     """The plain data of a claim."""
     dataset = claimed.dataset
     targets = tuple(
-        Target(task.target.key, task.target.fields, task.target.state is ObjectState.MISSING) for task in claimed.tasks
+        Target(
+            key=task.target.key,
+            fields=task.target.fields,
+            is_missing=task.target.state is ObjectState.MISSING,
+            version=(task.target.facts.etag, task.target.facts.modified_at),
+        )
+        for task in claimed.tasks
     )
     url = claimed.source.base_url + dataset.url.render(targets[0].fields, quote_for_url) if dataset.url else ""
     environment = {
@@ -4812,6 +5007,8 @@ def look(spec: FetchSpec, target: Target, store: Store) -> Result | None:
 def keep(spec: FetchSpec, target: Target, body: bytes, store: Store, http_status: int | None = None) -> Result:
     """Validate a body, then store it. `requests` counts the HTTP request that brought it."""
     requests = 0 if http_status is None else 1
+    if len(body) > spec.dataset.validate.max_bytes:
+        return Result(Outcome.INVALID, f"longer than {spec.dataset.validate.max_bytes} bytes", requests=requests)
     inspection = inspect(spec.dataset, target.fields, body, spec.children)
     if not inspection.valid:
         return Result(Outcome.INVALID, inspection.verdict, http_status, requests=requests)
@@ -5156,85 +5353,297 @@ def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractCon
     pool._make_request, pool.adce_source = make_limited_request, source  # noqa: SLF001
 
 
+# ---------------------------------------------------------------- Processes
+# A program of the user's, in a process group of its own: however it behaves, it ends in time, it fills no
+# memory and no disk with what it prints, and nothing of it is left. Headlines: run_program(),
+# end_processes().
+
+TAIL_BYTES = 2000  # of what a program printed, kept with its attempt
+PIPE_BLOCKS = 16  # a pipe holds no more
+TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
+KILLING_ROUNDS = 100
+INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program to run. Its environment is `environment` and the variables named in INHERITED."""
+
+    words: tuple[str, ...]
+    folder: Path
+    environment: Mapping[str, str]
+    seconds: float  # for all of it
+    max_bytes: int | None = None  # its standard output is wanted, if it is not longer
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramEnd:
+    """How a program ended."""
+
+    text: str  # exit 1, killed by SIGSEGV, timed out, printed more than 10 bytes
+    tail: bytes  # the end of what it printed
+    body: bytes = b""  # its standard output, when that was wanted
+
+    def is_good(self) -> bool:
+        """It has said itself that it succeeded."""
+        return self.text == "exit 0"
+
+    def is_late(self) -> bool:
+        """It was ended because its time was over."""
+        return self.text == "timed out"
+
+
+class _Pipe:
+    """What comes out of a program: the end of it, or all of it up to a limit."""
+
+    def __init__(self, pipe: IO[bytes], limit: int | None = None) -> None:
+        self.pipe, self.limit = pipe, limit
+        self.kept = bytearray()
+        os.set_blocking(pipe.fileno(), False)
+
+    def read(self) -> bool:
+        """Take a block; False when there is none, or no more ever."""
+        try:
+            block = os.read(self.pipe.fileno(), BLOCK_BYTES)
+        except BlockingIOError:
+            return False
+        self.kept += block
+        if self.limit is None:
+            del self.kept[:-TAIL_BYTES]
+        return bool(block)
+
+    def is_too_long(self) -> bool:
+        return self.limit is not None and len(self.kept) > self.limit
+
+    def close(self) -> None:
+        """Take what is in it still. Nobody waits for one who has escaped and holds it open."""
+        for _ in range(PIPE_BLOCKS):
+            if self.is_too_long() or not self.read():
+                break
+        self.pipe.close()
+
+
+def run_program(program: Program, clock: Clock) -> ProgramEnd:
+    """Run a program to its end, or end it. Raises OSError when it cannot be started."""
+    is_wanted = program.max_bytes is not None
+    process = subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
+        program.words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if is_wanted else subprocess.STDOUT,
+        env={name: os.environ[name] for name in INHERITED if name in os.environ} | dict(program.environment),
+        cwd=program.folder,
+        start_new_session=True,
+    )
+    printed = _Pipe(cast(IO[bytes], process.stdout), program.max_bytes)
+    pipes = [printed, _Pipe(cast(IO[bytes], process.stderr))] if is_wanted else [printed]
+    try:
+        text = _watch(process, pipes, program.seconds, clock) or "timed out"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            _watch(process, pipes, TERMINATE_SECONDS, clock)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        end_processes(program.environment["ADCE_DB"], program.environment["ADCE_TASK"])
+        for pipe in pipes:
+            pipe.close()
+    if printed.is_too_long():
+        text = f"printed more than {program.max_bytes} bytes"
+    return ProgramEnd(text, bytes(pipes[-1].kept), bytes(printed.kept) if is_wanted else b"")
+
+
+def _watch(process: subprocess.Popen[bytes], pipes: Sequence[_Pipe], seconds: float, clock: Clock) -> str | None:
+    """Read what a program prints until it ends, and tell how. None: its time is over, or it printed too much."""
+    until = clock.boot() + seconds
+    ended = os.pidfd_open(process.pid)
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(ended, selectors.EVENT_READ)
+            for pipe in pipes:
+                selector.register(pipe.pipe, selectors.EVENT_READ, pipe)
+            while (left := until - clock.boot()) > 0:
+                for key, _ in selector.select(left):
+                    if key.data is None:
+                        return _end_of(process.wait())
+                    if key.data.is_too_long():
+                        return None
+                    if not key.data.read():
+                        selector.unregister(key.fileobj)
+    finally:
+        os.close(ended)
+    return None
+
+
+def _end_of(code: int) -> str:
+    if code >= 0:
+        return f"exit {code}"
+    names = {member.value: member.name for member in signal.Signals}
+    return f"killed by {names.get(-code, f'signal {-code}')}"
+
+
+def end_processes(database: str, tasks: str = "") -> int:
+    """Kill what commands have left behind, those for these tasks or all of this database, in whatever group it is:
+    each process of this user that began with their variables. Returns how many there were."""
+    marks = [f"\0ADCE_DB={database}\0".encode(), f"\0ADCE_TASK={tasks}{tasks and chr(0)}".encode()]
+    ended = 0
+    for _ in range(KILLING_ROUNDS):  # one that forks meanwhile has left a child
+        handles = list(_processes_with(marks))
+        if not handles:
+            break
+        for handle in handles:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+        select.select(handles, [], [], 1)
+        for handle in handles:
+            os.close(handle)
+        ended = max(ended, len(handles))
+    return ended
+
+
+def _processes_with(marks: Sequence[bytes]) -> Iterator[int]:
+    """Handles of the living processes whose first environment holds all marks, but this one."""
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                handle = os.pidfd_open(int(entry.name))
+                environment = b""
+                with contextlib.suppress(OSError):
+                    environment = b"\0" + Path(entry.path, "environ").read_bytes()
+                if all(mark in environment for mark in marks):
+                    yield handle
+                else:
+                    os.close(handle)
+
+
 # ---------------------------------------------------------------- Scrapers
 # Other ways to bring an object: a program in any language, or a function. Headlines: run_command(),
 # call_function().
 
-OUTPUT_SHOWN_BYTES = 100
-CHILD_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR")
+
+def output_folder(database: Path) -> Path:
+    """Where commands may leave objects for ADCE to store; what a crash left in it is swept at each start."""
+    return database.with_name(f"{database.name}-output")
 
 
-def run_command(spec: FetchSpec, store: Store) -> list[Result]:
+def run_command(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
     """Run a program; it has succeeded for each object that is whole in the store afterwards.
 
-    No shell, its own process group, an environment of named variables; the group is ended with it."""
+    What it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is put there for it, if it exits with 0: a part
+    of an object can look whole."""
+    database = Path(spec.environment["ADCE_DB"])
+    output_folder(database).mkdir(mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_folder(database), ignore_cleanup_errors=True) as folder:
+        place = Path(folder) if spec.dataset.batch else Path(folder, "object")
+        program = Program(
+            words=_command_words(spec),
+            folder=Path(spec.environment["ADCE_CONFIG"]).parent,
+            environment={
+                **{name: os.environ[name] for name in spec.dataset.environment if name in os.environ},
+                **spec.environment,
+                "ADCE_OUTPUT": str(place),
+            },
+            seconds=spec.dataset.timeout_seconds,
+            max_bytes=spec.dataset.validate.max_bytes if spec.dataset.output == "stdout" else None,
+        )
+        try:
+            end = run_program(program, clock)
+        except (OSError, ValueError) as error:
+            text = f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}"
+            return [Result(Outcome.ERROR, text)] * len(spec.targets)
+        results = []
+        for target in spec.targets:
+            handed = place / target.key if spec.dataset.batch else place
+            body = end.body if spec.dataset.output == "stdout" else _read_file(handed, spec.dataset.validate.max_bytes)
+            result = _judge_end(spec, target, end, body, store)
+            results.append(dataclasses.replace(result, output=end.tail.decode("utf-8", "replace")))
+        return results
+
+
+def _command_words(spec: FetchSpec) -> tuple[str, ...]:
     fields: dict[str, str] = dict(spec.targets[0].fields)
     for name in spec.dataset.partitions.own_fields():
         fields[f"{name}s"] = ",".join(target.fields[name] for target in spec.targets)
-    words = [word.render(fields, str) for word in spec.dataset.command]
-    environment = {name: os.environ[name] for name in CHILD_ENVIRONMENT if name in os.environ} | dict(spec.environment)
+    return tuple(word.render(fields, str) for word in spec.dataset.command)
+
+
+def _judge_end(spec: FetchSpec, target: Target, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
+    """What a program has done for one object."""
+    outcome = Outcome.TIMEOUT if end.is_late() else Outcome.ERROR
+    told = f"({end.text}): {excerpt(end.tail[-120:])}"
+    if body and end.is_good():
+        return keep(spec, target, body, store)
+    if body:
+        return Result(outcome, f"handed over {len(body)} bytes, which are not taken {told}")
+    return _look_again(spec, target, store) or Result(outcome, f"left no object {told}")
+
+
+def _look_again(spec: FetchSpec, target: Target, store: Store) -> Result | None:
+    """What a scraper that writes to the store has left there; what was there before does not count."""
+    found = look(spec, target, store)
+    if found and found.stored and (found.stored.etag, found.stored.modified_at) == target.version:
+        return Result(Outcome.ERROR, "left the object as it was")
+    return found
+
+
+def _read_file(place: Path, most: int) -> bytes | None:
+    """A plain file that a program has left, one byte more than `most` at most. Anything else is none."""
     try:
-        process = subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=Path(spec.environment["ADCE_CONFIG"]).parent,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return [Result(Outcome.ERROR, f"cannot start {words[0]}: {error.strerror}")] * len(spec.targets)
-    shown = bytearray()
-    reader = threading.Thread(target=_keep_end, args=(process.stdout, shown), daemon=True)
-    reader.start()
-    ended = _wait_for(process, spec.dataset.timeout_seconds)
-    reader.join(1)  # longer only when something has left the group and still holds the pipe
-    tail = excerpt(bytes(shown))
-    results = []
-    for target in spec.targets:
-        found = look(spec, target, store)
-        if found is None:
-            outcome = Outcome.TIMEOUT if ended == "timed out" else Outcome.ERROR
-            found = Result(outcome, f"left no object ({ended}): {tail}")
-        results.append(found)
-    return results
-
-
-def _keep_end(output: IO[bytes], shown: bytearray) -> None:
-    """Read to the end, keep the last bytes: however much a program prints, no disk and no memory is filled."""
-    with output:
-        while block := os.read(output.fileno(), BLOCK_BYTES):
-            shown[:] = (shown + block[-OUTPUT_SHOWN_BYTES:])[-OUTPUT_SHOWN_BYTES:]
-
-
-def _wait_for(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """How a program ended; whatever is left of its group is killed."""
-    try:
-        code = process.wait(seconds)
-        ended = f"exit {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-    except subprocess.TimeoutExpired:
-        ended = "timed out"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return ended
+        with os.fdopen(os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            return file.read(most + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+    except OSError:
+        return None
 
 
 def call_function(spec: FetchSpec, store: Store) -> Result:
-    """Call module:function with the fields as keywords; it returns the object's bytes or a path to them."""
+    """Call module:function with the fields that it names, and `session` if it does: a session under its source's
+    limits. It returns the object's bytes, their iterator or a path to them, or None when it has stored the
+    object itself. The module may lie beside adce.yaml."""
     module, _, name = (spec.dataset.call or "").partition(":")
-    target = spec.targets[0]
-    value = getattr(importlib.import_module(module), name)(**target.fields)
+    target, most = spec.targets[0], spec.dataset.validate.max_bytes
+    folder = str(Path(spec.environment["ADCE_CONFIG"]).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    function = getattr(importlib.import_module(module), name)
+    arguments: dict[str, Any] = {name: text for name, text in target.fields.items() if _taken_by(function, name)}
+    if _taken_by(function, "session"):
+        config = spec.environment["ADCE_CONFIG"]
+        arguments["session"] = session(spec.source.name, config, spec.dataset.timeout_seconds)
+    try:
+        value = function(**arguments)
+        if value is None:
+            return _look_again(spec, target, store) or Result(Outcome.ERROR, "returned None and left no object")
+        body = _body_of(value, most)
+    except RateLimitedError as error:
+        return Result(Outcome.LOST, str(error))  # nobody's fault
+    if body is None:
+        text = f"{spec.dataset.call} returned {type(value).__name__}: not bytes, an iterator of bytes or a path"
+        return Result(Outcome.ERROR, text)
+    return keep(spec, target, body, store)
+
+
+def _taken_by(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has an argument of this name, or takes any."""
+    parameters = signature(function).parameters
+    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _body_of(value: Any, most: int) -> bytes | None:
+    """The bytes that a function has returned, one block more than `most` at most; None: it returned none."""
     if isinstance(value, str | Path):
-        value = Path(value).read_bytes()
-    if not isinstance(value, bytes):
-        return Result(Outcome.ERROR, f"{spec.dataset.call} returned {type(value).__name__}, not bytes or a path")
-    return keep(spec, target, value, store)
+        with Path(value).open("rb") as file:
+            return file.read(most + 1)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if not isinstance(value, Iterator):
+        return None
+    body = bytearray()
+    for block in value:
+        body += block
+        if len(body) > most:
+            break
+    return bytes(body)
 
 
 # ---------------------------------------------------------------- Fetch
@@ -5251,7 +5660,7 @@ def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
             if found and found.outcome is Outcome.OK:
                 return [found]
         if spec.dataset.command:
-            return run_command(spec, store)
+            return run_command(spec, store, clock)
         if spec.dataset.call:
             return [call_function(spec, store)]
         return [request(spec, store, clock)]
@@ -5465,6 +5874,10 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
             "started_at": utc_text(row["started_at"]),
             "last_sign_of_life": utc_text(row["beat_at"]),
             "uptime": format_duration(now - row["started_at"]),
+            "lost_workers": row["lost_workers"] or None,
+            "address": row["address"],
+            "unit": row["unit"],
+            "log": row["log"],
         }
     ended = (
         {"stopped_at": utc_text(row["stopped_at"]), "note": row["note"]}
@@ -5548,9 +5961,23 @@ def task_sections(database: Database, task_id: int) -> list[Section]:
         select attempt_id, started_at, seconds, outcome, http_status, bytes, error
         from recent_attempts where task_id = ?
     """
+    output = query(
+        database,
+        """
+        select attempt_id, output from attempts
+        where task_id = ? and output is not null
+        order by attempt_id desc limit 1
+        """,
+        (task_id,),
+    )
     return [
         Section("task", f"Task {task_id}", rows, is_one=True),
         Section("attempts", "Attempts, the latest first", query(database, attempts, (task_id,))),
+        *(
+            Section("output", f"Printed by attempt {row['attempt_id']}", [{"line": line} for line in lines])
+            for row in output
+            if (lines := row["output"].splitlines())
+        ),
     ]
 
 
@@ -5677,6 +6104,19 @@ def page(sections: Sequence[Section], verdict: str, now: float) -> str:
 """
 
 
+def problems(database: Database, configuration: Configuration, now: float, since: float) -> list[str]:
+    """What makes a runner that has worked `since` then unhealthy: being idle does not."""
+    try:
+        beat = database.value("select beat_at from runner") or 0
+    except DatabaseError as error:
+        return [str(error)]
+    silent = now - max(beat, since)  # the last beat may be that of an earlier run
+    if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
+        return [f"the main loop has been stuck for {format_duration(silent)}"]
+    reason = database.value("select reason from rates where scope = 'global' and reason like 'cannot %' limit 1")
+    return [reason] if reason else []
+
+
 class HealthServer:
     """GET /health, /status, /tasks, /metrics and / for one database, until stopped."""
 
@@ -5713,9 +6153,9 @@ class HealthServer:
         now = self.clock.wall()
         options = dict(urllib.parse.parse_qsl(query_text))
         if path == "/health":
-            problems = self._problems(now)
-            body = {"status": "unhealthy" if problems else "healthy", "timestamp": utc_text(now), "problems": problems}
-            return (503 if problems else 200), "application/json", json.dumps(body)
+            found = problems(self.database, self.configuration, now, self.started_at)
+            body = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now), "problems": found}
+            return (503 if found else 200), "application/json", json.dumps(body)
         if path == "/metrics" and options.get("format") != "json":
             return 200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(self.database)
         if path in ("/status", "/metrics"):
@@ -5731,20 +6171,6 @@ class HealthServer:
             gaps = self.database.value("select count(*) from gaps")
             return 200, "text/html; charset=utf-8", page(sections, f"{gaps} gaps" if gaps else "complete", now)
         return 404, "text/plain; charset=utf-8", "try /health /status /tasks /metrics or /\n"
-
-    def _problems(self, now: float) -> list[str]:
-        """What makes it unhealthy: being idle does not."""
-        try:
-            beat = self.database.value("select beat_at from runner") or 0
-        except DatabaseError as error:
-            return [str(error)]
-        silent = now - max(beat, self.started_at)  # the last beat may be that of an earlier run
-        if silent > 2 * max(self.configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
-            return [f"the main loop has been stuck for {format_duration(silent)}"]
-        reason = self.database.value(
-            "select reason from rates where scope = 'global' and reason like 'cannot %' limit 1"
-        )
-        return [reason] if reason else []
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -5830,21 +6256,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 # that are painted over. Headlines: Journal, LiveScreen.
 
 SCREEN_SECONDS = 0.5
-LEVELS = ("DEBUG", "INFO", "WARN", "ERROR")
+LEVELS = {"DEBUG": "<7>", "INFO": "<6>", "WARN": "<4>", "ERROR": "<3>"}
+LOG_BYTES = 10 << 20
 
 
 class Journal:
-    """One line for each event that matters, on stderr or into the live screen."""
+    """One line for each event that matters, on stderr, into a file or into the live screen."""
 
     def __init__(self, stream: TextIO, level: str = "INFO", clock: Clock | None = None) -> None:
         self.stream, self.level, self.clock = stream, level, clock or Clock()
+        self.is_journald = _is_journald(stream)
         self.screen: LiveScreen | None = None
 
     def write(self, level: str, event: str, **fields: Any) -> None:
-        """`2026-11-23T14:24:25Z INFO  cycle missing=3`; fields without a value are left out."""
+        """`2026-11-23T14:24:25Z INFO  cycle missing=3`; fields without a value are left out. The journal of systemd
+        has the time and takes the level from a prefix (sd-daemon(3))."""
         words = [f"{name}={_logged(value)}" for name, value in fields.items() if value is not None]
-        line = " ".join([utc_text(self.clock.wall()) or "", f"{level:5}", event, *words])
-        if LEVELS.index(level) < LEVELS.index(self.level):
+        first = [f"{LEVELS[level]}{event}"] if self.is_journald else [utc_text(self.clock.wall()), f"{level:5}", event]
+        line = " ".join([*cast(list[str], first), *words])
+        if list(LEVELS).index(level) < list(LEVELS).index(self.level):
             return
         if self.screen:
             self.screen.note(line)
@@ -5856,6 +6286,40 @@ class Journal:
 def _logged(value: Any) -> str:
     text = f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
     return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
+
+
+def _is_journald(stream: TextIO) -> bool:
+    """Whether systemd reads what is written here ($JOURNAL_STREAM alone is inherited by too many)."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class LogFile(io.TextIOBase):
+    """A file of lines that does not outgrow LOG_BYTES: then it is renamed, and the one before it is gone."""
+
+    def __init__(self, path: Path) -> None:
+        from logging.handlers import RotatingFileHandler
+
+        class Handler(RotatingFileHandler):
+            def handleError(self, record: Any) -> None:  # noqa: N802  # its name for it
+                """A full disk stops nothing."""
+
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
+            self._handler = Handler(path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", delay=True)
+        except OSError as error:
+            raise Error(f"cannot write to {path}: {error.strerror}", "name another file with --log FILE") from error
+
+    def write(self, text: str) -> int:
+        """Lines go to the file one by one."""
+        import logging
+
+        for line in text.splitlines():
+            self._handler.emit(logging.makeLogRecord({"msg": line}))
+        return len(text)
 
 
 def announce_cycle(journal: Journal, database: Database) -> None:
@@ -5932,6 +6396,17 @@ def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attemp
     )
 
 
+def status_line(database: Database) -> str:
+    """How things are, in a line for the service manager."""
+    rows = database.read("select state, sum(objects) from counts where state not in ('awaited', 'dropped') group by 1")
+    counts = {row[0]: row[1] for row in rows if row[1]}
+    running = database.value("select count(*) from tasks where state = 'running'")
+    gaps = ", ".join(f"{counts[gap]} {gap}" for gap in GAPS if gap in counts)
+    return (
+        f"{counts.get('present', 0)} of {sum(counts.values())} objects{', ' if gaps else ''}{gaps}, {running} running"
+    )
+
+
 class LiveScreen:
     """A few lines on a terminal, repainted in place; the last state stays in the scrollback."""
 
@@ -5989,10 +6464,91 @@ def live_lines(
     ]
 
 
-# ---------------------------------------------------------------- Runner
-# Keeps going until told to stop. The main thread makes every decision (claim, finish, reconcile) and is
-# the only writer; workers run fetch() on plain data; health threads only read. It sleeps until the next
-# event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
+# ---------------------------------------------------------------- Interventions
+# What a person changes by hand, also while the runner works: it finds it in the database. Headlines:
+# pause_source(), resume_source(), retry_tasks(), skip_tasks().
+
+UNTIL_RESUMED = 3650 * DAY
+
+
+def pause_source(sql: sqlite3.Connection, scope: str, seconds: float | None, reason: str, now: float) -> None:
+    """Leave a source alone for some seconds, or until it is resumed. A longer pause stays."""
+    pause(sql, scope, UNTIL_RESUMED if seconds is None else seconds, f"by hand: {reason}" if reason else "by hand", now)
+
+
+def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> bool:
+    """Lift a pause, whoever asked for it, and try again at once what has failed. Returns whether there was one."""
+    was_paused = sql.execute("select paused_until > ? from scopes where scope = ?", (now, scope)).fetchone()[0]
+    sql.execute(
+        "update scopes set paused_until = 0, reason = null, failures = 0, throttles = 0 where scope = ?", (scope,)
+    )
+    sql.execute(
+        """
+        update tasks set state = 'pending', next_at = null
+        where state = 'retry' and last_error is not null
+          and dataset_id in (select dataset_id from datasets where :scope in (source, 'global'))
+        """,
+        {"scope": scope},
+    )
+    return bool(was_paused)
+
+
+def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]) -> list[int]:
+    """The tasks that wait or gave up and meet the filters; those that were skipped only by their ids."""
+    rows = database.read(
+        """
+        select t.task_id
+        from tasks t
+        join datasets d using (dataset_id)
+        join objects o using (object_id)
+        where (t.state in ('retry', 'gave_up') or (t.state = 'cancelled' and o.skipped is not null and :has_ids))
+          and (not :has_ids or t.task_id in (select value from json_each(:ids)))
+          and (:state is null or t.state = :state)
+          and (:source is null or d.source = :source)
+          and (:dataset is null or d.dataset = :dataset)
+          and (:error is null or instr(lower(t.last_error), lower(:error)))
+        order by t.task_id
+        """,
+        {**filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
+    )
+    return [row["task_id"] for row in rows]
+
+
+def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
+    """Try tasks again at once, with all their attempts before them; want again what was skipped. Returns how many."""
+    ids = json.dumps(list(task_ids))
+    woken = """
+        update tasks set state = 'pending', next_at = null, failures = 0
+        where state in ('retry', 'gave_up') and task_id in (select value from json_each(?))
+    """
+    count = ledger.sql.execute(woken, (ids,)).rowcount
+    skipped = """
+        skipped is not null and object_id in (
+            select object_id from tasks where task_id in (select value from json_each(:ids)))
+    """
+    for known in ledger.objects(skipped, {"ids": ids}):
+        ledger.note(known, dataclasses.replace(known.facts, skipped=None))
+        count += 1
+    return count
+
+
+def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> int:
+    """Want the objects of open tasks no more, until they are retried. Returns how many there were."""
+    is_theirs = """
+        state != 'dropped' and object_id in (
+            select object_id from tasks
+            where state in ('pending', 'retry', 'running', 'gave_up')
+              and task_id in (select value from json_each(:ids)))
+    """
+    found = ledger.objects(is_theirs, {"ids": json.dumps(list(task_ids))})
+    for known in found:
+        ledger.note(known, dataclasses.replace(known.facts, skipped=reason))
+    return len(found)
+
+
+# ---------------------------------------------------------------- Workers
+# Who does the executions: a pool of a few. A program always ends in time; a function that never returns costs
+# its worker, which is replaced. Headline: Workers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -6002,6 +6558,151 @@ class Execution:
     claimed: Claim
     spec: FetchSpec
     overdue_at: float = math.inf  # boot; nothing can end a function that never returns
+
+
+class Workers:
+    """A pool, and what it is doing."""
+
+    def __init__(self, configuration: Configuration, store: Store, clock: Clock, wake: Callable[[], None]) -> None:
+        self.count, self.store, self.clock, self.wake = configuration.max_concurrent_scrapers, store, clock, wake
+        self.pool: Executor = ThreadPoolExecutor(self.count, "adce-worker")
+        self.running: dict[Future[list[Result]], Execution] = {}
+        self.lost: dict[Future[list[Result]], Execution] = {}
+
+    def free(self) -> int:
+        """How many have nothing to do."""
+        return self.count - len(self.running)
+
+    def at_work(self) -> collections.Counter[str]:
+        """How many executions there are of each dataset, those that never return included."""
+        executions = [*self.running.values(), *self.lost.values()]
+        return collections.Counter(execution.claimed.dataset.name for execution in executions)
+
+    def submit(self, execution: Execution) -> None:
+        """Have it done."""
+        future = self.pool.submit(fetch, execution.spec, self.store, self.clock)
+        if execution.spec.dataset.call:
+            overdue_at = self.clock.boot() + execution.spec.dataset.timeout_seconds
+            execution = dataclasses.replace(execution, overdue_at=overdue_at)
+        self.running[future] = execution
+        future.add_done_callback(lambda _: self.wake())
+
+    def finished(self) -> Iterator[tuple[Execution, list[Result]]]:
+        """What has ended since this was last asked, or should have."""
+        self.lost = {future: execution for future, execution in self.lost.items() if not future.done()}
+        for future, execution in list(self.running.items()):
+            if future.done() or self.clock.boot() >= execution.overdue_at:
+                del self.running[future]
+                yield execution, self._results(future, execution)
+
+    def _results(self, future: Future[list[Result]], execution: Execution) -> list[Result]:
+        dataset = execution.spec.dataset
+        try:
+            return future.result(0)
+        except TimeoutError:  # others take over, and its source has one fewer until it returns
+            self.lost[future] = execution
+            self.pool.shutdown(wait=False)
+            self.pool = ThreadPoolExecutor(self.count, "adce-worker")
+            text = f"{dataset.call} did not return within {dataset.timeout_seconds:g} s"
+            return [Result(Outcome.TIMEOUT, f"{text}; its worker was replaced")]
+        except BaseException as error:  # noqa: BLE001  # a broken pool
+            return [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
+
+    def next_overdue_at(self) -> float:
+        """The instant in boot time at which the first of them is too late."""
+        return min((execution.overdue_at for execution in self.running.values()), default=math.inf)
+
+    def stop(self) -> list[Execution]:
+        """Take no more. Returns what has not ended."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        left = list(self.running.values())
+        self.running.clear()
+        return left
+
+
+# ---------------------------------------------------------------- Supervision
+# Who has started the runner, and what they are told: systemd over its socket, and other processes of ADCE
+# through the database. Headlines: notify(), next_orders().
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """What a runner tells of itself, for those who look for it."""
+
+    address: str | None = None  # where it answers over HTTP
+    log: Path | None = None
+
+
+def notify(*lines: str) -> None:
+    """Tell the service manager, if there is one (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(1)
+        sender.sendto("\n".join(lines).encode(), re.sub("^@", "\0", address))
+
+
+def watchdog_seconds() -> float:
+    """How often systemd wants a sign of life; without end when it wants none (sd_watchdog_enabled(3))."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    is_meant = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(microseconds) / 1e6 if microseconds.isdigit() and int(microseconds) and is_meant else math.inf
+
+
+def systemd_unit() -> str | None:
+    """The control group of the unit that this process is the main process of, such as /system.slice/adce.service."""
+    if os.environ.get("SYSTEMD_EXEC_PID") != str(os.getpid()):
+        return None
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("0::", "1:name=systemd:")):
+                return line.rpartition(":")[2]
+    return None
+
+
+def register_runner(sql: sqlite3.Connection, presence: Presence, now: float) -> None:
+    """This process works on the database now."""
+    sql.execute(
+        """
+        insert or replace into runner (only_row, pid, version, started_at, beat_at, address, unit, log)
+        values (1, ?, ?, ?, ?, ?, ?, ?)
+        """,
+        (
+            os.getpid(),
+            __version__,
+            int(now),
+            int(now),
+            presence.address,
+            systemd_unit(),
+            str(presence.log) if presence.log else None,
+        ),
+    )
+
+
+def ask_for_cycle(sql: sqlite3.Connection, orders: Orders, now: float) -> int:
+    """Ask the runner for a cycle. Returns the number of the order."""
+    order = "insert into orders (asked_at, is_full, may_lose) values (?, ?, ?)"
+    may_lose = json.dumps(sorted(orders.may_lose))
+    return cast(int, sql.execute(order, (int(now), orders.is_full, may_lose)).lastrowid)
+
+
+def next_orders(database: Database) -> Orders | None:
+    """What others have asked for since the last cycle began, in one."""
+    rows = database.read("select order_id, is_full, may_lose from orders where cycle_id is null")
+    if not rows:
+        return None
+    return Orders(
+        is_full=any(row["is_full"] for row in rows),
+        may_lose=frozenset(name for row in rows for name in json.loads(row["may_lose"])),
+        order_id=max(row["order_id"] for row in rows),
+    )
+
+
+# ---------------------------------------------------------------- Runner
+# Keeps going until told to stop. The main thread makes every decision (claim, finish, reconcile) and is
+# the only writer; workers run fetch() on plain data; health threads only read. It sleeps until the next
+# event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
 
 
 class Runner:
@@ -6018,11 +6719,10 @@ class Runner:
         self.configuration, self.database, self.store, self.journal = configuration, database, store, journal
         self.clock = clock or journal.clock
         self.dice = random.Random()  # noqa: S311  # spreads retries, guards nothing
-        self.pool: Executor = ThreadPoolExecutor(configuration.max_concurrent_scrapers, "adce-worker")
-        self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.running: dict[Future[list[Result]], Execution] = {}
-        self.stuck: dict[Future[list[Result]], Execution] = {}
+        self.workers = Workers(configuration, store, self.clock, lambda: self.wakeups.put("finished"))
+        self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
+        self.beat_seconds = min(BEAT_SECONDS, watchdog_seconds() / 3)
         self.hops: list[Execution] = []
         self.unrecorded: list[tuple[Execution, list[Result]]] = []
         self.steps: Iterator[int] | None = None
@@ -6038,10 +6738,17 @@ class Runner:
         self.stop_reason = self.stop_reason or reason
         self.wakeups.put("stop")
 
-    def run(self, *, once: bool = False, max_seconds: float = math.inf, orders: Orders = Orders()) -> ExitCode:
+    def run(
+        self,
+        *,
+        once: bool = False,
+        max_seconds: float = math.inf,
+        orders: Orders = Orders(),
+        presence: Presence = Presence(),
+    ) -> ExitCode:
         """Work until stopped. With `once`: one cycle, then one attempt at every open task."""
         self.once, self.orders, self.stop_at = once, orders, self.clock.boot() + max_seconds
-        self._start()
+        self._start(presence)
         try:
             while not self.stop_reason:
                 try:
@@ -6060,17 +6767,15 @@ class Runner:
         left = self.database.value("select count(*) from objects where state in ('missing', 'stale', 'suspect')")
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
 
-    def _start(self) -> None:
+    def _start(self, presence: Presence) -> None:
+        ended = self._sweep()
         self.store.sweep()
         now = self.clock.wall()
         with self.database.transaction() as sql:
             declare_limits(sql, self.configuration, self.clock)
             declare_datasets(sql, self.configuration, now, consents=self.orders.may_drop)
-            orphans = requeue_orphans(sql)
-            sql.execute(
-                "insert or replace into runner values (1, ?, ?, ?, ?, null, null)",
-                (os.getpid(), __version__, int(now), int(now)),
-            )
+            orphans = requeue_orphans(sql, self.configuration.retry)
+            register_runner(sql, presence, now)
         self.journal.write(
             "INFO",
             "start",
@@ -6081,7 +6786,14 @@ class Runner:
             store=self.configuration.store,
             workers=self.configuration.max_concurrent_scrapers,
             requeued=orphans or None,
+            ended=ended or None,
         )
+        notify("READY=1")
+
+    def _sweep(self) -> int:
+        """End what commands have left: processes, which are counted, and files."""
+        shutil.rmtree(output_folder(self.configuration.database), ignore_errors=True)
+        return end_processes(str(self.configuration.database))
 
     def _turn(self) -> None:
         """One turn of the main loop."""
@@ -6090,21 +6802,23 @@ class Runner:
         openings = self._dispatch()
         self._beat()
         wait = self._seconds_to_next_event(openings)
-        is_idle = self.steps is None and not (self.running or self.unrecorded)
+        is_idle = self.steps is None and not (self.workers.running or self.unrecorded)
         if self.clock.boot() >= self.stop_at:
             self.stop("its time was up")
         elif self.once and is_idle and all(opening.is_pause for opening in openings.values()):
             self.stop("what is left belongs to paused sources" if openings else "all was attempted")
         if not self.stop_reason:
-            self.clock.wait(self.wakeups, wait)
+            self.clock.wait(self.wakeups, wait, self.database.has_news)
 
     def _advance_cycle(self) -> None:
         """Begin a cycle when it is time, or do the next step of the one that runs."""
         now = self.clock.boot()
-        if self.steps is None and now >= self.next_cycle_at:
+        asked = None if self.steps else next_orders(self.database)
+        if self.steps is None and (asked or now >= self.next_cycle_at):
             self.next_cycle_at = math.inf if self.once else now + self.configuration.interval_seconds
             ahead = ReadAhead(self.listers, lambda: self.wakeups.put("page"))
-            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, self.orders, ahead)
+            orders = asked or self.orders
+            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, orders, ahead)
         if self.steps is None:
             while note_due_objects(self.database, self.configuration, self.clock):
                 pass
@@ -6127,9 +6841,9 @@ class Runner:
         if self.once and self.steps is not None:
             return {}
         awaited = self._dispatch_hops()
-        while len(self.running) < self.configuration.max_concurrent_scrapers:
-            at_work = [*self.running.values(), *self.hops, *self.stuck.values()]
-            busy = collections.Counter(execution.claimed.source.name for execution in at_work)
+        while self.workers.free() > 0:
+            busy = self.workers.at_work()
+            busy.update(execution.claimed.dataset.name for execution in self.hops)
             with self.database.transaction() as sql:
                 if not self.once:
                     wake_retries(sql, self.clock.wall())
@@ -6137,7 +6851,7 @@ class Runner:
             self.in_line = any(opens.at > self.clock.boot() for opens in openings.values())
             if claimed is None:
                 return awaited | openings
-            self._submit(Execution(claimed, specify(self.configuration, claimed)))
+            self.workers.submit(Execution(claimed, specify(self.configuration, claimed)))
         if self.in_line:  # nobody shall wait for one who has no worker free
             self.in_line = False
             with self.database.transaction(durable=False) as sql:
@@ -6149,7 +6863,7 @@ class Runner:
         awaited: dict[str, Opening] = {}
         for execution in list(self.hops):
             source, limiting = execution.claimed.source, self.configuration.rate_limiting
-            if len(self.running) >= self.configuration.max_concurrent_scrapers:
+            if self.workers.free() <= 0:
                 break
             with self.database.transaction() as sql:
                 now = self.clock.boot()
@@ -6160,36 +6874,12 @@ class Runner:
                 granted = grant(sql, limiting, source.name, source.timeout_seconds, now)
             self.hops.remove(execution)
             spec = dataclasses.replace(execution.spec, send_before=granted.send_before)
-            self._submit(Execution(dataclasses.replace(execution.claimed, permit=granted), spec))
+            self.workers.submit(Execution(dataclasses.replace(execution.claimed, permit=granted), spec))
         return awaited
-
-    def _submit(self, execution: Execution) -> None:
-        future = self.pool.submit(fetch, execution.spec, self.store, self.clock)
-        if execution.spec.dataset.call:
-            overdue_at = self.clock.boot() + execution.spec.dataset.timeout_seconds
-            execution = dataclasses.replace(execution, overdue_at=overdue_at)
-        self.running[future] = execution
-        future.add_done_callback(lambda _: self.wakeups.put("finished"))
 
     def _collect(self) -> None:
         """Record what has finished. What the database will not take now is kept and tried again."""
-        self.stuck = {future: execution for future, execution in self.stuck.items() if not future.done()}
-        for future, execution in list(self.running.items()):
-            if not future.done() and self.clock.boot() < execution.overdue_at:
-                continue
-            del self.running[future]
-            try:
-                results = future.result(0)
-            except TimeoutError:  # its worker is lost, others take over, and its source has one fewer until it returns
-                self.stuck[future] = execution
-                self.pool.shutdown(wait=False)
-                self.pool = ThreadPoolExecutor(self.configuration.max_concurrent_scrapers, "adce-worker")
-                dataset = execution.spec.dataset
-                text = f"{dataset.call} did not return within {dataset.timeout_seconds:g} s"
-                results = [Result(Outcome.TIMEOUT, text)]
-            except BaseException as error:  # noqa: BLE001  # a broken pool
-                results = [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
-            self.unrecorded.append((execution, results))
+        self.unrecorded += self.workers.finished()
         while self.unrecorded:
             execution, results = self.unrecorded[0]
             try:
@@ -6226,15 +6916,17 @@ class Runner:
     def _beat(self) -> None:
         now = self.clock.boot()
         if now >= self.next_beat_at:
-            self.next_beat_at = now + BEAT_SECONDS
+            self.next_beat_at = now + self.beat_seconds
             self.database.check_place()
             announce_progress(self.journal, self.database, self.configuration)
             with self.database.transaction() as sql:
-                sql.execute("update runner set beat_at = ?", (int(self.clock.wall()),))
+                beat = "update runner set beat_at = ?, lost_workers = ?"
+                sql.execute(beat, (int(self.clock.wall()), len(self.workers.lost)))
                 sql.execute("update boot set wall_offset = ?", (self.clock.wall() - now,))
+            notify("WATCHDOG=1", f"STATUS={status_line(self.database)}")
         if self.journal.screen and now >= self.next_paint_at:
             self.next_paint_at = now + SCREEN_SECONDS
-            busy = [execution.claimed.tasks[0].target.key for execution in self.running.values()]
+            busy = [execution.claimed.tasks[0].target.key for execution in self.workers.running.values()]
             self.journal.screen.paint(self.clock.wall(), busy, None if self.once else self.next_cycle_at - now)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
@@ -6244,7 +6936,7 @@ class Runner:
         now, wall = self.clock.boot(), self.clock.wall()
         instants = [self.next_cycle_at, self.next_beat_at, self.stop_at, now + self.configuration.queue_check_seconds]
         instants += [opening.at for opening in openings.values()]
-        instants += [execution.overdue_at for execution in self.running.values()]
+        instants.append(self.workers.next_overdue_at())
         if self.journal.screen:
             instants.append(self.next_paint_at)
         if self.unrecorded:
@@ -6257,20 +6949,22 @@ class Runner:
     def _finish_running(self) -> None:
         """Let running attempts finish within the grace time; the rest return to the queue."""
         limit = self.clock.boot() + self.configuration.grace_seconds
+        notify("STOPPING=1")
         if self.steps is not None:
             with contextlib.suppress(DatabaseError):  # what failed first is what is told
                 cast(Any, self.steps).close()
-        if self.running:
-            self.journal.write("INFO", "stopping", running=len(self.running), grace=self.configuration.grace_seconds)
-        while self.running and self.clock.boot() < limit:
+        if running := len(self.workers.running):
+            self.journal.write("INFO", "stopping", running=running, grace=self.configuration.grace_seconds)
+        while self.workers.running and self.clock.boot() < limit:
             self.clock.wait(self.wakeups, min(1.0, limit - self.clock.boot()))
             self._collect()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+            notify("WATCHDOG=1")
         self.listers.shutdown(wait=False, cancel_futures=True)
-        left = [*self.running.values(), *self.hops]
-        for execution in left:
-            lost = Result(Outcome.LOST, "the runner stopped", requests=int(execution not in self.hops))
+        for execution in [*self.workers.stop(), *self.hops]:
+            was_asked = bool(execution.spec.url) and execution not in self.hops
+            lost = Result(Outcome.LOST, "the runner stopped", requests=int(was_asked))
             self.unrecorded.append((execution, [lost] * len(execution.claimed.tasks)))
+        self._sweep()
         self._collect()
 
     def _say_goodbye(self) -> None:
@@ -6395,8 +7089,87 @@ def _check_source(source: Source) -> str:
     return f"{parts.hostname} can be reached"
 
 
-# ---------------------------------------------------------------- Commands
-# Obeys: one function for each command. Data go to stdout, everything else to stderr.
+# ---------------------------------------------------------------- Background
+# The runner as a process: started without a terminal, stopped, and where it writes. Headlines:
+# start_runner(), stop_runner().
+
+START_SECONDS = 60
+
+
+def start_runner(configuration: Configuration, words: Sequence[str], log: Path) -> int:
+    """Start `adce.py run` in the background and return its process id once it works. Raises Error with what it
+    said when it does not."""
+    LogFile(log)  # whether it can be written
+    lock, clock, said_before = RunnerLock(configuration.database), Clock(), log.stat().st_size
+    if (holder := lock.holder()) is not None:
+        raise LockedError(f"a runner works on this database already (process {holder or 'unknown'})", "adce.py status")
+    command = [sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path)]
+    command += ["--db", str(configuration.database), "run", "--log", str(log), *words]
+    with log.open("ab") as output:
+        process = subprocess.Popen(  # noqa: S603  # this very program
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    until = clock.boot() + START_SECONDS
+    while not _is_at_work(configuration, process.pid):
+        if process.poll() is not None:
+            said = log.read_bytes()[said_before:].decode("utf-8", "replace").strip()
+            raise Error(f"the runner has ended at once with exit code {process.returncode}\n{said}".rstrip())
+        if clock.boot() > until:
+            raise Error(f"the runner (process {process.pid}) is not ready after {START_SECONDS} s", f"look into {log}")
+        clock.wait(queue.SimpleQueue(), NEWS_SECONDS)
+    return process.pid
+
+
+def _is_at_work(configuration: Configuration, number: int) -> bool:
+    """Whether this process has begun its work on the database."""
+    if RunnerLock(configuration.database).holder() != number:
+        return False
+    with contextlib.closing(open_database(configuration.database)) as database:
+        return bool(database.value("select pid = ? from runner where stopped_at is null", (number,)))
+
+
+def stop_runner(lock: RunnerLock, seconds: float) -> int | None:
+    """Ask the runner to stop and wait until it has. Returns its process id, or None when there is none. Raises
+    Error when it cannot be asked, or has not stopped in time."""
+    holder, clock = lock.holder(), Clock()
+    if holder is None:
+        return None
+    if not holder:
+        raise Error(f"{lock.path} does not say which process holds it", "stop it by hand")
+    try:
+        os.kill(holder, signal.SIGTERM)
+    except ProcessLookupError:
+        return holder
+    except PermissionError as error:
+        raise Error(f"process {holder} belongs to another user", "stop it as that user") from error
+    until = clock.boot() + seconds
+    while lock.holder() == holder:
+        if clock.boot() > until:
+            raise Error(
+                f"process {holder} has not stopped within {format_duration(seconds)}",
+                "ask again: a second signal ends it at once",
+            )
+        clock.wait(queue.SimpleQueue(), NEWS_SECONDS)
+    return holder
+
+
+def log_words(database: Database, most: int, *, follow: bool) -> list[str]:
+    """The command that shows what the last runner has written. Raises Error when nobody has kept it."""
+    row = next(iter(database.read("select unit, log from runner")), None)
+    if row and row["log"] and Path(row["log"]).exists():
+        return ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
+    if row and row["unit"]:
+        kind = "--user-unit" if "/user@" in row["unit"] else "--unit"
+        unit = row["unit"].rpartition("/")[2]
+        return ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]
+    raise Error(
+        "nobody has kept what the last runner wrote",
+        "`adce.py start` keeps it in a file, systemd in its journal, `run --log FILE` where you say",
+    )
+
+
+# ---------------------------------------------------------------- Answers
+# One function for each command that only shows something. Data go to stdout, everything else to stderr.
 
 Arguments = argparse.Namespace
 
@@ -6425,79 +7198,6 @@ def _print(arguments: Arguments, sections: Sequence[Section], notes: Iterable[st
     if arguments.format == "table" and not arguments.quiet:
         for note in notes:
             print(note, file=sys.stderr)
-
-
-def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Keep the lake complete until told to stop."""
-    minutes = arguments.interval_minutes or (arguments.interval_hours or 0) * 60
-    if minutes:
-        configuration = dataclasses.replace(configuration, interval_seconds=minutes * MINUTE)
-    if arguments.dry_run:
-        return command_plan(arguments, configuration)
-    journal = Journal(sys.stderr, "ERROR" if arguments.quiet else "DEBUG" if arguments.verbose else "INFO")
-    database, lock = open_database(configuration.database), RunnerLock(configuration.database)
-    lock.acquire()
-    runner = Runner(configuration, database, open_store(configuration.store), journal)
-    if sys.stderr.isatty() and not arguments.quiet and os.environ.get("TERM") != "dumb":
-        journal.screen = LiveScreen(sys.stderr, database, configuration)
-    _obey_signals(runner)
-    with contextlib.ExitStack() as stack:
-        if configuration.health_check.enabled and not arguments.once:
-            stack.enter_context(_serving(HealthServer(configuration, database, lock, runner.clock), journal))
-        seconds = (arguments.max_minutes or math.inf) * MINUTE
-        code = runner.run(once=arguments.once, max_seconds=seconds, orders=Orders(may_drop=arguments.yes))
-    database.close()
-    return code
-
-
-def _obey_signals(runner: Runner) -> None:
-    """The first signal stops cleanly, the second at once; the next start requeues what ran."""
-
-    def obey(number: int, _frame: object) -> None:
-        if runner.stop_reason:
-            os._exit(ExitCode.INTERRUPTED)
-        runner.stop(signal.Signals(number).name)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, obey)
-
-
-@contextlib.contextmanager
-def _serving(health: HealthServer, journal: Journal) -> Iterator[None]:
-    """Answer over HTTP meanwhile. A port that is taken is told, and stops nothing."""
-    try:
-        journal.write("INFO", "health", address=f"http://127.0.0.1:{health.start()}/")
-    except Error as error:
-        journal.write("WARN", "health", error=str(error), hint=error.hint)
-    try:
-        yield
-    finally:
-        health.stop()
-
-
-def command_reconcile(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Run one cycle and show what it found; nothing is fetched."""
-    for name in arguments.believe:
-        _known("dataset", name, configuration.datasets)
-    database, clock = open_database(configuration.database), Clock()
-    lock = RunnerLock(configuration.database)
-    lock.acquire()
-    store = open_store(configuration.store)
-    store.sweep()
-    orders = Orders(arguments.full, arguments.yes, frozenset(arguments.believe))
-    _declare(database, configuration, clock, orders)
-    cycle_id = run_cycle(reconcile(database, configuration, store, clock, orders))
-    rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
-    _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], next_steps(database))
-    if rows[0]["error"]:
-        return ExitCode.ERROR
-    return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
-
-
-def _declare(database: Database, configuration: Configuration, clock: Clock, orders: Orders) -> None:
-    with database.transaction() as sql:
-        declare_limits(sql, configuration, clock)
-        declare_datasets(sql, configuration, clock.wall(), consents=orders.may_drop)
 
 
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -6538,6 +7238,27 @@ def command_status(arguments: Arguments, configuration: Configuration) -> ExitCo
     return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
 
 
+def command_health(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show whether the runner does its work; exit 4 when there is none, or when it is stuck."""
+    database, lock, now = _existing(configuration), RunnerLock(configuration.database), Clock().wall()
+    found = problems(database, configuration, now, now - HOUR)
+    if lock.holder() is None:
+        found = ["no runner works on this database"]
+    state = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now), "problems": "; ".join(found)}
+    _print(arguments, [Section("health", "", [state], is_one=True)])
+    return ExitCode.NOT_RUNNING if found else ExitCode.DONE
+
+
+def command_logs(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show the last events of the runner, or follow them."""
+    words = log_words(_existing(configuration), arguments.tail, follow=arguments.follow)
+    sys.stdout.flush()
+    try:
+        os.execvp(words[0], words)  # noqa: S606  # it shows and follows files better than we could
+    except OSError as error:
+        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
+
+
 def command_tasks(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """List the open tasks, the most urgent first."""
     filters = {"state": arguments.state, **_filters(arguments, configuration)}
@@ -6563,6 +7284,263 @@ def command_check(arguments: Arguments, configuration: Configuration) -> ExitCod
     rows = check_rows(configuration, online=arguments.online)
     _print(arguments, [Section("checks", "", rows)])
     return ExitCode.ERROR if any(row["result"] == "FAIL" for row in rows) else ExitCode.DONE
+
+
+def command_example(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Print a ready text for another program."""
+    quote = quote_for_cron if arguments.name == "cron" else quote_for_systemd
+    words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
+    folder = str(configuration.path.parent).replace("%", "%%")
+    text = EXAMPLES[arguments.name].format(command=" ".join(quote(word) for word in words), folder=folder)
+    print(text, end="")
+    return ExitCode.DONE
+
+
+def _declare(database: Database, configuration: Configuration, clock: Clock, orders: Orders) -> None:
+    with database.transaction() as sql:
+        declare_limits(sql, configuration, clock)
+        declare_datasets(sql, configuration, clock.wall(), consents=orders.may_drop)
+
+
+# ---------------------------------------------------------------- Commands
+# Obeys: one function for each command that does something.
+
+
+def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Keep the lake complete until told to stop."""
+    minutes = arguments.interval_minutes or (arguments.interval_hours or 0) * 60
+    if minutes:
+        configuration = dataclasses.replace(configuration, interval_seconds=minutes * MINUTE)
+    if arguments.dry_run:
+        return command_plan(arguments, configuration)
+    database, lock = open_database(configuration.database), RunnerLock(configuration.database)
+    try:
+        lock.acquire()
+    except LockedError:
+        if arguments.if_locked == "skip":
+            return ExitCode.DONE
+        raise
+    stream: TextIO = sys.stderr if arguments.log is None else cast(TextIO, LogFile(arguments.log))
+    journal = Journal(stream, "ERROR" if arguments.quiet else "DEBUG" if arguments.verbose else "INFO")
+    # whatever uses adce.session() in this process means this configuration
+    os.environ.update(ADCE_CONFIG=str(configuration.path), ADCE_DB=str(configuration.database))
+    runner = Runner(configuration, database, open_store(configuration.store), journal)
+    if stream.isatty() and not arguments.quiet and os.environ.get("TERM") != "dumb":
+        journal.screen = LiveScreen(sys.stderr, database, configuration)
+    _obey_signals(runner)
+    with contextlib.ExitStack() as stack:
+        address = None
+        if configuration.health_check.enabled and not arguments.once:
+            address = stack.enter_context(_serving(HealthServer(configuration, database, lock, runner.clock), journal))
+        code = runner.run(
+            once=arguments.once,
+            max_seconds=(arguments.max_minutes or math.inf) * MINUTE,
+            orders=Orders(may_drop=arguments.yes),
+            presence=Presence(address, arguments.log),
+        )
+    database.close()
+    return code
+
+
+def _obey_signals(runner: Runner) -> None:
+    """The first signal stops cleanly, the second at once; the next start requeues what ran."""
+
+    def obey(number: int, _frame: object) -> None:
+        if runner.stop_reason:
+            end_processes(str(runner.configuration.database))
+            os._exit(ExitCode.INTERRUPTED)
+        runner.stop(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, obey)
+
+
+@contextlib.contextmanager
+def _serving(health: HealthServer, journal: Journal) -> Iterator[str | None]:
+    """Answer over HTTP meanwhile, at an address. A port that is taken is told, and stops nothing."""
+    address = None
+    try:
+        address = f"http://127.0.0.1:{health.start()}/"
+        journal.write("INFO", "health", address=address)
+    except Error as error:
+        journal.write("WARN", "health", error=str(error), hint=error.hint)
+    try:
+        yield address
+    finally:
+        health.stop()
+
+
+def command_reconcile(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Run one cycle, or have the runner do it, and show what it found; nothing is fetched."""
+    for name in arguments.believe:
+        _known("dataset", name, configuration.datasets)
+    database, lock = open_database(configuration.database), RunnerLock(configuration.database)
+    orders = Orders(arguments.full, arguments.yes, frozenset(arguments.believe))
+    try:
+        lock.acquire()
+        cycle_id = _own_cycle(database, configuration, orders)
+    except LockedError:
+        cycle_id = _cycle_of_runner(database, lock, orders)
+    rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
+    _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], next_steps(database))
+    if rows[0]["error"]:
+        return ExitCode.ERROR
+    return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
+
+
+def _own_cycle(database: Database, configuration: Configuration, orders: Orders) -> int:
+    clock, store = Clock(), open_store(configuration.store)
+    store.sweep()
+    _declare(database, configuration, clock, orders)
+    return run_cycle(reconcile(database, configuration, store, clock, orders))
+
+
+def _cycle_of_runner(database: Database, lock: RunnerLock, orders: Orders) -> int:
+    """Ask the runner for a cycle and wait for its end. Raises Error when the runner ends before."""
+    clock, holder = Clock(), lock.holder()
+    with database.transaction() as sql:
+        order_id = ask_for_cycle(sql, orders, clock.wall())
+    print(f"The runner (process {holder}) does it, with the configuration it has started with.", file=sys.stderr)
+    ended = """
+        select cycle_id from orders join reconciliations using (cycle_id)
+        where order_id = ? and seconds is not null
+    """
+    while (cycle_id := database.value(ended, (order_id,))) is None:
+        if lock.holder() is None:
+            raise Error("the runner has ended before the cycle did", "ask again; the next runner begins with a cycle")
+        clock.wait(queue.SimpleQueue(), 1, database.has_news)
+    return cast(int, cycle_id)
+
+
+def command_start(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Start the runner in the background."""
+    _report_start(arguments, configuration)
+    return ExitCode.DONE
+
+
+def _report_start(arguments: Arguments, configuration: Configuration) -> None:
+    log = configuration.database.with_suffix(".log")
+    words = [word for word, given in (("--yes", arguments.yes), ("--verbose", arguments.verbose)) if given]
+    number = start_runner(configuration, words, log)
+    address = _existing(configuration).value("select address from runner")
+    if not arguments.quiet:
+        print(f"started process {number}, which writes to {log}" + (f" and answers at {address}" if address else ""))
+
+
+def command_stop(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Stop the runner and wait until it has ended; exit 4 when there is none."""
+    number = stop_runner(RunnerLock(configuration.database), _patience_of(arguments, configuration))
+    if not arguments.quiet:
+        print("no runner works on this database" if number is None else f"process {number} has stopped")
+    return ExitCode.NOT_RUNNING if number is None else ExitCode.DONE
+
+
+def _patience_of(arguments: Arguments, configuration: Configuration) -> float:
+    return cast(float, arguments.timeout or configuration.grace_seconds + 15)
+
+
+def command_restart(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Stop the runner, if there is one, and start it with the configuration as it is now."""
+    lock = RunnerLock(configuration.database)
+    if lock.holder() is not None:
+        unit = _existing(configuration).value("select unit from runner")
+        if unit:
+            name = unit.rpartition("/")[2]
+            raise Error(f"the runner belongs to the unit {name} of systemd", f"systemctl restart {name}")
+        stop_runner(lock, _patience_of(arguments, configuration))
+    _report_start(arguments, configuration)
+    return ExitCode.DONE
+
+
+def _scope_of(arguments: Arguments, configuration: Configuration) -> str:
+    return cast(str, _known("source", arguments.source, [*configuration.sources, GLOBAL]))
+
+
+def command_pause(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Ask a source no more, for some time or until it is resumed."""
+    database, clock, scope = open_database(configuration.database), Clock(), _scope_of(arguments, configuration)
+    with database.transaction() as sql:
+        declare_limits(sql, configuration, clock)
+        pause_source(sql, scope, arguments.seconds, arguments.reason, clock.boot())
+    if not arguments.quiet:
+        until = database.value("select blocked_until from rates where scope = ?", (scope,))
+        print(f"{scope} is paused until {until if arguments.seconds else 'it is resumed'}; what runs may end")
+    return ExitCode.DONE
+
+
+def command_resume(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Ask a source again, whoever has paused it, and try at once what has failed."""
+    database, clock, scope = open_database(configuration.database), Clock(), _scope_of(arguments, configuration)
+    with database.transaction() as sql:
+        declare_limits(sql, configuration, clock)
+        was_paused = resume_source(sql, scope, clock.boot())
+    if not arguments.quiet:
+        print(
+            f"{scope} is asked again" if was_paused else f"{scope} was not paused; what has failed is tried again now"
+        )
+    return ExitCode.DONE
+
+
+def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Try tasks again now that wait or gave up: those named, or all that meet the filters."""
+    database = _existing(configuration)
+    filters = {"state": arguments.state, "error": arguments.error, **_filters(arguments, configuration)}
+    task_ids = tasks_to_retry(database, filters, arguments.task_ids)
+    if missing := sorted(set(arguments.task_ids) - set(task_ids)):
+        raise Error(f"not waiting and not given up: {', '.join(map(str, missing))}", "see: adce.py task ID")
+    if arguments.dry_run:
+        _print(arguments, [Section("tasks", f"{len(task_ids)} tasks", _rows_of(database, task_ids, arguments.most))])
+        return ExitCode.DONE
+    if not (arguments.task_ids or arguments.yes or _is_meant(f"Try {len(task_ids)} tasks again now?")):
+        print(f"adce.py: {len(task_ids)} tasks match; nothing was done", file=sys.stderr)
+        print("Try: the same with --yes, or with -n to see them", file=sys.stderr)
+        return ExitCode.USAGE
+    with database.transaction() as sql:
+        count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
+    if not arguments.quiet:
+        _tell_count(database, configuration, count, "tried again now")
+    return ExitCode.DONE
+
+
+def _rows_of(database: Database, task_ids: Sequence[int], most: int) -> Rows:
+    sql = """
+        select t.task_id, t.state, t.priority, d.source, d.dataset, o.key, t.attempts, t.last_error
+        from tasks t join datasets d using (dataset_id) join objects o using (object_id)
+        where t.task_id in (select value from json_each(?))
+        order by t.task_id limit ?
+    """
+    return query(database, sql, (json.dumps(task_ids), most))
+
+
+def _is_meant(question: str) -> bool:
+    """What a person at a terminal answers; nobody there means no."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _tell_count(database: Database, configuration: Configuration, count: int, what: str) -> None:
+    print(f"{count} {'task is' if count == 1 else 'tasks are'} {what}")
+    if RunnerLock(configuration.database).holder() is None:
+        print("No runner works now; the next one will know.", file=sys.stderr)
+    for row in query(database, "select distinct scope, reason from rates where blocked_until is not null"):
+        print(f"{row['scope']} is paused: {row['reason']} (adce.py resume {row['scope']})", file=sys.stderr)
+
+
+def command_skip(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Want the objects of these tasks no more, until they are retried."""
+    database = _existing(configuration)
+    with database.transaction() as sql:
+        ledger = Ledger(sql, configuration, Clock().wall())
+        if (count := skip_tasks(ledger, arguments.task_ids, arguments.reason)) < len(set(arguments.task_ids)):
+            raise Error(f"{len(set(arguments.task_ids)) - count} of these tasks are not open", "see: adce.py tasks")
+    if not arguments.quiet:
+        print(
+            f"{count} {'object is' if count == 1 else 'objects are'} not wanted any more; `adce.py retry ID` undoes it"
+        )
+    return ExitCode.DONE
 
 
 def command_acquire(arguments: Arguments, configuration: Configuration) -> int:
@@ -6601,16 +7579,6 @@ def _run_held(limiter: Limiter, held: Held, words: Sequence[str]) -> int:
         held.answered(200, {})
     limiter.release(held)
     return code if code >= 0 else 128 - code
-
-
-def command_example(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Print a ready text for another program."""
-    quote = quote_for_cron if arguments.name == "cron" else quote_for_systemd
-    words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
-    folder = str(configuration.path.parent).replace("%", "%%")
-    text = EXAMPLES[arguments.name].format(command=" ".join(quote(word) for word in words), folder=folder)
-    print(text, end="")
-    return ExitCode.DONE
 
 
 # ---------------------------------------------------------------- Command line
@@ -6653,6 +7621,10 @@ def _count(text: str) -> int:
     return value
 
 
+def _path(text: str) -> Path:
+    return Path(text).absolute()
+
+
 def _duration(text: str) -> float:
     try:
         return parse_duration(text)
@@ -6661,6 +7633,8 @@ def _duration(text: str) -> float:
 
 
 FILTERS = (_option("--source", help="only this source"), _option("--dataset", help="only this dataset"))
+SOURCE = _option("source", metavar="SOURCE", help="a source, or global for all")
+TIMEOUT = _option("--timeout", type=_duration, metavar="45s", help="how long to wait for its end (grace_seconds + 15)")
 YES = _option("--yes", action="store_true", help="adce.yaml is meant to expect far less than before")
 MOST = _option("--most", type=_count, default=20, metavar="N", help="at most so many rows (20)")
 COMMANDS = (
@@ -6678,6 +7652,10 @@ COMMANDS = (
             _option("--interval-minutes", type=_positive, metavar="N", help="between cycles"),
             _option("--interval-hours", type=_positive, metavar="N", help="the older form of the same"),
             _option("--max-minutes", type=_positive, metavar="N", help="stop cleanly after so long"),
+            _option(
+                "--if-locked", choices=("fail", "skip"), default="fail", help="skip: exit 0, silent, while another runs"
+            ),
+            _option("--log", type=_path, metavar="FILE", help="write events there, 20 MB at most, not to stderr"),
             YES,
             MOST,
         ),
@@ -6702,6 +7680,53 @@ COMMANDS = (
         (_option("--since", type=_duration, default=DAY, metavar="24h", help="how far back attempts count"),),
     ),
     Command("status", "show in one screen how things are; exit 4 when no runner works", command_status),
+    Command("health", "show whether the runner does its work; exit 4 when it does not", command_health),
+    Command(
+        "logs",
+        "show what the runner has written",
+        command_logs,
+        (
+            _option("--tail", type=_count, default=50, metavar="N", help="the last so many lines (50)"),
+            _option("--follow", action="store_true", help="and what follows"),
+        ),
+    ),
+    Command("start", "start the runner in the background", command_start, (YES,)),
+    Command("stop", "stop the runner and wait until it has ended", command_stop, (TIMEOUT,)),
+    Command("restart", "stop the runner and start it anew", command_restart, (TIMEOUT, YES)),
+    Command(
+        "pause",
+        "ask a source no more, for some time or until it is resumed",
+        command_pause,
+        (
+            SOURCE,
+            _option("--for", dest="seconds", type=_duration, metavar="2h", help="else until it is resumed"),
+            _option("--reason", default="", metavar="TEXT", help="for those who wonder"),
+        ),
+    ),
+    Command("resume", "ask a source again and try what has failed", command_resume, (SOURCE,)),
+    Command(
+        "retry",
+        "try tasks again now that wait or gave up",
+        command_retry,
+        (
+            _option("task_ids", type=_count, nargs="*", metavar="ID"),
+            _option("--state", choices=(TaskState.RETRY.value, TaskState.GAVE_UP.value)),
+            *FILTERS,
+            _option("--error", metavar="TEXT", help="only those whose last error contains this"),
+            _option("-n", "--dry-run", action="store_true", help="only show which"),
+            _option("--yes", action="store_true", help="do not ask"),
+            MOST,
+        ),
+    ),
+    Command(
+        "skip",
+        "want the objects of these tasks no more",
+        command_skip,
+        (
+            _option("task_ids", type=_count, nargs="+", metavar="ID"),
+            _option("--reason", default="by hand", metavar="TEXT", help="for those who wonder"),
+        ),
+    ),
     Command(
         "tasks",
         "list the open tasks, the most urgent first",

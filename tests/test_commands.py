@@ -182,7 +182,7 @@ def test_runner_is_seen_by_status_and_keeps_others_out(folder, tmp_path):
     assert " start " in runner.stderr.readline()
     status = run_adce("status", "--format", "json", folder=tmp_path / "copy")
     assert (status.returncode, json.loads(status.stdout)["runner"]["pid"]) == (0, runner.pid)
-    for words in (("run",), ("run", "--once"), ("reconcile",)):
+    for words in (("run",), ("run", "--once"), ("start",)):
         refused = run_adce(*words, folder=tmp_path / "copy")
         assert (refused.returncode, f"(process {runner.pid})" in refused.stderr) == (11, True)
     assert "process" in run_adce("check", folder=tmp_path / "copy").stdout

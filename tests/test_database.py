@@ -344,6 +344,14 @@ def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
             drop table counts;
             drop index objects_open;
             alter table objects drop column live;
+            drop index objects_skipped;
+            alter table objects drop column skipped;
+            alter table attempts drop column output;
+            drop table orders;
+            alter table runner drop column address;
+            alter table runner drop column unit;
+            alter table runner drop column log;
+            alter table runner drop column lost_workers;
             alter table reconciliations drop column looked;
             drop table waiters;
             alter table scopes add column finished integer not null default 7;

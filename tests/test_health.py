@@ -30,7 +30,10 @@ def serving(folder: Path, clock: ManualClock) -> Iterator[str]:
     with database.transaction() as sql:
         adce.declare_limits(sql, configuration, clock)
         adce.declare_datasets(sql, configuration, clock.wall())
-        sql.execute("insert into runner values (1, 1, 'x', ?, ?, null, null)", (int(clock.wall()), int(clock.wall())))
+        sql.execute(
+            "insert into runner (only_row, pid, version, started_at, beat_at) values (1, 1, 'x', ?, ?)",
+            (int(clock.wall()), int(clock.wall())),
+        )
     adce.run_cycle(adce.reconcile(database, configuration, store, clock))
     server = adce.HealthServer(configuration, database, adce.RunnerLock(configuration.database), clock)
     yield f"http://127.0.0.1:{server.start()}"

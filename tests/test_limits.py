@@ -75,7 +75,8 @@ class Desk:
     def learn(self, outcome: adce.Outcome, retry_after: float | None = None, **source) -> adce.Pause | None:
         with self.database.transaction() as sql:
             described = adce.Source("espn", **source)
-            return adce.learn(sql, described, outcome, "told so", self.clock.boot(), retry_after)[1]
+            answer = adce.Answer(outcome, "told so", retry_after=retry_after)
+            return adce.learn(sql, described, answer, self.clock.boot()).pause
 
 
 def test_window_opens_when_a_finished_request_leaves_it():
@@ -252,7 +253,9 @@ def test_five_workers_that_are_told_to_wait_at_once_make_one_pause():
     assert pause and pause.seconds == 120
 
 
-@pytest.mark.parametrize(("outcome", "times"), [*adce.SOURCE_FAILURES.items()])
+@pytest.mark.parametrize(
+    ("outcome", "times"), [*adce.SOURCE_FAILURES.items(), (adce.Outcome.TIMEOUT, 3), (adce.Outcome.ERROR, 10)]
+)
 def test_so_many_failures_in_a_row_pause_a_source_and_a_good_answer_between_them_prevents_it(outcome, times):
     desk = Desk(limiting())
     for _ in range(3):

@@ -149,7 +149,9 @@ def test_task_is_shown_with_all_its_attempts(lived):  # noqa: F811
 
 def test_lock_of_another_process_is_not_taken_for_the_last_run(database, tmp_path):
     with database.transaction() as sql:
-        sql.execute("insert into runner values (1, 4711, '0.9', 100, 200, null, null)")
+        sql.execute(
+            "insert into runner (only_row, pid, version, started_at, beat_at) values (1, 4711, '0.9', 100, 200)"
+        )
     lock = adce.RunnerLock(tmp_path / "adce.db")
     assert adce.runner_state(database, lock, 300)["note"] == "ended without a word"
     lock.acquire()

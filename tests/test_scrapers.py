@@ -33,7 +33,12 @@ def specification(folder: Path, *words: str, targets: tuple[str, ...] = ("7",), 
         **settings,
     )
     wanted = tuple(adce.Target(f"games/{game}.json", {"game_id": game}, is_missing=True) for game in targets)
-    environment = {"ADCE_CONFIG": str(folder / "adce.yaml"), "ADCE_SOURCE": "espn"}
+    environment = {
+        "ADCE_CONFIG": str(folder / "adce.yaml"),
+        "ADCE_DB": str(folder / "adce.db"),
+        "ADCE_SOURCE": "espn",
+        "ADCE_TASK": "7",
+    }
     return adce.FetchSpec(dataset, adce.Source("espn"), (), wanted, environment=environment)
 
 
@@ -88,12 +93,18 @@ def test_grandchild_ends_when_its_program_ends_well(store, tmp_path):
     wait_for_end(int((tmp_path / "grandchild").read_text()))
 
 
-def test_program_that_left_its_group_and_holds_the_output_is_not_waited_for(store, tmp_path):
-    started = time.monotonic()
+def test_program_that_left_its_group_is_found_and_ended(store, tmp_path):
     result = run(specification(tmp_path, *shell("setsid sleep 60 & echo $! > escaped; echo done")), store)[0]
     assert result.error == "left no object (exit 0): done"
+    wait_for_end(int((tmp_path / "escaped").read_text()))
+
+
+def test_program_that_has_shed_its_environment_and_holds_the_output_is_not_waited_for(store, tmp_path):
+    started = time.monotonic()
+    result = run(specification(tmp_path, *shell("setsid env -i /bin/sleep 60 & echo $! > shed; echo done")), store)[0]
+    assert result.error == "left no object (exit 0): done"
     assert time.monotonic() - started < 10
-    os.kill(int((tmp_path / "escaped").read_text()), signal.SIGKILL)
+    os.kill(int((tmp_path / "shed").read_text()), signal.SIGKILL)
 
 
 def wait_for_end(number: int) -> None:
@@ -133,7 +144,7 @@ def test_environment_is_a_list_of_names(store, tmp_path, monkeypatch):
     run(specification(tmp_path, *shell("env > environment")), store)
     lines = (tmp_path / "environment").read_text().splitlines()
     names = {line.partition("=")[0] for line in lines} - {"PWD", "OLDPWD", "SHLVL", "_"}  # the shell's own
-    assert names <= {*adce.CHILD_ENVIRONMENT, "ADCE_CONFIG", "ADCE_SOURCE"}
+    assert names <= {*adce.INHERITED, "ADCE_CONFIG", "ADCE_DB", "ADCE_SOURCE", "ADCE_TASK", "ADCE_OUTPUT"}
     assert "ADCE_SOURCE=espn" in lines and names >= {"PATH"}
 
 
@@ -190,7 +201,7 @@ def odd(game_id): raise Odd
     [
         ("bytes_", O.OK, None),
         ("path", O.OK, None),
-        ("wrong", O.ERROR, "a_scraper:wrong returned dict, not bytes or a path"),
+        ("wrong", O.ERROR, "a_scraper:wrong returned dict: not bytes, an iterator of bytes or a path"),
         ("raises", O.ERROR, "ValueError: no luck"),
         ("exits", O.ERROR, "SystemExit: 3"),
         ("recursion", O.ERROR, "RecursionError: maximum recursion depth exceeded"),
@@ -198,7 +209,7 @@ def odd(game_id): raise Odd
         ("interrupted", O.ERROR, "KeyboardInterrupt:"),
         ("generator", O.ERROR, "GeneratorExit:"),
         ("long", O.ERROR, f"ValueError: {'x' * 108}"),
-        ("nothing", O.ERROR, "a_scraper:nothing returned NoneType, not bytes or a path"),
+        ("nothing", O.ERROR, "returned None and left no object"),
         ("nowhere", O.ERROR, "FileNotFoundError: [Errno 2] No such file or directory: 'no-such-file'"),
         ("invalid", O.INVALID, "not true: id == '{game_id}'"),
         ("missing", O.ERROR, "AttributeError: module 'a_scraper' has no attribute 'missing'"),
