@@ -90,6 +90,7 @@ import itertools
 import json
 import math
 import os
+import pwd
 import queue
 import random
 import re
@@ -6987,29 +6988,85 @@ class Runner:
 
 EXAMPLES = {
     "systemd": """\
-# Save as /etc/systemd/system/adce.service with your own paths, then: systemctl enable --now adce
+# Save as /etc/systemd/system/adce.service with a user and paths of your own, then: systemctl enable --now adce
+# The folders of ReadWritePaths must exist. What a scraper of yours needs beyond this, give it here: more of them,
+# or MemoryDenyWriteExecute=no for browsers and node.
 [Unit]
 Description=ADCE keeps the data lake complete
 After=network-online.target
 Wants=network-online.target
+StartLimitIntervalSec=600
+StartLimitBurst=10
 
 [Service]
+Type=notify
+User={user}
 WorkingDirectory={folder}
 ExecStart={command} run
+ReadWritePaths={writable}
 Restart=on-failure
 RestartSec=5
-RestartPreventExitStatus=78
-TimeoutStopSec=90
+RestartPreventExitStatus=2 78
+WatchdogSec=120
+TimeoutStartSec=15min
+TimeoutStopSec={stop_seconds}
+KillMode=mixed
 UMask=0077
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+PrivateDevices=yes
+PrivateUsers=yes
+ProtectHostname=yes
+ProtectClock=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+KeyringMode=private
+DevicePolicy=closed
 
 [Install]
 WantedBy=multi-user.target
 """,
     "cron": """\
-# For `crontab -e`: cron sends a mail only when something is printed; exit 11 means that one still runs.
-*/15 * * * * {command} -q run --once
+# For `crontab -e`: cron sends a mail when something is printed. One that still works is left alone.
+*/15 * * * * {command} -q run --once --if-locked skip
 """,
 }
+
+
+def example(name: str, configuration: Configuration) -> str:
+    """The text of EXAMPLES with the paths of this installation in it."""
+    quote = quote_for_cron if name == "cron" else quote_for_systemd
+    words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
+    folders = {configuration.database.parent}
+    if (
+        not configuration.store.startswith("s3://")
+        and configuration.database.parent not in Path(configuration.store).parents
+    ):
+        folders.add(Path(configuration.store))
+    return EXAMPLES[name].format(
+        command=" ".join(quote(word) for word in words),
+        folder=str(configuration.path.parent).replace("%", "%%"),
+        writable=" ".join(quote_for_systemd(str(folder)) for folder in sorted(folders)),
+        user=pwd.getpwuid(os.getuid()).pw_name if os.getuid() else "adce",
+        stop_seconds=round(configuration.grace_seconds) + 60,
+    )
 
 
 def quote_for_systemd(word: str) -> str:
@@ -7288,11 +7345,7 @@ def command_check(arguments: Arguments, configuration: Configuration) -> ExitCod
 
 def command_example(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Print a ready text for another program."""
-    quote = quote_for_cron if arguments.name == "cron" else quote_for_systemd
-    words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
-    folder = str(configuration.path.parent).replace("%", "%%")
-    text = EXAMPLES[arguments.name].format(command=" ".join(quote(word) for word in words), folder=folder)
-    print(text, end="")
+    print(example(arguments.name, configuration), end="")
     return ExitCode.DONE
 
 

@@ -359,6 +359,9 @@ def test_unit_is_one_that_systemd_takes(folder, tmp_path):
     if shutil.which("systemd-analyze"):
         done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
         assert "adce.service" not in done.stderr, done.stderr
+        judge = ["systemd-analyze", "security", "--offline=true", "--threshold=15", str(unit)]  # tenths of exposure
+        done = subprocess.run(judge, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
 
 
 def test_unit_and_crontab_take_any_folder(tmp_path):
@@ -372,7 +375,7 @@ def test_unit_and_crontab_take_any_folder(tmp_path):
     command = run_adce("example", "cron", folder=folder).stdout.splitlines()[-1].split(None, 5)[5]
     assert re.sub(r"\\%", "", command).count("%") == 0
     words = shlex.split(command.replace(r"\%", "%"))  # as cron reads it before the shell does
-    assert words[-5:] == ["-c", str(folder / "adce.yaml"), "-q", "run", "--once"]
+    assert words[2:] == ["-c", str(folder / "adce.yaml"), "-q", "run", "--once", "--if-locked", "skip"]
 
 
 def test_crontab_line_works_in_the_empty_environment_of_cron(folder, tmp_path):
