@@ -4584,8 +4584,9 @@ class Cycle:
 
     @contextlib.contextmanager
     def ledger(self) -> Iterator[Ledger]:
-        """A transaction, whose opened and closed tasks count for this cycle."""
-        with self.database.transaction() as sql:
+        """A transaction, whose opened and closed tasks count for this cycle. What a power cut undoes of it, the next
+        cycle finds again."""
+        with self.database.transaction(durable=False) as sql:
             ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
             yield ledger
         self.created += ledger.created
