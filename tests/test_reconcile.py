@@ -626,6 +626,26 @@ def test_counts_follow_whatever_is_done_to_the_objects(desk, lake):
     assert {tuple(row)[:3]: row[3] for row in counts} == recount(desk.database)
 
 
+class LyingStore(adce.FolderStore):
+    """Its listings break off, repeat, shuffle, leave out or lack everything, and it knows what it has hidden."""
+
+    kind, place = "breaks off", 0
+
+    def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
+        entries = list(super().list(prefix, after))
+        told = {
+            "breaks off": entries[: self.place],
+            "repeats": entries[: self.place] + entries[max(0, self.place - 2) :],
+            "shuffles": entries[self.place :] + entries[: self.place],
+            "leaves out": entries[: self.place] + entries[self.place + 2 :],
+            "lacks everything": [],
+        }[self.kind]
+        self.hidden = getattr(self, "hidden", set()) | {entry.key for entry in entries if entry not in told}
+        yield from told
+        if self.kind == "breaks off":
+            raise adce.StoreError("the connection broke")
+
+
 class LakeMachine(RuleBasedStateMachine):
     """Whatever is done to the lake, a full cycle finds exactly the gaps that a few lines of model find."""
 
@@ -670,6 +690,21 @@ class LakeMachine(RuleBasedStateMachine):
             key = data.draw(st.sampled_from(sorted(self.model)))
             self.lake.delete(key)
             del self.model[key]
+
+    @rule(
+        kind=st.sampled_from(["breaks off", "repeats", "shuffles", "leaves out", "lacks everything"]),
+        place=st.integers(0, 4),
+    )
+    def cycle_of_a_store_that_lies(self, kind: str, place: int) -> None:
+        """What is there and was not hidden opens no gap; a listing that broke off hides nothing for sure."""
+        store = LyingStore(self.lake.store.root)
+        store.kind, store.place = kind, place
+        before = self.desk.gaps()
+        self.desk.cycle(store, is_full=True)
+        self.note_what_was_read()
+        opened = {key for key, state in self.desk.gaps().items() if state == "missing" and key not in before}
+        wrong = {key for key in opened if key in self.model}
+        assert wrong <= (set() if kind == "breaks off" else store.hidden)
 
     @rule(times=st.integers(1, 3))
     def cycles_that_look_at_a_share(self, times: int) -> None:
