@@ -1192,11 +1192,13 @@ class Template:
         return self.pattern.sub("{}", self.text)
 
     def render(self, fields: Fields, quote: Callable[[str], str]) -> str:
-        """The text with every field replaced by its quoted value."""
+        """The text with every field replaced by its quoted value; the slashes of a date's format stay."""
 
         def value(match: re.Match[str]) -> str:
             text = fields[match[1]]
-            return quote(datetime.date.fromisoformat(text).strftime(match[2]) if match[2] else text)
+            if not match[2]:
+                return quote(text)
+            return "/".join(map(quote, datetime.date.fromisoformat(text).strftime(match[2]).split("/")))
 
         return self.pattern.sub(value, self.text)
 
@@ -2214,7 +2216,8 @@ class Checker:
         path, template = f"datasets.{dataset.name}.key", dataset.key
         if not self._check_template(path, template, declared):
             return
-        if any(part in ("", ".", "..", STAGING) for part in template.text.split("/")) or re.search(
+        example = template.render({**dict.fromkeys(declared, "1"), "date": "2024-01-01"}, str)
+        if any(part in ("", ".", "..", STAGING) for part in example.split("/")) or re.search(
             r"[\x00-\x1f\x7f]", template.text
         ):
             self.complain(path, f"{template.text}: a key has no empty, . or .. parts and does not start or end with /")

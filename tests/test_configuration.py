@@ -205,6 +205,13 @@ BROKEN = {
         edited("days/{date}.json", "../{date}.json"),
         ["6:10: datasets.days.key: ../{date}.json: a key has no empty, . or .. parts and does not start or end with /"],
     ),
+    "a date format that leads out of the store": (
+        edited("days/{date}.json", "{date:../%Y%m%d}.json"),
+        [
+            "6:10: datasets.days.key: {date:../%Y%m%d}.json: a key has no empty, . or .. parts and does not start or "
+            "end with /"
+        ],
+    ),
     "YAML reads no as false": (
         edited("source: espn", "source: no"),
         ['5:13: datasets.days.source: no is read as false; write "no"'],

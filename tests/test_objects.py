@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 
@@ -61,6 +62,12 @@ def test_value_in_an_expression_is_compared_as_it_is(value):
 @pytest.mark.parametrize("value", ["\\' || `true` || '", "7\\", "' || `true` || '"])
 def test_value_cannot_break_out_of_an_expression(value):
     assert not adce.holds("id == '{game_id}'", {"game_id": value}, {"id": "7"})
+
+
+def test_slashes_of_a_date_format_are_folders_and_those_of_a_value_are_not():
+    dataset = dataclasses.replace(child(ids="ids"), key=adce.Template("games/{date:%Y/%m/%d}/{game_id}.json"))
+    expected = adce.expected_object(dataset, {"game_id": "../7", "date": "2024-12-15"}, SEASONS)
+    assert expected.key == "games/2024/12/15/..%2F7.json"
 
 
 @pytest.mark.parametrize("value", ["", " ", "a\nb", "a\0b", "x" * 300, "\u202edrow"])

@@ -18,6 +18,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -42,7 +43,7 @@ datasets:
 class Upstream(BaseHTTPRequestHandler):
     """Has nothing, and knows when it was asked for what."""
 
-    asked: dict[str, float] = {}
+    asked: ClassVar[dict[str, float]] = {}
     came = threading.Event()
 
     def do_GET(self) -> None:
