@@ -498,6 +498,8 @@ create unique index live_tasks on tasks (object_id) where state in ('pending', '
 create index pending_tasks on tasks (dataset_id, rank desc, task_id) where state = 'pending';
 -- retries that are due
 create index waiting_tasks on tasks (next_at) where state = 'retry';
+-- what may be forgotten
+create index closed_tasks on tasks (closed_at) where closed_at is not null;
 -- what is running, what gave up
 create index tasks_by_state on tasks (state, dataset_id) where state in ('running', 'gave_up', 'retry');
 
@@ -658,6 +660,7 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
     alter table attempts add column output text;
     alter table objects add column skipped text;
     create index objects_skipped on objects (dataset_id, season) where skipped is not null;
+    create index closed_tasks on tasks (closed_at) where closed_at is not null;
     alter table runner add column address text;
     alter table runner add column unit text;
     alter table runner add column log text;
@@ -890,6 +893,7 @@ create view cycles as
 # would drop SQLite's locks. Headlines: open_database(), RunnerLock.
 
 BUSY_SECONDS = 30
+BACKUP_PAGES = 1000  # copied at a time
 TROUBLE_SECONDS = 10  # before a database that cannot be used now is tried again
 CONNECTION_SETTINGS = """
 pragma busy_timeout = 30000;
@@ -973,6 +977,47 @@ class Database:
             self._reader.backup(memory)
         return Database(self.path, memory, memory)
 
+    def back_up(self, path: Path, progress: Callable[[int, int], None] | None = None) -> None:
+        """Write all that is committed now into a new file, mode 0600, while others go on. It is checked, and it is
+        there whole or not at all. `progress` is told the pages left and all. Raises DatabaseError, also when there
+        is something at `path` already."""
+        self._check_process()
+        if path.exists() or path.is_symlink():
+            raise DatabaseError(f"{path} exists already", "name a new file; nothing was written")
+        draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+        _create_file(draft)
+        try:
+            with _Translation(str(draft)):
+                copy = _connect(str(draft))
+                try:
+                    with self._reading, self._snapshot():
+                        self._reader.backup(
+                            copy,
+                            pages=BACKUP_PAGES,
+                            progress=(lambda _, left, total: progress(left, total)) if progress else None,
+                        )
+                    copy.execute("pragma journal_mode = delete")
+                    copy.execute("insert or replace into settings values ('is a backup', '1')")
+                    if copy.execute("pragma integrity_check").fetchone()[0] != "ok":
+                        raise DatabaseError(f"the copy of {self.path} is damaged", "adce.py check")
+                finally:
+                    copy.close()
+            _publish(draft, path)
+        except OSError as error:
+            raise DatabaseError(f"cannot write {path}: {error.strerror}", "name another file") from error
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """What the reader sees stays as it is, whatever others write. A backup would else begin anew."""
+        self._reader.execute("begin")
+        try:
+            self._reader.execute("select count(*) from sqlite_schema").fetchone()
+            yield
+        finally:
+            self._reader.execute("rollback")
+
     def close(self) -> None:
         """Close both connections."""
         self._reader.close()
@@ -984,6 +1029,18 @@ class Database:
                 f"{self.path} was opened before this process was forked",
                 "start the other process anew; multiprocessing: use the method spawn",
             )
+
+
+def _publish(draft: Path, path: Path) -> None:
+    """Give a finished file its name for good, unless somebody has taken that name meanwhile."""
+    for place in (draft, path.parent):
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if place == draft:
+            os.link(draft, path)
 
 
 class _Translation:
@@ -1447,6 +1504,7 @@ class Configuration:
     queue_check_seconds: float = 10
     max_concurrent_scrapers: int = 5
     grace_seconds: float = 30
+    retention_seconds: float = 90 * DAY  # of attempts, closed tasks and cycles
     priority_weighting: PriorityWeighting = PriorityWeighting()
     rate_limiting: RateLimiting = RateLimiting()
     health_check: HealthCheck = HealthCheck()
@@ -1521,6 +1579,7 @@ KEYS = (
     Key("queue_check_seconds", "positive", "the longest sleep of the main loop"),
     Key("max_concurrent_scrapers", "count", "workers"),
     Key("grace_seconds", "number", "for running attempts at a stop"),
+    Key("retention_days", "positive", "how long attempts, closed tasks and cycles are kept; sums are kept for ever"),
     Key("priority_weighting", "mapping", "the score"),
     Key("priority_weighting.enabled", "boolean", "false: by priority alone, oldest first"),
     Key("priority_weighting.base_scores", "mapping", "points by priority"),
@@ -1924,6 +1983,7 @@ class Builder:
             store=self._store(values.get("store", "lake")),
             interval_seconds=interval or 15 * MINUTE,
             full_seconds=values.get("full_reconciliation_hours", 24) * HOUR,
+            retention_seconds=values.get("retention_days", 90) * DAY,
             priority_weighting=PriorityWeighting(**values.get("priority_weighting", {})),
             rate_limiting=self._rate_limiting(values.get("rate_limiting")),
             health_check=HealthCheck(**values.get("health_check", {"enabled": False})),
@@ -3087,6 +3147,7 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
     if known and known["boot_id"] != boot_id:
         _carry_over_reboot(sql, known["wall_offset"] - offset)
     sql.execute("insert or replace into boot values (1, ?, ?)", (boot_id, offset))
+    is_backup = sql.execute("delete from settings where name = 'is a backup'").rowcount
     sql.execute("delete from windows")
     for scope in (*configuration.sources, GLOBAL):
         limits = configuration.rate_limiting.scopes.get(scope, ScopeLimits())
@@ -3103,6 +3164,17 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
             "insert into windows values (?, ?, ?)",
             [(scope, limit.seconds, limit.max_requests) for limit in limits.windows],
         )
+        longest = max((limit.seconds for limit in limits.windows), default=0.0)
+        if is_backup and longest:  # nobody knows what was asked since the backup
+            sql.execute(
+                """
+                update scopes
+                set paused_until = max(paused_until, ?1), paused_for = max(paused_for, ?2),
+                    reason = 'restored from a backup: what was asked since it was made is not known'
+                where scope = ?3
+                """,
+                (clock.boot() + longest, longest, scope),
+            )
 
 
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
@@ -4015,6 +4087,37 @@ def reprioritise(sql: sqlite3.Connection, configuration: Configuration, now: flo
         if (priority, size, rank, slope) != (row["priority"], row["gap_size"], row["rank"], row["slope"]):
             changes.append((priority, size, rank, slope, row["task_id"]))
     sql.executemany("update tasks set priority = ?, gap_size = ?, rank = ?, slope = ? where task_id = ?", changes)
+
+
+FORGOTTEN_AT_ONCE = 500  # rows of a kind
+
+
+def forget(sql: sqlite3.Connection, before: float) -> int:
+    """Remove some of the attempts, closed tasks and cycles from before an instant; the sums of the days stay, and
+    so does the last cycle. Returns how many rows: FORGOTTEN_AT_ONCE or more mean that there may be more."""
+    oldest = "select attempt_id, started_at, outcome from attempts order by attempt_id limit ?"
+    attempts = itertools.takewhile(
+        lambda row: row["started_at"] < before, sql.execute(oldest, (FORGOTTEN_AT_ONCE,)).fetchall()
+    )
+    ended = [(row["attempt_id"],) for row in attempts if row["outcome"] != Outcome.RUNNING]
+    sql.executemany("delete from attempts where attempt_id = ?", ended)
+    tasks = """
+        delete from tasks where task_id in (
+            select task_id from tasks t
+            where closed_at < :before
+              and not exists (select 1 from attempts a where a.task_id = t.task_id)
+              and object_id not in (select object_id from objects where skipped is not null)
+            limit :most)
+    """
+    cycles = """
+        delete from reconciliations where cycle_id in (
+            select cycle_id from reconciliations
+            where started_at < :before and cycle_id < (select max(cycle_id) from reconciliations)
+            order by cycle_id limit :most)
+    """
+    limits = {"before": int(before), "most": FORGOTTEN_AT_ONCE}
+    sql.execute("delete from orders where asked_at < ? and cycle_id is not null", (int(before),))
+    return len(ended) + sql.execute(tasks, limits).rowcount + sql.execute(cycles, limits).rowcount
 
 
 def note_due_objects(database: Database, configuration: Configuration, clock: Clock) -> int:
@@ -6032,6 +6135,7 @@ def plan_sections(database: Database, before: Mapping[str, int], most: int) -> l
 # reads the database. Headline: HealthServer.
 
 BEAT_SECONDS = 10  # between two signs of life of the main loop
+LEAST_FREE_BYTES = 100 << 20
 HTTP_THREADS = 32
 HTTP_SECONDS = 10  # for a whole connection
 PAGE_STYLE = """
@@ -6928,6 +7032,7 @@ class Runner:
                 beat = "update runner set beat_at = ?, lost_workers = ?"
                 sql.execute(beat, (int(self.clock.wall()), len(self.workers.lost)))
                 sql.execute("update boot set wall_offset = ?", (self.clock.wall() - now,))
+                forget(sql, self.clock.wall() - self.configuration.retention_seconds)
             notify("WATCHDOG=1", f"STATUS={status_line(self.database)}")
         if self.journal.screen and now >= self.next_paint_at:
             self.next_paint_at = now + SCREEN_SECONDS
@@ -7088,10 +7193,45 @@ def quote_for_cron(word: str) -> str:
 # Is everything in order? One row for each part, with what to do when it is not. Headline: check_rows().
 
 
+# What must hold in every database, and how many times it does not.
+CONSISTENCY = {
+    "gaps without a task": """
+        select count(*) from objects o
+        where state in ('missing', 'stale', 'suspect') and not exists (
+            select 1 from tasks t
+            where t.object_id = o.object_id and t.state in ('pending', 'retry', 'running', 'gave_up'))
+    """,
+    "open tasks without a gap": """
+        select count(*) from tasks t join objects o using (object_id)
+        where t.state in ('pending', 'retry', 'gave_up') and o.state not in ('missing', 'stale', 'suspect')
+    """,
+    "running tasks without an attempt": """
+        select count(*) from tasks t left join attempts a using (attempt_id)
+        where t.state = 'running' and a.outcome is not 'running'
+    """,
+    "running attempts without a task": """
+        select count(*) from attempts a
+        where a.outcome = 'running' and not exists (select 1 from tasks t where t.attempt_id = a.attempt_id)
+    """,
+    "objects counted wrongly": """
+        select coalesce(sum(abs(n)), 0) from (
+            select sum(n) as n from (
+                select dataset_id, coalesce(season, '') as season, state, count(*) as n
+                from objects group by 1, 2, 3
+                union all
+                select dataset_id, season, state, -objects from counts)
+            group by dataset_id, season, state)
+    """,
+}
+NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "glusterfs", "sshfs")
+
+
 def check_rows(configuration: Configuration, *, online: bool) -> Rows:
     """What was checked and how it went; `online` asks for connections to the sources too."""
     checks: dict[str, Callable[[Configuration], str]] = {
         "configuration": _check_configuration,
+        "permissions": _check_permissions,
+        "disk": _check_disk,
         "database": _check_database,
         "store": _check_store,
         "runner": _check_runner,
@@ -7114,6 +7254,40 @@ def _check_configuration(configuration: Configuration) -> str:
     return f"{configuration.path}, {len(configuration.sources)} sources, {len(configuration.datasets)} datasets"
 
 
+def _check_permissions(configuration: Configuration) -> str:
+    """Whoever can write the configuration or the program can run programs as its user."""
+    paths = (Path(__file__).resolve(), configuration.path, configuration.database)
+    for path in [path for path in paths if path.exists()]:
+        if path.stat().st_mode & stat.S_IWOTH:
+            raise Error(f"anybody can write {path}", f"chmod o-w {path}")
+    return "nobody but its owner and group can write the program, the configuration or the database"
+
+
+def _check_disk(configuration: Configuration) -> str:
+    folder = configuration.database.parent
+    kind = _file_system_of(folder)
+    if kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse."):
+        raise Error(
+            f"{folder} is on {kind}, where the locks of SQLite may not hold", "keep the database on a local disk"
+        )
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE_BYTES:
+        raise Error(f"{folder} has {free >> 20} MB left", "free some disk space")
+    return f"{folder}, {kind}, {free >> 20} MB free"
+
+
+def _file_system_of(folder: Path) -> str:
+    """The type of the file system that holds a folder (proc(5), mountinfo)."""
+    found, longest = "unknown file system", -1
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            left, _, right = line.partition(" - ")
+            place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
+            if folder.resolve().is_relative_to(place) and len(place) >= longest:
+                found, longest = right.split()[0], len(place)
+    return found
+
+
 def _check_runner(configuration: Configuration) -> str:
     holder = RunnerLock(configuration.database).holder()
     return "none" if holder is None else f"process {holder}"
@@ -7123,9 +7297,23 @@ def _check_database(configuration: Configuration) -> str:
     if not configuration.database.exists():
         return f"{configuration.database}, to be made by the first run"
     with contextlib.closing(open_database(configuration.database, must_exist=True)) as database:
-        if problems := database.check():
-            raise DatabaseError("; ".join(problems[:3]), "restore a backup")
+        found = [*database.check(), *_foreign_parts(database)]
+        found += [f"{count} {what}" for what, sql in CONSISTENCY.items() if (count := database.value(sql))]
+        if found:
+            raise DatabaseError(
+                "; ".join(found[:5]), "restore a backup, or move the file away: the store fills a new one"
+            )
     return f"{configuration.database}, whole, SQLite {sqlite3.sqlite_version}"
+
+
+def _foreign_parts(database: Database) -> list[str]:
+    """Tables, indexes, triggers and views that are not those of this version."""
+    parts = "select type, name from sqlite_schema where name not like 'sqlite_%'"
+    with contextlib.closing(memory_database()) as model:
+        wanted, there = ({tuple(row) for row in one.read(parts)} for one in (model, database))
+    return [f"the {kind} {name} is gone" for kind, name in sorted(wanted - there)] + [
+        f"the {kind} {name} is not ADCE's" for kind, name in sorted(there - wanted)
+    ]
 
 
 def _check_store(configuration: Configuration) -> str:
@@ -7470,6 +7658,20 @@ def _cycle_of_runner(database: Database, lock: RunnerLock, orders: Orders) -> in
     return cast(int, cycle_id)
 
 
+def command_backup(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Copy the database while others work on it."""
+    is_shown = sys.stderr.isatty() and not arguments.quiet
+
+    def show(left: int, total: int) -> None:
+        if is_shown:
+            print(f"\r{100 * (total - left) // max(total, 1)}%", end="" if left else "\n", file=sys.stderr, flush=True)
+
+    _existing(configuration).back_up(arguments.file, show)
+    if not arguments.quiet:
+        print(f"{arguments.file} holds {arguments.file.stat().st_size:,} bytes and was checked")
+    return ExitCode.DONE
+
+
 def command_start(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Start the runner in the background."""
     _report_start(arguments, configuration)
@@ -7746,6 +7948,12 @@ COMMANDS = (
             _option("--tail", type=_count, default=50, metavar="N", help="the last so many lines (50)"),
             _option("--follow", action="store_true", help="and what follows"),
         ),
+    ),
+    Command(
+        "backup",
+        "copy the database while others work on it",
+        command_backup,
+        (_option("file", type=_path, metavar="FILE", help="a file that does not exist yet"),),
     ),
     Command("start", "start the runner in the background", command_start, (YES,)),
     Command("stop", "stop the runner and wait until it has ended", command_stop, (TIMEOUT,)),

@@ -1,0 +1,71 @@
+"""Weeks of a runner's life; and that the judge of them sees what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+import adce
+from battery import simulation
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_week_keeps_every_promise(seed):
+    world = simulation.simulate(seed)
+    assert world.counts["attempts"] > 20
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_thousand_weeks_keep_every_promise():
+    assert simulation.main(["--weeks", "1000"]) == 0
+
+
+def test_seed_makes_up_the_same_week_each_time():
+    one, other = simulation.simulate(7), simulation.simulate(7)
+    assert one.history == other.history
+
+
+def ask_always(sql, limiting, source, now, owner=""):
+    return adce.Opening(now)
+
+
+def requeue_nothing(sql, policy):
+    return 0
+
+
+def close_no_task(ledger, object_id, state):
+    pass
+
+
+def believe_whatever_is_fetched(dataset, fields, body, children=()):
+    return adce.Inspection(True, None, True, False, {child.name: () for child in children})
+
+
+def forget_open_tasks(sql, before):
+    return sql.execute("delete from tasks where state = 'retry' and attempts > 1").rowcount
+
+
+def wake_nobody(sql, before):
+    pass
+
+
+def simulate_some() -> None:
+    for seed in range(12):
+        simulation.simulate(seed)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "mutant", "found"),
+    [
+        (adce, "opening", ask_always, "was asked more than"),
+        (adce, "requeue_orphans", requeue_nothing, "running|missing"),
+        (adce.Ledger, "close_task", close_no_task, "open tasks without a gap|turns without end"),
+        (adce, "inspect", believe_whatever_is_fetched, "Expecting value|hardly anything|delimiter|JSON"),
+        (adce, "forget", forget_open_tasks, "gaps without a task|missing|FOREIGN KEY"),
+        (adce, "wake_retries", wake_nobody, "turns without end"),
+    ],
+)
+def test_judge_sees_a_program_that_does_wrong(place, name, mutant, found, monkeypatch):
+    monkeypatch.setattr(place, name, mutant)
+    with pytest.raises(Exception, match=found):
+        simulate_some()
