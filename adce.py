@@ -7051,8 +7051,11 @@ class Runner:
             instants.append(self.next_paint_at)
         if self.unrecorded:
             instants.append(now + 1)
-        due = self.database.value("select min(due_at) from objects where due_at is not null")
-        retry = None if self.once else self.database.value("select min(next_at) from tasks where state = 'retry'")
+        due = retry = None
+        if self.steps is None:  # else it is noted after the cycle
+            due = self.database.value("select min(due_at) from objects where due_at is not null")
+        if self.workers.free() and not self.once:  # else it is for the next who is
+            retry = self.database.value("select min(next_at) from tasks where state = 'retry'")
         instants += [now + instant - wall for instant in (due, retry) if instant is not None]
         return max(0.0, min(instants) - now)
 
