@@ -1006,7 +1006,8 @@ class Database:
         except OSError as error:
             raise DatabaseError(f"cannot write {path}: {error.strerror}", "name another file") from error
         finally:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what failed first is what is told
+                draft.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[None]:

@@ -1,0 +1,188 @@
+"""What is kept, for how long, what a backup holds, and which damage is found."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import stat
+import threading
+
+import pytest
+from conftest import run_adce
+from test_queue import Desk
+
+import adce
+
+TEXT = """\
+retention_days: 10
+rate_limiting: {source_limits: {shop: {requests_per_minute: 30, requests_per_hour: 600}}}
+sources: {shop: {base_url: "http://127.0.0.1:9"}}
+datasets:
+  teams:
+    source: shop
+    key: "teams/{team}.json"
+    url: "/{team}"
+    partitions: {values: {team: [A, B, C, D]}}
+"""
+DAY = 86400
+
+
+@pytest.fixture
+def desk(configure, database, clock) -> Desk:
+    return Desk(configure(TEXT), database, clock)
+
+
+def forget(desk: Desk, days: float) -> int:
+    with desk.database.transaction() as sql:
+        return adce.forget(sql, desk.clock.wall() - days * DAY)
+
+
+def attempts(desk: Desk) -> list[str]:
+    return [row[0] for row in desk.database.read("select outcome from attempts order by attempt_id")]
+
+
+def sums(desk: Desk) -> int:
+    return desk.database.value("select sum(attempts) from stats")
+
+
+def test_old_attempts_and_closed_tasks_go_and_their_sums_stay(desk):
+    for team in "AB":
+        desk.expect("teams", team=team)
+    desk.end(desk.claim(), adce.Outcome.OK)
+    desk.end(desk.claim(), adce.Outcome.INVALID)
+    assert (forget(desk, 10), attempts(desk), sums(desk)) == (0, ["ok", "invalid"], 2)
+    desk.clock.advance(11 * DAY)
+    assert forget(desk, 10) == 3  # two attempts and the closed task
+    assert (attempts(desk), sums(desk), desk.states()) == ([], 2, {"retry": 1})
+    assert desk.end(desk.claim(), adce.Outcome.OK).state == "done"
+
+
+def test_attempt_that_still_runs_and_what_is_younger_stay(desk):
+    for team in "AB":
+        desk.expect("teams", team=team)
+    running = desk.claim()
+    desk.clock.advance(11 * DAY)
+    desk.end(desk.claim(), adce.Outcome.OK)
+    assert (forget(desk, 10), attempts(desk)) == (0, ["running", "ok"])
+    assert running and desk.end(running, adce.Outcome.OK).state == "done"
+
+
+def test_little_is_removed_at_a_time(desk, monkeypatch):
+    monkeypatch.setattr(adce, "FORGOTTEN_AT_ONCE", 3)
+    desk.expect("teams", team="A")
+    for _ in range(7):
+        desk.end(desk.claim(), adce.Outcome.LOST)
+    desk.clock.advance(11 * DAY)
+    assert [forget(desk, 10) for _ in range(4)] == [3, 3, 1, 0]
+
+
+def test_last_cycle_and_what_undoes_a_skip_are_kept(desk, tmp_path):
+    desk.expect("teams", team="A")
+    store = adce.FolderStore(tmp_path / "lake")
+    store.sweep()
+    for _ in range(3):
+        adce.run_cycle(adce.reconcile(desk.database, desk.configuration, store, desk.clock))
+    with desk.database.transaction() as sql:
+        assert adce.skip_tasks(adce.Ledger(sql, desk.configuration, desk.clock.wall()), [1], "no such team") == 1
+    desk.clock.advance(11 * DAY)
+    forget(desk, 10)
+    assert desk.database.value("select group_concat(cycle_id) from cycles") == "3"
+    with desk.database.transaction() as sql:
+        assert adce.retry_tasks(adce.Ledger(sql, desk.configuration, desk.clock.wall()), [1]) == 1
+    assert desk.database.value("select kind from gaps where key = 'teams/A.json'") == "missing"
+
+
+def test_backup_of_a_busy_database_is_whole_and_nobody_elses(desk, tmp_path):
+    for team in "ABCD":
+        desk.expect("teams", team=team)
+    is_over = threading.Event()
+
+    def write() -> None:
+        with adce.open_database(tmp_path / "adce.db").transaction() as sql:
+            sql.execute("insert into settings values ('n', '0')")
+        other = adce.open_database(tmp_path / "adce.db")
+        while not is_over.is_set():
+            with other.transaction(durable=False) as sql:
+                sql.execute("update settings set value = value + 1 where name = 'n'")
+        other.close()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen: list[tuple[int, int]] = []
+    for number in range(20):
+        desk.database.back_up(tmp_path / f"{number}.db", lambda left, total: seen.append((left, total)))
+    is_over.set()
+    writer.join()
+    assert seen[-1][0] == 0
+    for number in range(20):
+        path = tmp_path / f"{number}.db"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        copy = adce.open_database(path, must_exist=True)
+        assert (copy.check(), copy.value("select count(*) from queue")) == ([], 4)
+        copy.close()
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_backup_overwrites_nothing_and_leaves_nothing_when_it_fails(desk, tmp_path):
+    (tmp_path / "there").write_text("precious")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "there", tmp_path / "file" / "x.db"):
+        with pytest.raises(adce.DatabaseError):
+            desk.database.back_up(path)
+    assert (tmp_path / "there").read_text() == "precious"
+    assert not list(tmp_path.rglob("*.part*"))
+
+
+def test_restored_database_asks_nobody_until_what_it_does_not_know_has_left_the_windows(desk, tmp_path):
+    desk.database.back_up(tmp_path / "copy.db")
+    copy = adce.open_database(tmp_path / "copy.db")
+    for _ in range(2):  # at the first start only
+        with copy.transaction() as sql:
+            adce.declare_limits(sql, desk.configuration, desk.clock)
+            opens = adce.opening(sql, desk.configuration.rate_limiting, "shop", desk.clock.boot())
+        assert (opens.at, "restored" in opens.reason) == (50_000.0 + 3600, True)
+        desk.clock.advance(60)
+    copy.close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("delete from tasks where task_id = 1", "1 gaps without a task"),
+        ("update objects set state = 'present' where object_id = 2", "1 open tasks without a gap"),
+        ("update counts set objects = objects + 2 where state = 'missing'", "2 objects counted wrongly"),
+        ("update tasks set state = 'running' where task_id = 1", "1 running tasks without an attempt"),
+        ("drop index live_tasks", "the index live_tasks is gone"),
+        ("create trigger t after insert on tasks begin select 1; end", "the trigger t is not ADCE's"),
+        ("pragma foreign_keys = off; delete from datasets", "names a row of datasets that is gone"),
+    ],
+)
+def test_check_names_what_is_wrong_in_the_database(damage, words, tmp_path):
+    (tmp_path / "adce.yaml").write_text(TEXT)
+    (tmp_path / "adce.yaml").chmod(0o644)
+    run_adce("reconcile", folder=tmp_path)
+    assert run_adce("check", folder=tmp_path).returncode == 0
+    with sqlite3.connect(tmp_path / "adce.db") as connection:
+        connection.executescript(damage)
+    connection.close()
+    done = run_adce("check", "--format", "json", folder=tmp_path)
+    found = {row["what"]: row for row in json.loads(done.stdout)}["database"]
+    assert (done.returncode, found["result"]) == (1, "FAIL")
+    assert words in found["details"]
+
+
+def test_check_tells_who_else_could_change_what_runs(tmp_path):
+    (tmp_path / "adce.yaml").write_text(TEXT)
+    (tmp_path / "adce.yaml").chmod(0o666)
+    done = run_adce("check", folder=tmp_path)
+    assert (done.returncode, f"chmod o-w {tmp_path / 'adce.yaml'}" in done.stdout) == (1, True)
+
+
+def test_command_backs_up_beside_whatever_works(tmp_path):
+    (tmp_path / "adce.yaml").write_text(TEXT)
+    run_adce("reconcile", folder=tmp_path)
+    done = run_adce("backup", "copy.db", folder=tmp_path)
+    assert (done.returncode, "copy.db holds" in done.stdout) == (0, True)
+    again = run_adce("backup", "copy.db", folder=tmp_path)
+    assert (again.returncode, "exists already" in again.stderr) == (1, True)
+    assert run_adce("coverage", "--db", "copy.db", folder=tmp_path).stdout.count("teams") == 1
