@@ -7311,8 +7311,8 @@ def _check_database(configuration: Configuration) -> str:
 
 
 def _foreign_parts(database: Database) -> list[str]:
-    """Tables, indexes, triggers and views that are not those of this version."""
-    parts = "select type, name from sqlite_schema where name not like 'sqlite_%'"
+    """Tables, indexes, triggers and views that are not those of this version. Litestream brings two of its own."""
+    parts = "select type, name from sqlite_schema where name not glob 'sqlite_*' and name not glob '_litestream_*'"
     with contextlib.closing(memory_database()) as model:
         wanted, there = ({tuple(row) for row in one.read(parts)} for one in (model, database))
     return [f"the {kind} {name} is gone" for kind, name in sorted(wanted - there)] + [
