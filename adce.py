@@ -20,6 +20,8 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Migrations                  to it, from those of older versions
     Views                       what people read of them
     Database                    one safe door to the SQLite file
+    Opening                     how it is made and opened
+    Backups                     a copy while others work
     Templates                   texts with fields in them
     Configuration               the shape of what the user declares
     Keys                        everything that may stand in adce.yaml
@@ -890,10 +892,9 @@ create view cycles as
 # ---------------------------------------------------------------- Database
 # One safe door to the file: one writing connection behind a lock, one that can only read. Nothing slow
 # happens inside a transaction, and nothing else in this process ever opens the file, because closing it
-# would drop SQLite's locks. Headlines: open_database(), RunnerLock.
+# would drop SQLite's locks. Headline: Database.
 
 BUSY_SECONDS = 30
-BACKUP_PAGES = 1000  # copied at a time
 TROUBLE_SECONDS = 10  # before a database that cannot be used now is tried again
 CONNECTION_SETTINGS = """
 pragma busy_timeout = 30000;
@@ -977,47 +978,17 @@ class Database:
             self._reader.backup(memory)
         return Database(self.path, memory, memory)
 
-    def back_up(self, path: Path, progress: Callable[[int, int], None] | None = None) -> None:
-        """Write all that is committed now into a new file, mode 0600, while others go on. It is checked, and it is
-        there whole or not at all. `progress` is told the pages left and all. Raises DatabaseError, also when there
-        is something at `path` already."""
-        self._check_process()
-        if path.exists() or path.is_symlink():
-            raise DatabaseError(f"{path} exists already", "name a new file; nothing was written")
-        draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-        _create_file(draft)
-        try:
-            with _Translation(str(draft)):
-                copy = _connect(str(draft))
-                try:
-                    with self._reading, self._snapshot():
-                        self._reader.backup(
-                            copy,
-                            pages=BACKUP_PAGES,
-                            progress=(lambda _, left, total: progress(left, total)) if progress else None,
-                        )
-                    copy.execute("pragma journal_mode = delete")
-                    copy.execute("insert or replace into settings values ('is a backup', '1')")
-                    if copy.execute("pragma integrity_check").fetchone()[0] != "ok":
-                        raise DatabaseError(f"the copy of {self.path} is damaged", "adce.py check")
-                finally:
-                    copy.close()
-            _publish(draft, path)
-        except OSError as error:
-            raise DatabaseError(f"cannot write {path}: {error.strerror}", "name another file") from error
-        finally:
-            with contextlib.suppress(OSError):  # what failed first is what is told
-                draft.unlink(missing_ok=True)
-
     @contextlib.contextmanager
-    def _snapshot(self) -> Iterator[None]:
-        """What the reader sees stays as it is, whatever others write. A backup would else begin anew."""
-        self._reader.execute("begin")
-        try:
-            self._reader.execute("select count(*) from sqlite_schema").fetchone()
-            yield
-        finally:
-            self._reader.execute("rollback")
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """The reader, which sees all as of one moment, whatever others write meanwhile."""
+        self._check_process()
+        with self._reading, self._translation:
+            self._reader.execute("begin")
+            try:
+                self._reader.execute("select count(*) from sqlite_schema").fetchone()
+                yield self._reader
+            finally:
+                self._reader.execute("rollback")
 
     def close(self) -> None:
         """Close both connections."""
@@ -1030,18 +1001,6 @@ class Database:
                 f"{self.path} was opened before this process was forked",
                 "start the other process anew; multiprocessing: use the method spawn",
             )
-
-
-def _publish(draft: Path, path: Path) -> None:
-    """Give a finished file its name for good, unless somebody has taken that name meanwhile."""
-    for place in (draft, path.parent):
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if place == draft:
-            os.link(draft, path)
 
 
 class _Translation:
@@ -1086,6 +1045,11 @@ def _connect(path: str) -> sqlite3.Connection:
     connection.row_factory = sqlite3.Row
     connection.executescript(CONNECTION_SETTINGS)
     return connection
+
+
+# ---------------------------------------------------------------- Opening
+# How a database is made, brought up to date and opened, and the lock of its one runner. Headlines:
+# open_database(), RunnerLock.
 
 
 def open_database(path: Path, *, must_exist: bool = False) -> Database:
@@ -1223,6 +1187,63 @@ class RunnerLock:
         if self._file:
             self._file.close()
             self._file = None
+
+
+# ---------------------------------------------------------------- Backups
+# A copy of the database while others work on it, and what a copy cannot know. Headline: back_up().
+
+BACKUP_PAGES = 1000  # copied at a time
+
+
+def back_up(database: Database, path: Path, progress: Callable[[int, int], None]) -> None:
+    """Write all that is committed now into a new file, mode 0600. It is checked, and it is there whole or not at
+    all. `progress` is told the pages left and all. Raises DatabaseError, also when something is at `path` already."""
+    if path.exists() or path.is_symlink():
+        raise DatabaseError(f"{path} exists already", "name a new file; nothing was written")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    _create_file(draft)
+    try:
+        with _Translation(str(draft)), contextlib.closing(_connect(str(draft))) as copy:
+            with database.snapshot() as source:  # or else each write of others would begin it anew
+                source.backup(copy, pages=BACKUP_PAGES, progress=lambda _, left, total: progress(left, total))
+            copy.execute("pragma journal_mode = delete")
+            copy.execute("insert or replace into settings values ('is a backup', '1')")
+            if copy.execute("pragma integrity_check").fetchone()[0] != "ok":
+                raise DatabaseError(f"the copy of {database.path} is damaged", "adce.py check")
+        _publish(draft, path)
+    except OSError as error:
+        raise DatabaseError(f"cannot write {path}: {error.strerror}", "name another file") from error
+    finally:
+        with contextlib.suppress(OSError):  # what failed first is what is told
+            draft.unlink(missing_ok=True)
+
+
+def _publish(draft: Path, path: Path) -> None:
+    """Give a finished file its name for good, unless somebody has taken that name meanwhile."""
+    for place in (draft, path.parent):
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if place == draft:
+            os.link(draft, path)
+
+
+def distrust_backup(sql: sqlite3.Connection, now: float) -> None:
+    """A backup does not know what was asked since it was made: at its first use each source is left alone until
+    that has left its windows. `now` is boot time."""
+    if sql.execute("delete from settings where name = 'is a backup'").rowcount:
+        sql.execute(
+            """
+            update scopes
+            set paused_until = max(paused_until, :now + longest), paused_for = max(paused_for, longest),
+                reason = 'restored from a backup: what was asked since it was made is not known'
+            from (select scope as limited, max(window_seconds) as longest from windows group by scope)
+            where scope = limited
+            """,
+            {"now": now},
+        )
 
 
 # ---------------------------------------------------------------- Templates
@@ -3148,7 +3169,6 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
     if known and known["boot_id"] != boot_id:
         _carry_over_reboot(sql, known["wall_offset"] - offset)
     sql.execute("insert or replace into boot values (1, ?, ?)", (boot_id, offset))
-    is_backup = sql.execute("delete from settings where name = 'is a backup'").rowcount
     sql.execute("delete from windows")
     for scope in (*configuration.sources, GLOBAL):
         limits = configuration.rate_limiting.scopes.get(scope, ScopeLimits())
@@ -3165,17 +3185,7 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
             "insert into windows values (?, ?, ?)",
             [(scope, limit.seconds, limit.max_requests) for limit in limits.windows],
         )
-        longest = max((limit.seconds for limit in limits.windows), default=0.0)
-        if is_backup and longest:  # nobody knows what was asked since the backup
-            sql.execute(
-                """
-                update scopes
-                set paused_until = max(paused_until, ?1), paused_for = max(paused_for, ?2),
-                    reason = 'restored from a backup: what was asked since it was made is not known'
-                where scope = ?3
-                """,
-                (clock.boot() + longest, longest, scope),
-            )
+    distrust_backup(sql, clock.boot())
 
 
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
@@ -7670,7 +7680,7 @@ def command_backup(arguments: Arguments, configuration: Configuration) -> ExitCo
         if is_shown:
             print(f"\r{100 * (total - left) // max(total, 1)}%", end="" if left else "\n", file=sys.stderr, flush=True)
 
-    _existing(configuration).back_up(arguments.file, show)
+    back_up(_existing(configuration), arguments.file, show)
     if not arguments.quiet:
         print(f"{arguments.file} holds {arguments.file.stat().st_size:,} bytes and was checked")
     return ExitCode.DONE

@@ -345,6 +345,7 @@ def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
             drop index objects_open;
             alter table objects drop column live;
             drop index objects_skipped;
+            drop index closed_tasks;
             alter table objects drop column skipped;
             alter table attempts drop column output;
             drop table orders;

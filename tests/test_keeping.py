@@ -37,6 +37,10 @@ def forget(desk: Desk, days: float) -> int:
         return adce.forget(sql, desk.clock.wall() - days * DAY)
 
 
+def ignore(left: int, total: int) -> None:
+    pass
+
+
 def attempts(desk: Desk) -> list[str]:
     return [row[0] for row in desk.database.read("select outcome from attempts order by attempt_id")]
 
@@ -110,7 +114,7 @@ def test_backup_of_a_busy_database_is_whole_and_nobody_elses(desk, tmp_path):
     writer.start()
     seen: list[tuple[int, int]] = []
     for number in range(20):
-        desk.database.back_up(tmp_path / f"{number}.db", lambda left, total: seen.append((left, total)))
+        adce.back_up(desk.database, tmp_path / f"{number}.db", lambda left, total: seen.append((left, total)))
     is_over.set()
     writer.join()
     assert seen[-1][0] == 0
@@ -128,13 +132,13 @@ def test_backup_overwrites_nothing_and_leaves_nothing_when_it_fails(desk, tmp_pa
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "there", tmp_path / "file" / "x.db"):
         with pytest.raises(adce.DatabaseError):
-            desk.database.back_up(path)
+            adce.back_up(desk.database, path, ignore)
     assert (tmp_path / "there").read_text() == "precious"
     assert not list(tmp_path.rglob("*.part*"))
 
 
 def test_restored_database_asks_nobody_until_what_it_does_not_know_has_left_the_windows(desk, tmp_path):
-    desk.database.back_up(tmp_path / "copy.db")
+    adce.back_up(desk.database, tmp_path / "copy.db", ignore)
     copy = adce.open_database(tmp_path / "copy.db")
     for _ in range(2):  # at the first start only
         with copy.transaction() as sql:
