@@ -724,7 +724,7 @@ create view coverage as
     with summed as (
         select dataset_id,
                nullif(season, '') as season,
-               sum(objects) filter (where state in ('present', 'missing', 'stale', 'suspect')) as expected,
+               coalesce(sum(objects) filter (where state in ('present', 'missing', 'stale', 'suspect')), 0) as expected,
                coalesce(sum(objects) filter (where state = 'present'), 0) as present,
                coalesce(sum(objects) filter (where state = 'missing'), 0) as missing,
                coalesce(sum(objects) filter (where state = 'stale'), 0) as stale,
@@ -752,13 +752,13 @@ create view coverage as
            c.stale,
            c.suspect,
            coalesce(l.gave_up, 0) as gave_up,
-           c.present * 10000 / c.expected / 100.0 as percent,
+           c.present * 10000 / nullif(c.expected, 0) / 100.0 as percent,
            coalesce(u.skipped, 0) as skipped
     from summed c
     join datasets d using (dataset_id)
     left join lost l on l.dataset_id = c.dataset_id and l.season is c.season
     left join unwanted u on u.dataset_id = c.dataset_id and u.season is c.season
-    where c.expected > 0;
+    where c.expected > 0 or u.skipped > 0;
 
 create view skipped as
     -- What nobody wants any more: `retry ID` of its task wants it again.
@@ -2653,7 +2653,8 @@ def _ids(child: Dataset, document: Any, body: bytes) -> tuple[str, ...]:
         found: Any = re.findall(partitions.regex, body.decode("utf-8", "replace"))
     else:
         found = search(partitions.ids or "", {}, document)
-    texts = (str(value) for value in found or () if isinstance(value, str | int) and not isinstance(value, bool))
+    listed = found if isinstance(found, list) else [found]
+    texts = (str(value) for value in listed if isinstance(value, str | int) and not isinstance(value, bool))
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
@@ -2671,13 +2672,15 @@ def appraise(dataset: Dataset, season: Season | None, day: str | None, facts: Fa
         return Appraisal(ObjectState.SUSPECT, facts.verdict)
     if facts.size is not None and facts.size < dataset.validate.min_bytes:
         return Appraisal(ObjectState.SUSPECT, f"{facts.size} bytes, fewer than {dataset.validate.min_bytes}")
+    if facts.size is not None and facts.size > dataset.validate.max_bytes:
+        return Appraisal(ObjectState.SUSPECT, f"{facts.size} bytes, more than {dataset.validate.max_bytes}")
     freshness, modified = dataset.freshness, facts.modified_at or 0
     if freshness.until:
         if facts.settled is not False:
             return Appraisal(ObjectState.PRESENT)
         if freshness.live and facts.live:
             return Appraisal(ObjectState.STALE, "live", ask_at=modified + freshness.live.every)
-        return Appraisal(ObjectState.STALE, "not final yet", ask_at=modified + (freshness.refetch_every or 0))
+        return Appraisal(ObjectState.STALE, "not final yet", ask_at=modified + (freshness.refetch_every or HOUR))
     due_at = min(_refetch_instants(dataset, season, day, facts), default=None)
     if due_at is not None and due_at <= now:
         return Appraisal(ObjectState.STALE, f"last fetched {utc_text(modified)}", ask_at=due_at)
@@ -2968,6 +2971,8 @@ def _take_entries(response_dict: dict[str, Any], customized_response_dict: dict[
     """Take the entries out of a page before botocore parses it: most of its time went into dates. Keys come
     quoted as for a url when the server obeys boto3's wish for that."""
     body = response_dict["body"]
+    if response_dict.get("status_code") == 200 and b"ListBucketResult" not in body:
+        raise ValueError("the answer is no listing")
     unquote = urllib.parse.unquote_plus if b"<EncodingType>url</EncodingType>" in body else str
     entries = []
     for match in S3_ENTRY.finditer(body):
@@ -3025,6 +3030,8 @@ class S3Store:
                 yield StoredObject(entry.key.removeprefix(self.above), entry.size, entry.etag, entry.modified_at)
             if not page.get("IsTruncated"):
                 return
+            if "NextContinuationToken" not in page:
+                raise StoreError(f"s3://{self.bucket} says that its listing goes on, and not where", "try again")
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def find(self, key: str) -> StoredObject | None:
@@ -3063,7 +3070,8 @@ class S3Store:
             boto3.exceptions.Boto3Error,
             ValueError,
         ) as error:
-            if getattr(error, "response", {}).get("Error", {}).get("Code") in ("NoSuchKey", "404") and " " in action:
+            answer = getattr(error, "response", None) or {}
+            if answer.get("Error", {}).get("Code") in ("NoSuchKey", "404") and " " in action:
                 raise KeyError(action) from None
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
             raise StoreError(f"cannot {action} s3://{self.bucket}/{self.above}: {error}", hint) from error
@@ -4038,17 +4046,19 @@ def declare_datasets(
 
     Raises MassDropError when that is most of what was expected, and the operator has not consented."""
     weighting = configuration.priority_weighting
+    were_active = {row[0] for row in sql.execute("select dataset from datasets where active").fetchall()}
     sql.execute("update datasets set active = 0")
     for dataset in configuration.datasets.values():
-        parts = (dataset.key.text, dataset.partitions, dataset.freshness, dataset.validate, dataset.available_after)
+        parts: tuple[Any, ...] = (dataset.key.text, dataset.partitions, dataset.freshness, dataset.validate)
+        parts += (dataset.available_after, configuration.seasons)
         definition = hashlib.sha256(repr(parts).encode()).hexdigest()
         known = sql.execute("select * from datasets where dataset = ?", (dataset.name,)).fetchone()
         if known is None:
             sql.execute(
                 "insert into datasets values (null, ?, ?, 1, ?, '', 1.0, 0)", (dataset.name, dataset.source, definition)
             )
-        elif known["definition"] != definition:
-            _forget_readings(sql, dataset, known["dataset_id"])
+        if known is None or known["definition"] != definition or dataset.name not in were_active:
+            _forget_readings(sql, dataset)
         sql.execute(
             "update datasets set active = 1, source = ?, definition = ? where dataset = ?",
             (dataset.source, definition, dataset.name),
@@ -4062,15 +4072,22 @@ def declare_datasets(
             ledger.drop(row[0])
 
 
-def _forget_readings(sql: sqlite3.Connection, dataset: Dataset, dataset_id: int) -> None:
-    """A changed declaration: look at its objects, and at the parents that name them, once more."""
-    sql.execute("update datasets set expansion = '' where dataset_id = ?", (dataset_id,))
+def _forget_readings(sql: sqlite3.Connection, dataset: Dataset) -> None:
+    """A new or changed declaration: look at its objects, and at the parents that name them, once more."""
+    sql.execute("update datasets set expansion = '' where dataset = ?", (dataset.name,))
     sql.execute(
-        "update objects set read_etag = null, valid = null, settled = null, live = null where dataset_id = ?",
-        (dataset_id,),
+        """
+        update objects
+        set read_etag = null, valid = null, settled = null, live = null,
+            due_at = iif(etag is null or state = 'dropped', due_at, 0)
+        where dataset_id = (select dataset_id from datasets where dataset = ?)
+        """,
+        (dataset.name,),
     )
-    parent = "(select dataset_id from datasets where dataset = ?)"
-    sql.execute(f"update objects set read_etag = null where dataset_id = {parent}", (dataset.partitions.parent,))  # noqa: S608
+    sql.execute(
+        "update objects set read_etag = null where dataset_id = (select dataset_id from datasets where dataset = ?)",
+        (dataset.partitions.parent,),
+    )
 
 
 def reprioritise(sql: sqlite3.Connection, configuration: Configuration, now: float) -> None:
@@ -4482,7 +4499,7 @@ def _add_to_totals(sql: sqlite3.Connection, attempt_id: int) -> None:
 RUNNER_DIED = "the runner died"
 
 
-def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
+def requeue_orphans(sql: sqlite3.Connection, policy: Retry, now: float) -> int:
     """After a crash: what was running is pending again, and its attempt is lost. Returns how many.
 
     A task that has seen `max_attempts` runners die in a row may be what kills them, and has given up."""
@@ -4501,10 +4518,11 @@ def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
                           select coalesce(max(attempt_id), 0) from attempts
                           where task_id = tasks.task_id and error is not :died)) then 'gave_up'
                 else 'pending' end,
+            closed_at = iif(object_id in (select object_id from objects where state = 'dropped'), :now, null),
             last_error = :died
         where state = 'running'
     """
-    return sql.execute(requeue, {"most": policy.max_attempts, "died": RUNNER_DIED}).rowcount
+    return sql.execute(requeue, {"most": policy.max_attempts, "died": RUNNER_DIED, "now": int(now)}).rowcount
 
 
 # ---------------------------------------------------------------- Listing
@@ -4792,7 +4810,7 @@ def reconcile(
             cycle.remember("looked up to", "" if cycle.share.high == LAST_KEY else cycle.share.high)
     except StoreError as error:
         cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
-    except (GeneratorExit, MassDropError):
+    except BaseException:  # stopped, interrupted, or an error of the program's own
         cycle.problems.append("stopped before its end")
         raise
     finally:
@@ -4954,7 +4972,7 @@ def _read(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
         says_more = children or dataset.freshness.until or dataset.freshness.live
         if not (says_more or dataset.validate.needs_content()):
             continue
-        left = math.inf if says_more else READS_IN_A_CYCLE
+        left = math.inf if says_more or cycle.orders.is_full else READS_IN_A_CYCLE
         after = ""
         while left > 0 and (unread := _unread(cycle, dataset, after)):
             look = functools.partial(_inspect, cycle, children=children)
@@ -5011,8 +5029,9 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
     for dataset_id, lost in cycle.losses.items():
         there = cycle.there[dataset_id]
         many = len(lost) > BRAKE_OBJECTS and len(lost) > BRAKE_SHARE * there
+        everything = (len(lost) == there and there > BRAKE_EMPTY) or (cycle.listed == 0 and total > BRAKE_EMPTY)
         name = names[dataset_id]
-        if name not in cycle.orders.may_lose and (many or (cycle.listed == 0 and total > BRAKE_EMPTY)):
+        if name not in cycle.orders.may_lose and (many or everything):
             cycle.is_braked = True
             text = f"{name}: {len(lost)} of {there} objects vanished at once, none is taken for missing"
             cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --believe {name}")
@@ -6427,6 +6446,10 @@ class LogFile(io.TextIOBase):
             def handleError(self, record: Any) -> None:  # noqa: N802  # its name for it
                 """A full disk stops nothing."""
 
+            def _open(self) -> Any:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                return os.fdopen(os.open(self.baseFilename, flags, 0o600), "a", encoding="utf-8")
+
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
             self._handler = Handler(path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", delay=True)
@@ -6437,7 +6460,7 @@ class LogFile(io.TextIOBase):
         """Lines go to the file one by one."""
         import logging
 
-        for line in text.splitlines():
+        for line in filter(None, text.splitlines()):
             self._handler.emit(logging.makeLogRecord({"msg": line}))
         return len(text)
 
@@ -6458,7 +6481,7 @@ def announce_cycle(journal: Journal, database: Database) -> None:
         "error",
     )
     journal.write(
-        "WARN" if row["error"] else "INFO", "cycle", id=row["cycle_id"], **{name: row[name] for name in shown}
+        "ERROR" if row["error"] else "INFO", "cycle", id=row["cycle_id"], **{name: row[name] for name in shown}
     )
 
 
@@ -6593,7 +6616,8 @@ UNTIL_RESUMED = 3650 * DAY
 
 def pause_source(sql: sqlite3.Connection, scope: str, seconds: float | None, reason: str, now: float) -> None:
     """Leave a source alone for some seconds, or until it is resumed. A longer pause stays."""
-    pause(sql, scope, UNTIL_RESUMED if seconds is None else seconds, f"by hand: {reason}" if reason else "by hand", now)
+    seconds = min(UNTIL_RESUMED, UNTIL_RESUMED if seconds is None else seconds)
+    pause(sql, scope, seconds, f"by hand: {reason}" if reason else "by hand", now)
 
 
 def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> bool:
@@ -6758,6 +6782,8 @@ def notify(*lines: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return
+    if not lines:
+        return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.settimeout(1)
         sender.sendto("\n".join(lines).encode(), re.sub("^@", "\0", address))
@@ -6768,6 +6794,11 @@ def watchdog_seconds() -> float:
     microseconds = os.environ.get("WATCHDOG_USEC", "")
     is_meant = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     return int(microseconds) / 1e6 if microseconds.isdigit() and int(microseconds) and is_meant else math.inf
+
+
+def sign_of_life() -> list[str]:
+    """What systemd's watchdog wants to hear, if it listens."""
+    return ["WATCHDOG=1"] if watchdog_seconds() < math.inf else []
 
 
 def systemd_unit() -> str | None:
@@ -6894,7 +6925,7 @@ class Runner:
         with self.database.transaction() as sql:
             declare_limits(sql, self.configuration, self.clock)
             declare_datasets(sql, self.configuration, now, consents=self.orders.may_drop)
-            orphans = requeue_orphans(sql, self.configuration.retry)
+            orphans = requeue_orphans(sql, self.configuration.retry, now)
             register_runner(sql, presence, now)
         self.journal.write(
             "INFO",
@@ -6937,7 +6968,7 @@ class Runner:
         if self.steps is None and (asked or now >= self.next_cycle_at):
             self.next_cycle_at = math.inf if self.once else now + self.configuration.interval_seconds
             ahead = ReadAhead(self.listers, lambda: self.wakeups.put("page"))
-            orders = asked or self.orders
+            orders = dataclasses.replace(asked, may_drop=self.orders.may_drop) if asked else self.orders
             self.steps = reconcile(self.database, self.configuration, self.store, self.clock, orders, ahead)
         if self.steps is None:
             while note_due_objects(self.database, self.configuration, self.clock):
@@ -7044,7 +7075,7 @@ class Runner:
                 sql.execute(beat, (int(self.clock.wall()), len(self.workers.lost)))
                 sql.execute("update boot set wall_offset = ?", (self.clock.wall() - now,))
                 forget(sql, self.clock.wall() - self.configuration.retention_seconds)
-            notify("WATCHDOG=1", f"STATUS={status_line(self.database)}")
+            notify(*sign_of_life(), f"STATUS={status_line(self.database)}")
         if self.journal.screen and now >= self.next_paint_at:
             self.next_paint_at = now + SCREEN_SECONDS
             busy = [execution.claimed.tasks[0].target.key for execution in self.workers.running.values()]
@@ -7082,7 +7113,7 @@ class Runner:
         while self.workers.running and self.clock.boot() < limit:
             self.clock.wait(self.wakeups, min(1.0, limit - self.clock.boot()))
             self._collect()
-            notify("WATCHDOG=1")
+            notify(*sign_of_life())
         self.listers.shutdown(wait=False, cancel_futures=True)
         for execution in [*self.workers.stop(), *self.hops]:
             was_asked = bool(execution.spec.url) and execution not in self.hops
@@ -7603,9 +7634,11 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
 
 def _obey_signals(runner: Runner) -> None:
     """The first signal stops cleanly, the second at once; the next start requeues what ran."""
+    seen: list[int] = []
 
     def obey(number: int, _frame: object) -> None:
-        if runner.stop_reason:
+        seen.append(number)
+        if len(seen) > 1:
             end_processes(str(runner.configuration.database))
             os._exit(ExitCode.INTERRUPTED)
         runner.stop(signal.Signals(number).name)
@@ -7640,6 +7673,8 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
         lock.acquire()
         cycle_id = _own_cycle(database, configuration, orders)
     except LockedError:
+        if lock.holder() != database.value("select pid from runner where stopped_at is null"):
+            raise  # another reconcile
         cycle_id = _cycle_of_runner(database, lock, orders)
     rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], next_steps(database))
@@ -7693,7 +7728,7 @@ def command_start(arguments: Arguments, configuration: Configuration) -> ExitCod
 
 
 def _report_start(arguments: Arguments, configuration: Configuration) -> None:
-    log = configuration.database.with_suffix(".log")
+    log = configuration.database.with_name(f"{configuration.database.name}.log")
     words = [word for word, given in (("--yes", arguments.yes), ("--verbose", arguments.verbose)) if given]
     number = start_runner(configuration, words, log)
     address = _existing(configuration).value("select address from runner")
@@ -7710,7 +7745,7 @@ def command_stop(arguments: Arguments, configuration: Configuration) -> ExitCode
 
 
 def _patience_of(arguments: Arguments, configuration: Configuration) -> float:
-    return cast(float, arguments.timeout or configuration.grace_seconds + 15)
+    return configuration.grace_seconds + 15 if arguments.timeout is None else cast(float, arguments.timeout)
 
 
 def command_restart(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -7738,7 +7773,8 @@ def command_pause(arguments: Arguments, configuration: Configuration) -> ExitCod
         pause_source(sql, scope, arguments.seconds, arguments.reason, clock.boot())
     if not arguments.quiet:
         until = database.value("select blocked_until from rates where scope = ?", (scope,))
-        print(f"{scope} is paused until {until if arguments.seconds else 'it is resumed'}; what runs may end")
+        told = "it is resumed" if arguments.seconds is None else until or utc_text(clock.wall())
+        print(f"{scope} is paused until {told}; what runs may end")
     return ExitCode.DONE
 
 

@@ -274,7 +274,7 @@ def test_late_finish_of_a_lost_attempt_changes_nothing(desk):
     desk.expect("teams", team="A")
     lost = desk.claim()
     with desk.database.transaction() as sql:
-        assert adce.requeue_orphans(sql, desk.configuration.retry) == 1
+        assert adce.requeue_orphans(sql, desk.configuration.retry, desk.clock.wall()) == 1
     again = desk.claim()
     assert lost and again
     assert desk.finish(lost, result(lost.tasks[0], adce.Outcome.OK, desk.clock)) == []
@@ -336,7 +336,7 @@ def test_daily_totals_are_the_sums_of_the_attempts_lost_ones_included(desk):
     desk.claim()
     desk.claim()
     with desk.database.transaction() as sql:
-        adce.requeue_orphans(sql, desk.configuration.retry)
+        adce.requeue_orphans(sql, desk.configuration.retry, desk.clock.wall())
     totals = {row["outcome"]: (row["attempts"], row["seconds"]) for row in desk.database.read("select * from stats")}
     assert totals == {"ok": (2, 4.0), "invalid": (1, 2.0), "lost": (3, 2.0)}
 
@@ -436,7 +436,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def crash(self) -> None:
         with self.desk.database.transaction() as sql:
-            assert adce.requeue_orphans(sql, self.configuration.retry) == len(self.claims)
+            assert adce.requeue_orphans(sql, self.configuration.retry, self.desk.clock.wall()) == len(self.claims)
         self.claims.clear()
         self.desk.busy.clear()
 

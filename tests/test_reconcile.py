@@ -382,6 +382,43 @@ def test_configuration_that_expects_far_less_changes_nothing_without_consent(con
     assert desk.cycle(to_drop=True)["expected"] == 5 + 153 * ("other" in text)
 
 
+BILLS = """\
+  bills:
+    source: espn
+    key: "bills/{game_id}.json"
+    url: "/bill?id={game_id}"
+    partitions: {same_as: games}
+"""
+
+
+def test_dataset_that_is_added_or_comes_back_finds_its_ids_in_parents_that_were_read_before(desk, configure, lake):
+    lake.put_day(1, ["7", "8"])
+    desk.cycle()
+    for text, bills in ((TEXT + BILLS, 2), (TEXT, 0), (TEXT + BILLS, 2)):
+        desk.declare(configure(text))
+        desk.cycle(to_drop=True)
+        assert len([key for key in desk.gaps() if key.startswith("bills/")]) == bills
+
+
+def test_changed_size_holds_for_what_was_there_before(desk, configure, lake):
+    for day in range(1, 6):
+        lake.put_day(day, [])
+    desk.cycle()
+    desk.clock.advance(86400)
+    assert desk.gaps() == {}
+    desk.declare(configure(TEXT.replace("min_bytes: 10}", "min_bytes: 2, max_bytes: 5}")))
+    desk.cycle()
+    assert set(desk.gaps().values()) == {"suspect"}
+
+
+def test_cycle_that_an_interrupt_ends_is_no_good_cycle(desk, lake):
+    steps = adce.reconcile(desk.database, desk.configuration, lake.store, desk.clock)
+    next(steps)
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
+    assert desk.database.value("select error from cycles") == "stopped before its end"
+
+
 def test_changed_ids_are_looked_for_in_parents_that_were_read_before(desk, configure, lake):
     lake.put("days/2025-10-01.json", {"final": True, "games": ["7"], "other": ["8"]})
     desk.cycle()

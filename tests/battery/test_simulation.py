@@ -8,7 +8,7 @@ import adce
 from battery import simulation
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(8))
 def test_week_keeps_every_promise(seed):
     world = simulation.simulate(seed)
     assert world.counts["attempts"] > 20
@@ -29,7 +29,7 @@ def ask_always(sql, limiting, source, now, owner=""):
     return adce.Opening(now)
 
 
-def requeue_nothing(sql, policy):
+def requeue_nothing(sql, policy, now):
     return 0
 
 
