@@ -5043,6 +5043,9 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
                 ):
                     if target.cycle_id != cycle.cycle_id:
                         ledger.note(target, Facts(available_at=target.facts.available_at, seen_at=target.facts.seen_at))
+                        ledger.sql.execute(
+                            "update objects set read_etag = null where object_id = ?", (target.object_id,)
+                        )
             yield
 
 
