@@ -309,9 +309,12 @@ if [ -e lake/quick ]; then mkdir -p lake/games; echo x > lake/games/$1; exit; fi
 trap '' TERM
 setsid sleep 300 &
 sleep 300 &
-touch started.$1
 while :; do sleep 300; done
 """
+
+
+def sleeping(folder: Path) -> int:
+    return living(folder).count("sleep 300 ")
 
 
 @pytest.fixture
@@ -320,14 +323,14 @@ def stubborn(tmp_path, start) -> subprocess.Popen[str]:
     (tmp_path / "adce.yaml").write_text(COMMAND)
     (tmp_path / "scraper").write_text(HIDE)
     process = start("run")
-    wait_until(lambda: len(list(tmp_path.glob("started.*"))) == 2)
+    wait_until(lambda: sleeping(tmp_path) == 6)
     return process
 
 
 def test_orphans_of_a_killed_runner_are_ended_at_the_next_start(stubborn, tmp_path):
     stubborn.kill()
     stubborn.communicate()
-    assert len([line for line in living(tmp_path) if "sleep 300" in line]) >= 6
+    assert sleeping(tmp_path) == 6
     (tmp_path / "lake" / "quick").touch()
     done = run_adce("run", "--once", folder=tmp_path)
     assert (done.returncode, living(tmp_path)) == (0, []), done.stderr
@@ -359,11 +362,10 @@ def test_second_signal_leaves_no_process(stubborn, tmp_path):
     (tmp_path / "adce.yaml").write_text(COMMAND.replace("0.3", "300"))
     stubborn.kill()
     stubborn.communicate()
-    for mark in tmp_path.glob("started.*"):
-        mark.unlink()
+    adce.end_processes(str(tmp_path / "adce.db"))
     process = start_adce("run", folder=tmp_path)
     try:
-        wait_until(lambda: len(list(tmp_path.glob("started.*"))) == 2)
+        wait_until(lambda: sleeping(tmp_path) == 6)
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: "stopping" in process.stderr.readline())
         process.send_signal(signal.SIGTERM)
