@@ -384,8 +384,18 @@ datasets:
   good: {source: other, key: "good/{n}", call: "a_scraper:good", partitions: {values: {n: ["1", "2", "3", "4"]}}}
 """
 KILL = """
-import os, pathlib, time
-def kill(n): os.kill(os.getpid(), 9)
+import os, sqlite3, time
+def kill(n):
+    until = time.monotonic() + 20
+    while count() < 4 and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+def count():
+    connection = sqlite3.connect("file:adce.db?mode=ro", uri=True)
+    try:
+        return connection.execute("select count(*) from tasks where state = 'done'").fetchone()[0]
+    finally:
+        connection.close()
 def good(n): return b"x"
 """
 SLOW = """
