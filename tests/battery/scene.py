@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +31,21 @@ def poll(condition: Callable[[], object], seconds: float = 30, what: str = "it")
     while not condition():
         assert time.monotonic() < until, f"{what} did not happen within {seconds} s"
         time.sleep(0.02)
+
+
+def children_of(number: int) -> list[int]:
+    """The processes that a process, such as strace, has started."""
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+    return []
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a process and those that it has started: strace would leave them alone."""
+    for child in children_of(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    process.kill()
 
 
 class Scene:
@@ -100,10 +117,10 @@ class Scene:
             return process.returncode
         try:
             if seconds is None:
-                process.kill()
+                kill(process)
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
+            kill(process)
             process.wait()
             raise
         self.processes.remove(process)

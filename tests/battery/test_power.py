@@ -89,9 +89,7 @@ def cut_power_often(disk: Disk, folder: Path, cuts: int, seed: int, launcher: Se
         options = {"days": 8, "latency_seconds": (0.0, 0.05), "seed": seed + cut}
         with Scene(folder / str(cut), database=place / "adce.db", store=place / "lake", **options) as scene:
             process = scene.start("-v", "run", launcher=launcher)
-            wanted = dice.randint(0, 14)
-            with contextlib.suppress(AssertionError):  # all is done before
-                poll(lambda: len(scene.told()) >= wanted or process.poll() is not None, 10)
+            wait_for_told(scene, process, dice.randint(0, 14))
             time.sleep(dice.uniform(0, 0.05))  # the power fails at any moment
             disk.cut()
             scene.end(process)
@@ -106,6 +104,11 @@ def cut_power_often(disk: Disk, folder: Path, cuts: int, seed: int, launcher: Se
                 raise AssertionError(f"seed {seed}, cut {cut}, {len(scene.told())} told as done") from error
         shutil.rmtree(place)
     return told
+
+
+def wait_for_told(scene: Scene, process: subprocess.Popen[str], wanted: int) -> None:
+    with contextlib.suppress(AssertionError):  # there may never be so many
+        poll(lambda: len(scene.told()) >= wanted or process.poll() is not None, 5)
 
 
 def check_disk_after_cut(scene: Scene) -> None:
