@@ -79,7 +79,7 @@ def judge_requests(history: History, limits: Sequence[tuple[int, float]]) -> Non
         elif event["what"] == "ended":
             alive -= 1
             under_way.clear()  # whoever asked is gone
-        elif event["what"] == "asked" and alive:
+        elif event["what"] == "asked" and alive and "?" in event["path"]:  # else it is no object
             assert event["path"] not in under_way, f"C: {event['path']} was asked for twice at once"
             under_way[event["path"]] = event["number"]
         elif event["what"] == "answered" and under_way.get(event["path"]) == event["number"]:
