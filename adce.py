@@ -74,6 +74,7 @@ import array
 import bisect
 import collections
 import contextlib
+import contextvars
 import csv
 import dataclasses
 import datetime
@@ -257,7 +258,11 @@ class NoDatabaseError(DatabaseError):
 
 
 class RateLimitedError(Error):
-    """A source cannot be asked within the time that was given."""
+    """A source cannot be asked within the time that was given, but `seconds` from now."""
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class LockedError(Error):
@@ -490,6 +495,7 @@ create table tasks (
     next_at      integer,            -- retry: not before
     attempts     integer not null,   -- all of them
     failures     integer not null,   -- those that count towards retry.max_attempts
+    deaths       integer not null default 0,  -- of runners in a row, while they worked at it
     attempt_id   integer,            -- the one that is running
     last_error   text,
     closed_at    integer
@@ -674,6 +680,9 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
         may_lose     text    not null,
         cycle_id     integer
     ) strict;
+    """,
+    """
+    alter table tasks add column deaths integer not null default 0;
     """,
 )
 
@@ -894,14 +903,18 @@ create view cycles as
 # happens inside a transaction, and nothing else in this process ever opens the file, because closing it
 # would drop SQLite's locks. Headline: Database.
 
-BUSY_SECONDS = 30
+BUSY_SECONDS = 30  # for which another program may hold its transaction
+BUSY_STEP_SECONDS = 0.25  # meanwhile signals are obeyed so often
+HURRIED_SECONDS = 1
 TROUBLE_SECONDS = 10  # before a database that cannot be used now is tried again
 CONNECTION_SETTINGS = """
-pragma busy_timeout = 30000;
 pragma foreign_keys = on;
 pragma trusted_schema = off;
 pragma cell_size_check = on;
 """
+
+
+SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)  # it names damaged things as it finds them
 
 
 class Database:
@@ -912,6 +925,8 @@ class Database:
         self._writer, self._reader = writer, reader
         self._writing = threading.Lock()  # guards _writer: whoever wants a transaction waits here, in turn
         self._durable = True  # guarded by _writing, too: what the writer is set to
+        self._patience = float(BUSY_SECONDS)
+        writer.execute(f"pragma busy_timeout = {BUSY_STEP_SECONDS * 1000:.0f}")
         self._version = -1  # and what it last saw of the others
         self._reading = threading.Lock()  # guards _reader
         self._pid = os.getpid()
@@ -930,12 +945,28 @@ class Database:
                 if durable != self._durable:
                     self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
                     self._durable = durable
-                self._writer.execute("begin immediate")
+                self._begin()
                 yield self._writer
                 self._writer.execute("commit")
             finally:  # whatever interrupted it, and wherever
                 if self._writer.in_transaction:
                     self._writer.execute("rollback")
+
+    def _begin(self) -> None:
+        waited = 0.0
+        while True:
+            try:
+                self._writer.execute("begin immediate")
+            except sqlite3.OperationalError as error:
+                waited += BUSY_STEP_SECONDS  # in SQLite, where no signal is obeyed
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or waited >= self._patience:
+                    raise
+            else:
+                return
+
+    def hurry(self) -> None:
+        """From now on, do not wait long for other programs."""
+        self._patience = HURRIED_SECONDS
 
     def read(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a query, as of one moment. Never waits for a writer."""
@@ -1013,11 +1044,17 @@ class _Translation:
         pass
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, sqlite3.Error):
-            name = getattr(error, "sqlite_errorname", type(error).__name__)
-            passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
-            kind = DatabaseTroubleError if passes else DatabaseError
-            raise kind(f"{self.path}: {error} ({name})", _database_hint(name)) from error
+        if isinstance(error, SQLITE_ERRORS):
+            raise _translated(self.path, error) from error
+
+
+def _translated(path: str, error: BaseException) -> DatabaseError:
+    if isinstance(error, UnicodeDecodeError):
+        return DatabaseError(f"{path}: database disk image is malformed", _database_hint("SQLITE_CORRUPT"))
+    name = getattr(error, "sqlite_errorname", type(error).__name__)
+    passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
+    kind = DatabaseTroubleError if passes else DatabaseError
+    return kind(f"{path}: {error} ({name})", _database_hint(name))
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -1034,7 +1071,10 @@ def _database_hint(name: str) -> str:
     if name.startswith("SQLITE_BUSY"):
         return "another program holds a transaction on this file; close it"
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return "restore a backup, or move the file away: a new one is filled from the store, without its history"
+        return (
+            "put a backup in its place and remove the files with -wal and -shm at the end of their names, or move all "
+            "three away: a new one is filled from the store, without its history"
+        )
     return ""
 
 
@@ -1064,16 +1104,16 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
         _create_file(path)
     writer = None
     try:
-        writer = _connect(str(path))
         with _alone_in(path.parent):
+            _set_foreign_log_aside(path)
+            writer = _connect(str(path))
             _migrate(writer, path)
         reader = _connect(str(path))
         reader.execute("pragma query_only = on")
-    except sqlite3.Error as error:
+    except SQLITE_ERRORS as error:
         if writer:
             writer.close()
-        name = getattr(error, "sqlite_errorname", "")
-        raise DatabaseError(f"{path}: {error}", _database_hint(name)) from error
+        raise _translated(str(path), error) from error
     return Database(str(path), writer, reader)
 
 
@@ -1092,6 +1132,19 @@ def _create_file(path: Path) -> None:
         return
     except OSError as error:
         raise DatabaseError(f"cannot create {path}: {error.strerror}", "see `database:` in adce.yaml") from error
+
+
+def _set_foreign_log_aside(path: Path) -> None:
+    """What a runner has written last may still lie in its write-ahead log. SQLite would play that into a backup
+    that was put in the database's place, and damage it.
+
+    A backup says of itself that it has no such log (https://sqlite.org/fileformat2.html, 1.3.3); one that is newer
+    than the file may be another program's, which has just begun to use it."""
+    log = path.with_name(f"{path.name}-wal")
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        has_log = file.read(20)[18:] != b"\x01\x01"
+        if not has_log and log.stat().st_size and log.stat().st_mtime_ns <= os.fstat(file.fileno()).st_ctime_ns:
+            log.rename(f"{log}.{int(log.stat().st_mtime)}")
 
 
 @contextlib.contextmanager
@@ -1164,7 +1217,12 @@ class RunnerLock:
 
     def acquire(self) -> None:
         """Take the lock for the life of this process. Raises LockedError."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DatabaseError(
+                f"cannot write {self.path}: {error.strerror}", "the folder of the database must be writable"
+            ) from error
         file = os.fdopen(descriptor, "r+", encoding="ascii", errors="replace")
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -1367,6 +1425,10 @@ class Retry:
     max_attempts: int = 5
     initial_delay_seconds: float = 60
     max_delay_seconds: float = 21600
+
+    def deadly(self) -> int:
+        """A task that has seen so many runners die will be given one more chance, alone."""
+        return max(1, self.max_attempts - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -3513,6 +3575,8 @@ RUNNER = "runner"  # the owner of the main loop's places in line
 LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
 LATE_SECONDS = 2  # whoever stands in line and has not looked again by then has gone
 KEEP_ALIVE_SECONDS = 5
+# of the attempt for which this thread calls a function; a command has it in its environment
+SERVED_SOURCE = contextvars.ContextVar("served source", default="")
 
 
 def stand_in_line(sql: sqlite3.Connection, source: str, owner: str, opens: Opening, looks_at: float) -> None:
@@ -3650,7 +3714,8 @@ class Limiter:
                 return grant(sql, limiting, source.name, source.timeout_seconds, now)
             if opens.at > give_up_at:
                 wait = format_duration(opens.at - now)
-                raise RateLimitedError(f"{source.name} cannot be asked for another {wait}: {opens.reason}")
+                text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
+                raise RateLimitedError(text, opens.at - now)
             place = _Place(owner or f"{self._name}.{next(self._places)}", min(opens.at, now + LOOK_AGAIN_SECONDS))
             stand_in_line(sql, source.name, place.owner, opens, place.looks_at)
             return place
@@ -3693,14 +3758,17 @@ class Limiter:
 
     def release(self, held: Held, *, used: bool = True) -> None:
         """The request is over, or was never sent. What cannot be written now counts until its deadline: that
-        is safe."""
+        is safe.
+
+        Whether an answer is any good is known when the attempt ends that it belongs to, and counts then."""
         with self._guard:
             self._held.pop(held, None)
         is_news = held.answer is not None and held.answer.outcome is not Outcome.OK
         with contextlib.suppress(DatabaseError), self.database.transaction(durable=is_news) as sql:
             now = self.clock.boot()
             release(sql, held.permit, now, used=used)
-            if held.answer:
+            is_judged_later = held.source.name == (SERVED_SOURCE.get() or os.environ.get("ADCE_SOURCE"))
+            if held.answer and not (is_judged_later and held.answer.outcome in (Outcome.OK, Outcome.HTTP_ERROR)):
                 learn(sql, held.source, held.answer, now)
 
     def close(self) -> None:
@@ -3891,7 +3959,7 @@ class Ledger:
         self.sql.execute(
             """
             update objects
-            set state = 'dropped', reason = null, due_at = null, read_etag = null, proven = 0, since = ?
+            set state = 'dropped', reason = null, due_at = null, read_etag = null, proven = 0, skipped = null, since = ?
             where object_id = ?
             """,
             (int(self.now), object_id),
@@ -4065,7 +4133,11 @@ def declare_datasets(
         )
     for row in sql.execute("select dataset_id, success_rate from datasets").fetchall():
         sql.execute("update datasets set bonus = ? where dataset_id = ?", (bonus_of(weighting, row[1]), row[0]))
-    inactive = "select object_id from objects join datasets using (dataset_id) where not active and state != 'dropped'"
+    inactive = """
+        select object_id
+        from objects join datasets using (dataset_id)
+        where not active and (state != 'dropped' or skipped is not null)
+    """
     ledger = Ledger(sql, configuration, now)
     with guarded_drops(sql, consents=consents):
         for row in sql.execute(inactive).fetchall():
@@ -4186,6 +4258,7 @@ class Claim:
     source: Source
     tasks: tuple[ClaimedTask, ...]
     permit: Permit | None  # commands and calls ask for their own
+    is_alone: bool = False  # nothing else may run beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -4198,7 +4271,7 @@ class Result:
     stored: StoredObject | None = None
     inspection: Inspection | None = None
     requests: int = 0
-    retry_after: float | None = None  # seconds, when a throttling source named them
+    retry_after: float | None = None  # seconds, when a throttling source named them, or a permit was refused
     redirect: str | None = None  # the answer was: ask there
     output: str | None = None  # the end of what a command printed
 
@@ -4223,16 +4296,24 @@ def wake_retries(sql: sqlite3.Connection, before: float) -> None:
 
 
 def claim(
-    sql: sqlite3.Connection, configuration: Configuration, clock: Clock, busy: Mapping[str, int]
+    sql: sqlite3.Connection,
+    configuration: Configuration,
+    clock: Clock,
+    busy: Mapping[str, int],
+    free: int | None = None,
 ) -> tuple[Claim | None, dict[str, Opening]]:
     """Take the best task whose source can be asked now, with its permit; else, what each source waits for.
 
     One head per dataset is compared, so the cost does not grow with the queue. `busy` counts what runs
-    now, by dataset."""
-    now = clock.boot()
+    now, by dataset; `free` are the workers that have nothing to do.
+
+    A task that has seen nearly `max_attempts` runners die may be what kills them, or may only have been at
+    work beside that one: it waits until nothing else runs, and runs alone."""
+    now, workers = clock.boot(), configuration.max_concurrent_scrapers
+    free = workers - sum(busy.values()) if free is None else free
     heads = sql.execute(
         """
-        select t.task_id, t.rank, t.slope, t.detected_at, d.dataset, d.dataset_id, d.source, d.bonus,
+        select t.task_id, t.rank, t.slope, t.detected_at, t.deaths, d.dataset, d.dataset_id, d.source, d.bonus,
                s.throttles > 0 as is_probed, s.paused_until > ? as is_paused
         from datasets d
         join tasks t on t.task_id = (
@@ -4248,35 +4329,34 @@ def claim(
     wall = clock.wall()
     heads.sort(key=lambda h: (-score_at(h["rank"], h["slope"], h["bonus"], wall), h["detected_at"], h["task_id"]))
     wanted = {head["source"] for head in heads if not head["is_paused"]}
+    held = collections.Counter[str]()  # workers, by source
+    for name, count in busy.items():
+        held[configuration.datasets[name].source] += count
     openings: dict[str, Opening] = {}
     claimed = None
     for head in heads:
         source, dataset = configuration.sources[head["source"]], configuration.datasets[head["dataset"]]
-        most = _most_at_once(configuration, source, is_probed=head["is_probed"], has_rivals=wanted != {source.name})
-        at_work = sum(
-            busy.get(name, 0) for name, other in configuration.datasets.items() if other.source == source.name
-        )
-        if at_work >= most or busy.get(dataset.name, 0) >= (dataset.max_concurrent or most):
+        most = 1 if head["is_probed"] else source.max_concurrent
+        if held[source.name] >= most or busy.get(dataset.name, 0) >= (dataset.max_concurrent or most):
+            continue
+        # what has died holds its workers until a timeout: short of a request, long of a program or function
+        rivals = sum(not held[name] for name in wanted - {source.name})
+        if held[source.name] and free <= (min(rivals, 1) if dataset.url else rivals):
             continue
         if source.name not in openings:
             openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now, RUNNER)
         if openings[source.name].at <= now:
+            is_alone = head["deaths"] >= configuration.retry.deadly()
+            if is_alone and free < workers:
+                del openings[source.name]
+                break
             granted = None
             if dataset.url:
                 granted = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now)
-            claimed = Claim(dataset, source, _take(sql, configuration, dataset, head, wall), granted)
+            claimed = Claim(dataset, source, _take(sql, configuration, dataset, head, wall), granted, is_alone)
             break
     await_openings(sql, configuration, openings, now)
     return claimed, openings
-
-
-def _most_at_once(configuration: Configuration, source: Source, *, is_probed: bool, has_rivals: bool) -> int:
-    """How many workers a source may hold: one while nobody knows whether it is back, and never the last one
-    that others could use, because a source that has died holds what it has until its timeout."""
-    if is_probed:
-        return 1
-    workers = configuration.max_concurrent_scrapers
-    return min(source.max_concurrent, max(1, workers - 1) if has_rivals else workers)
 
 
 def await_openings(
@@ -4294,20 +4374,22 @@ def _take(
 ) -> tuple[ClaimedTask, ...]:
     """Start an attempt at the head of a dataset's queue, and at those that go with it in a batch."""
     by, most = (dataset.batch.by, dataset.batch.max) if dataset.batch else ("", 1)
+    deadly = configuration.retry.deadly()
+    most = 1 if head["deaths"] >= deadly else most
     rows = sql.execute(
         """
         select t.task_id, t.priority, t.object_id
         from tasks t join objects o using (object_id)
         where t.dataset_id = :dataset_id and t.state = 'pending'
           and (t.task_id = :head
-               or (:most > 1 and o.fields ->> :by = (
+               or (t.deaths < :deadly and o.fields ->> :by = (
                    select h.fields ->> :by from objects h join tasks using (object_id) where task_id = :head)))
         order by t.task_id != :head, t.rank desc, t.task_id
         limit :most
         """
         if most > 1
         else "select task_id, priority, object_id from tasks where task_id = :head",
-        {"dataset_id": head["dataset_id"], "head": head["task_id"], "by": by, "most": most},
+        {"dataset_id": head["dataset_id"], "head": head["task_id"], "by": by, "most": most, "deadly": deadly},
     ).fetchall()
     ledger, taken = Ledger(sql, configuration, wall), []
     for row in rows:
@@ -4396,6 +4478,8 @@ def _settle(
     next_at: int | None = None
     if known.state is ObjectState.DROPPED:
         state = TaskState.CANCELLED
+    elif result.retry_after is not None and result.outcome is Outcome.LOST:
+        state, next_at = TaskState.RETRY, int(ledger.now + result.retry_after) + 1
     elif result.outcome is Outcome.OK or result.outcome is Outcome.LOST:
         state = TaskState.PENDING
     elif failures >= ledger.configuration.retry.max_attempts:
@@ -4406,7 +4490,8 @@ def _settle(
     closed_at = int(ledger.now) if state is TaskState.CANCELLED else None
     sql.execute(
         """
-        update tasks set state = ?, failures = ?, next_at = ?, last_error = ?, attempt_id = null, closed_at = ?
+        update tasks
+        set state = ?, failures = ?, deaths = 0, next_at = ?, last_error = ?, attempt_id = null, closed_at = ?
         where task_id = ?
         """,
         (state, failures, next_at, result.error, closed_at, task.task_id),
@@ -4509,14 +4594,10 @@ def requeue_orphans(sql: sqlite3.Connection, policy: Retry, now: float) -> int:
     requeue = """
         update tasks
         set attempt_id = null,
+            deaths = deaths + 1,
             state = case
                 when object_id in (select object_id from objects where state = 'dropped') then 'cancelled'
-                when :most <= (
-                    select count(*) from attempts
-                    where task_id = tasks.task_id and error = :died
-                      and attempt_id > (
-                          select coalesce(max(attempt_id), 0) from attempts
-                          where task_id = tasks.task_id and error is not :died)) then 'gave_up'
+                when deaths + 1 >= :most then 'gave_up'
                 else 'pending' end,
             closed_at = iif(object_id in (select object_id from objects where state = 'dropped'), :now, null),
             last_error = :died
@@ -4857,9 +4938,16 @@ def _no_longer_expected(cycle: Cycle, dataset: Dataset, wanted: array.array[int]
     """The objects of a dataset that are not `wanted`."""
     known = cycle.database.value(
         """
-        select sum(objects)
-        from counts join datasets using (dataset_id)
-        where dataset = ? and state != 'dropped'
+        select (
+            select coalesce(sum(objects), 0)
+            from counts
+            where counts.dataset_id = datasets.dataset_id and state != 'dropped')
+        + (
+            select count(*)
+            from objects
+            where objects.dataset_id = datasets.dataset_id and skipped is not null)
+        from datasets
+        where dataset = ?
         """,
         (dataset.name,),
     )
@@ -4869,7 +4957,7 @@ def _no_longer_expected(cycle: Cycle, dataset: Dataset, wanted: array.array[int]
     page = """
         select object_id
         from objects join datasets using (dataset_id)
-        where dataset = ? and state != 'dropped' and object_id > ?
+        where dataset = ? and (state != 'dropped' or skipped is not null) and object_id > ?
         order by object_id
         limit ?
     """
@@ -5117,7 +5205,7 @@ def specify(configuration: Configuration, claimed: Claim) -> FetchSpec:
     url = claimed.source.base_url + dataset.url.render(targets[0].fields, quote_for_url) if dataset.url else ""
     environment = {
         "ADCE_CONFIG": str(configuration.path),
-        "ADCE_DB": str(configuration.database),
+        "ADCE_DB": str(configuration.database.resolve()),  # the next start may come by another path
         "ADCE_SOURCE": claimed.source.name,
         "ADCE_TASK": ",".join(str(task.task_id) for task in claimed.tasks),
     }
@@ -5137,6 +5225,9 @@ def look(spec: FetchSpec, target: Target, store: Store) -> Result | None:
     stored = store.find(target.key)
     if stored is None:
         return None
+    most = spec.dataset.validate.max_bytes
+    if stored.size > most:
+        return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
     try:
         inspection = inspect(spec.dataset, target.fields, store.read(target.key), spec.children)
     except KeyError:
@@ -5180,6 +5271,7 @@ def describe(error: BaseException) -> str:
 # back, because each hop needs a permit of its own. Headline: request().
 
 CONNECT_SECONDS = 10
+STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about the source
 BLOCK_BYTES = 64 << 10
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -5190,19 +5282,27 @@ class _TooLargeError(Exception):
     pass
 
 
+class _TooLateError(Exception):
+    pass
+
+
 def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
     """One HTTP request with a deadline for all of it, at most max_bytes long."""
     import requests
     import urllib3
 
-    if clock.boot() > spec.send_before:
-        return Result(Outcome.LOST, "its permit ran out before it was sent")
-    deadline = _Deadline(spec.source.timeout_seconds)
+    begun, deadline = clock.boot(), _Deadline(spec.source.timeout_seconds)
+
+    def about_to_send() -> None:
+        if clock.boot() > spec.send_before:
+            raise _TooLateError
+
     try:
         with deadline, requests.Session() as opened:
+            about_to_send()
             opened.trust_env = spec.source.trust_env
             for scheme in ("http://", "https://"):
-                opened.mount(scheme, _adapter(deadline))
+                opened.mount(scheme, _adapter(deadline, about_to_send))
             with opened.get(
                 spec.url,
                 headers=_headers(spec),
@@ -5214,9 +5314,13 @@ def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
                 if deadline.passed:  # a socket that we closed looks like one that has no more to say
                     raise requests.Timeout
                 return _judge(spec, response, body, store)
+    except _TooLateError:
+        return Result(Outcome.LOST, "its permit ran out before it was sent")
     except _TooLargeError:
         return Result(Outcome.INVALID, f"longer than {spec.dataset.validate.max_bytes} bytes", requests=1)
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        if clock.boot() > begun + spec.source.timeout_seconds + STANDSTILL_SECONDS:
+            return Result(Outcome.LOST, "this program stood still meanwhile", requests=1)
         if deadline.passed or isinstance(error, requests.Timeout):
             return Result(Outcome.TIMEOUT, f"no whole answer within {spec.source.timeout_seconds:g} s", requests=1)
         if isinstance(error, requests.exceptions.ContentDecodingError):
@@ -5272,8 +5376,8 @@ class _Deadline:
                 self._sockets.pop().close()
 
 
-def _adapter(deadline: _Deadline) -> Any:
-    """A transport without retries whose sockets the deadline watches."""
+def _adapter(deadline: _Deadline, about_to_send: Callable[[], None]) -> Any:
+    """A transport without retries whose sockets the deadline watches, and that asks once more when one is ready."""
     import requests.adapters
 
     class Adapter(requests.adapters.HTTPAdapter):
@@ -5281,12 +5385,16 @@ def _adapter(deadline: _Deadline) -> Any:
             pool: Any = super().get_connection_with_tls_context(*arguments, **options)
             kind = pool.ConnectionCls
 
-            def connect(connection: Any) -> Any:
+            def open_socket(connection: Any) -> Any:
                 connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
                 deadline.watch(connected)
                 return connected
 
-            pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": connect})
+            def connect(connection: Any) -> None:
+                kind.connect(connection)  # TLS included
+                about_to_send()
+
+            pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": open_socket, "connect": connect})
             return pool
 
     return Adapter(pool_connections=1, pool_maxsize=1)
@@ -5583,6 +5691,7 @@ def run_program(program: Program, clock: Clock) -> ProgramEnd:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGCONT)  # one that stands still cannot hear it
             _watch(process, pipes, TERMINATE_SECONDS, clock)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -5628,34 +5737,39 @@ def end_processes(database: str, tasks: str = "") -> int:
     """Kill what commands have left behind, those for these tasks or all of this database, in whatever group it is:
     each process of this user that began with their variables. Returns how many there were."""
     marks = [f"\0ADCE_DB={database}\0".encode(), f"\0ADCE_TASK={tasks}{tasks and chr(0)}".encode()]
-    ended = 0
+    ended: set[int] = set()
     for _ in range(KILLING_ROUNDS):  # one that forks meanwhile has left a child
-        handles = list(_processes_with(marks))
-        if not handles:
+        found = {number for number in _processes() if _kill_marked(number, marks)}
+        if not found:
             break
-        for handle in handles:
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-        select.select(handles, [], [], 1)
-        for handle in handles:
-            os.close(handle)
-        ended = max(ended, len(handles))
-    return ended
+        ended |= found
+    return len(ended)
 
 
-def _processes_with(marks: Sequence[bytes]) -> Iterator[int]:
-    """Handles of the living processes whose first environment holds all marks, but this one."""
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):  # it has ended, or is another user's
-                handle = os.pidfd_open(int(entry.name))
-                environment = b""
-                with contextlib.suppress(OSError):
-                    environment = b"\0" + Path(entry.path, "environ").read_bytes()
-                if all(mark in environment for mark in marks):
-                    yield handle
-                else:
-                    os.close(handle)
+def _processes() -> list[int]:
+    own = os.getpid()
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != own]  # noqa: PTH208
+
+
+def _kill_marked(number: int, marks: Sequence[bytes]) -> bool:
+    """Kill a living process whose first environment holds all marks, and wait until it is dead."""
+    try:
+        handle = os.pidfd_open(number)  # now the number cannot become another's
+    except (ProcessLookupError, PermissionError):
+        return False
+    try:
+        environment = b"\0" + Path(f"/proc/{number}/environ").read_bytes()
+        if not all(mark in environment for mark in marks):
+            return False
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        poller = select.poll()
+        poller.register(handle, select.POLLIN)
+        poller.poll(1000)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 # ---------------------------------------------------------------- Scrapers
@@ -5717,24 +5831,30 @@ def _judge_end(spec: FetchSpec, target: Target, end: ProgramEnd, body: bytes | N
         return keep(spec, target, body, store)
     if body:
         return Result(outcome, f"handed over {len(body)} bytes, which are not taken {told}")
-    return _look_again(spec, target, store) or Result(outcome, f"left no object {told}")
+    return _look_again(spec, target, store, Result(outcome, told))
 
 
-def _look_again(spec: FetchSpec, target: Target, store: Store) -> Result | None:
+def _look_again(spec: FetchSpec, target: Target, store: Store, otherwise: Result) -> Result:
     """What a scraper that writes to the store has left there; what was there before does not count."""
     found = look(spec, target, store)
-    if found and found.stored and (found.stored.etag, found.stored.modified_at) == target.version:
-        return Result(Outcome.ERROR, "left the object as it was")
+    if found is None:
+        return dataclasses.replace(otherwise, error=f"left no object {otherwise.error}")
+    if found.stored and (found.stored.etag, found.stored.modified_at) == target.version:
+        return dataclasses.replace(otherwise, error=f"left the object as it was {otherwise.error}")
     return found
 
 
 def _read_file(place: Path, most: int) -> bytes | None:
     """A plain file that a program has left, one byte more than `most` at most. Anything else is none."""
     try:
-        with os.fdopen(os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        with open(place, "rb", opener=_open_plainly) as file:  # closes also what it refuses
             return file.read(most + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
     except OSError:
         return None
+
+
+def _open_plainly(place: str, flags: int) -> int:
+    return os.open(place, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def call_function(spec: FetchSpec, store: Store) -> Result:
@@ -5751,13 +5871,14 @@ def call_function(spec: FetchSpec, store: Store) -> Result:
     if _taken_by(function, "session"):
         config = spec.environment["ADCE_CONFIG"]
         arguments["session"] = session(spec.source.name, config, spec.dataset.timeout_seconds)
+    SERVED_SOURCE.set(spec.source.name)
     try:
         value = function(**arguments)
         if value is None:
-            return _look_again(spec, target, store) or Result(Outcome.ERROR, "returned None and left no object")
+            return _look_again(spec, target, store, Result(Outcome.ERROR, "(returned None)"))
         body = _body_of(value, most)
     except RateLimitedError as error:
-        return Result(Outcome.LOST, str(error))  # nobody's fault
+        return Result(Outcome.LOST, str(error), retry_after=error.seconds)  # nobody's fault
     if body is None:
         text = f"{spec.dataset.call} returned {type(value).__name__}: not bytes, an iterator of bytes or a path"
         return Result(Outcome.ERROR, text)
@@ -6717,7 +6838,9 @@ class Workers:
         self.lost: dict[Future[list[Result]], Execution] = {}
 
     def free(self) -> int:
-        """How many have nothing to do."""
+        """How many have nothing to do, and may have."""
+        if any(execution.claimed.is_alone for execution in self.running.values()):
+            return 0
         return self.count - len(self.running)
 
     def at_work(self) -> collections.Counter[str]:
@@ -6884,12 +7007,14 @@ class Runner:
         self.next_cycle_at = self.next_beat_at = self.next_paint_at = -math.inf
         self.orders = Orders()
         self.stop_reason: str | None = None
+        self.trouble: str | None = None  # with the database, that was told
         self.stop_at = math.inf
         self.once = self.in_line = self.cycle_waits = False
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end; safe from a signal handler and from other threads."""
         self.stop_reason = self.stop_reason or reason
+        self.database.hurry()
         self.wakeups.put("stop")
 
     def run(
@@ -6907,11 +7032,12 @@ class Runner:
             while not self.stop_reason:
                 try:
                     self._turn()
+                    self._tell_trouble(None)
                 except DatabaseTroubleError as error:
                     self.database.check_place()
-                    if once:
+                    if once and not self.stop_reason:
                         raise
-                    self.journal.write("ERROR", "database", error=str(error), hint=error.hint)
+                    self._tell_trouble(error)
                     self.clock.wait(self.wakeups, TROUBLE_SECONDS)
         finally:
             self._finish_running()
@@ -6921,9 +7047,24 @@ class Runner:
         left = self.database.value("select count(*) from objects where state in ('missing', 'stale', 'suspect')")
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
 
+    def _tell_trouble(self, error: DatabaseError | None) -> None:
+        """What the database cannot do is said once, and once when it can again."""
+        text = str(error) if error else None
+        if error and text != self.trouble:
+            self.journal.write("ERROR", "database", error=text, hint=error.hint)
+        elif self.trouble and not (error or self.unrecorded):
+            self.journal.write("INFO", "database", works="again")
+        if error or not self.unrecorded:
+            self.trouble = text
+
     def _start(self, presence: Presence) -> None:
         ended = self._sweep()
-        self.store.sweep()
+        sweeping = ReadAhead(self.listers, lambda: self.wakeups.put("swept")).submit(self.store.sweep)
+        while not sweeping.done():
+            self.clock.wait(self.wakeups, MINUTE)
+            if self.stop_reason:
+                return
+        sweeping.result()
         now = self.clock.wall()
         with self.database.transaction() as sql:
             declare_limits(sql, self.configuration, self.clock)
@@ -6947,7 +7088,7 @@ class Runner:
     def _sweep(self) -> int:
         """End what commands have left: processes, which are counted, and files."""
         shutil.rmtree(output_folder(self.configuration.database), ignore_errors=True)
-        return end_processes(str(self.configuration.database))
+        return end_processes(str(self.configuration.database.resolve()))
 
     def _turn(self) -> None:
         """One turn of the main loop."""
@@ -7001,7 +7142,7 @@ class Runner:
             with self.database.transaction() as sql:
                 if not self.once:
                     wake_retries(sql, self.clock.wall())
-                claimed, openings = claim(sql, self.configuration, self.clock, busy)
+                claimed, openings = claim(sql, self.configuration, self.clock, busy, self.workers.free())
             self.in_line = any(opens.at > self.clock.boot() for opens in openings.values())
             if claimed is None:
                 return awaited | openings
@@ -7039,7 +7180,7 @@ class Runner:
             try:
                 self._record(execution, results)
             except DatabaseError as error:
-                self.journal.write("ERROR", "database", error=str(error), hint=error.hint)
+                self._tell_trouble(error)
                 return
             del self.unrecorded[0]
 

@@ -209,7 +209,7 @@ def odd(game_id): raise Odd
         ("interrupted", O.ERROR, "KeyboardInterrupt:"),
         ("generator", O.ERROR, "GeneratorExit:"),
         ("long", O.ERROR, f"ValueError: {'x' * 108}"),
-        ("nothing", O.ERROR, "returned None and left no object"),
+        ("nothing", O.ERROR, "left no object (returned None)"),
         ("nowhere", O.ERROR, "FileNotFoundError: [Errno 2] No such file or directory: 'no-such-file'"),
         ("invalid", O.INVALID, "not true: id == '{game_id}'"),
         ("missing", O.ERROR, "AttributeError: module 'a_scraper' has no attribute 'missing'"),

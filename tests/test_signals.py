@@ -240,7 +240,6 @@ def test_attempt_that_ends_in_the_grace_time_is_kept(tmp_path):
         clear_away(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="store.sweep() waits for the store in the main thread")
 def test_signal_stops_a_start_that_waits_for_the_store(tmp_path):
     """A store that takes the first question and never answers."""
     with HeldBucket(["use"]) as bucket:
@@ -267,7 +266,6 @@ def somebody_writing(folder: Path) -> Iterator[None]:
         connection.close()
 
 
-@pytest.mark.xfail(strict=True, reason="no signal is obeyed while SQLite waits up to 30 s for the other program")
 @pytest.mark.parametrize("is_second", [False, True])
 def test_signal_while_another_program_holds_the_database(is_second, tmp_path):
     fill_box(tmp_path, "A")

@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ if __name__ == "__main__":
 
     def stop_and_go_on(*arguments: Any) -> None:
         if next(numbers) == 0:
+            until = time.monotonic() + 1
             os.kill(os.getpid(), signal.SIGSTOP)
+            while time.monotonic() < until:  # this thread may run on for a moment
+                time.sleep(0.001)
         watch(*arguments)
 
     adce._Deadline.watch = stop_and_go_on

@@ -101,7 +101,9 @@ def test_first_start_on_a_full_disk_is_an_error_in_words_and_the_next_goes_on(di
     with Scene(tmp_path / "scene", database=disk.root / "adce.db") as scene:
         disk.fill()
         assert scene.run("run", "--once") == 1
-        assert re.search(r"adce.py: .*adce.db: database or disk is full\nTry: free some disk space", scene.said())
+        assert re.search(
+            r"adce.py: .*adce.db: database or disk is full .SQLITE_FULL.\nTry: free some disk space", scene.said()
+        )
         assert "Traceback" not in scene.said()
         disk.free()
         scene.recover()

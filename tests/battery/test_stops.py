@@ -95,7 +95,6 @@ def test_runner_that_stood_still_often_breaks_no_limit_and_loses_nothing(seed, t
         stand_still(scene, stops=8, seed=seed)
 
 
-@pytest.mark.xfail(strict=True, reason="whether the permit is still good is looked at before the connection is made")
 def test_request_whose_permit_ran_out_just_before_it_is_sent_is_not_sent(tmp_path):
     """By then others may have used what it would have: sent, it would be one too many."""
     with Scene(tmp_path, per_second=3) as scene:
