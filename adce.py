@@ -4162,6 +4162,38 @@ def _forget_readings(sql: sqlite3.Connection, dataset: Dataset) -> None:
     )
 
 
+def no_longer_expected(database: Database, dataset: str, wanted: array.array[int]) -> Iterator[int]:
+    """The objects of a dataset that are not `wanted`."""
+    known = database.value(
+        """
+        select (
+            select coalesce(sum(objects), 0)
+            from counts
+            where counts.dataset_id = datasets.dataset_id and state != 'dropped')
+        + (
+            select count(*)
+            from objects
+            where objects.dataset_id = datasets.dataset_id and skipped is not null)
+        from datasets
+        where dataset = ?
+        """,
+        (dataset,),
+    )
+    if known == len(wanted) and all(one < other for one, other in itertools.pairwise(wanted)):
+        return  # all of them, and none twice
+    expected, after = set(wanted), 0
+    page = """
+        select object_id
+        from objects join datasets using (dataset_id)
+        where dataset = ? and (state != 'dropped' or skipped is not null) and object_id > ?
+        order by object_id
+        limit ?
+    """
+    while rows := database.read(page, (dataset, after, PAGE)):
+        after = rows[-1][0]
+        yield from (row[0] for row in rows if row[0] not in expected)
+
+
 def reprioritise(sql: sqlite3.Connection, configuration: Configuration, now: float) -> None:
     """Priority and rank of every live task, as of now: days pass, weights and batches change."""
     rows = sql.execute(
@@ -4925,45 +4957,13 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
                     except ValueError as error:
                         cycle.problems.append(str(error))
             yield
-        dropped += _no_longer_expected(cycle, dataset, wanted)
+        dropped += no_longer_expected(cycle.database, dataset.name, wanted)
         digests.append((digest, dataset.name))
     with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
         for object_id in dropped:
             ledger.drop(object_id)
         ledger.sql.executemany("update datasets set expansion = ? where dataset = ?", digests)
     yield
-
-
-def _no_longer_expected(cycle: Cycle, dataset: Dataset, wanted: array.array[int]) -> Iterator[int]:
-    """The objects of a dataset that are not `wanted`."""
-    known = cycle.database.value(
-        """
-        select (
-            select coalesce(sum(objects), 0)
-            from counts
-            where counts.dataset_id = datasets.dataset_id and state != 'dropped')
-        + (
-            select count(*)
-            from objects
-            where objects.dataset_id = datasets.dataset_id and skipped is not null)
-        from datasets
-        where dataset = ?
-        """,
-        (dataset.name,),
-    )
-    if known == len(wanted) and all(one < other for one, other in itertools.pairwise(wanted)):
-        return  # all of them, and none twice
-    expected, after = set(wanted), 0
-    page = """
-        select object_id
-        from objects join datasets using (dataset_id)
-        where dataset = ? and (state != 'dropped' or skipped is not null) and object_id > ?
-        order by object_id
-        limit ?
-    """
-    while rows := cycle.database.read(page, (dataset.name, after, PAGE)):
-        after = rows[-1][0]
-        yield from (row[0] for row in rows if row[0] not in expected)
 
 
 def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
@@ -6529,6 +6529,7 @@ class Journal:
     def __init__(self, stream: TextIO, level: str = "INFO", clock: Clock | None = None) -> None:
         self.stream, self.level, self.clock = stream, level, clock or Clock()
         self.is_journald = _is_journald(stream)
+        self.trouble: str | None = None  # with the database, as last told
         self.screen: LiveScreen | None = None
 
     def write(self, level: str, event: str, **fields: Any) -> None:
@@ -6544,6 +6545,14 @@ class Journal:
         else:
             with contextlib.suppress(OSError, ValueError):
                 print(line, file=self.stream, flush=True)
+
+    def tell_trouble(self, error: Error | None) -> None:
+        """What is wrong with the database now, or None: each trouble is told once, and its end."""
+        before, self.trouble = self.trouble, str(error) if error else None
+        if error and self.trouble != before:
+            self.write("ERROR", "database", error=self.trouble, hint=error.hint)
+        elif before and not error:
+            self.write("INFO", "database", works="again")
 
 
 def _logged(value: Any) -> str:
@@ -7007,7 +7016,6 @@ class Runner:
         self.next_cycle_at = self.next_beat_at = self.next_paint_at = -math.inf
         self.orders = Orders()
         self.stop_reason: str | None = None
-        self.trouble: str | None = None  # with the database, that was told
         self.stop_at = math.inf
         self.once = self.in_line = self.cycle_waits = False
 
@@ -7032,12 +7040,13 @@ class Runner:
             while not self.stop_reason:
                 try:
                     self._turn()
-                    self._tell_trouble(None)
+                    if not self.unrecorded:
+                        self.journal.tell_trouble(None)
                 except DatabaseTroubleError as error:
                     self.database.check_place()
                     if once and not self.stop_reason:
                         raise
-                    self._tell_trouble(error)
+                    self.journal.tell_trouble(error)
                     self.clock.wait(self.wakeups, TROUBLE_SECONDS)
         finally:
             self._finish_running()
@@ -7046,16 +7055,6 @@ class Runner:
             return ExitCode.DONE
         left = self.database.value("select count(*) from objects where state in ('missing', 'stale', 'suspect')")
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
-
-    def _tell_trouble(self, error: DatabaseError | None) -> None:
-        """What the database cannot do is said once, and once when it can again."""
-        text = str(error) if error else None
-        if error and text != self.trouble:
-            self.journal.write("ERROR", "database", error=text, hint=error.hint)
-        elif self.trouble and not (error or self.unrecorded):
-            self.journal.write("INFO", "database", works="again")
-        if error or not self.unrecorded:
-            self.trouble = text
 
     def _start(self, presence: Presence) -> None:
         ended = self._sweep()
@@ -7180,7 +7179,7 @@ class Runner:
             try:
                 self._record(execution, results)
             except DatabaseError as error:
-                self._tell_trouble(error)
+                self.journal.tell_trouble(error)
                 return
             del self.unrecorded[0]
 
