@@ -81,6 +81,7 @@ import datetime
 import difflib
 import email.utils
 import enum
+import errno
 import fcntl
 import functools
 import hashlib
@@ -275,6 +276,10 @@ class StoreError(Error):
     """The store cannot be listed, read or written."""
 
     exit_code = ExitCode.STORE_UNUSABLE
+
+
+class UnusablePlaceError(StoreError):
+    """One object or folder of the store cannot be used; the others can."""
 
 
 class OutOfOrderError(StoreError):
@@ -906,6 +911,10 @@ create view cycles as
 BUSY_SECONDS = 30  # for which another program may hold its transaction
 BUSY_STEP_SECONDS = 0.25  # meanwhile signals are obeyed so often
 HURRIED_SECONDS = 1
+DAMAGE_HINT = (
+    "put a backup in its place, and remove the files whose names end with -wal and -shm, or move all three away: "
+    "a new one is filled from the store, without its history"
+)
 TROUBLE_SECONDS = 10  # before a database that cannot be used now is tried again
 CONNECTION_SETTINGS = """
 pragma foreign_keys = on;
@@ -1071,10 +1080,7 @@ def _database_hint(name: str) -> str:
     if name.startswith("SQLITE_BUSY"):
         return "another program holds a transaction on this file; close it"
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return (
-            "put a backup in its place and remove the files with -wal and -shm at the end of their names, or move all "
-            "three away: a new one is filled from the store, without its history"
-        )
+        return DAMAGE_HINT
     return ""
 
 
@@ -2867,8 +2873,8 @@ class Store(Protocol):
     def write(self, key: str, body: bytes) -> StoredObject:
         """Put an object whole or not at all; durable when this returns."""
 
-    def sweep(self) -> None:
-        """Make the store usable, and remove what a crash has left half written."""
+    def sweep(self, *, is_known: bool = False) -> None:
+        """Make the store usable, and remove what a crash has left half written. One that `is_known` is not made."""
 
 
 # ---------------------------------------------------------------- Folder
@@ -2892,30 +2898,47 @@ def sort_names(names: Iterator[str]) -> Iterator[str]:
             yield name
 
 
+# What such an error says about one place in the store; others are about its disk.
+OF_ONE_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
+
+
+def _store_error(action: str, error: OSError) -> StoreError:
+    kind = UnusablePlaceError if error.errno in OF_ONE_PLACE else StoreError
+    return kind(f"cannot {action}: {error.strerror}")
+
+
 class FolderStore:
     """A folder. Every part of a key is a folder below it; links are never followed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.calls = 0
+        self.is_swept = False
         self._counting = threading.Lock()  # guards calls
 
-    def sweep(self) -> None:
-        """Make the root and its staging folder; remove unfinished files."""
+    def sweep(self, *, is_known: bool = False) -> None:
+        """Make the root and its staging folder; remove unfinished files. Where the staging folder of a known store
+        is gone, so may be the disk that was mounted there."""
         try:
             staging = self.root / STAGING
+            if is_known and not staging.is_dir():
+                hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {staging}"
+                raise StoreError(f"the store {self.root} is no longer there: it has no folder {STAGING}", hint)
             staging.mkdir(parents=True, exist_ok=True)
             for leftover in staging.iterdir():
                 leftover.unlink()
+            (staging / "probe").touch()
+            (staging / "probe").unlink()
         except OSError as error:
             raise StoreError(
                 f"the store {self.root} cannot be written: {error.strerror}", "see `store:` in adce.yaml"
             ) from error
+        self.is_swept = True
 
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """Folder by folder, sorted as S3 sorts: a folder counts as its name with a slash."""
-        if not self.root.is_dir():
-            raise StoreError(f"the store {self.root} is not there", "is its disk mounted?")
+        if not (self.root / STAGING if self.is_swept else self.root).is_dir():
+            raise self._gone()
         folder, _, start = prefix.rpartition("/")
         above = f"{folder}/" if folder else ""
         if (self.root / folder).is_dir():
@@ -2937,7 +2960,7 @@ class FolderStore:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise StoreError(f"cannot list {self.root / above}: {error.strerror}") from error
+            raise _store_error(f"list {self.root / above}", error) from error
 
     def _names(self, above: str, start: str) -> Iterator[str]:
         """The files of one folder, and the folders in it with a slash."""
@@ -2959,7 +2982,7 @@ class FolderStore:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StoreError(f"cannot look for {key}: {error.strerror}") from error
+            raise _store_error(f"look for {key}", error) from error
         return self._stored(key, status) if stat.S_ISREG(status.st_mode) else None
 
     def read(self, key: str) -> bytes:
@@ -2973,7 +2996,7 @@ class FolderStore:
         except FileNotFoundError:
             raise KeyError(key) from None
         except OSError as error:
-            raise StoreError(f"cannot read {key}: {error.strerror}") from error
+            raise _store_error(f"read {key}", error) from error
 
     def write(self, key: str, body: bytes) -> StoredObject:
         """Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
@@ -2995,14 +3018,17 @@ class FolderStore:
                     raise
                 os.fsync(parent)
         except OSError as error:
-            raise StoreError(f"cannot write {key}: {error.strerror}") from error
+            raise _store_error(f"write {key}", error) from error
         return self._stored(key, status)
 
     @contextlib.contextmanager
     def _folder(self, folders: Sequence[str], *, create: bool) -> Iterator[int]:
         """A descriptor of a folder below the root, reached without following a link."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        current = os.open(self.root, flags)
+        try:
+            current = os.open(self.root, flags)
+        except FileNotFoundError:
+            raise self._gone() from None
         try:
             for folder in folders:
                 if create:
@@ -3015,6 +3041,9 @@ class FolderStore:
             yield current
         finally:
             os.close(current)
+
+    def _gone(self) -> StoreError:
+        return StoreError(f"the store {self.root} is not there", "is its disk mounted?")
 
     @staticmethod
     def _stored(key: str, status: os.stat_result) -> StoredObject:
@@ -3074,7 +3103,7 @@ class S3Store:
         client.meta.events.register("before-parse.s3.ListObjectsV2", _take_entries)
         return client
 
-    def sweep(self) -> None:
+    def sweep(self, *, is_known: bool = False) -> None:  # noqa: ARG002  # a bucket is never made
         """See that the bucket is there. S3 keeps nothing half written."""
         with self._translated("use"):
             self._client.head_bucket(Bucket=self.bucket)
@@ -3137,6 +3166,14 @@ class S3Store:
                 raise KeyError(action) from None
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
             raise StoreError(f"cannot {action} s3://{self.bucket}/{self.above}: {error}", hint) from error
+
+
+def prepare_store(database: Database, configuration: Configuration, store: Store) -> None:
+    """Make the store usable. The one for which this database has been kept before must still be there."""
+    database.check_place()
+    store.sweep(is_known=database.value("select value from settings where name = 'store'") == configuration.store)
+    with database.transaction() as sql:
+        sql.execute("insert or replace into settings values ('store', ?)", (configuration.store,))
 
 
 def open_store(address: str) -> Store:
@@ -3862,6 +3899,7 @@ class Ledger:
     ) -> None:
         self.sql, self.configuration, self.now, self.cycle_id = sql, configuration, now, cycle_id
         self.created = self.closed = 0
+        self.problems: list[str] = []  # what was named, and cannot be expected
         self.ids: dict[str, int] = dict(sql.execute("select dataset, dataset_id from datasets").fetchall())
         self._names = {number: name for name, number in self.ids.items()}
         self._seasons = {season.label: season for season in configuration.seasons}
@@ -4060,9 +4098,9 @@ class Ledger:
         )
         self.closed += closed.rowcount
 
-    def set_children(self, parent: KnownObject, children: Mapping[str, tuple[str, ...]], *, proven: bool) -> list[str]:
-        """Make the children of a parent those that its body names. Returns what could not be a child."""
-        problems, named = [], set()
+    def set_children(self, parent: KnownObject, children: Mapping[str, tuple[str, ...]], *, proven: bool) -> None:
+        """Make the children of a parent those that its body names."""
+        named = set()
         for name, identities in children.items():
             dataset = self.configuration.datasets[name]
             for fields in children_of_parent(dataset, parent.fields, identities):
@@ -4073,7 +4111,7 @@ class Ledger:
                         )
                     )
                 except ValueError as error:
-                    problems.append(f"{parent.key}: {error}")
+                    self.problems.append(f"{parent.key}: {error}")
         linked = {
             row[0] for row in self.sql.execute("select child_id from links where parent_id = ?", (parent.object_id,))
         }
@@ -4082,7 +4120,6 @@ class Ledger:
             self.sql.execute("delete from links where parent_id = ? and child_id = ?", (parent.object_id, child))
             if not self.sql.execute("select 1 from links where child_id = ? limit 1", (child,)).fetchone():
                 self.drop(child)
-        return problems
 
 
 # ---------------------------------------------------------------- Upkeep
@@ -4093,14 +4130,20 @@ class Ledger:
 DROPPED_OBJECTS, DROPPED_SHARE = 100, 0.5  # more than both at once needs a word of the operator
 
 
+def is_mass_drop(before: int, after: int) -> bool:
+    """Whether so much less is expected than before that an error in adce.yaml is more likely than a wish."""
+    return before - after > max(DROPPED_OBJECTS, DROPPED_SHARE * before)
+
+
 @contextlib.contextmanager
 def guarded_drops(sql: sqlite3.Connection, *, consents: bool) -> Iterator[None]:
     """Raises MassDropError, so that all is rolled back, when far less is expected after the block."""
     count = "select coalesce(sum(objects), 0) from counts where state != 'dropped'"
     before = sql.execute(count).fetchone()[0]
     yield
-    dropped = before - sql.execute(count).fetchone()[0]
-    if dropped > DROPPED_OBJECTS and dropped > DROPPED_SHARE * before and not consents:
+    after = sql.execute(count).fetchone()[0]
+    if is_mass_drop(before, after) and not consents:
+        dropped = before - after
         raise MassDropError(
             f"adce.yaml no longer expects {dropped:,} of the {before:,} objects that it did; nothing was changed",
             "see the difference with: adce.py plan; if it is meant, say --yes with run or reconcile",
@@ -4786,6 +4829,7 @@ def _are_near(database: Database, low: str, high: str) -> bool:
 # One reconciliation as it goes on: what it has seen, done and could not prove. Headline: Cycle.
 
 MOST_PROBLEMS = 5  # told of one cycle
+STOPPED_EARLY = "stopped before its end"
 SAVED_EVERY_SECONDS = 5
 
 
@@ -4837,6 +4881,7 @@ class Cycle:
         with self.database.transaction(durable=False) as sql:
             ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
             yield ledger
+        self.problems += ledger.problems
         self.created += ledger.created
         self.closed += ledger.closed
 
@@ -4924,7 +4969,7 @@ def reconcile(
     except StoreError as error:
         cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
     except BaseException:  # stopped, interrupted, or an error of the program's own
-        cycle.problems.append("stopped before its end")
+        cycle.problems.append(STOPPED_EARLY)
         raise
     finally:
         cycle.end()
@@ -4978,7 +5023,10 @@ def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
     for number, listing in enumerate(listings):
         for following in listings[number : number + LISTED_AT_ONCE]:
             following.start()
-        yield from _compare_listing(cycle, listing)
+        try:
+            yield from _compare_listing(cycle, listing)
+        except UnusablePlaceError as error:  # nothing is proven from there on; the other listings go on
+            cycle.problems.append(str(error))
 
 
 def _compare_listing(cycle: Cycle, listing: Listing) -> Iterator[bool | None]:
@@ -5074,7 +5122,7 @@ def _read(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
             with cycle.ledger() as ledger:
                 for target, inspection in zip(unread, found, strict=True):
                     if inspection:
-                        _note_content(cycle, ledger, target, inspection)
+                        _note_content(ledger, target, inspection)
             after = unread[-1].key
             left -= len(unread)
             yield None
@@ -5097,16 +5145,19 @@ def _inspect(cycle: Cycle, target: KnownObject, children: Sequence[Dataset]) -> 
         body = cycle.store.read(target.key)
     except KeyError:
         return None  # gone since it was listed: the next cycle sees that
+    except UnusablePlaceError as error:
+        cycle.problems.append(str(error))
+        return None
     return inspect(cycle.configuration.datasets[target.dataset], target.fields, body, children)
 
 
-def _note_content(cycle: Cycle, ledger: Ledger, target: KnownObject, found: Inspection) -> None:
+def _note_content(ledger: Ledger, target: KnownObject, found: Inspection) -> None:
     facts = dataclasses.replace(
         target.facts, valid=found.valid, settled=found.settled, live=found.live, verdict=found.verdict
     )
     ledger.note(target, facts, read_etag=target.facts.etag)
     if found.valid:
-        cycle.problems += ledger.set_children(target, found.children, proven=False)
+        ledger.set_children(target, found.children, proven=False)
 
 
 def _apply_losses(cycle: Cycle) -> Iterator[None]:
@@ -5236,6 +5287,12 @@ def look(spec: FetchSpec, target: Target, store: Store) -> Result | None:
     return Result(outcome, inspection.verdict, stored=stored, inspection=inspection)
 
 
+def _refused(error: StoreError) -> Result:
+    """A store that fails says nothing about the task; one place in it that cannot be used does."""
+    is_local = isinstance(error, UnusablePlaceError)
+    return Result(Outcome.ERROR if is_local else Outcome.STORE_ERROR, str(error))
+
+
 def keep(spec: FetchSpec, target: Target, body: bytes, store: Store, http_status: int | None = None) -> Result:
     """Validate a body, then store it. `requests` counts the HTTP request that brought it."""
     requests = 0 if http_status is None else 1
@@ -5247,7 +5304,7 @@ def keep(spec: FetchSpec, target: Target, body: bytes, store: Store, http_status
     try:
         stored = store.write(target.key, body)
     except StoreError as error:
-        return Result(Outcome.STORE_ERROR, str(error), http_status, requests=requests)
+        return dataclasses.replace(_refused(error), http_status=http_status, requests=requests)
     return Result(Outcome.OK, None, http_status, stored, inspection, requests)
 
 
@@ -5927,7 +5984,7 @@ def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
             return [call_function(spec, store)]
         return [request(spec, store, clock)]
     except StoreError as error:
-        return [Result(Outcome.STORE_ERROR, str(error))] * len(spec.targets)
+        return [_refused(error)] * len(spec.targets)
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
         return [Result(Outcome.ERROR, describe(error))] * len(spec.targets)
 
@@ -7053,17 +7110,21 @@ class Runner:
             self._say_goodbye()
         if not once:
             return ExitCode.DONE
+        trouble = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
+        if trouble and trouble != STOPPED_EARLY:
+            return ExitCode.ERROR
         left = self.database.value("select count(*) from objects where state in ('missing', 'stale', 'suspect')")
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
 
     def _start(self, presence: Presence) -> None:
         ended = self._sweep()
-        sweeping = ReadAhead(self.listers, lambda: self.wakeups.put("swept")).submit(self.store.sweep)
-        while not sweeping.done():
+        ahead = ReadAhead(self.listers, lambda: self.wakeups.put("prepared"))
+        preparing = ahead.submit(prepare_store, self.database, self.configuration, self.store)
+        while not preparing.done():
             self.clock.wait(self.wakeups, MINUTE)
             if self.stop_reason:
                 return
-        sweeping.result()
+        preparing.result()
         now = self.clock.wall()
         with self.database.transaction() as sql:
             declare_limits(sql, self.configuration, self.clock)
@@ -7201,6 +7262,8 @@ class Runner:
         with self.database.transaction() as sql:
             ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
             endings, pausing = finish(ledger, claimed, results, self.clock, self.dice)
+        for problem in ledger.problems[:MOST_PROBLEMS]:
+            self.journal.write("WARN", "children", problem=problem)
         for ending in endings:
             announce_ending(self.journal, claimed, ending, self.configuration.retry.max_attempts)
         if pausing:
@@ -7270,8 +7333,7 @@ class Runner:
         with contextlib.suppress(DatabaseError):
             with self.database.transaction() as sql:
                 sql.execute("update runner set stopped_at = ?, note = ?", (int(self.clock.wall()), reason))
-            rows = query(self.database, "select state, count(*) as n from queue group by state")
-            left = {row["state"]: row["n"] for row in rows}
+            left = dict(map(tuple, self.database.read("select state, count(*) from queue group by state")))
             if self.journal.screen:
                 self.journal.screen.paint(self.clock.wall(), [], None)
         self.journal.screen = None
@@ -7488,9 +7550,7 @@ def _check_database(configuration: Configuration) -> str:
         found = [*database.check(), *_foreign_parts(database)]
         found += [f"{count} {what}" for what, sql in CONSISTENCY.items() if (count := database.value(sql))]
         if found:
-            raise DatabaseError(
-                "; ".join(found[:5]), "restore a backup, or move the file away: the store fills a new one"
-            )
+            raise DatabaseError("; ".join(found[:5]), DAMAGE_HINT)
     return f"{configuration.database}, whole, SQLite {sqlite3.sqlite_version}"
 
 
@@ -7653,7 +7713,10 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
         is_once = getattr(arguments, "once", False)  # that does not wait for retries, it tries them all
         with database.transaction() as sql:
             wake_retries(sql, sys.maxsize if is_once else clock.wall())
-    notes = ["", "Nothing was written and nothing was asked; the store was only listed and read."]
+    notes = []
+    if is_mass_drop(sum(before.values()), sum(expected_by_dataset(database).values())):
+        notes += ["", "This is far less than before: run and reconcile refuse it unless they are told --yes."]
+    notes += ["", "Nothing was written and nothing was asked; the store was only listed and read."]
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, plan_sections(database, before, arguments.most), notes)
     if error:
@@ -7828,7 +7891,7 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
 
 def _own_cycle(database: Database, configuration: Configuration, orders: Orders) -> int:
     clock, store = Clock(), open_store(configuration.store)
-    store.sweep()
+    prepare_store(database, configuration, store)
     _declare(database, configuration, clock, orders)
     return run_cycle(reconcile(database, configuration, store, clock, orders))
 

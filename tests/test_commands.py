@@ -302,7 +302,7 @@ def test_check_finds_a_page_that_is_damaged(folder, tmp_path):
     done = run_adce("check", "--format", "json", folder=tmp_path / "copy")
     (failed,) = [row for row in json.loads(done.stdout) if row["result"] == "FAIL"]
     assert (done.returncode, failed["what"]) == (1, "database")
-    assert "restore a backup" in failed["details"]
+    assert "put a backup in its place" in failed["details"]
 
 
 def test_store_that_cannot_be_reached_is_told(tmp_path):

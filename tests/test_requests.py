@@ -394,9 +394,22 @@ def test_permit_that_ran_out_is_not_used(upstream, store):
 
 def test_store_that_takes_nothing_is_told(upstream, store):
     upstream.answer("/x", Answer(GOOD))
+    spec = dataclasses.replace(specification(upstream.address), hops=1)  # then the store is not asked first
+    (store.root / adce.STAGING).rmdir()
+    result = fetch(spec, store)
+    assert (result.outcome, result.error) == (O.STORE_ERROR, "cannot write games/7.json: No such file or directory")
+
+
+def test_one_place_in_the_store_that_cannot_be_used_is_the_task_s_own_trouble(upstream, store):
+    upstream.answer("/x", Answer(GOOD))
+    (store.root / "games" / "7.json").mkdir(parents=True)
+    result = fetch(specification(upstream.address), store)
+    assert (result.outcome, result.error) == (O.ERROR, "cannot write games/7.json: Is a directory")
+    store = adce.FolderStore(store.root.with_name("other"))
+    store.sweep()
     store.write("games", b"a file where the folder should be")
     result = fetch(specification(upstream.address), store)
-    assert result.outcome is O.STORE_ERROR
+    assert (result.outcome, result.error) == (O.ERROR, "cannot look for games/7.json: Not a directory")
 
 
 BOMB_VICTIM = """
