@@ -243,7 +243,7 @@ def test_store_that_fails_pauses_everything_and_is_told(configure, database, ups
     def unmount(query: dict[str, str]) -> Answer:
         with contextlib.suppress(OSError):  # only the first does it
             (tmp_path / "lake").rename(tmp_path / "away")
-        return json_answer(league.scoreboard(query["dates"]))
+        return league.scoreboard(query["dates"])
 
     upstream.route("/scoreboard", lambda _, query: unmount(query))
     code, lines = run_once(configure(league_text(upstream.address)), database)
