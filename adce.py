@@ -1892,6 +1892,8 @@ class NodeReader:
                     return value
         if kind in ("count", "positive") and _number(node) is not None:
             self.complain(path, f"{node.value} is not {expected}")
+        elif kind in ("date", "until") and re.fullmatch(ISO_DATE, str(node.value)):
+            self.complain(path, f"{node.value} is no day of the calendar")
         else:
             self.complain(path, f"expected {expected}, found {_describe(node)}")
         return None
@@ -1903,7 +1905,9 @@ class NodeReader:
             import yaml
 
             read = yaml.safe_load(node.value)
-            self.complain(path, f'{node.value} is read as {json.dumps(read, default=str)}; write "{node.value}"')
+            kind = "the number " if isinstance(read, int | float) and not isinstance(read, bool) else ""
+            told = f"{kind}{json.dumps(read, default=str)}"
+            self.complain(path, f'{node.value} is read as {told}; write "{node.value}"')
         else:
             self.complain(path, f"expected text, found {_describe(node)}")
         return None
@@ -1917,9 +1921,10 @@ class NodeReader:
             here = f"{path}.{number}"
             self.places[here] = (item.start_mark.line + 1, item.start_mark.column + 1)
             values.append(read(item, here))
-        if len(set(map(str, values))) < len(values):
+        good = tuple(value for value in values if value is not None)
+        if len(set(map(str, good))) < len(good):
             self.complain(path, "the same value stands twice")
-        return tuple(value for value in values if value is not None)
+        return good
 
     def _read_texts(self, node: Any, path: str) -> Any:
         return self._read_list(node, path, self._read_text)
@@ -1978,8 +1983,11 @@ class NodeReader:
         return None
 
 
+ISO_DATE = r"\d{4}-\d\d-\d\d"
+
+
 def _date(node: Any) -> datetime.date | None:
-    return datetime.date.fromisoformat(node.value) if re.fullmatch(r"\d{4}-\d\d-\d\d", node.value) else None
+    return datetime.date.fromisoformat(node.value) if re.fullmatch(ISO_DATE, node.value) else None
 
 
 def _word(*words: str) -> Callable[[Any], str | None]:
@@ -2031,7 +2039,7 @@ SCALARS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "all": ("the word all", _word("all")),
     "duration": (
         "a duration like 90s, 15m, 6h or 1d (or never)",
-        lambda node: 0 if node.value == "never" else parse_duration(node.value),
+        lambda node: 0 if node.value == "never" else parse_duration(node.value) or None,
     ),
     "timezone": ("a time zone like America/New_York", _timezone),
     "priority": ("auto, CRITICAL, HIGH, MEDIUM or LOW", _word("auto", *Priority)),
@@ -2325,6 +2333,10 @@ class Checker:
             address = self.configuration.sources[dataset.source].base_url + dataset.url.text
             if not address.startswith(("http://", "https://")):
                 self.complain(f"{path}.url", f"{address} is no address: give source {dataset.source} a base_url")
+        if dataset.validate.alternatives and not dataset.validate.require:
+            self.complain(f"{path}.validate.alternatives", 'they are alternatives to "require", which is missing')
+        if dataset.freshness.live and not dataset.freshness.live.every:
+            self.complain(f"{path}.freshness.live.every", "how often? give a duration")
         for name in ("require", "alternatives", "contains", "not_contains"):
             for number, text in enumerate(getattr(dataset.validate, name)):
                 self._check_fields(f"{path}.validate.{name}.{number}", Template(text, FIELD_IN_EXPRESSION), declared)
@@ -2924,6 +2936,8 @@ class FolderStore:
             if is_known and not staging.is_dir():
                 hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {staging}"
                 raise StoreError(f"the store {self.root} is no longer there: it has no folder {STAGING}", hint)
+            if self.root.is_symlink() and not self.root.exists():
+                raise StoreError(f"the store {self.root} is a link to nothing", "is its disk mounted?")
             staging.mkdir(parents=True, exist_ok=True)
             for leftover in staging.iterdir():
                 leftover.unlink()
@@ -3162,6 +3176,8 @@ class S3Store:
             ValueError,
         ) as error:
             answer = getattr(error, "response", None) or {}
+            if " " not in action and answer.get("Error", {}).get("Code") in ("NoSuchBucket", "404"):
+                raise StoreError(f"there is no bucket {self.bucket}", "see `store:` in adce.yaml") from error
             if answer.get("Error", {}).get("Code") in ("NoSuchKey", "404") and " " in action:
                 raise KeyError(action) from None
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
@@ -7566,8 +7582,12 @@ def _foreign_parts(database: Database) -> list[str]:
 
 def _check_store(configuration: Configuration) -> str:
     store = open_store(configuration.store)
-    if isinstance(store, FolderStore) and not store.root.exists():
-        return f"{configuration.store}, to be made by the first run"
+    if isinstance(store, FolderStore):
+        there = next(folder for folder in (store.root, *store.root.parents) if folder.exists() or folder.is_symlink())
+        if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
+            raise StoreError(f"{there} is no folder that can be written", "see `store:` in adce.yaml")
+        if there != store.root:
+            return f"{configuration.store}, to be made by the first run"
     first = next(iter(store.list("")), None)
     return f"{configuration.store}, {'not empty' if first else 'empty'}"
 

@@ -100,6 +100,21 @@ BROKEN = {
         "rate_limiting: {backoff: {threshold_percent: 180}}\n" + BASE,
         ["1:46: rate_limiting.backoff.threshold_percent: expected a number from 0 to 100, found '180' (a number)"],
     ),
+    "as often as possible": (
+        BASE + "    freshness: {refetch_every: 0s}\n",
+        [
+            "9:32: datasets.days.freshness.refetch_every: expected a duration like 90s, 15m, 6h or 1d (or never), "
+            "found '0s' (text)"
+        ],
+    ),
+    "never as often": (
+        BASE + "    freshness: {live: {while: a, every: never}}\n",
+        ["9:41: datasets.days.freshness.live.every: how often? give a duration"],
+    ),
+    "alternatives to nothing": (
+        BASE + "    validate: {alternatives: [a]}\n",
+        ['9:30: datasets.days.validate.alternatives: they are alternatives to "require", which is missing'],
+    ),
     "a port that is none": (
         "health_check: {port: 70000}\n" + BASE,
         ["1:22: health_check.port: expected a port from 0 to 65535, found '70000' (a number)"],
@@ -178,7 +193,7 @@ BROKEN = {
     "a day that does not exist": (
         edited("2024-01-01", "2024-02-30"),
         [
-            "8:32: datasets.days.partitions.dates.from: expected a date like 2024-10-22, found '2024-02-30' (a date)",
+            "8:32: datasets.days.partitions.dates.from: 2024-02-30 is no day of the calendar",
         ],
     ),
     "a season that ends before it starts": (
@@ -218,7 +233,7 @@ BROKEN = {
     ),
     "YAML reads 12:30 as 750": (
         BASE + "    available_after: 12:30\n",
-        ['9:22: datasets.days.available_after: 12:30 is read as 750; write "12:30"'],
+        ['9:22: datasets.days.available_after: 12:30 is read as the number 750; write "12:30"'],
     ),
     "YAML reads 010 as 8": (
         "max_concurrent_scrapers: 010\n" + BASE,
@@ -226,7 +241,7 @@ BROKEN = {
     ),
     "unquoted ids": (
         edited("{dates: {from: 2024-01-01}}", "{values: {date: [0022300001]}}"),
-        ['8:34: datasets.days.partitions.values.date.0: 0022300001 is read as 4816897; write "0022300001"'],
+        ['8:34: datasets.days.partitions.values.date.0: 0022300001 is read as the number 4816897; write "0022300001"'],
     ),
     "no runner": (
         edited('    url: "/days/{date}"\n', ""),

@@ -309,6 +309,45 @@ def test_unmounted_or_empty_store_opens_no_gap(configure, database, lake, clock,
     assert desk.database.value("select count(*) from objects where state = 'present'") == 30
 
 
+def test_dataset_of_which_everything_is_gone_opens_no_gap_while_the_others_are_there(desk, lake):
+    games = [f"4000000{number:02}" for number in range(12)]
+    for day in range(1, 6):
+        lake.put_day(day, games if day == 1 else [])
+    for game in games:
+        lake.put_game(game)
+    desk.cycle()
+    for game in games:
+        lake.delete(f"games/{game}.json")
+    assert "games: 12 of 12 objects vanished at once" in desk.cycle()["error"]
+    assert desk.gaps() == {}
+    assert desk.cycle(believe=("games",))["missing"] == 12
+
+
+class LockedStore(adce.FolderStore):
+    """One of its folders cannot be listed, and one of its objects not be read."""
+
+    def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
+        if prefix == "games/":
+            raise adce.UnusablePlaceError("cannot list games: Permission denied")
+        yield from super().list(prefix, after)
+
+    def read(self, key: str) -> bytes:
+        if key == "days/2025-10-01.json":
+            raise adce.UnusablePlaceError(f"cannot read {key}: Permission denied")
+        return super().read(key)
+
+
+def test_one_folder_or_object_that_cannot_be_used_does_not_hold_up_the_others(desk, lake):
+    for day in range(1, 5):
+        lake.put_day(day, [f"40000000{day}"])
+    row = desk.cycle(LockedStore(lake.store.root))
+    assert "cannot list games: Permission denied" in row["error"]
+    assert "cannot read days/2025-10-01.json: Permission denied" in row["error"]
+    assert desk.gaps() == {"days/2025-10-05.json": "missing"}
+    row = desk.cycle()
+    assert (row["error"], row["missing"]) == (None, 5)
+
+
 def test_a_few_losses_are_gaps_at_once(configure, database, lake, clock):
     desk = Desk(configure(MANY), database, lake, clock)
     for key in fill_days(desk, lake)[:99]:

@@ -315,6 +315,44 @@ def test_damaged_answers_stop_nothing(seed, configure, database, upstream, leagu
     assert set(outcomes(database)) <= {"ok", "invalid", "not_yet", "http_error"}
 
 
+def test_id_that_makes_no_key_is_told_when_its_parent_is_fetched(configure, database, upstream, league):
+    def with_a_bad_id(answer: Answer) -> Answer:
+        document = json.loads(answer.body)
+        for event in document["events"][:1]:
+            event["id"] = "x" * 400
+        return json_answer(document)
+
+    upstream.route("/scoreboard", lambda _, query: with_a_bad_id(league.scoreboard(query["dates"])))
+    _, lines = run_once(configure(league_text(upstream.address)), database)
+    assert re.search(r'WARN  children problem="days/\d+.json: .*too long', lines), lines
+
+
+def test_run_whose_cycle_had_trouble_fails(configure, database, upstream, league, tmp_path):
+    """It does not know what is missing, so nothing that it says of that can be relied on."""
+    configuration = configure(league_text(upstream.address))
+    assert run_once(configuration, database)[0] == adce.ExitCode.DONE
+    for place in (tmp_path / "lake").glob("games/*"):
+        place.unlink()
+    code, lines = run_once(configuration, database)
+    assert "vanished at once" in lines
+    assert code == adce.ExitCode.ERROR
+
+
+def test_store_that_is_no_longer_mounted_is_not_filled_anew(configure, database, upstream, league, tmp_path):
+    configuration = configure(league_text(upstream.address))
+    run_once(configuration, database)
+    (tmp_path / "lake").rename(tmp_path / "disk")
+    (tmp_path / "lake").mkdir()
+    asked = upstream.count()
+    with pytest.raises(adce.StoreError, match="is no longer there") as caught:
+        run_once(configuration, database)
+    assert (upstream.count(), list((tmp_path / "lake").iterdir())) == (asked, [])
+    assert caught.value.exit_code == adce.ExitCode.STORE_UNUSABLE
+    (tmp_path / "lake").rmdir()
+    (tmp_path / "disk").rename(tmp_path / "lake")
+    assert run_once(configuration, database)[0] == adce.ExitCode.DONE
+
+
 def test_locked_database_is_outlasted_and_no_answer_is_lost(configure, database, upstream, league, tmp_path):
     meddler = sqlite3.connect(tmp_path / "adce.db", isolation_level=None)
     runner, lines = make_runner(configure(league_text(upstream.address)), database)

@@ -111,7 +111,7 @@ def test_wrong_secret_is_told_without_showing_it(bucket, monkeypatch):
 
 
 def test_missing_bucket_and_missing_server_are_told(bucket, monkeypatch):
-    with pytest.raises(adce.StoreError, match="cannot use s3://nosuchbucket/"):
+    with pytest.raises(adce.StoreError, match="there is no bucket nosuchbucket"):
         adce.open_store("s3://nosuchbucket").sweep()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(adce.StoreError, match="cannot use s3://lake/"):
@@ -274,3 +274,31 @@ def test_page_with_an_entry_that_lacks_something_is_an_error_and_not_a_smaller_l
     body = PAGE.replace(b"<Size>12</Size>", b"")
     with pytest.raises(ValueError, match="a listed object without Key or Size"):
         adce._take_entries({"body": body}, {})
+
+
+def test_known_store_that_has_lost_its_mark_is_not_made_anew(folder):
+    (folder.root / adce.STAGING).rmdir()
+    with pytest.raises(adce.StoreError, match="is no longer there: it has no folder") as caught:
+        adce.FolderStore(folder.root).sweep(is_known=True)
+    assert "is its disk mounted?" in caught.value.hint
+    folder.root.rmdir()
+    with pytest.raises(adce.StoreError):
+        adce.FolderStore(folder.root).sweep(is_known=True)
+    assert not folder.root.exists()
+
+
+def test_link_to_nothing_is_told(tmp_path):
+    (tmp_path / "lake").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(adce.StoreError, match="is a link to nothing"):
+        adce.FolderStore(tmp_path / "lake").sweep()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_folder_or_file_in_the_wrong_place_is_trouble_of_that_place_only(folder):
+    folder.write("games/1.json", b"x")
+    (folder.root / "games" / "2.json").mkdir()
+    with pytest.raises(adce.UnusablePlaceError, match=r"cannot write games/2\.json: Is a directory"):
+        folder.write("games/2.json", b"x")
+    with pytest.raises(adce.UnusablePlaceError, match=r"cannot read games/1\.json/3: Not a directory"):
+        folder.read("games/1.json/3")
+    assert [entry.key for entry in folder.list("")] == ["games/1.json"]
