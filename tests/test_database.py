@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from battery.older import make_version_1
 from conftest import ROOT
 
 import adce
@@ -333,35 +334,7 @@ def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
                 "insert into scopes (scope, granted_at, tokens, tokens_at, paused_until, paused_for, "
                 "failures, throttles) values ('shop', 7, 0, 0, 0, 0, 0, 0)"
             )
-    with contextlib.closing(sqlite3.connect(path)) as old:  # as version 1 had it
-        views = [name for (name,) in old.execute("select name from sqlite_schema where type = 'view'")]
-        old.executescript("".join(f"drop view {name};" for name in views))
-        old.executescript(
-            """
-            drop trigger objects_counted_in;
-            drop trigger objects_counted_out;
-            drop trigger objects_recounted;
-            drop table counts;
-            drop index objects_open;
-            alter table objects drop column live;
-            drop index objects_skipped;
-            drop index closed_tasks;
-            alter table objects drop column skipped;
-            alter table attempts drop column output;
-            drop table orders;
-            alter table runner drop column address;
-            alter table runner drop column unit;
-            alter table runner drop column log;
-            alter table runner drop column lost_workers;
-            alter table reconciliations drop column looked;
-            drop table waiters;
-            alter table scopes add column finished integer not null default 7;
-            alter table scopes drop column burst_size;
-            alter table scopes drop column refill_per_second;
-            delete from settings where name = 'views';
-            pragma user_version = 1;
-            """
-        )
+    make_version_1(path)
     with contextlib.closing(adce.open_database(path)) as database:
         assert {name: [column[:3] for column in listed] for name, listed in columns(database).items()} == {
             name: [column[:3] for column in listed] for name, listed in newest.items()

@@ -18,6 +18,7 @@ alter table objects drop column live;
 drop index if exists objects_skipped;
 drop index if exists closed_tasks;
 alter table objects drop column skipped;
+alter table tasks drop column deaths;
 alter table attempts drop column output;
 drop table orders;
 alter table runner drop column address;
