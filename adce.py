@@ -500,10 +500,10 @@ create table tasks (
     next_at      integer,            -- retry: not before
     attempts     integer not null,   -- all of them
     failures     integer not null,   -- those that count towards retry.max_attempts
-    deaths       integer not null default 0,  -- of runners in a row, while they worked at it
     attempt_id   integer,            -- the one that is running
     last_error   text,
-    closed_at    integer
+    closed_at    integer,
+    deaths       integer not null default 0  -- of runners in a row, while they worked at it
 ) strict;
 -- one live task for an object
 create unique index live_tasks on tasks (object_id) where state in ('pending', 'retry', 'running', 'gave_up');
@@ -5944,7 +5944,7 @@ def call_function(spec: FetchSpec, store: Store) -> Result:
     if _taken_by(function, "session"):
         config = spec.environment["ADCE_CONFIG"]
         arguments["session"] = session(spec.source.name, config, spec.dataset.timeout_seconds)
-    SERVED_SOURCE.set(spec.source.name)
+    serving = SERVED_SOURCE.set(spec.source.name)
     try:
         value = function(**arguments)
         if value is None:
@@ -5952,6 +5952,8 @@ def call_function(spec: FetchSpec, store: Store) -> Result:
         body = _body_of(value, most)
     except RateLimitedError as error:
         return Result(Outcome.LOST, str(error), retry_after=error.seconds)  # nobody's fault
+    finally:
+        SERVED_SOURCE.reset(serving)
     if body is None:
         text = f"{spec.dataset.call} returned {type(value).__name__}: not bytes, an iterator of bytes or a path"
         return Result(Outcome.ERROR, text)

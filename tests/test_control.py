@@ -307,7 +307,7 @@ def test_pause_holds_a_live_runner_until_it_is_resumed(scope, upstream, folder, 
     change(
         folder,
         "insert into tasks select 99, object_id, dataset_id, 'pending', 'LOW', 0, 1, 1, 0, null, 0, 0, "
-        "null, null, null from objects",
+        "null, null, null, 0 from objects",
     )
     time.sleep(1)  # what is proven is that nothing happens
     assert upstream.count() == 0

@@ -120,7 +120,7 @@ def test_tasks_are_shown_the_most_urgent_first(database):
     objects = (
         "insert into objects (object_id, dataset_id, key, fields, state, since, proven) values (?, 1, ?, '{}', ?, ?, 1)"
     )
-    tasks = "insert into tasks values (?, ?, 1, 'pending', 'LOW', ?, 1, ?, 0.0, null, 0, 0, null, null, null)"
+    tasks = "insert into tasks values (?, ?, 1, 'pending', 'LOW', ?, 1, ?, 0.0, null, 0, 0, null, null, null, 0)"
     with database.transaction() as sql:
         sql.execute("insert into datasets values (1, 'days', 'league', 1, '', '', 1.0, 0.0)")
         for number, rank in enumerate((10.0, 30.0, 20.0, 30.0), start=1):

@@ -49,23 +49,19 @@ def wake_nobody(sql, before):
     pass
 
 
-def simulate_some() -> None:
-    for seed in range(12):
-        simulation.simulate(seed)
-
-
 @pytest.mark.parametrize(
-    ("place", "name", "mutant", "found"),
+    ("place", "name", "mutant", "seeds", "found"),
     [
-        (adce, "opening", ask_always, "was asked more than"),
-        (adce, "requeue_orphans", requeue_nothing, "running|missing"),
-        (adce.Ledger, "close_task", close_no_task, "open tasks without a gap|turns without end"),
-        (adce, "inspect", believe_whatever_is_fetched, "Expecting value|hardly anything|delimiter|JSON"),
-        (adce, "forget", forget_open_tasks, "gaps without a task|missing|FOREIGN KEY"),
-        (adce, "wake_retries", wake_nobody, "turns without end"),
+        (adce, "opening", ask_always, range(12), "was asked more than"),
+        (adce, "requeue_orphans", requeue_nothing, range(12), "running|missing"),
+        (adce.Ledger, "close_task", close_no_task, [6], "open tasks without a gap|turns without end"),
+        (adce, "inspect", believe_whatever_is_fetched, range(12), "Expecting value|hardly anything|delimiter|JSON"),
+        (adce, "forget", forget_open_tasks, range(12), "gaps without a task|missing|FOREIGN KEY"),
+        (adce, "wake_retries", wake_nobody, range(12), "turns without end"),
     ],
 )
-def test_judge_sees_a_program_that_does_wrong(place, name, mutant, found, monkeypatch):
+def test_judge_sees_a_program_that_does_wrong(place, name, mutant, seeds, found, monkeypatch):
     monkeypatch.setattr(place, name, mutant)
     with pytest.raises(Exception, match=found):
-        simulate_some()
+        for seed in seeds:
+            simulation.simulate(seed)
