@@ -4,7 +4,6 @@ holds must not grow with the time for which it runs."""
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import sqlite3
 import statistics
@@ -27,7 +26,7 @@ def sample(scene: Scene, process: subprocess.Popen[str]) -> Sample:
         rows = sum(sql.execute(f"select count(*) from {table}").fetchone()[0] for table in KEPT_FOR_A_TIME)
     return {
         "memory": int(status["VmRSS"].split()[0]) / 1024,
-        "descriptors": len(os.listdir(f"/proc/{process.pid}/fd")),
+        "descriptors": sum(1 for _ in Path(f"/proc/{process.pid}/fd").iterdir()),
         "threads": int(status["Threads"]),
         "log of writes": scene.database.with_name("adce.db-wal").stat().st_size / MEBIBYTE,
         "rows": rows,
