@@ -55,6 +55,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Report                      tells: questions in SQL, answers as rows
     Health                      serves the same answers over HTTP
     Screen                      what a person sees while it runs
+    Alerts                      what people are told, once, wherever they are
     Interventions               what a person changes by hand
     Workers                     who does the executions
     Supervision                 who has started the runner, and is told
@@ -617,6 +618,44 @@ create table waiters (
     expires_at   real    not null,   -- gone, if it has not looked again by then
     unique (source, owner)
 ) strict;
+
+create index critical_tasks on tasks (detected_at)
+where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up');
+create index gave_up_tasks on tasks (dataset_id) where state = 'gave_up';
+
+create table alerts (
+    -- What people were told of; one row for each time that it lasted.
+    alert_id     integer primary key,
+    condition    text    not null,
+    about        text    not null,
+    text         text    not null,
+    since        integer not null,
+    seen_at      integer not null,   -- it held then
+    told_at      integer not null,   -- for the last time so far
+    ended_at     integer
+) strict;
+create unique index open_alert on alerts (condition, about) where ended_at is null;
+
+create table notices (
+    -- What each channel has to send, or has sent.
+    notice_id    integer primary key,
+    alert_id     integer references alerts,
+    channel      text    not null,
+    subject      text    not null,
+    text         text    not null,
+    made_at      integer not null,
+    try_at       integer not null,   -- not before
+    tries        integer not null default 0,
+    sent_at      integer
+) strict;
+create index unsent_notices on notices (notice_id) where sent_at is null;
+
+create table channels (
+    -- The channels that do not work.
+    channel      text    primary key,
+    error        text    not null,
+    since        integer not null
+) strict, without rowid;
 """
 
 
@@ -688,6 +727,37 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
     """,
     """
     alter table tasks add column deaths integer not null default 0;
+    create index critical_tasks on tasks (detected_at)
+    where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up');
+    create index gave_up_tasks on tasks (dataset_id) where state = 'gave_up';
+    create table alerts (
+        alert_id     integer primary key,
+        condition    text    not null,
+        about        text    not null,
+        text         text    not null,
+        since        integer not null,
+        seen_at      integer not null,
+        told_at      integer not null,
+        ended_at     integer
+    ) strict;
+    create unique index open_alert on alerts (condition, about) where ended_at is null;
+    create table notices (
+        notice_id    integer primary key,
+        alert_id     integer references alerts,
+        channel      text    not null,
+        subject      text    not null,
+        text         text    not null,
+        made_at      integer not null,
+        try_at       integer not null,
+        tries        integer not null default 0,
+        sent_at      integer
+    ) strict;
+    create index unsent_notices on notices (notice_id) where sent_at is null;
+    create table channels (
+        channel      text    primary key,
+        error        text    not null,
+        since        integer not null
+    ) strict, without rowid;
     """,
 )
 
@@ -887,6 +957,22 @@ create view recent_attempts as
     join datasets d using (dataset_id)
     join objects o using (object_id)
     order by a.attempt_id desc;
+
+create view open_alerts as
+    -- What people have been told of and is not over.
+    select condition, about, text,
+           strftime('%Y-%m-%dT%H:%M:%SZ', since, 'unixepoch') as since,
+           strftime('%Y-%m-%dT%H:%M:%SZ', told_at, 'unixepoch') as told_at
+    from alerts
+    where ended_at is null
+    order by since;
+
+create view broken_channels as
+    -- Channels for alerts and figures that do not work now, with the messages that wait for them.
+    select channel, error, strftime('%Y-%m-%dT%H:%M:%SZ', since, 'unixepoch') as since,
+           (select count(*) from notices n where n.channel = channels.channel and sent_at is null) as waiting
+    from channels
+    order by channel;
 
 create view stats as
     -- Attempts by day, kept for ever.
@@ -1425,6 +1511,21 @@ class HealthCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class Alerts:
+    """Where alerts go, and what is worth one. An address may be $NAME, a variable of the environment."""
+
+    webhook: str | None = None
+    sns_topic: str | None = None
+    command: tuple[str, ...] = ()
+    ping: str | None = None
+    cloudwatch: str | None = None  # a namespace
+    remind_seconds: float = DAY
+    error_percent: float = 10
+    quiet_cycles: int = 8
+    critical_gap_hours: float = 24
+
+
+@dataclass(frozen=True, slots=True)
 class Retry:
     """How often, and after how long, a task is tried again."""
 
@@ -1598,6 +1699,7 @@ class Configuration:
     priority_weighting: PriorityWeighting = PriorityWeighting()
     rate_limiting: RateLimiting = RateLimiting()
     health_check: HealthCheck = HealthCheck()
+    alerts: Alerts = Alerts()
     retry: Retry = Retry()
     seasons: tuple[Season, ...] = ()
     sources: Mapping[str, Source] = field(default_factory=dict)
@@ -1697,6 +1799,16 @@ KEYS = (
     Key("health_check", "mapping", "answers over HTTP on 127.0.0.1"),
     Key("health_check.enabled", "boolean", ""),
     Key("health_check.port", "port", "0: any free one"),
+    Key("alerts", "mapping", "who is told, and of what"),
+    Key("alerts.webhook", "text", "takes what Slack takes"),
+    Key("alerts.sns_topic", "text", "its ARN"),
+    Key("alerts.command", "texts", "a program and its arguments"),
+    Key("alerts.ping", "text", "is asked after each good cycle"),
+    Key("alerts.cloudwatch", "text", "the namespace of the figures"),
+    Key("alerts.remind_every", "duration", "while it lasts"),
+    Key("alerts.error_percent", "percent", "of the last 200 attempts"),
+    Key("alerts.quiet_cycles", "count", "in which nothing is collected though gaps are open"),
+    Key("alerts.critical_gap_hours", "positive", "for which a CRITICAL gap is open"),
     Key("retry", "mapping", "after a failed attempt"),
     Key("retry.max_attempts", "count", "failures after which a task gave up"),
     Key("retry.initial_delay_seconds", "positive", "doubled after each failure"),
@@ -2085,12 +2197,17 @@ class Builder:
             priority_weighting=PriorityWeighting(**values.get("priority_weighting", {})),
             rate_limiting=self._rate_limiting(values.get("rate_limiting")),
             health_check=HealthCheck(**values.get("health_check", {"enabled": False})),
+            alerts=self._alerts(values.get("alerts", {})),
             retry=Retry(**values.get("retry", {})),
             seasons=seasons,
             sources=self._sources(),
             datasets=self._datasets(),
             **{name: values[name] for name in names if name in values},
         )
+
+    def _alerts(self, values: dict[str, Any]) -> Alerts:
+        known = {name: value for name, value in values.items() if name != "remind_every"}
+        return Alerts(**known, remind_seconds=values.get("remind_every", DAY) or math.inf)
 
     def _store(self, text: str) -> str:
         if text.startswith("s3://"):
@@ -4308,6 +4425,8 @@ def forget(sql: sqlite3.Connection, before: float) -> int:
     """
     limits = {"before": int(before), "most": FORGOTTEN_AT_ONCE}
     sql.execute("delete from orders where asked_at < ? and cycle_id is not null", (int(before),))
+    sql.execute("delete from notices where made_at < ?", (int(before),))
+    sql.execute("delete from alerts where ended_at < ?", (int(before),))
     return len(ended) + sql.execute(tasks, limits).rowcount + sql.execute(cycles, limits).rowcount
 
 
@@ -6261,6 +6380,8 @@ def status_sections(database: Database, configuration: Configuration, lock: Runn
         Section("tasks", "Tasks", tasks, is_one=True),
         Section("cycle", "Last cycle", cycle, is_one=True, empty="no cycle yet"),
         Section("sources", "Sources", query(database, RATES)),
+        Section("alerts", "Alerts", query(database, "select * from open_alerts")),
+        Section("broken_channels", "Channels that do not work", query(database, "select * from broken_channels")),
     ]
 
 
@@ -6407,6 +6528,7 @@ METRICS = (
         "Bytes put into the store.",
         "select dataset, sum(bytes) as value from stats group by 1",
     ),
+    ("adce_open_alerts", "gauge", "Conditions that people were told of.", "select count(*) as value from open_alerts"),
     ("adce_cycles_total", "counter", "Cycles begun.", "select count(*) as value from cycles"),
     (
         "adce_cycle_last_success_timestamp_seconds",
@@ -6451,7 +6573,10 @@ def problems(database: Database, configuration: Configuration, now: float, since
     silent = now - max(beat, since)  # the last beat may be that of an earlier run
     if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
         return [f"the main loop has been stuck for {format_duration(silent)}"]
-    reason = database.value("select reason from rates where scope = 'global' and reason like 'cannot %' limit 1")
+    unusable = (
+        "select reason from rates where scope = 'global' and (reason glob 'cannot *' or reason glob 'the store *')"
+    )
+    reason = database.value(unusable)
     return [reason] if reason else []
 
 
@@ -6813,6 +6938,285 @@ def live_lines(
         *(f"paused  {row['scope']} until {row['blocked_until']}: {row['reason']}" for row in pauses),
         f"workers {', '.join(running) or 'idle'}",
     ]
+
+
+# ---------------------------------------------------------------- Alerts
+# What people should look at: told once when it begins, once a day while it lasts, and once when it is over. A
+# thread of its own looks and sends, so that a broken channel delays nothing. Headline: Alerter.
+
+LOOK_SECONDS = 30
+CALM_SECONDS = 15 * MINUTE  # what comes back before that was never over
+SEND_SECONDS = 15  # for one message
+MOST_TRIES_SECONDS = DAY  # then a message is too old to be sent
+# condition: a query for what it concerns and a sentence about that. It costs no more with more tasks.
+CONDITIONS = {
+    "source blocked": """
+        select scope as about, 'left alone until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset,
+               'unixepoch') || ': ' || reason as text
+        from scopes, boot
+        where scope != 'global' and (throttles >= 3 or (throttles > 0 and paused_for >= 1800))
+    """,
+    "store unusable": """
+        select 'store' as about, reason as text
+        from scopes
+        where scope = 'global' and paused_until > :boot and (reason glob 'cannot *' or reason glob 'the store *')
+    """,
+    "gave up": """
+        select dataset as about, count(*) || ' objects gave up, the last error was: ' || max(last_error) as text
+        from tasks join datasets using (dataset_id)
+        where state = 'gave_up'
+        group by dataset
+    """,
+    "critical gap": """
+        select dataset as about, 'a CRITICAL object has been missing since '
+               || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text
+        from tasks indexed by critical_tasks join datasets using (dataset_id)
+        where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up')
+          and detected_at < :now - :critical_gap_seconds
+        group by dataset
+    """,
+    "errors": """
+        select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
+        from (
+            select outcome in ('invalid', 'http_error', 'timeout', 'unreachable', 'broken', 'store_error', 'error')
+                   as failed
+            from attempts
+            where outcome != 'running' and attempt_id > (select max(attempt_id) from attempts) - 200
+              and started_at > :now - 86400)
+        having count(*) >= 20 and sum(failed) * 100 > count(*) * :error_percent
+    """,
+    "nothing collected": """
+        select 'lake' as about, 'nothing was collected in ' || count(*) || ' cycles, and '
+               || min(missing + stale + suspect) || ' gaps are open' as text
+        from (select * from reconciliations where seconds is not null order by cycle_id desc limit :quiet_cycles)
+        having count(*) = :quiet_cycles and min(missing + stale + suspect) > 0 and min(present) = max(present)
+           and min(missing + stale + suspect) = max(missing + stale + suspect)
+    """,
+    "cycles fail": """
+        select 'lake' as about, max(error) as text
+        from (select error from reconciliations where seconds is not null order by cycle_id desc limit 2)
+        having count(error) = 2
+    """,
+}
+
+
+class Alerter:
+    """Looks now and then, notes what begins and ends, and sends it; what cannot be sent is tried again."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        database: Database,
+        journal: Journal,
+        clock: Clock,
+        *,
+        is_once: bool = False,
+    ) -> None:
+        self.configuration, self.database, self.journal, self.clock = configuration, database, journal, clock
+        self.wishes, self.is_once, self.started_at = configuration.alerts, is_once, clock.wall()
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self.is_once:
+            threading.Thread(target=self._work, name="adce-alerts", daemon=True).start()
+
+    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
+        """Look no more, and do not wait for what is being sent; or look once, at the end of a run."""
+        self._stopped.set()
+        if self.is_once and error is None:
+            self.work()
+
+    def _work(self) -> None:
+        while not self._stopped.wait(LOOK_SECONDS):
+            self.work()
+
+    def work(self) -> None:
+        """Look once, and send what waits."""
+        try:
+            self.look()
+            self.send()
+            self.tell_cycle()
+        except DatabaseError as error:
+            self.journal.write("WARN", "alerts", error=str(error))
+
+    def conditions(self) -> dict[tuple[str, str], str]:
+        """What holds now: condition and what it concerns, and a sentence about it."""
+        now, wishes = self.clock.wall(), self.wishes
+        facts = {
+            "now": now,
+            "boot": self.clock.boot(),
+            "critical_gap_seconds": wishes.critical_gap_hours * HOUR,
+            "error_percent": wishes.error_percent,
+            "quiet_cycles": wishes.quiet_cycles,
+        }
+        found = {
+            (name, row["about"]): excerpt(row["text"].encode())
+            for name, sql in CONDITIONS.items()
+            for row in self.database.read(sql, facts)
+        }
+        for text in problems(self.database, self.configuration, now, self.started_at):
+            if "stuck" in text:
+                found["loop stuck", "runner"] = text
+        free = shutil.disk_usage(self.configuration.database.parent).free
+        if free < LEAST_FREE_BYTES:
+            found["disk low", "database"] = f"{free >> 20} MB left beside {self.configuration.database.name}"
+        return found
+
+    def look(self) -> None:
+        """Note what begins, lasts for another day, or is over."""
+        found, now = self.conditions(), int(self.clock.wall())
+        known = {
+            (row["condition"], row["about"]): row
+            for row in self.database.read("select * from alerts where ended_at is null")
+        }
+        if not (found or known):
+            return
+        with self.database.transaction() as sql:
+            for (condition, about), text in found.items():
+                row = known.get((condition, about))
+                if row is None:
+                    begin = (
+                        "insert into alerts (condition, about, text, since, seen_at, told_at) values (?, ?, ?, ?, ?, ?)"
+                    )
+                    alert_id = sql.execute(begin, (condition, about, text, now, now, now)).lastrowid
+                    self._notice(sql, alert_id, f"ADCE: {condition}, {about}", text)
+                    continue
+                sql.execute("update alerts set text = ?, seen_at = ? where alert_id = ?", (text, now, row["alert_id"]))
+                if now - row["told_at"] >= self.wishes.remind_seconds:
+                    sql.execute("update alerts set told_at = ? where alert_id = ?", (now, row["alert_id"]))
+                    lasts = format_duration(now - row["since"])
+                    self._notice(sql, row["alert_id"], f"ADCE: still {condition}, {about}", f"for {lasts}: {text}")
+            for key, row in known.items():
+                if key not in found and now - row["seen_at"] >= CALM_SECONDS:
+                    sql.execute("update alerts set ended_at = ? where alert_id = ?", (row["seen_at"], row["alert_id"]))
+                    lasted = format_duration(row["seen_at"] - row["since"])
+                    self._notice(sql, row["alert_id"], f"ADCE: over: {key[0]}, {key[1]}", f"it lasted {lasted}")
+
+    def _notice(self, sql: sqlite3.Connection, alert_id: int | None, subject: str, text: str) -> None:
+        """To be sent by every channel, whatever becomes of this process."""
+        self.journal.write("WARN", "alert", subject=subject.removeprefix("ADCE: "), text=text)
+        put = "insert into notices (alert_id, channel, subject, text, made_at, try_at) values (?, ?, ?, ?, ?, ?)"
+        body = f"{text}\nhost {socket.gethostname()}, {self.configuration.database}\nTry: adce.py status"
+        now = int(self.clock.wall())
+        for channel in filter(functools.partial(getattr, self.wishes), SENDERS):
+            sql.execute(put, (alert_id, channel, subject, body, now, now))
+
+    def send(self) -> None:
+        """Send what waits; what fails is tried again, ever more rarely, for a day."""
+        now = self.clock.wall()
+        due = "select * from notices where sent_at is null and try_at <= ? and made_at > ? order by notice_id limit 20"
+        for row in self.database.read(due, (now, now - MOST_TRIES_SECONDS)):
+            error = self._try(row["channel"], functools.partial(SENDERS[row["channel"]], self.configuration, row))
+            with self.database.transaction() as sql:
+                sql.execute(
+                    "update notices set tries = tries + 1, sent_at = ?, try_at = ? where notice_id = ?",
+                    (None if error else int(now), int(now + MINUTE * 2.0 ** min(row["tries"], 6)), row["notice_id"]),
+                )
+
+    def tell_cycle(self) -> None:
+        """After each cycle: its figures to CloudWatch and, when it was good, a sign of life to `ping`."""
+        rows = self.database.read(
+            "select * from reconciliations where seconds is not null order by cycle_id desc limit 1"
+        )
+        told = self.database.value("select value from settings where name = 'cycle told'")
+        if not rows or str(rows[0]["cycle_id"]) == told or not (self.wishes.ping or self.wishes.cloudwatch):
+            return
+        if self.wishes.cloudwatch:
+            self._try("cloudwatch", functools.partial(put_metrics, self.wishes.cloudwatch, self.database, rows[0]))
+        if self.wishes.ping and rows[0]["error"] is None:
+            self._try("ping", functools.partial(_http, "GET", self.wishes.ping))
+        with self.database.transaction(durable=False) as sql:
+            sql.execute("insert or replace into settings values ('cycle told', ?)", (str(rows[0]["cycle_id"]),))
+
+    def _try(self, channel: str, send: Callable[[], None]) -> str | None:
+        """Use a channel. Returns what went wrong, which is kept until it works again."""
+        error = None
+        try:
+            send()
+        except Exception as problem:  # noqa: BLE001  # whatever a library raises is the channel's trouble
+            error = str(problem) if isinstance(problem, Error) else type(problem).__name__  # it may name the address
+            self.journal.write("WARN", "channel", channel=channel, error=error)
+        with self.database.transaction(durable=False) as sql:
+            if error:
+                sql.execute("insert or ignore into channels values (?, ?, ?)", (channel, error, int(self.clock.wall())))
+            else:
+                sql.execute("delete from channels where channel = ?", (channel,))
+        return error
+
+
+def revealed(text: str) -> str:
+    """A text that may be $NAME. Raises Error when there is no such variable."""
+    if not text.startswith("$"):
+        return text
+    if text[1:] not in os.environ:
+        raise Error(f"{text} is not in the environment")
+    return os.environ[text[1:]]
+
+
+def _http(method: str, address: str, **options: Any) -> None:
+    """Ask an address that may be a secret: no error names it. Raises Error."""
+    import requests
+
+    try:
+        answer = requests.request(method, revealed(address), timeout=SEND_SECONDS, **options)
+    except requests.RequestException as error:
+        raise Error(_no_answer(error)[1]) from None
+    if answer.status_code >= 300:
+        raise Error(f"HTTP {answer.status_code}")
+
+
+def _send_to_webhook(configuration: Configuration, notice: sqlite3.Row) -> None:
+    """In the format of Slack, which many others take."""
+    _http("POST", cast(str, configuration.alerts.webhook), json={"text": f"*{notice['subject']}*\n{notice['text']}"})
+
+
+def _send_to_sns(configuration: Configuration, notice: sqlite3.Row) -> None:
+    topic = cast(str, configuration.alerts.sns_topic)
+    client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
+    client.publish(TopicArn=topic, Subject=notice["subject"][:100], Message=notice["text"])
+
+
+def _send_to_command(configuration: Configuration, notice: sqlite3.Row) -> None:
+    """Subject and text are its last arguments."""
+    program = Program(
+        words=(*configuration.alerts.command, notice["subject"], notice["text"]),
+        folder=configuration.path.parent,
+        environment={"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"},
+        seconds=SEND_SECONDS,
+    )
+    try:
+        end = run_program(program, Clock())
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}") from None
+    if not end.is_good():
+        raise Error(f"{end.text}: {excerpt(end.tail[-120:])}")
+
+
+SENDERS: Mapping[str, Callable[[Configuration, sqlite3.Row], None]] = {
+    "webhook": _send_to_webhook,
+    "sns_topic": _send_to_sns,
+    "command": _send_to_command,
+}
+
+
+def _aws_client(service: str, region: str | None = None) -> Any:
+    import boto3
+    import botocore.config
+
+    limits = botocore.config.Config(connect_timeout=5, read_timeout=SEND_SECONDS, retries={"total_max_attempts": 2})
+    return boto3.session.Session().client(service, region_name=region, config=limits)
+
+
+def put_metrics(namespace: str, database: Database, cycle: sqlite3.Row) -> None:
+    """The figures of a cycle and the open tasks of now, in one call to CloudWatch."""
+    when = datetime.datetime.fromtimestamp(cycle["started_at"] + cycle["seconds"], datetime.UTC)
+    figures = {name: cycle[name] for name in ("expected", "present", "missing", "stale", "suspect", "list_calls")}
+    figures |= {f"tasks_{row[0]}": row[1] for row in database.read("select state, count(*) from queue group by state")}
+    metrics = [
+        {"MetricName": name, "Timestamp": when, "Value": value, "Unit": "Count"} for name, value in figures.items()
+    ]
+    metrics.append({"MetricName": "cycle", "Timestamp": when, "Value": cycle["seconds"], "Unit": "Seconds"})
+    _aws_client("cloudwatch").put_metric_data(Namespace=namespace, MetricData=metrics)
 
 
 # ---------------------------------------------------------------- Interventions
@@ -7850,6 +8254,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         address = None
         if configuration.health_check.enabled and not arguments.once:
             address = stack.enter_context(_serving(HealthServer(configuration, database, lock, runner.clock), journal))
+        stack.enter_context(Alerter(configuration, database, journal, runner.clock, is_once=arguments.once))
         code = runner.run(
             once=arguments.once,
             max_seconds=(arguments.max_minutes or math.inf) * MINUTE,

@@ -276,7 +276,7 @@ def test_metrics_are_named_by_their_kind(lived):  # noqa: F811
 
 def test_metrics_of_an_empty_database_are_valid(database):
     samples = parse_metrics(adce.metrics_text(database))
-    assert samples == {("adce_cycles_total", ()): 0}
+    assert samples == {("adce_cycles_total", ()): 0, ("adce_open_alerts", ()): 0}
 
 
 def test_labels_are_escaped(database):

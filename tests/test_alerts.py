@@ -1,0 +1,296 @@
+"""What people are told: once when it begins, once a day while it lasts, once when it is over; by every channel."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from conftest import ROOT, ManualClock
+from moto.server import ThreadedMotoServer
+from runners import processes_of, wait_until
+
+import adce
+
+TEXT = """
+sources: {league: {base_url: "http://127.0.0.1:9"}}
+datasets:
+  games: {source: league, key: "games/{n}", url: "/{n}", partitions: {values: {n: ["1", "2"]}}}
+alerts:
+"""
+
+
+class Listener:
+    """A web server that keeps what it is told, and may refuse to listen."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+        self.status = 200
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+                outer.told.append((self.path, body))
+                self.send_response(outer.status)
+                self.end_headers()
+
+            do_GET = do_POST  # noqa: N815  # as the standard library names them
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}/secret-path"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def subjects(self) -> list[str]:
+        return [json.loads(body)["text"].splitlines()[0].strip("*") for _, body in self.told if body]
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    made = Listener()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+@pytest.fixture
+def alerter(configure, database, clock):
+    def make(text: str) -> adce.Alerter:
+        configuration = configure(TEXT + text)
+        with database.transaction() as sql:
+            adce.declare_limits(sql, configuration, clock)
+            adce.declare_datasets(sql, configuration, clock.wall())
+        return adce.Alerter(configuration, database, adce.Journal(io.StringIO(), clock=clock), clock)
+
+    return make
+
+
+def go_away(database: adce.Database, clock: ManualClock) -> None:
+    """The source has not answered for long."""
+    with database.transaction() as sql:
+        sql.execute("update scopes set throttles = 5, reason = 'cannot be reached' where scope = 'league'")
+        sql.execute("update runner set beat_at = ?", (int(clock.wall()),))
+
+
+def come_back(database: adce.Database) -> None:
+    with database.transaction() as sql:
+        sql.execute("update scopes set throttles = 0, reason = null where scope = 'league'")
+
+
+def note_cycle(sql: sqlite3.Connection, number: int, clock: ManualClock, error: str | None = None) -> None:
+    sql.execute(
+        """
+        insert into reconciliations (cycle_id, started_at, seconds, listed, unexpected, list_calls, expected, present,
+                                     missing, stale, suspect, created, closed, error)
+        values (?, ?, 2.5, 0, 0, 7, 10, 10, 0, 0, 0, 0, 0, ?)
+        """,
+        (number, clock.wall(), error),
+    )
+
+
+def live(alerter: adce.Alerter, clock: ManualClock, hours: float) -> None:
+    """A minute after the other."""
+    for _ in range(round(hours * 60)):
+        clock.advance(60)
+        alerter.started_at = clock.wall()  # its loop beats
+        alerter.work()
+
+
+def test_outage_of_48_hours_is_told_once_reminded_of_each_day_and_ended_once(
+    alerter, database, clock, listener, tmp_path
+):
+    out = tmp_path / "told"
+    script = f"import sys; open({str(out)!r}, 'a').write(sys.argv[-2] + chr(10))"
+    at_work = alerter(f"  webhook: {listener.address}\n  command: [{sys.executable}, -c, {json.dumps(script)}]\n")
+    live(at_work, clock, 1)
+    go_away(database, clock)
+    live(at_work, clock, 47.9)
+    come_back(database)
+    live(at_work, clock, 30)
+    expected = [
+        "ADCE: source blocked, league",
+        "ADCE: still source blocked, league",
+        "ADCE: over: source blocked, league",
+    ]
+    assert listener.subjects() == expected
+    assert out.read_text().splitlines() == expected
+    assert database.read("select * from open_alerts") == []
+
+
+def test_source_that_comes_back_for_a_moment_makes_no_new_alert(alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n")
+    for _ in range(5):
+        go_away(database, clock)
+        live(at_work, clock, 0.2)
+        come_back(database)
+        live(at_work, clock, 0.1)
+    assert listener.subjects() == ["ADCE: source blocked, league"]
+
+
+def test_broken_channel_is_shown_without_its_secret_and_gets_its_messages_later(
+    alerter, database, clock, listener, monkeypatch
+):
+    monkeypatch.setenv("HOOK", listener.address)
+    at_work = alerter("  webhook: $HOOK\n  ping: http://127.0.0.1:9/ping-secret\n")
+    listener.status = 500
+    go_away(database, clock)
+    with database.transaction() as sql:
+        note_cycle(sql, 1, clock)
+    live(at_work, clock, 0.2)
+    broken = {row["channel"]: (row["error"], row["waiting"]) for row in database.read("select * from broken_channels")}
+    assert broken["webhook"] == ("HTTP 500", 1)
+    assert "cannot be reached" in broken["ping"][0]
+    everything = "\n".join(database._writer.iterdump()) + at_work.journal.stream.getvalue()
+    assert "secret" not in everything
+    listener.status = 200
+    live(at_work, clock, 3)
+    assert set(listener.subjects()) == {"ADCE: source blocked, league"}
+    assert database.value("select count(*) from broken_channels where channel = 'webhook'") == 0
+
+
+def test_state_survives_a_restart(alerter, database, clock, listener):
+    text = f"  webhook: {listener.address}\n"
+    go_away(database, clock)
+    live(alerter(text), clock, 0.1)
+    go_away(database, clock)
+    live(alerter(text), clock, 0.1)
+    assert listener.subjects() == ["ADCE: source blocked, league"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "condition"),
+    [
+        (
+            "update scopes set paused_until = 1e12, reason = 'cannot write x: full' where scope = 'global'",
+            "store unusable",
+        ),
+        ("update tasks set state = 'gave_up', last_error = 'HTTP 403' where task_id = 1", "gave up"),
+        ("update tasks set priority = 'CRITICAL', detected_at = 1 where task_id = 1", "critical gap"),
+        (
+            """
+            with recursive n(i) as (select 1 union all select i + 1 from n where i < 25)
+            insert into attempts (task_id, started_at, outcome, requests)
+            select 1, (select max(started_at) from reconciliations), 'error', 1 from n
+            """,
+            "errors",
+        ),
+        ("update reconciliations set error = 'the store is not there'", "cycles fail"),
+        ("update reconciliations set missing = 3, present = 7", "nothing collected"),
+    ],
+)
+def test_each_condition_is_noticed(cause, condition, alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n  quiet_cycles: 3\n")
+    with database.transaction() as sql:
+        ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
+        for number in "12":
+            fields = {"n": number}
+            games = at_work.configuration.datasets["games"]
+            ledger.expect(games, adce.expected_object(games, fields, ()), proven=True)
+        for number in range(3):
+            note_cycle(sql, number + 1, clock)
+    live(at_work, clock, 0.1)
+    assert listener.subjects() == []
+    with database.transaction() as sql:
+        sql.execute(cause)
+    live(at_work, clock, 0.1)
+    assert [subject.partition(",")[0] for subject in listener.subjects()] == [f"ADCE: {condition}"]
+
+
+@pytest.fixture(scope="module")
+def aws() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def at_aws(aws, monkeypatch) -> str:
+    for name, value in {
+        "AWS_ENDPOINT_URL": aws,
+        "AWS_ACCESS_KEY_ID": "made-up",
+        "AWS_SECRET_ACCESS_KEY": "made-up",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return aws
+
+
+def test_alert_goes_through_sns_to_a_queue(at_aws, alerter, database, clock):
+    sns, sqs = boto3.client("sns"), boto3.client("sqs")
+    topic = sns.create_topic(Name="alerts")["TopicArn"]
+    queue = sqs.create_queue(QueueName="inbox")["QueueUrl"]
+    arn = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+    sns.subscribe(TopicArn=topic, Protocol="sqs", Endpoint=arn)
+    at_work = alerter(f"  sns_topic: {topic}\n")
+    go_away(database, clock)
+    live(at_work, clock, 0.2)
+    (message,) = sqs.receive_message(QueueUrl=queue, MaxNumberOfMessages=10)["Messages"]
+    body: dict[str, Any] = json.loads(message["Body"])
+    assert body["Subject"] == "ADCE: source blocked, league"
+    assert "cannot be reached" in body["Message"] and "Try: adce.py status" in body["Message"]
+
+
+def test_figures_of_each_cycle_are_put_once_into_cloudwatch_and_a_good_one_is_pinged(
+    at_aws, alerter, database, clock, listener
+):
+    at_work = alerter(f"  cloudwatch: Lake/ADCE\n  ping: {listener.address}\n")
+    for number, error in enumerate((None, "the store is not there", None), 1):
+        with database.transaction() as sql:
+            note_cycle(sql, number, clock, error)
+        live(at_work, clock, 0.1)
+    listed = boto3.client("cloudwatch").list_metrics(Namespace="Lake/ADCE")["Metrics"]
+    assert {"missing", "present", "cycle", "list_calls"} <= {metric["MetricName"] for metric in listed}
+    assert [path for path, _ in listener.told] == ["/secret-path"] * 2
+    assert database.read("select * from broken_channels") == []
+
+
+HURRIED = "import sys, adce; adce.LOOK_SECONDS = 0.1; adce._open_standard_files(); sys.exit(adce.main(sys.argv[1:]))"
+AWAY = """
+health_check: {enabled: false}
+retry: {max_attempts: 1}
+sources: {box: {}}
+datasets:
+  things: {source: box, key: "things/{n}", command: ["false"], partitions: {values: {n: ["1"]}}}
+alerts: {command: [sh, -c, "touch sent; exec sleep 300"]}
+"""
+
+
+def test_hanging_channel_delays_no_stop_and_leaves_no_process(tmp_path):
+    (tmp_path / "adce.yaml").write_text(AWAY)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HURRIED, "run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until((tmp_path / "sent").exists)
+    wait_until(lambda: "gave_up" in states(tmp_path))
+    process.terminate()
+    began = time.monotonic()
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, "Traceback" in said) == (0, False), said
+    assert time.monotonic() - began < 5, said
+    wait_until(lambda: not processes_of(tmp_path))
+
+
+def states(folder: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(folder / "adce.db", timeout=10)) as sql:
+        return [row[0] for row in sql.execute("select state from tasks")]
