@@ -17,6 +17,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Words                       the vocabulary: states, outcomes, exit codes, errors
     Time                        instants and durations; the only reader of the clock
     Schema                      the tables: the centre of the design
+    Side tables                 what the limits, the runner and the alerts remember
     Migrations                  to it, from those of older versions
     Views                       what people read of them
     Database                    one safe door to the SQLite file
@@ -53,6 +54,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Fetch                       does one execution
     Tables                      rows as text
     Report                      tells: questions in SQL, answers as rows
+    Plan                        what a run would do
     Health                      serves the same answers over HTTP
     Screen                      what a person sees while it runs
     Alerts                      what people are told, once, wherever they are
@@ -368,10 +370,10 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 
 # ---------------------------------------------------------------- Schema
 # The centre of the design: what ADCE remembers. Instants are whole seconds since 1970 (UTC) unless the
-# remark says boot: those count from the start of the machine. Headline: TABLES.
+# remark says boot: those count from the start of the machine. Headline: LAKE_TABLES.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-TABLES = """
+LAKE_TABLES = """
 create table settings (
     -- Small facts about the file itself and about the last run.
     name         text    primary key,
@@ -562,7 +564,13 @@ create table reconciliations (
     closed       integer not null,   -- tasks closed because their gap was gone
     error        text                -- what was not proven, and why
 ) strict;
+"""
 
+
+# ---------------------------------------------------------------- Side tables
+# What the runner, the limits and the alerts remember, and counts that triggers keep. Headline: SIDE_TABLES.
+
+SIDE_TABLES = """
 create table boot (
     -- The boot that the boot times below belong to.
     only_row     integer primary key check (only_row = 1),
@@ -622,6 +630,30 @@ create table waiters (
 create index critical_tasks on tasks (detected_at)
 where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up');
 create index gave_up_tasks on tasks (dataset_id) where state = 'gave_up';
+
+create table task_counts (
+    -- How many tasks there are, kept by triggers.
+    dataset_id   integer not null references datasets,
+    priority     text    not null,
+    state        text    not null,
+    tasks        integer not null,
+    primary key (dataset_id, priority, state)
+) strict, without rowid;
+create trigger tasks_counted_in after insert on tasks begin
+    insert into task_counts values (new.dataset_id, new.priority, new.state, 1)
+    on conflict do update set tasks = tasks + 1;
+end;
+create trigger tasks_counted_out after delete on tasks begin
+    update task_counts set tasks = tasks - 1
+    where dataset_id = old.dataset_id and priority = old.priority and state = old.state;
+end;
+create trigger tasks_recounted after update of state, priority, dataset_id on tasks
+when (old.state, old.priority, old.dataset_id) is not (new.state, new.priority, new.dataset_id) begin
+    update task_counts set tasks = tasks - 1
+    where dataset_id = old.dataset_id and priority = old.priority and state = old.state;
+    insert into task_counts values (new.dataset_id, new.priority, new.state, 1)
+    on conflict do update set tasks = tasks + 1;
+end;
 
 create table alerts (
     -- What people were told of; one row for each time that it lasted.
@@ -727,6 +759,29 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
     """,
     """
     alter table tasks add column deaths integer not null default 0;
+    create table task_counts (
+        dataset_id   integer not null references datasets,
+        priority     text    not null,
+        state        text    not null,
+        tasks        integer not null,
+        primary key (dataset_id, priority, state)
+    ) strict, without rowid;
+    create trigger tasks_counted_in after insert on tasks begin
+        insert into task_counts values (new.dataset_id, new.priority, new.state, 1)
+        on conflict do update set tasks = tasks + 1;
+    end;
+    create trigger tasks_counted_out after delete on tasks begin
+        update task_counts set tasks = tasks - 1
+        where dataset_id = old.dataset_id and priority = old.priority and state = old.state;
+    end;
+    create trigger tasks_recounted after update of state, priority, dataset_id on tasks
+    when (old.state, old.priority, old.dataset_id) is not (new.state, new.priority, new.dataset_id) begin
+        update task_counts set tasks = tasks - 1
+        where dataset_id = old.dataset_id and priority = old.priority and state = old.state;
+        insert into task_counts values (new.dataset_id, new.priority, new.state, 1)
+        on conflict do update set tasks = tasks + 1;
+    end;
+    insert into task_counts select dataset_id, priority, state, count(*) from tasks group by 1, 2, 3;
     create index critical_tasks on tasks (detected_at)
     where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up');
     create index gave_up_tasks on tasks (dataset_id) where state = 'gave_up';
@@ -1269,7 +1324,7 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         known = connection.execute("select value from settings where name = 'views'").fetchone()
         if known and known[0] == digest:
             return
-    steps = "".join(MIGRATIONS[version - 1 :]) if version else TABLES
+    steps = "".join(MIGRATIONS[version - 1 :]) if version else LAKE_TABLES + SIDE_TABLES
     old_views = connection.execute("select name from sqlite_schema where type = 'view'").fetchall()
     script = [
         "begin immediate;",
@@ -6234,6 +6289,13 @@ COVERAGE_BY_DATASET = """
     from coverage
     group by source, dataset
 """
+COVERAGE_BY_SOURCE = """
+    select source, sum(expected) as expected, sum(present) as present, sum(missing) as missing,
+           sum(stale) as stale, sum(suspect) as suspect, sum(gave_up) as gave_up,
+           sum(present) * 10000 / sum(expected) / 100.0 as percent
+    from coverage
+    group by source
+"""
 COVERAGE_IN_ALL = """
     select sum(expected) as expected, sum(present) as present, sum(missing) as missing,
            sum(stale) as stale, sum(suspect) as suspect, sum(gave_up) as gave_up,
@@ -6248,11 +6310,13 @@ def report_sections(database: Database, since_seconds: float, now: float) -> lis
     since = {"since": now - since_seconds, "now": now}
     span = format_duration(since_seconds)
     return [
+        Section("sources", "Coverage by source", query(database, COVERAGE_BY_SOURCE)),
         Section("coverage", "Coverage by dataset", query(database, COVERAGE_BY_DATASET)),
         Section("total", "In all", query(database, COVERAGE_IN_ALL), is_one=True, empty="nothing is expected yet"),
         Section("queue", "Open tasks by priority", query(database, QUEUE_BY_PRIORITY)),
         Section("reasons", "Why objects are missing, stale or suspect", query(database, GAPS_BY_REASON)),
-        Section("attempts", f"Attempts of the last {span}", query(database, ATTEMPTS_BY_OUTCOME, since)),
+        Section("scrapers", f"Attempts of the last {span}", query(database, ATTEMPTS_BY_DATASET, since)),
+        Section("attempts", f"How attempts of the last {span} ended", query(database, ATTEMPTS_BY_OUTCOME, since)),
         Section("rates", "Rate limits", query(database, RATES)),
         Section("cycles", "The last cycles", query(database, "select * from cycles order by cycle_id desc limit 5")),
         Section("listing", f"Listing of the last {span}", query(database, LISTING, since), is_one=True),
@@ -6260,19 +6324,32 @@ def report_sections(database: Database, since_seconds: float, now: float) -> lis
 
 
 QUEUE_BY_PRIORITY = """
+    with oldest as (
+        select priority, min(detected_at) as detected_at
+        from tasks
+        where state in ('pending', 'retry', 'running', 'gave_up')
+        group by priority
+    )
     select priority,
-           sum(state = 'pending') as pending, sum(state = 'retry') as retry, sum(state = 'running') as running,
-           sum(state = 'gave_up') as gave_up, max(age_hours) as oldest_hours
-    from queue
+           coalesce(sum(tasks) filter (where state = 'pending'), 0) as pending,
+           coalesce(sum(tasks) filter (where state = 'retry'), 0) as retry,
+           coalesce(sum(tasks) filter (where state = 'running'), 0) as running,
+           coalesce(sum(tasks) filter (where state = 'gave_up'), 0) as gave_up,
+           round((unixepoch() - detected_at) / 3600.0, 2) as oldest_hours
+    from task_counts join oldest using (priority)
     group by priority
     order by min(case priority when 'CRITICAL' then 1 when 'HIGH' then 2 when 'MEDIUM' then 3 else 4 end)
 """
 GAPS_BY_REASON = """
-    select g.dataset, g.kind, coalesce(t.state, 'no task') as task, count(*) as objects,
-           coalesce(max(t.last_error), max(g.reason)) as example, min(g.since) as oldest
-    from gaps g
-    left join tasks t using (task_id)
-    group by g.dataset, g.kind, t.state, substr(coalesce(t.last_error, g.reason), 1, 24)
+    with reasons as (
+        select t.dataset_id, o.state as kind, t.state as task, count(*) as objects,
+               coalesce(max(t.last_error), max(o.reason)) as example, min(o.since) as oldest
+        from tasks t cross join objects o using (object_id)
+        where t.state in ('pending', 'retry', 'running', 'gave_up')
+        group by t.dataset_id, o.state, t.state, substr(coalesce(t.last_error, o.reason), 1, 24)
+    )
+    select dataset, kind, task, objects, example, strftime('%Y-%m-%dT%H:%M:%SZ', oldest, 'unixepoch') as oldest
+    from reasons join datasets using (dataset_id)
     order by objects desc
     limit 20
 """
@@ -6285,6 +6362,28 @@ ATTEMPTS_BY_OUTCOME = """
     where a.started_at >= :since
     group by d.dataset, a.outcome
     order by d.dataset, attempts desc
+"""
+ATTEMPTS_BY_DATASET = """
+    with ended as (
+        select d.source, d.dataset, a.outcome, a.seconds, a.requests, a.bytes,
+               row_number() over (partition by t.dataset_id order by a.seconds) as place,
+               count(*) over (partition by t.dataset_id) as attempts
+        from attempts a
+        join tasks t using (task_id)
+        join datasets d using (dataset_id)
+        where a.started_at >= :since and a.outcome != 'running'
+    )
+    select source, dataset, count(*) as attempts,
+           sum(outcome not in ('ok', 'not_yet', 'lost')) as failed,
+           round(100.0 * sum(outcome not in ('ok', 'not_yet', 'lost')) / count(*), 1) as error_percent,
+           -- of what they took in seconds: half was faster than p50
+           round(min(seconds) filter (where place >= 0.50 * attempts), 3) as p50,
+           round(min(seconds) filter (where place >= 0.95 * attempts), 3) as p95,
+           round(min(seconds) filter (where place >= 0.99 * attempts), 3) as p99,
+           sum(requests) as requests, sum(bytes) as bytes
+    from ended
+    group by source, dataset
+    order by source, dataset
 """
 LISTING = """
     select count(*) as cycles, sum(list_calls) as list_calls,
@@ -6304,7 +6403,7 @@ RATES = """
 def next_steps(database: Database) -> list[str]:
     """Commands that answer the questions which the figures raise."""
     steps = []
-    if database.value("select count(*) from tasks where state = 'gave_up'"):
+    if database.value("select 1 from tasks where state = 'gave_up' limit 1"):
         steps.append("adce.py tasks --state gave_up     what gave up, and why")
     if database.value("select 1 from objects where state in ('missing', 'stale', 'suspect') limit 1"):
         steps.append("adce.py plan                      what the next run would do")
@@ -6353,12 +6452,13 @@ def status_sections(database: Database, configuration: Configuration, lock: Runn
     tasks = query(
         database,
         """
-        select (select count(*) from tasks where state = 'pending') as pending,
-               (select count(*) from tasks where state = 'running') as running,
-               (select count(*) from tasks where state = 'retry') as retry,
-               (select count(*) from tasks where state = 'gave_up') as gave_up,
+        select coalesce(sum(tasks) filter (where state = 'pending'), 0) as pending,
+               coalesce(sum(tasks) filter (where state = 'running'), 0) as running,
+               coalesce(sum(tasks) filter (where state = 'retry'), 0) as retry,
+               coalesce(sum(tasks) filter (where state = 'gave_up'), 0) as gave_up,
                (select strftime('%Y-%m-%dT%H:%M:%SZ', min(next_at), 'unixepoch')
                 from tasks where state = 'retry') as next_retry
+        from task_counts
         """,
     )
     expected = sum(by_state.values())
@@ -6439,6 +6539,10 @@ def task_sections(database: Database, task_id: int) -> list[Section]:
     ]
 
 
+# ---------------------------------------------------------------- Plan
+# What a run would do, of a cycle on a copy of the database. Headline: plan_sections().
+
+
 def expected_by_dataset(database: Database) -> dict[str, int]:
     """How many objects each dataset expects now, or will when they are available."""
     sql = """
@@ -6505,11 +6609,25 @@ METRICS = (
         "gauge",
         "Expected objects by state.",
         """
-        select d.dataset, o.state, count(*) as value from objects o join datasets d using (dataset_id)
-        where o.state not in ('awaited', 'dropped') group by 1, 2
+        select dataset, state, sum(objects) as value
+        from counts join datasets using (dataset_id)
+        where state not in ('awaited', 'dropped')
+        group by dataset, state
+        having value > 0
         """,
     ),
-    ("adce_tasks", "gauge", "Open tasks.", "select dataset, state, count(*) as value from queue group by 1, 2"),
+    (
+        "adce_tasks",
+        "gauge",
+        "Open tasks.",
+        """
+        select dataset, state, sum(tasks) as value
+        from task_counts join datasets using (dataset_id)
+        where state in ('pending', 'retry', 'running', 'gave_up')
+        group by dataset, state
+        having value > 0
+        """,
+    ),
     (
         "adce_attempts_total",
         "counter",
@@ -6529,7 +6647,46 @@ METRICS = (
         "select dataset, sum(bytes) as value from stats group by 1",
     ),
     ("adce_open_alerts", "gauge", "Conditions that people were told of.", "select count(*) as value from open_alerts"),
-    ("adce_cycles_total", "counter", "Cycles begun.", "select count(*) as value from cycles"),
+    (
+        "adce_cycles_total",
+        "counter",
+        "Cycles begun.",
+        "select coalesce(max(cycle_id), 0) as value from reconciliations",
+    ),
+    (
+        "adce_cycle_duration_seconds",
+        "gauge",
+        "How long the last cycle took.",
+        "select seconds as value from reconciliations where seconds is not null order by cycle_id desc limit 1",
+    ),
+    (
+        "adce_window_used_requests",
+        "gauge",
+        "Requests in a window of a rate limit.",
+        "select scope, cast(window_seconds as integer) as seconds, used as value from rates where max_requests",
+    ),
+    (
+        "adce_window_limit_requests",
+        "gauge",
+        "Requests that a window of a rate limit allows.",
+        "select scope, cast(window_seconds as integer) as seconds, max_requests as value from rates where max_requests",
+    ),
+    (
+        "adce_paused_until_timestamp_seconds",
+        "gauge",
+        "When a paused source may be asked again.",
+        """
+        select scope, paused_until + wall_offset as value
+        from scopes, boot
+        where paused_until + wall_offset > unixepoch()
+        """,
+    ),
+    (
+        "adce_runner_last_beat_timestamp_seconds",
+        "gauge",
+        "The last sign of life of the main loop.",
+        "select beat_at as value from runner",
+    ),
     (
         "adce_cycle_last_success_timestamp_seconds",
         "gauge",
@@ -6631,7 +6788,8 @@ class HealthServer:
             sections = status_sections(self.database, self.configuration, self.lock, now) + report_sections(
                 self.database, DAY, now
             )
-            gaps = self.database.value("select count(*) from gaps")
+            open_gaps = "select sum(objects) from counts where state in ('missing', 'stale', 'suspect')"
+            gaps = self.database.value(open_gaps)
             return 200, "text/html; charset=utf-8", page(sections, f"{gaps} gaps" if gaps else "complete", now)
         return 404, "text/plain; charset=utf-8", "try /health /status /tasks /metrics or /\n"
 
@@ -6876,7 +7034,7 @@ def status_line(database: Database) -> str:
     """How things are, in a line for the service manager."""
     rows = database.read("select state, sum(objects) from counts where state not in ('awaited', 'dropped') group by 1")
     counts = {row[0]: row[1] for row in rows if row[1]}
-    running = database.value("select count(*) from tasks where state = 'running'")
+    running = database.value("select coalesce(sum(tasks), 0) from task_counts where state = 'running'")
     gaps = ", ".join(f"{counts[gap]} {gap}" for gap in GAPS if gap in counts)
     return (
         f"{counts.get('present', 0)} of {sum(counts.values())} objects{', ' if gaps else ''}{gaps}, {running} running"
@@ -7824,6 +7982,34 @@ DevicePolicy=closed
 [Install]
 WantedBy=multi-user.target
 """,
+    "alerts": """\
+# Rules for Prometheus: name this file in rule_files of prometheus.yml.
+groups:
+  - name: adce
+    rules:
+      - alert: ADCEIsGone
+        expr: up{job="adce"} == 0 or absent(up{job="adce"})
+        for: 5m
+        annotations: {summary: "ADCE does not answer"}
+      - alert: ADCELoopIsStuck
+        expr: time() - adce_runner_last_beat_timestamp_seconds > 180
+        annotations: {summary: "the main loop of ADCE gives no sign of life"}
+      - alert: ADCECyclesFail
+        expr: time() - adce_cycle_last_success_timestamp_seconds > 3600
+        annotations: {summary: "no cycle has gone well for an hour"}
+      - alert: ADCETasksGaveUp
+        expr: sum by (dataset) (adce_tasks{state="gave_up"}) > 0
+        annotations: {summary: "{{ $value }} objects of {{ $labels.dataset }} gave up"}
+      - alert: ADCEAttemptsFail
+        expr: >-
+          sum(rate(adce_attempts_total{outcome!~"ok|not_yet|lost"}[1h]))
+          > 0.1 * sum(rate(adce_attempts_total[1h]))
+        for: 15m
+        annotations: {summary: "over a tenth of all attempts fail"}
+      - alert: ADCESourceIsPaused
+        expr: adce_paused_until_timestamp_seconds - time() > 1800
+        annotations: {summary: "{{ $labels.scope }} is left alone for half an hour and more"}
+""",
     "cron": """\
 # For `crontab -e`: cron sends a mail when something is printed. One that still works is left alone.
 */15 * * * * {command} -q run --once --if-locked skip
@@ -7831,8 +8017,45 @@ WantedBy=multi-user.target
 }
 
 
+def grafana_dashboard() -> str:
+    """A dashboard with a panel for each metric. It names no data source of its own: one is chosen above it."""
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    panels = []
+    for number, (name, kind, meaning, _) in enumerate(METRICS):
+        expression, title = name, meaning.rstrip(".")
+        if kind == "counter":
+            expression = f"rate({name}[5m])"
+        elif name.endswith("_timestamp_seconds"):
+            expression, title = f"time() - {name}", f"Seconds since: {title}"
+        panels.append(
+            {
+                "id": number + 1,
+                "type": "timeseries",
+                "title": title,
+                "datasource": source,
+                "gridPos": {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)},
+                "targets": [{"refId": "A", "datasource": source, "expr": expression}],
+            }
+        )
+    choice = {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"}
+    dashboard = {
+        "uid": "adce",
+        "title": "ADCE",
+        "schemaVersion": 39,
+        "time": {"from": "now-24h", "to": "now"},
+        "refresh": "1m",
+        "templating": {"list": [choice]},
+        "panels": panels,
+    }
+    return json.dumps(dashboard, indent=2) + "\n"
+
+
 def example(name: str, configuration: Configuration) -> str:
-    """The text of EXAMPLES with the paths of this installation in it."""
+    """The text for another program, with the paths of this installation in it."""
+    if name == "grafana":
+        return grafana_dashboard()
+    if name == "alerts":
+        return EXAMPLES[name]
     quote = quote_for_cron if name == "cron" else quote_for_systemd
     words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
     folders = {configuration.database.parent}
@@ -7884,6 +8107,14 @@ CONSISTENCY = {
     "running attempts without a task": """
         select count(*) from attempts a
         where a.outcome = 'running' and not exists (select 1 from tasks t where t.attempt_id = a.attempt_id)
+    """,
+    "tasks counted wrongly": """
+        select coalesce(sum(abs(n)), 0) from (
+            select sum(n) as n from (
+                select dataset_id, priority, state, count(*) as n from tasks group by 1, 2, 3
+                union all
+                select dataset_id, priority, state, -tasks from task_counts)
+            group by dataset_id, priority, state)
     """,
     "objects counted wrongly": """
         select coalesce(sum(abs(n)), 0) from (
@@ -8710,7 +8941,7 @@ COMMANDS = (
         "example",
         "print a ready text for another program",
         command_example,
-        (_option("name", choices=sorted(EXAMPLES)),),
+        (_option("name", choices=sorted([*EXAMPLES, "grafana"])),),
     ),
 )
 

@@ -148,7 +148,8 @@ class Lake:
                 yield self.objects[key][1]
 
     def find(self, key: str) -> adce.StoredObject | None:
-        self.world.fail("find", 0.005)
+        if not self.world.is_asked:  # else it was looked for before the request, and found missing
+            self.world.fail("find", 0.005)
         return self.objects[key][1] if key in self.objects else None
 
     def read(self, key: str) -> bytes:
@@ -216,6 +217,7 @@ class World:
         self.trouble: dict[str, tuple[str, float]] = {}  # of a source, until when
         self.stood_still = 0
         self.has_news = self.is_calm = self.is_doomed = False
+        self.is_asked = False  # whether what ends now had sent its request
         self.runner: adce.Runner | None = None
         (folder / "adce.yaml").write_text(CONFIGURATION)
         self.configuration = adce.load_configuration(folder / "adce.yaml")
@@ -385,7 +387,8 @@ class World:
         seconds = self.random.lognormvariate(-0.7, 0.8)
         if kind in ("away", "slow", "broken"):
             seconds = min(spec.source.timeout_seconds, seconds * 30)
-        if spec.url and not (spec.targets[0].is_missing and keys[0] in self.lake.objects):
+        is_asked = bool(spec.url) and not (spec.targets[0].is_missing and keys[0] in self.lake.objects)
+        if is_asked:
             self.arrive_within(seconds, spec.source.name)
         runner = self.runner
         for key in keys:
@@ -393,7 +396,7 @@ class World:
 
         def end() -> None:
             if self.runner is runner:  # else it died with its process
-                self.kind = kind
+                self.kind, self.is_asked = kind, is_asked
                 act()
 
         self.at(self.now + seconds, end)
