@@ -55,6 +55,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Tables                      rows as text
     Report                      tells: questions in SQL, answers as rows
     Plan                        what a run would do
+    Page                        the whole picture in a browser
     Health                      serves the same answers over HTTP
     Screen                      what a person sees while it runs
     Alerts                      what people are told, once, wherever they are
@@ -87,6 +88,7 @@ import enum
 import errno
 import fcntl
 import functools
+import gzip
 import hashlib
 import html
 import http.client
@@ -630,6 +632,7 @@ create table waiters (
 create index critical_tasks on tasks (detected_at)
 where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up');
 create index gave_up_tasks on tasks (dataset_id) where state = 'gave_up';
+create index objects_by_day on objects (day, dataset_id, state) where day is not null;
 
 create table task_counts (
     -- How many tasks there are, kept by triggers.
@@ -785,6 +788,7 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
     create index critical_tasks on tasks (detected_at)
     where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up');
     create index gave_up_tasks on tasks (dataset_id) where state = 'gave_up';
+    create index objects_by_day on objects (day, dataset_id, state) where day is not null;
     create table alerts (
         alert_id     integer primary key,
         condition    text    not null,
@@ -6584,6 +6588,185 @@ def plan_sections(database: Database, before: Mapping[str, int], most: int) -> l
     ]
 
 
+# ---------------------------------------------------------------- Page
+# The whole picture as one HTML document: no script, no request to anywhere, colours that are also said in words.
+# Headline: page().
+
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+PAGE_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; --line: #8886; --none: #8883;
+        --all: #1b4f9c; --part: #7fb2e5; --gap: #d9822b; --lost: #b3261e; }
+body { max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } p { overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
+.cards { display: flex; flex-wrap: wrap; gap: .6rem; margin: 0; }
+.cards div { border: 1px solid var(--line); border-radius: .4rem; padding: .4rem .8rem; }
+.cards dt { font-size: .85rem; } .cards dd { margin: 0; font-size: 1.2rem; }
+.wide { overflow-x: auto; } svg { display: block; }
+table { border-collapse: collapse; }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+.all { fill: var(--all); } .part { fill: var(--part); } .gap { fill: var(--gap); } .lost { fill: var(--lost); }
+.none { fill: var(--none); }
+"""
+CALENDAR = """
+    select d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present
+    from objects o indexed by objects_by_day
+    join datasets d using (dataset_id)
+    where o.day between :first and :last and o.state in ('present', 'missing', 'stale', 'suspect')
+    group by d.dataset, o.day
+"""
+QUEUE_HEAD = """
+    -- the score in its parts: what it was when the gap was found, what it has gained by age, and its dataset's bonus
+    select o.key, t.priority, d.source,
+           round(t.rank + t.slope * t.detected_at / 3600.0, 1) as at_first,
+           round(t.slope * (unixepoch() - t.detected_at) / 3600.0, 1) as for_age,
+           round(d.bonus, 1) as for_reliability,
+           round(t.rank + t.slope * unixepoch() / 3600.0 + d.bonus, 1) as score,
+           coalesce(t.last_error, o.reason) as reason
+    from datasets d
+    join tasks t on t.task_id in (
+        select task_id from tasks
+        where dataset_id = d.dataset_id and state = 'pending'
+        order by rank desc, task_id
+        limit 10)
+    join objects o using (object_id)
+    where d.active
+    order by score desc
+    limit 10
+"""
+RUNNING = """
+    select o.key, d.source, round(unixepoch() - a.started_at) as seconds, t.attempts
+    from attempts a join tasks t using (attempt_id) join datasets d using (dataset_id) join objects o using (object_id)
+    where a.outcome = 'running'
+"""
+PRIORITIES = """
+    select priority, sum(tasks) as open
+    from task_counts
+    where state in ('pending', 'retry', 'running', 'gave_up')
+    group by priority
+    having open > 0
+"""
+CELL = 11  # pixels
+LAST_CYCLES = 96
+
+
+def page(database: Database, status: Sequence[Section], now: float, year: int | None = None) -> str:
+    """One HTML document; `status` are the sections of status_sections()."""
+    facts = {section.name: section.rows[0] if section.rows else {} for section in status}
+    gaps = sum(facts["lake"][kind] or 0 for kind in GAPS)
+    verdict = (
+        f"{gaps:,} gap{'s' if gaps > 1 else ''}"
+        if gaps
+        else "complete"
+        if facts["lake"]["expected"]
+        else "nothing expected yet"
+    )
+    latest = "select max(day) from objects indexed by objects_by_day where day is not null and day <= ?"
+    year = year or int((database.value(latest, (day_of(now).isoformat(),)) or day_of(now).isoformat())[:4])
+    tables = [
+        Section("queue", "First in the queue", query(database, QUEUE_HEAD), empty="nothing is open"),
+        Section("priorities", "Open tasks by priority", query(database, PRIORITIES), empty="none"),
+        Section("rates", "Rate limits", query(database, RATES)),
+        Section("running", "Running now", query(database, RUNNING), empty="nothing"),
+        Section("attempts", "The last attempts", query(database, "select * from recent_attempts limit 20")),
+        Section("alerts", "Alerts", query(database, "select * from open_alerts")),
+        Section("channels", "Channels that do not work", query(database, "select * from broken_channels")),
+    ]
+    title = html.escape(f"ADCE: {verdict}")
+    blocks = "".join(f'<div class="wide" tabindex="0">{render([table], "html")}</div>' for table in tables)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{PAGE_STYLE}</style></head>
+<body><main><h1>{title}</h1><p>{html.escape(str(facts["runner"].get("store")))}, {utc_text(now)}</p>
+{_cards(facts)}
+<h2>Coverage by day, {year}</h2>{_years(database, year)}{_calendars(database, year)}
+<h2>The last cycles</h2>{_cycle_bars(database)}
+{blocks}</main></body></html>
+"""
+
+
+def _cards(facts: Mapping[str, Mapping[str, Any]]) -> str:
+    lake, tasks, cycle = facts["lake"], facts["tasks"], facts["cycle"]
+    cards = {
+        "runner": facts["runner"]["runner"],
+        "coverage": f"{lake['percent']} %" if lake["percent"] is not None else "-",
+        **{str(kind): f"{lake[kind] or 0:,}" for kind in GAPS},
+        "open tasks": f"{(tasks['pending'] or 0) + (tasks['retry'] or 0) + (tasks['running'] or 0):,}",
+        "gave up": f"{tasks['gave_up'] or 0:,}",
+        "last cycle": cycle.get("started_at", "none"),
+    }
+    shown = "".join(f"<div><dt>{name}</dt><dd>{html.escape(str(value))}</dd></div>" for name, value in cards.items())
+    return f'<dl class="cards">{shown}</dl>'
+
+
+def _years(database: Database, year: int) -> str:
+    """A link for each year that has days."""
+    ends = "select min(day) as first, max(day) as last from objects indexed by objects_by_day where day is not null"
+    first, last = database.read(ends)[0]
+    if first is None:
+        return "<p>nothing has a day yet</p>"
+    years = range(int(first[:4]), int(last[:4]) + 1)
+    links = [f"<b>{one}</b>" if one == year else f'<a href="?year={one}">{one}</a>' for one in years]
+    return f"<nav aria-label='Years'>{' '.join(links)}</nav>"
+
+
+def _calendars(database: Database, year: int) -> str:
+    """A year of days for each dataset: a column is a week, a cell a day, its title says what its colour does."""
+    by_dataset: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, day, expected, present in database.read(CALENDAR, {"first": f"{year}-01-01", "last": f"{year}-12-31"}):
+        by_dataset.setdefault(name, {})[day] = expected, present
+    return "".join(_calendar(name, year, days) for name, days in sorted(by_dataset.items()))
+
+
+def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> str:
+    first, cells = datetime.date(year, 1, 1), []
+    for number in range((datetime.date(year + 1, 1, 1) - first).days):
+        day = first + datetime.timedelta(days=number)
+        expected, present = days.get(day.isoformat(), (0, 0))
+        kind = "none" if not expected else "all" if present == expected else "part" if present else "gap"
+        week, weekday = divmod(number + first.weekday(), 7)
+        told = f"{present} of {expected}" if expected else "nothing expected"
+        place = f'x="{week * CELL}" y="{weekday * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
+        cells.append(f'<rect class="{kind}" {place}><title>{day:%a} {day}: {told}</title></rect>')
+    expected, present = (sum(pair[place] for pair in days.values()) for place in (0, 1))
+    told = html.escape(f"{dataset}: {present:,} of {expected:,} in {year}")
+    incomplete = [f"{day} ({there} of {wanted})" for day, (wanted, there) in sorted(days.items()) if there < wanted]
+    words = html.escape(", ".join(incomplete[:50]) + (" ..." if len(incomplete) > 50 else ""))
+    details = f"<details><summary>{len(incomplete)} days are not complete</summary><p>{words}</p></details>"
+    size = f'width="{54 * CELL}" height="{7 * CELL}"'
+    svg = f'<svg role="img" aria-label="{told}" {size}>{"".join(cells)}</svg>'
+    return f'<h3>{told}</h3><div class="wide" tabindex="0">{svg}</div>{details if incomplete else ""}'
+
+
+def _cycle_bars(database: Database) -> str:
+    """A bar for each cycle, as high as it took long; one that had trouble says so."""
+    sql = """
+        select * from (
+            select cycle_id, started_at, seconds, list_calls, missing + stale + suspect as gaps, error
+            from reconciliations where seconds is not null
+            order by cycle_id desc limit ?)
+        order by cycle_id
+    """
+    rows = query(database, sql, (LAST_CYCLES,))
+    if not rows:
+        return "<p>none yet</p>"
+    longest = max(row["seconds"] for row in rows) or 1
+    bars = []
+    for number, row in enumerate(rows):
+        height = 4 + round(56 * row["seconds"] / longest)
+        told = f"cycle {row['cycle_id']}, {utc_text(row['started_at'])}: {row['seconds']:.1f} s, {row['gaps']:,} gaps"
+        told += f", {row['error']}" if row["error"] else ""
+        place = f'x="{number * 10}" y="{60 - height}" width="8" height="{height}"'
+        bars.append(
+            f'<rect class="{"lost" if row["error"] else "all"}" {place}><title>{html.escape(told)}</title></rect>'
+        )
+    troubled = sum(row["error"] is not None for row in rows)
+    label = f"{len(rows)} cycles, {troubled} with trouble, the longest took {longest:.1f} s"
+    svg = f'<svg role="img" aria-label="{label}" width="{len(rows) * 10}" height="60">{"".join(bars)}</svg>'
+    return f'<p>{label}</p><div class="wide" tabindex="0">{svg}</div>'
+
+
 # ---------------------------------------------------------------- Health
 # Serves the same answers over HTTP on 127.0.0.1: read-only, a few threads, a few seconds each. It only
 # reads the database. Headline: HealthServer.
@@ -6592,13 +6775,6 @@ BEAT_SECONDS = 10  # between two signs of life of the main loop
 LEAST_FREE_BYTES = 100 << 20
 HTTP_THREADS = 32
 HTTP_SECONDS = 10  # for a whole connection
-PAGE_STYLE = """
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
-body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #8884; }
-"""
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 PROMETHEUS_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
@@ -6708,19 +6884,6 @@ def metrics_text(database: Database) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(sections: Sequence[Section], verdict: str, now: float) -> str:
-    """One HTML document without scripts and without requests to anywhere."""
-    title = html.escape(f"ADCE: {verdict}")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="30">
-<style>{PAGE_STYLE}</style></head>
-<body><h1>{title}</h1><p>{utc_text(now)}</p>
-{render(sections, "html")}
-</body></html>
-"""
-
-
 def problems(database: Database, configuration: Configuration, now: float, since: float) -> list[str]:
     """What makes a runner that has worked `since` then unhealthy: being idle does not."""
     try:
@@ -6785,12 +6948,9 @@ class HealthServer:
             filters = {name: options.get(name) for name in ("state", "dataset", "source")}
             return 200, "application/json", render(tasks_sections(self.database, filters, 100), "json")
         if path == "/":
-            sections = status_sections(self.database, self.configuration, self.lock, now) + report_sections(
-                self.database, DAY, now
-            )
-            open_gaps = "select sum(objects) from counts where state in ('missing', 'stale', 'suspect')"
-            gaps = self.database.value(open_gaps)
-            return 200, "text/html; charset=utf-8", page(sections, f"{gaps} gaps" if gaps else "complete", now)
+            status = status_sections(self.database, self.configuration, self.lock, now)
+            year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
+            return 200, "text/html; charset=utf-8", page(self.database, status, now, year)
         return 404, "text/plain; charset=utf-8", "try /health /status /tasks /metrics or /\n"
 
 
@@ -6854,10 +7014,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def _send(self, status: int, kind: str, text: str) -> None:
-        body = text.encode()
+        body, encoding = text.encode(), "identity"
+        if "gzip" in self.headers.get("Accept-Encoding", ""):
+            body, encoding = gzip.compress(body, 5), "gzip"
         self.send_response(status)
         for name, value in (
             ("Content-Type", kind),
+            ("Content-Encoding", encoding),
+            ("Vary", "Accept-Encoding"),
             ("Content-Length", str(len(body))),
             ("Content-Security-Policy", PAGE_POLICY),
             ("X-Content-Type-Options", "nosniff"),
@@ -8383,8 +8547,11 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
 
 def command_report(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show coverage, queue, attempts, limits and cycles."""
-    database = _existing(configuration)
-    _print(arguments, report_sections(database, arguments.since, Clock().wall()), ["", *next_steps(database)])
+    database, now = _existing(configuration), Clock().wall()
+    if arguments.format == "html":
+        print(page(database, status_sections(database, configuration, RunnerLock(configuration.database), now), now))
+        return ExitCode.DONE
+    _print(arguments, report_sections(database, arguments.since, now), ["", *next_steps(database)])
     return ExitCode.DONE
 
 

@@ -20,6 +20,7 @@ drop index if exists closed_tasks;
 alter table objects drop column skipped;
 drop index if exists critical_tasks;
 drop index if exists gave_up_tasks;
+drop index if exists objects_by_day;
 drop trigger if exists tasks_counted_in;
 drop trigger if exists tasks_counted_out;
 drop trigger if exists tasks_recounted;

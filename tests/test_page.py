@@ -1,0 +1,108 @@
+"""The page as a browser shows it: Debian's chromium, and axe-core from npm."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import re
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import pytest
+from conftest import run_adce
+from lakes import write_league
+from runners import rows
+from upstream import League
+
+import adce
+
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs: apt-get install chromium")
+
+
+@pytest.fixture
+def lake(tmp_path, upstream) -> Path:
+    League(date(2025, 1, 1), 6, games_per_day=(1, 3), seed=3).serve(upstream)
+    write_league(tmp_path, upstream.address, limits="rate_limiting: {global_limits: {requests_per_minute: 500}}")
+    assert run_adce("run", "--once", "-q", folder=tmp_path).returncode == 0
+    (tmp_path / "lake" / "days" / "20250102.json").unlink()
+    run_adce("reconcile", "-q", folder=tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def address(lake) -> Iterator[str]:
+    configuration = adce.load_configuration(lake / "adce.yaml")
+    with contextlib.closing(adce.open_database(lake / "adce.db")) as database:
+        server = adce.HealthServer(configuration, database, adce.RunnerLock(lake / "adce.db"), adce.Clock())
+        object.__setattr__(configuration, "health_check", adce.HealthCheck(enabled=True, port=0))
+        yield f"http://127.0.0.1:{server.start()}/"
+        server.stop()
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1120, 1920])
+def test_page_is_one_quiet_response_that_fits_its_window(width, scheme, address, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    said: list[str] = []
+    asked: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(f"{address}?year=2025")
+        assert tab.title() == "ADCE: 1 gap"
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        tab.screenshot(path=os.environ.get("SCREENSHOT", str(tmp_path / "page.png")), full_page=True)
+        if axe := axe_core():
+            tab.evaluate(Path(axe).read_text())
+            found = tab.evaluate("axe.run()")["violations"]
+            serious = [(one["id"], one["help"]) for one in found if one["impact"] in ("serious", "critical")]
+            assert serious == []
+        browser.close()
+    assert (said, asked) == ([], [f"{address}?year=2025"])
+
+
+def axe_core() -> str | None:
+    """Where axe-core is; it is installed into a folder beside the temporary ones, once."""
+    place = Path(os.environ.get("AXE_CORE", "/tmp/adce-axe-core"))
+    script = place / "node_modules" / "axe-core" / "axe.min.js"
+    if not script.exists() and shutil.which("npm"):
+        words = ["npm", "install", "--silent", "--prefix", str(place), "axe-core@4"]
+        subprocess.run(words, check=False, capture_output=True, timeout=100)
+    return str(script) if script.exists() else None
+
+
+def test_page_says_what_the_tables_hold(lake, address):
+    with urllib.request.urlopen(f"{address}?year=2025", timeout=10) as answer:
+        text = answer.read().decode()
+    ((games,),) = rows(lake, "select count(*) from objects where key glob 'games/*' and state = 'present'")
+    assert f"games: {games} of {games} in 2025" in text
+    assert "days: 5 of 6 in 2025" in text
+    assert "<title>Thu 2025-01-02: 0 of 1</title>" in text
+    assert text.count('class="all"') >= 5
+    ((cycles,),) = rows(lake, "select count(*) from reconciliations")
+    assert len(re.findall(r"<title>cycle \d+", text)) == cycles
+    assert "days/20250102.json" in text
+
+
+def test_page_is_packed_for_who_takes_that(address):
+    plain = urllib.request.Request(address)
+    packed = urllib.request.Request(address, headers={"Accept-Encoding": "gzip"})
+    with urllib.request.urlopen(plain, timeout=10) as one, urllib.request.urlopen(packed, timeout=10) as other:
+        texts = [one.read(), gzip.decompress(other.read())]
+    assert [b"</html>" in text for text in texts] == [True, True]
+
+
+def test_report_as_html_is_the_page(lake):
+    done = run_adce("report", "--format", "html", folder=lake)
+    assert "Coverage by day, 2025" in done.stdout
+    assert done.stdout.startswith("<!doctype html>")
+    assert "<title>ADCE: 1 gap</title>" in done.stdout
