@@ -629,8 +629,8 @@ create table waiters (
     unique (source, owner)
 ) strict;
 
-create index critical_tasks on tasks (detected_at)
-where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up');
+create index open_tasks on tasks (priority, detected_at)
+where state in ('pending', 'retry', 'running', 'gave_up');
 create index gave_up_tasks on tasks (dataset_id) where state = 'gave_up';
 create index objects_by_day on objects (day, dataset_id, state) where day is not null;
 
@@ -785,8 +785,8 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
         on conflict do update set tasks = tasks + 1;
     end;
     insert into task_counts select dataset_id, priority, state, count(*) from tasks group by 1, 2, 3;
-    create index critical_tasks on tasks (detected_at)
-    where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up');
+    create index open_tasks on tasks (priority, detected_at)
+    where state in ('pending', 'retry', 'running', 'gave_up');
     create index gave_up_tasks on tasks (dataset_id) where state = 'gave_up';
     create index objects_by_day on objects (day, dataset_id, state) where day is not null;
     create table alerts (
@@ -6328,20 +6328,19 @@ def report_sections(database: Database, since_seconds: float, now: float) -> lis
 
 
 QUEUE_BY_PRIORITY = """
-    with oldest as (
-        select priority, min(detected_at) as detected_at
-        from tasks
-        where state in ('pending', 'retry', 'running', 'gave_up')
-        group by priority
-    )
     select priority,
            coalesce(sum(tasks) filter (where state = 'pending'), 0) as pending,
            coalesce(sum(tasks) filter (where state = 'retry'), 0) as retry,
            coalesce(sum(tasks) filter (where state = 'running'), 0) as running,
            coalesce(sum(tasks) filter (where state = 'gave_up'), 0) as gave_up,
-           round((unixepoch() - detected_at) / 3600.0, 2) as oldest_hours
-    from task_counts join oldest using (priority)
+           round((unixepoch() - (
+               select min(detected_at)
+               from tasks t
+               where t.priority = c.priority and t.state in ('pending', 'retry', 'running', 'gave_up'))) / 3600.0, 2
+           ) as oldest_hours
+    from task_counts c
     group by priority
+    having oldest_hours is not null
     order by min(case priority when 'CRITICAL' then 1 when 'HIGH' then 2 when 'MEDIUM' then 3 else 4 end)
 """
 GAPS_BY_REASON = """
@@ -7292,7 +7291,7 @@ CONDITIONS = {
     "critical gap": """
         select dataset as about, 'a CRITICAL object has been missing since '
                || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text
-        from tasks indexed by critical_tasks join datasets using (dataset_id)
+        from tasks indexed by open_tasks join datasets using (dataset_id)
         where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up')
           and detected_at < :now - :critical_gap_seconds
         group by dataset

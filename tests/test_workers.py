@@ -76,6 +76,7 @@ def scraper(tmp_path, monkeypatch) -> Iterator[Callable[[str], ModuleType]]:
 
     def write(text: str) -> ModuleType:
         (tmp_path / "a_scraper.py").write_text(text)
+        sys.modules.pop("a_scraper", None)  # of another test
         import a_scraper
 
         return a_scraper

@@ -18,7 +18,7 @@ alter table objects drop column live;
 drop index if exists objects_skipped;
 drop index if exists closed_tasks;
 alter table objects drop column skipped;
-drop index if exists critical_tasks;
+drop index if exists open_tasks;
 drop index if exists gave_up_tasks;
 drop index if exists objects_by_day;
 drop trigger if exists tasks_counted_in;
