@@ -8517,6 +8517,12 @@ def _print(arguments: Arguments, sections: Sequence[Section], notes: Iterable[st
             print(note, file=sys.stderr)
 
 
+def _tell(arguments: Arguments, text: str, **facts: Any) -> None:
+    """What a command has done: in a sentence, or its facts in the format that was asked for."""
+    if not arguments.quiet:
+        print(text if arguments.format == "table" else render([Section("done", "", [facts], True)], arguments.format))
+
+
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
     clock, store = Clock(), open_store(configuration.store)
@@ -8746,8 +8752,8 @@ def command_backup(arguments: Arguments, configuration: Configuration) -> ExitCo
             print(f"\r{100 * (total - left) // max(total, 1)}%", end="" if left else "\n", file=sys.stderr, flush=True)
 
     back_up(_existing(configuration), arguments.file, show)
-    if not arguments.quiet:
-        print(f"{arguments.file} holds {arguments.file.stat().st_size:,} bytes and was checked")
+    size = arguments.file.stat().st_size
+    _tell(arguments, f"{arguments.file} holds {size:,} bytes and was checked", file=str(arguments.file), bytes=size)
     return ExitCode.DONE
 
 
@@ -8762,15 +8768,15 @@ def _report_start(arguments: Arguments, configuration: Configuration) -> None:
     words = [word for word, given in (("--yes", arguments.yes), ("--verbose", arguments.verbose)) if given]
     number = start_runner(configuration, words, log)
     address = _existing(configuration).value("select address from runner")
-    if not arguments.quiet:
-        print(f"started process {number}, which writes to {log}" + (f" and answers at {address}" if address else ""))
+    text = f"started process {number}, which writes to {log}" + (f" and answers at {address}" if address else "")
+    _tell(arguments, text, started=number, log=str(log), address=address)
 
 
 def command_stop(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Stop the runner and wait until it has ended; exit 4 when there is none."""
     number = stop_runner(RunnerLock(configuration.database), _patience_of(arguments, configuration))
-    if not arguments.quiet:
-        print("no runner works on this database" if number is None else f"process {number} has stopped")
+    told = "no runner works on this database" if number is None else f"process {number} has stopped"
+    _tell(arguments, told, stopped=number)
     return ExitCode.NOT_RUNNING if number is None else ExitCode.DONE
 
 
@@ -8801,10 +8807,10 @@ def command_pause(arguments: Arguments, configuration: Configuration) -> ExitCod
     with database.transaction() as sql:
         declare_limits(sql, configuration, clock)
         pause_source(sql, scope, arguments.seconds, arguments.reason, clock.boot())
-    if not arguments.quiet:
-        until = database.value("select blocked_until from rates where scope = ?", (scope,))
-        told = "it is resumed" if arguments.seconds is None else until or utc_text(clock.wall())
-        print(f"{scope} is paused until {told}; what runs may end")
+    until = database.value("select blocked_until from rates where scope = ?", (scope,)) or utc_text(clock.wall())
+    told = "it is resumed" if arguments.seconds is None else until
+    facts = {"paused": scope, "until": None if arguments.seconds is None else until}
+    _tell(arguments, f"{scope} is paused until {told}; what runs may end", **facts)
     return ExitCode.DONE
 
 
@@ -8814,10 +8820,8 @@ def command_resume(arguments: Arguments, configuration: Configuration) -> ExitCo
     with database.transaction() as sql:
         declare_limits(sql, configuration, clock)
         was_paused = resume_source(sql, scope, clock.boot())
-    if not arguments.quiet:
-        print(
-            f"{scope} is asked again" if was_paused else f"{scope} was not paused; what has failed is tried again now"
-        )
+    text = f"{scope} is asked again" if was_paused else f"{scope} was not paused; what has failed is tried again now"
+    _tell(arguments, text, resumed=scope, was_paused=was_paused)
     return ExitCode.DONE
 
 
@@ -8837,8 +8841,9 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
         return ExitCode.USAGE
     with database.transaction() as sql:
         count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
+    _tell(arguments, f"{count} {'task is' if count == 1 else 'tasks are'} tried again now", retried=count)
     if not arguments.quiet:
-        _tell_count(database, configuration, count, "tried again now")
+        _tell_obstacles(database, configuration)
     return ExitCode.DONE
 
 
@@ -8860,8 +8865,7 @@ def _is_meant(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _tell_count(database: Database, configuration: Configuration, count: int, what: str) -> None:
-    print(f"{count} {'task is' if count == 1 else 'tasks are'} {what}")
+def _tell_obstacles(database: Database, configuration: Configuration) -> None:
     if RunnerLock(configuration.database).holder() is None:
         print("No runner works now; the next one will know.", file=sys.stderr)
     for row in query(database, "select distinct scope, reason from rates where blocked_until is not null"):
@@ -8875,10 +8879,8 @@ def command_skip(arguments: Arguments, configuration: Configuration) -> ExitCode
         ledger = Ledger(sql, configuration, Clock().wall())
         if (count := skip_tasks(ledger, arguments.task_ids, arguments.reason)) < len(set(arguments.task_ids)):
             raise Error(f"{len(set(arguments.task_ids)) - count} of these tasks are not open", "see: adce.py tasks")
-    if not arguments.quiet:
-        print(
-            f"{count} {'object is' if count == 1 else 'objects are'} not wanted any more; `adce.py retry ID` undoes it"
-        )
+    what = "object is" if count == 1 else "objects are"
+    _tell(arguments, f"{count} {what} not wanted any more; `adce.py retry ID` undoes it", skipped=count)
     return ExitCode.DONE
 
 
