@@ -53,6 +53,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Scrapers                    a command or a call instead
     Fetch                       does one execution
     Tables                      rows as text
+    Coverage                    what is expected and what is there
     Report                      tells: questions in SQL, answers as rows
     Plan                        what a run would do
     Page                        the whole picture in a browser
@@ -6269,9 +6270,8 @@ def _cell(value: Any) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-# ---------------------------------------------------------------- Report
-# Tells: questions in SQL, answers as sections of rows. Nothing here changes anything. Headlines: the
-# functions named *_sections.
+# ---------------------------------------------------------------- Coverage
+# What is expected and what is there, in sums and by day. Headline: coverage_sections().
 
 
 def coverage_sections(
@@ -6286,6 +6286,39 @@ def coverage_sections(
     return [Section("coverage", title, rows, empty="nothing is expected yet; run a cycle: adce.py reconcile")]
 
 
+def strip_section(database: Database, year: int | None, now: float) -> Section:
+    """A year in a line for each dataset that has days: a letter for each week."""
+    year = year or latest_year(database, now)
+    weeks: dict[str, list[tuple[int, int]]] = {}
+    for name, day, expected, present in database.read(CALENDAR, {"first": f"{year}-01-01", "last": f"{year}-12-31"}):
+        strip = weeks.setdefault(name, [(0, 0)] * 53)
+        week = (datetime.date.fromisoformat(day).timetuple().tm_yday - 1) // 7
+        strip[week] = strip[week][0] + expected, strip[week][1] + present
+    rows = [
+        {"dataset": name, "weeks": "".join(_letter(*week) for week in strip)} for name, strip in sorted(weeks.items())
+    ]
+    title = f"The weeks of {year}: # all there, + a part, x nothing, . nothing expected"
+    return Section("weeks", title, rows, empty="no dataset has days in it")
+
+
+def _letter(expected: int, present: int) -> str:
+    return "." if not expected else "#" if present == expected else "+" if present else "x"
+
+
+def latest_year(database: Database, now: float) -> int:
+    """The last year, up to now, that has days."""
+    latest = "select max(day) from objects indexed by objects_by_day where day is not null and day <= ?"
+    today = day_of(now).isoformat()
+    return int((database.value(latest, (today,)) or today)[:4])
+
+
+CALENDAR = """
+    select d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present
+    from objects o indexed by objects_by_day
+    join datasets d using (dataset_id)
+    where o.day between :first and :last and o.state in ('present', 'missing', 'stale', 'suspect')
+    group by d.dataset, o.day
+"""
 COVERAGE_BY_DATASET = """
     select source, dataset, sum(expected) as expected, sum(present) as present, sum(missing) as missing,
            sum(stale) as stale, sum(suspect) as suspect, sum(gave_up) as gave_up,
@@ -6307,6 +6340,11 @@ COVERAGE_IN_ALL = """
     from coverage
     having sum(expected) > 0
 """
+
+
+# ---------------------------------------------------------------- Report
+# Tells: questions in SQL, answers as sections of rows. Nothing here changes anything. Headlines: the
+# functions named *_sections.
 
 
 def report_sections(database: Database, since_seconds: float, now: float) -> list[Section]:
@@ -6607,13 +6645,6 @@ th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; bo
 .all { fill: var(--all); } .part { fill: var(--part); } .gap { fill: var(--gap); } .lost { fill: var(--lost); }
 .none { fill: var(--none); }
 """
-CALENDAR = """
-    select d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present
-    from objects o indexed by objects_by_day
-    join datasets d using (dataset_id)
-    where o.day between :first and :last and o.state in ('present', 'missing', 'stale', 'suspect')
-    group by d.dataset, o.day
-"""
 QUEUE_HEAD = """
     -- the score in its parts: what it was when the gap was found, what it has gained by age, and its dataset's bonus
     select o.key, t.priority, d.source,
@@ -6660,8 +6691,7 @@ def page(database: Database, status: Sequence[Section], now: float, year: int | 
         if facts["lake"]["expected"]
         else "nothing expected yet"
     )
-    latest = "select max(day) from objects indexed by objects_by_day where day is not null and day <= ?"
-    year = year or int((database.value(latest, (day_of(now).isoformat(),)) or day_of(now).isoformat())[:4])
+    year = year or latest_year(database, now)
     tables = [
         Section("queue", "First in the queue", query(database, QUEUE_HEAD), empty="nothing is open"),
         Section("priorities", "Open tasks by priority", query(database, PRIORITIES), empty="none"),
@@ -8604,7 +8634,11 @@ def command_task(arguments: Arguments, configuration: Configuration) -> ExitCode
 def command_coverage(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show what is expected and what is there, by dataset and season."""
     filters = _filters(arguments, configuration)
-    _print(arguments, coverage_sections(_existing(configuration), by_day=arguments.by_day, **filters))
+    database = _existing(configuration)
+    sections = coverage_sections(database, by_day=arguments.by_day, **filters)
+    if arguments.format == "table" and not arguments.by_day:
+        sections.append(strip_section(database, arguments.year, Clock().wall()))
+    _print(arguments, sections)
     return ExitCode.DONE
 
 
@@ -8966,6 +9000,12 @@ def _path(text: str) -> Path:
     return Path(text).absolute()
 
 
+def _year(text: str) -> int:
+    if not re.fullmatch(r"[12]\d{3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a year")
+    return int(text)
+
+
 def _duration(text: str) -> float:
     try:
         return parse_duration(text)
@@ -9087,7 +9127,11 @@ COMMANDS = (
         "coverage",
         "show what is expected and what is there, by dataset and season",
         command_coverage,
-        (*FILTERS, _option("--by-day", action="store_true", help="by dataset and day instead")),
+        (
+            *FILTERS,
+            _option("--by-day", action="store_true", help="by dataset and day instead"),
+            _option("--year", type=_year, help="of the weeks that are drawn"),
+        ),
     ),
     Command(
         "check",

@@ -66,6 +66,13 @@ def test_every_format_of_everything_is_whole(style, line, lake):
     assert done.stdout.strip()
 
 
+def test_weeks_of_a_year_are_drawn_a_letter_each(lake):
+    done = run_adce("coverage", "--year", "2025", folder=lake)
+    weeks = dict(line.split() for line in done.stdout.splitlines() if line.endswith("." * 40))
+    assert weeks == {"days": "+" + "." * 52, "games": "#" + "." * 52}
+    assert run_adce("coverage", "--year", "25", folder=lake).returncode == 2
+
+
 @pytest.mark.parametrize("line", SHOWING + TEXTS)
 def test_reader_that_has_seen_enough_is_no_error(line, lake):
     command = [sys.executable, str(ROOT / "adce.py"), *line.split()]
