@@ -316,7 +316,10 @@ def kill_and_restart(folder: Path, rounds: int, seconds: float, processes: int, 
 
 @pytest.mark.parametrize(
     ("rounds", "seconds", "threads"),
-    [pytest.param(2, 2, 4, id="short"), pytest.param(24, 5, 8, id="long", marks=pytest.mark.long)],
+    [
+        pytest.param(2, 2, 4, id="short", marks=pytest.mark.battery),
+        pytest.param(24, 5, 8, id="long", marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.timeout(300)
 def test_killed_processes_break_no_limit_and_lose_no_permit_for_ever(tmp_path, rounds, seconds, threads):
@@ -384,7 +387,7 @@ def test_steps_of_the_wall_clock_grant_nothing_and_stall_nothing(tmp_path):
         times = [arrival.at for arrival in upstream.arrivals]
         assert upstream.violations == 0
     assert max(later - earlier for earlier, later in itertools.pairwise(times)) < 2
-    assert min(map(sum, served)) >= 0.3 * 20 * 6
+    assert min(map(sum, served)) >= 0.2 * 20 * 6
 
 
 # --------------------------------------------------------------- python adce.py acquire
