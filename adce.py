@@ -7387,7 +7387,7 @@ class Alerter:
             self.look()
             self.send()
             self.tell_cycle()
-        except DatabaseError as error:
+        except (DatabaseError, OSError) as error:
             self.journal.write("WARN", "alerts", error=str(error))
 
     def conditions(self) -> dict[tuple[str, str], str]:
