@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
 import os
 import re
 import shutil
@@ -106,3 +107,54 @@ def test_report_as_html_is_the_page(lake):
     assert "Coverage by day, 2025" in done.stdout
     assert done.stdout.startswith("<!doctype html>")
     assert "<title>ADCE: 1 gap</title>" in done.stdout
+
+
+def test_each_number_is_the_same_wherever_it_is_told(lake, address):
+    """In the raw tables, the views, the report, the metrics and the page."""
+    raw = dict(rows(lake, "select state, count(*) from objects where state not in ('awaited', 'dropped') group by 1"))
+    ((attempts,),) = rows(lake, "select count(*) from attempts")
+    ((cycles,),) = rows(lake, "select count(*) from reconciliations")
+    ((open_tasks,),) = rows(
+        lake, "select count(*) from tasks where state in ('pending', 'retry', 'running', 'gave_up')"
+    )
+    ((stored,),) = rows(lake, "select sum(bytes) from attempts")
+    expected, present, missing = sum(raw.values()), raw["present"], raw["missing"]
+
+    assert rows(lake, "select sum(expected), sum(present), sum(missing) from coverage") == [
+        (expected, present, missing)
+    ]
+    assert rows(lake, "select count(*) from gaps") == rows(lake, "select count(*) from queue") == [(open_tasks,)]
+    assert rows(lake, "select count(*) from recent_attempts") == rows(lake, "select sum(attempts) from stats")
+    assert rows(lake, "select count(*) from cycles") == [(cycles,)]
+
+    report = json.loads(run_adce("report", "--format", "json", folder=lake).stdout)
+    for name in ("sources", "coverage"):
+        assert sum(row["expected"] for row in report[name]) == expected
+        assert sum(row["missing"] for row in report[name]) == missing
+    assert (report["total"]["present"], len(report["cycles"])) == (present, cycles)
+    assert sum(row["attempts"] for row in report["scrapers"]) == attempts
+    assert sum(row["attempts"] for row in report["attempts"]) == attempts
+    assert sum(row["bytes"] for row in report["scrapers"]) == stored
+    assert sum(row["objects"] for row in report["reasons"]) == open_tasks
+    assert sum(row["pending"] + row["retry"] + row["gave_up"] for row in report["queue"]) == open_tasks
+
+    with urllib.request.urlopen(f"{address}metrics", timeout=10) as answer:
+        samples = re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", answer.read().decode(), re.MULTILINE)
+
+    def sample(name: str, label: str = "") -> float:
+        return sum(float(value) for one, labels, value in samples if one == name and label in labels)
+
+    assert (sample("adce_objects"), sample("adce_objects", 'state="missing"')) == (expected, missing)
+    assert (sample("adce_tasks"), sample("adce_attempts_total")) == (open_tasks, attempts)
+    assert (sample("adce_cycles_total"), sample("adce_stored_bytes_total")) == (cycles, stored)
+
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        cards = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", answer.read().decode()))
+    assert cards["coverage"] == f"{present * 10000 // expected / 100} %"
+    assert {name: cards[name] for name in ("missing", "stale", "suspect", "gave up")} == {
+        "missing": str(missing),
+        "stale": "0",
+        "suspect": "0",
+        "gave up": "0",
+    }
+    assert cards["open tasks"] == str(open_tasks)
