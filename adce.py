@@ -5999,15 +5999,16 @@ def end_processes(database: str, tasks: str = "") -> int:
 
 
 def _processes() -> list[int]:
-    own = os.getpid()
-    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != own]  # noqa: PTH208
+    with contextlib.suppress(OSError):  # no descriptor is left: the next start does it
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]  # noqa: PTH208
+    return []
 
 
 def _kill_marked(number: int, marks: Sequence[bytes]) -> bool:
     """Kill a living process whose first environment holds all marks, and wait until it is dead."""
     try:
         handle = os.pidfd_open(number)  # now the number cannot become another's
-    except (ProcessLookupError, PermissionError):
+    except OSError:
         return False
     try:
         environment = b"\0" + Path(f"/proc/{number}/environ").read_bytes()
@@ -6017,7 +6018,7 @@ def _kill_marked(number: int, marks: Sequence[bytes]) -> bool:
         poller = select.poll()
         poller.register(handle, select.POLLIN)
         poller.poll(1000)
-    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
+    except OSError:  # it has ended, or is another user's
         return False
     finally:
         os.close(handle)
@@ -7232,6 +7233,24 @@ def status_line(database: Database) -> str:
     return (
         f"{counts.get('present', 0)} of {sum(counts.values())} objects{', ' if gaps else ''}{gaps}, {running} running"
     )
+
+
+def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Iterator[int]:
+    """The steps of a cycle; once a second a terminal is told how far it is, in the place where it was told before."""
+    began = shown = clock.boot()
+    for step in steps:
+        yield step
+        now = clock.boot()
+        if now < shown + 1 or not sys.stderr.isatty():
+            continue
+        shown = now
+        known = database.value("select sum(objects) from counts where state != 'dropped'") or 0
+        looked = database.value("select looked from reconciliations where seconds is null") or 0
+        rate, left = looked / (now - began), known - looked
+        told = f", {rate:,.0f} a second, {format_duration(left / rate)} left" if 0 < looked < known else ""
+        print(f"\r\x1b[K{looked:,} of {known:,} objects{told}", end="", file=sys.stderr, flush=True)
+    if shown > began:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 class LiveScreen:
@@ -8565,7 +8584,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
                 store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         before, orders = expected_by_dataset(database), Orders(is_full=True, may_drop=True)  # only to show
         _declare(database, configuration, clock, orders)
-        cycle_id = run_cycle(reconcile(database, configuration, store, clock, orders))
+        cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
         is_once = getattr(arguments, "once", False)  # that does not wait for retries, it tries them all
         with database.transaction() as sql:
             wake_retries(sql, sys.maxsize if is_once else clock.wall())
@@ -8757,7 +8776,7 @@ def _own_cycle(database: Database, configuration: Configuration, orders: Orders)
     clock, store = Clock(), open_store(configuration.store)
     prepare_store(database, configuration, store)
     _declare(database, configuration, clock, orders)
-    return run_cycle(reconcile(database, configuration, store, clock, orders))
+    return run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
 
 
 def _cycle_of_runner(database: Database, lock: RunnerLock, orders: Orders) -> int:
@@ -9228,7 +9247,8 @@ def main(words: Sequence[str] | None = None) -> int:
             print(f"Try: {error.hint}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
+        with contextlib.suppress(OSError):  # what is left to flush goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
             return ExitCode.DONE
         print(f"adce.py: {error}", file=sys.stderr)
