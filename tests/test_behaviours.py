@@ -553,6 +553,7 @@ def scrapers(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    sys.modules.pop("a_scraper", None)  # of another test
     yield tmp_path / "a_scraper.py"
     for name in [name for name in sys.modules if name.endswith("_scraper")]:
         del sys.modules[name]
