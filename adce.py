@@ -1114,7 +1114,7 @@ class Database:
                 self._writer.execute("begin immediate")
             except sqlite3.OperationalError as error:
                 waited += BUSY_STEP_SECONDS  # in SQLite, where no signal is obeyed
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or waited >= self._patience:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited >= self._patience:
                     raise
             else:
                 return
@@ -1257,7 +1257,6 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
     writer = None
     try:
         with _alone_in(path.parent):
-            _set_foreign_log_aside(path)
             writer = _connect(str(path))
             _migrate(writer, path)
         reader = _connect(str(path))
@@ -1286,14 +1285,15 @@ def _create_file(path: Path) -> None:
         raise DatabaseError(f"cannot create {path}: {error.strerror}", "see `database:` in adce.yaml") from error
 
 
-def _set_foreign_log_aside(path: Path) -> None:
+def set_foreign_log_aside(path: Path) -> None:
     """What a runner has written last may still lie in its write-ahead log. SQLite would play that into a backup
-    that was put in the database's place, and damage it.
+    that was put in the database's place, and damage it. For a process that has not opened the database yet:
+    closing the file would drop its locks.
 
     A backup says of itself that it has no such log (https://sqlite.org/fileformat2.html, 1.3.3); one that is newer
     than the file may be another program's, which has just begun to use it."""
     log = path.with_name(f"{path.name}-wal")
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    with _alone_in(path.parent), contextlib.suppress(OSError), path.open("rb") as file:
         has_log = file.read(20)[18:] != b"\x01\x01"
         if not has_log and log.stat().st_size and log.stat().st_mtime_ns <= os.fstat(file.fileno()).st_ctime_ns:
             log.rename(f"{log}.{int(log.stat().st_mtime)}")
@@ -3118,7 +3118,7 @@ class FolderStore:
             staging.mkdir(parents=True, exist_ok=True)
             for leftover in staging.iterdir():
                 leftover.unlink()
-            (staging / "probe").touch()
+            (staging / "probe").touch()  # all of it was there already, and may be mounted to be read only
             (staging / "probe").unlink()
         except OSError as error:
             raise StoreError(
@@ -3683,6 +3683,7 @@ def _expire(sql: sqlite3.Connection, limiting: RateLimiting, now: float) -> None
 
 LONGEST_RETRY_AFTER = DAY
 FIRST_PAUSE_SECONDS = 60
+STORE_TROUBLE = "store: "  # how the reason of a pause begins that the store has caused
 
 
 @dataclass(frozen=True, slots=True)
@@ -4486,7 +4487,9 @@ def forget(sql: sqlite3.Connection, before: float) -> int:
     limits = {"before": int(before), "most": FORGOTTEN_AT_ONCE}
     sql.execute("delete from orders where asked_at < ? and cycle_id is not null", (int(before),))
     sql.execute("delete from notices where made_at < ?", (int(before),))
-    sql.execute("delete from alerts where ended_at < ?", (int(before),))
+    sql.execute(
+        "delete from alerts where ended_at < ? and alert_id not in (select alert_id from notices)", (int(before),)
+    )
     return len(ended) + sql.execute(tasks, limits).rowcount + sql.execute(cycles, limits).rowcount
 
 
@@ -4570,7 +4573,7 @@ def claim(
     configuration: Configuration,
     clock: Clock,
     busy: Mapping[str, int],
-    free: int | None = None,
+    free: int,
 ) -> tuple[Claim | None, dict[str, Opening]]:
     """Take the best task whose source can be asked now, with its permit; else, what each source waits for.
 
@@ -4580,7 +4583,6 @@ def claim(
     A task that has seen nearly `max_attempts` runners die may be what kills them, or may only have been at
     work beside that one: it waits until nothing else runs, and runs alone."""
     now, workers = clock.boot(), configuration.max_concurrent_scrapers
-    free = workers - sum(busy.values()) if free is None else free
     heads = sql.execute(
         """
         select t.task_id, t.rank, t.slope, t.detected_at, t.deaths, d.dataset, d.dataset_id, d.source, d.bonus,
@@ -4609,9 +4611,7 @@ def claim(
         most = 1 if head["is_probed"] else source.max_concurrent
         if held[source.name] >= most or busy.get(dataset.name, 0) >= (dataset.max_concurrent or most):
             continue
-        # what has died holds its workers until a timeout: short of a request, long of a program or function
-        rivals = sum(not held[name] for name in wanted - {source.name})
-        if held[source.name] and free <= (min(rivals, 1) if dataset.url else rivals):
+        if held[source.name] and free <= _workers_for_others(dataset, wanted, held):
             continue
         if source.name not in openings:
             openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now, RUNNER)
@@ -4627,6 +4627,13 @@ def claim(
             break
     await_openings(sql, configuration, openings, now)
     return claimed, openings
+
+
+def _workers_for_others(dataset: Dataset, wanted: set[str], held: Mapping[str, int]) -> int:
+    """How many workers are left to other sources that have work and none: one, and one for each by programs and
+    functions, because what has died holds its workers until a timeout, and theirs are long."""
+    rivals = sum(not held[name] for name in wanted - {dataset.source})
+    return min(rivals, 1) if dataset.url else rivals
 
 
 def await_openings(
@@ -4645,7 +4652,8 @@ def _take(
     """Start an attempt at the head of a dataset's queue, and at those that go with it in a batch."""
     by, most = (dataset.batch.by, dataset.batch.max) if dataset.batch else ("", 1)
     deadly = configuration.retry.deadly()
-    most = 1 if head["deaths"] >= deadly else most
+    if head["deaths"] >= deadly:
+        most = 1
     rows = sql.execute(
         """
         select t.task_id, t.priority, t.object_id
@@ -4705,7 +4713,7 @@ def finish(
         lesson = learn(sql, claimed.source, answer, now)
     pausing = lesson.pause
     if telling.outcome is Outcome.STORE_ERROR:
-        pausing = Pause(GLOBAL, FIRST_PAUSE_SECONDS, telling.error or "the store failed")
+        pausing = Pause(GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{telling.error}")
         pause(sql, GLOBAL, pausing.seconds, pausing.reason, now)
     least = pausing.seconds if pausing else 0.0
 
@@ -6914,20 +6922,20 @@ def metrics_text(database: Database) -> str:
     return "\n".join(lines) + "\n"
 
 
-def problems(database: Database, configuration: Configuration, now: float, since: float) -> list[str]:
-    """What makes a runner that has worked `since` then unhealthy: being idle does not."""
+def problems(database: Database, configuration: Configuration, now: float, since: float) -> dict[str, str]:
+    """What makes a runner that has worked `since` then unhealthy, by its name: being idle does not."""
     try:
         beat = database.value("select beat_at from runner") or 0
+        reason = database.value(
+            "select reason from rates where scope = 'global' and glob(?, reason)", (f"{STORE_TROUBLE}*",)
+        )
     except DatabaseError as error:
-        return [str(error)]
+        return {"database unusable": str(error)}
+    found = {"store unusable": reason.removeprefix(STORE_TROUBLE)} if reason else {}
     silent = now - max(beat, since)  # the last beat may be that of an earlier run
     if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
-        return [f"the main loop has been stuck for {format_duration(silent)}"]
-    unusable = (
-        "select reason from rates where scope = 'global' and (reason glob 'cannot *' or reason glob 'the store *')"
-    )
-    reason = database.value(unusable)
-    return [reason] if reason else []
+        found["loop stuck"] = f"the main loop has been stuck for {format_duration(silent)}"
+    return found
 
 
 class HealthServer:
@@ -6967,7 +6975,11 @@ class HealthServer:
         options = dict(urllib.parse.parse_qsl(query_text))
         if path == "/health":
             found = problems(self.database, self.configuration, now, self.started_at)
-            body = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now), "problems": found}
+            body = {
+                "status": "unhealthy" if found else "healthy",
+                "timestamp": utc_text(now),
+                "problems": [*found.values()],
+            }
             return (503 if found else 200), "application/json", json.dumps(body)
         if path == "/metrics" and options.get("format") != "json":
             return 200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(self.database)
@@ -7044,13 +7056,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def _send(self, status: int, kind: str, text: str) -> None:
-        body, encoding = text.encode(), "identity"
-        if "gzip" in self.headers.get("Accept-Encoding", ""):
-            body, encoding = gzip.compress(body, 5), "gzip"
+        body = text.encode()
         self.send_response(status)
+        if "gzip" in self.headers.get("Accept-Encoding", ""):
+            body = gzip.compress(body, 5)
+            self.send_header("Content-Encoding", "gzip")
         for name, value in (
             ("Content-Type", kind),
-            ("Content-Encoding", encoding),
             ("Vary", "Accept-Encoding"),
             ("Content-Length", str(len(body))),
             ("Content-Security-Policy", PAGE_POLICY),
@@ -7177,9 +7189,8 @@ def announce_progress(journal: Journal, database: Database, configuration: Confi
         (journal.clock.wall() - SAVED_EVERY_SECONDS,),
     )
     for cycle_id, looked, started_at in rows[-1:]:
-        known = database.value("select sum(objects) from counts where state != 'dropped'") or 0
-        elapsed = journal.clock.wall() - started_at
-        left = (known - looked) * elapsed / looked if 0 < looked < known else None
+        known = _known_objects(database)
+        left = _seconds_left(looked, known, journal.clock.wall() - started_at)
         readers = [
             dataset.name
             for dataset in configuration.datasets.values()
@@ -7202,6 +7213,14 @@ def announce_progress(journal: Journal, database: Database, configuration: Confi
             to_read=to_read,
             left=left and format_duration(left),
         )
+
+
+def _known_objects(database: Database) -> int:
+    return database.value("select sum(objects) from counts where state != 'dropped'") or 0
+
+
+def _seconds_left(looked: int, known: int, elapsed: float) -> float | None:
+    return (known - looked) * elapsed / looked if 0 < looked < known else None
 
 
 def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
@@ -7244,10 +7263,10 @@ def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Ite
         if now < shown + 1 or not sys.stderr.isatty():
             continue
         shown = now
-        known = database.value("select sum(objects) from counts where state != 'dropped'") or 0
+        known = _known_objects(database)
         looked = database.value("select looked from reconciliations where seconds is null") or 0
-        rate, left = looked / (now - began), known - looked
-        told = f", {rate:,.0f} a second, {format_duration(left / rate)} left" if 0 < looked < known else ""
+        left = _seconds_left(looked, known, now - began)
+        told = f", {looked / (now - began):,.0f} a second, {format_duration(left)} left" if left else ""
         print(f"\r\x1b[K{looked:,} of {known:,} objects{told}", end="", file=sys.stderr, flush=True)
     if shown > began:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
@@ -7318,18 +7337,16 @@ LOOK_SECONDS = 30
 CALM_SECONDS = 15 * MINUTE  # what comes back before that was never over
 SEND_SECONDS = 15  # for one message
 MOST_TRIES_SECONDS = DAY  # then a message is too old to be sent
-# condition: a query for what it concerns and a sentence about that. It costs no more with more tasks.
+BLOCKED_PAUSES, BLOCKED_SECONDS = 3, 30 * MINUTE  # in a row, or so long: then a source is blocked
+LAST_ATTEMPTS, FEW_ATTEMPTS = 200, 20  # whose errors count, and how few tell nothing
+# condition: a query, by way of an index, for what it concerns and a sentence about that; see also problems()
 CONDITIONS = {
     "source blocked": """
         select scope as about, 'left alone until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset,
                'unixepoch') || ': ' || reason as text
         from scopes, boot
-        where scope != 'global' and (throttles >= 3 or (throttles > 0 and paused_for >= 1800))
-    """,
-    "store unusable": """
-        select 'store' as about, reason as text
-        from scopes
-        where scope = 'global' and paused_until > :boot and (reason glob 'cannot *' or reason glob 'the store *')
+        where scope != 'global'
+          and (throttles >= :blocked_pauses or (throttles > 0 and paused_for >= :blocked_seconds))
     """,
     "gave up": """
         select dataset as about, count(*) || ' objects gave up, the last error was: ' || max(last_error) as text
@@ -7348,12 +7365,11 @@ CONDITIONS = {
     "errors": """
         select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
         from (
-            select outcome in ('invalid', 'http_error', 'timeout', 'unreachable', 'broken', 'store_error', 'error')
-                   as failed
+            select outcome not in ('ok', 'not_yet', 'lost') as failed
             from attempts
-            where outcome != 'running' and attempt_id > (select max(attempt_id) from attempts) - 200
-              and started_at > :now - 86400)
-        having count(*) >= 20 and sum(failed) * 100 > count(*) * :error_percent
+            where outcome != 'running' and started_at > :now - :day
+              and attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
+        having count(*) >= :few_attempts and sum(failed) * 100 > count(*) * :error_percent
     """,
     "nothing collected": """
         select 'lake' as about, 'nothing was collected in ' || count(*) || ' cycles, and '
@@ -7414,19 +7430,22 @@ class Alerter:
         now, wishes = self.clock.wall(), self.wishes
         facts = {
             "now": now,
-            "boot": self.clock.boot(),
             "critical_gap_seconds": wishes.critical_gap_hours * HOUR,
             "error_percent": wishes.error_percent,
             "quiet_cycles": wishes.quiet_cycles,
+            "blocked_pauses": BLOCKED_PAUSES,
+            "blocked_seconds": BLOCKED_SECONDS,
+            "day": DAY,
+            "last_attempts": LAST_ATTEMPTS,
+            "few_attempts": FEW_ATTEMPTS,
         }
         found = {
             (name, row["about"]): excerpt(row["text"].encode())
             for name, sql in CONDITIONS.items()
             for row in self.database.read(sql, facts)
         }
-        for text in problems(self.database, self.configuration, now, self.started_at):
-            if "stuck" in text:
-                found["loop stuck", "runner"] = text
+        for name, text in problems(self.database, self.configuration, now, self.started_at).items():
+            found[name, "runner"] = excerpt(text.encode())
         free = shutil.disk_usage(self.configuration.database.parent).free
         if free < LEAST_FREE_BYTES:
             found["disk low", "database"] = f"{free >> 20} MB left beside {self.configuration.database.name}"
@@ -8621,8 +8640,12 @@ def command_health(arguments: Arguments, configuration: Configuration) -> ExitCo
     database, lock, now = _existing(configuration), RunnerLock(configuration.database), Clock().wall()
     found = problems(database, configuration, now, now - HOUR)
     if lock.holder() is None:
-        found = ["no runner works on this database"]
-    state = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now), "problems": "; ".join(found)}
+        found = {"not running": "no runner works on this database"}
+    state = {
+        "status": "unhealthy" if found else "healthy",
+        "timestamp": utc_text(now),
+        "problems": "; ".join(found.values()),
+    }
     _print(arguments, [Section("health", "", [state], is_one=True)])
     return ExitCode.NOT_RUNNING if found else ExitCode.DONE
 
@@ -9239,6 +9262,7 @@ def main(words: Sequence[str] | None = None) -> int:
         configuration = load_configuration(find_configuration(arguments.config))
         if database := arguments.db or os.environ.get("ADCE_DB"):
             configuration = dataclasses.replace(configuration, database=Path(database).absolute())
+        set_foreign_log_aside(configuration.database)
         code: int = arguments.act(arguments, configuration)
         sys.stdout.flush()
     except Error as error:

@@ -176,7 +176,7 @@ def test_state_survives_a_restart(alerter, database, clock, listener):
     ("cause", "condition"),
     [
         (
-            "update scopes set paused_until = 1e12, reason = 'cannot write x: full' where scope = 'global'",
+            "update scopes set paused_until = 1e12, reason = 'store: cannot write x: full' where scope = 'global'",
             "store unusable",
         ),
         ("update tasks set state = 'gave_up', last_error = 'HTTP 403' where task_id = 1", "gave up"),
@@ -294,3 +294,19 @@ def test_hanging_channel_delays_no_stop_and_leaves_no_process(tmp_path):
 def states(folder: Path) -> list[str]:
     with contextlib.closing(sqlite3.connect(folder / "adce.db", timeout=10)) as sql:
         return [row[0] for row in sql.execute("select state from tasks")]
+
+
+def test_alerts_are_forgotten_after_their_notices(alerter, database, clock, listener):
+    """One ends up to a quarter of an hour before the notice that says so."""
+    at_work = alerter(f"  webhook: {listener.address}\n")
+    go_away(database, clock)
+    live(at_work, clock, 0.1)
+    come_back(database)
+    live(at_work, clock, 1)
+    ended, told = database.read("select max(ended_at), max(made_at) from alerts, notices")[0]
+    assert ended < told
+    for before, left in (((ended + told) / 2, 1), (told + 1, 0)):
+        with database.transaction() as sql:
+            adce.forget(sql, before)
+        assert [row[0] for row in database.read("select count(*) from alerts")] == [left]
+    assert database.check() == []

@@ -341,3 +341,21 @@ def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
         }
         assert database.value("select granted_at from scopes") == 7
         assert database.check() == []
+
+
+def locks_on(path: Path) -> int:
+    """How many parts of the file this process has locked (proc_locks(5))."""
+    ending = f":{path.stat().st_ino}"
+    lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return sum(line[1] == "POSIX" and line[5].endswith(ending) and int(line[4]) == os.getpid() for line in lines)
+
+
+def test_second_opening_in_a_process_drops_no_lock_of_the_first(tmp_path):
+    """POSIX drops all locks of a process on a file when it closes any descriptor of it (fcntl_locking(2))."""
+    path = tmp_path / "adce.db"
+    with contextlib.closing(adce.open_database(path)) as first:
+        first.read("select 1 from settings")
+        before = locks_on(path)
+        with contextlib.closing(adce.open_database(path)) as second:
+            second.read("select 1 from settings")
+        assert locks_on(path) == before > 0

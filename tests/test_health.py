@@ -121,7 +121,7 @@ def test_beat_of_an_earlier_run_is_not_that_of_a_loop_that_is_stuck(own, databas
 
 def test_store_that_fails_is_not(own, database, clock):
     with database.transaction() as sql:
-        adce.pause(sql, "global", 60, "cannot write days/1.json: No space left on device", clock.boot())
+        adce.pause(sql, "global", 60, "store: cannot write days/1.json: No space left on device", clock.boot())
     answer = get(f"{own}/health")
     assert answer.status_code == 503
     assert "No space left" in answer.json()["problems"][0]

@@ -67,7 +67,8 @@ class Desk:
     def claim(self) -> adce.Claim | None:
         with self.database.transaction() as sql:
             adce.wake_retries(sql, self.clock.wall())
-            claimed = adce.claim(sql, self.configuration, self.clock, self.busy)[0]
+            free = self.configuration.max_concurrent_scrapers - self.busy.total()
+            claimed = adce.claim(sql, self.configuration, self.clock, self.busy, free)[0]
         if claimed:
             self.busy[claimed.dataset.name] += 1
         return claimed
@@ -124,7 +125,7 @@ def test_source_that_is_paused_holds_nobody_up(desk):
     desk.expect("teams", team="A")
     with desk.database.transaction() as sql:
         adce.pause(sql, "espn", 300, "asked to", desk.clock.boot())
-        claimed, openings = adce.claim(sql, desk.configuration, desk.clock, {})
+        claimed, openings = adce.claim(sql, desk.configuration, desk.clock, {}, 5)
     assert claimed and claimed.source.name == "nba"
     assert openings["espn"] == adce.Opening(desk.clock.boot() + 300, "asked to", is_pause=True)
 
@@ -164,7 +165,7 @@ def test_without_weighting_priority_decides_and_then_age_across_datasets(configu
 def test_rolled_back_claim_leaves_neither_task_nor_permit(desk):
     desk.expect("days", date="2025-10-01")
     with pytest.raises(ZeroDivisionError), desk.database.transaction() as sql:
-        adce.claim(sql, desk.configuration, desk.clock, {})[0].tasks[0].task_id / 0
+        adce.claim(sql, desk.configuration, desk.clock, {}, 5)[0].tasks[0].task_id / 0
     assert desk.states() == {"pending": 1}
     assert desk.database.value("select count(*) from requests") == 0
     assert desk.database.value("select count(*) from attempts") == 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import signal
 import sqlite3
 import statistics
@@ -17,17 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-CONFIGURATION = """
-health_check: {{enabled: false}}
-sources: {{box: {{}}}}
-datasets:
-  things:
-    source: box
-    key: "{{a}}/{{b}}"
-    command: [sleep, "60"]
-    partitions: {{values: {{a: {values}, b: {values}}}}}
-"""
+from telling import ROOT, fill
 
 
 def attempts(folder: Path) -> int:
@@ -54,15 +43,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    side = math.isqrt(arguments.tasks)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "adce.yaml").write_text(CONFIGURATION.format(values=[f"v{number}" for number in range(side)]))
-        began = time.monotonic()
-        subprocess.run(
-            [sys.executable, ROOT / "adce.py", "-q", "reconcile"], cwd=folder, check=False, stdout=subprocess.DEVNULL
-        )
-        print(f"{side * side:,} tasks noted in {time.monotonic() - began:.0f} s")
+        print(f"{fill(folder, arguments.tasks):,} tasks")
         times = [first_claim(folder) for _ in range(arguments.rounds)]
         print(f"first attempt after a start: median {statistics.median(times):.2f} s, longest {max(times):.2f} s")
 

@@ -42,16 +42,20 @@ ATTEMPTS = """
 """
 
 
-def fill(folder: Path, tasks: int, attempts: int) -> int:
-    """A lake of which everything is missing, and attempts of ninety days. Returns how many tasks."""
+def fill(folder: Path, tasks: int) -> int:
+    """A lake of which everything is missing. Returns how many tasks it has."""
     side = math.isqrt(tasks)
     (folder / "adce.yaml").write_text(CONFIGURATION.format(values=[f"v{number}" for number in range(side)]))
     command = [sys.executable, ROOT / "adce.py", "-q", "reconcile"]
     subprocess.run(command, cwd=folder, check=False, stdout=subprocess.DEVNULL)
-    with contextlib.closing(sqlite3.connect(folder / "adce.db")) as sql:
-        sql.execute(ATTEMPTS, {"tasks": side * side, "attempts": attempts})
-        sql.commit()
     return side * side
+
+
+def note_attempts(folder: Path, tasks: int, attempts: int) -> None:
+    """Attempts of ninety days."""
+    with contextlib.closing(sqlite3.connect(folder / "adce.db")) as sql:
+        sql.execute(ATTEMPTS, {"tasks": tasks, "attempts": attempts})
+        sql.commit()
 
 
 def median_of(rounds: int, act: Callable[[], object]) -> float:
@@ -72,7 +76,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tasks = fill(folder, arguments.tasks, arguments.attempts)
+        tasks = fill(folder, arguments.tasks)
+        note_attempts(folder, tasks, arguments.attempts)
         print(f"{tasks:,} tasks, {arguments.attempts:,} attempts, medians of {arguments.rounds}")
         configuration = adce.load_configuration(folder / "adce.yaml")
         with contextlib.closing(adce.open_database(configuration.database)) as database:
