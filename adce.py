@@ -447,8 +447,8 @@ create table objects (
     proven       integer not null,   -- 0: nobody has looked for it in the store yet
     cycle_id     integer             -- the cycle in or after which ADCE last wrote it
 ) strict;
--- the objects of a dataset in a state
-create index objects_by_state on objects (dataset_id, season, state);
+-- the objects of a dataset in a state, by day
+create index objects_by_state on objects (dataset_id, season, state, day);
 -- what time alone has changed
 create index objects_due on objects (due_at) where due_at is not null;
 -- what is in the store but was never looked at
@@ -633,7 +633,6 @@ create table waiters (
 create index open_tasks on tasks (priority, detected_at)
 where state in ('pending', 'retry', 'running', 'gave_up');
 create index gave_up_tasks on tasks (dataset_id) where state = 'gave_up';
-create index objects_by_day on objects (day, dataset_id, state) where day is not null;
 
 create table task_counts (
     -- How many tasks there are, kept by triggers.
@@ -818,6 +817,11 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
         error        text    not null,
         since        integer not null
     ) strict, without rowid;
+    """,
+    """
+    drop index objects_by_day;
+    drop index objects_by_state;
+    create index objects_by_state on objects (dataset_id, season, state, day);
     """,
 )
 
@@ -2763,6 +2767,7 @@ class Appraisal:
     ask_at: int | None = None  # of a gap: no use to ask before
 
 
+@functools.lru_cache(4096)  # a date is a part of many keys
 def quote_for_key(value: str) -> str:
     """A value as a part of a key. Different values stay different, and none can name a folder above."""
     quoted = urllib.parse.quote(value, safe=SAFE_IN_KEYS)
@@ -2786,7 +2791,8 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
         if not fields[name].strip() or not fields[name].isprintable():
             raise ValueError(f"{dataset.name}: {name} {fields[name]!r} makes no key")
     key = dataset.key.render(fields, quote_for_key)
-    if len(key.encode()) > MAX_KEY_BYTES or any(len(part.encode()) > 255 for part in key.split("/")):
+    size = len(key.encode())
+    if size > MAX_KEY_BYTES or (size > 255 and any(len(part.encode()) > 255 for part in key.split("/"))):
         raise ValueError(f"{dataset.name}: the key {key[:60]}... is too long")
     season = next((season.label for season in seasons if fields.get("season") in (season.label, str(season.end))), None)
     day = fields.get("date")
@@ -4076,13 +4082,18 @@ class KnownObject:
     object_id: int
     dataset: str
     key: str
-    fields: Fields
+    fields_json: str
     season: str | None
     day: str | None
     state: ObjectState
     facts: Facts
     read_etag: str | None
     cycle_id: int | None
+
+    @property
+    def fields(self) -> Fields:
+        """The values of its partition."""
+        return cast(Fields, json.loads(self.fields_json))
 
 
 class Ledger:
@@ -4121,7 +4132,7 @@ class Ledger:
             object_id=row["object_id"],
             dataset=self._names[row["dataset_id"]],
             key=row["key"],
-            fields=json.loads(row["fields"]),
+            fields_json=row["fields"],
             season=row["season"],
             day=row["day"],
             state=ObjectState(row["state"]),
@@ -5144,6 +5155,7 @@ NOTED_AT_ONCE = 300  # objects, in one transaction: claims wait no longer than t
 READS_IN_A_TRANSACTION = 20
 READS_IN_A_CYCLE = 1000  # of objects that name no others and that something else wrote
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
+VANISHED = "vanished at once"  # by which the problem of a cycle is known
 
 
 def reconcile(
@@ -5375,7 +5387,7 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
         name = names[dataset_id]
         if name not in cycle.orders.may_lose and (many or everything):
             cycle.is_braked = True
-            text = f"{name}: {len(lost)} of {there} objects vanished at once, none is taken for missing"
+            text = f"{name}: {len(lost)} of {there} objects {VANISHED}, none is taken for missing"
             cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --believe {name}")
             continue
         for chunk in chunks(iter(lost), NOTED_AT_ONCE):
@@ -6316,16 +6328,28 @@ def _letter(expected: int, present: int) -> str:
 
 def latest_year(database: Database, now: float) -> int:
     """The last year, up to now, that has days."""
-    latest = "select max(day) from objects indexed by objects_by_day where day is not null and day <= ?"
     today = day_of(now).isoformat()
-    return int((database.value(latest, (today,)) or today)[:4])
+    latest = database.value(f"select max(last) from ({DAYS})", {"until": today})  # noqa: S608  # fixed words
+    return int((latest or today)[:4])
 
 
+# for each of what is counted, its first and last day
+DAYS = """
+    select (select min(o.day) from objects o
+            where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state) as first,
+           (select max(o.day) from objects o
+            where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state
+              and o.day <= :until) as last
+    from counts c
+    where c.objects > 0
+"""
 CALENDAR = """
     select d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present
-    from objects o indexed by objects_by_day
-    join datasets d using (dataset_id)
-    where o.day between :first and :last and o.state in ('present', 'missing', 'stale', 'suspect')
+    from counts c
+    cross join objects o indexed by objects_by_state
+        on o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state
+    join datasets d on d.dataset_id = c.dataset_id
+    where c.state in ('present', 'missing', 'stale', 'suspect') and c.objects > 0 and o.day between :first and :last
     group by d.dataset, o.day
 """
 COVERAGE_BY_DATASET = """
@@ -6740,8 +6764,8 @@ def _cards(facts: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _years(database: Database, year: int) -> str:
     """A link for each year that has days."""
-    ends = "select min(day) as first, max(day) as last from objects indexed by objects_by_day where day is not null"
-    first, last = database.read(ends)[0]
+    ends = f"select min(first), max(last) from ({DAYS})"  # noqa: S608  # fixed words
+    first, last = database.read(ends, {"until": "9999"})[0]
     if first is None:
         return "<p>nothing has a day yet</p>"
     years = range(int(first[:4]), int(last[:4]) + 1)
@@ -7272,6 +7296,9 @@ def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Ite
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+LEAST_TABLE_LINES = 4  # two of them are its head
+
+
 class LiveScreen:
     """A few lines on a terminal, repainted in place; the last state stays in the scrollback."""
 
@@ -7287,8 +7314,12 @@ class LiveScreen:
     def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None) -> None:
         """Draw the present state over the one before."""
         size = shutil.get_terminal_size()
-        lines = live_lines(self.database, self.configuration, now, running, next_cycle_in) + self.last_lines
-        shown = [line[: size.columns - 1] for line in lines][: max(2, size.lines - 1)]
+        head, table, foot = live_lines(self.database, self.configuration, now, running, next_cycle_in)
+        foot += self.last_lines
+        room = max(0, size.lines - 1 - len(head) - len(foot))
+        if len(table) > room:
+            table = [*table[: room - 1], f"... and {len(table) - room + 1} more"] if room > LEAST_TABLE_LINES else []
+        shown = [line[: size.columns - 1] for line in [*head, *table, *foot]][: max(2, size.lines - 1)]
         up = f"\x1b[{self._height}A" if self._height else ""
         self._height = len(shown)
         with contextlib.suppress(OSError):  # the terminal is gone, the work is not
@@ -7298,35 +7329,51 @@ class LiveScreen:
 
 def live_lines(
     database: Database, configuration: Configuration, now: float, running: Sequence[str], next_cycle_in: float | None
-) -> list[str]:
-    """The live screen as text."""
-    cycle = next(
-        iter(query(database, "select cycle_id, seconds from reconciliations order by cycle_id desc limit 1")), None
-    )
-    number = (
-        f"cycle {cycle['cycle_id']} {'running' if cycle['seconds'] is None else 'done'}" if cycle else "no cycle yet"
-    )
-    following = (
-        f", the next in {format_duration(next_cycle_in)}"
-        if next_cycle_in is not None and cycle and cycle["seconds"] is not None
-        else ""
-    )
+) -> tuple[list[str], list[str], list[str]]:
+    """The live screen as text: what is done now, the datasets, and what holds it up."""
     coverage = query(database, COVERAGE_BY_DATASET)
     pauses = query(database, "select distinct scope, blocked_until, reason from rates where blocked_until is not null")
-    rates = query(database, RATES)
     used = ", ".join(
         f"{row['scope']} {row['used']}/{row['max_requests']} in {row['window_seconds']:g} s"
-        for row in rates
+        for row in query(database, RATES)
         if row["used"] and row["max_requests"]
     )
-    return [
+    head = [
         f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly  store {configuration.store}",
-        f"{number}{following}",
-        *(_table(coverage, "table", None).splitlines() if coverage else ["nothing is expected yet"]),
+        f"cycle   {_cycle_now(database, now, next_cycle_in)}",
+        f"tasks   {_tasks_now(database, now)}",
+    ]
+    foot = [
         f"asked   {used or 'nothing lately'}",
         *(f"paused  {row['scope']} until {row['blocked_until']}: {row['reason']}" for row in pauses),
         f"workers {', '.join(running) or 'idle'}",
     ]
+    return head, _table(coverage, "table", None).splitlines() if coverage else ["nothing is expected yet"], foot
+
+
+def _cycle_now(database: Database, now: float, next_cycle_in: float | None) -> str:
+    rows = query(database, "select * from reconciliations order by cycle_id desc limit 1")
+    if not rows:
+        return "none yet"
+    cycle = rows[0]
+    if cycle["seconds"] is not None:
+        following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
+        return f"{cycle['cycle_id']} done{following}"
+    known, looked = _known_objects(database), cycle["looked"]
+    left = _seconds_left(looked, known, now - cycle["started_at"])
+    return f"{cycle['cycle_id']}: {looked:,} of {known:,} objects" + (f", {format_duration(left)} left" if left else "")
+
+
+def _tasks_now(database: Database, now: float) -> str:
+    """How many are open, how many ended in the last minute, and how long they last at that rate."""
+    ended = database.value("select count(*) from tasks where closed_at > ?", (now - MINUTE,))
+    waiting = database.value(
+        "select coalesce(sum(tasks), 0) from task_counts where state in ('pending', 'retry', 'running')"
+    )
+    rate = f", {ended:,} ended in the last minute" if ended else ""
+    return f"{waiting:,} open{rate}" + (
+        f", {format_duration(waiting * MINUTE / ended)} left" if ended and waiting else ""
+    )
 
 
 # ---------------------------------------------------------------- Alerts
@@ -7377,6 +7424,11 @@ CONDITIONS = {
         from (select * from reconciliations where seconds is not null order by cycle_id desc limit :quiet_cycles)
         having count(*) = :quiet_cycles and min(missing + stale + suspect) > 0 and min(present) = max(present)
            and min(missing + stale + suspect) = max(missing + stale + suspect)
+    """,
+    "mass loss": """
+        select 'lake' as about, error as text
+        from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
+        where instr(error, :vanished)
     """,
     "cycles fail": """
         select 'lake' as about, max(error) as text
@@ -7438,6 +7490,7 @@ class Alerter:
             "day": DAY,
             "last_attempts": LAST_ATTEMPTS,
             "few_attempts": FEW_ATTEMPTS,
+            "vanished": VANISHED,
         }
         found = {
             (name, row["about"]): excerpt(row["text"].encode())

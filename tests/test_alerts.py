@@ -190,6 +190,10 @@ def test_state_survives_a_restart(alerter, database, clock, listener):
             "errors",
         ),
         ("update reconciliations set error = 'the store is not there'", "cycles fail"),
+        (
+            "update reconciliations set error = 'days: 120 of 150 objects vanished at once' where cycle_id = 3",
+            "mass loss",
+        ),
         ("update reconciliations set missing = 3, present = 7", "nothing collected"),
     ],
 )

@@ -1,0 +1,75 @@
+"""The live screen of a run: what is done now comes first, and it never grows beyond the terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+import adce
+
+DATASETS = 20
+BOTH = "{values: {n: ['1', '2']}}"
+TEXT = """\
+sources: {league: {base_url: "http://127.0.0.1:9"}}
+datasets:
+""" + "".join(
+    f"  set{n:02}: {{source: league, key: 'set{n:02}/{{n}}', url: '/{{n}}', partitions: {BOTH}}}\n"
+    for n in range(DATASETS)
+)
+
+
+@pytest.fixture
+def paint(configure, database, clock, monkeypatch):
+    """Paint once on a terminal of so many lines; what it shows."""
+    configuration = configure(TEXT)
+    with database.transaction() as sql:
+        adce.declare_limits(sql, configuration, clock)
+        adce.declare_datasets(sql, configuration, clock.wall())
+        ledger = adce.Ledger(sql, configuration, clock.wall())
+        for dataset in configuration.datasets.values():
+            for number in "12":
+                ledger.expect(dataset, adce.expected_object(dataset, {"n": number}, ()), proven=True)
+
+    def paint_on(lines: int) -> list[str]:
+        monkeypatch.setenv("LINES", str(lines))
+        monkeypatch.setenv("COLUMNS", "120")
+        stream = io.StringIO()
+        adce.LiveScreen(stream, database, configuration).paint(clock.wall(), ["set00/1"], 60)
+        return stream.getvalue().removesuffix("\x1b[J").replace("\x1b[2K", "").splitlines()
+
+    return paint_on
+
+
+def test_high_terminal_shows_every_dataset(paint):
+    shown = paint(50)
+    assert sum(" set" in f" {line}" and "league" in line for line in shown) == DATASETS
+    assert shown[-1] == "workers set00/1"
+
+
+def test_low_terminal_cuts_the_datasets_and_keeps_what_is_done_now(paint):
+    shown = paint(16)
+    assert len(shown) == 15
+    assert shown[1] == "cycle   none yet"
+    assert shown[2] == f"tasks   {2 * DATASETS} open"
+    assert shown[-3:] == ["... and 13 more", "asked   nothing lately", "workers set00/1"]
+    assert not any("more" in line for line in paint(8))
+
+
+def test_pace_tells_how_long_the_open_tasks_last(paint, database, clock):
+    with database.transaction() as sql:
+        sql.execute("update tasks set state = 'done', closed_at = ? where task_id <= 10", (clock.wall() - 30,))
+    assert paint(50)[2] == "tasks   30 open, 10 ended in the last minute, 3 min left"
+
+
+def test_running_cycle_tells_how_far_it_is(paint, database, clock):
+    with database.transaction() as sql:
+        sql.execute(
+            """
+            insert into reconciliations (started_at, looked, listed, unexpected, list_calls, expected, present, missing,
+                                         stale, suspect, created, closed)
+            values (?, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+            """,
+            (clock.wall() - 10,),
+        )
+    assert paint(50)[1] == "cycle   1: 10 of 40 objects, 30 s left"
