@@ -45,6 +45,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Listing                     the store, page by page
     Ranges                      which of it to look at
     Cycles                      one reconciliation as it goes on
+    Contents                    what objects say that something else wrote
     Reconcile                   notices: expected against present
     Executions                  what one execution is, and what it leaves
     Requests                    one HTTP request
@@ -4303,8 +4304,8 @@ class Ledger:
         )
         self.closed += closed.rowcount
 
-    def set_children(self, parent: KnownObject, children: Mapping[str, tuple[str, ...]], *, proven: bool) -> None:
-        """Make the children of a parent those that its body names."""
+    def add_children(self, parent: KnownObject, children: Mapping[str, tuple[str, ...]], *, proven: bool) -> set[int]:
+        """Expect what the body of a parent names. Returns which of its children it names no longer."""
         named = set()
         for name, identities in children.items():
             dataset = self.configuration.datasets[name]
@@ -4321,8 +4322,12 @@ class Ledger:
             row[0] for row in self.sql.execute("select child_id from links where parent_id = ?", (parent.object_id,))
         }
         self.sql.executemany("insert into links values (?, ?)", [(parent.object_id, child) for child in named - linked])
-        for child in linked - named:
-            self.sql.execute("delete from links where parent_id = ? and child_id = ?", (parent.object_id, child))
+        return linked - named
+
+    def drop_children(self, parent_id: int, children: Iterable[int]) -> None:
+        """A parent names these no longer: drop those that no other names."""
+        for child in children:
+            self.sql.execute("delete from links where parent_id = ? and child_id = ?", (parent_id, child))
             if not self.sql.execute("select 1 from links where child_id = ? limit 1", (child,)).fetchone():
                 self.drop(child)
 
@@ -4340,17 +4345,25 @@ def is_mass_drop(before: int, after: int) -> bool:
     return before - after > max(DROPPED_OBJECTS, DROPPED_SHARE * before)
 
 
+EXPECTED = """
+    select coalesce(sum(objects), 0) + (select count(*) from objects where skipped is not null)
+    from counts
+    where state != 'dropped'
+"""
+
+
 @contextlib.contextmanager
 def guarded_drops(sql: sqlite3.Connection, *, consents: bool) -> Iterator[None]:
-    """Raises MassDropError, so that all is rolled back, when far less is expected after the block."""
-    count = "select coalesce(sum(objects), 0) from counts where state != 'dropped'"
-    before = sql.execute(count).fetchone()[0]
+    """Raises MassDropError, so that all is rolled back, when far less is expected after the block than at the last
+    good cycle, or before the block: a change may take several steps."""
+    last = sql.execute("select cast(value as integer) from settings where name = 'expected'").fetchone()
+    before = max(sql.execute(EXPECTED).fetchone()[0], last[0] if last else 0)
     yield
-    after = sql.execute(count).fetchone()[0]
+    after = sql.execute(EXPECTED).fetchone()[0]
     if is_mass_drop(before, after) and not consents:
         dropped = before - after
         raise MassDropError(
-            f"adce.yaml no longer expects {dropped:,} of the {before:,} objects that it did; nothing was changed",
+            f"adce.yaml no longer expects {dropped:,} of the {before:,} objects that it did; that was not followed",
             "see the difference with: adce.py plan; if it is meant, say --yes with run or reconcile",
         )
 
@@ -4816,7 +4829,7 @@ def _note_stored(ledger: Ledger, known: KnownObject, result: Result, task_id: in
         verdict=inspection.verdict,
     )
     verdict = ledger.note(known, facts, read_etag=stored.etag)
-    ledger.set_children(known, inspection.children, proven=True)
+    ledger.drop_children(known.object_id, ledger.add_children(known, inspection.children, proven=True))
     if verdict.state not in GAPS:
         ledger.close_task(known.object_id, TaskState.DONE)  # also when it was no gap any more before
         return TaskState.DONE, None
@@ -5071,6 +5084,7 @@ class Cycle:
         self.there: collections.Counter[int] = collections.Counter()  # objects that were known to be, by dataset
         self.ahead: ReadAhead | None = None
         self.losses: dict[int, array.array[int]] = {}  # objects that were there, by dataset
+        self.unnamed: dict[int, tuple[str | None, set[int]]] = {}  # by parent: its etag, whom it names no longer
         self.problems: list[str] = []
         self.started, self.calls_before = clock.boot(), store.calls
         self.saves_at = self.started + SAVED_EVERY_SECONDS
@@ -5145,6 +5159,93 @@ class Cycle:
             )
 
 
+# ---------------------------------------------------------------- Contents
+# What the objects say that something else wrote: whether they are valid and final, and which others they name. Each
+# version of one is read once. Headline: read_contents().
+
+READS_IN_A_TRANSACTION = 20
+READS_IN_A_CYCLE = 1000  # of objects that name no others and that something else wrote
+
+
+def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
+    """Look once at the content of each version of an object that something else wrote: is it valid, is
+    it final, which children does it name? Yields True when it waits for the store."""
+    for dataset in level:
+        children = cycle.configuration.children_of(dataset.name)
+        says_more = children or dataset.freshness.until or dataset.freshness.live
+        if not (says_more or dataset.validate.needs_content()):
+            continue
+        left = math.inf if says_more or cycle.orders.is_full else READS_IN_A_CYCLE
+        after = ""
+        while left > 0 and (unread := _unread(cycle, dataset, after)):
+            look = functools.partial(_inspect, cycle, children=children)
+            if cycle.ahead:
+                reading = [cycle.ahead.submit(look, target) for target in unread]
+                while not all(future.done() for future in reading):
+                    yield True
+                found = [future.result() for future in reading]
+            else:
+                found = [look(target) for target in unread]
+            with cycle.ledger() as ledger:
+                for target, inspection in zip(unread, found, strict=True):
+                    if inspection:
+                        _note_content(cycle, ledger, target, inspection)
+            after = unread[-1].key
+            left -= len(unread)
+            yield None
+
+
+def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[KnownObject]:
+    with cycle.database.transaction() as sql:
+        return Ledger(sql, cycle.configuration, 0).objects(
+            """
+            dataset_id = (select dataset_id from datasets where dataset = :dataset)
+            and etag is not read_etag and etag is not null and key > :after and state != 'dropped'
+            order by key limit :few
+            """,
+            {"dataset": dataset.name, "after": after, "few": READS_IN_A_TRANSACTION},
+        )
+
+
+def _inspect(cycle: Cycle, target: KnownObject, children: Sequence[Dataset]) -> Inspection | None:
+    try:
+        body = cycle.store.read(target.key)
+    except KeyError:
+        return None  # gone since it was listed: the next cycle sees that
+    except UnusablePlaceError as error:
+        cycle.problems.append(str(error))
+        return None
+    return inspect(cycle.configuration.datasets[target.dataset], target.fields, body, children)
+
+
+def _note_content(cycle: Cycle, ledger: Ledger, target: KnownObject, found: Inspection) -> None:
+    """What names fewer than before counts as unread until they are dropped: a cycle may end before that."""
+    is_as_read = "object_id = :object_id and etag = :etag and etag is not read_etag and state != 'dropped'"
+    if not ledger.objects(is_as_read, {"object_id": target.object_id, "etag": target.facts.etag}):
+        return  # fetched anew, or dropped, while it was read
+    facts = dataclasses.replace(
+        target.facts, valid=found.valid, settled=found.settled, live=found.live, verdict=found.verdict
+    )
+    unnamed = ledger.add_children(target, found.children, proven=False) if found.valid else set()
+    if unnamed:
+        cycle.unnamed[target.object_id] = target.facts.etag, unnamed
+    ledger.note(target, facts, read_etag=None if unnamed else target.facts.etag)
+
+
+def drop_unnamed(cycle: Cycle) -> Iterator[None]:
+    """What parents name no longer is not expected any more; all at once, or nothing when that is too much."""
+    if cycle.unnamed:
+        with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
+            for parent_id, (etag, children) in cycle.unnamed.items():
+                read = """
+                    update objects set read_etag = etag
+                    where object_id = ? and etag = ? and etag is not read_etag and state != 'dropped'
+                """
+                if ledger.sql.execute(read, (parent_id, etag)).rowcount:  # else it was fetched anew meanwhile
+                    ledger.drop_children(parent_id, children)
+        yield
+
+
 # ---------------------------------------------------------------- Reconcile
 # Notices: expected against present. A cycle is a row of short steps, so that the runner keeps claiming in
 # between: expand what should exist, list what does, read what names other objects, note the differences.
@@ -5152,8 +5253,6 @@ class Cycle:
 
 LISTED_AT_ONCE = 4  # prefixes
 NOTED_AT_ONCE = 300  # objects, in one transaction: claims wait no longer than that takes
-READS_IN_A_TRANSACTION = 20
-READS_IN_A_CYCLE = 1000  # of objects that name no others and that something else wrote
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
 VANISHED = "vanished at once"  # by which the problem of a cycle is known
 
@@ -5174,13 +5273,14 @@ def reconcile(
     try:
         yield cycle.cycle_id
         for level in configuration.levels():
-            for waits in itertools.chain(_expand(cycle, level), _compare(cycle, level), _read(cycle, level)):
+            for waits in itertools.chain(_expand(cycle, level), _compare(cycle, level), read_contents(cycle, level)):
                 cycle.save_progress()
                 yield 0 if waits else cycle.cycle_id
-        for _ in itertools.chain(_apply_losses(cycle), _age(cycle)):
+        for _ in itertools.chain(drop_unnamed(cycle), _apply_losses(cycle), _age(cycle)):
             yield cycle.cycle_id
         if not cycle.is_braked:  # else the same is looked at, and told, once more
             cycle.remember("looked up to", "" if cycle.share.high == LAST_KEY else cycle.share.high)
+        cycle.remember("expected", str(database.value(EXPECTED)))
     except StoreError as error:
         cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
     except BaseException:  # stopped, interrupted, or an error of the program's own
@@ -5219,10 +5319,11 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
             yield
         dropped += no_longer_expected(cycle.database, dataset.name, wanted)
         digests.append((digest, dataset.name))
-    with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
-        for object_id in dropped:
-            ledger.drop(object_id)
-        ledger.sql.executemany("update datasets set expansion = ? where dataset = ?", digests)
+    if dropped or digests:
+        with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
+            for object_id in dropped:
+                ledger.drop(object_id)
+            ledger.sql.executemany("update datasets set expansion = ? where dataset = ?", digests)
     yield
 
 
@@ -5307,72 +5408,14 @@ def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[s
     for chunk in chunks(iter(object_ids), NOTED_AT_ONCE):
         with cycle.ledger() as ledger:
             for target in ledger.objects(
-                "object_id in (select value from json_each(:ids))", {"ids": json.dumps(chunk)}
+                "object_id in (select value from json_each(:ids)) and state != 'dropped'", {"ids": json.dumps(chunk)}
             ):
+                if target.cycle_id == cycle.cycle_id:
+                    continue  # fetched since it was compared
                 entry = listed.get(target.key)
-                facts = _seen(target, entry) if entry else dataclasses.replace(target.facts, proven=True)
+                facts = _seen(target, entry, ledger.now) if entry else dataclasses.replace(target.facts, proven=True)
                 ledger.note(target, facts)
         yield
-
-
-def _read(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
-    """Look once at the content of each version of an object that something else wrote: is it valid, is
-    it final, which children does it name? Yields True when it waits for the store."""
-    for dataset in level:
-        children = cycle.configuration.children_of(dataset.name)
-        says_more = children or dataset.freshness.until or dataset.freshness.live
-        if not (says_more or dataset.validate.needs_content()):
-            continue
-        left = math.inf if says_more or cycle.orders.is_full else READS_IN_A_CYCLE
-        after = ""
-        while left > 0 and (unread := _unread(cycle, dataset, after)):
-            look = functools.partial(_inspect, cycle, children=children)
-            if cycle.ahead:
-                reading = [cycle.ahead.submit(look, target) for target in unread]
-                while not all(future.done() for future in reading):
-                    yield True
-                found = [future.result() for future in reading]
-            else:
-                found = [look(target) for target in unread]
-            with cycle.ledger() as ledger:
-                for target, inspection in zip(unread, found, strict=True):
-                    if inspection:
-                        _note_content(ledger, target, inspection)
-            after = unread[-1].key
-            left -= len(unread)
-            yield None
-
-
-def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[KnownObject]:
-    with cycle.database.transaction() as sql:
-        return Ledger(sql, cycle.configuration, 0).objects(
-            """
-            dataset_id = (select dataset_id from datasets where dataset = :dataset)
-            and etag is not read_etag and etag is not null and key > :after and state != 'dropped'
-            order by key limit :few
-            """,
-            {"dataset": dataset.name, "after": after, "few": READS_IN_A_TRANSACTION},
-        )
-
-
-def _inspect(cycle: Cycle, target: KnownObject, children: Sequence[Dataset]) -> Inspection | None:
-    try:
-        body = cycle.store.read(target.key)
-    except KeyError:
-        return None  # gone since it was listed: the next cycle sees that
-    except UnusablePlaceError as error:
-        cycle.problems.append(str(error))
-        return None
-    return inspect(cycle.configuration.datasets[target.dataset], target.fields, body, children)
-
-
-def _note_content(ledger: Ledger, target: KnownObject, found: Inspection) -> None:
-    facts = dataclasses.replace(
-        target.facts, valid=found.valid, settled=found.settled, live=found.live, verdict=found.verdict
-    )
-    ledger.note(target, facts, read_etag=target.facts.etag)
-    if found.valid:
-        ledger.set_children(target, found.children, proven=False)
 
 
 def _apply_losses(cycle: Cycle) -> Iterator[None]:
@@ -5393,7 +5436,8 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
         for chunk in chunks(iter(lost), NOTED_AT_ONCE):
             with cycle.ledger() as ledger:
                 for target in ledger.objects(
-                    "object_id in (select value from json_each(:ids))", {"ids": json.dumps(chunk)}
+                    "object_id in (select value from json_each(:ids)) and state != 'dropped'",
+                    {"ids": json.dumps(chunk)},
                 ):
                     if target.cycle_id != cycle.cycle_id:
                         ledger.note(target, Facts(available_at=target.facts.available_at, seen_at=target.facts.seen_at))
@@ -5418,12 +5462,14 @@ def _age(cycle: Cycle) -> Iterator[None]:
     yield
 
 
-def _seen(target: KnownObject, entry: StoredObject) -> Facts:
-    """The facts of an object that is listed with an etag not known yet: its content counts as unread."""
+def _seen(target: KnownObject, entry: StoredObject, now: float) -> Facts:
+    """The facts of an object that is listed with an etag not known yet: its content counts as unread. No clock but
+    ours says how old it is: one that is ahead would keep it fresh for longer."""
     is_read = target.read_etag == entry.etag
     unread = {} if is_read else {"valid": None, "settled": None, "live": None, "verdict": None}
+    modified_at = min(entry.modified_at, int(now))
     return dataclasses.replace(
-        target.facts, proven=True, size=entry.size, etag=entry.etag, modified_at=entry.modified_at, **unread
+        target.facts, proven=True, size=entry.size, etag=entry.etag, modified_at=modified_at, **unread
     )
 
 

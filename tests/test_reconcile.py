@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import tempfile
 import threading
@@ -373,6 +374,27 @@ def test_object_written_during_a_cycle_is_not_taken_for_lost(desk, lake):
     assert "days/2025-10-01.json" not in desk.gaps()
 
 
+def test_object_that_is_fetched_anew_while_a_cycle_reads_it_keeps_what_was_fetched(desk, lake):
+    key = "days/2025-10-01.json"
+    lake.put_day(1, ["7"], final=False)
+
+    class Overtaken(adce.FolderStore):
+        def read(self, key: str) -> bytes:
+            body = super().read(key)
+            lake.put_day(1, ["7", "8"])
+            stored = lake.store.find(key)
+            with desk.database.transaction() as sql:
+                ledger = adce.Ledger(sql, desk.configuration, desk.clock.wall(), 1)
+                known = ledger.objects("key = :key", {"key": key})[0]
+                facts = adce.Facts(etag=stored.etag, modified_at=stored.modified_at, valid=True, settled=True)
+                ledger.note(known, facts, read_etag=stored.etag)
+            return body
+
+    desk.cycle(Overtaken(lake.store.root))
+    assert key not in desk.gaps()
+    assert desk.database.value("select etag from objects where key = ?", (key,)) == lake.store.find(key).etag
+
+
 def test_new_declaration_expects_more_and_cancels_less(desk, configure, lake):
     desk.cycle()
     desk.declare(configure(TEXT.replace("from: 2025-10-01, to: 2025-10-05", "from: 2025-10-03, to: 2025-10-08")))
@@ -419,6 +441,86 @@ def test_configuration_that_expects_far_less_changes_nothing_without_consent(con
     with database.transaction() as sql:
         adce.declare_datasets(sql, configure(text), clock.wall(), consents=True)
     assert desk.cycle(to_drop=True)["expected"] == 5 + 153 * ("other" in text)
+
+
+def test_drop_in_steps_that_are_small_each_needs_consent_in_all(configure, database, lake, clock):
+    text = WIDE + WIDE.partition("datasets:\n")[2].replace("days", "more").replace("games", "sums")
+    desk = Desk(configure(text), database, lake, clock)
+    desk.cycle()
+    smaller = WIDE.replace("from: 2025-05-01", "from: 2025-08-01")  # half of them, then more than half of the rest
+    desk.declare(configure(smaller))
+    with pytest.raises(adce.MassDropError, match="no longer expects 250 of the 316 objects"):
+        desk.cycle()
+    assert database.value("select count(*) from objects where state != 'dropped' and key like 'days/%'") == 158
+    desk.declare(configure(text))
+    assert desk.cycle()["expected"] == 316
+
+
+def test_what_people_skip_counts_as_expected(configure, database, lake, clock):
+    desk = Desk(configure(WIDE), database, lake, clock)
+    desk.cycle()
+    with database.transaction() as sql:
+        ledger = adce.Ledger(sql, desk.configuration, clock.wall())
+        adce.skip_tasks(ledger, [row[0] for row in database.read("select task_id from tasks limit 140")], "enough")
+    desk.declare(configure(WIDE))
+    assert desk.cycle()["expected"] == 18
+
+
+def test_ids_that_name_far_less_drop_nothing_without_consent(configure, database, lake, clock):
+    desk, games = Desk(configure(TEXT), database, lake, clock), [f"g{number}" for number in range(200)]
+    lake.put("days/2025-10-01.json", {"final": True, "games": games, "other": games[:20]})
+    assert desk.cycle()["expected"] == 205
+    mistaken = configure(TEXT.replace('ids: "games"', 'ids: "other"'))
+    desk.declare(mistaken)
+    for _ in range(2):
+        with pytest.raises(adce.MassDropError, match="no longer expects 180 of the 205 objects"):
+            desk.cycle()
+    assert len(desk.gaps()) == 204
+    desk.declare(configure(TEXT))
+    assert desk.cycle()["expected"] == 205
+    desk.declare(mistaken)
+    assert desk.cycle(to_drop=True)["expected"] == 25
+    assert desk.cycle()["expected"] == 25
+
+
+def test_cycle_that_ends_early_forgets_no_child_that_is_named_no_more(desk, lake):
+    lake.put_day(1, ["7", "8"])
+    desk.cycle()
+    lake.put_day(1, ["8"])
+    desk.clock.advance(60)
+    steps = adce.reconcile(desk.database, desk.configuration, lake.store, desk.clock)
+    while not desk.database.read("select 1 from objects where settled and etag is not read_etag"):
+        next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert "games/7.json" in desk.gaps()
+    desk.cycle()
+    assert "games/7.json" not in desk.gaps()
+    assert "games/8.json" in desk.gaps()
+
+
+def test_object_that_is_lost_and_named_no_more_in_the_same_cycle_is_no_gap(desk, lake):
+    lake.put_day(1, ["7", "8"])
+    lake.put_game("7")
+    lake.put_game("8")
+    desk.cycle()
+    assert "games/7.json" not in desk.gaps()
+    lake.put_day(1, ["8"])
+    lake.delete("games/7.json")
+    desk.cycle()
+    assert "games/7.json" not in desk.gaps()
+    assert desk.database.value("select state from objects where key = 'games/7.json'") == "dropped"
+
+
+def test_clock_that_is_ahead_makes_no_object_fresher(configure, database, lake, clock):
+    desk = Desk(configure(TEXT.replace(', until: "final"', "")), database, lake, clock)
+    lake.put_day(1, [])
+    key = "days/2025-10-01.json"
+    os.utime(lake.store.root / key, (clock.wall() + 10 * 86400,) * 2)
+    desk.cycle()
+    assert key not in desk.gaps()
+    desk.clock.advance(6 * 3600)
+    desk.cycle()
+    assert desk.gaps()[key] == "stale"
 
 
 BILLS = """\
