@@ -4423,7 +4423,26 @@ def _forget_readings(sql: sqlite3.Connection, dataset: Dataset) -> None:
     )
 
 
-def no_longer_expected(database: Database, dataset: str, wanted: array.array[int]) -> Iterator[int]:
+class Ids:
+    """A set of ids, a bit for each: those of ten million objects take little more than a megabyte."""
+
+    def __init__(self) -> None:
+        self._bits, self._count = bytearray(), 0
+
+    def add(self, number: int) -> None:
+        """Put one in, unless it is there."""
+        self._bits.extend(bytes(max(0, (number >> 3) + 1 - len(self._bits))))
+        self._count += number not in self
+        self._bits[number >> 3] |= 1 << (number & 7)
+
+    def __contains__(self, number: int) -> bool:
+        return number >> 3 < len(self._bits) and bool(self._bits[number >> 3] >> (number & 7) & 1)
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def no_longer_expected(database: Database, dataset: str, wanted: Ids) -> Iterator[int]:
     """The objects of a dataset that are not `wanted`."""
     known = database.value(
         """
@@ -4440,9 +4459,9 @@ def no_longer_expected(database: Database, dataset: str, wanted: array.array[int
         """,
         (dataset,),
     )
-    if known == len(wanted) and all(one < other for one, other in itertools.pairwise(wanted)):
-        return  # all of them, and none twice
-    expected, after = set(wanted), 0
+    if known == len(wanted):
+        return  # all of them
+    after = 0
     page = """
         select object_id
         from objects join datasets using (dataset_id)
@@ -4452,7 +4471,7 @@ def no_longer_expected(database: Database, dataset: str, wanted: array.array[int
     """
     while rows := database.read(page, (dataset, after, PAGE)):
         after = rows[-1][0]
-        yield from (row[0] for row in rows if row[0] not in expected)
+        yield from (row[0] for row in rows if row[0] not in wanted)
 
 
 def reprioritise(sql: sqlite3.Connection, configuration: Configuration, now: float) -> None:
@@ -5307,13 +5326,13 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
         known = "select expansion from datasets where dataset = ?"
         if dataset.partitions.parent or cycle.database.value(known, (dataset.name,)) == digest:
             continue
-        wanted = array.array("q")
+        wanted = Ids()
         for chunk in chunks(expand(dataset, cycle.configuration.seasons, now), NOTED_AT_ONCE):
             with cycle.ledger() as ledger:
                 for fields in chunk:
                     try:
                         expected = expected_object(dataset, fields, cycle.configuration.seasons)
-                        wanted.append(ledger.expect(dataset, expected, proven=False))
+                        wanted.add(ledger.expect(dataset, expected, proven=False))
                     except ValueError as error:
                         cycle.problems.append(str(error))
             yield
@@ -6321,7 +6340,7 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
         cells = [[cell.replace("|", r"\|") for cell in row] for row in cells]
     text = tabulate.tabulate(
         cells,
-        headers=list(rows[0]),
+        headers=[name.replace("_", " ") for name in rows[0]] if style == "html" else list(rows[0]),
         tablefmt={"table": "simple", "github": "github", "html": "unsafehtml"}[style],
         disable_numparse=True,
         colalign=["right" if is_number else "left" for is_number in numeric],
@@ -6426,21 +6445,52 @@ COVERAGE_IN_ALL = """
 # functions named *_sections.
 
 
-def report_sections(database: Database, since_seconds: float, now: float) -> list[Section]:
-    """The whole picture: coverage, queue, attempts, limits, cycles, what is wrong."""
+def report_sections(database: Database, scrapers: Mapping[str, str], since_seconds: float, now: float) -> list[Section]:
+    """The whole picture: coverage, queue, attempts, limits, cycles, what is wrong. `scrapers` are those of the
+    datasets."""
     since = {"since": now - since_seconds, "now": now}
     span = format_duration(since_seconds)
+    attempts = query(database, ATTEMPTS_BY_DATASET, since)
     return [
         Section("sources", "Coverage by source", query(database, COVERAGE_BY_SOURCE)),
         Section("coverage", "Coverage by dataset", query(database, COVERAGE_BY_DATASET)),
         Section("total", "In all", query(database, COVERAGE_IN_ALL), is_one=True, empty="nothing is expected yet"),
         Section("queue", "Open tasks by priority", query(database, QUEUE_BY_PRIORITY)),
         Section("reasons", "Why objects are missing, stale or suspect", query(database, GAPS_BY_REASON)),
-        Section("scrapers", f"Attempts of the last {span}", query(database, ATTEMPTS_BY_DATASET, since)),
+        Section("datasets", f"Attempts of the last {span}", attempts),
+        Section("scrapers", "By scraper", by_scraper(attempts, scrapers)),
         Section("attempts", f"How attempts of the last {span} ended", query(database, ATTEMPTS_BY_OUTCOME, since)),
         Section("rates", "Rate limits", query(database, RATES)),
         Section("cycles", "The last cycles", query(database, "select * from cycles order by cycle_id desc limit 5")),
-        Section("listing", f"Listing of the last {span}", query(database, LISTING, since), is_one=True),
+        Section("listing", f"Cycles of the last {span}", query(database, CYCLES, since), is_one=True),
+    ]
+
+
+def scraper_of(dataset: Dataset) -> str:
+    """What brings its objects, without what differs between them; several datasets may share it."""
+    if dataset.url:
+        return f"GET {dataset.url.text.partition('?')[0].partition('{')[0]}"
+    words = [template.text for template in dataset.command]
+    return dataset.call or " ".join(itertools.takewhile(lambda word: "{" not in word, words))
+
+
+def by_scraper(attempts: Rows, scrapers: Mapping[str, str]) -> Rows:
+    """The attempts of datasets, summed over those that one scraper brings."""
+    sums: dict[str, collections.Counter[str]] = {}
+    for row in attempts:
+        told = sums.setdefault(scrapers.get(row["dataset"], "no longer declared"), collections.Counter())
+        told.update({name: row[name] or 0 for name in ("attempts", "failed", "requests", "bytes")}, datasets=1)
+    return [
+        {
+            "scraper": scraper,
+            "datasets": told["datasets"],
+            "attempts": told["attempts"],
+            "failed": told["failed"],
+            "error_percent": round(100 * told["failed"] / told["attempts"], 1),
+            "requests": told["requests"],
+            "bytes": told["bytes"],
+        }
+        for scraper, told in sorted(sums.items())
     ]
 
 
@@ -6505,8 +6555,11 @@ ATTEMPTS_BY_DATASET = """
     group by source, dataset
     order by source, dataset
 """
-LISTING = """
-    select count(*) as cycles, sum(list_calls) as list_calls,
+CYCLES = """
+    select count(*) as cycles,
+           round((max(started_at) - min(started_at)) / 60 / nullif(count(*) - 1, 0), 1) as minutes_between,
+           round(avg(seconds), 3) as mean_seconds, round(max(seconds), 3) as longest, count(error) as with_trouble,
+           sum(created) as created, sum(closed) as closed, sum(list_calls) as list_calls,
            -- what S3 asks for them: 0.005 USD for 1,000
            round(sum(list_calls) * 0.005 / 1000, 4) as s3_list_usd
     from reconciliations
@@ -6731,7 +6784,7 @@ QUEUE_HEAD = """
            round(t.slope * (unixepoch() - t.detected_at) / 3600.0, 1) as for_age,
            round(d.bonus, 1) as for_reliability,
            round(t.rank + t.slope * unixepoch() / 3600.0 + d.bonus, 1) as score,
-           coalesce(t.last_error, o.reason) as reason
+           coalesce(t.last_error, o.reason, o.state) as reason
     from datasets d
     join tasks t on t.task_id in (
         select task_id from tasks
@@ -6744,7 +6797,8 @@ QUEUE_HEAD = """
     limit 10
 """
 RUNNING = """
-    select o.key, d.source, round(unixepoch() - a.started_at) as seconds, t.attempts
+    select o.key, d.source, t.attempts as attempt,
+           round(max(0, (julianday('now') - 2440587.5) * 86400 - a.started_at), 1) as seconds
     from attempts a join tasks t using (attempt_id) join datasets d using (dataset_id) join objects o using (object_id)
     where a.outcome = 'running'
 """
@@ -6771,27 +6825,40 @@ def page(database: Database, status: Sequence[Section], now: float, year: int | 
         else "nothing expected yet"
     )
     year = year or latest_year(database, now)
+    news = [
+        Section("alerts", "Alerts", query(database, "select * from open_alerts")),
+        Section("channels", "Channels that do not work", query(database, "select * from broken_channels")),
+    ]
     tables = [
         Section("queue", "First in the queue", query(database, QUEUE_HEAD), empty="nothing is open"),
         Section("priorities", "Open tasks by priority", query(database, PRIORITIES), empty="none"),
         Section("rates", "Rate limits", query(database, RATES)),
         Section("running", "Running now", query(database, RUNNING), empty="nothing"),
         Section("attempts", "The last attempts", query(database, "select * from recent_attempts limit 20")),
-        Section("alerts", "Alerts", query(database, "select * from open_alerts")),
-        Section("channels", "Channels that do not work", query(database, "select * from broken_channels")),
     ]
+    coverage = Section("coverage", "Coverage by dataset", query(database, COVERAGE_BY_DATASET))
     title = html.escape(f"ADCE: {verdict}")
-    blocks = "".join(f'<div class="wide" tabindex="0">{render([table], "html")}</div>' for table in tables)
+    steps = html.escape("\n".join(next_steps(database)))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{PAGE_STYLE}</style></head>
 <body><main><h1>{title}</h1><p>{html.escape(str(facts["runner"].get("store")))}, {utc_text(now)}</p>
 {_cards(facts)}
+{_blocks([section for section in news if section.rows])}
+{f"<h2>What to do next</h2>{WIDE}<pre>{steps}</pre></div>" if steps else ""}
+{_blocks([coverage])}
 <h2>Coverage by day, {year}</h2>{_years(database, year)}{_calendars(database, year)}
 <h2>The last cycles</h2>{_cycle_bars(database)}
-{blocks}</main></body></html>
+{_blocks(tables)}</main></body></html>
 """
+
+
+WIDE = '<div class="wide" tabindex="0">'  # scrolls by itself, also by keyboard
+
+
+def _blocks(sections: Sequence[Section]) -> str:
+    return "".join(f"{WIDE}{render([section], 'html')}</div>" for section in sections)
 
 
 def _cards(facts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -6844,7 +6911,7 @@ def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> s
     details = f"<details><summary>{len(incomplete)} days are not complete</summary><p>{words}</p></details>"
     size = f'width="{54 * CELL}" height="{7 * CELL}"'
     svg = f'<svg role="img" aria-label="{told}" {size}>{"".join(cells)}</svg>'
-    return f'<h3>{told}</h3><div class="wide" tabindex="0">{svg}</div>{details if incomplete else ""}'
+    return f"<h3>{told}</h3>{WIDE}{svg}</div>{details if incomplete else ''}"
 
 
 def _cycle_bars(database: Database) -> str:
@@ -6872,7 +6939,7 @@ def _cycle_bars(database: Database) -> str:
     troubled = sum(row["error"] is not None for row in rows)
     label = f"{len(rows)} cycles, {troubled} with trouble, the longest took {longest:.1f} s"
     svg = f'<svg role="img" aria-label="{label}" width="{len(rows) * 10}" height="60">{"".join(bars)}</svg>'
-    return f'<p>{label}</p><div class="wide" tabindex="0">{svg}</div>'
+    return f"<p>{label}</p>{WIDE}{svg}</div>"
 
 
 # ---------------------------------------------------------------- Health
@@ -8723,7 +8790,8 @@ def command_report(arguments: Arguments, configuration: Configuration) -> ExitCo
     if arguments.format == "html":
         print(page(database, status_sections(database, configuration, RunnerLock(configuration.database), now), now))
         return ExitCode.DONE
-    _print(arguments, report_sections(database, arguments.since, now), ["", *next_steps(database)])
+    scrapers = {dataset.name: scraper_of(dataset) for dataset in configuration.datasets.values()}
+    _print(arguments, report_sections(database, scrapers, arguments.since, now), ["", *next_steps(database)])
     return ExitCode.DONE
 
 

@@ -68,3 +68,8 @@ def test_demo_fills_its_lake_and_breaks_no_limit(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "counted 0 beyond its limits" in done.stdout
     assert re.search(r"^expected +(\d+)\npresent +\1$", done.stdout, re.MULTILINE)
+    shown = re.search(r"^```\n(Coverage by dataset\n.+?)```", README, re.DOTALL | re.MULTILINE)
+    assert shown
+    printed = [line.split() for line in done.stdout.splitlines()]
+    for title, head in re.findall(r"^(\w.+)\n(\w.+)\n---", shown[1], re.MULTILINE):
+        assert [title.split(), head.split()] in [printed[n : n + 2] for n in range(len(printed))], title

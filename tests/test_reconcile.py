@@ -395,6 +395,15 @@ def test_object_that_is_fetched_anew_while_a_cycle_reads_it_keeps_what_was_fetch
     assert desk.database.value("select etag from objects where key = ?", (key,)) == lake.store.find(key).etag
 
 
+@given(st.lists(st.integers(0, 300)))
+def test_ids_are_a_set(numbers):
+    ids = adce.Ids()
+    for number in numbers:
+        ids.add(number)
+    assert len(ids) == len(set(numbers))
+    assert [number in ids for number in range(310)] == [number in numbers for number in range(310)]
+
+
 def test_new_declaration_expects_more_and_cancels_less(desk, configure, lake):
     desk.cycle()
     desk.declare(configure(TEXT.replace("from: 2025-10-01, to: 2025-10-05", "from: 2025-10-03, to: 2025-10-08")))

@@ -59,7 +59,7 @@ def test_coverage_of_one_source_or_dataset_is_a_part_of_it(lived):  # noqa: F811
 
 
 def test_every_figure_of_the_report_is_a_count_of_the_tables(lived):  # noqa: F811
-    sections = adce.report_sections(lived, DAY, adce.Clock().wall())
+    sections = adce.report_sections(lived, {}, DAY, adce.Clock().wall())
     by_state, by_dataset = objects_by(lived, "state"), objects_by(lived, "dataset", "state")
     for row in section(sections, "coverage"):
         assert [row[state] for state in GAPS] == [by_dataset[row["dataset"], state] for state in GAPS]
@@ -76,7 +76,7 @@ def test_every_figure_of_the_report_is_a_count_of_the_tables(lived):  # noqa: F8
 
 
 def test_attempts_of_the_report_are_sums_of_the_table(lived):  # noqa: F811
-    told = section(adce.report_sections(lived, DAY, adce.Clock().wall()), "attempts")
+    told = section(adce.report_sections(lived, {}, DAY, adce.Clock().wall()), "attempts")
     kept = lived.read("select * from attempts")
     for column in ("requests", "bytes"):
         assert sum(row[column] or 0 for row in told) == sum(attempt[column] or 0 for attempt in kept)
@@ -85,8 +85,39 @@ def test_attempts_of_the_report_are_sums_of_the_table(lived):  # noqa: F811
     assert {row["outcome"] for row in told} == {attempt["outcome"] for attempt in kept}
 
 
+def test_datasets_of_one_scraper_are_summed(lived):  # noqa: F811
+    told = adce.report_sections(lived, {"days": "GET /", "games": "GET /"}, DAY, adce.Clock().wall())
+    by_dataset, (together,) = section(told, "datasets"), section(told, "scrapers")
+    assert together["datasets"] == len(by_dataset) == 2
+    for name in ("attempts", "failed", "requests"):
+        assert together[name] == sum(row[name] for row in by_dataset)
+    kept = lived.value("select count(*) from attempts where outcome not in ('ok', 'not_yet', 'lost')")
+    assert together["error_percent"] == round(100 * kept / together["attempts"], 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "scraper"),
+    [
+        ('url: "/summary?event={date}"', "GET /summary"),
+        ('url: "/days/{date}.json"', "GET /days/"),
+        ('command: [python, scrape.py, "{date}"]', "python scrape.py"),
+        ("call: scrapers:day", "scrapers:day"),
+    ],
+)
+def test_scraper_is_named_without_what_differs_between_objects(asked, scraper, configure):
+    text = """
+sources: {web: {base_url: "http://127.0.0.1:9"}}
+datasets:
+  days:
+    source: web
+    key: "days/{date}"
+    partitions: {dates: {from: 2026-01-01}}
+    """
+    assert adce.scraper_of(configure(text + asked + "\n").datasets["days"]) == scraper
+
+
 def test_attempts_before_the_span_do_not_count(lived):  # noqa: F811
-    assert section(adce.report_sections(lived, 1, adce.Clock().wall() + DAY), "attempts") == []
+    assert section(adce.report_sections(lived, {}, 1, adce.Clock().wall() + DAY), "attempts") == []
 
 
 def test_every_figure_of_the_status_is_a_count_of_the_tables(lived, configure, tmp_path):  # noqa: F811
@@ -288,11 +319,18 @@ def test_labels_are_escaped(database):
     assert samples["adce_attempts_total", (("dataset", name), ("outcome", "ok"))] == 3
 
 
-def test_listing_tells_its_calls_and_what_s3_would_ask_for_them(lived):  # noqa: F811
+def test_cycles_tell_their_pace_their_calls_and_what_s3_would_ask_for_them(lived):  # noqa: F811
     calls = lived.value("select sum(list_calls) from cycles")
-    told = section(adce.report_sections(lived, DAY, adce.Clock().wall()), "listing")[0]
-    assert told == {
+    cycles = lived.read("select started_at, seconds, created, closed from reconciliations order by cycle_id")
+    span = cycles[-1]["started_at"] - cycles[0]["started_at"]
+    assert section(adce.report_sections(lived, {}, DAY, adce.Clock().wall()), "listing")[0] == {
         "cycles": lived.value("select count(*) from cycles"),
+        "minutes_between": round(span / 60 / (len(cycles) - 1), 1),
+        "mean_seconds": pytest.approx(sum(row["seconds"] for row in cycles) / len(cycles), abs=0.001),
+        "longest": round(max(row["seconds"] for row in cycles), 3),
+        "with_trouble": 0,
+        "created": sum(row["created"] for row in cycles),
+        "closed": sum(row["closed"] for row in cycles),
         "list_calls": calls,
         "s3_list_usd": round(calls * 0.005 / 1000, 4),
     }
