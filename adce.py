@@ -6848,7 +6848,9 @@ def page(database: Database, status: Sequence[Section], now: float, year: int | 
 {_blocks([section for section in news if section.rows])}
 {f"<h2>What to do next</h2>{WIDE}<pre>{steps}</pre></div>" if steps else ""}
 {_blocks([coverage])}
-<h2>Coverage by day, {year}</h2>{_years(database, year)}{_calendars(database, year)}
+<h2>Coverage by day, {year}</h2>{_years(database, year)}
+<p>A square is a day: dark blue when all of it is there, light blue when a part is, orange when nothing is, grey when
+nothing is expected.</p>{_calendars(database, year)}
 <h2>The last cycles</h2>{_cycle_bars(database)}
 {_blocks(tables)}</main></body></html>
 """
