@@ -6573,6 +6573,21 @@ RATES = """
 """
 
 
+# how long the tasks of each source take at its limits, with a request for each
+WAITING_BY_SOURCE = """
+    with waiting as (
+        select source, sum(tasks) as tasks
+        from task_counts join datasets using (dataset_id)
+        where state = 'pending' and active
+        group by source
+        having sum(tasks) > 0
+    )
+    select source, tasks, round(max(tasks * window_seconds / max_requests) / 60, 1) as least_minutes
+    from waiting left join windows on scope = source
+    group by source
+"""
+
+
 def next_steps(database: Database) -> list[str]:
     """Commands that answer the questions which the figures raise."""
     steps = []
@@ -6672,6 +6687,19 @@ def tasks_sections(database: Database, filters: Mapping[str, str | None], most: 
     return [Section("tasks", title, rows)]
 
 
+def tasks_document(database: Database, filters: Mapping[str, str | None], most: int) -> dict[str, Any]:
+    """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
+    by_priority = query(database, QUEUE_BY_PRIORITY)
+    by_source = query(database, WAITING_BY_SOURCE)
+    return {
+        "total_tasks": sum(row[state] for row in by_priority for state in ("pending", "retry", "running", "gave_up")),
+        "by_priority": {row["priority"]: row for row in by_priority},
+        "by_source": {row["source"]: row["tasks"] for row in by_source},
+        "estimated_total_minutes": max((row["least_minutes"] or 0 for row in by_source), default=0),
+        "tasks": tasks_sections(database, filters, most)[0].rows,
+    }
+
+
 def task_sections(database: Database, task_id: int) -> list[Section]:
     """One task with all that is known of it. Raises Error when there is none."""
     sql = """
@@ -6751,6 +6779,7 @@ def plan_sections(database: Database, before: Mapping[str, int], most: int) -> l
     return [
         Section("changes", "What would be expected", changes, empty="the same as now"),
         Section("datasets", "What would be asked for", query(database, sql), empty="nothing"),
+        Section("sources", "How long that takes, with a request for each task", query(database, WAITING_BY_SOURCE)),
         Section(
             "first", f"First of them (at most {most})", query(database, first, (most,)), empty="nothing can start now"
         ),
@@ -7061,6 +7090,9 @@ def metrics_text(database: Database) -> str:
     return "\n".join(lines) + "\n"
 
 
+COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": "loop stuck"}  # and their problems
+
+
 def problems(database: Database, configuration: Configuration, now: float, since: float) -> dict[str, str]:
     """What makes a runner that has worked `since` then unhealthy, by its name: being idle does not."""
     try:
@@ -7118,6 +7150,10 @@ class HealthServer:
                 "status": "unhealthy" if found else "healthy",
                 "timestamp": utc_text(now),
                 "problems": [*found.values()],
+                "components": {
+                    name: {"status": "unhealthy" if problem in found else "healthy", "message": found.get(problem, "")}
+                    for name, problem in COMPONENTS.items()
+                },
             }
             return (503 if found else 200), "application/json", json.dumps(body)
         if path == "/metrics" and options.get("format") != "json":
@@ -7127,7 +7163,7 @@ class HealthServer:
             return 200, "application/json", render(sections, "json")
         if path == "/tasks":
             filters = {name: options.get(name) for name in ("state", "dataset", "source")}
-            return 200, "application/json", render(tasks_sections(self.database, filters, 100), "json")
+            return 200, "application/json", json.dumps(tasks_document(self.database, filters, 100))
         if path == "/":
             status = status_sections(self.database, self.configuration, self.lock, now)
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None

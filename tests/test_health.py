@@ -125,12 +125,17 @@ def test_store_that_fails_is_not(own, database, clock):
     answer = get(f"{own}/health")
     assert answer.status_code == 503
     assert "No space left" in answer.json()["problems"][0]
+    components = answer.json()["components"]
+    assert [name for name in components if components[name]["status"] == "unhealthy"] == ["store"]
+    assert "No space left" in components["store"]["message"]
 
 
 def test_status_tasks_and_metrics_answer(served):
     assert get(f"{served}/status").json()["lake"]["missing"] == 6
-    assert len(get(f"{served}/tasks?state=pending").json()) == 6
-    assert get(f"{served}/tasks?state=gave_up").json() == []
+    tasks = get(f"{served}/tasks?state=pending").json()
+    assert (len(tasks["tasks"]), tasks["total_tasks"], tasks["by_source"]) == (6, 6, {"league": 6})
+    assert sum(row["pending"] for row in tasks["by_priority"].values()) == 6
+    assert get(f"{served}/tasks?state=gave_up").json()["tasks"] == []
     metrics = get(f"{served}/metrics")
     assert metrics.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert 'adce_objects{dataset="days",state="missing"} 6' in metrics.text
