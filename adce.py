@@ -7537,6 +7537,15 @@ SEND_SECONDS = 15  # for one message
 MOST_TRIES_SECONDS = DAY  # then a message is too old to be sent
 BLOCKED_PAUSES, BLOCKED_SECONDS = 3, 30 * MINUTE  # in a row, or so long: then a source is blocked
 LAST_ATTEMPTS, FEW_ATTEMPTS = 200, 20  # whose errors count, and how few tell nothing
+# One cause, one alert: what a blocked source has held up counts from the end of that.
+BLOCKS = """
+    with blocks as (
+        select about as source, max(coalesce(ended_at, :now)) as over_at
+        from alerts
+        where condition = 'source blocked'
+        group by about
+    )
+"""
 # condition: a query, by way of an index, for what it concerns and a sentence about that; see also problems()
 CONDITIONS = {
     "source blocked": """
@@ -7555,26 +7564,49 @@ CONDITIONS = {
     "critical gap": """
         select dataset as about, 'a CRITICAL object has been missing since '
                || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text
-        from tasks indexed by open_tasks join datasets using (dataset_id)
-        where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up')
+        from tasks indexed by open_tasks join datasets using (dataset_id) left join blocks using (source)
+        where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up') and state != 'gave_up'
           and detected_at < :now - :critical_gap_seconds
+          and coalesce(over_at, 0) < :now - :critical_gap_seconds
         group by dataset
     """,
     "errors": """
         select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
         from (
             select outcome not in ('ok', 'not_yet', 'lost') as failed
-            from attempts
-            where outcome != 'running' and started_at > :now - :day
-              and attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
+            from attempts a
+            join tasks using (task_id)
+            join datasets using (dataset_id)
+            join scopes s on s.scope = source and s.failures = 0 and s.throttles = 0  -- else it may be away
+            left join blocks using (source)
+            where outcome != 'running' and started_at > max(:now - :day, coalesce(over_at, 0))
+              and a.attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
         having count(*) >= :few_attempts and sum(failed) * 100 > count(*) * :error_percent
     """,
     "nothing collected": """
-        select 'lake' as about, 'nothing was collected in ' || count(*) || ' cycles, and '
-               || min(missing + stale + suspect) || ' gaps are open' as text
-        from (select * from reconciliations where seconds is not null order by cycle_id desc limit :quiet_cycles)
-        having count(*) = :quiet_cycles and min(missing + stale + suspect) > 0 and min(present) = max(present)
-           and min(missing + stale + suspect) = max(missing + stale + suspect)
+        select 'lake' as about, 'nothing was collected in ' || cycles || ' cycles, though tasks of '
+               || group_concat(dataset, ', ') || ' could be done' as text
+        from (
+            select min(started_at) as began, count(*) as cycles
+            from (select * from reconciliations where seconds is not null order by cycle_id desc limit :quiet_cycles)
+        )
+        cross join datasets d
+        join scopes on scope = d.source
+        join boot
+        left join blocks using (source)
+        where cycles = :quiet_cycles and coalesce(over_at, 0) < began
+          and max(paused_until, (select paused_until from scopes where scope = 'global')) + wall_offset < began
+          -- what waits for its time alone, such as a day that is not final, has not failed
+          and (exists (select 1 from tasks t
+                       where t.dataset_id = d.dataset_id and t.state = 'pending' and t.detected_at < began)
+               or exists (select 1 from tasks t
+                          where t.dataset_id = d.dataset_id and t.state = 'retry' and t.failures > 0
+                            and t.detected_at < began))
+          and not exists (
+              select 1 from attempts
+              where outcome = 'ok' and started_at + seconds > began
+                and attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
+        having count(*) > 0
     """,
     "mass loss": """
         select 'lake' as about, error as text
@@ -7646,7 +7678,7 @@ class Alerter:
         found = {
             (name, row["about"]): excerpt(row["text"].encode())
             for name, sql in CONDITIONS.items()
-            for row in self.database.read(sql, facts)
+            for row in self.database.read(BLOCKS + sql, facts)
         }
         for name, text in problems(self.database, self.configuration, now, self.started_at).items():
             found[name, "runner"] = excerpt(text.encode())

@@ -173,6 +173,37 @@ def test_state_survives_a_restart(alerter, database, clock, listener):
 
 
 @pytest.mark.parametrize(
+    "calm",
+    [
+        "update tasks set state = 'retry'",  # a day that is not final yet
+        "update scopes set paused_until = 1e12 where scope = 'league'",  # by hand
+        "update scopes set paused_until = 1e12 where scope = 'global'",
+        "insert into attempts (task_id, started_at, seconds, outcome, requests) values (1, 1e12, 1, 'ok', 1)",
+        "insert into alerts values (1, 'source blocked', 'league', '', 1, 1e12, 1, 1e12)",  # and has just come back
+    ],
+)
+def test_what_waits_for_good_reasons_is_no_news(calm, alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n  quiet_cycles: 3\n")
+    with database.transaction() as sql:
+        ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
+        games = at_work.configuration.datasets["games"]
+        ledger.expect(games, adce.expected_object(games, {"n": "1"}, ()), proven=True)
+        for number in range(3):
+            clock.advance(60)
+            note_cycle(sql, number + 1, clock)
+        sql.execute(calm)
+    live(at_work, clock, 0.1)
+    assert listener.subjects() == []
+    with database.transaction() as sql:
+        sql.execute("update scopes set paused_until = 0")
+        sql.execute("update tasks set state = 'pending'")
+        sql.execute("delete from attempts")
+        sql.execute("delete from alerts")
+    live(at_work, clock, 0.1)
+    assert listener.subjects() == ["ADCE: nothing collected, lake"]
+
+
+@pytest.mark.parametrize(
     ("cause", "condition"),
     [
         (
@@ -180,7 +211,7 @@ def test_state_survives_a_restart(alerter, database, clock, listener):
             "store unusable",
         ),
         ("update tasks set state = 'gave_up', last_error = 'HTTP 403' where task_id = 1", "gave up"),
-        ("update tasks set priority = 'CRITICAL', detected_at = 1 where task_id = 1", "critical gap"),
+        ("update tasks set priority = 'CRITICAL', detected_at = 1, state = 'retry' where task_id = 1", "critical gap"),
         (
             """
             with recursive n(i) as (select 1 union all select i + 1 from n where i < 25)
@@ -194,7 +225,8 @@ def test_state_survives_a_restart(alerter, database, clock, listener):
             "update reconciliations set error = 'days: 120 of 150 objects vanished at once' where cycle_id = 3",
             "mass loss",
         ),
-        ("update reconciliations set missing = 3, present = 7", "nothing collected"),
+        ("update tasks set detected_at = 1 where task_id = 1", "nothing collected"),
+        ("update tasks set detected_at = 1, state = 'retry', failures = 1", "nothing collected"),
     ],
 )
 def test_each_condition_is_noticed(cause, condition, alerter, database, clock, listener):
