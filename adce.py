@@ -60,6 +60,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Page                        the whole picture in a browser
     Health                      serves the same answers over HTTP
     Screen                      what a person sees while it runs
+    Conditions                  what people should look at
     Alerts                      what people are told, once, wherever they are
     Interventions               what a person changes by hand
     Workers                     who does the executions
@@ -7527,17 +7528,13 @@ def _tasks_now(database: Database, now: float) -> str:
     )
 
 
-# ---------------------------------------------------------------- Alerts
-# What people should look at: told once when it begins, once a day while it lasts, and once when it is over. A
-# thread of its own looks and sends, so that a broken channel delays nothing. Headline: Alerter.
+# ---------------------------------------------------------------- Conditions
+# What people should look at, each as a question in SQL. One cause is one condition: what a blocked source holds up
+# is told by that alone. Headline: CONDITIONS.
 
-LOOK_SECONDS = 30
-CALM_SECONDS = 15 * MINUTE  # what comes back before that was never over
-SEND_SECONDS = 15  # for one message
-MOST_TRIES_SECONDS = DAY  # then a message is too old to be sent
 BLOCKED_PAUSES, BLOCKED_SECONDS = 3, 30 * MINUTE  # in a row, or so long: then a source is blocked
 LAST_ATTEMPTS, FEW_ATTEMPTS = 200, 20  # whose errors count, and how few tell nothing
-# One cause, one alert: what a blocked source has held up counts from the end of that.
+# what a blocked source has held up counts from the end of that
 BLOCKS = """
     with blocks as (
         select about as source, max(coalesce(ended_at, :now)) as over_at
@@ -7619,6 +7616,16 @@ CONDITIONS = {
         having count(error) = 2
     """,
 }
+
+
+# ---------------------------------------------------------------- Alerts
+# What people should look at: told once when it begins, once a day while it lasts, and once when it is over. A
+# thread of its own looks and sends, so that a broken channel delays nothing. Headline: Alerter.
+
+LOOK_SECONDS = 30
+CALM_SECONDS = 15 * MINUTE  # what comes back before that was never over
+SEND_SECONDS = 15  # for one message
+MOST_TRIES_SECONDS = DAY  # then a message is too old to be sent
 
 
 class Alerter:
