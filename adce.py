@@ -1873,7 +1873,7 @@ KEYS = (
     Key("alerts.cloudwatch", "text", "the namespace of the figures"),
     Key("alerts.remind_every", "duration", "while it lasts"),
     Key("alerts.error_percent", "percent", "of the last 200 attempts"),
-    Key("alerts.quiet_cycles", "count", "in which nothing is collected though gaps are open"),
+    Key("alerts.quiet_cycles", "count", "in which no attempt is good though tasks are due"),
     Key("alerts.critical_gap_hours", "positive", "for which a CRITICAL gap is open"),
     Key("retry", "mapping", "after a failed attempt"),
     Key("retry.max_attempts", "count", "failures after which a task gave up"),
@@ -8128,7 +8128,7 @@ class Runner:
         self.orders = Orders()
         self.stop_reason: str | None = None
         self.stop_at = math.inf
-        self.once = self.in_line = self.cycle_waits = False
+        self.once = self.in_line = self.cycle_waits = self.is_accepted = False
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end; safe from a signal handler and from other threads."""
@@ -8247,7 +8247,7 @@ class Runner:
 
     def _dispatch(self) -> dict[str, Opening]:
         """Give every free worker the best thing to do. Returns what the sources wait for, if any worker is free."""
-        if self.once and self.steps is not None:
+        if self.steps is not None and (self.once or not self._is_accepted()):
             return {}
         awaited = self._dispatch_hops()
         while self.workers.free() > 0:
@@ -8266,6 +8266,18 @@ class Runner:
             with self.database.transaction(durable=False) as sql:
                 await_openings(sql, self.configuration, {}, self.clock.boot())
         return {}
+
+    def _is_accepted(self) -> bool:
+        """Whether the first cycle has seen that a changed configuration does not drop far too much: a run that is
+        refused asks nobody."""
+        roots = [dataset.name for dataset in self.configuration.datasets.values() if not dataset.partitions.parent]
+        is_new = """
+            select exists (select 1 from settings where name = 'expected')
+               and exists (select 1 from datasets
+                           where active and expansion = '' and dataset in (select value from json_each(?)))
+        """
+        self.is_accepted = self.is_accepted or not self.database.value(is_new, (json.dumps(roots),))
+        return self.is_accepted
 
     def _dispatch_hops(self) -> dict[str, Opening]:
         """A redirect is followed with a permit of its own, and holds no worker while it waits for that."""

@@ -389,3 +389,14 @@ def test_configuration_that_expects_far_less_is_shown_and_needs_a_word(tmp_path)
     assert plan["changes"] == [{"dataset": "days", "expected_now": 372, "expected_then": 6}]
     assert run_adce("reconcile", "--yes", folder=tmp_path).returncode == 3
     assert rows(tmp_path, "select count(*) from gaps") == [(6,)]
+
+
+def test_run_that_is_refused_asks_nobody(upstream, tmp_path):
+    League(date(2025, 1, 1), 6).serve(upstream)
+    write_league(tmp_path, upstream.address)
+    text = (tmp_path / "adce.yaml").read_text()
+    (tmp_path / "adce.yaml").write_text(text.replace("from: 2025-01-01", "from: 2024-01-01"))
+    assert run_adce("reconcile", folder=tmp_path).returncode == 3
+    (tmp_path / "adce.yaml").write_text(text)
+    assert run_adce("run", "--max-minutes", "1", folder=tmp_path).returncode == 78
+    assert upstream.count() == 0
