@@ -4369,6 +4369,17 @@ def guarded_drops(sql: sqlite3.Connection, *, consents: bool) -> Iterator[None]:
         )
 
 
+def may_be_refused(database: Database, configuration: Configuration) -> bool:
+    """Whether the first cycle with a changed configuration has yet to see how much that drops."""
+    roots = [dataset.name for dataset in configuration.datasets.values() if not dataset.partitions.parent]
+    is_new = """
+        select exists (select 1 from settings where name = 'expected')
+           and exists (select 1 from datasets
+                       where active and expansion = '' and dataset in (select value from json_each(?)))
+    """
+    return bool(database.value(is_new, (json.dumps(roots),)))
+
+
 def declare_datasets(
     sql: sqlite3.Connection, configuration: Configuration, now: float, *, consents: bool = False
 ) -> None:
@@ -5077,6 +5088,7 @@ def _are_near(database: Database, low: str, high: str) -> bool:
 
 MOST_PROBLEMS = 5  # told of one cycle
 STOPPED_EARLY = "stopped before its end"
+STORE_FAILS = "store fails"  # a setting: what ended the last cycles
 SAVED_EVERY_SECONDS = 5
 
 
@@ -5145,6 +5157,12 @@ class Cycle:
         """A small fact for later cycles."""
         with self.database.transaction() as sql:
             sql.execute("insert or replace into settings values (?, ?)", (name, value))
+
+    def note_store_failure(self, text: str) -> None:
+        """A store that ends two cycles in a row is unusable, and no longer so after the next that it does not."""
+        before = "select error from reconciliations where cycle_id < ? order by cycle_id desc limit 1"
+        if self.database.value(before, (self.cycle_id,)):
+            self.remember(STORE_FAILS, text)
 
     def end(self) -> None:
         """Record the cycle."""
@@ -5301,8 +5319,11 @@ def reconcile(
         if not cycle.is_braked:  # else the same is looked at, and told, once more
             cycle.remember("looked up to", "" if cycle.share.high == LAST_KEY else cycle.share.high)
         cycle.remember("expected", str(database.value(EXPECTED)))
+        if database.value("select value from settings where name = ?", (STORE_FAILS,)):
+            cycle.remember(STORE_FAILS, "")
     except StoreError as error:
         cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
+        cycle.note_store_failure(str(error))
     except BaseException:  # stopped, interrupted, or an error of the program's own
         cycle.problems.append(STOPPED_EARLY)
         raise
@@ -7101,9 +7122,11 @@ def problems(database: Database, configuration: Configuration, now: float, since
         reason = database.value(
             "select reason from rates where scope = 'global' and glob(?, reason)", (f"{STORE_TROUBLE}*",)
         )
+        fails = database.value("select value from settings where name = ?", (STORE_FAILS,))
     except DatabaseError as error:
         return {"database unusable": str(error)}
-    found = {"store unusable": reason.removeprefix(STORE_TROUBLE)} if reason else {}
+    trouble = reason.removeprefix(STORE_TROUBLE) if reason else fails
+    found = {"store unusable": trouble} if trouble else {}
     silent = now - max(beat, since)  # the last beat may be that of an earlier run
     if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
         found["loop stuck"] = f"the main loop has been stuck for {format_duration(silent)}"
@@ -8128,7 +8151,7 @@ class Runner:
         self.orders = Orders()
         self.stop_reason: str | None = None
         self.stop_at = math.inf
-        self.once = self.in_line = self.cycle_waits = self.is_accepted = False
+        self.once = self.in_line = self.cycle_waits = False
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end; safe from a signal handler and from other threads."""
@@ -8247,7 +8270,7 @@ class Runner:
 
     def _dispatch(self) -> dict[str, Opening]:
         """Give every free worker the best thing to do. Returns what the sources wait for, if any worker is free."""
-        if self.steps is not None and (self.once or not self._is_accepted()):
+        if self.steps is not None and (self.once or may_be_refused(self.database, self.configuration)):
             return {}
         awaited = self._dispatch_hops()
         while self.workers.free() > 0:
@@ -8266,18 +8289,6 @@ class Runner:
             with self.database.transaction(durable=False) as sql:
                 await_openings(sql, self.configuration, {}, self.clock.boot())
         return {}
-
-    def _is_accepted(self) -> bool:
-        """Whether the first cycle has seen that a changed configuration does not drop far too much: a run that is
-        refused asks nobody."""
-        roots = [dataset.name for dataset in self.configuration.datasets.values() if not dataset.partitions.parent]
-        is_new = """
-            select exists (select 1 from settings where name = 'expected')
-               and exists (select 1 from datasets
-                           where active and expansion = '' and dataset in (select value from json_each(?)))
-        """
-        self.is_accepted = self.is_accepted or not self.database.value(is_new, (json.dumps(roots),))
-        return self.is_accepted
 
     def _dispatch_hops(self) -> dict[str, Opening]:
         """A redirect is followed with a permit of its own, and holds no worker while it waits for that."""

@@ -130,6 +130,20 @@ def test_store_that_fails_is_not(own, database, clock):
     assert "No space left" in components["store"]["message"]
 
 
+def test_store_that_ends_two_cycles_in_a_row_is_unusable_until_it_is_back(own, configure, database, clock, tmp_path):
+    configuration = configure(league_text("http://127.0.0.1:9"))
+    store = adce.FolderStore(tmp_path / "gone")
+    answers = []
+    for is_there in (False, False, True):
+        if is_there:
+            store.sweep()
+        clock.advance(900)
+        adce.run_cycle(adce.reconcile(database, configuration, store, clock))
+        answers.append(adce.problems(database, configuration, clock.wall(), clock.wall()))
+    assert answers[0] == answers[2] == {}
+    assert "is not there" in answers[1]["store unusable"]
+
+
 def test_status_tasks_and_metrics_answer(served):
     assert get(f"{served}/status").json()["lake"]["missing"] == 6
     tasks = get(f"{served}/tasks?state=pending").json()
