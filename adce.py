@@ -1183,9 +1183,10 @@ class Database:
                 self._reader.execute("rollback")
 
     def close(self) -> None:
-        """Close both connections."""
-        self._reader.close()
-        self._writer.close()
+        """Close both connections, when no other thread is at work with them: SQLite would crash."""
+        with self._reading, self._writing:
+            self._reader.close()
+            self._writer.close()
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -4353,13 +4354,24 @@ EXPECTED = """
 """
 
 
+DECLARED = "select group_concat(definition, ' ') from (select definition from datasets where active order by dataset)"
+
+
+def is_changed(sql: sqlite3.Connection) -> bool:
+    """Whether the datasets are declared otherwise than at the last good cycle."""
+    last = sql.execute("select value from settings where name = 'expected'").fetchone()
+    return last is None or last[0].partition(" ")[2] != sql.execute(DECLARED).fetchone()[0]
+
+
 @contextlib.contextmanager
 def guarded_drops(sql: sqlite3.Connection, *, consents: bool) -> Iterator[None]:
-    """Raises MassDropError, so that all is rolled back, when far less is expected after the block than at the last
-    good cycle, or before the block: a change may take several steps."""
+    """Raises MassDropError, so that all is rolled back, when a changed configuration expects far less after the block
+    than at the last good cycle, or before the block: a change may take several steps."""
     last = sql.execute("select cast(value as integer) from settings where name = 'expected'").fetchone()
     before = max(sql.execute(EXPECTED).fetchone()[0], last[0] if last else 0)
     yield
+    if not is_changed(sql):
+        return  # days have passed, or the source names other things: adce.yaml is not to blame
     after = sql.execute(EXPECTED).fetchone()[0]
     if is_mass_drop(before, after) and not consents:
         dropped = before - after
@@ -5088,6 +5100,7 @@ def _are_near(database: Database, low: str, high: str) -> bool:
 
 MOST_PROBLEMS = 5  # told of one cycle
 STOPPED_EARLY = "stopped before its end"
+VANISHED = "vanished at once"  # by which a mass loss is known
 STORE_FAILS = "store fails"  # a setting: what ended the last cycles
 SAVED_EVERY_SECONDS = 5
 
@@ -5271,17 +5284,46 @@ def _note_content(cycle: Cycle, ledger: Ledger, target: KnownObject, found: Insp
 
 
 def drop_unnamed(cycle: Cycle) -> Iterator[None]:
-    """What parents name no longer is not expected any more; all at once, or nothing when that is too much."""
-    if cycle.unnamed:
-        with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
-            for parent_id, (etag, children) in cycle.unnamed.items():
-                read = """
-                    update objects set read_etag = etag
-                    where object_id = ? and etag = ? and etag is not read_etag and state != 'dropped'
-                """
-                if ledger.sql.execute(read, (parent_id, etag)).rowcount:  # else it was fetched anew meanwhile
-                    ledger.drop_children(parent_id, children)
-        yield
+    """What parents name no longer is not expected any more; unless that is so much that adce.yaml or, if that is
+    unchanged, whoever wrote the parents is more likely at fault."""
+    if not cycle.unnamed:
+        return
+    with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
+        doubtful = set() if cycle.orders.may_drop or is_changed(ledger.sql) else _doubtful(cycle, ledger)
+        for parent_id, (etag, children) in cycle.unnamed.items():
+            read = """
+                update objects set read_etag = etag
+                where object_id = ? and etag = ? and etag is not read_etag and state != 'dropped'
+            """
+            if children & doubtful:
+                continue  # it counts as unread, and is read again
+            if ledger.sql.execute(read, (parent_id, etag)).rowcount:  # else it was fetched anew meanwhile
+                ledger.drop_children(parent_id, children)
+    yield
+
+
+def _doubtful(cycle: Cycle, ledger: Ledger) -> set[int]:
+    """Those that are named no longer, of datasets of which that is too much to be believed."""
+    doubtful: set[int] = set()
+    by_dataset: dict[str, set[int]] = {}
+    unnamed = sorted(set().union(*(children for _, children in cycle.unnamed.values())))
+    of_dataset = """
+        select dataset, object_id from objects join datasets using (dataset_id)
+        where object_id in (select value from json_each(?))
+    """
+    for name, object_id in ledger.sql.execute(of_dataset, (json.dumps(unnamed),)).fetchall():
+        by_dataset.setdefault(name, set()).add(object_id)
+    for name, ids in by_dataset.items():
+        count = (
+            "select sum(objects) from counts join datasets using (dataset_id) where dataset = ? and state != 'dropped'"
+        )
+        expected = ledger.sql.execute(count, (name,)).fetchone()[0] or 0
+        if is_mass_drop(expected, expected - len(ids)) and name not in cycle.orders.may_lose:
+            doubtful |= ids
+            cycle.is_braked = True
+            text = f"{name}: the names of {len(ids)} of {expected} objects {VANISHED}, none is dropped"
+            cycle.problems.append(f"{text}; if that is real: adce.py reconcile --believe {name}")
+    return doubtful
 
 
 # ---------------------------------------------------------------- Reconcile
@@ -5292,7 +5334,6 @@ def drop_unnamed(cycle: Cycle) -> Iterator[None]:
 LISTED_AT_ONCE = 4  # prefixes
 NOTED_AT_ONCE = 300  # objects, in one transaction: claims wait no longer than that takes
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
-VANISHED = "vanished at once"  # by which the problem of a cycle is known
 
 
 def reconcile(
@@ -5318,7 +5359,7 @@ def reconcile(
             yield cycle.cycle_id
         if not cycle.is_braked:  # else the same is looked at, and told, once more
             cycle.remember("looked up to", "" if cycle.share.high == LAST_KEY else cycle.share.high)
-        cycle.remember("expected", str(database.value(EXPECTED)))
+        cycle.remember("expected", f"{database.value(EXPECTED)} {database.value(DECLARED)}")
         if database.value("select value from settings where name = ?", (STORE_FAILS,)):
             cycle.remember(STORE_FAILS, "")
     except StoreError as error:

@@ -492,6 +492,32 @@ def test_ids_that_name_far_less_drop_nothing_without_consent(configure, database
     assert desk.cycle()["expected"] == 25
 
 
+def test_parents_that_name_far_less_are_not_believed_and_do_not_stop_the_run(configure, database, lake, clock):
+    desk, games = Desk(configure(TEXT), database, lake, clock), [f"g{number}" for number in range(200)]
+    lake.put_day(1, games)
+    assert desk.cycle()["expected"] == 205
+    lake.put_day(1, games[:20])
+    for _ in range(2):
+        row = desk.cycle()
+        assert "games: the names of 180 of 200 objects vanished at once" in row["error"]
+        assert row["expected"] == 205
+    assert desk.cycle(believe=("games",))["expected"] == 25
+    assert desk.cycle()["error"] is None
+
+
+def test_what_the_runner_drops_after_a_refetch_is_not_blamed_on_the_configuration(configure, database, lake, clock):
+    desk, games = Desk(configure(TEXT), database, lake, clock), [f"g{number}" for number in range(200)]
+    lake.put_day(1, games)
+    desk.cycle()
+    with database.transaction() as sql:
+        ledger = adce.Ledger(sql, desk.configuration, clock.wall())
+        parent = ledger.objects("key = 'days/2025-10-01.json'", {})[0]
+        ledger.drop_children(parent.object_id, ledger.add_children(parent, {"games": ("g1",)}, proven=True))
+    desk.declare(configure(TEXT))
+    row = desk.cycle()
+    assert (row["expected"], row["error"]) == (6, None)
+
+
 def test_cycle_that_ends_early_forgets_no_child_that_is_named_no_more(desk, lake):
     lake.put_day(1, ["7", "8"])
     desk.cycle()
