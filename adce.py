@@ -2805,6 +2805,12 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
     return ExpectedObject(key, fields, season, day, _available_at(dataset, day))
 
 
+def yields(dataset: Dataset, fields: Fields, key: str) -> bool:
+    """Whether these fields make this key, as the dataset is declared now."""
+    needed = {*dataset.partitions.own_fields(), *dataset.key.fields()}
+    return needed <= fields.keys() and dataset.key.render(fields, quote_for_key) == key
+
+
 def _available_at(dataset: Dataset, day: str | None) -> int | None:
     rule = dataset.available_after
     if rule is None or day is None:
@@ -4151,18 +4157,23 @@ class Ledger:
             return object_id
         known = self.objects("key = :key", {"key": wanted.key})[0]
         own = dataset.partitions.own_fields()
+        is_other = known.dataset != dataset.name or any(known.fields.get(name) != wanted.fields[name] for name in own)
         if known.state is not ObjectState.DROPPED:
-            if known.dataset != dataset.name or any(known.fields.get(name) != wanted.fields[name] for name in own):
+            owner = self.configuration.datasets.get(known.dataset)
+            if is_other and owner and yields(owner, known.fields, known.key):
                 raise ValueError(f"{wanted.key} is already the key of another object of {known.dataset}")
-            if known.facts.available_at == wanted.available_at and (known.facts.proven or not proven):
+            if not is_other and known.facts.available_at == wanted.available_at and (known.facts.proven or not proven):
                 return known.object_id
+        facts = dataclasses.replace(known.facts, available_at=wanted.available_at, proven=known.facts.proven or proven)
+        if known.dataset != dataset.name:  # that has been declared otherwise since
+            self.close_task(known.object_id, TaskState.CANCELLED)
+            self.sql.execute("update objects set read_etag = null where object_id = ?", (known.object_id,))
+            facts = dataclasses.replace(facts, valid=None, settled=None, live=None, verdict=None)
         fields = json.dumps(wanted.fields, sort_keys=True)
         self.sql.execute(
             "update objects set dataset_id = ?, fields = ?, season = ?, day = ? where object_id = ?",
             (self.ids[dataset.name], fields, wanted.season, wanted.day, known.object_id),
         )
-        proven = known.facts.proven or proven
-        facts = dataclasses.replace(known.facts, available_at=wanted.available_at, proven=proven)
         self.note(dataclasses.replace(known, dataset=dataset.name, season=wanted.season, day=wanted.day), facts)
         return known.object_id
 
@@ -5381,6 +5392,7 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     """Make the expected objects of datasets that depend on no others those of today."""
     dropped: list[int] = []
     digests: list[tuple[str, str]] = []
+    expanded: dict[str, Ids] = {}
     for dataset in level:
         now = cycle.clock.wall()
         today = day_of(now, timezone_of(dataset))
@@ -5389,7 +5401,7 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
         known = "select expansion from datasets where dataset = ?"
         if dataset.partitions.parent or cycle.database.value(known, (dataset.name,)) == digest:
             continue
-        wanted = Ids()
+        wanted, problems_before = Ids(), len(cycle.problems)
         for chunk in chunks(expand(dataset, cycle.configuration.seasons, now), NOTED_AT_ONCE):
             with cycle.ledger() as ledger:
                 for fields in chunk:
@@ -5399,8 +5411,11 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
                     except ValueError as error:
                         cycle.problems.append(str(error))
             yield
-        dropped += no_longer_expected(cycle.database, dataset.name, wanted)
-        digests.append((digest, dataset.name))
+        if len(cycle.problems) == problems_before:  # else it is tried, and told, again
+            digests.append((digest, dataset.name))
+        expanded[dataset.name] = wanted
+    for name, wanted in expanded.items():  # when each has what is its own now
+        dropped += no_longer_expected(cycle.database, name, wanted)
     if dropped or digests:
         with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
             for object_id in dropped:

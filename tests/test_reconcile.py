@@ -518,6 +518,66 @@ def test_what_the_runner_drops_after_a_refetch_is_not_blamed_on_the_configuratio
     assert (row["expected"], row["error"]) == (6, None)
 
 
+TEAMS = """\
+sources: {espn: {base_url: "http://localhost"}}
+datasets:
+  teams: {source: espn, key: "teams/{team}", url: "/{team}", partitions: {values: {team: [ATL, BOS]}}}
+  clubs: {source: espn, key: "clubs/{club}", url: "/{club}", partitions: {values: {club: [ATL, BOS, CHI]}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "counts"),
+    [
+        (TEXT, TEXT.replace("as: game_id", "as: id").replace("{game_id}", "{id}"), {"days": 5, "games": 2}),
+        (TEAMS, TEAMS.replace("{team}", "{name}").replace("{team:", "{name:"), {"teams": 2, "clubs": 3}),
+        (
+            TEAMS,
+            TEAMS.replace('"teams/', '"x/').replace('"clubs/', '"teams/').replace('"x/', '"clubs/'),
+            {"teams": 2, "clubs": 3},
+        ),
+        (
+            TEAMS,
+            TEAMS.replace('"teams/', '"moved/') + TEAMS.splitlines()[2].replace("teams:", "heirs:") + "\n",
+            {"teams": 2, "clubs": 3, "heirs": 2},
+        ),
+    ],
+)
+@pytest.mark.parametrize("stored", [True, False])
+def test_objects_follow_a_declaration_that_names_them_otherwise(
+    before, after, counts, stored, configure, database, lake, clock
+):
+    desk = Desk(configure(before), database, lake, clock)
+    lake.put_day(1, ["7", "8"])
+    if stored:
+        for name in ("teams/ATL", "teams/BOS", "clubs/ATL", "games/7.json"):
+            lake.put(name, {"id": "7"})
+    desk.cycle()
+    desk.declare(configure(after))
+    for _ in range(2):
+        row = desk.cycle(to_drop=True)
+        assert row["error"] is None
+        found = database.read("select dataset, sum(expected) as expected from coverage group by 1")
+        assert dict(map(tuple, found)) == counts
+        present = {row[0] for row in database.read("select key from objects where state = 'present'")}
+        assert present == {row[0] for row in database.read("select key from objects where state != 'dropped'")} & {
+            entry.key for entry in lake.store.list("")
+        }
+    strangers = "t.dataset_id != o.dataset_id and closed_at is null"
+    assert database.value(f"select count(*) from tasks t join objects o using (object_id) where {strangers}") == 0
+    assert database.check() == []
+
+
+def test_key_that_two_datasets_claim_is_told_until_that_is_solved(configure, database, lake, clock):
+    desk = Desk(configure(TEAMS.replace('"clubs/', '"teams/')), database, lake, clock)
+    for _ in range(3):
+        row = desk.cycle()
+        assert "teams/ATL is already the key of another object of teams" in row["error"]
+        assert row["expected"] == 3
+    desk.declare(configure(TEAMS))
+    assert desk.cycle(to_drop=True)["expected"] == 5
+
+
 def test_cycle_that_ends_early_forgets_no_child_that_is_named_no_more(desk, lake):
     lake.put_day(1, ["7", "8"])
     desk.cycle()
