@@ -1417,6 +1417,8 @@ def back_up(database: Database, path: Path, progress: Callable[[int, int], None]
     all. `progress` is told the pages left and all. Raises DatabaseError, also when something is at `path` already."""
     if path.exists() or path.is_symlink():
         raise DatabaseError(f"{path} exists already", "name a new file; nothing was written")
+    if not path.parent.is_dir():  # it may be a disk that is not mounted
+        raise DatabaseError(f"there is no folder {path.parent}", "make it first; nothing was written")
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     _create_file(draft)
     try:
@@ -3125,9 +3127,8 @@ class FolderStore:
         is gone, so may be the disk that was mounted there."""
         try:
             staging = self.root / STAGING
-            if is_known and not staging.is_dir():
-                hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {staging}"
-                raise StoreError(f"the store {self.root} is no longer there: it has no folder {STAGING}", hint)
+            if is_known:
+                self.require_mark()
             if self.root.is_symlink() and not self.root.exists():
                 raise StoreError(f"the store {self.root} is a link to nothing", "is its disk mounted?")
             staging.mkdir(parents=True, exist_ok=True)
@@ -3140,6 +3141,13 @@ class FolderStore:
                 f"the store {self.root} cannot be written: {error.strerror}", "see `store:` in adce.yaml"
             ) from error
         self.is_swept = True
+
+    def require_mark(self) -> None:
+        """Raises StoreError when this is not the folder that it was."""
+        staging = self.root / STAGING
+        if not staging.is_dir():
+            hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {staging}"
+            raise StoreError(f"the store {self.root} is no longer there: it has no folder {STAGING}", hint)
 
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """Folder by folder, sorted as S3 sorts: a folder counts as its name with a slash."""
@@ -3376,10 +3384,15 @@ class S3Store:
             raise StoreError(f"cannot {action} s3://{self.bucket}/{self.above}: {error}", hint) from error
 
 
+def is_store_known(database: Database, configuration: Configuration) -> bool:
+    """Whether this database has been kept for this store before."""
+    return bool(database.value("select value from settings where name = 'store'") == configuration.store)
+
+
 def prepare_store(database: Database, configuration: Configuration, store: Store) -> None:
     """Make the store usable. The one for which this database has been kept before must still be there."""
     database.check_place()
-    store.sweep(is_known=database.value("select value from settings where name = 'store'") == configuration.store)
+    store.sweep(is_known=is_store_known(database, configuration))
     with database.transaction() as sql:
         sql.execute("insert or replace into settings values ('store', ?)", (configuration.store,))
 
@@ -6752,7 +6765,7 @@ def status_sections(database: Database, configuration: Configuration, lock: Runn
 
 
 def tasks_sections(database: Database, filters: Mapping[str, str | None], most: int) -> list[Section]:
-    """The open tasks that match, the most urgent first."""
+    """The open tasks that match, the most urgent first; those that gave up come last."""
     sql = """
         from queue
         where (:state is null or state = :state)
@@ -6760,22 +6773,13 @@ def tasks_sections(database: Database, filters: Mapping[str, str | None], most: 
           and (:source is null or source = :source)
     """
     count = database.value(f"select count(*) {sql}", filters)
-    rows = query(database, f"select * {sql} order by score desc, task_id limit :most", {**filters, "most": most})
+    rows = query(
+        database,
+        f"select * {sql} order by state = 'gave_up', score desc, task_id limit :most",
+        {**filters, "most": most},
+    )
     title = f"{count} open tasks" + (f", the first {most}" if count > most else "")
     return [Section("tasks", title, rows)]
-
-
-def tasks_document(database: Database, filters: Mapping[str, str | None], most: int) -> dict[str, Any]:
-    """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
-    by_priority = query(database, QUEUE_BY_PRIORITY)
-    by_source = query(database, WAITING_BY_SOURCE)
-    return {
-        "total_tasks": sum(row[state] for row in by_priority for state in ("pending", "retry", "running", "gave_up")),
-        "by_priority": {row["priority"]: row for row in by_priority},
-        "by_source": {row["source"]: row["tasks"] for row in by_source},
-        "estimated_total_minutes": max((row["least_minutes"] or 0 for row in by_source), default=0),
-        "tasks": tasks_sections(database, filters, most)[0].rows,
-    }
 
 
 def task_sections(database: Database, task_id: int) -> list[Section]:
@@ -6833,6 +6837,15 @@ def expected_by_dataset(database: Database) -> dict[str, int]:
     return {row["dataset"]: row["expected"] for row in query(database, sql)}
 
 
+# sources that nobody may ask now
+PAUSED = """
+    with paused as (
+        select source from datasets
+        where exists (select 1 from rates where scope in (source, 'global') and blocked_until is not null)
+    )
+"""
+
+
 def plan_sections(database: Database, before: Mapping[str, int], most: int) -> list[Section]:
     """What a run would do with the queue as it is; what was expected `before` the configuration was read."""
     after = expected_by_dataset(database)
@@ -6843,7 +6856,9 @@ def plan_sections(database: Database, before: Mapping[str, int], most: int) -> l
     ]
     sql = """
         select dataset,
-               sum(state = 'pending') as now, sum(state = 'retry') as later, sum(state = 'gave_up') as gave_up,
+               sum(state = 'pending' and source not in paused) as now,
+               sum(state = 'pending' and source in paused) as paused,
+               sum(state = 'retry') as later, sum(state = 'gave_up') as gave_up,
                min(case when state = 'retry' then next_at end) as next_retry, max(last_error) as last_error
         from queue
         group by dataset
@@ -6851,15 +6866,18 @@ def plan_sections(database: Database, before: Mapping[str, int], most: int) -> l
     """
     first = """
         select score, priority, dataset, key, reason, attempts
-        from queue where state = 'pending'
+        from queue where state = 'pending' and source not in paused
         order by score desc, task_id limit ?
     """
     return [
         Section("changes", "What would be expected", changes, empty="the same as now"),
-        Section("datasets", "What would be asked for", query(database, sql), empty="nothing"),
+        Section("datasets", "What would be asked for", query(database, PAUSED + sql), empty="nothing"),
         Section("sources", "How long that takes, with a request for each task", query(database, WAITING_BY_SOURCE)),
         Section(
-            "first", f"First of them (at most {most})", query(database, first, (most,)), empty="nothing can start now"
+            "first",
+            f"First of them (at most {most})",
+            query(database, PAUSED + first, (most,)),
+            empty="nothing can start now",
         ),
     ]
 
@@ -7187,6 +7205,19 @@ def problems(database: Database, configuration: Configuration, now: float, since
     if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
         found["loop stuck"] = f"the main loop has been stuck for {format_duration(silent)}"
     return found
+
+
+def tasks_document(database: Database, filters: Mapping[str, str | None], most: int) -> dict[str, Any]:
+    """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
+    by_priority = query(database, QUEUE_BY_PRIORITY)
+    by_source = query(database, WAITING_BY_SOURCE)
+    return {
+        "total_tasks": sum(row[state] for row in by_priority for state in ("pending", "retry", "running", "gave_up")),
+        "by_priority": {row["priority"]: row for row in by_priority},
+        "by_source": {row["source"]: row["tasks"] for row in by_source},
+        "estimated_total_minutes": max((row["least_minutes"] or 0 for row in by_source), default=0),
+        "tasks": tasks_sections(database, filters, most)[0].rows,
+    }
 
 
 class HealthServer:
@@ -8691,6 +8722,7 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
         "database": _check_database,
         "store": _check_store,
         "runner": _check_runner,
+        "alerts": _check_alerts,
     }
     rows = [_check(what, functools.partial(check, configuration)) for what, check in checks.items()]
     if online:
@@ -8749,6 +8781,25 @@ def _check_runner(configuration: Configuration) -> str:
     return "none" if holder is None else f"process {holder}"
 
 
+def _check_alerts(configuration: Configuration) -> str:
+    """Whether what is to be told could be sent; nothing is, and no address is named."""
+    wishes, found = configuration.alerts, []
+    for channel in ("webhook", "ping"):
+        if (address := getattr(wishes, channel)) is not None:
+            try:
+                parts = urllib.parse.urlsplit(revealed(address))
+                is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+            except ValueError:
+                is_good = False
+            if not is_good:
+                raise Error(f"{channel} is no http address", "see `alerts:` in adce.yaml")
+            found.append(channel)
+    if wishes.command and not shutil.which(wishes.command[0], path=f"{os.environ.get('PATH', '')}"):
+        raise Error(f"there is no program {wishes.command[0]}", "see alerts.command in adce.yaml")
+    found += [channel for channel in ("sns_topic", "command", "cloudwatch") if getattr(wishes, channel)]
+    return ", ".join(found) or "nobody is told"
+
+
 def _check_database(configuration: Configuration) -> str:
     if not configuration.database.exists():
         return f"{configuration.database}, to be made by the first run"
@@ -8773,6 +8824,10 @@ def _foreign_parts(database: Database) -> list[str]:
 def _check_store(configuration: Configuration) -> str:
     store = open_store(configuration.store)
     if isinstance(store, FolderStore):
+        if configuration.database.exists():
+            with contextlib.closing(open_database(configuration.database)) as database:
+                if is_store_known(database, configuration):
+                    store.require_mark()
         there = next(folder for folder in (store.root, *store.root.parents) if folder.exists() or folder.is_symlink())
         if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
             raise StoreError(f"{there} is no folder that can be written", "see `store:` in adce.yaml")
@@ -8828,11 +8883,12 @@ def start_runner(configuration: Configuration, words: Sequence[str], log: Path) 
 
 
 def _is_at_work(configuration: Configuration, number: int) -> bool:
-    """Whether this process has begun its work on the database."""
+    """Whether this process has begun its work on the database, and does not refuse a changed configuration."""
     if RunnerLock(configuration.database).holder() != number:
         return False
     with contextlib.closing(open_database(configuration.database)) as database:
-        return bool(database.value("select pid = ? from runner where stopped_at is null", (number,)))
+        has_begun = database.value("select pid = ? from runner where stopped_at is null", (number,))
+        return bool(has_begun) and not may_be_refused(database, configuration)
 
 
 def stop_runner(lock: RunnerLock, seconds: float) -> int | None:
@@ -8919,6 +8975,8 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
     with contextlib.ExitStack() as stack:
         if configuration.database.exists():
             database = stack.enter_context(contextlib.closing(_existing(configuration))).copy()
+            if isinstance(store, FolderStore) and is_store_known(database, configuration):
+                store.require_mark()
         else:
             database = memory_database()
             if isinstance(store, FolderStore) and not store.root.exists():
@@ -9348,14 +9406,16 @@ def _option(*names: str, **settings: Any) -> Option:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    value = 0.0
+    with contextlib.suppress(ValueError):
+        value = float(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = int(text) if re.fullmatch(r"\d{1,19}", text) else 0
     if not 0 < value < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
     return value
@@ -9483,7 +9543,7 @@ COMMANDS = (
         "tasks",
         "list the open tasks, the most urgent first",
         command_tasks,
-        (_option("--state", choices=[str(state) for state in TaskState]), *FILTERS, MOST),
+        (_option("--state", choices=["pending", "retry", "running", "gave_up"]), *FILTERS, MOST),
     ),
     Command(
         "task", "show one task with all its attempts", command_task, (_option("task_id", type=_count, metavar="ID"),)

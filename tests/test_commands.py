@@ -238,6 +238,9 @@ def test_dry_run_of_once_names_the_retries_that_it_would_not_wait_for(folder, tm
         row["key"]: row["state"] for row in json.loads(run_adce("tasks", "--format", "json", folder=tmp_path).stdout)
     }
     assert "retry" in states.values()
+    with contextlib.closing(sqlite3.connect(tmp_path / "adce.db")) as sql:
+        sql.execute("update scopes set paused_until = 0")  # the pause is over
+        sql.commit()
     pending = {key for key, state in states.items() if state == "pending"}  # not attempted before the pause began
     for words, expected in (((), pending), (("--once",), set(states))):
         done = run_adce("run", "--dry-run", *words, "--format", "json", folder=tmp_path)
@@ -403,3 +406,74 @@ def test_every_command_is_in_the_help(folder):
     assert [command.name for command in adce.COMMANDS if f"    {command.name} " not in text] == []
     assert os.environ.get("ADCE_CONFIG") is None
     assert isinstance(folder, Path)
+
+
+def test_check_and_plan_see_that_the_store_of_before_is_gone(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    assert run_adce("reconcile", folder=tmp_path).returncode == 3
+    assert run_adce("check", folder=tmp_path).returncode == 0
+    (tmp_path / "lake" / ".adce").rmdir()
+    for _ in range(2):
+        checked, planned = run_adce("check", folder=tmp_path), run_adce("plan", folder=tmp_path)
+        assert (checked.returncode, planned.returncode) == (1, 12)
+        assert "is no longer there" in checked.stdout
+        assert "is no longer there" in planned.stderr
+        shutil.rmtree(tmp_path / "lake", ignore_errors=True)
+
+
+def test_start_of_a_runner_that_refuses_is_no_success(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    text = (tmp_path / "adce.yaml").read_text()
+    (tmp_path / "adce.yaml").write_text(text.replace("from: 2025-01-01", "from: 2024-01-01"))
+    assert run_adce("reconcile", folder=tmp_path).returncode == 3
+    (tmp_path / "adce.yaml").write_text(text)
+    started = run_adce("start", folder=tmp_path)
+    assert started.returncode != 0
+    assert "no longer expects 366 of the 372 objects" in started.stderr
+    assert run_adce("status", folder=tmp_path).returncode == 4
+
+
+def test_plan_knows_of_pauses(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    run_adce("reconcile", folder=tmp_path)
+    for scope in ("league", "global"):
+        run_adce("pause", scope, folder=tmp_path)
+        plan = json.loads(run_adce("plan", "--format", "json", folder=tmp_path).stdout)
+        assert [(row["now"], row["paused"]) for row in plan["datasets"]] == [(0, 6)]
+        assert plan["first"] == []
+        run_adce("resume", scope, folder=tmp_path)
+    assert json.loads(run_adce("plan", "--format", "json", folder=tmp_path).stdout)["datasets"][0]["now"] == 6
+
+
+@pytest.mark.parametrize(
+    ("alerts", "told"),
+    [
+        ("webhook: nope", "webhook is no http address"),
+        ("webhook: $NOBODY_KNOWS", "$NOBODY_KNOWS is not in the environment"),
+        ("ping: http://127.0.0.1:99999/secret", "ping is no http address"),
+        ("command: [no-such-program]", "there is no program no-such-program"),
+        ("webhook: http://127.0.0.1:9/secret", "webhook"),
+    ],
+)
+def test_check_sees_channels_that_cannot_work_and_names_no_secret(alerts, told, tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    with (tmp_path / "adce.yaml").open("a") as file:
+        file.write(f"alerts: {{{alerts}}}\n")
+    done = run_adce("check", folder=tmp_path)
+    (row,) = [line for line in done.stdout.splitlines() if " alerts " in line]
+    assert told in row
+    assert "secret" not in done.stdout
+    assert done.returncode == (0 if told == "webhook" else 1)
+
+
+def test_backup_makes_no_folder(folder, tmp_path):
+    done = run_adce("backup", str(tmp_path / "disk" / "copy.db"), folder=folder)
+    assert (done.returncode, (tmp_path / "disk").exists()) == (1, False)
+    assert "there is no folder" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("tasks", "--most", "x"), ("run", "--max-minutes", "soon")])
+def test_bad_number_is_told_in_words(words, tmp_path):
+    done = run_adce(*words, folder=tmp_path)
+    assert done.returncode == 2
+    assert "is not a number" in done.stderr
