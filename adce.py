@@ -8339,8 +8339,8 @@ class Runner:
             orders = dataclasses.replace(asked, may_drop=self.orders.may_drop) if asked else self.orders
             self.steps = reconcile(self.database, self.configuration, self.store, self.clock, orders, ahead)
         if self.steps is None:
-            while note_due_objects(self.database, self.configuration, self.clock):
-                pass
+            while not self.once and note_due_objects(self.database, self.configuration, self.clock):
+                pass  # once: what gets old while others are fetched is for the next run, or this would never end
             return
         try:
             step = next(self.steps)
@@ -8464,7 +8464,7 @@ class Runner:
         if self.unrecorded:
             instants.append(now + 1)
         due = retry = None
-        if self.steps is None:  # else it is noted after the cycle
+        if self.steps is None and not self.once:  # else it is noted after the cycle
             due = self.database.value("select min(due_at) from objects where due_at is not null")
         if self.workers.free() and not self.once:  # else it is for the next who is
             retry = self.database.value("select min(next_at) from tasks where state = 'retry'")

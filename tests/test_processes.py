@@ -400,3 +400,14 @@ def test_run_that_is_refused_asks_nobody(upstream, tmp_path):
     (tmp_path / "adce.yaml").write_text(text)
     assert run_adce("run", "--max-minutes", "1", folder=tmp_path).returncode == 78
     assert upstream.count() == 0
+
+
+def test_once_ends_although_objects_get_old_faster_than_they_are_fetched(upstream, tmp_path):
+    League(date(2025, 1, 1), 6).serve(upstream)
+    limits = "rate_limiting: {source_limits: {league: {requests_per_second: 2}}}"
+    write_league(tmp_path, upstream.address, limits=limits)
+    text = (tmp_path / "adce.yaml").read_text()
+    (tmp_path / "adce.yaml").write_text(re.sub(r"freshness: .*", "freshness: {refetch_every: 1s}", text))
+    assert run_adce("run", "--once", folder=tmp_path).returncode in (0, 3)
+    paths = [arrival.path for arrival in upstream.arrivals]
+    assert len(paths) == len(set(paths)) > 6
