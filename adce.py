@@ -1491,14 +1491,20 @@ class Template:
 
     def render(self, fields: Fields, quote: Callable[[str], str]) -> str:
         """The text with every field replaced by its quoted value; the slashes of a date's format stay."""
+        words = list(_split(self.pattern, self.text))  # text, field, format, text, field, format, text
+        for place in range(1, len(words), 3):
+            value, form = fields[words[place]], words[place + 1]
+            if form:
+                day = datetime.date.fromisoformat(value).strftime(form)
+                words[place], words[place + 1] = "/".join(map(quote, day.split("/"))), ""
+            else:
+                words[place], words[place + 1] = quote(value), ""
+        return "".join(words)
 
-        def value(match: re.Match[str]) -> str:
-            text = fields[match[1]]
-            if not match[2]:
-                return quote(text)
-            return "/".join(map(quote, datetime.date.fromisoformat(text).strftime(match[2]).split("/")))
 
-        return self.pattern.sub(value, self.text)
+@functools.cache
+def _split(pattern: re.Pattern[str], text: str) -> list[str]:
+    return pattern.split(text)
 
 
 # ---------------------------------------------------------------- Configuration
@@ -2721,6 +2727,7 @@ def holds(expression: str, fields: Fields, document: Any) -> bool:
 
 MAX_KEY_BYTES = 1000  # S3 takes 1,024
 SAFE_IN_KEYS = "-_~@+=,() "  # and letters, digits and inner dots
+FIELDS_AS_JSON = json.JSONEncoder(sort_keys=True)  # json.dumps would make one for each object
 
 
 @dataclass(frozen=True, slots=True)
@@ -2807,7 +2814,7 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
     return ExpectedObject(key, fields, season, day, _available_at(dataset, day))
 
 
-def yields(dataset: Dataset, fields: Fields, key: str) -> bool:
+def makes_key(dataset: Dataset, fields: Fields, key: str) -> bool:
     """Whether these fields make this key, as the dataset is declared now."""
     needed = {*dataset.partitions.own_fields(), *dataset.key.fields()}
     return needed <= fields.keys() and dataset.key.render(fields, quote_for_key) == key
@@ -4173,7 +4180,7 @@ class Ledger:
         is_other = known.dataset != dataset.name or any(known.fields.get(name) != wanted.fields[name] for name in own)
         if known.state is not ObjectState.DROPPED:
             owner = self.configuration.datasets.get(known.dataset)
-            if is_other and owner and yields(owner, known.fields, known.key):
+            if is_other and owner and makes_key(owner, known.fields, known.key):
                 raise ValueError(f"{wanted.key} is already the key of another object of {known.dataset}")
             if not is_other and known.facts.available_at == wanted.available_at and (known.facts.proven or not proven):
                 return known.object_id
@@ -4182,7 +4189,7 @@ class Ledger:
             self.close_task(known.object_id, TaskState.CANCELLED)
             self.sql.execute("update objects set read_etag = null where object_id = ?", (known.object_id,))
             facts = dataclasses.replace(facts, valid=None, settled=None, live=None, verdict=None)
-        fields = json.dumps(wanted.fields, sort_keys=True)
+        fields = FIELDS_AS_JSON.encode(wanted.fields)
         self.sql.execute(
             "update objects set dataset_id = ?, fields = ?, season = ?, day = ? where object_id = ?",
             (self.ids[dataset.name], fields, wanted.season, wanted.day, known.object_id),
@@ -4204,7 +4211,7 @@ class Ledger:
             (
                 self.ids[dataset.name],
                 wanted.key,
-                json.dumps(wanted.fields, sort_keys=True),
+                FIELDS_AS_JSON.encode(wanted.fields),
                 wanted.season,
                 wanted.day,
                 verdict.state,
@@ -4376,8 +4383,6 @@ EXPECTED = """
     from counts
     where state != 'dropped'
 """
-
-
 DECLARED = "select group_concat(definition, ' ') from (select definition from datasets where active order by dataset)"
 
 
@@ -4475,19 +4480,19 @@ class Ids:
     """A set of ids, a bit for each: those of ten million objects take little more than a megabyte."""
 
     def __init__(self) -> None:
-        self._bits, self._count = bytearray(), 0
+        self._bits = bytearray()
 
-    def add(self, number: int) -> None:
-        """Put one in, unless it is there."""
-        self._bits.extend(bytes(max(0, (number >> 3) + 1 - len(self._bits))))
-        self._count += number not in self
-        self._bits[number >> 3] |= 1 << (number & 7)
+    def update(self, numbers: Sequence[int]) -> None:
+        """Put some in."""
+        self._bits.extend(bytes(max(0, (max(numbers, default=-1) >> 3) + 1 - len(self._bits))))
+        for number in numbers:
+            self._bits[number >> 3] |= 1 << (number & 7)
 
     def __contains__(self, number: int) -> bool:
         return number >> 3 < len(self._bits) and bool(self._bits[number >> 3] >> (number & 7) & 1)
 
     def __len__(self) -> int:
-        return self._count
+        return int.from_bytes(self._bits, "little").bit_count()
 
 
 def no_longer_expected(database: Database, dataset: str, wanted: Ids) -> Iterator[int]:
@@ -5416,13 +5421,15 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
             continue
         wanted, problems_before = Ids(), len(cycle.problems)
         for chunk in chunks(expand(dataset, cycle.configuration.seasons, now), NOTED_AT_ONCE):
+            found = []
             with cycle.ledger() as ledger:
                 for fields in chunk:
                     try:
                         expected = expected_object(dataset, fields, cycle.configuration.seasons)
-                        wanted.add(ledger.expect(dataset, expected, proven=False))
+                        found.append(ledger.expect(dataset, expected, proven=False))
                     except ValueError as error:
                         cycle.problems.append(str(error))
+            wanted.update(found)
             yield
         if len(cycle.problems) == problems_before:  # else it is tried, and told, again
             digests.append((digest, dataset.name))
