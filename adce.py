@@ -890,7 +890,7 @@ create view coverage as
     ), unwanted as (
         select dataset_id, season, count(*) as skipped
         from objects
-        where skipped is not null
+        where skipped is not null and reason is not null
         group by dataset_id, season
     )
     select d.source,
@@ -920,7 +920,7 @@ create view skipped as
            (select max(t.task_id) from tasks t where t.object_id = o.object_id) as task_id
     from objects o
     join datasets d using (dataset_id)
-    where o.skipped is not null;
+    where o.skipped is not null and o.reason is not null;
 
 create view coverage_by_day as
     -- The same of what has a day, by day.
@@ -2881,21 +2881,18 @@ def children_of_parent(child: Dataset, parent_fields: Fields, ids: Iterable[str]
 
 def inspect(dataset: Dataset, fields: Fields, body: bytes, children: Sequence[Dataset] = ()) -> Inspection:
     """Look at the content of an object: is it whole, is it final, and which children does it name?"""
-    document, verdict = _verdict(dataset.validate, fields, body)
+    freshness = dataset.freshness
+    is_asked = bool(freshness.until or freshness.live or any(child.partitions.ids for child in children))
+    document, verdict = _verdict(dataset.validate, fields, body, is_json=is_asked)
     if verdict:
         return Inspection(False, verdict, False, False, {})
-    freshness = dataset.freshness
-    asks = freshness.until or freshness.live or any(child.partitions.ids for child in children)
-    if document is None and asks:
-        with contextlib.suppress(ValueError, RecursionError):
-            document = json.loads(body)
     settled = freshness.until is None or holds(freshness.until, fields, document)
     live = freshness.live is not None and holds(freshness.live.expression, fields, document)
     return Inspection(True, None, settled, live, {child.name: _ids(child, document, body) for child in children})
 
 
-def _verdict(validation: Validation, fields: Fields, body: bytes) -> tuple[Any, str | None]:
-    """The parsed JSON, if asked for, and why the body is not the object, or None."""
+def _verdict(validation: Validation, fields: Fields, body: bytes, *, is_json: bool) -> tuple[Any, str | None]:
+    """The parsed JSON, if an expression asks for it, and why the body is not the object, or None."""
     if len(body) < validation.min_bytes:
         return None, f"{len(body)} bytes, fewer than {validation.min_bytes}"
     if not body.startswith(bytes.fromhex(validation.starts_with_hex)) or not body.endswith(
@@ -2911,7 +2908,7 @@ def _verdict(validation: Validation, fields: Fields, body: bytes) -> tuple[Any, 
         for part in validation.not_contains:
             if Template(part, FIELD_IN_EXPRESSION).render(fields, str) in text:
                 return None, f"contains {part!r}"
-    if not (validation.json or validation.require or validation.alternatives):
+    if not (is_json or validation.json or validation.require or validation.alternatives):
         return None, None
     try:
         document = json.loads(body, parse_constant=_refuse_constant)
@@ -4186,13 +4183,12 @@ class Ledger:
                 return known.object_id
         facts = dataclasses.replace(known.facts, available_at=wanted.available_at, proven=known.facts.proven or proven)
         if known.dataset != dataset.name:  # that has been declared otherwise since
-            self.close_task(known.object_id, TaskState.CANCELLED)
-            self.sql.execute("update objects set read_etag = null where object_id = ?", (known.object_id,))
+            self.hand_over(known.object_id, dataset.name)
             facts = dataclasses.replace(facts, valid=None, settled=None, live=None, verdict=None)
         fields = FIELDS_AS_JSON.encode(wanted.fields)
         self.sql.execute(
-            "update objects set dataset_id = ?, fields = ?, season = ?, day = ? where object_id = ?",
-            (self.ids[dataset.name], fields, wanted.season, wanted.day, known.object_id),
+            "update objects set fields = ?, season = ?, day = ? where object_id = ?",
+            (fields, wanted.season, wanted.day, known.object_id),
         )
         self.note(dataclasses.replace(known, dataset=dataset.name, season=wanted.season, day=wanted.day), facts)
         return known.object_id
@@ -4230,13 +4226,32 @@ class Ledger:
             self._open_task(known, dataset, verdict)
         return object_id
 
-    def drop(self, object_id: int) -> None:
-        """Note that an object is no longer expected, nor what it alone has named; what lies in the store is
-        left alone. Expected again, it is read again."""
+    def hand_over(self, object_id: int, dataset: str) -> None:
+        """Note that an object and its task are those of another dataset, which may judge its content otherwise."""
         self.sql.execute(
             """
             update objects
-            set state = 'dropped', reason = null, due_at = null, read_etag = null, proven = 0, skipped = null, since = ?
+            set dataset_id = ?, read_etag = null, valid = null, settled = null, live = null, verdict = null,
+                due_at = iif(etag is null or state = 'dropped', due_at, 0)
+            where object_id = ?
+            """,
+            (self.ids[dataset], object_id),
+        )
+        self.sql.execute(
+            """
+            update tasks set dataset_id = ?
+            where object_id = ? and state in ('pending', 'retry', 'running', 'gave_up')
+            """,
+            (self.ids[dataset], object_id),
+        )
+
+    def drop(self, object_id: int) -> None:
+        """Note that an object is no longer expected, nor what it alone has named; what lies in the store is
+        left alone. Expected again, it is read again, and skipped if it was."""
+        self.sql.execute(
+            """
+            update objects
+            set state = 'dropped', reason = null, due_at = null, read_etag = null, proven = 0, since = ?
             where object_id = ?
             """,
             (int(self.now), object_id),
@@ -4245,8 +4260,9 @@ class Ledger:
         orphans = """
             select l.child_id
             from links l
-            join objects child on child.object_id = l.child_id and child.state != 'dropped'
+            join objects child on child.object_id = l.child_id
             where l.parent_id = ?
+              and (child.state != 'dropped' or child.reason is not null)
               and not exists (
                   select 1
                   from links other
@@ -4290,6 +4306,10 @@ class Ledger:
             is_dropped = verdict.state is ObjectState.DROPPED
             self.close_task(known.object_id, TaskState.CANCELLED if is_dropped else TaskState.DONE)
         return verdict
+
+    def count_as_unread(self, object_id: int) -> None:
+        """Let a cycle look at the content of an object once more."""
+        self.sql.execute("update objects set read_etag = null where object_id = ?", (object_id,))
 
     def _open_task(self, known: KnownObject, dataset: Dataset, verdict: Appraisal) -> None:
         """A gap that has a live task keeps it; only one that changed its kind may be tried at once."""
@@ -4338,8 +4358,9 @@ class Ledger:
         self.closed += closed.rowcount
 
     def add_children(self, parent: KnownObject, children: Mapping[str, tuple[str, ...]], *, proven: bool) -> set[int]:
-        """Expect what the body of a parent names. Returns which of its children it names no longer."""
-        named = set()
+        """Expect what the body of a parent names. Returns which of its children it names no longer: none, as long as
+        it names something that cannot be expected, and may stand for one of them."""
+        named, told = set(), len(self.problems)
         for name, identities in children.items():
             dataset = self.configuration.datasets[name]
             for fields in children_of_parent(dataset, parent.fields, identities):
@@ -4355,7 +4376,7 @@ class Ledger:
             row[0] for row in self.sql.execute("select child_id from links where parent_id = ?", (parent.object_id,))
         }
         self.sql.executemany("insert into links values (?, ?)", [(parent.object_id, child) for child in named - linked])
-        return linked - named
+        return linked - named if len(self.problems) == told else set()
 
     def drop_children(self, parent_id: int, children: Iterable[int]) -> None:
         """A parent names these no longer: drop those that no other names."""
@@ -4379,7 +4400,8 @@ def is_mass_drop(before: int, after: int) -> bool:
 
 
 EXPECTED = """
-    select coalesce(sum(objects), 0) + (select count(*) from objects where skipped is not null)
+    select coalesce(sum(objects), 0)
+           + (select count(*) from objects where skipped is not null and reason is not null)
     from counts
     where state != 'dropped'
 """
@@ -4447,15 +4469,31 @@ def declare_datasets(
         )
     for row in sql.execute("select dataset_id, success_rate from datasets").fetchall():
         sql.execute("update datasets set bonus = ? where dataset_id = ?", (bonus_of(weighting, row[1]), row[0]))
-    inactive = """
-        select object_id
-        from objects join datasets using (dataset_id)
-        where not active and (state != 'dropped' or skipped is not null)
-    """
-    ledger = Ledger(sql, configuration, now)
+    heirs = [dataset for dataset in configuration.datasets.values() if dataset.name not in were_active]
     with guarded_drops(sql, consents=consents):
-        for row in sql.execute(inactive).fetchall():
-            ledger.drop(row[0])
+        _dissolve_datasets(Ledger(sql, configuration, now), heirs)
+
+
+def _dissolve_datasets(ledger: Ledger, heirs: Sequence[Dataset]) -> None:
+    """What is left of datasets that are declared no longer goes to those that make the same keys, as when only the
+    name has changed, or is dropped."""
+    rows = ledger.sql.execute(
+        """
+        select object_id, key, fields, exists (select 1 from links where child_id = object_id) as is_child
+        from objects join datasets using (dataset_id)
+        where not active and (state != 'dropped' or reason is not null)
+        """
+    ).fetchall()
+    without_heir = []
+    for object_id, key, fields_json, is_child in rows:
+        fields = json.loads(fields_json)
+        alike = (heir for heir in heirs if is_child == bool(heir.partitions.parent) and makes_key(heir, fields, key))
+        if heir := next(alike, None):
+            ledger.hand_over(object_id, heir.name)
+        else:
+            without_heir.append(object_id)
+    for object_id in without_heir:
+        ledger.drop(object_id)
 
 
 def _forget_readings(sql: sqlite3.Connection, dataset: Dataset) -> None:
@@ -4506,7 +4544,7 @@ def no_longer_expected(database: Database, dataset: str, wanted: Ids) -> Iterato
         + (
             select count(*)
             from objects
-            where objects.dataset_id = datasets.dataset_id and skipped is not null)
+            where objects.dataset_id = datasets.dataset_id and skipped is not null and reason is not null)
         from datasets
         where dataset = ?
         """,
@@ -4518,7 +4556,7 @@ def no_longer_expected(database: Database, dataset: str, wanted: Ids) -> Iterato
     page = """
         select object_id
         from objects join datasets using (dataset_id)
-        where dataset = ? and (state != 'dropped' or skipped is not null) and object_id > ?
+        where dataset = ? and (state != 'dropped' or reason is not null) and object_id > ?
         order by object_id
         limit ?
     """
@@ -4901,7 +4939,9 @@ def _note_stored(ledger: Ledger, known: KnownObject, result: Result, task_id: in
         verdict=inspection.verdict,
     )
     verdict = ledger.note(known, facts, read_etag=stored.etag)
-    ledger.drop_children(known.object_id, ledger.add_children(known, inspection.children, proven=True))
+    told = len(ledger.problems)
+    if ledger.add_children(known, inspection.children, proven=True) or len(ledger.problems) > told:
+        ledger.count_as_unread(known.object_id)  # a cycle drops what is named no longer, if that can be believed
     if verdict.state not in GAPS:
         ledger.close_task(known.object_id, TaskState.DONE)  # also when it was no gap any more before
         return TaskState.DONE, None
@@ -5299,17 +5339,20 @@ def _inspect(cycle: Cycle, target: KnownObject, children: Sequence[Dataset]) -> 
 
 
 def _note_content(cycle: Cycle, ledger: Ledger, target: KnownObject, found: Inspection) -> None:
-    """What names fewer than before counts as unread until they are dropped: a cycle may end before that."""
+    """What names fewer than before counts as unread until they are dropped: a cycle may end before that. So does what
+    names something that cannot be expected, as far as it is told: it is told again."""
     is_as_read = "object_id = :object_id and etag = :etag and etag is not read_etag and state != 'dropped'"
     if not ledger.objects(is_as_read, {"object_id": target.object_id, "etag": target.facts.etag}):
         return  # fetched anew, or dropped, while it was read
     facts = dataclasses.replace(
         target.facts, valid=found.valid, settled=found.settled, live=found.live, verdict=found.verdict
     )
+    told = len(ledger.problems)
     unnamed = ledger.add_children(target, found.children, proven=False) if found.valid else set()
     if unnamed:
         cycle.unnamed[target.object_id] = target.facts.etag, unnamed
-    ledger.note(target, facts, read_etag=None if unnamed else target.facts.etag)
+    is_told_again = len(ledger.problems) > told and len(cycle.problems) + told < MOST_PROBLEMS
+    ledger.note(target, facts, read_etag=None if unnamed or is_told_again else target.facts.etag)
 
 
 def drop_unnamed(cycle: Cycle) -> Iterator[None]:
@@ -5558,9 +5601,7 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
                 ):
                     if target.cycle_id != cycle.cycle_id:
                         ledger.note(target, Facts(available_at=target.facts.available_at, seen_at=target.facts.seen_at))
-                        ledger.sql.execute(
-                            "update objects set read_etag = null where object_id = ?", (target.object_id,)
-                        )
+                        ledger.count_as_unread(target.object_id)
             yield
 
 
@@ -5569,11 +5610,11 @@ def _age(cycle: Cycle) -> Iterator[None]:
     while note_due_objects(cycle.database, cycle.configuration, cycle.clock):
         yield
     today, wishes = day_of(cycle.clock.wall()), cycle.configuration
-    datasets = [(dataset.priority, dataset.batch) for dataset in wishes.datasets.values()]
+    datasets = [(one.name, one.source, one.priority, one.batch) for one in wishes.datasets.values()]
     inputs = repr((today, wishes.priority_weighting, wishes.seasons, datasets))
     with cycle.database.transaction() as sql:
         known = sql.execute("select value from settings where name = 'priorities'").fetchone()
-        if any(batch for _, batch in datasets) or not known or known[0] != inputs:
+        if any(batch for *_, batch in datasets) or not known or known[0] != inputs:
             reprioritise(sql, cycle.configuration, cycle.clock.wall())
             sql.execute("insert or replace into settings values ('priorities', ?)", (inputs,))
     yield
@@ -8006,7 +8047,9 @@ def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_i
         from tasks t
         join datasets d using (dataset_id)
         join objects o using (object_id)
-        where (t.state in ('retry', 'gave_up') or (t.state = 'cancelled' and o.skipped is not null and :has_ids))
+        where (
+              t.state in ('retry', 'gave_up')
+              or (t.state = 'cancelled' and o.skipped is not null and o.reason is not null and :has_ids))
           and (not :has_ids or t.task_id in (select value from json_each(:ids)))
           and (:state is null or t.state = :state)
           and (:source is null or d.source = :source)
@@ -8028,11 +8071,17 @@ def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
     """
     count = ledger.sql.execute(woken, (ids,)).rowcount
     skipped = """
-        skipped is not null and object_id in (
+        skipped is not null and reason is not null and object_id in (
             select object_id from tasks where task_id in (select value from json_each(:ids)))
     """
+    reopened = """
+        update tasks set state = 'pending', closed_at = null, failures = 0
+        where task_id = (select max(task_id) from tasks where object_id = ?) and state = 'cancelled'
+    """
     for known in ledger.objects(skipped, {"ids": ids}):
-        ledger.note(known, dataclasses.replace(known.facts, skipped=None))
+        ledger.sql.execute(reopened, (known.object_id,))
+        if ledger.note(known, dataclasses.replace(known.facts, skipped=None)).state not in GAPS:
+            ledger.close_task(known.object_id, TaskState.CANCELLED)
         count += 1
     return count
 

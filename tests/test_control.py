@@ -457,6 +457,7 @@ def test_skipped_object_is_no_gap_until_it_is_retried(failing, folder, start):
     failing.answer("/A", Answer(b"thing A"))
     undone = do("retry", str(number), folder=folder)
     assert (undone.returncode, undone.stdout) == (0, "1 task is tried again now\n")
+    assert rows(folder, "select count(*) from tasks") == [(3,)]  # the same, with its age
     wait_until((folder / "lake/things/A").exists, SOON)
     assert rows(folder, "select count(*) from skipped") == [(0,)]
 

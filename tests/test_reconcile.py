@@ -505,17 +505,104 @@ def test_parents_that_name_far_less_are_not_believed_and_do_not_stop_the_run(con
     assert desk.cycle()["error"] is None
 
 
-def test_what_the_runner_drops_after_a_refetch_is_not_blamed_on_the_configuration(configure, database, lake, clock):
+def fetch(desk: Desk, lake: Lake, key: str, document: object) -> None:
+    """What a runner does with a task: claims it, stores the object, records that."""
+    with desk.database.transaction() as sql:
+        desk.clock.advance(60)
+        sql.execute("update objects set due_at = null, state = 'stale' where key = ?", (key,))
+        ledger = adce.Ledger(sql, desk.configuration, desk.clock.wall())
+        known = ledger.objects("key = :key", {"key": key})[0]
+        body = json.dumps(document).encode()
+        children = desk.configuration.children_of(known.dataset)
+        found = adce.inspect(desk.configuration.datasets[known.dataset], known.fields, body, children)
+        result = adce.Result(adce.Outcome.OK, stored=lake.store.write(key, body), inspection=found)
+        adce._note_stored(ledger, known, result, task_id=0)
+
+
+def test_children_that_a_refetched_parent_names_no_more_are_dropped_by_the_next_cycle(desk, lake):
+    lake.put_day(1, ["7", "8"])
+    desk.cycle()
+    fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["8", "9"]})
+    assert {"games/7.json", "games/8.json", "games/9.json"} <= desk.gaps().keys()
+    desk.cycle()
+    assert {key for key in desk.gaps() if key.startswith("games/")} == {"games/8.json", "games/9.json"}
+
+
+def test_refetched_parent_that_names_far_less_is_not_believed(configure, database, lake, clock):
     desk, games = Desk(configure(TEXT), database, lake, clock), [f"g{number}" for number in range(200)]
     lake.put_day(1, games)
     desk.cycle()
-    with database.transaction() as sql:
-        ledger = adce.Ledger(sql, desk.configuration, clock.wall())
-        parent = ledger.objects("key = 'days/2025-10-01.json'", {})[0]
-        ledger.drop_children(parent.object_id, ledger.add_children(parent, {"games": ("g1",)}, proven=True))
-    desk.declare(configure(TEXT))
-    row = desk.cycle()
+    fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["g1"]})
+    for _ in range(2):
+        row = desk.cycle()
+        assert (row["expected"], "games: the names of 199 of 200 objects vanished" in row["error"]) == (205, True)
+    row = desk.cycle(believe=("games",))
     assert (row["expected"], row["error"]) == (6, None)
+
+
+def test_names_that_make_no_key_are_told_in_every_cycle_and_drop_no_child(desk, lake):
+    lake.put_day(1, ["7", "8"])
+    desk.cycle()
+    lake.put_day(1, [" ", "8"])
+    for _ in range(2):
+        row = desk.cycle()
+        assert "days/2025-10-01.json: games: game_id ' ' makes no key" in row["error"]
+        assert {"games/7.json", "games/8.json"} <= desk.gaps().keys()
+    fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": [" ", "8"]})
+    assert "makes no key" in desk.cycle()["error"]
+    lake.put_day(1, ["8"])
+    assert desk.cycle()["error"] is None
+    assert "games/7.json" not in desk.gaps()
+
+
+def test_parent_that_is_not_json_is_suspect_and_keeps_its_children(configure, database, lake, clock):
+    text = TEXT.replace(
+        '    freshness: {refetch_every: 6h, until: "final"}\n    validate: {json: true, min_bytes: 10}\n', ""
+    )
+    desk = Desk(configure(text), database, lake, clock)
+    lake.put_day(1, ["7", "8"])
+    desk.cycle()
+    lake.store.write("days/2025-10-01.json", b"<html>sorry, be back soon</html>")
+    desk.cycle()
+    assert desk.gaps()["days/2025-10-01.json"] == "suspect"
+    assert {"games/7.json", "games/8.json"} <= desk.gaps().keys()
+
+
+def test_datasets_that_only_change_their_names_keep_all_and_need_no_consent(configure, database, lake, clock):
+    desk, games = Desk(configure(TEXT), database, lake, clock), [f"g{number}" for number in range(200)]
+    lake.put_day(1, games)
+    lake.put_game("g7")
+    desk.cycle()
+    open_before = desk.live_tasks()
+    desk.declare(
+        configure(TEXT.replace("days:", "boards:").replace("from: days", "from: boards").replace("games:", "matches:"))
+    )
+    row = desk.cycle()
+    assert (row["expected"], row["created"], row["closed"], row["error"]) == (205, 0, 0, None)
+    assert desk.live_tasks() == open_before
+    found = database.read("select dataset, expected, present from coverage order by 1")
+    assert list(map(tuple, found)) == [("boards", 5, 1), ("matches", 200, 1)]
+    assert {row[0] for row in database.read("select dataset from queue")} == {"boards", "matches"}
+
+
+def test_object_that_was_skipped_stays_so_when_it_is_expected_again(desk, configure, lake):
+    lake.put_day(1, ["7", "8"])
+    desk.cycle()
+    number = desk.live_tasks()["games/7.json"][0]
+    with desk.database.transaction() as sql:
+        adce.skip_tasks(adce.Ledger(sql, desk.configuration, desk.clock.wall()), [number], "never played")
+    lake.put_day(1, ["8"])
+    desk.cycle()
+    assert desk.database.read("select * from skipped") == []
+    assert adce.tasks_to_retry(desk.database, dict.fromkeys(("state", "source", "dataset", "error")), [number]) == []
+    lake.put_day(1, ["7", "8"])
+    desk.cycle()
+    assert "games/7.json" not in desk.gaps()
+    assert [row["reason"] for row in desk.database.read("select * from skipped")] == ["never played"]
+    with desk.database.transaction() as sql:
+        assert adce.retry_tasks(adce.Ledger(sql, desk.configuration, desk.clock.wall()), [number]) == 1
+    desk.cycle()
+    assert desk.gaps()["games/7.json"] == "missing"
 
 
 TEAMS = """\
