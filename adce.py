@@ -2264,7 +2264,7 @@ class Builder:
         seasons = self._seasons()
         return Configuration(
             path=self.path,
-            database=self.path.parent / values.get("database", "adce.db"),
+            database=self.path.parent / values.get("database", DEFAULT_DATABASE),
             store=self._store(values.get("store", "lake")),
             interval_seconds=interval or 15 * MINUTE,
             full_seconds=values.get("full_reconciliation_hours", 24) * HOUR,
@@ -2475,7 +2475,7 @@ class Builder:
 # All that must hold between the records: sources and datasets that exist, fields that are declared, keys
 # that keep objects apart. Here a file becomes a configuration. Headline: load_configuration().
 
-DEFAULT_NAME = "adce.yaml"
+DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
 
 
 class Checker:
@@ -2626,6 +2626,15 @@ def load_configuration(path: Path) -> Configuration:
     if reader.problems or configuration is None:
         raise ConfigurationError(render_problems(path, text, sorted(set(reader.problems))))
     return configuration
+
+
+def database_named_in(path: Path) -> Path:
+    """The database of a configuration that cannot be used otherwise."""
+    text = ""
+    with contextlib.suppress(ConfigurationError):
+        text = _read_text_file(path)
+    named = re.search(r"""^database:[ \t]*("[^"]+"|'[^']+'|[^\s#]+)""", text, re.MULTILINE)
+    return path.parent / (named[1].strip("\"'") if named else DEFAULT_DATABASE)
 
 
 def render_problems(path: Path, text: str, problems: Sequence[Problem]) -> str:
@@ -3838,8 +3847,19 @@ RUNNER = "runner"  # the owner of the main loop's places in line
 LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
 LATE_SECONDS = 2  # whoever stands in line and has not looked again by then has gone
 KEEP_ALIVE_SECONDS = 5
-# of the attempt for which this thread calls a function; a command has it in its environment
-SERVED_SOURCE = contextvars.ContextVar("served source", default="")
+# source and tasks of the attempt for which this thread calls a function; a command has them in its environment
+SERVED = contextvars.ContextVar("served", default=("", ""))
+
+
+def served() -> tuple[str, str]:
+    """The source, and the tasks, for which a runner has started what asks; else empty."""
+    return SERVED.get() if SERVED.get()[0] else (os.environ.get("ADCE_SOURCE", ""), os.environ.get("ADCE_TASK", ""))
+
+
+def count_request(sql: sqlite3.Connection, tasks: str) -> None:
+    """Another request of the attempt that is running; of a batch, of its first."""
+    running = "update attempts set requests = requests + 1 where task_id = cast(? as integer) and outcome = 'running'"
+    sql.execute(running, (tasks.partition(",")[0],))
 
 
 def stand_in_line(sql: sqlite3.Connection, source: str, owner: str, opens: Opening, looks_at: float) -> None:
@@ -4030,7 +4050,10 @@ class Limiter:
         with contextlib.suppress(DatabaseError), self.database.transaction(durable=is_news) as sql:
             now = self.clock.boot()
             release(sql, held.permit, now, used=used)
-            is_judged_later = held.source.name == (SERVED_SOURCE.get() or os.environ.get("ADCE_SOURCE"))
+            source, tasks = served()
+            if used and tasks:
+                count_request(sql, tasks)
+            is_judged_later = held.source.name == source
             if held.answer and not (is_judged_later and held.answer.outcome in (Outcome.OK, Outcome.HTTP_ERROR)):
                 learn(sql, held.source, held.answer, now)
 
@@ -4956,7 +4979,7 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result:
         """
         update attempts
         set outcome = :outcome, seconds = max(0, :now - started_at), http_status = :http_status, bytes = :bytes,
-            requests = :requests, error = :error, output = :output
+            requests = requests + :requests, error = :error, output = :output
         where attempt_id = :attempt_id and outcome = 'running'
         """,
         {
@@ -6348,7 +6371,7 @@ def call_function(spec: FetchSpec, store: Store) -> Result:
     if _taken_by(function, "session"):
         config = spec.environment["ADCE_CONFIG"]
         arguments["session"] = session(spec.source.name, config, spec.dataset.timeout_seconds)
-    serving = SERVED_SOURCE.set(spec.source.name)
+    serving = SERVED.set((spec.environment["ADCE_SOURCE"], spec.environment["ADCE_TASK"]))
     try:
         value = function(**arguments)
         if value is None:
@@ -6357,7 +6380,7 @@ def call_function(spec: FetchSpec, store: Store) -> Result:
     except RateLimitedError as error:
         return Result(Outcome.LOST, str(error), retry_after=error.seconds)  # nobody's fault
     finally:
-        SERVED_SOURCE.reset(serving)
+        SERVED.reset(serving)
     if body is None:
         text = f"{spec.dataset.call} returned {type(value).__name__}: not bytes, an iterator of bytes or a path"
         return Result(Outcome.ERROR, text)
@@ -9025,9 +9048,10 @@ def _tell(arguments: Arguments, text: str, **facts: Any) -> None:
         print(text if arguments.format == "table" else render([Section("done", "", [facts], True)], arguments.format))
 
 
-def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
-    clock, store = Clock(), open_store(configuration.store)
+@contextlib.contextmanager
+def _trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
+    """A copy of the database, to try on what becomes of it, and the store, which is only read."""
+    store = open_store(configuration.store)
     with contextlib.ExitStack() as stack:
         if configuration.database.exists():
             database = stack.enter_context(contextlib.closing(_existing(configuration))).copy()
@@ -9037,6 +9061,13 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
             database = memory_database()
             if isinstance(store, FolderStore) and not store.root.exists():
                 store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        yield database, store
+
+
+def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
+    clock = Clock()
+    with _trial(configuration) as (database, store):
         before, orders = expected_by_dataset(database), Orders(is_full=True, may_drop=True)  # only to show
         _declare(database, configuration, clock, orders)
         cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
@@ -9283,6 +9314,9 @@ def _report_start(arguments: Arguments, configuration: Configuration) -> None:
     address = _existing(configuration).value("select address from runner")
     text = f"started process {number}, which writes to {log}" + (f" and answers at {address}" if address else "")
     _tell(arguments, text, started=number, log=str(log), address=address)
+    if configuration.health_check.enabled and not address:
+        port = configuration.health_check.port
+        print(f"adce.py: nothing answers over HTTP, because port {port} cannot be used", file=sys.stderr)
 
 
 def command_stop(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -9305,9 +9339,22 @@ def command_restart(arguments: Arguments, configuration: Configuration) -> ExitC
         if unit:
             name = unit.rpartition("/")[2]
             raise Error(f"the runner belongs to the unit {name} of systemd", f"systemctl restart {name}")
+        if not arguments.yes:
+            _rehearse(configuration)
         stop_runner(lock, _patience_of(arguments, configuration))
     _report_start(arguments, configuration)
     return ExitCode.DONE
+
+
+def _rehearse(configuration: Configuration) -> None:
+    """Raises MassDropError when a changed configuration would be refused, and StoreError when its store would be."""
+    with _trial(configuration) as (database, store):
+        clock, orders = Clock(), Orders()
+        _declare(database, configuration, clock, orders)
+        with database.transaction() as sql:
+            has_changed = is_changed(sql)
+        if has_changed:
+            run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
 
 
 def _scope_of(arguments: Arguments, configuration: Configuration) -> str:
@@ -9455,6 +9502,7 @@ class Command:
     meaning: str
     act: Callable[[Arguments, Configuration], int]
     options: tuple[Option, ...] = ()
+    needs_declarations: bool = True  # else the database is enough, and a mistake in adce.yaml no obstacle
 
 
 def _option(*names: str, **settings: Any) -> Option:
@@ -9541,8 +9589,18 @@ COMMANDS = (
         command_report,
         (_option("--since", type=_duration, default=DAY, metavar="24h", help="how far back attempts count"),),
     ),
-    Command("status", "show in one screen how things are; exit 4 when no runner works", command_status),
-    Command("health", "show whether the runner does its work; exit 4 when it does not", command_health),
+    Command(
+        "status",
+        "show in one screen how things are; exit 4 when no runner works",
+        command_status,
+        needs_declarations=False,
+    ),
+    Command(
+        "health",
+        "show whether the runner does its work; exit 4 when it does not",
+        command_health,
+        needs_declarations=False,
+    ),
     Command(
         "logs",
         "show what the runner has written",
@@ -9551,15 +9609,17 @@ COMMANDS = (
             _option("--tail", type=_count, default=50, metavar="N", help="the last so many lines (50)"),
             _option("--follow", action="store_true", help="and what follows"),
         ),
+        needs_declarations=False,
     ),
     Command(
         "backup",
         "copy the database while others work on it",
         command_backup,
         (_option("file", type=_path, metavar="FILE", help="a file that does not exist yet"),),
+        needs_declarations=False,
     ),
     Command("start", "start the runner in the background", command_start, (YES,)),
-    Command("stop", "stop the runner and wait until it has ended", command_stop, (TIMEOUT,)),
+    Command("stop", "stop the runner and wait until it has ended", command_stop, (TIMEOUT,), needs_declarations=False),
     Command("restart", "stop the runner and start it anew", command_restart, (TIMEOUT, YES)),
     Command(
         "pause",
@@ -9663,7 +9723,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         for option in command.options:
             sub.add_argument(*option.names, **option.settings)
-        sub.set_defaults(act=command.act)
+        sub.set_defaults(act=command.act, needs_declarations=command.needs_declarations)
     return parser
 
 
@@ -9693,14 +9753,26 @@ def _open_standard_files() -> None:
         sys.stdout.reconfigure(errors="replace")  # of a letter that this terminal does not know: ?
 
 
+def _configuration_for(arguments: Arguments) -> Configuration:
+    path, given = find_configuration(arguments.config), arguments.db or os.environ.get("ADCE_DB")
+    database = Path(given).absolute() if given else None
+    try:
+        configuration = load_configuration(path)
+    except ConfigurationError:
+        database = database or database_named_in(path)
+        if arguments.needs_declarations or not database.exists():
+            raise
+        print(f"adce.py: {path} cannot be used (adce.py check tells why); this is about {database}", file=sys.stderr)
+        configuration = Configuration(path, database, store="")
+    return dataclasses.replace(configuration, database=database) if database else configuration
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Obey one command line and return its exit code."""
     _open_standard_files()
     arguments = parse_arguments(sys.argv[1:] if words is None else words)
     try:
-        configuration = load_configuration(find_configuration(arguments.config))
-        if database := arguments.db or os.environ.get("ADCE_DB"):
-            configuration = dataclasses.replace(configuration, database=Path(database).absolute())
+        configuration = _configuration_for(arguments)
         set_foreign_log_aside(configuration.database)
         code: int = arguments.act(arguments, configuration)
         sys.stdout.flush()

@@ -84,8 +84,8 @@ def has_begun(folder: Path) -> bool:
     )
 
 
-def holder(folder: Path) -> int | None:
-    return adce.RunnerLock(folder / "adce.db").holder()
+def holder(folder: Path, database: str = "adce.db") -> int | None:
+    return adce.RunnerLock(folder / database).holder()
 
 
 def processes_of(folder: Path) -> list[int]:

@@ -659,4 +659,31 @@ def test_requests_of_a_session_are_counted_under_the_limits_of_their_source(tmp_
     assert (tmp_path / "lake" / "given" / "1").read_text() == "n session"
     database = adce.open_database(tmp_path / "adce.db")
     assert database.value("select count(*) from requests where source = 'shop' and finished_at is not null") >= 4
+    asked = "select dataset, sum(requests) from attempts join tasks using (task_id) join datasets using (dataset_id)"
+    assert dict(map(tuple, database.read(f"{asked} group by 1"))) == {"given": 0, "orders": 8}
+    database.close()
+
+
+ASKING_PROGRAM = """
+sources: {{shop: {{base_url: "{address}"}}}}
+datasets:
+  orders:
+    source: shop
+    key: "{{n}}"
+    command: ["{python}", -c, "import adce, sys; sys.stdout.write(adce.session('shop').get('/order').text)"]
+    output: stdout
+    environment: [PYTHONPATH]
+    partitions: {{values: {{n: ["1", "2"]}}}}
+"""
+
+
+def test_requests_of_a_program_count_for_its_attempt(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(adce.__file__).parent))
+    with Upstream() as upstream:
+        upstream.route("/order", lambda path, query: json_answer([path]))
+        (tmp_path / "adce.yaml").write_text(ASKING_PROGRAM.format(address=upstream.address, python=sys.executable))
+        done = run_adce("run", "--once", folder=tmp_path)
+        assert (done.returncode, upstream.count()) == (0, 2), done.stderr
+    database = adce.open_database(tmp_path / "adce.db")
+    assert [tuple(row) for row in database.read("select outcome, requests from attempts")] == [("ok", 1)] * 2
     database.close()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_adce, start_adce
-from lakes import write_league
+from lakes import write_league, write_widely
 from upstream import Answer, League, Upstream
 
 import adce
@@ -422,11 +422,9 @@ def test_check_and_plan_see_that_the_store_of_before_is_gone(tmp_path):
 
 
 def test_start_of_a_runner_that_refuses_is_no_success(tmp_path):
-    write_league(tmp_path, "http://127.0.0.1:9")
-    text = (tmp_path / "adce.yaml").read_text()
-    (tmp_path / "adce.yaml").write_text(text.replace("from: 2025-01-01", "from: 2024-01-01"))
+    narrow = write_widely(tmp_path, "http://127.0.0.1:9")
     assert run_adce("reconcile", folder=tmp_path).returncode == 3
-    (tmp_path / "adce.yaml").write_text(text)
+    (tmp_path / "adce.yaml").write_text(narrow)
     started = run_adce("start", folder=tmp_path)
     assert started.returncode != 0
     assert "no longer expects 366 of the 372 objects" in started.stderr

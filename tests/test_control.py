@@ -9,6 +9,7 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from lakes import write_widely
 from runners import (
     NOWHERE,
     HeldBucket,
@@ -232,6 +234,50 @@ def test_restart_takes_the_new_configuration(folder):
     between = holder(folder)
     assert do("restart", folder=folder).returncode == 78
     assert holder(folder) == between  # what cannot be started is not stopped
+
+
+def test_restart_that_the_runner_would_refuse_leaves_the_one_there_is(folder):
+    narrow = write_widely(folder, NOWHERE)
+    assert do("start", folder=folder).returncode == 0
+    wait_until(lambda: rows(folder, "select count(*) from cycles where seconds is not null") == [(1,)])
+    before = holder(folder)
+    (folder / "adce.yaml").write_text(narrow)
+    refused = do("restart", folder=folder)
+    assert (refused.returncode, refused.stdout) == (78, "")
+    assert "no longer expects 366 of the 372 objects" in refused.stderr
+    assert rows(folder, "select count(*) from gaps") == [(372,)]
+    assert holder(folder) == before
+    meant = do("restart", "--yes", folder=folder)
+    assert (meant.returncode, holder(folder) == before) == (0, False)
+    wait_until(lambda: rows(folder, "select count(*) from gaps") == [(6,)])
+
+
+def test_start_tells_of_a_port_that_is_taken(folder):
+    fill_box(folder, "A")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        write_box(folder, more=f"health_check: {{enabled: true, port: {port}}}\n")
+        begun = do("start", folder=folder)
+    assert (begun.returncode, "started process" in begun.stdout) == (0, True)
+    assert begun.stderr == f"adce.py: nothing answers over HTTP, because port {port} cannot be used\n"
+
+
+@pytest.mark.parametrize("mistake", ["sorces: {}\n", "store: [\n"])
+def test_mistake_in_the_configuration_hides_no_runner_that_works(mistake, folder):
+    fill_box(folder, "A")
+    write_box(folder, more="database: 'here.db'\n")
+    do("start", folder=folder)
+    wait_until(lambda: holder(folder, "here.db"))
+    with (folder / "adce.yaml").open("a") as file:
+        file.write(mistake)
+    for words in (["status"], ["health"], ["logs"], ["backup", "copy.db"], ["stop"]):
+        done = do(*words, folder=folder)
+        told = f"adce.py: {folder}/adce.yaml cannot be used (adce.py check tells why); this is about {folder}/here.db\n"
+        assert (done.returncode, done.stderr) == (0, told), words
+        assert done.stdout
+    assert holder(folder, "here.db") is None
+    assert do("report", folder=folder).returncode == 78
+    assert do("--db", "elsewhere.db", "status", folder=folder).returncode == 78  # nothing is there
 
 
 def test_logs_shows_the_last_events_and_follows(folder):

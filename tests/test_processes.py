@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_adce, start_adce
-from lakes import write_league
+from lakes import write_league, write_widely
 from upstream import Answer, League, Upstream
 
 NOWHERE = "http://127.0.0.1:9"
@@ -374,11 +374,9 @@ def test_dumb_terminal_gets_plain_lines(league, tmp_path):
 
 
 def test_configuration_that_expects_far_less_is_shown_and_needs_a_word(tmp_path):
-    write_league(tmp_path, "http://127.0.0.1:9")
-    text = (tmp_path / "adce.yaml").read_text()
-    (tmp_path / "adce.yaml").write_text(text.replace("from: 2025-01-01", "from: 2024-01-01"))
+    narrow = write_widely(tmp_path, "http://127.0.0.1:9")
     assert run_adce("reconcile", folder=tmp_path).returncode == 3
-    (tmp_path / "adce.yaml").write_text(text)
+    (tmp_path / "adce.yaml").write_text(narrow)
     for words in (["run", "--once"], ["reconcile"]):
         done = run_adce(*words, folder=tmp_path)
         assert done.returncode == 78
@@ -393,11 +391,9 @@ def test_configuration_that_expects_far_less_is_shown_and_needs_a_word(tmp_path)
 
 def test_run_that_is_refused_asks_nobody(upstream, tmp_path):
     League(date(2025, 1, 1), 6).serve(upstream)
-    write_league(tmp_path, upstream.address)
-    text = (tmp_path / "adce.yaml").read_text()
-    (tmp_path / "adce.yaml").write_text(text.replace("from: 2025-01-01", "from: 2024-01-01"))
+    narrow = write_widely(tmp_path, upstream.address)
     assert run_adce("reconcile", folder=tmp_path).returncode == 3
-    (tmp_path / "adce.yaml").write_text(text)
+    (tmp_path / "adce.yaml").write_text(narrow)
     assert run_adce("run", "--max-minutes", "1", folder=tmp_path).returncode == 78
     assert upstream.count() == 0
 
