@@ -69,8 +69,10 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Examples                    texts for the programs around ADCE
     Checks                      is everything in order?
     Background                  the runner as a process
+    Trials                      what a new configuration would change
     Answers                     one function for each command that shows
     Commands                    obeys: one function for each that does
+    Command table               every command and its options
     Command line                from words to an exit code
 """
 
@@ -9010,6 +9012,44 @@ def log_words(database: Database, most: int, *, follow: bool) -> list[str]:
     )
 
 
+# ---------------------------------------------------------------- Trials
+# What a configuration would change, tried on a copy of the database. Headlines: trial(), rehearse().
+
+
+@contextlib.contextmanager
+def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
+    """A copy of the database, to try on what becomes of it, and the store, which is only read."""
+    store = open_store(configuration.store)
+    with contextlib.ExitStack() as stack:
+        if configuration.database.exists():
+            database = stack.enter_context(contextlib.closing(open_database(configuration.database))).copy()
+            if isinstance(store, FolderStore) and is_store_known(database, configuration):
+                store.require_mark()
+        else:
+            database = memory_database()
+            if isinstance(store, FolderStore) and not store.root.exists():
+                store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        yield database, store
+
+
+def declare(database: Database, configuration: Configuration, clock: Clock, orders: Orders) -> None:
+    """Make the limits and datasets of a database those of the configuration. Raises MassDropError."""
+    with database.transaction() as sql:
+        declare_limits(sql, configuration, clock)
+        declare_datasets(sql, configuration, clock.wall(), consents=orders.may_drop)
+
+
+def rehearse(configuration: Configuration) -> None:
+    """Raises MassDropError when a changed configuration would be refused, and StoreError when its store would be."""
+    with trial(configuration) as (database, store):
+        clock, orders = Clock(), Orders()
+        declare(database, configuration, clock, orders)
+        with database.transaction() as sql:
+            has_changed = is_changed(sql)
+        if has_changed:
+            run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
+
+
 # ---------------------------------------------------------------- Answers
 # One function for each command that only shows something. Data go to stdout, everything else to stderr.
 
@@ -9048,28 +9088,12 @@ def _tell(arguments: Arguments, text: str, **facts: Any) -> None:
         print(text if arguments.format == "table" else render([Section("done", "", [facts], True)], arguments.format))
 
 
-@contextlib.contextmanager
-def _trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
-    """A copy of the database, to try on what becomes of it, and the store, which is only read."""
-    store = open_store(configuration.store)
-    with contextlib.ExitStack() as stack:
-        if configuration.database.exists():
-            database = stack.enter_context(contextlib.closing(_existing(configuration))).copy()
-            if isinstance(store, FolderStore) and is_store_known(database, configuration):
-                store.require_mark()
-        else:
-            database = memory_database()
-            if isinstance(store, FolderStore) and not store.root.exists():
-                store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        yield database, store
-
-
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
     clock = Clock()
-    with _trial(configuration) as (database, store):
+    with trial(configuration) as (database, store):
         before, orders = expected_by_dataset(database), Orders(is_full=True, may_drop=True)  # only to show
-        _declare(database, configuration, clock, orders)
+        declare(database, configuration, clock, orders)
         cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
         is_once = getattr(arguments, "once", False)  # that does not wait for retries, it tries them all
         with database.transaction() as sql:
@@ -9163,12 +9187,6 @@ def command_example(arguments: Arguments, configuration: Configuration) -> ExitC
     """Print a ready text for another program."""
     print(example(arguments.name, configuration), end="")
     return ExitCode.DONE
-
-
-def _declare(database: Database, configuration: Configuration, clock: Clock, orders: Orders) -> None:
-    with database.transaction() as sql:
-        declare_limits(sql, configuration, clock)
-        declare_datasets(sql, configuration, clock.wall(), consents=orders.may_drop)
 
 
 # ---------------------------------------------------------------- Commands
@@ -9266,7 +9284,7 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
 def _own_cycle(database: Database, configuration: Configuration, orders: Orders) -> int:
     clock, store = Clock(), open_store(configuration.store)
     prepare_store(database, configuration, store)
-    _declare(database, configuration, clock, orders)
+    declare(database, configuration, clock, orders)
     return run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
 
 
@@ -9340,21 +9358,10 @@ def command_restart(arguments: Arguments, configuration: Configuration) -> ExitC
             name = unit.rpartition("/")[2]
             raise Error(f"the runner belongs to the unit {name} of systemd", f"systemctl restart {name}")
         if not arguments.yes:
-            _rehearse(configuration)
+            rehearse(configuration)
         stop_runner(lock, _patience_of(arguments, configuration))
     _report_start(arguments, configuration)
     return ExitCode.DONE
-
-
-def _rehearse(configuration: Configuration) -> None:
-    """Raises MassDropError when a changed configuration would be refused, and StoreError when its store would be."""
-    with _trial(configuration) as (database, store):
-        clock, orders = Clock(), Orders()
-        _declare(database, configuration, clock, orders)
-        with database.transaction() as sql:
-            has_changed = is_changed(sql)
-        if has_changed:
-            run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
 
 
 def _scope_of(arguments: Arguments, configuration: Configuration) -> str:
@@ -9482,8 +9489,8 @@ def _run_held(limiter: Limiter, held: Held, words: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-# ---------------------------------------------------------------- Command line
-# The commands and their options as one table, and the way from words to an exit code. Headline: main().
+# ---------------------------------------------------------------- Command table
+# Every command and its options, as argparse takes them. Headline: COMMANDS.
 
 
 @dataclass(frozen=True, slots=True)
@@ -9697,6 +9704,10 @@ COMMANDS = (
         (_option("name", choices=sorted([*EXAMPLES, "grafana"])),),
     ),
 )
+
+
+# ---------------------------------------------------------------- Command line
+# From words to an exit code. Headline: main().
 
 
 def build_parser() -> argparse.ArgumentParser:
