@@ -1259,9 +1259,9 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
     Raises NoDatabaseError when `must_exist` and it does not, DatabaseError when it is not usable."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise DatabaseError(f"{path} is not a regular file", "name the database file itself in `database:`")
+    if must_exist and not (path.exists() and path.stat().st_size):
+        raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
     if not path.exists():
-        if must_exist:
-            raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
         _create_file(path)
     writer = None
     try:
@@ -2560,7 +2560,8 @@ class Checker:
             if match[1] not in declared:
                 self.complain(
                     path,
-                    f'no field "{match[1]}"{suggest(match[1], declared)} (there are: {", ".join(sorted(declared))})',
+                    f'no field "{match[1]}"{suggest(match[1], declared)}'
+                    f" (there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})",
                 )
                 good = False
             elif match[2] and (match[1] != "date" or not re.fullmatch(r"(%[A-Za-z]|[^%])+", match[2])):
@@ -6525,13 +6526,21 @@ def _cell(value: Any) -> str:
 
 
 def coverage_sections(
-    database: Database, source: str | None = None, dataset: str | None = None, *, by_day: bool = False
+    database: Database,
+    source: str | None = None,
+    dataset: str | None = None,
+    *,
+    by_day: bool = False,
+    year: int | None = None,
 ) -> list[Section]:
-    """What is expected and what is there, by dataset and season, or of what has a day by that, the latest first."""
+    """What is expected and what is there, by dataset and season, or of what has a day by that, the latest first, and
+    of a `year` alone if it is given."""
     wanted = "where (:source is null or source = :source) and (:dataset is null or dataset = :dataset)"
     by_season = f"select * from coverage {wanted} order by source, dataset, season"  # noqa: S608  # fixed words
-    daily = f"select * from coverage_by_day {wanted} order by source, dataset, day desc"  # noqa: S608
-    rows = query(database, daily if by_day else by_season, {"source": source, "dataset": dataset})
+    of_year = "and (:year is null or day glob :year || '-*')"
+    daily = f"select * from coverage_by_day {wanted} {of_year} order by source, dataset, day desc"  # noqa: S608
+    names = {"source": source, "dataset": dataset, "year": year}
+    rows = query(database, daily if by_day else by_season, names)
     title = "Coverage by dataset and day" if by_day else "Coverage by dataset and season"
     return [Section("coverage", title, rows, empty="nothing is expected yet; run a cycle: adce.py reconcile")]
 
@@ -6819,11 +6828,12 @@ def status_sections(database: Database, configuration: Configuration, lock: Runn
         **{str(state): by_state.get(state, 0) for state in (ObjectState.PRESENT, *GAPS)},
         "percent": by_state.get("present", 0) * 10000 // expected / 100 if expected else None,
     }
+    log = configuration.database.with_name(f"{configuration.database.name}-wal")
     overview = {
         **runner_state(database, lock, now),
         "database": str(configuration.database),
-        "store": configuration.store,
-        "database_bytes": configuration.database.stat().st_size,
+        "store": configuration.store or None,
+        "database_bytes": configuration.database.stat().st_size + (log.stat().st_size if log.exists() else 0),
         "disk_free_bytes": shutil.disk_usage(configuration.database.parent).free,
     }
     return [
@@ -7453,6 +7463,7 @@ class Journal:
         self.stream, self.level, self.clock = stream, level, clock or Clock()
         self.is_journald = _is_journald(stream)
         self.trouble: str | None = None  # with the database, as last told
+        self.paused: set[str] = set()  # sources, as last told
         self.screen: LiveScreen | None = None
 
     def write(self, level: str, event: str, **fields: Any) -> None:
@@ -7476,6 +7487,13 @@ class Journal:
             self.write("ERROR", "database", error=self.trouble, hint=error.hint)
         elif before and not error:
             self.write("INFO", "database", works="again")
+
+    def tell_resumed(self, database: Database) -> None:
+        """Which sources that were paused are so no more."""
+        paused = {row[0] for row in database.read("select scope from rates where blocked_until is not null")}
+        for scope in sorted(self.paused - paused):
+            self.write("INFO", "resumed", source=scope)
+        self.paused = paused
 
 
 def _logged(value: Any) -> str:
@@ -7655,7 +7673,7 @@ class LiveScreen:
         if len(table) > room:
             table = [*table[: room - 1], f"... and {len(table) - room + 1} more"] if room > LEAST_TABLE_LINES else []
         shown = [line[: size.columns - 1] for line in [*head, *table, *foot]][: max(2, size.lines - 1)]
-        up = f"\x1b[{self._height}A" if self._height else ""
+        up = f"\r\x1b[{self._height}A" if self._height else ""  # Ctrl-C has written ^C
         self._height = len(shown)
         with contextlib.suppress(OSError):  # the terminal is gone, the work is not
             self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in shown) + "\x1b[J")
@@ -7701,13 +7719,15 @@ def _cycle_now(database: Database, now: float, next_cycle_in: float | None) -> s
 
 def _tasks_now(database: Database, now: float) -> str:
     """How many are open, how many ended in the last minute, and how long they last at that rate."""
-    ended = database.value("select count(*) from tasks where closed_at > ?", (now - MINUTE,))
+    begun = database.value("select started_at from runner") or 0
+    span = min(MINUTE, max(1, now - begun))
+    ended = database.value("select count(*) from tasks where closed_at > ?", (now - span,))
     waiting = database.value(
         "select coalesce(sum(tasks), 0) from task_counts where state in ('pending', 'retry', 'running')"
     )
-    rate = f", {ended:,} ended in the last minute" if ended else ""
+    rate = f", {ended:,} ended in the last {'minute' if span == MINUTE else format_duration(span)}" if ended else ""
     return f"{waiting:,} open{rate}" + (
-        f", {format_duration(waiting * MINUTE / ended)} left" if ended and waiting else ""
+        f", {format_duration(waiting * span / ended)} left" if ended and waiting else ""
     )
 
 
@@ -8004,7 +8024,7 @@ def _send_to_command(configuration: Configuration, notice: sqlite3.Row) -> None:
     except (OSError, ValueError) as error:
         raise Error(f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}") from None
     if not end.is_good():
-        raise Error(f"{end.text}: {excerpt(end.tail[-120:])}")
+        raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
 
 
 SENDERS: Mapping[str, Callable[[Configuration, sqlite3.Row], None]] = {
@@ -8039,12 +8059,15 @@ def put_metrics(namespace: str, database: Database, cycle: sqlite3.Row) -> None:
 # pause_source(), resume_source(), retry_tasks(), skip_tasks().
 
 UNTIL_RESUMED = 3650 * DAY
+BY_HAND = "by hand"
 
 
 def pause_source(sql: sqlite3.Connection, scope: str, seconds: float | None, reason: str, now: float) -> None:
-    """Leave a source alone for some seconds, or until it is resumed. A longer pause stays."""
+    """Leave a source alone for some seconds, or until it is resumed, instead of an earlier pause by hand. A longer one
+    that the source has caused stays."""
     seconds = min(UNTIL_RESUMED, UNTIL_RESUMED if seconds is None else seconds)
-    pause(sql, scope, seconds, f"by hand: {reason}" if reason else "by hand", now)
+    sql.execute("update scopes set paused_until = 0 where scope = ? and reason glob ?", (scope, f"{BY_HAND}*"))
+    pause(sql, scope, seconds, f"{BY_HAND}: {reason}" if reason else BY_HAND, now)
 
 
 def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> bool:
@@ -8087,6 +8110,17 @@ def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_i
     return [row["task_id"] for row in rows]
 
 
+def rows_of_tasks(database: Database, task_ids: Sequence[int]) -> Rows:
+    """What to show of some tasks."""
+    sql = """
+        select t.task_id, t.state, t.priority, d.source, d.dataset, o.key, t.attempts, t.last_error
+        from tasks t join datasets d using (dataset_id) join objects o using (object_id)
+        where t.task_id in (select value from json_each(?))
+        order by t.task_id
+    """
+    return query(database, sql, (json.dumps(task_ids),))
+
+
 def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
     """Try tasks again at once, with all their attempts before them; want again what was skipped. Returns how many."""
     ids = json.dumps(list(task_ids))
@@ -8111,18 +8145,19 @@ def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
     return count
 
 
-def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> int:
-    """Want the objects of open tasks no more, until they are retried. Returns how many there were."""
-    is_theirs = """
-        state != 'dropped' and object_id in (
-            select object_id from tasks
-            where state in ('pending', 'retry', 'running', 'gave_up')
-              and task_id in (select value from json_each(:ids)))
+def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int]:
+    """Want the objects of open tasks no more, until they are retried. Returns which tasks were open."""
+    are_open = """
+        select task_id, object_id
+        from tasks t join objects o using (object_id)
+        where t.state in ('pending', 'retry', 'running', 'gave_up') and o.state != 'dropped'
+          and task_id in (select value from json_each(?))
     """
-    found = ledger.objects(is_theirs, {"ids": json.dumps(list(task_ids))})
-    for known in found:
+    found = dict(ledger.sql.execute(are_open, (json.dumps(list(task_ids)),)).fetchall())
+    is_theirs = "object_id in (select value from json_each(:ids))"
+    for known in ledger.objects(is_theirs, {"ids": json.dumps(list(found.values()))}):
         ledger.note(known, dataclasses.replace(known.facts, skipped=reason))
-    return len(found)
+    return list(found)
 
 
 # ---------------------------------------------------------------- Workers
@@ -8316,9 +8351,8 @@ class Runner:
         self.steps: Iterator[int] | None = None
         self.cycle_id: int | None = None
         self.next_cycle_at = self.next_beat_at = self.next_paint_at = -math.inf
-        self.orders = Orders()
+        self.orders, self.stop_at = Orders(), math.inf
         self.stop_reason: str | None = None
-        self.stop_at = math.inf
         self.once = self.in_line = self.cycle_waits = False
 
     def stop(self, reason: str) -> None:
@@ -8521,6 +8555,7 @@ class Runner:
             self.next_beat_at = now + self.beat_seconds
             self.database.check_place()
             announce_progress(self.journal, self.database, self.configuration)
+            self.journal.tell_resumed(self.database)
             with self.database.transaction() as sql:
                 beat = "update runner set beat_at = ?, lost_workers = ?"
                 sql.execute(beat, (int(self.clock.wall()), len(self.workers.lost)))
@@ -9169,7 +9204,7 @@ def command_coverage(arguments: Arguments, configuration: Configuration) -> Exit
     """Show what is expected and what is there, by dataset and season."""
     filters = _filters(arguments, configuration)
     database = _existing(configuration)
-    sections = coverage_sections(database, by_day=arguments.by_day, **filters)
+    sections = coverage_sections(database, by_day=arguments.by_day, year=arguments.year, **filters)
     if arguments.format == "table" and not arguments.by_day:
         sections.append(strip_section(database, arguments.year, Clock().wall()))
     _print(arguments, sections)
@@ -9399,8 +9434,9 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     task_ids = tasks_to_retry(database, filters, arguments.task_ids)
     if missing := sorted(set(arguments.task_ids) - set(task_ids)):
         raise Error(f"not waiting and not given up: {', '.join(map(str, missing))}", "see: adce.py task ID")
+    task_ids = task_ids[: arguments.most]
     if arguments.dry_run:
-        _print(arguments, [Section("tasks", f"{len(task_ids)} tasks", _rows_of(database, task_ids, arguments.most))])
+        _print(arguments, [Section("tasks", f"{len(task_ids)} tasks", rows_of_tasks(database, task_ids))])
         return ExitCode.DONE
     if not (arguments.task_ids or arguments.yes or _is_meant(f"Try {len(task_ids)} tasks again now?")):
         print(f"adce.py: {len(task_ids)} tasks match; nothing was done", file=sys.stderr)
@@ -9412,16 +9448,6 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     if not arguments.quiet:
         _tell_obstacles(database, configuration)
     return ExitCode.DONE
-
-
-def _rows_of(database: Database, task_ids: Sequence[int], most: int) -> Rows:
-    sql = """
-        select t.task_id, t.state, t.priority, d.source, d.dataset, o.key, t.attempts, t.last_error
-        from tasks t join datasets d using (dataset_id) join objects o using (object_id)
-        where t.task_id in (select value from json_each(?))
-        order by t.task_id limit ?
-    """
-    return query(database, sql, (json.dumps(task_ids), most))
 
 
 def _is_meant(question: str) -> bool:
@@ -9443,9 +9469,10 @@ def command_skip(arguments: Arguments, configuration: Configuration) -> ExitCode
     """Want the objects of these tasks no more, until they are retried."""
     database = _existing(configuration)
     with database.transaction() as sql:
-        ledger = Ledger(sql, configuration, Clock().wall())
-        if (count := skip_tasks(ledger, arguments.task_ids, arguments.reason)) < len(set(arguments.task_ids)):
-            raise Error(f"{len(set(arguments.task_ids)) - count} of these tasks are not open", "see: adce.py tasks")
+        skipped = skip_tasks(Ledger(sql, configuration, Clock().wall()), arguments.task_ids, arguments.reason)
+        if missing := sorted(set(arguments.task_ids) - set(skipped)):
+            raise Error(f"not open: {', '.join(map(str, missing))}", "see: adce.py tasks")
+    count = len(skipped)
     what = "object is" if count == 1 else "objects are"
     _tell(arguments, f"{count} {what} not wanted any more; `adce.py retry ID` undoes it", skipped=count)
     return ExitCode.DONE
@@ -9650,7 +9677,7 @@ COMMANDS = (
             _option("--error", metavar="TEXT", help="only those whose last error contains this"),
             _option("-n", "--dry-run", action="store_true", help="only show which"),
             _option("--yes", action="store_true", help="do not ask"),
-            MOST,
+            _option("--most", type=_count, metavar="N", help="at most so many of them"),
         ),
     ),
     Command(
@@ -9678,7 +9705,7 @@ COMMANDS = (
         (
             *FILTERS,
             _option("--by-day", action="store_true", help="by dataset and day instead"),
-            _option("--year", type=_year, help="of the weeks that are drawn"),
+            _option("--year", type=_year, help="of the days, or of the weeks that are drawn"),
         ),
     ),
     Command(
@@ -9788,9 +9815,10 @@ def main(words: Sequence[str] | None = None) -> int:
         code: int = arguments.act(arguments, configuration)
         sys.stdout.flush()
     except Error as error:
-        print(f"adce.py: {error}" if not isinstance(error, ConfigurationError) else error, file=sys.stderr)
-        if error.hint:
-            print(f"Try: {error.hint}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # whether anybody reads it or not
+            print(f"adce.py: {error}" if not isinstance(error, ConfigurationError) else error, file=sys.stderr)
+            if error.hint:
+                print(f"Try: {error.hint}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         with contextlib.suppress(OSError):  # what is left to flush goes nowhere

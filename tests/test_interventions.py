@@ -54,6 +54,7 @@ class InterventionMachine(RuleBasedStateMachine):
     def is_paused(self) -> bool:
         return self.paused_until > self.desk.clock.boot()
 
+    @precondition(lambda self: not any(claimed.is_alone for claimed in self.claims.values()))
     @rule()
     def claim(self) -> None:
         for team in TEAMS:
@@ -61,9 +62,12 @@ class InterventionMachine(RuleBasedStateMachine):
                 self.state[team] = "pending"
         claimed = self.desk.claim()
         can_be = "pending" in self.state.values() and not self.is_paused() and len(self.claims) < AT_ONCE
-        assert (claimed is not None) == can_be
+        suspects = {team for team in TEAMS if self.state[team] == "pending" and self.deaths[team] >= MOST - 1}
+        if claimed or not (self.claims and suspects):  # else one of them may wait until it is alone
+            assert (claimed is not None) == can_be
         if claimed:
             team = claimed.tasks[0].target.key
+            assert claimed.is_alone == (team in suspects) and not (claimed.is_alone and self.claims)
             assert self.state[team] == "pending"
             self.state[team], self.claims[team] = "running", claimed
 
@@ -97,9 +101,9 @@ class InterventionMachine(RuleBasedStateMachine):
     def skip(self, team: str) -> None:
         with self.desk.database.transaction() as sql:
             ledger = adce.Ledger(sql, self.configuration, self.desk.clock.wall())
-            count = adce.skip_tasks(ledger, [self.task_ids()[team]], "by hand")
+            skipped = adce.skip_tasks(ledger, [self.task_ids()[team]], "by hand")
         is_open = self.state[team] in OPEN and team not in self.skipped
-        assert count == is_open
+        assert skipped == [self.task_ids()[team]] * is_open
         if is_open:
             self.skipped.add(team)
             if self.state[team] != "running":
@@ -133,7 +137,7 @@ class InterventionMachine(RuleBasedStateMachine):
         now = self.desk.clock.boot()
         with self.desk.database.transaction() as sql:
             adce.pause_source(sql, "nba", seconds, "", now)
-        self.paused_until = max(self.paused_until, now + (adce.UNTIL_RESUMED if seconds is None else seconds))
+        self.paused_until = now + (adce.UNTIL_RESUMED if seconds is None else seconds)
 
     @rule()
     def resume(self) -> None:
