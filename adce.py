@@ -3061,7 +3061,9 @@ def ascending(listing: Iterator[StoredObject]) -> Iterator[StoredObject]:
 
 def _scratch() -> sqlite3.Connection:
     """A temporary database that spills to disk. Its rows may be taken by one thread after another."""
-    return sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    scratch = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    scratch.execute("pragma cache_size = -256")  # KiB: several are at work at once
+    return scratch
 
 
 def sort_listing(listing: Iterator[StoredObject]) -> tuple[bool, Iterator[StoredObject]]:
