@@ -7675,7 +7675,7 @@ class LiveScreen:
         if len(table) > room:
             table = [*table[: room - 1], f"... and {len(table) - room + 1} more"] if room > LEAST_TABLE_LINES else []
         shown = [line[: size.columns - 1] for line in [*head, *table, *foot]][: max(2, size.lines - 1)]
-        up = f"\r\x1b[{self._height}A" if self._height else ""  # Ctrl-C has written ^C
+        up = f"\x1b[{self._height}F" if self._height else ""  # to the first column: Ctrl-C has written ^C
         self._height = len(shown)
         with contextlib.suppress(OSError):  # the terminal is gone, the work is not
             self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in shown) + "\x1b[J")

@@ -87,7 +87,7 @@ def test_last_cycle_and_what_undoes_a_skip_are_kept(desk, tmp_path):
     for _ in range(3):
         adce.run_cycle(adce.reconcile(desk.database, desk.configuration, store, desk.clock))
     with desk.database.transaction() as sql:
-        assert adce.skip_tasks(adce.Ledger(sql, desk.configuration, desk.clock.wall()), [1], "no such team") == 1
+        assert adce.skip_tasks(adce.Ledger(sql, desk.configuration, desk.clock.wall()), [1], "no such team") == [1]
     desk.clock.advance(11 * DAY)
     forget(desk, 10)
     assert desk.database.value("select group_concat(cycle_id) from cycles") == "3"

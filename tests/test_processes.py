@@ -400,7 +400,7 @@ def test_run_that_is_refused_asks_nobody(upstream, tmp_path):
 
 def test_once_ends_although_objects_get_old_faster_than_they_are_fetched(upstream, tmp_path):
     League(date(2025, 1, 1), 6).serve(upstream)
-    limits = "rate_limiting: {source_limits: {league: {requests_per_second: 2}}}"
+    limits = "rate_limiting: {source_limits: {league: {requests_per_second: 6}}}"
     write_league(tmp_path, upstream.address, limits=limits)
     text = (tmp_path / "adce.yaml").read_text()
     (tmp_path / "adce.yaml").write_text(re.sub(r"freshness: .*", "freshness: {refetch_every: 1s}", text))
