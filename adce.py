@@ -5062,7 +5062,7 @@ class KeyRange:
 
 
 LAST_KEY = "\U0010ffff"  # sorts after every key
-ALL_KEYS = KeyRange("", LAST_KEY)
+ALL_KEYS, NO_KEYS = KeyRange("", LAST_KEY), KeyRange(LAST_KEY, "")
 
 
 def prefixes(datasets: Iterable[Dataset]) -> list[str]:
@@ -5225,6 +5225,7 @@ class Cycle:
         self.is_braked = False
         self.there: collections.Counter[int] = collections.Counter()  # objects that were known to be, by dataset
         self.ahead: ReadAhead | None = None
+        self.compared: set[str] = set()  # prefixes
         self.losses: dict[int, array.array[int]] = {}  # objects that were there, by dataset
         self.unnamed: dict[int, tuple[str | None, set[int]]] = {}  # by parent: its etag, whom it names no longer
         self.problems: list[str] = []
@@ -5517,12 +5518,14 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
 
 def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
     """List the store and note what differs from what is known. Each page proves its own range of keys
-    and nothing beyond it. Yields True when it waits for the store."""
+    and nothing beyond it; below a prefix that was compared before only what is open is looked for again. Yields True
+    when it waits for the store."""
     ordered = "select 1 from settings where name = ? and value = 'ascending'"
-    listings = []
+    listings, failed = list[Listing](), set[str]()
     for prefix in prefixes(level):
         is_ordered = cycle.database.value(ordered, (f"order of {prefix}",)) == 1
-        ranges = ranges_to_list(cycle.database, prefix, cycle.share) if is_ordered else [range_of(prefix)]
+        share = NO_KEYS if prefix.startswith(tuple(cycle.compared)) else cycle.share
+        ranges = ranges_to_list(cycle.database, prefix, share) if is_ordered else [range_of(prefix)]
         listings += [Listing(cycle.store, prefix, keys, cycle.ahead, is_ordered=is_ordered) for keys in ranges]
     for number, listing in enumerate(listings):
         for following in listings[number : number + LISTED_AT_ONCE]:
@@ -5531,6 +5534,8 @@ def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
             yield from _compare_listing(cycle, listing)
         except UnusablePlaceError as error:  # nothing is proven from there on; the other listings go on
             cycle.problems.append(str(error))
+            failed.add(listing.prefix)
+    cycle.compared |= {listing.prefix for listing in listings} - failed
 
 
 def _compare_listing(cycle: Cycle, listing: Listing) -> Iterator[bool | None]:

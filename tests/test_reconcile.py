@@ -943,6 +943,25 @@ def recount(database: adce.Database) -> dict[tuple, int]:
     return {tuple(row)[:3]: row[3] for row in rows}
 
 
+def test_prefix_within_another_is_listed_once_but_for_what_is_open(configure, database, lake, clock):
+    nested = TEXT.replace('"games/', '"days/games/')
+    desk = Desk(configure(nested), database, lake, clock)
+    for day in range(1, 6):
+        lake.put_day(day, [str(day)])
+        lake.put(f"days/games/{day}.json", {"id": str(day)})
+    desk.cycle()
+    row = desk.cycle(is_full=True)
+    assert (row["listed"], row["looked"], desk.gaps()) == (10, 10, {})
+    lake.delete("days/games/3.json")
+    lake.put_day(4, ["4", "6"])
+    assert desk.cycle()["missing"] == 2
+    lake.put("days/games/6.json", {"id": "6"})
+    lake.put_day(5, ["5", "7"])
+    lake.put("days/games/7.json", {"id": "7"})
+    row = desk.cycle()
+    assert (desk.gaps(), row["error"]) == ({"days/games/3.json": "missing"}, None)
+
+
 def test_slow_store_keeps_nobody_waiting(desk, lake):
     """Steps go on, and say that they wait, while another thread lists."""
     for day in range(1, 6):
