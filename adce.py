@@ -39,6 +39,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Permits                     the limits for other threads and processes
     Score                       which gap matters most
     Ledger                      objects and their tasks, kept in step
+    Children                    objects that others name
     Upkeep                      what a new configuration and passing days change
     Queue                       what is to be done, and in which order
     Endings                     what becomes of a task when an attempt ends
@@ -237,7 +238,7 @@ class ExitCode(enum.IntEnum):
 class Error(Exception):
     """Something the user can act on: what is wrong, and what to try."""
 
-    exit_code: ClassVar[ExitCode] = ExitCode.ERROR
+    exit_code: int = ExitCode.ERROR
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -2692,7 +2693,7 @@ def _compose(text: str, reader: NodeReader) -> Any:
 
 def quote_for_expression(value: str) -> str:
     """A value inside a JMESPath 'raw string'. Raises ValueError for what such a string cannot hold."""
-    if "\\" in value:
+    if re.search(r"(?<!\\)\\(\\\\)*('|\Z)", value):  # it would quote what ends the string
         raise ValueError(f"{value!r} cannot be compared")
     return value.replace("'", "\\'")
 
@@ -2762,6 +2763,7 @@ class Inspection:
     settled: bool  # final: its `until` holds
     live: bool  # its `live.while` holds
     children: Mapping[str, tuple[str, ...]]  # ids by dataset
+    no_ids: tuple[str, ...] = ()  # what was found in their place, and is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -2812,7 +2814,8 @@ def season_at(seasons: Sequence[Season], day: datetime.date) -> Season | None:
 def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season]) -> ExpectedObject:
     """The object of one partition. Raises ValueError when its values make no usable key."""
     for name in dataset.partitions.own_fields():
-        if not fields[name].strip() or not fields[name].isprintable():
+        is_step = bool(dataset.url) and fields[name] in (".", "..")  # which no url can hold, quoted or not (RFC 3986)
+        if not fields[name].strip() or not fields[name].isprintable() or is_step:
             raise ValueError(f"{dataset.name}: {name} {fields[name]!r} makes no key")
     key = dataset.key.render(fields, quote_for_key)
     size = len(key.encode())
@@ -2900,7 +2903,14 @@ def inspect(dataset: Dataset, fields: Fields, body: bytes, children: Sequence[Da
         return Inspection(False, verdict, False, False, {})
     settled = freshness.until is None or holds(freshness.until, fields, document)
     live = freshness.live is not None and holds(freshness.live.expression, fields, document)
-    return Inspection(True, None, settled, live, {child.name: _ids(child, document, body) for child in children})
+    found = {child.name: _ids(child, document, body) for child in children}
+    ids = {
+        name: tuple(dict.fromkeys(str(value) for value in values if _is_id(value))) for name, values in found.items()
+    }
+    odd = [(name, value) for name, values in found.items() for value in values if not _is_id(value)]
+    return Inspection(
+        True, None, settled, live, ids, tuple(f"{name}: {str(value)[:60]} is no id" for name, value in odd)
+    )
 
 
 def _verdict(validation: Validation, fields: Fields, body: bytes, *, is_json: bool) -> tuple[Any, str | None]:
@@ -2936,16 +2946,19 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _ids(child: Dataset, document: Any, body: bytes) -> tuple[str, ...]:
-    """The ids that a parent's body names, without repeats. Numbers become text; anything else is no id."""
+def _ids(child: Dataset, document: Any, body: bytes) -> list[Any]:
+    """What a parent's body has where ids of a dataset are looked for; null and an empty text are nothing."""
     partitions = child.partitions
     if partitions.regex:
         found: Any = re.findall(partitions.regex, body.decode("utf-8", "replace"))
     else:
         found = search(partitions.ids or "", {}, document)
-    listed = found if isinstance(found, list) else [found]
-    texts = (str(value) for value in listed if isinstance(value, str | int) and not isinstance(value, bool))
-    return tuple(dict.fromkeys(text for text in texts if text))
+    return [value for value in (found if isinstance(found, list) else [found]) if value not in (None, "")]
+
+
+def _is_id(value: Any) -> bool:
+    """Texts and whole numbers are; numbers become text."""
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def appraise(dataset: Dataset, season: Season | None, day: str | None, facts: Facts, now: float) -> Appraisal:
@@ -2998,21 +3011,6 @@ def _refetch_instants(dataset: Dataset, season: Season | None, day: str | None, 
             yield min(modified + freshness.current, over) if freshness.current else over
         elif freshness.past:
             yield modified + freshness.past
-
-
-def priority_of(
-    dataset: Dataset, season: str | None, day: str | None, today: datetime.date, configuration: Configuration
-) -> Priority:
-    """How much its gap matters. `auto`: by the age of its date, then of its season."""
-    if dataset.priority != "auto":
-        return Priority(dataset.priority)
-    days = configuration.priority_weighting.critical_within_days
-    if day and abs((today - datetime.date.fromisoformat(day)).days) <= days:
-        return Priority.CRITICAL
-    labels = [season.label for season in configuration.seasons if season.start <= today]
-    if season in labels[-1:]:
-        return Priority.HIGH
-    return Priority.MEDIUM if season in labels[-2:] else Priority.LOW
 
 
 def may_still_appear(season: Season | None, day: str | None, now: float) -> bool:
@@ -4124,6 +4122,21 @@ def score_at(rank: float, slope: float, bonus: float, now: float) -> float:
     return rank + slope * now / HOUR + bonus
 
 
+def priority_of(
+    dataset: Dataset, season: str | None, day: str | None, today: datetime.date, configuration: Configuration
+) -> Priority:
+    """How much its gap matters. `auto`: by the age of its date, then of its season."""
+    if dataset.priority != "auto":
+        return Priority(dataset.priority)
+    days = configuration.priority_weighting.critical_within_days
+    if day and abs((today - datetime.date.fromisoformat(day)).days) <= days:
+        return Priority.CRITICAL
+    labels = [season.label for season in configuration.seasons if season.start <= today]
+    if season in labels[-1:]:
+        return Priority.HIGH
+    return Priority.MEDIUM if season in labels[-2:] else Priority.LOW
+
+
 # ---------------------------------------------------------------- Ledger
 # Objects and their tasks, kept in step: whoever learns something of an object notes it here, and its task
 # opens, stays or closes in the same transaction. Headline: Ledger.
@@ -4140,6 +4153,7 @@ class KnownObject:
     season: str | None
     day: str | None
     state: ObjectState
+    reason: str | None
     facts: Facts
     read_etag: str | None
     cycle_id: int | None
@@ -4190,6 +4204,7 @@ class Ledger:
             season=row["season"],
             day=row["day"],
             state=ObjectState(row["state"]),
+            reason=row["reason"],
             facts=facts,
             read_etag=row["read_etag"],
             cycle_id=row["cycle_id"],
@@ -4206,20 +4221,24 @@ class Ledger:
         if known.state is not ObjectState.DROPPED:
             owner = self.configuration.datasets.get(known.dataset)
             if is_other and owner and makes_key(owner, known.fields, known.key):
-                raise ValueError(f"{wanted.key} is already the key of another object of {known.dataset}")
+                text = f"{wanted.key} is already the key of another object of {known.dataset}"
+                raise ValueError(f"{dataset.name}: {text}; give each a key of its own")
             if not is_other and known.facts.available_at == wanted.available_at and (known.facts.proven or not proven):
                 return known.object_id
         facts = dataclasses.replace(known.facts, available_at=wanted.available_at, proven=known.facts.proven or proven)
         if known.dataset != dataset.name:  # that has been declared otherwise since
             self.hand_over(known.object_id, dataset.name)
             facts = dataclasses.replace(facts, valid=None, settled=None, live=None, verdict=None)
-        fields = FIELDS_AS_JSON.encode(wanted.fields)
+        self.expect_otherwise(known, dataset, wanted, facts)
+        return known.object_id
+
+    def expect_otherwise(self, known: KnownObject, dataset: Dataset, wanted: ExpectedObject, facts: Facts) -> None:
+        """An object is expected otherwise than before."""
         self.sql.execute(
             "update objects set fields = ?, season = ?, day = ? where object_id = ?",
-            (fields, wanted.season, wanted.day, known.object_id),
+            (FIELDS_AS_JSON.encode(wanted.fields), wanted.season, wanted.day, known.object_id),
         )
         self.note(dataclasses.replace(known, dataset=dataset.name, season=wanted.season, day=wanted.day), facts)
-        return known.object_id
 
     def _expect_first(self, dataset: Dataset, wanted: ExpectedObject, *, proven: bool) -> int | None:
         """The id of an object that nobody has expected before, or None."""
@@ -4385,33 +4404,64 @@ class Ledger:
         )
         self.closed += closed.rowcount
 
-    def add_children(self, parent: KnownObject, children: Mapping[str, tuple[str, ...]], *, proven: bool) -> set[int]:
-        """Expect what the body of a parent names. Returns which of its children it names no longer: none, as long as
-        it names something that cannot be expected, and may stand for one of them."""
-        named, told = set(), len(self.problems)
-        for name, identities in children.items():
-            dataset = self.configuration.datasets[name]
-            for fields in children_of_parent(dataset, parent.fields, identities):
-                try:
-                    named.add(
-                        self.expect(
-                            dataset, expected_object(dataset, fields, self.configuration.seasons), proven=proven
-                        )
-                    )
-                except ValueError as error:
-                    self.problems.append(f"{parent.key}: {error}")
-        linked = {
-            row[0] for row in self.sql.execute("select child_id from links where parent_id = ?", (parent.object_id,))
-        }
-        self.sql.executemany("insert into links values (?, ?)", [(parent.object_id, child) for child in named - linked])
-        return linked - named if len(self.problems) == told else set()
 
-    def drop_children(self, parent_id: int, children: Iterable[int]) -> None:
-        """A parent names these no longer: drop those that no other names."""
-        for child in children:
-            self.sql.execute("delete from links where parent_id = ? and child_id = ?", (parent_id, child))
-            if not self.sql.execute("select 1 from links where child_id = ? limit 1", (child,)).fetchone():
-                self.drop(child)
+# ---------------------------------------------------------------- Children
+# Which objects are expected because others name them. Headlines: add_children(), drop_children().
+
+
+def add_children(ledger: Ledger, parent: KnownObject, found: Inspection, *, proven: bool) -> set[int]:
+    """Expect what the body of a parent names. Returns which of its children it names no longer: none, as long as
+    it names something that cannot be expected, and may stand for one of them."""
+    named, problems = set(), list(found.no_ids)
+    for name, identities in found.children.items():
+        dataset = ledger.configuration.datasets[name]
+        for fields in children_of_parent(dataset, parent.fields, identities):
+            try:
+                wanted = expected_object(dataset, fields, ledger.configuration.seasons)
+                named.add(ledger.expect(dataset, wanted, proven=proven))
+            except ValueError as error:
+                problems.append(str(error))
+    ledger.problems += [f"{parent.key}: {problem}" for problem in problems]
+    linked = {
+        row[0] for row in ledger.sql.execute("select child_id from links where parent_id = ?", (parent.object_id,))
+    }
+    ledger.sql.executemany("insert into links values (?, ?)", [(parent.object_id, child) for child in named - linked])
+    shared = """
+        select child_id
+        from links
+        where child_id in (select value from json_each(?))
+        group by child_id
+        having count(*) > 1
+    """
+    for (child,) in ledger.sql.execute(shared, (json.dumps(list(named - linked)),)).fetchall():
+        _inherit(ledger, child)
+    return set() if problems else linked - named
+
+
+def drop_children(ledger: Ledger, parent_id: int, children: Iterable[int]) -> None:
+    """A parent names these no longer: drop those that no other names."""
+    for child in children:
+        ledger.sql.execute("delete from links where parent_id = ? and child_id = ?", (parent_id, child))
+        if ledger.sql.execute("select 1 from links where child_id = ? limit 1", (child,)).fetchone():
+            _inherit(ledger, child)
+        else:
+            ledger.drop(child)
+
+
+def _inherit(ledger: Ledger, child_id: int) -> None:
+    """The fields of a child that several parents name, such as its day, are those of the first of them."""
+    child = ledger.objects("object_id = :child", {"child": child_id})[0]
+    dataset = ledger.configuration.datasets.get(child.dataset)
+    first = """
+        object_id in (select parent_id from links where child_id = :child) and state != 'dropped'
+        order by key limit 1
+    """
+    for parent in ledger.objects(first, {"child": child_id}) if dataset else []:
+        assert dataset
+        own = {name: child.fields[name] for name in dataset.partitions.own_fields()}
+        wanted = expected_object(dataset, {**parent.fields, **own}, ledger.configuration.seasons)
+        if wanted.key == child.key and wanted.fields != child.fields:
+            ledger.expect_otherwise(child, dataset, wanted, child.facts)
 
 
 # ---------------------------------------------------------------- Upkeep
@@ -4433,42 +4483,54 @@ EXPECTED = """
     from counts
     where state != 'dropped'
 """
+NOT_EXPECTED = """
+    select coalesce(sum(objects), 0)
+           - (select count(*) from objects where skipped is not null and reason is not null)
+    from counts
+    where state = 'dropped'
+"""
 DECLARED = "select group_concat(definition, ' ') from (select definition from datasets where active order by dataset)"
+IS_CHANGED = f"select coalesce((select value from settings where name = 'declared'), '') is not ({DECLARED})"  # noqa: S608
+
+
+def note_good_cycle(sql: sqlite3.Connection) -> None:
+    """What is declared, expected and not expected now is what later changes are measured by."""
+    for name, query in (("declared", DECLARED), ("expected", EXPECTED), ("not expected", NOT_EXPECTED)):
+        value = sql.execute(query).fetchone()[0]
+        sql.execute("insert or replace into settings values (?, ?)", (name, str(value)))
 
 
 def is_changed(sql: sqlite3.Connection) -> bool:
     """Whether the datasets are declared otherwise than at the last good cycle."""
-    last = sql.execute("select value from settings where name = 'expected'").fetchone()
-    return last is None or last[0].partition(" ")[2] != sql.execute(DECLARED).fetchone()[0]
+    return bool(sql.execute(IS_CHANGED).fetchone()[0])
 
 
 @contextlib.contextmanager
 def guarded_drops(sql: sqlite3.Connection, *, consents: bool) -> Iterator[None]:
     """Raises MassDropError, so that all is rolled back, when a changed configuration expects far less after the block
     than at the last good cycle, or before the block: a change may take several steps."""
-    last = sql.execute("select cast(value as integer) from settings where name = 'expected'").fetchone()
-    before = max(sql.execute(EXPECTED).fetchone()[0], last[0] if last else 0)
+
+    def noted(name: str, query: str) -> int:
+        last = sql.execute("select cast(value as integer) from settings where name = ?", (name,)).fetchone()
+        return cast(int, (last or sql.execute(query).fetchone())[0])
+
+    before, not_expected = noted("expected", EXPECTED), noted("not expected", NOT_EXPECTED)
     yield
     if not is_changed(sql):
         return  # days have passed, or the source names other things: adce.yaml is not to blame
-    after = sql.execute(EXPECTED).fetchone()[0]
-    if is_mass_drop(before, after) and not consents:
-        dropped = before - after
+    dropped = sql.execute(NOT_EXPECTED).fetchone()[0] - not_expected
+    if is_mass_drop(before, before - dropped) and not consents:
         raise MassDropError(
-            f"adce.yaml no longer expects {dropped:,} of the {before:,} objects that it did; that was not followed",
-            "see the difference with: adce.py plan; if it is meant, say --yes with run or reconcile",
+            f"adce.yaml no longer expects {dropped:,} of the {before:,} objects that it did",
+            "see the difference with: adce.py plan; if it is meant, say --yes",
         )
 
 
-def may_be_refused(database: Database, configuration: Configuration) -> bool:
-    """Whether the first cycle with a changed configuration has yet to see how much that drops."""
-    roots = [dataset.name for dataset in configuration.datasets.values() if not dataset.partitions.parent]
-    is_new = """
-        select exists (select 1 from settings where name = 'expected')
-           and exists (select 1 from datasets
-                       where active and expansion = '' and dataset in (select value from json_each(?)))
-    """
-    return bool(database.value(is_new, (json.dumps(roots),)))
+def may_be_refused(database: Database) -> bool:
+    """Whether the first cycle with a changed configuration has yet to see how much that drops, and what fields its
+    objects have now."""
+    has_been_good = database.value("select exists (select 1 from settings where name = 'declared')")
+    return bool(has_been_good and database.value(IS_CHANGED))
 
 
 def declare_datasets(
@@ -4968,7 +5030,7 @@ def _note_stored(ledger: Ledger, known: KnownObject, result: Result, task_id: in
     )
     verdict = ledger.note(known, facts, read_etag=stored.etag)
     told = len(ledger.problems)
-    if ledger.add_children(known, inspection.children, proven=True) or len(ledger.problems) > told:
+    if add_children(ledger, known, inspection, proven=True) or len(ledger.problems) > told:
         ledger.count_as_unread(known.object_id)  # a cycle drops what is named no longer, if that can be believed
     if verdict.state not in GAPS:
         ledger.close_task(known.object_id, TaskState.DONE)  # also when it was no gap any more before
@@ -5357,6 +5419,9 @@ def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[KnownObject]:
 
 
 def _inspect(cycle: Cycle, target: KnownObject, children: Sequence[Dataset]) -> Inspection | None:
+    dataset = cycle.configuration.datasets[target.dataset]
+    if not makes_key(dataset, target.fields, target.key):
+        return None  # of an older declaration, which this cycle will find
     try:
         body = cycle.store.read(target.key)
     except KeyError:
@@ -5364,7 +5429,7 @@ def _inspect(cycle: Cycle, target: KnownObject, children: Sequence[Dataset]) -> 
     except UnusablePlaceError as error:
         cycle.problems.append(str(error))
         return None
-    return inspect(cycle.configuration.datasets[target.dataset], target.fields, body, children)
+    return inspect(dataset, target.fields, body, children)
 
 
 def _note_content(cycle: Cycle, ledger: Ledger, target: KnownObject, found: Inspection) -> None:
@@ -5377,7 +5442,7 @@ def _note_content(cycle: Cycle, ledger: Ledger, target: KnownObject, found: Insp
         target.facts, valid=found.valid, settled=found.settled, live=found.live, verdict=found.verdict
     )
     told = len(ledger.problems)
-    unnamed = ledger.add_children(target, found.children, proven=False) if found.valid else set()
+    unnamed = add_children(ledger, target, found, proven=False) if found.valid else set()
     if unnamed:
         cycle.unnamed[target.object_id] = target.facts.etag, unnamed
     is_told_again = len(ledger.problems) > told and len(cycle.problems) + told < MOST_PROBLEMS
@@ -5390,16 +5455,13 @@ def drop_unnamed(cycle: Cycle) -> Iterator[None]:
     if not cycle.unnamed:
         return
     with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
-        doubtful = set() if cycle.orders.may_drop or is_changed(ledger.sql) else _doubtful(cycle, ledger)
+        doubtful = set() if is_changed(ledger.sql) else _doubtful(cycle, ledger)
         for parent_id, (etag, children) in cycle.unnamed.items():
-            read = """
-                update objects set read_etag = etag
-                where object_id = ? and etag = ? and etag is not read_etag and state != 'dropped'
-            """
-            if children & doubtful:
-                continue  # it counts as unread, and is read again
-            if ledger.sql.execute(read, (parent_id, etag)).rowcount:  # else it was fetched anew meanwhile
-                ledger.drop_children(parent_id, children)
+            is_as_read = "object_id = :object_id and etag = :etag and etag is not read_etag and state != 'dropped'"
+            if ledger.objects(is_as_read, {"object_id": parent_id, "etag": etag}):  # else it was fetched anew meanwhile
+                drop_children(ledger, parent_id, children - doubtful)
+                if not children & doubtful:  # else it counts as unread, and is read again
+                    ledger.sql.execute("update objects set read_etag = etag where object_id = ?", (parent_id,))
     yield
 
 
@@ -5460,14 +5522,15 @@ def reconcile(
             yield cycle.cycle_id
         if not cycle.is_braked:  # else the same is looked at, and told, once more
             cycle.remember("looked up to", "" if cycle.share.high == LAST_KEY else cycle.share.high)
-        cycle.remember("expected", f"{database.value(EXPECTED)} {database.value(DECLARED)}")
+        with database.transaction() as sql:
+            note_good_cycle(sql)
         if database.value("select value from settings where name = ?", (STORE_FAILS,)):
             cycle.remember(STORE_FAILS, "")
     except StoreError as error:
         cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
         cycle.note_store_failure(str(error))
-    except BaseException:  # stopped, interrupted, or an error of the program's own
-        cycle.problems.append(STOPPED_EARLY)
+    except BaseException as error:  # refused, stopped, interrupted, or an error of the program's own
+        cycle.problems.append(str(error) if isinstance(error, MassDropError) else STOPPED_EARLY)
         raise
     finally:
         cycle.end()
@@ -5705,7 +5768,9 @@ def specify(configuration: Configuration, claimed: Claim) -> FetchSpec:
         )
         for task in claimed.tasks
     )
-    url = claimed.source.base_url + dataset.url.render(targets[0].fields, quote_for_url) if dataset.url else ""
+    url = ""
+    if dataset.url and set(dataset.url.fields()) <= targets[0].fields.keys():
+        url = claimed.source.base_url + dataset.url.render(targets[0].fields, quote_for_url)
     environment = {
         "ADCE_CONFIG": str(configuration.path),
         "ADCE_DB": str(configuration.database.resolve()),  # the next start may come by another path
@@ -6437,6 +6502,8 @@ def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
             return run_command(spec, store, clock)
         if spec.dataset.call:
             return [call_function(spec, store)]
+        if not spec.url:
+            return [Result(Outcome.ERROR, "its fields are those of an older adce.yaml, see `reconcile`")]
         return [request(spec, store, clock)]
     except StoreError as error:
         return [_refused(error)] * len(spec.targets)
@@ -8077,13 +8144,14 @@ def pause_source(sql: sqlite3.Connection, scope: str, seconds: float | None, rea
     pause(sql, scope, seconds, f"{BY_HAND}: {reason}" if reason else BY_HAND, now)
 
 
-def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> bool:
-    """Lift a pause, whoever asked for it, and try again at once what has failed. Returns whether there was one."""
+def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool, int]:
+    """Lift a pause, whoever asked for it, and try again at once what has failed and not given up. Returns whether there
+    was a pause, and how many tasks that are."""
     was_paused = sql.execute("select paused_until > ? from scopes where scope = ?", (now, scope)).fetchone()[0]
     sql.execute(
         "update scopes set paused_until = 0, reason = null, failures = 0, throttles = 0 where scope = ?", (scope,)
     )
-    sql.execute(
+    woken = sql.execute(
         """
         update tasks set state = 'pending', next_at = null
         where state = 'retry' and last_error is not null
@@ -8091,7 +8159,7 @@ def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> bool:
         """,
         {"scope": scope},
     )
-    return bool(was_paused)
+    return bool(was_paused), woken.rowcount
 
 
 def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]) -> list[int]:
@@ -8104,7 +8172,7 @@ def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_i
         join objects o using (object_id)
         where (
               t.state in ('retry', 'gave_up')
-              or (t.state = 'cancelled' and o.skipped is not null and o.reason is not null and :has_ids))
+              or (t.state = 'cancelled' and o.skipped is not null and :has_ids))
           and (not :has_ids or t.task_id in (select value from json_each(:ids)))
           and (:state is null or t.state = :state)
           and (:source is null or d.source = :source)
@@ -8137,7 +8205,7 @@ def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
     """
     count = ledger.sql.execute(woken, (ids,)).rowcount
     skipped = """
-        skipped is not null and reason is not null and object_id in (
+        skipped is not null and object_id in (
             select object_id from tasks where task_id in (select value from json_each(:ids)))
     """
     reopened = """
@@ -8145,10 +8213,13 @@ def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
         where task_id = (select max(task_id) from tasks where object_id = ?) and state = 'cancelled'
     """
     for known in ledger.objects(skipped, {"ids": ids}):
+        count += 1
+        if known.reason is None:  # not expected now, but wanted when it is
+            ledger.sql.execute("update objects set skipped = null where object_id = ?", (known.object_id,))
+            continue
         ledger.sql.execute(reopened, (known.object_id,))
         if ledger.note(known, dataclasses.replace(known.facts, skipped=None)).state not in GAPS:
             ledger.close_task(known.object_id, TaskState.CANCELLED)
-        count += 1
     return count
 
 
@@ -8479,7 +8550,7 @@ class Runner:
 
     def _dispatch(self) -> dict[str, Opening]:
         """Give every free worker the best thing to do. Returns what the sources wait for, if any worker is free."""
-        if self.steps is not None and (self.once or may_be_refused(self.database, self.configuration)):
+        if self.steps is not None and (self.once or may_be_refused(self.database)):
             return {}
         awaited = self._dispatch_hops()
         while self.workers.free() > 0:
@@ -8998,7 +9069,11 @@ def start_runner(configuration: Configuration, words: Sequence[str], log: Path) 
     while not _is_at_work(configuration, process.pid):
         if process.poll() is not None:
             said = log.read_bytes()[said_before:].decode("utf-8", "replace").strip()
-            raise Error(f"the runner has ended at once with exit code {process.returncode}\n{said}".rstrip())
+            failure = Error(f"the runner has ended at once with exit code {process.returncode}\n{said}".rstrip())
+            failure.exit_code = process.returncode if process.returncode > 0 else ExitCode.ERROR
+            raise failure
+        if clock.boot() > until and lock.holder() == process.pid:
+            break  # its first cycle takes long
         if clock.boot() > until:
             raise Error(f"the runner (process {process.pid}) is not ready after {START_SECONDS} s", f"look into {log}")
         clock.wait(queue.SimpleQueue(), NEWS_SECONDS)
@@ -9011,7 +9086,7 @@ def _is_at_work(configuration: Configuration, number: int) -> bool:
         return False
     with contextlib.closing(open_database(configuration.database)) as database:
         has_begun = database.value("select pid = ? from runner where stopped_at is null", (number,))
-        return bool(has_begun) and not may_be_refused(database, configuration)
+        return bool(has_begun) and not may_be_refused(database)
 
 
 def stop_runner(lock: RunnerLock, seconds: float) -> int | None:
@@ -9065,11 +9140,12 @@ def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
     with contextlib.ExitStack() as stack:
         if configuration.database.exists():
             database = stack.enter_context(contextlib.closing(open_database(configuration.database))).copy()
-            if isinstance(store, FolderStore) and is_store_known(database, configuration):
-                store.require_mark()
         else:
             database = memory_database()
-            if isinstance(store, FolderStore) and not store.root.exists():
+        if isinstance(store, FolderStore):
+            if is_store_known(database, configuration):
+                store.require_mark()
+            elif not store.root.exists():  # the first run makes it
                 store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         yield database, store
 
@@ -9085,6 +9161,8 @@ def rehearse(configuration: Configuration) -> None:
     """Raises MassDropError when a changed configuration would be refused, and StoreError when its store would be."""
     with trial(configuration) as (database, store):
         clock, orders = Clock(), Orders()
+        if not is_store_known(database, configuration):
+            open_store(configuration.store).sweep()  # makes it, as the next start would
         declare(database, configuration, clock, orders)
         with database.transaction() as sql:
             has_changed = is_changed(sql)
@@ -9132,18 +9210,23 @@ def _tell(arguments: Arguments, text: str, **facts: Any) -> None:
 
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
+    notes = ["", "Nothing was written and nothing was asked; the store was only listed and read."]
+    try:
+        return _show_plan(arguments, configuration, Orders(is_full=True), notes)
+    except MassDropError as error:
+        refused = ["", f"{error}: run and reconcile refuse it unless they are told --yes, and would do this then."]
+        return _show_plan(arguments, configuration, Orders(is_full=True, may_drop=True), refused + notes)
+
+
+def _show_plan(arguments: Arguments, configuration: Configuration, orders: Orders, notes: Sequence[str]) -> ExitCode:
     clock = Clock()
     with trial(configuration) as (database, store):
-        before, orders = expected_by_dataset(database), Orders(is_full=True, may_drop=True)  # only to show
+        before = expected_by_dataset(database)
         declare(database, configuration, clock, orders)
         cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
         is_once = getattr(arguments, "once", False)  # that does not wait for retries, it tries them all
         with database.transaction() as sql:
             wake_retries(sql, sys.maxsize if is_once else clock.wall())
-    notes = []
-    if is_mass_drop(sum(before.values()), sum(expected_by_dataset(database).values())):
-        notes += ["", "This is far less than before: run and reconcile refuse it unless they are told --yes."]
-    notes += ["", "Nothing was written and nothing was asked; the store was only listed and read."]
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, plan_sections(database, before, arguments.most), notes)
     if error:
@@ -9428,9 +9511,10 @@ def command_resume(arguments: Arguments, configuration: Configuration) -> ExitCo
     database, clock, scope = open_database(configuration.database), Clock(), _scope_of(arguments, configuration)
     with database.transaction() as sql:
         declare_limits(sql, configuration, clock)
-        was_paused = resume_source(sql, scope, clock.boot())
-    text = f"{scope} is asked again" if was_paused else f"{scope} was not paused; what has failed is tried again now"
-    _tell(arguments, text, resumed=scope, was_paused=was_paused)
+        was_paused, count = resume_source(sql, scope, clock.boot())
+    begun = f"{scope} is asked again" if was_paused else f"{scope} was not paused"
+    text = f"{begun}; {count} {'task that waits is' if count == 1 else 'tasks that wait are'} tried again now"
+    _tell(arguments, text if count else begun, resumed=scope, was_paused=was_paused, retried=count)
     return ExitCode.DONE
 
 

@@ -142,7 +142,7 @@ class InterventionMachine(RuleBasedStateMachine):
     @rule()
     def resume(self) -> None:
         with self.desk.database.transaction() as sql:
-            assert adce.resume_source(sql, "nba", self.desk.clock.boot()) == self.is_paused()
+            assert adce.resume_source(sql, "nba", self.desk.clock.boot())[0] == self.is_paused()
         self.paused_until = 0.0
         for team in TEAMS:
             if self.state[team] == "retry":
