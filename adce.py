@@ -59,6 +59,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Report                      tells: questions in SQL, answers as rows
     Plan                        what a run would do
     Page                        the whole picture in a browser
+    Metrics                     the figures for Prometheus
     Health                      serves the same answers over HTTP
     Screen                      what a person sees while it runs
     Conditions                  what people should look at
@@ -5825,11 +5826,11 @@ def keep(spec: FetchSpec, target: Target, body: bytes, store: Store, http_status
     return Result(Outcome.OK, None, http_status, stored, inspection, requests)
 
 
-def excerpt(body: bytes) -> str:
-    """The start of a body, fit for one line."""
-    text = body[:300].decode("utf-8", "replace")
+def excerpt(body: bytes, most: int = 120) -> str:
+    """The start of a body, fit for one line of at most so many letters."""
+    text = body[: 3 * most].decode("utf-8", "replace")
     plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
-    return "".join(letter if letter.isprintable() else "?" for letter in plain)[:120] or "empty"
+    return "".join(letter if letter.isprintable() else "?" for letter in plain)[:most] or "empty"
 
 
 def describe(error: BaseException) -> str:
@@ -7099,16 +7100,16 @@ def page(database: Database, status: Sequence[Section], now: float, year: int | 
     """One HTML document; `status` are the sections of status_sections()."""
     facts = {section.name: section.rows[0] if section.rows else {} for section in status}
     gaps = sum(facts["lake"][kind] or 0 for kind in GAPS)
-    verdict = (
-        f"{gaps:,} gap{'s' if gaps > 1 else ''}"
-        if gaps
-        else "complete"
-        if facts["lake"]["expected"]
-        else "nothing expected yet"
-    )
+    verdict = "complete" if facts["lake"]["expected"] else "nothing expected yet"
+    if gaps:
+        verdict = f"{gaps:,} gap{'s' if gaps > 1 else ''}"
+    elif facts["cycle"].get("error"):
+        verdict = "not known: the last cycle could not look at everything"
+    if alerts := query(database, "select * from open_alerts"):
+        verdict += f", {len(alerts)} alert{'s' if len(alerts) > 1 else ''}"
     year = year or latest_year(database, now)
     news = [
-        Section("alerts", "Alerts", query(database, "select * from open_alerts")),
+        Section("alerts", "Alerts", alerts),
         Section("channels", "Channels that do not work", query(database, "select * from broken_channels")),
     ]
     tables = [
@@ -7226,15 +7227,8 @@ def _cycle_bars(database: Database) -> str:
     return f"<p>{label}</p>{WIDE}{svg}</div>"
 
 
-# ---------------------------------------------------------------- Health
-# Serves the same answers over HTTP on 127.0.0.1: read-only, a few threads, a few seconds each. It only
-# reads the database. Headline: HealthServer.
-
-BEAT_SECONDS = 10  # between two signs of life of the main loop
-LEAST_FREE_BYTES = 100 << 20
-HTTP_THREADS = 32
-HTTP_SECONDS = 10  # for a whole connection
-
+# ---------------------------------------------------------------- Metrics
+# The figures for Prometheus, by its rules for names and units. Headline: METRICS.
 
 PROMETHEUS_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 # name, kind, meaning, query whose last column is the value and whose others are labels
@@ -7343,21 +7337,41 @@ def metrics_text(database: Database) -> str:
     return "\n".join(lines) + "\n"
 
 
+# ---------------------------------------------------------------- Health
+# Serves the same answers over HTTP on 127.0.0.1: read-only, a few threads, a few seconds each. It only
+# reads the database. Headline: HealthServer.
+
+BEAT_SECONDS = 10  # between two signs of life of the main loop
+LEAST_FREE_BYTES = 100 << 20
+HTTP_THREADS = 32
+HTTP_SECONDS = 10  # for a whole connection
+
+
 COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": "loop stuck"}  # and their problems
 
 
-def problems(database: Database, configuration: Configuration, now: float, since: float) -> dict[str, str]:
-    """What makes a runner that has worked `since` then unhealthy, by its name: being idle does not."""
+def problems(
+    database: Database, configuration: Configuration, now: float, since: float, trouble: str | None = None
+) -> dict[str, str]:
+    """What makes a runner that has worked `since` then unhealthy, by its name: being idle does not. It may know a
+    `trouble` with its database itself."""
+    if trouble:
+        return {"database unusable": trouble}
     try:
         beat = database.value("select beat_at from runner") or 0
         reason = database.value(
             "select reason from rates where scope = 'global' and glob(?, reason)", (f"{STORE_TROUBLE}*",)
         )
         fails = database.value("select value from settings where name = ?", (STORE_FAILS,))
+        store = open_store(configuration.store)
+        if isinstance(store, FolderStore) and is_store_known(database, configuration):
+            store.require_mark()
     except DatabaseError as error:
         return {"database unusable": str(error)}
-    trouble = reason.removeprefix(STORE_TROUBLE) if reason else fails
-    found = {"store unusable": trouble} if trouble else {}
+    except StoreError as error:
+        fails = str(error)
+    bad_store = reason.removeprefix(STORE_TROUBLE) if reason else fails
+    found = {"store unusable": bad_store} if bad_store else {}
     silent = now - max(beat, since)  # the last beat may be that of an earlier run
     if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
         found["loop stuck"] = f"the main loop has been stuck for {format_duration(silent)}"
@@ -7380,9 +7394,16 @@ def tasks_document(database: Database, filters: Mapping[str, str | None], most: 
 class HealthServer:
     """GET /health, /status, /tasks, /metrics and / for one database, until stopped."""
 
-    def __init__(self, configuration: Configuration, database: Database, lock: RunnerLock, clock: Clock) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        database: Database,
+        lock: RunnerLock,
+        clock: Clock,
+        trouble: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self.configuration, self.database, self.lock, self.clock = configuration, database, lock, clock
-        self.started_at = clock.wall()
+        self.started_at, self.trouble = clock.wall(), trouble
         self._server: http.server.ThreadingHTTPServer | None = None
 
     def start(self) -> int:
@@ -7413,7 +7434,7 @@ class HealthServer:
         now = self.clock.wall()
         options = dict(urllib.parse.parse_qsl(query_text))
         if path == "/health":
-            found = problems(self.database, self.configuration, now, self.started_at)
+            found = problems(self.database, self.configuration, now, self.started_at, self.trouble())
             body = {
                 "status": "unhealthy" if found else "healthy",
                 "timestamp": utc_text(now),
@@ -7847,7 +7868,8 @@ CONDITIONS = {
     "errors": """
         select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
         from (
-            select outcome not in ('ok', 'not_yet', 'lost') as failed
+            select outcome not in ('ok', 'not_yet', 'lost') as failed,
+                   a.attempt_id > (select max(attempt_id) from attempts) - :few_attempts as is_late
             from attempts a
             join tasks using (task_id)
             join datasets using (dataset_id)
@@ -7856,6 +7878,7 @@ CONDITIONS = {
             where outcome != 'running' and started_at > max(:now - :day, coalesce(over_at, 0))
               and a.attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
         having count(*) >= :few_attempts and sum(failed) * 100 > count(*) * :error_percent
+           and max(failed and is_late)  -- else that is over
     """,
     "nothing collected": """
         select 'lake' as about, 'nothing was collected in ' || cycles || ' cycles, though tasks of '
@@ -7902,6 +7925,7 @@ CONDITIONS = {
 LOOK_SECONDS = 30
 CALM_SECONDS = 15 * MINUTE  # what comes back before that was never over
 SEND_SECONDS = 15  # for one message
+MOST_LETTERS = 1000  # of a text
 MOST_TRIES_SECONDS = DAY  # then a message is too old to be sent
 
 
@@ -7920,6 +7944,7 @@ class Alerter:
         self.configuration, self.database, self.journal, self.clock = configuration, database, journal, clock
         self.wishes, self.is_once, self.started_at = configuration.alerts, is_once, clock.wall()
         self._stopped = threading.Event()
+        self.told: set[tuple[str, str]] = set()  # what could not be noted
 
     def __enter__(self) -> None:
         if not self.is_once:
@@ -7959,13 +7984,14 @@ class Alerter:
             "few_attempts": FEW_ATTEMPTS,
             "vanished": VANISHED,
         }
-        found = {
-            (name, row["about"]): excerpt(row["text"].encode())
-            for name, sql in CONDITIONS.items()
-            for row in self.database.read(BLOCKS + sql, facts)
-        }
-        for name, text in problems(self.database, self.configuration, now, self.started_at).items():
-            found[name, "runner"] = excerpt(text.encode())
+        troubles = problems(self.database, self.configuration, now, self.started_at, self.journal.trouble)
+        found = {(name, "runner"): text for name, text in troubles.items()}
+        with contextlib.suppress(DatabaseError):  # that is one of its problems
+            for name, sql in CONDITIONS.items():
+                found |= {(name, row["about"]): row["text"] for row in self.database.read(BLOCKS + sql, facts)}
+        if {name for name, _ in found} & {"mass loss", "store unusable"}:
+            found.pop(("cycles fail", "lake"), None)  # for that reason
+        found = {key: excerpt(text.encode(), MOST_LETTERS) for key, text in found.items()}
         free = shutil.disk_usage(self.configuration.database.parent).free
         if free < LEAST_FREE_BYTES:
             found["disk low", "database"] = f"{free >> 20} MB left beside {self.configuration.database.name}"
@@ -7973,7 +7999,25 @@ class Alerter:
 
     def look(self) -> None:
         """Note what begins, lasts for another day, or is over."""
-        found, now = self.conditions(), int(self.clock.wall())
+        found = self.conditions()
+        try:
+            self._note(found)
+        except DatabaseError:  # its disk may be full
+            for key in found.keys() - self.told:
+                self._tell_at_once(key, found[key])
+            raise
+
+    def _tell_at_once(self, key: tuple[str, str], text: str) -> None:
+        """Send what cannot be noted, so that it is not told again when it can."""
+        notice = {"subject": f"ADCE: {key[0]}, {key[1]}", "text": self._body(text)}
+        self.journal.write("WARN", "alert", subject=f"{key[0]}, {key[1]}", text=text)
+        for channel in self._channels():
+            with contextlib.suppress(Exception):  # tried again at the next look
+                SENDERS[channel](self.configuration, notice)
+                self.told.add(key)
+
+    def _note(self, found: Mapping[tuple[str, str], str]) -> None:
+        now = int(self.clock.wall())
         known = {
             (row["condition"], row["about"]): row
             for row in self.database.read("select * from alerts where ended_at is null")
@@ -7988,7 +8032,8 @@ class Alerter:
                         "insert into alerts (condition, about, text, since, seen_at, told_at) values (?, ?, ?, ?, ?, ?)"
                     )
                     alert_id = sql.execute(begin, (condition, about, text, now, now, now)).lastrowid
-                    self._notice(sql, alert_id, f"ADCE: {condition}, {about}", text)
+                    if (condition, about) not in self.told:
+                        self._notice(sql, alert_id, f"ADCE: {condition}, {about}", text)
                     continue
                 sql.execute("update alerts set text = ?, seen_at = ? where alert_id = ?", (text, now, row["alert_id"]))
                 if now - row["told_at"] >= self.wishes.remind_seconds:
@@ -8000,15 +8045,21 @@ class Alerter:
                     sql.execute("update alerts set ended_at = ? where alert_id = ?", (row["seen_at"], row["alert_id"]))
                     lasted = format_duration(row["seen_at"] - row["since"])
                     self._notice(sql, row["alert_id"], f"ADCE: over: {key[0]}, {key[1]}", f"it lasted {lasted}")
+        self.told.clear()
 
     def _notice(self, sql: sqlite3.Connection, alert_id: int | None, subject: str, text: str) -> None:
         """To be sent by every channel, whatever becomes of this process."""
         self.journal.write("WARN", "alert", subject=subject.removeprefix("ADCE: "), text=text)
         put = "insert into notices (alert_id, channel, subject, text, made_at, try_at) values (?, ?, ?, ?, ?, ?)"
-        body = f"{text}\nhost {socket.gethostname()}, {self.configuration.database}\nTry: adce.py status"
         now = int(self.clock.wall())
-        for channel in filter(functools.partial(getattr, self.wishes), SENDERS):
-            sql.execute(put, (alert_id, channel, subject, body, now, now))
+        for channel in self._channels():
+            sql.execute(put, (alert_id, channel, subject, self._body(text), now, now))
+
+    def _body(self, text: str) -> str:
+        return f"{text}\nhost {socket.gethostname()}, {self.configuration.database}\nTry: adce.py status"
+
+    def _channels(self) -> list[str]:
+        return [channel for channel in SENDERS if getattr(self.wishes, channel)]
 
     def send(self) -> None:
         """Send what waits; what fails is tried again, ever more rarely, for a day."""
@@ -8053,13 +8104,16 @@ class Alerter:
         return error
 
 
+Notice = Mapping[str, str] | sqlite3.Row  # with a subject and a text
+
+
 def revealed(text: str) -> str:
     """A text that may be $NAME. Raises Error when there is no such variable."""
     if not text.startswith("$"):
         return text
     if text[1:] not in os.environ:
         raise Error(f"{text} is not in the environment")
-    return os.environ[text[1:]]
+    return os.environ[text[1:]].strip()
 
 
 def _http(method: str, address: str, **options: Any) -> None:
@@ -8067,25 +8121,27 @@ def _http(method: str, address: str, **options: Any) -> None:
     import requests
 
     try:
-        answer = requests.request(method, revealed(address), timeout=SEND_SECONDS, **options)
+        answer = requests.request(
+            method, revealed(address), timeout=SEND_SECONDS, allow_redirects=False, **options
+        )  # a redirect would lose what is posted
     except requests.RequestException as error:
         raise Error(_no_answer(error)[1]) from None
     if answer.status_code >= 300:
         raise Error(f"HTTP {answer.status_code}")
 
 
-def _send_to_webhook(configuration: Configuration, notice: sqlite3.Row) -> None:
+def _send_to_webhook(configuration: Configuration, notice: Notice) -> None:
     """In the format of Slack, which many others take."""
     _http("POST", cast(str, configuration.alerts.webhook), json={"text": f"*{notice['subject']}*\n{notice['text']}"})
 
 
-def _send_to_sns(configuration: Configuration, notice: sqlite3.Row) -> None:
+def _send_to_sns(configuration: Configuration, notice: Notice) -> None:
     topic = cast(str, configuration.alerts.sns_topic)
     client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
     client.publish(TopicArn=topic, Subject=notice["subject"][:100], Message=notice["text"])
 
 
-def _send_to_command(configuration: Configuration, notice: sqlite3.Row) -> None:
+def _send_to_command(configuration: Configuration, notice: Notice) -> None:
     """Subject and text are its last arguments."""
     program = Program(
         words=(*configuration.alerts.command, notice["subject"], notice["text"]),
@@ -8101,7 +8157,7 @@ def _send_to_command(configuration: Configuration, notice: sqlite3.Row) -> None:
         raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
 
 
-SENDERS: Mapping[str, Callable[[Configuration, sqlite3.Row], None]] = {
+SENDERS: Mapping[str, Callable[[Configuration, Notice], None]] = {
     "webhook": _send_to_webhook,
     "sns_topic": _send_to_sns,
     "command": _send_to_command,
@@ -9343,7 +9399,8 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
     with contextlib.ExitStack() as stack:
         address = None
         if configuration.health_check.enabled and not arguments.once:
-            address = stack.enter_context(_serving(HealthServer(configuration, database, lock, runner.clock), journal))
+            health = HealthServer(configuration, database, lock, runner.clock, lambda: journal.trouble)
+            address = stack.enter_context(_serving(health, journal))
         stack.enter_context(Alerter(configuration, database, journal, runner.clock, is_once=arguments.once))
         code = runner.run(
             once=arguments.once,

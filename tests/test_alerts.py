@@ -225,6 +225,7 @@ def test_what_waits_for_good_reasons_is_no_news(calm, alerter, database, clock, 
             "update reconciliations set error = 'days: 120 of 150 objects vanished at once' where cycle_id = 3",
             "mass loss",
         ),
+        ("update reconciliations set error = 'days: 120 of 150 objects vanished at once'", "mass loss"),  # once
         ("update tasks set detected_at = 1 where task_id = 1", "nothing collected"),
         ("update tasks set detected_at = 1, state = 'retry', failures = 1", "nothing collected"),
     ],
@@ -245,6 +246,62 @@ def test_each_condition_is_noticed(cause, condition, alerter, database, clock, l
         sql.execute(cause)
     live(at_work, clock, 0.1)
     assert [subject.partition(",")[0] for subject in listener.subjects()] == [f"ADCE: {condition}"]
+
+
+def test_errors_that_are_over_are_no_news(alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n")
+    with database.transaction() as sql:
+        ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
+        games = at_work.configuration.datasets["games"]
+        ledger.expect(games, adce.expected_object(games, {"n": "1"}, ()), proven=True)
+        for outcome in ["error"] * 30 + ["ok"] * 30:
+            attempt = "insert into attempts (task_id, started_at, outcome, requests) values (1, ?, ?, 1)"
+            sql.execute(attempt, (clock.wall(), outcome))
+    live(at_work, clock, 0.1)
+    assert listener.subjects() == []
+    with database.transaction() as sql:
+        sql.execute("update attempts set outcome = 'error' where attempt_id = 60")
+    live(at_work, clock, 0.1)
+    assert listener.subjects() == ["ADCE: errors, attempts"]
+
+
+def test_what_cannot_be_noted_is_told_once_all_the_same(alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n")
+    go_away(database, clock)
+    database._writer.execute("pragma query_only = on")
+    live(at_work, clock, 0.1)
+    assert listener.subjects() == ["ADCE: source blocked, league"]
+    assert database.read("select * from open_alerts") == []
+    database._writer.execute("pragma query_only = off")
+    live(at_work, clock, 0.1)
+    assert len(database.read("select * from open_alerts")) == 1
+    come_back(database)
+    live(at_work, clock, 0.5)
+    assert listener.subjects() == ["ADCE: source blocked, league", "ADCE: over: source blocked, league"]
+
+
+def test_trouble_that_the_runner_has_with_its_database_is_told(alerter, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n")
+    at_work.journal.tell_trouble(adce.DatabaseTroubleError("the disk is full"))
+    live(at_work, clock, 0.1)
+    assert listener.subjects() == ["ADCE: database unusable, runner"]
+
+
+def test_alert_names_every_command_that_helps(alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n")
+    problem = "{0}: 120 of 150 objects vanished at once, none is taken for missing; if so: reconcile --believe {0}"
+    with database.transaction() as sql:
+        note_cycle(sql, 1, clock, "; ".join(problem.format(name) for name in ("days", "games", "plays")))
+    live(at_work, clock, 0.1)
+    assert "--believe plays\nhost" in json.loads(listener.told[0][1])["text"]
+
+
+def test_channel_that_redirects_has_taken_nothing(alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n")
+    listener.status = 302
+    go_away(database, clock)
+    live(at_work, clock, 0.1)
+    assert [row["error"] for row in database.read("select * from broken_channels")] == ["HTTP 302"]
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,27 @@ def test_store_that_ends_two_cycles_in_a_row_is_unusable_until_it_is_back(own, c
     assert "is not there" in answers[1]["store unusable"]
 
 
+def test_folder_that_is_gone_is_told_before_the_next_cycle(own, configure, database, clock, tmp_path):
+    configuration = configure(league_text("http://127.0.0.1:9"))
+    store = adce.FolderStore(tmp_path / "lake")
+    adce.prepare_store(database, configuration, store)
+    assert get(f"{own}/health").status_code == 200
+    (tmp_path / "lake").rename(tmp_path / "elsewhere")
+    answer = get(f"{own}/health")
+    assert (answer.status_code, "is no longer there" in answer.json()["problems"][0]) == (503, True)
+    (tmp_path / "elsewhere").rename(tmp_path / "lake")
+    assert get(f"{own}/health").status_code == 200
+
+
+def test_page_does_not_call_complete_what_nobody_could_look_at(own, configure, database, clock, tmp_path):
+    configuration = configure(league_text("http://127.0.0.1:9"))
+    adce.run_cycle(adce.reconcile(database, configuration, adce.FolderStore(tmp_path / "gone"), clock))
+    with database.transaction() as sql:
+        sql.execute("update objects set state = 'present'")
+        sql.execute("insert into alerts values (1, 'cycles fail', 'lake', '', 1, 1, 1, null)")
+    assert "<h1>ADCE: not known: the last cycle could not look at everything, 1 alert</h1>" in get(f"{own}/").text
+
+
 def test_status_tasks_and_metrics_answer(served):
     assert get(f"{served}/status").json()["lake"]["missing"] == 6
     tasks = get(f"{served}/tasks?state=pending").json()
