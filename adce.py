@@ -101,6 +101,7 @@ import html
 import http.client
 import http.server
 import importlib
+import importlib.machinery
 import io
 import itertools
 import json
@@ -124,6 +125,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.parse
 import weakref
 import zoneinfo
@@ -1428,7 +1430,11 @@ def back_up(database: Database, path: Path, progress: Callable[[int, int], None]
     try:
         with _Translation(str(draft)), contextlib.closing(_connect(str(draft))) as copy:
             with database.snapshot() as source:  # or else each write of others would begin it anew
-                source.backup(copy, pages=BACKUP_PAGES, progress=lambda _, left, total: progress(left, total))
+                try:
+                    source.backup(copy, pages=BACKUP_PAGES, progress=lambda _, left, total: progress(left, total))
+                except sqlite3.DatabaseError as error:
+                    is_source = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+                    raise _translated(database.path if is_source else str(draft), error) from error
             copy.execute("pragma journal_mode = delete")
             copy.execute("insert or replace into settings values ('is a backup', '1')")
             if copy.execute("pragma integrity_check").fetchone()[0] != "ok":
@@ -2638,7 +2644,7 @@ def database_named_in(path: Path) -> Path:
     text = ""
     with contextlib.suppress(ConfigurationError):
         text = _read_text_file(path)
-    named = re.search(r"""^database:[ \t]*("[^"]+"|'[^']+'|[^\s#]+)""", text, re.MULTILINE)
+    named = re.search(r"""^["']?database["']?:[ \t]*("[^"]+"|'[^']+'|[^\s#]+)""", text, re.MULTILINE)
     return path.parent / (named[1].strip("\"'") if named else DEFAULT_DATABASE)
 
 
@@ -6569,6 +6575,12 @@ def _csv(section: Section) -> str:
     return text.getvalue()
 
 
+def cut(line: str, columns: int) -> str:
+    """As much of a line as fits: wide letters take two columns."""
+    widths = (1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
+    return "".join(letter for letter, end in zip(line, itertools.accumulate(widths), strict=True) if end <= columns)
+
+
 def _table(rows: Rows, style: str, width: int | None) -> str:
     import tabulate
 
@@ -6586,7 +6598,7 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
         colalign=["right" if is_number else "left" for is_number in numeric],
     )
     lines = [line.rstrip() for line in text.splitlines()]
-    return "\n".join(line if not width or len(line) <= width else f"{line[: width - 1]}…" for line in lines)
+    return "\n".join(line if not width or line == cut(line, width) else f"{cut(line, width - 1)}…" for line in lines)
 
 
 def _cell(value: Any) -> str:
@@ -6617,7 +6629,8 @@ def coverage_sections(
     names = {"source": source, "dataset": dataset, "year": year}
     rows = query(database, daily if by_day else by_season, names)
     title = "Coverage by dataset and day" if by_day else "Coverage by dataset and season"
-    return [Section("coverage", title, rows, empty="nothing is expected yet; run a cycle: adce.py reconcile")]
+    nothing = f"nothing of {year}" if by_day and year else "nothing is expected yet; run a cycle: adce.py reconcile"
+    return [Section("coverage", title, rows, empty=nothing)]
 
 
 def strip_section(database: Database, year: int | None, now: float) -> Section:
@@ -7378,15 +7391,24 @@ def problems(
     return found
 
 
+OPEN_BY_SOURCE = """
+    select source, sum(tasks) as tasks
+    from task_counts join datasets using (dataset_id)
+    where state in ('pending', 'retry', 'running', 'gave_up') and active
+    group by source
+    having sum(tasks) > 0
+"""
+
+
 def tasks_document(database: Database, filters: Mapping[str, str | None], most: int) -> dict[str, Any]:
     """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
     by_priority = query(database, QUEUE_BY_PRIORITY)
-    by_source = query(database, WAITING_BY_SOURCE)
+    waiting = query(database, WAITING_BY_SOURCE)
     return {
         "total_tasks": sum(row[state] for row in by_priority for state in ("pending", "retry", "running", "gave_up")),
         "by_priority": {row["priority"]: row for row in by_priority},
-        "by_source": {row["source"]: row["tasks"] for row in by_source},
-        "estimated_total_minutes": max((row["least_minutes"] or 0 for row in by_source), default=0),
+        "by_source": {row["source"]: row["tasks"] for row in query(database, OPEN_BY_SOURCE)},
+        "estimated_total_minutes": max((row["least_minutes"] or 0 for row in waiting), default=0),
         "tasks": tasks_sections(database, filters, most)[0].rows,
     }
 
@@ -7560,6 +7582,14 @@ class Journal:
         self.trouble: str | None = None  # with the database, as last told
         self.paused: set[str] = set()  # sources, as last told
         self.screen: LiveScreen | None = None
+        self.next_paint_at = -math.inf  # boot
+
+    def paint(self, running: Sequence[str], next_cycle_at: float) -> None:
+        """Bring the live screen, if there is one, up to date now and then; a cycle at infinity will not come."""
+        now = self.clock.boot()
+        if self.screen and now >= self.next_paint_at:
+            self.next_paint_at = now + SCREEN_SECONDS
+            self.screen.paint(self.clock.wall(), running, next_cycle_at - now if next_cycle_at < math.inf else None)
 
     def write(self, level: str, event: str, **fields: Any) -> None:
         """`2026-11-23T14:24:25Z INFO  cycle missing=3`; fields without a value are left out. The journal of systemd
@@ -7767,7 +7797,7 @@ class LiveScreen:
         room = max(0, size.lines - 1 - len(head) - len(foot))
         if len(table) > room:
             table = [*table[: room - 1], f"... and {len(table) - room + 1} more"] if room > LEAST_TABLE_LINES else []
-        shown = [line[: size.columns - 1] for line in [*head, *table, *foot]][: max(2, size.lines - 1)]
+        shown = [cut(line, size.columns - 1) for line in [*head, *table, *foot]][: max(2, size.lines - 1)]
         up = f"\x1b[{self._height}F" if self._height else ""  # to the first column: Ctrl-C has written ^C
         self._height = len(shown)
         with contextlib.suppress(OSError):  # the terminal is gone, the work is not
@@ -8195,9 +8225,10 @@ BY_HAND = "by hand"
 def pause_source(sql: sqlite3.Connection, scope: str, seconds: float | None, reason: str, now: float) -> None:
     """Leave a source alone for some seconds, or until it is resumed, instead of an earlier pause by hand. A longer one
     that the source has caused stays."""
-    seconds = min(UNTIL_RESUMED, UNTIL_RESUMED if seconds is None else seconds)
+    is_endless = seconds is None or seconds >= UNTIL_RESUMED
+    told = f"{BY_HAND}{', until it is resumed' * is_endless}" + (f": {reason}" if reason else "")
     sql.execute("update scopes set paused_until = 0 where scope = ? and reason glob ?", (scope, f"{BY_HAND}*"))
-    pause(sql, scope, seconds, f"{BY_HAND}: {reason}" if reason else BY_HAND, now)
+    pause(sql, scope, UNTIL_RESUMED if seconds is None or is_endless else seconds, told, now)
 
 
 def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool, int]:
@@ -8322,6 +8353,10 @@ class Workers:
         if any(execution.claimed.is_alone for execution in self.running.values()):
             return 0
         return self.count - len(self.running)
+
+    def keys(self) -> list[str]:
+        """What they are bringing."""
+        return [execution.claimed.tasks[0].target.key for execution in self.running.values()]
 
     def at_work(self) -> collections.Counter[str]:
         """How many executions there are of each dataset, those that never return included."""
@@ -8484,7 +8519,7 @@ class Runner:
         self.unrecorded: list[tuple[Execution, list[Result]]] = []
         self.steps: Iterator[int] | None = None
         self.cycle_id: int | None = None
-        self.next_cycle_at = self.next_beat_at = self.next_paint_at = -math.inf
+        self.next_cycle_at = self.next_beat_at = -math.inf
         self.orders, self.stop_at = Orders(), math.inf
         self.stop_reason: str | None = None
         self.once = self.in_line = self.cycle_waits = False
@@ -8696,10 +8731,7 @@ class Runner:
                 sql.execute("update boot set wall_offset = ?", (self.clock.wall() - now,))
                 forget(sql, self.clock.wall() - self.configuration.retention_seconds)
             notify(*sign_of_life(), f"STATUS={status_line(self.database)}")
-        if self.journal.screen and now >= self.next_paint_at:
-            self.next_paint_at = now + SCREEN_SECONDS
-            busy = [execution.claimed.tasks[0].target.key for execution in self.workers.running.values()]
-            self.journal.screen.paint(self.clock.wall(), busy, None if self.once else self.next_cycle_at - now)
+        self.journal.paint(self.workers.keys(), self.next_cycle_at)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
         """How long nothing can happen; while a cycle goes on there is always something to do."""
@@ -8710,7 +8742,7 @@ class Runner:
         instants += [opening.at for opening in openings.values()]
         instants.append(self.workers.next_overdue_at())
         if self.journal.screen:
-            instants.append(self.next_paint_at)
+            instants.append(self.journal.next_paint_at)
         if self.unrecorded:
             instants.append(now + 1)
         due = retry = None
@@ -8731,6 +8763,7 @@ class Runner:
         if running := len(self.workers.running):
             self.journal.write("INFO", "stopping", running=running, grace=self.configuration.grace_seconds)
         while self.workers.running and self.clock.boot() < limit:
+            self.journal.paint(self.workers.keys(), math.inf)
             self.clock.wait(self.wakeups, min(1.0, limit - self.clock.boot()))
             self._collect()
             notify(*sign_of_life())
@@ -8763,7 +8796,7 @@ EXAMPLES = {
     "systemd": """\
 # Save as /etc/systemd/system/adce.service with a user and paths of your own, then: systemctl enable --now adce
 # The folders of ReadWritePaths must exist. What a scraper of yours needs beyond this, give it here: more of them,
-# or MemoryDenyWriteExecute=no for browsers and node.
+# or MemoryDenyWriteExecute=no for browsers and node, or EnvironmentFile=FILE for what $NAME in adce.yaml stands for.
 [Unit]
 Description=ADCE keeps the data lake complete
 After=network-online.target
@@ -8817,7 +8850,8 @@ DevicePolicy=closed
 WantedBy=multi-user.target
 """,
     "alerts": """\
-# Rules for Prometheus: name this file in rule_files of prometheus.yml.
+# Rules for Prometheus: name this file in rule_files of prometheus.yml. Its scrape_configs need
+# - {job_name: adce, static_configs: [{targets: ["127.0.0.1:8080"]}]}
 groups:
   - name: adce
     rules:
@@ -8830,7 +8864,7 @@ groups:
         annotations: {summary: "the main loop of ADCE gives no sign of life"}
       - alert: ADCECyclesFail
         expr: time() - adce_cycle_last_success_timestamp_seconds > 3600
-        annotations: {summary: "no cycle has gone well for an hour"}
+        annotations: {summary: "no cycle has gone well for long"}
       - alert: ADCETasksGaveUp
         expr: sum by (dataset) (adce_tasks{state="gave_up"}) > 0
         annotations: {summary: "{{ $value }} objects of {{ $labels.dataset }} gave up"}
@@ -8845,7 +8879,8 @@ groups:
         annotations: {summary: "{{ $labels.scope }} is left alone for half an hour and more"}
 """,
     "cron": """\
-# For `crontab -e`: cron sends a mail when something is printed. One that still works is left alone.
+# For `crontab -e`: cron sends a mail when something is printed. One that still works is left alone. Lines NAME=value
+# above it say what $NAME in adce.yaml stands for.
 */15 * * * * {command} -q run --once --if-locked skip
 """,
 }
@@ -8889,15 +8924,14 @@ def example(name: str, configuration: Configuration) -> str:
     if name == "grafana":
         return grafana_dashboard()
     if name == "alerts":
-        return EXAMPLES[name]
+        patience = max(HOUR, 4 * round(configuration.interval_seconds))
+        return EXAMPLES[name].replace(":8080", f":{configuration.health_check.port}").replace("> 3600", f"> {patience}")
     quote = quote_for_cron if name == "cron" else quote_for_systemd
     words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
-    folders = {configuration.database.parent}
-    if (
-        not configuration.store.startswith("s3://")
-        and configuration.database.parent not in Path(configuration.store).parents
-    ):
-        folders.add(Path(configuration.store))
+    folders = {Path(os.path.normpath(configuration.database.parent))}
+    if not configuration.store.startswith("s3://"):
+        store = Path(os.path.normpath(configuration.store))
+        folders |= {store} if folders.isdisjoint(store.parents) else set()
     return EXAMPLES[name].format(
         command=" ".join(quote(word) for word in words),
         folder=str(configuration.path.parent).replace("%", "%%"),
@@ -8973,6 +9007,7 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
         "store": _check_store,
         "runner": _check_runner,
         "alerts": _check_alerts,
+        "scrapers": _check_scrapers,
     }
     rows = [_check(what, functools.partial(check, configuration)) for what, check in checks.items()]
     if online:
@@ -9033,25 +9068,44 @@ def _check_runner(configuration: Configuration) -> str:
 
 def _check_alerts(configuration: Configuration) -> str:
     """Whether what is to be told could be sent; nothing is, and no address is named."""
-    wishes, found = configuration.alerts, []
+    wishes, wrong = configuration.alerts, []
     for channel in ("webhook", "ping"):
         if (address := getattr(wishes, channel)) is not None:
             try:
                 parts = urllib.parse.urlsplit(revealed(address))
                 is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+                wrong += [] if is_good else [f"{channel} is no http address"]
             except ValueError:
-                is_good = False
-            if not is_good:
-                raise Error(f"{channel} is no http address", "see `alerts:` in adce.yaml")
-            found.append(channel)
-    if wishes.command and not shutil.which(wishes.command[0], path=f"{os.environ.get('PATH', '')}"):
-        raise Error(f"there is no program {wishes.command[0]}", "see alerts.command in adce.yaml")
-    found += [channel for channel in ("sns_topic", "command", "cloudwatch") if getattr(wishes, channel)]
-    return ", ".join(found) or "nobody is told"
+                wrong.append(f"{channel} is no http address")
+            except Error as error:
+                wrong.append(f"{channel}: {error}")
+    if wishes.command and not shutil.which(wishes.command[0]):
+        wrong.append(f"there is no program {wishes.command[0]}")
+    if wrong:
+        raise Error("; ".join(wrong), "see `alerts:` in adce.yaml")
+    channels = ("webhook", "ping", "sns_topic", "command", "cloudwatch")
+    return ", ".join(channel for channel in channels if getattr(wishes, channel)) or "nobody is told"
+
+
+def _check_scrapers(configuration: Configuration) -> str:
+    """Whether the programs and modules of scrapers are there; no line of theirs is run."""
+    count, wrong = 0, []
+    folder = configuration.path.parent
+    for dataset in configuration.datasets.values():
+        count += not dataset.url
+        program = dataset.command[0].text if dataset.command else ""
+        if program and "{" not in program and not shutil.which(folder / program if "/" in program else program):
+            wrong.append(f"{dataset.name}: there is no program {program}")
+        module = (dataset.call or "").partition(":")[0]
+        if module and not importlib.machinery.PathFinder.find_spec(module.partition(".")[0], [*sys.path, str(folder)]):
+            wrong.append(f"{dataset.name}: there is no module {module}")
+    if wrong:
+        raise Error("; ".join(wrong), "see `command` and `call` in adce.yaml")
+    return f"{count} datasets have their own"
 
 
 def _check_database(configuration: Configuration) -> str:
-    if not configuration.database.exists():
+    if not configuration.database.exists() or not configuration.database.stat().st_size:
         return f"{configuration.database}, to be made by the first run"
     with contextlib.closing(open_database(configuration.database, must_exist=True)) as database:
         found = [*database.check(), *_foreign_parts(database)]
@@ -9074,10 +9128,12 @@ def _foreign_parts(database: Database) -> list[str]:
 def _check_store(configuration: Configuration) -> str:
     store = open_store(configuration.store)
     if isinstance(store, FolderStore):
-        if configuration.database.exists():
-            with contextlib.closing(open_database(configuration.database)) as database:
-                if is_store_known(database, configuration):
-                    store.require_mark()
+        with (
+            contextlib.suppress(DatabaseError),  # that has a row of its own
+            contextlib.closing(open_database(configuration.database, must_exist=True)) as database,
+        ):
+            if is_store_known(database, configuration):
+                store.require_mark()
         there = next(folder for folder in (store.root, *store.root.parents) if folder.exists() or folder.is_symlink())
         if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
             raise StoreError(f"{there} is no folder that can be written", "see `store:` in adce.yaml")
@@ -9455,7 +9511,7 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     except LockedError:
         if lock.holder() != database.value("select pid from runner where stopped_at is null"):
             raise  # another reconcile
-        cycle_id = _cycle_of_runner(database, lock, orders)
+        cycle_id = _cycle_of_runner(database, configuration, lock, orders)
     rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], next_steps(database))
     if rows[0]["error"]:
@@ -9470,9 +9526,10 @@ def _own_cycle(database: Database, configuration: Configuration, orders: Orders)
     return run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
 
 
-def _cycle_of_runner(database: Database, lock: RunnerLock, orders: Orders) -> int:
-    """Ask the runner for a cycle and wait for its end. Raises Error when the runner ends before."""
+def _cycle_of_runner(database: Database, configuration: Configuration, lock: RunnerLock, orders: Orders) -> int:
+    """Ask the runner for a cycle and wait for its end. Raises Error when the runner ends before, or is stuck."""
     clock, holder = Clock(), lock.holder()
+    since = clock.wall()
     with database.transaction() as sql:
         order_id = ask_for_cycle(sql, orders, clock.wall())
     print(f"The runner (process {holder}) does it, with the configuration it has started with.", file=sys.stderr)
@@ -9483,6 +9540,8 @@ def _cycle_of_runner(database: Database, lock: RunnerLock, orders: Orders) -> in
     while (cycle_id := database.value(ended, (order_id,))) is None:
         if lock.holder() is None:
             raise Error("the runner has ended before the cycle did", "ask again; the next runner begins with a cycle")
+        if stuck := problems(database, configuration, clock.wall(), since).get("loop stuck"):
+            raise Error(stuck, "look into it with: adce.py logs")
         clock.wait(queue.SimpleQueue(), 1, database.has_news)
     return cast(int, cycle_id)
 
@@ -9583,6 +9642,9 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     if missing := sorted(set(arguments.task_ids) - set(task_ids)):
         raise Error(f"not waiting and not given up: {', '.join(map(str, missing))}", "see: adce.py task ID")
     task_ids = task_ids[: arguments.most]
+    if not (task_ids or arguments.dry_run):
+        _tell(arguments, "no task that waits or gave up matches", retried=0)
+        return ExitCode.DONE
     if arguments.dry_run:
         _print(arguments, [Section("tasks", f"{len(task_ids)} tasks", rows_of_tasks(database, task_ids))])
         return ExitCode.DONE

@@ -377,6 +377,15 @@ def test_unit_is_one_that_systemd_takes(folder, tmp_path):
         assert done.returncode == 0, done.stdout
 
 
+def test_unit_names_a_store_beside_its_folder_as_systemd_wants_it(tmp_path):
+    (tmp_path / "here").mkdir()
+    write_league(tmp_path / "here", "http://127.0.0.1:9")
+    path = tmp_path / "here" / "adce.yaml"
+    path.write_text(path.read_text().replace("store: lake", "store: ../lake"))
+    unit = run_adce("example", "systemd", folder=tmp_path / "here").stdout
+    assert f"ReadWritePaths={tmp_path}/here {tmp_path}/lake\n" in unit
+
+
 def test_unit_and_crontab_take_any_folder(tmp_path):
     folder = tmp_path / 'my "lake", 5% of $HOME'
     folder.mkdir()
@@ -475,3 +484,90 @@ def test_bad_number_is_told_in_words(words, tmp_path):
     done = run_adce(*words, folder=tmp_path)
     assert done.returncode == 2
     assert "is not a number" in done.stderr
+
+
+def test_check_names_every_channel_that_cannot_work(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    with (tmp_path / "adce.yaml").open("a") as file:
+        file.write("alerts: {webhook: $NOT_SET_A, ping: $NOT_SET_B, command: [no-such-program]}\n")
+    rows = json.loads(run_adce("check", "--format", "json", folder=tmp_path).stdout)
+    (details,) = [row["details"] for row in rows if row["result"] == "FAIL"]
+    assert all(word in details for word in ("webhook: $NOT_SET_A", "ping: $NOT_SET_B", "no-such-program"))
+
+
+SCRAPERS = """
+sources: {box: {}}
+datasets:
+  one: {source: box, key: "one/{n}", command: [no-such-program], partitions: {values: {n: ["1"]}}}
+  two: {source: box, key: "two/{n}", call: "no_such_module:f", partitions: {values: {n: ["1"]}}}
+  three: {source: box, key: "three/{n}", command: [./here.sh], partitions: {values: {n: ["1"]}}}
+  four: {source: box, key: "four/{n}", call: "a_module:f", partitions: {values: {n: ["1"]}}}
+"""
+
+
+def test_check_looks_for_programs_and_modules_and_runs_none(tmp_path):
+    (tmp_path / "adce.yaml").write_text(SCRAPERS)
+    (tmp_path / "here.sh").write_text("#!/bin/sh\ntouch was_run\n")
+    (tmp_path / "here.sh").chmod(0o755)
+    (tmp_path / "a_module.py").write_text("open('was_run', 'w')\n")
+    rows = json.loads(run_adce("check", "--format", "json", folder=tmp_path).stdout)
+    (failed,) = [row for row in rows if row["result"] == "FAIL"]
+    told = "one: there is no program no-such-program; two: there is no module no_such_module"
+    assert (failed["what"], failed["details"].partition("; see")[0]) == ("scrapers", told)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_empty_file_is_no_database_yet(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    (tmp_path / "adce.db").touch()
+    assert run_adce("report", folder=tmp_path).returncode == 10
+    assert run_adce("check", folder=tmp_path).returncode == 0
+    assert run_adce("reconcile", folder=tmp_path).returncode == 3
+
+
+def test_plan_tells_what_run_would_do(tmp_path):
+    """A mass of names that vanish is not believed by either; another store is made by both."""
+    games = {"events": [{"id": str(number), "status": {"type": {"completed": True}}} for number in range(300)]}
+    league = {"leagues": [{"id": "46"}], "padding": "x" * 500}
+    days = tmp_path / "lake" / "days"
+    days.mkdir(parents=True)
+    (days / "20250101.json").write_text(json.dumps({**league, **games}))
+    write_league(tmp_path, "http://127.0.0.1:9", last=1)
+    assert run_adce("reconcile", folder=tmp_path).returncode == 3
+    (days / "20250101.json").write_text(json.dumps({**league, "events": games["events"][:7]}))
+    for words in (["plan"], ["reconcile"]):
+        done = run_adce(*words, folder=tmp_path)
+        assert done.returncode == 1
+        assert "games: the names of 293 of 300 objects vanished at once" in done.stdout + done.stderr
+    plan = json.loads(run_adce("plan", "--format", "json", folder=tmp_path).stdout)
+    assert (plan["changes"], plan["datasets"][0]["now"]) == ([], 300)
+
+
+def test_backup_of_a_damaged_database_names_it(folder, tmp_path):
+    for name in ("adce.yaml", "adce.db"):
+        shutil.copy(folder / name, tmp_path / name)
+    with (tmp_path / "adce.db").open("r+b") as file:
+        file.truncate((tmp_path / "adce.db").stat().st_size // 2 // 4096 * 4096)
+    done = run_adce("backup", "copy.db", folder=tmp_path)
+    assert (done.returncode, "copy.db" in done.stderr, "Traceback" in done.stderr) == (1, False, False)
+    assert f"{tmp_path}/adce.db" in done.stderr
+
+
+def test_retry_of_nothing_asks_nothing(folder):
+    done = run_adce("retry", "--error", "no such error", folder=folder)
+    assert (done.returncode, done.stdout) == (0, "no task that waits or gave up matches\n")
+
+
+def test_coverage_of_a_year_shows_its_days(folder):
+    rows = json.loads(run_adce("coverage", "--by-day", "--year", "2025", "--format", "json", folder=folder).stdout)
+    assert {row["day"][:4] for row in rows} == {"2025"}
+    assert "nothing of 2024" in run_adce("coverage", "--by-day", "--year", "2024", folder=folder).stdout
+
+
+def test_rules_for_prometheus_know_the_pace_and_the_port(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    with (tmp_path / "adce.yaml").open("a") as file:
+        file.write("reconciliation_interval_hours: 6\nhealth_check: {enabled: true, port: 9191}\n")
+    rules = run_adce("example", "alerts", folder=tmp_path).stdout
+    assert "> 86400" in rules
+    assert "127.0.0.1:9191" in rules

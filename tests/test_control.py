@@ -349,7 +349,7 @@ def test_pause_holds_a_live_runner_until_it_is_resumed(scope, upstream, folder, 
         for row in json.loads(do("status", "--format", "json", folder=folder).stdout)["sources"]
         if row["scope"] == scope
     ]
-    assert told["why"] == "paused: by hand: they asked"
+    assert told["why"] == "paused: by hand, until it is resumed: they asked"
     change(
         folder,
         "insert into tasks select 99, object_id, dataset_id, 'pending', 'LOW', 0, 1, 1, 0, null, 0, 0, "

@@ -349,6 +349,17 @@ def test_terminal_shows_the_live_screen_and_a_pipe_none_of_it(league, tmp_path):
     assert "\x1b" not in again.stdout + again.stderr
 
 
+def test_screen_tells_that_it_stops_while_attempts_may_finish(upstream, league, tmp_path):
+    upstream.latency_seconds = (2, 2)
+    terminal = Terminal(tmp_path, "run")
+    wait_until(lambda: b"workers days/" in terminal.shown)
+    os.write(terminal.file, b"\x03")
+    wait_until(lambda: b"stopping running=" in terminal.shown)
+    assert b"stop reason=" not in terminal.shown
+    after = terminal.end().rpartition("^C")[2]
+    assert re.match(r"\x1b\[\d+F", after)  # drawn anew from the first column
+
+
 def test_ctrl_c_on_a_terminal_stops_cleanly(league, tmp_path):
     terminal = Terminal(tmp_path, "run")
     wait_until(lambda: b"workers idle" in terminal.shown)

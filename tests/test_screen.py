@@ -73,3 +73,15 @@ def test_running_cycle_tells_how_far_it_is(paint, database, clock):
             (clock.wall() - 10,),
         )
     assert paint(50)[1] == "cycle   1: 10 of 40 objects, 30 s left"
+
+
+def test_wide_letters_are_cut_by_the_columns_they_take():
+    assert [adce.cut("a\u932f\u8aa4b", columns) for columns in range(7)] == [
+        "",
+        "a",
+        "a",
+        "a\u932f",
+        "a\u932f",
+        "a\u932f\u8aa4",
+        "a\u932f\u8aa4b",
+    ]

@@ -48,6 +48,7 @@ def test_outage_of_two_days_is_one_alert_a_reminder_a_day_and_one_end(kind, fold
     with (folder / "adce.yaml").open("a") as file:
         file.write(f"alerts: {{webhook: {json.dumps(listener.address)}}}\n")
     configuration = adce.load_configuration(folder / "adce.yaml")
+    adce.FolderStore(Path(configuration.store)).sweep()  # it is there, although another one is used
     database = adce.open_database(configuration.database)
     journal = adce.Journal(io.StringIO(), clock=world.clock)
     runner = adce.Runner(configuration, database, world.lake, journal)
