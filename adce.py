@@ -4463,12 +4463,13 @@ def _inherit(ledger: Ledger, child_id: int) -> None:
         object_id in (select parent_id from links where child_id = :child) and state != 'dropped'
         order by key limit 1
     """
-    for parent in ledger.objects(first, {"child": child_id}) if dataset else []:
-        assert dataset
-        own = {name: child.fields[name] for name in dataset.partitions.own_fields()}
-        wanted = expected_object(dataset, {**parent.fields, **own}, ledger.configuration.seasons)
-        if wanted.key == child.key and wanted.fields != child.fields:
-            ledger.expect_otherwise(child, dataset, wanted, child.facts)
+    for parent in ledger.objects(first, {"child": child_id}):
+        if dataset:
+            own = child.fields.keys() & dataset.partitions.own_fields()
+            fields = {**parent.fields, **{name: child.fields[name] for name in own}}
+            if makes_key(dataset, fields, child.key) and fields != child.fields:
+                wanted = expected_object(dataset, fields, ledger.configuration.seasons)
+                ledger.expect_otherwise(child, dataset, wanted, child.facts)
 
 
 # ---------------------------------------------------------------- Upkeep
@@ -5383,6 +5384,7 @@ class Cycle:
 
 READS_IN_A_TRANSACTION = 20
 READS_IN_A_CYCLE = 1000  # of objects that name no others and that something else wrote
+STILL_UNREAD = "object_id = :object_id and etag = :etag and etag is not read_etag and state != 'dropped'"
 
 
 def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
@@ -5442,8 +5444,7 @@ def _inspect(cycle: Cycle, target: KnownObject, children: Sequence[Dataset]) -> 
 def _note_content(cycle: Cycle, ledger: Ledger, target: KnownObject, found: Inspection) -> None:
     """What names fewer than before counts as unread until they are dropped: a cycle may end before that. So does what
     names something that cannot be expected, as far as it is told: it is told again."""
-    is_as_read = "object_id = :object_id and etag = :etag and etag is not read_etag and state != 'dropped'"
-    if not ledger.objects(is_as_read, {"object_id": target.object_id, "etag": target.facts.etag}):
+    if not ledger.objects(STILL_UNREAD, {"object_id": target.object_id, "etag": target.facts.etag}):
         return  # fetched anew, or dropped, while it was read
     facts = dataclasses.replace(
         target.facts, valid=found.valid, settled=found.settled, live=found.live, verdict=found.verdict
@@ -5464,8 +5465,7 @@ def drop_unnamed(cycle: Cycle) -> Iterator[None]:
     with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
         doubtful = set() if is_changed(ledger.sql) else _doubtful(cycle, ledger)
         for parent_id, (etag, children) in cycle.unnamed.items():
-            is_as_read = "object_id = :object_id and etag = :etag and etag is not read_etag and state != 'dropped'"
-            if ledger.objects(is_as_read, {"object_id": parent_id, "etag": etag}):  # else it was fetched anew meanwhile
+            if ledger.objects(STILL_UNREAD, {"object_id": parent_id, "etag": etag}):  # else it was fetched anew
                 drop_children(ledger, parent_id, children - doubtful)
                 if not children & doubtful:  # else it counts as unread, and is read again
                     ledger.sql.execute("update objects set read_etag = etag where object_id = ?", (parent_id,))
