@@ -47,6 +47,7 @@ def of(name: str, *arguments, marks=(), **settings):
     return pytest.param(Scraper(*arguments, **settings), id=name.replace(" ", "-"), marks=marks)
 
 
+LENGTHY = pytest.mark.battery
 LATE = {"patience": LATE_SECONDS}
 STUBBORN = {"patience": LATE_SECONDS, "within": adce.TERMINATE_SECONDS + SLACK_SECONDS}
 PRINTED = {"output": "stdout"}
@@ -107,10 +108,18 @@ COMMANDS = [
     of("writes, then hangs", f"{WRITE}; exec sleep 300", O.OK, **LATE),
     of("writes half, then hangs", f"{WRITE}; printf '{{' > lake/{KEY}; sleep 300", O.INVALID, "not JSON", **LATE),
     of("ignores TERM", "trap '' TERM; sleep 300 & wait; sleep 300", O.TIMEOUT, "(timed out)", **STUBBORN),
-    of("goes on printing at TERM", f'exec {PYTHON} "{NOISY}"', O.TIMEOUT, "(timed out): ", **STUBBORN),
+    of("goes on printing at TERM", f'exec {PYTHON} "{NOISY}"', O.TIMEOUT, "(timed out): ", marks=LENGTHY, **STUBBORN),
     of("stops itself", "kill -STOP $$", O.TIMEOUT, "left no object (timed out): empty", **STUBBORN),
     of("finishes at TERM", f"finish() {{ {WRITE}; exit; }}; trap finish TERM; sleep 300 & wait", O.OK, **LATE),
-    of("10 GB of output", "head -c 10G /dev/zero; exit 1", O.ERROR, "(exit 1): ????", patience=60, within=40),
+    of(
+        "10 GB of output",
+        "head -c 10G /dev/zero; exit 1",
+        O.ERROR,
+        "(exit 1): ????",
+        marks=LENGTHY,
+        patience=60,
+        within=40,
+    ),
     of("endless output", "exec yes", O.TIMEOUT, "(timed out): y y y", **LATE),
     of("binary output", r"printf '\377\376\000\001'; exit 1", O.ERROR, "(exit 1): \ufffd\ufffd??"),
     of("escapes and newlines", r"printf '\033[2J\033]0;x\007a\nb\r\nc'; exit 1", O.ERROR, "(exit 1): ?[2J?]0;x?a b c"),
@@ -211,7 +220,15 @@ COMMANDS = [
     ),
     of("prints garbage", "echo garbage", O.INVALID, "not JSON", **PRINTED),
     of("prints half of it", f"printf '{WHOLE[:6]}'", O.INVALID, "not JSON", **PRINTED),
-    of("prints 10 GB on stderr", f"head -c 10G /dev/zero >&2; echo '{WHOLE}'", O.OK, **PRINTED, patience=60, within=40),
+    of(
+        "prints 10 GB on stderr",
+        f"head -c 10G /dev/zero >&2; echo '{WHOLE}'",
+        O.OK,
+        marks=LENGTHY,
+        **PRINTED,
+        patience=60,
+        within=40,
+    ),
     of("prints 5 MB at once", f"printf '%5000000s' ''; echo '{WHOLE}'", O.OK, **PRINTED),
     of("hands over a file", f"echo '{WHOLE}' > $ADCE_OUTPUT", O.OK),
     of(

@@ -80,6 +80,7 @@ def axe_core(tmp_path_factory) -> str:
 
 
 @needs_chromium
+@pytest.mark.battery
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(scheme, address, axe_core):
     sync_api = pytest.importorskip("playwright.sync_api")

@@ -286,6 +286,7 @@ def start_asker(
     return subprocess.Popen(words, cwd=folder, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.battery
 def test_contention_is_fair_between_threads_and_processes(tmp_path):
     with Upstream(limits=[(40, 1.0), (900, 60.0)], latency_seconds=(0.0, 0.05)) as upstream:
         upstream.answer("/x", Answer(b"ok"))
@@ -366,6 +367,7 @@ def faketime_library() -> str:
     return str(next(Path(found.origin).parent.rglob("libfaketime.so.1")))
 
 
+@pytest.mark.battery
 def test_steps_of_the_wall_clock_grant_nothing_and_stall_nothing(tmp_path):
     """One process lives with a clock that jumps an hour forth, two back, one forth; the other with a true one."""
     steps, limits = tmp_path / "faketime", "{requests_per_second: 20, requests_per_minute: 900}"

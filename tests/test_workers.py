@@ -138,6 +138,7 @@ def no_count_is_lost(folder: Path, tens: int) -> None:
     assert sum(path.is_file() for path in (folder / "lake").rglob("*")) == states["done"]
 
 
+@pytest.mark.battery
 def test_no_attempt_of_two_thousand_is_lost(tmp_path):
     no_count_is_lost(tmp_path, tens=10)
 
