@@ -7898,7 +7898,7 @@ CONDITIONS = {
     "errors": """
         select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
         from (
-            select outcome not in ('ok', 'not_yet', 'lost') as failed,
+            select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
                    a.attempt_id > (select max(attempt_id) from attempts) - :few_attempts as is_late
             from attempts a
             join tasks using (task_id)
@@ -7956,6 +7956,7 @@ LOOK_SECONDS = 30
 CALM_SECONDS = 15 * MINUTE  # what comes back before that was never over
 SEND_SECONDS = 15  # for one message
 MOST_LETTERS = 1000  # of a text
+FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # what else a full disk makes unusable
 MOST_TRIES_SECONDS = DAY  # then a message is too old to be sent
 
 
@@ -8016,7 +8017,9 @@ class Alerter:
         }
         troubles = problems(self.database, self.configuration, now, self.started_at, self.journal.trouble)
         found = {(name, "runner"): text for name, text in troubles.items()}
+        was_low = None
         with contextlib.suppress(DatabaseError):  # that is one of its problems
+            was_low = self.database.value("select 1 from alerts where condition = 'disk low' and ended_at is null")
             for name, sql in CONDITIONS.items():
                 found |= {(name, row["about"]): row["text"] for row in self.database.read(BLOCKS + sql, facts)}
         if {name for name, _ in found} & {"mass loss", "store unusable"}:
@@ -8025,6 +8028,8 @@ class Alerter:
         free = shutil.disk_usage(self.configuration.database.parent).free
         if free < LEAST_FREE_BYTES:
             found["disk low", "database"] = f"{free >> 20} MB left beside {self.configuration.database.name}"
+        if was_low or ("disk low", "database") in found:
+            found = {key: text for key, text in found.items() if not re.search(FULL, text)}
         return found
 
     def look(self) -> None:

@@ -287,6 +287,19 @@ def test_trouble_that_the_runner_has_with_its_database_is_told(alerter, clock, l
     assert listener.subjects() == ["ADCE: database unusable, runner"]
 
 
+def test_full_disk_is_told_by_itself(alerter, database, clock, listener, monkeypatch):
+    at_work = alerter(f"  webhook: {listener.address}\n")
+    at_work.journal.tell_trouble(adce.DatabaseTroubleError("adce.db: database or disk is full (SQLITE_FULL)"))
+    monkeypatch.setattr(adce, "LEAST_FREE_BYTES", 1 << 60)
+    live(at_work, clock, 0.1)
+    monkeypatch.undo()
+    at_work.journal.tell_trouble(None)
+    with database.transaction() as sql:
+        adce.pause(sql, "global", 60, "store: cannot write days/1.json: No space left on device", clock.boot())
+    live(at_work, clock, 0.1)
+    assert listener.subjects() == ["ADCE: disk low, database"]
+
+
 def test_alert_names_every_command_that_helps(alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
     problem = "{0}: 120 of 150 objects vanished at once, none is taken for missing; if so: reconcile --believe {0}"
