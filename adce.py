@@ -4180,6 +4180,7 @@ class Ledger:
         self.sql, self.configuration, self.now, self.cycle_id = sql, configuration, now, cycle_id
         self.created = self.closed = 0
         self.problems: list[str] = []  # what was named, and cannot be expected
+        self.differing: set[int] = set()  # children that may have other fields now; see inherit_fields()
         self.ids: dict[str, int] = dict(sql.execute("select dataset, dataset_id from datasets").fetchall())
         self._names = {number: name for name, number in self.ids.items()}
         self._seasons = {season.label: season for season in configuration.seasons}
@@ -4223,14 +4224,16 @@ class Ledger:
         if object_id is not None:
             return object_id
         known = self.objects("key = :key", {"key": wanted.key})[0]
-        own = dataset.partitions.own_fields()
-        is_other = known.dataset != dataset.name or any(known.fields.get(name) != wanted.fields[name] for name in own)
+        fields, own = known.fields, dataset.partitions.own_fields()
+        is_other = known.dataset != dataset.name or any(fields.get(name) != wanted.fields[name] for name in own)
         if known.state is not ObjectState.DROPPED:
             owner = self.configuration.datasets.get(known.dataset)
-            if is_other and owner and makes_key(owner, known.fields, known.key):
+            if is_other and owner and makes_key(owner, fields, known.key):
                 text = f"{wanted.key} is already the key of another object of {known.dataset}"
                 raise ValueError(f"{dataset.name}: {text}; give each a key of its own")
             if not is_other and known.facts.available_at == wanted.available_at and (known.facts.proven or not proven):
+                if fields != wanted.fields:
+                    self.differing.add(known.object_id)
                 return known.object_id
         facts = dataclasses.replace(known.facts, available_at=wanted.available_at, proven=known.facts.proven or proven)
         if known.dataset != dataset.name:  # that has been declared otherwise since
@@ -4298,6 +4301,28 @@ class Ledger:
             """,
             (self.ids[dataset], object_id),
         )
+        named = """
+            select dataset, child_id
+            from links join objects on object_id = child_id join datasets using (dataset_id)
+            where parent_id = ?
+        """
+        its_own = {child.name for child in self.configuration.children_of(dataset)}
+        for name, child_id in self.sql.execute(named, (object_id,)).fetchall():
+            if name in self.configuration.datasets and name not in its_own:
+                self.unlink(object_id, child_id)
+
+    def unlink(self, parent_id: int, child_id: int) -> None:
+        """Note that a parent names a child no longer, which is dropped unless another does."""
+        self.sql.execute("delete from links where parent_id = ? and child_id = ?", (parent_id, child_id))
+        others = """
+            select 1
+            from links join objects parent on parent.object_id = parent_id
+            where child_id = ? and (parent.state != 'dropped' or parent.reason is not null)
+        """
+        if self.sql.execute(others, (child_id,)).fetchone():
+            self.differing.add(child_id)
+        else:
+            self.drop(child_id)
 
     def drop(self, object_id: int) -> None:
         """Note that an object is no longer expected, nor what it alone has named; what lies in the store is
@@ -4320,11 +4345,15 @@ class Ledger:
               and not exists (
                   select 1
                   from links other
-                  join objects parent on parent.object_id = other.parent_id and parent.state != 'dropped'
-                  where other.child_id = l.child_id)
+                  join objects parent on parent.object_id = other.parent_id
+                  where other.child_id = l.child_id and (parent.state != 'dropped' or parent.reason is not null))
         """
         for (child_id,) in self.sql.execute(orphans, (object_id,)).fetchall():
             self.drop(child_id)
+        shared = (
+            "select child_id from links join objects on object_id = child_id where parent_id = ? and state != 'dropped'"
+        )
+        self.differing |= {row[0] for row in self.sql.execute(shared, (object_id,))}
 
     def note(self, known: KnownObject, facts: Facts, read_etag: str | None = None) -> Appraisal:
         """Write what is now known of an object; open, keep or close its task accordingly."""
@@ -4440,36 +4469,42 @@ def add_children(ledger: Ledger, parent: KnownObject, found: Inspection, *, prov
         group by child_id
         having count(*) > 1
     """
-    for (child,) in ledger.sql.execute(shared, (json.dumps(list(named - linked)),)).fetchall():
-        _inherit(ledger, child)
+    ledger.differing |= {row[0] for row in ledger.sql.execute(shared, (json.dumps(list(named - linked)),))}
+    inherit_fields(ledger)
     return set() if problems else linked - named
 
 
 def drop_children(ledger: Ledger, parent_id: int, children: Iterable[int]) -> None:
     """A parent names these no longer: drop those that no other names."""
     for child in children:
-        ledger.sql.execute("delete from links where parent_id = ? and child_id = ?", (parent_id, child))
-        if ledger.sql.execute("select 1 from links where child_id = ? limit 1", (child,)).fetchone():
-            _inherit(ledger, child)
-        else:
-            ledger.drop(child)
+        ledger.unlink(parent_id, child)
+    inherit_fields(ledger)
+
+
+def inherit_fields(ledger: Ledger) -> None:
+    """Give children whose parents have changed the fields of those that they have now."""
+    while ledger.differing:
+        _inherit(ledger, ledger.differing.pop())
 
 
 def _inherit(ledger: Ledger, child_id: int) -> None:
-    """The fields of a child that several parents name, such as its day, are those of the first of them."""
+    """Give a child, and its children, the fields, such as the day, of the first of the parents that name it."""
     child = ledger.objects("object_id = :child", {"child": child_id})[0]
     dataset = ledger.configuration.datasets.get(child.dataset)
     first = """
-        object_id in (select parent_id from links where child_id = :child) and state != 'dropped'
+        object_id in (select parent_id from links where child_id = :child)
+        and (state != 'dropped' or reason is not null)
         order by key limit 1
     """
-    for parent in ledger.objects(first, {"child": child_id}):
-        if dataset:
-            own = child.fields.keys() & dataset.partitions.own_fields()
-            fields = {**parent.fields, **{name: child.fields[name] for name in own}}
-            if makes_key(dataset, fields, child.key) and fields != child.fields:
-                wanted = expected_object(dataset, fields, ledger.configuration.seasons)
-                ledger.expect_otherwise(child, dataset, wanted, child.facts)
+    parents = ledger.objects(first, {"child": child_id})
+    if parents and dataset:
+        own = child.fields.keys() & dataset.partitions.own_fields()
+        fields = {**parents[0].fields, **{name: child.fields[name] for name in own}}
+        if makes_key(dataset, fields, child.key) and fields != child.fields:
+            wanted = expected_object(dataset, fields, ledger.configuration.seasons)
+            ledger.expect_otherwise(child, dataset, wanted, child.facts)
+            for (heir,) in ledger.sql.execute("select child_id from links where parent_id = ?", (child_id,)).fetchall():
+                _inherit(ledger, heir)
 
 
 # ---------------------------------------------------------------- Upkeep
@@ -4592,6 +4627,7 @@ def _dissolve_datasets(ledger: Ledger, heirs: Sequence[Dataset]) -> None:
             without_heir.append(object_id)
     for object_id in without_heir:
         ledger.drop(object_id)
+    inherit_fields(ledger)
 
 
 def _forget_readings(sql: sqlite3.Connection, dataset: Dataset) -> None:
@@ -5322,6 +5358,7 @@ class Cycle:
         with self.database.transaction(durable=False) as sql:
             ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
             yield ledger
+            inherit_fields(ledger)
         self.problems += ledger.problems
         self.created += ledger.created
         self.closed += ledger.closed
