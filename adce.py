@@ -4301,25 +4301,28 @@ class Ledger:
             """,
             (self.ids[dataset], object_id),
         )
-        named = """
-            select dataset, child_id
-            from links join objects on object_id = child_id join datasets using (dataset_id)
-            where parent_id = ?
+        relatives = {child.name for child in self.configuration.children_of(dataset)}
+        relatives.add(self.configuration.datasets[dataset].partitions.parent or "")
+        links = """
+            select parent_id, child_id, dataset
+            from links
+            join objects on object_id = iif(parent_id = :one, child_id, parent_id)
+            join datasets using (dataset_id)
+            where parent_id = :one or child_id = :one
         """
-        its_own = {child.name for child in self.configuration.children_of(dataset)}
-        for name, child_id in self.sql.execute(named, (object_id,)).fetchall():
-            if name in self.configuration.datasets and name not in its_own:
-                self.unlink(object_id, child_id)
+        for parent_id, child_id, name in self.sql.execute(links, {"one": object_id}).fetchall():
+            if name in self.configuration.datasets and name not in relatives:  # else it may be handed over, too
+                self.unlink(parent_id, child_id, keeps=object_id)
 
-    def unlink(self, parent_id: int, child_id: int) -> None:
-        """Note that a parent names a child no longer, which is dropped unless another does."""
+    def unlink(self, parent_id: int, child_id: int, keeps: int = 0) -> None:
+        """Note that a parent names a child no longer, which is dropped unless another does or it `keeps` its place."""
         self.sql.execute("delete from links where parent_id = ? and child_id = ?", (parent_id, child_id))
         others = """
             select 1
             from links join objects parent on parent.object_id = parent_id
             where child_id = ? and (parent.state != 'dropped' or parent.reason is not null)
         """
-        if self.sql.execute(others, (child_id,)).fetchone():
+        if child_id == keeps or self.sql.execute(others, (child_id,)).fetchone():
             self.differing.add(child_id)
         else:
             self.drop(child_id)
@@ -4584,6 +4587,7 @@ def declare_datasets(
     Raises MassDropError when that is most of what was expected, and the operator has not consented."""
     weighting = configuration.priority_weighting
     were_active = {row[0] for row in sql.execute("select dataset from datasets where active").fetchall()}
+    changed: list[Dataset] = []
     sql.execute("update datasets set active = 0")
     for dataset in configuration.datasets.values():
         parts: tuple[Any, ...] = (dataset.key.text, dataset.partitions, dataset.freshness, dataset.validate)
@@ -4596,6 +4600,7 @@ def declare_datasets(
             )
         if known is None or known["definition"] != definition or dataset.name not in were_active:
             _forget_readings(sql, dataset)
+            changed.append(dataset)
         sql.execute(
             "update datasets set active = 1, source = ?, definition = ? where dataset = ?",
             (dataset.source, definition, dataset.name),
@@ -4603,8 +4608,11 @@ def declare_datasets(
     for row in sql.execute("select dataset_id, success_rate from datasets").fetchall():
         sql.execute("update datasets set bonus = ? where dataset_id = ?", (bonus_of(weighting, row[1]), row[0]))
     heirs = [dataset for dataset in configuration.datasets.values() if dataset.name not in were_active]
+    ledger = Ledger(sql, configuration, now)
     with guarded_drops(sql, consents=consents):
-        _dissolve_datasets(Ledger(sql, configuration, now), heirs)
+        _dissolve_datasets(ledger, heirs)
+        _unlink_strangers(ledger, changed)
+        inherit_fields(ledger)
 
 
 def _dissolve_datasets(ledger: Ledger, heirs: Sequence[Dataset]) -> None:
@@ -4627,7 +4635,21 @@ def _dissolve_datasets(ledger: Ledger, heirs: Sequence[Dataset]) -> None:
             without_heir.append(object_id)
     for object_id in without_heir:
         ledger.drop(object_id)
-    inherit_fields(ledger)
+
+
+def _unlink_strangers(ledger: Ledger, changed: Iterable[Dataset]) -> None:
+    """What was named by the objects of another dataset than the one that names it now."""
+    strange = """
+        select parent_id, child_id
+        from objects child
+        join links on child_id = child.object_id
+        join objects parent on parent.object_id = parent_id
+        where child.dataset_id = ? and parent.dataset_id is not ?
+    """
+    for dataset in changed:
+        parent = ledger.ids.get(dataset.partitions.parent or "")
+        for link in ledger.sql.execute(strange, (ledger.ids[dataset.name], parent)).fetchall():
+            ledger.unlink(*link)
 
 
 def _forget_readings(sql: sqlite3.Connection, dataset: Dataset) -> None:
@@ -5318,6 +5340,17 @@ class Orders:
     order_id: int = 0  # the last of the orders of other processes among them
 
 
+def expected_by_dataset(database: Database) -> dict[str, int]:
+    """How many objects each dataset expects now, or will when they are available."""
+    sql = """
+        select dataset, sum(objects)
+        from counts join datasets using (dataset_id)
+        where state != 'dropped'
+        group by dataset
+    """
+    return dict(map(tuple, database.read(sql)))
+
+
 class Cycle:
     """What one cycle has seen and done so far; its row in the database."""
 
@@ -5333,6 +5366,7 @@ class Cycle:
         self.ahead: ReadAhead | None = None
         self.compared: set[str] = set()  # prefixes
         self.losses: dict[int, array.array[int]] = {}  # objects that were there, by dataset
+        self.expected = expected_by_dataset(database)  # by dataset, at its beginning
         self.unnamed: dict[int, tuple[str | None, set[int]]] = {}  # by parent: its etag, whom it names no longer
         self.problems: list[str] = []
         self.started, self.calls_before = clock.boot(), store.calls
@@ -5521,10 +5555,7 @@ def _doubtful(cycle: Cycle, ledger: Ledger) -> set[int]:
     for name, object_id in ledger.sql.execute(of_dataset, (json.dumps(unnamed),)).fetchall():
         by_dataset.setdefault(name, set()).add(object_id)
     for name, ids in by_dataset.items():
-        count = (
-            "select sum(objects) from counts join datasets using (dataset_id) where dataset = ? and state != 'dropped'"
-        )
-        expected = ledger.sql.execute(count, (name,)).fetchone()[0] or 0
+        expected = cycle.expected.get(name, 0)
         if is_mass_drop(expected, expected - len(ids)) and name not in cycle.orders.may_lose:
             doubtful |= ids
             cycle.is_braked = True
@@ -5763,7 +5794,7 @@ def _age(cycle: Cycle) -> Iterator[None]:
 def _seen(target: KnownObject, entry: StoredObject, now: float) -> Facts:
     """The facts of an object that is listed with an etag not known yet: its content counts as unread. No clock but
     ours says how old it is: one that is ahead would keep it fresh for longer."""
-    is_read = target.read_etag == entry.etag
+    is_read = target.read_etag == entry.etag or target.state in GAPS  # a gap stays one until it is read
     unread = {} if is_read else {"valid": None, "settled": None, "live": None, "verdict": None}
     modified_at = min(entry.modified_at, int(now))
     return dataclasses.replace(
@@ -7032,17 +7063,6 @@ def task_sections(database: Database, task_id: int) -> list[Section]:
 
 # ---------------------------------------------------------------- Plan
 # What a run would do, of a cycle on a copy of the database. Headline: plan_sections().
-
-
-def expected_by_dataset(database: Database) -> dict[str, int]:
-    """How many objects each dataset expects now, or will when they are available."""
-    sql = """
-        select dataset, sum(objects) as expected
-        from counts join datasets using (dataset_id)
-        where state != 'dropped'
-        group by dataset
-    """
-    return {row["dataset"]: row["expected"] for row in query(database, sql)}
 
 
 # sources that nobody may ask now
@@ -9380,6 +9400,8 @@ def _show_plan(arguments: Arguments, configuration: Configuration, orders: Order
         cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
         is_once = getattr(arguments, "once", False)  # that does not wait for retries, it tries them all
         with database.transaction() as sql:
+            if RunnerLock(configuration.database).holder() is None:
+                requeue_orphans(sql, configuration.retry, clock.wall())
             wake_retries(sql, sys.maxsize if is_once else clock.wall())
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, plan_sections(database, before, arguments.most), notes)

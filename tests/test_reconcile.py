@@ -658,6 +658,54 @@ def test_what_is_no_id_is_told_and_drops_no_child(desk, lake):
     assert {"games/7.json", "games/8.json"} <= desk.gaps().keys()
 
 
+def test_keys_that_swap_between_values_and_names_are_all_expected(configure, database, lake, clock):
+    clubs = (
+        '  clubs: {source: espn, key: "clubs/{club}.json", url: "/{club}", partitions: {values: {club: ["7", "8"]}}}\n'
+    )
+    desk = Desk(configure(TEXT + clubs), database, lake, clock)
+    lake.put_day(1, ["7", "8"])
+    assert desk.cycle()["expected"] == 9
+    swapped = (TEXT + clubs).replace('"games/', '"x/').replace('"clubs/', '"games/').replace('"x/', '"clubs/')
+    for text in (swapped, TEXT + clubs):
+        desk.declare(configure(text))
+        for _ in range(2):
+            assert desk.cycle()["expected"] == 9
+
+
+def test_children_of_the_parents_of_before_are_expected_no_more(configure, database, lake, clock):
+    events = TEXT.partition("  games:")[0].partition("datasets:\n")[2].replace("days", "events")
+    desk = Desk(configure(TEXT + events), database, lake, clock)
+    lake.put_day(1, ["7", "8"])
+    lake.put("events/2025-10-01.json", {"final": True, "games": ["9"]})
+    assert desk.cycle()["expected"] == 12
+    desk.declare(configure((TEXT + events).replace("from: days", "from: events")))
+    assert desk.cycle()["expected"] == 11
+    assert {key for key in desk.gaps() if key.startswith("games/")} == {"games/9.json"}
+
+
+def test_gap_that_another_version_leaves_open_keeps_its_task(desk, lake):
+    lake.put_day(1, ["7"])
+    lake.put("games/7.json", {"id": "another"})
+    desk.cycle()
+    before = desk.live_tasks()["games/7.json"]
+    for wrong in ("yet another", "and another"):
+        lake.put("games/7.json", {"id": wrong})
+        desk.cycle()
+        assert desk.live_tasks()["games/7.json"] == before
+    lake.put_game("7")
+    desk.cycle()
+    assert "games/7.json" not in desk.gaps()
+
+
+def test_new_names_hide_no_loss_of_names(configure, database, lake, clock):
+    desk = Desk(configure(TEXT), database, lake, clock)
+    lake.put_day(1, [f"g{number}" for number in range(200)])
+    desk.cycle()
+    lake.put_day(1, [f"h{number}" for number in range(300)])
+    row = desk.cycle()
+    assert ("games: the names of 200 of 200 objects vanished" in row["error"], row["expected"]) == (True, 505)
+
+
 @pytest.mark.parametrize("name", [".", ".."])
 def test_id_that_a_url_cannot_hold_is_told(name, desk, lake):
     lake.put_day(1, [name, "7"])
