@@ -161,6 +161,45 @@ def test_priority_of_an_open_task_falls_as_days_pass(database, configure, clock:
     assert seen == [("CRITICAL", 0.75), ("HIGH", 0.75), ("HIGH", 0.75)]
 
 
+def test_only_the_season_before_the_current_one_is_of_medium_priority(database, configure):
+    row = '{{label: "{}-{}", end: 20{}, start: {}-10-20, finish: 20{}-06-20}}'
+    seasons = [row.format(year, year - 1999, year - 1999, year, year - 1999) for year in (2022, 2023, 2024)]
+    text = TEXT.replace("seasons: [", f"seasons: [{', '.join(seasons)}, ").replace("    priority: CRITICAL\n", "")
+    for year in (2023, 2024, 2025):
+        expect(database, configure(text.replace("2025-09-01", "2022-10-20")), 1_770_000_000, f"{year}-01-15")
+    found = database.read("select priority from queue order by key")
+    assert [row["priority"] for row in found] == ["LOW", "LOW", "MEDIUM"]
+
+
+GAMES = """\
+  games:
+    source: espn
+    key: "games/{game_id}.json"
+    url: "/games/{game_id}"
+    partitions: {from: days, ids: "games", as: game_id}
+"""
+
+
+@pytest.mark.parametrize("others", [{}, {"2025-10-10": "8"}])
+def test_dropped_parent_takes_along_what_it_alone_has_named_and_nothing_else(database, configure, others):
+    configuration, now = configure(TEXT + GAMES), 1_760_000_000
+    ids = {day: expect(database, configuration, now, day) for day in ("2025-10-09", *others)}
+    with database.transaction() as sql:
+        ledger = adce.Ledger(sql, configuration, now)
+        for day, game in {"2025-10-09": "7", **others}.items():
+            parent = ledger.objects("object_id = :id", {"id": ids[day]})[0]
+            found = adce.Inspection(valid=True, verdict=None, settled=True, live=False, children={"games": [game]})
+            adce.add_children(ledger, parent, found, proven=True)
+    assert len(database.read("select * from queue")) == 2 * len(ids)
+    with database.transaction() as sql:
+        ledger = adce.Ledger(sql, configuration, now)
+        ledger.drop(ids["2025-10-09"])
+        assert ledger.closed == 2
+    left = {f"days/{day}.json" for day in others} | {f"games/{game}.json" for game in others.values()}
+    for view in ("queue", "gaps"):
+        assert {row["key"] for row in database.read(f"select key from {view}")} == left
+
+
 def test_dataset_that_is_no_longer_declared_is_cancelled(database, configuration, configure):
     expect(database, configuration, 1_760_000_000)
     smaller = configure(TEXT.replace("  days:", "  nights:").replace("days/", "nights/"))

@@ -72,10 +72,12 @@ class Desk:
             self.release(permit)
         return permit is not None
 
-    def learn(self, outcome: adce.Outcome, retry_after: float | None = None, **source) -> adce.Pause | None:
+    def learn(
+        self, outcome: adce.Outcome, retry_after: float | None = None, status: int | None = None, **source
+    ) -> adce.Pause | None:
         with self.database.transaction() as sql:
             described = adce.Source("espn", **source)
-            answer = adce.Answer(outcome, "told so", retry_after=retry_after)
+            answer = adce.Answer(outcome, "told so", status, retry_after)
             return adce.learn(sql, described, answer, self.clock.boot()).pause
 
 
@@ -193,6 +195,16 @@ def test_reboot_makes_old_requests_count_from_the_new_start():
     assert desk.ask()
 
 
+def test_bucket_is_empty_when_the_machine_starts_and_fills_from_then_on():
+    desk = Desk(limiting(espn=windows((60, 60), burst_size=2, refill_per_second=1)))
+    assert desk.ask_and_release()
+    desk.clock.reboot(uptime=0.25)
+    desk.declare()
+    assert desk.opening().at == pytest.approx(1)
+    desk.clock.seconds = 2
+    assert [desk.ask_and_release() for _ in range(3)] == [True, True, False]
+
+
 @pytest.mark.parametrize(("step", "left"), [(0, 60), (-36000, 100), (36000, 0)])
 def test_pause_survives_a_reboot_but_grows_no_longer_whatever_the_wall_clock_says(step, left):
     desk = Desk(limiting())
@@ -262,6 +274,14 @@ def test_so_many_failures_in_a_row_pause_a_source_and_a_good_answer_between_them
         assert [desk.learn(outcome) for _ in range(times - 1)] == [None] * (times - 1)
         desk.learn(adce.Outcome.OK)
     assert [bool(desk.learn(outcome)) for _ in range(times)] == [False] * (times - 1) + [True]
+
+
+@pytest.mark.parametrize(("status", "is_away"), [(500, True), (599, True), (499, False), (404, False), (None, False)])
+@pytest.mark.parametrize("times", [10, 3])
+def test_so_many_server_errors_in_a_row_pause_a_source_and_no_other_status_does(status, is_away, times):
+    desk, blocked = Desk(limiting()), adce.BlockedWhen(failures_in_a_row=times)
+    pauses = [desk.learn(adce.Outcome.HTTP_ERROR, status=status, blocked_when=blocked) for _ in range(times)]
+    assert [pause and pause.seconds for pause in pauses] == [None] * (times - 1) + [60 if is_away else None]
 
 
 @pytest.mark.parametrize("outcome", [adce.Outcome.LOST, adce.Outcome.STORE_ERROR])

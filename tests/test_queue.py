@@ -140,6 +140,50 @@ def test_source_has_at_most_its_own_number_of_workers(desk):
     assert desk.claim()
 
 
+def test_dataset_has_at_most_its_own_number_of_workers(configure, database, clock):
+    desk = Desk(configure(TEXT.replace('url: "/{team}"', 'url: "/{team}"\n    max_concurrent: 2')), database, clock)
+    for team in "ABC":
+        desk.expect("teams", team=team)
+    first, second = desk.claim(), desk.claim()
+    assert first and second
+    assert desk.claim() is None
+    desk.end(first, adce.Outcome.OK)
+    assert desk.claim()
+
+
+def test_last_worker_is_left_to_a_source_that_has_none_whatever_matters_more(configure, database, clock):
+    text = TEXT.replace("priority: LOW", "priority: CRITICAL").replace("priority: HIGH", "priority: LOW")
+    desk = Desk(configure(text), database, clock)
+    for team in "ABCDEF":
+        desk.expect("teams", team=team)
+    desk.expect("days", date="2025-10-01")
+    assert [desk.claim().dataset.name for _ in range(5)] == ["teams"] * 4 + ["days"]
+
+
+def test_task_that_has_seen_runners_die_waits_until_it_is_alone_and_nothing_overtakes_it(desk):
+    desk.expect("files", season="S1", name="a")
+    for _ in range(2):
+        assert desk.claim()
+        lose_all(desk)
+    desk.expect("days", date="2025-10-01")
+    desk.expect("teams", team="A")
+    other = desk.claim()
+    assert other.dataset.name == "days"
+    assert desk.claim() is None
+    desk.end(other, adce.Outcome.OK)
+    suspect = desk.claim()
+    assert (suspect.dataset.name, suspect.is_alone) == ("files", True)
+    desk.end(suspect, adce.Outcome.OK)
+    assert desk.claim().dataset.name == "teams"
+
+
+def lose_all(desk: Desk) -> None:
+    """The runner dies and starts again."""
+    with desk.database.transaction() as sql:
+        adce.requeue_orphans(sql, desk.configuration.retry, desk.clock.wall())
+    desk.busy.clear()
+
+
 def test_among_equals_the_oldest_goes_first(desk):
     for team in "CAB":
         desk.expect("teams", team=team)
@@ -223,6 +267,19 @@ def test_object_that_is_not_final_waits_and_its_good_attempts_do_not_lengthen_a_
     assert 45 <= ending.next_at - desk.clock.wall() <= 77
 
 
+def test_object_that_is_not_final_is_claimed_again_when_it_is_due_and_not_before(desk):
+    desk.expect("days", date="2025-10-01")
+    claimed = desk.claim()
+    stored = result(claimed.tasks[0], adce.Outcome.OK, desk.clock)
+    desk.finish(claimed, dataclasses.replace(stored, inspection=dataclasses.replace(HELD, settled=False)))
+    due = adce.utc_text(desk.clock.wall() + 6 * adce.HOUR)
+    assert [tuple(row) for row in desk.database.read("select state, next_at from queue")] == [("retry", due)]
+    desk.clock.advance(6 * adce.HOUR - 1)
+    assert desk.claim() is None
+    desk.clock.advance(1)
+    assert desk.claim()
+
+
 def test_good_attempt_clears_the_failures_before_it(desk):
     desk.expect("days", date="2025-10-01")
     desk.end(desk.claim(), adce.Outcome.HTTP_ERROR)
@@ -241,6 +298,18 @@ def test_task_of_a_paused_source_waits_at_least_as_long_as_its_source(desk):
     told = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.THROTTLED, desk.clock), retry_after=500.0)
     ending = desk.finish(claimed, told)[0]
     assert 500 <= ending.next_at - desk.clock.wall() <= 501
+
+
+def test_wait_of_a_task_grows_with_its_own_attempts_and_not_with_those_of_others(desk):
+    waits = []
+    for team in "ABCD":
+        desk.expect("teams", team=team)
+        claimed = desk.claim()
+        told = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.THROTTLED, desk.clock), retry_after=0.0)
+        ending = desk.finish(claimed, told)[0]
+        assert ending.task.target.fields["team"] == team
+        waits.append(ending.next_at - desk.clock.wall())
+    assert all(45 <= wait <= 77 for wait in waits)
 
 
 @pytest.mark.parametrize("outcome", [adce.Outcome.THROTTLED, adce.Outcome.STORE_ERROR])
@@ -262,6 +331,35 @@ def test_second_failure_in_a_row_of_a_source_blames_the_source_and_not_the_task(
     assert desk.database.value("select reason from scopes where scope = 'nba'") == "it was unreachable"
 
 
+def test_attempts_that_sent_no_request_are_failures_of_their_tasks_and_never_of_the_source(desk):
+    for number in range(11):
+        desk.expect("teams", team=str(number))
+        claimed = desk.claim()
+        ending = desk.finish(claimed, adce.Result(adce.Outcome.ERROR, "its fields make no address", requests=0))[0]
+        assert (ending.counted, ending.failures) == (True, 1)
+
+
+def test_ten_answers_in_a_row_that_say_server_error_pause_the_source(desk):
+    for number in range(11):
+        desk.expect("teams", team=str(number))
+    for _ in range(10):
+        claimed = desk.claim()
+        broken = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.HTTP_ERROR, desk.clock), http_status=500)
+        desk.finish(claimed, broken)
+    assert desk.claim() is None
+    desk.clock.advance(59.9)
+    assert desk.claim() is None
+    desk.clock.advance(0.1)
+    assert desk.claim()
+
+
+def test_claim_that_is_given_back_unasked_uses_up_no_limit(desk):
+    desk.expect("days", date="2025-10-01")
+    for _ in range(5):  # of 3 a minute
+        claimed = desk.claim()
+        desk.finish(claimed, adce.Result(adce.Outcome.LOST, requests=0))
+
+
 def test_store_failure_pauses_everything(desk):
     desk.expect("teams", team="A")
     desk.expect("days", date="2025-10-01")
@@ -269,6 +367,20 @@ def test_store_failure_pauses_everything(desk):
     assert desk.claim() is None
     desk.clock.advance(61)
     assert desk.claim()
+
+
+def test_only_the_gap_that_changed_its_kind_is_tried_at_once(desk, tmp_path):
+    days = ("2025-10-01", "2025-10-02")
+    for day in days:
+        desk.expect("days", date=day)
+    for claimed in [desk.claim() for _ in days]:
+        desk.end(claimed, adce.Outcome.THROTTLED)
+    store = adce.FolderStore(tmp_path / "lake")
+    store.sweep()
+    store.write("days/2025-10-01.json", b"no JSON")
+    adce.run_cycle(adce.reconcile(desk.database, desk.configuration, store, desk.clock, adce.Orders()))
+    states = dict(map(tuple, desk.database.read("select key, state from queue")))
+    assert [states[f"days/{day}.json"] for day in days] == ["pending", "retry"]
 
 
 def test_late_finish_of_a_lost_attempt_changes_nothing(desk):
