@@ -181,6 +181,17 @@ def test_object_that_is_not_final_is_stale_and_waits_for_its_refetch(desk, lake)
     assert "days/2025-10-01.json" not in desk.gaps()
 
 
+def test_only_the_gap_that_changed_its_kind_is_tried_at_once(desk, lake):
+    for day in range(1, 6):
+        lake.put_day(day, [], final=False)
+    desk.cycle()
+    assert {row["state"] for row in desk.database.read("select state from queue")} == {"retry"}
+    lake.delete("days/2025-10-01.json")
+    desk.cycle()
+    states = [row["state"] for row in desk.database.read("select state from queue order by key")]
+    assert states == ["pending", *["retry"] * 4]
+
+
 def test_parent_is_read_once_for_each_version(desk, lake):
     lake.put_day(1, ["7"])
     reads: list[str] = []
