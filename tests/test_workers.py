@@ -444,6 +444,31 @@ def test_tasks_beside_one_that_kills_its_runner_do_not_give_up_with_it(tmp_path)
     assert rows(tmp_path, "select state, count(*) from tasks group by 1") == [("done", 4), ("gave_up", 1)]
 
 
+BESIDE = """
+import os, pathlib, threading
+OTHER = threading.Event()
+def kill(n):
+    if not pathlib.Path("lake/calm").exists():
+        os.kill(os.getpid(), 9)
+    return b"beside another" if OTHER.wait(1) else b"alone"
+def good(n):
+    OTHER.set()
+    return b"x"
+"""
+
+
+def test_nothing_is_begun_beside_a_task_that_has_seen_runners_die(tmp_path):
+    (tmp_path / "a_scraper.py").write_text(BESIDE)
+    (tmp_path / "adce.yaml").write_text(KILLER.partition("  good:")[0])
+    for _ in range(2):
+        assert run_adce("run", "--once", folder=tmp_path).returncode == -signal.SIGKILL
+    (tmp_path / "lake" / "calm").touch()
+    (tmp_path / "adce.yaml").write_text(KILLER)
+    assert run_adce("run", "--once", folder=tmp_path).returncode == 0
+    assert (tmp_path / "lake/killer/1").read_text() == "alone"
+    assert len(list((tmp_path / "lake/good").iterdir())) == 4
+
+
 AWAY = """
 queue_check_seconds: 5
 retry: {max_attempts: 3, initial_delay_seconds: 1, max_delay_seconds: 2}
