@@ -363,14 +363,20 @@ datasets:
 """
 
 
+@pytest.mark.parametrize("others_are_lost", [False, True])
 def test_game_whose_first_day_is_no_longer_expected_is_asked_for_by_the_next_that_names_it(
-    configure, database, upstream
+    others_are_lost, configure, database, upstream, tmp_path
 ):
+    """Also when that has vanished, and cannot be fetched: it names what it named."""
+    (tmp_path / "lake/days").mkdir(parents=True)
     for day in (1, 2, 3):
-        upstream.answer(f"/2025-01-0{day}", json_answer({"games": ["7"]}))
+        (tmp_path / f"lake/days/2025-01-0{day}").write_text('{"games": ["7"]}')
     for day in (1, 2):
         run_once(configure(DAYS.format(address=upstream.address, first=f"2025-01-0{day}")), database)
-        assert upstream.arrivals[-1].path == f"/games/7?day=2025-01-0{day}"
+        games = [arrival.path for arrival in upstream.arrivals if arrival.path.startswith("/games")]
+        assert (len(games), games[-1]) == (day, f"/games/7?day=2025-01-0{day}")
+        for place in (tmp_path / "lake/days").iterdir() if others_are_lost else ():
+            place.unlink()
 
 
 def damage(value: object, dice: random.Random) -> object:
