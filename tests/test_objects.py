@@ -279,6 +279,12 @@ def test_object_of_a_past_season_that_was_fetched_before_its_end_is_fetched_agai
     assert state(one, facts(modified_at=over), over + 1000 * DAY).state == "present"
 
 
+def test_object_without_season_and_day_is_not_refetched_by_the_season():
+    one = dataset(freshness=adce.Freshness(current=DAY, past=7 * DAY))
+    verdict = adce.appraise(one, None, None, facts(), NOON + 1000 * DAY)
+    assert verdict == adce.Appraisal(adce.ObjectState.PRESENT)
+
+
 @pytest.mark.parametrize(
     ("day", "season", "priority"),
     [

@@ -360,11 +360,13 @@ def test_one_folder_or_object_that_cannot_be_used_does_not_hold_up_the_others(de
     assert (row["error"], row["missing"]) == (None, 5)
 
 
-def test_a_few_losses_are_gaps_at_once(configure, database, lake, clock):
+@pytest.mark.parametrize(("lost", "missing"), [(99, 99), (100, 100), (101, 0)])
+def test_losses_are_gaps_at_once_up_to_a_hundred(lost, missing, configure, database, lake, clock):
     desk = Desk(configure(MANY), database, lake, clock)
-    for key in fill_days(desk, lake)[:99]:
+    for key in fill_days(desk, lake)[:lost]:
         lake.delete(key)
-    assert desk.cycle()["missing"] == 99
+    row = desk.cycle()
+    assert (row["missing"], bool(row["error"])) == (missing, not missing)
 
 
 def test_object_written_during_a_cycle_is_not_taken_for_lost(desk, lake):
@@ -658,6 +660,42 @@ def test_child_of_several_parents_has_the_day_of_the_first_that_names_it(configu
         desk.cycle()
         assert day() == f"2025-10-0{number + 1} 2025-10-0{number + 1}"
     assert desk.live_tasks()["games/7.json"] == task
+
+
+def test_priorities_follow_the_days(configure, database, lake, clock):
+    """Each day by a cycle, though nothing else has changed."""
+    season = 'seasons: [{label: "2025-26", end: 2026, start: 2025-10-01, finish: 2026-06-19}]\n'
+    desk = Desk(configure(season + TEXT), database, lake, clock)
+
+    def priorities() -> set[str]:
+        return {row["priority"] for row in database.read("select priority from queue")}
+
+    desk.cycle()
+    assert priorities() == {"HIGH", "CRITICAL"}
+    clock.advance(10 * 86400)
+    desk.cycle()
+    assert priorities() == {"HIGH"}
+
+
+def test_gap_size_of_a_batch_follows_every_cycle(configure, database, lake, clock):
+    batch = """\
+  clubs:
+    source: espn
+    key: "clubs/{kind}/{club}"
+    command: ["true"]
+    batch: {by: kind, max: 10}
+    partitions: {values: {kind: [x, y], club: [ATL, BOS, CHI]}}
+"""
+    desk = Desk(configure(TEXT + batch), database, lake, clock)
+
+    def sizes() -> dict[str, int]:
+        return dict(map(tuple, database.read("select key, gap_size from queue where dataset = 'clubs'")))
+
+    desk.cycle()
+    assert set(sizes().values()) == {3}
+    lake.put("clubs/x/ATL", {})
+    desk.cycle()
+    assert sizes() == {f"clubs/{key}": 3 - (key < "y") for key in ("x/BOS", "x/CHI", "y/ATL", "y/BOS", "y/CHI")}
 
 
 def test_what_is_no_id_is_told_and_drops_no_child(desk, lake):
@@ -1127,6 +1165,48 @@ def test_slow_store_keeps_nobody_waiting(desk, lake):
         assert woken.wait(20)
         adce.run_cycle(steps)
     assert desk.database.value("select present from cycles") == 5
+
+
+def test_slow_reading_keeps_nobody_waiting(desk, lake):
+    """Steps go on, and say that they wait, while other threads read bodies."""
+    for day in range(1, 6):
+        lake.put_day(day, ["7"])
+    asked, gate = threading.Event(), threading.Event()
+
+    class Slow(adce.FolderStore):
+        def read(self, key: str) -> bytes:
+            asked.set()
+            assert gate.wait(20)
+            return super().read(key)
+
+    with ThreadPoolExecutor(4) as executor:
+        ahead = adce.ReadAhead(executor, nobody_sleeps)
+        steps = adce.reconcile(desk.database, desk.configuration, Slow(lake.store.root), desk.clock, ahead=ahead)
+        while not asked.is_set():
+            next(steps)
+        assert list(itertools.islice(steps, 50)) == [0] * 50
+        gate.set()
+        adce.run_cycle(steps)
+    assert desk.gaps() == {"games/7.json": "missing"}
+
+
+def test_four_prefixes_are_listed_at_once(configure, database, tmp_path):
+    """By a runner: no listing has its answer before four are asked for."""
+    one = '  {0}: {{source: espn, key: "{0}/{{name}}", url: "/{{name}}", partitions: {{values: {{name: [A]}}}}}}\n'
+    text = TEXT.partition("datasets:\n")[0] + "datasets:\n" + "".join(map(one.format, "abcd"))
+    together = threading.Barrier(4)
+
+    class Slow(adce.FolderStore):
+        def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
+            together.wait(20)
+            yield from super().list(prefix, after)
+
+    lake = Lake(tmp_path / "lake")
+    for name in "abcd":
+        lake.put(f"{name}/A", {})
+    runner = adce.Runner(configure(text), database, Slow(lake.store.root), adce.Journal(io.StringIO()))
+    assert runner.run(once=True, max_seconds=60) == adce.ExitCode.DONE
+    assert database.value("select sum(present) from coverage") == 4
 
 
 def test_listing_that_is_stopped_in_the_middle_leaves_no_thread_behind(desk, lake):
