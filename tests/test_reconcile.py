@@ -75,20 +75,19 @@ class Desk:
         self.configuration = configuration
         with self.database.transaction() as sql:
             adce.declare_limits(sql, configuration, self.clock)
-            adce.declare_datasets(sql, configuration, self.clock.wall())
+            adce.declare_datasets(sql, configuration)
 
     def cycle(
         self,
         store: adce.Store | None = None,
-        believe: tuple[str, ...] = (),
+        accept_loss: tuple[str, ...] = (),
         *,
-        to_drop: bool = False,
         is_full: bool = False,
     ) -> dict:
         self.clock.advance(60)
         store = store or self.lake.store
-        orders = adce.Orders(is_full, to_drop, frozenset(believe))
-        steps = adce.reconcile(self.database, self.configuration, store, self.clock, orders, self.ahead)
+        options = adce.CycleOptions(is_full, frozenset(accept_loss))
+        steps = adce.reconcile(self.database, self.configuration, store, self.clock, options, self.ahead)
         return dict(self.database.read("select * from cycles where cycle_id = ?", (adce.run_cycle(steps),))[0])
 
     def gaps(self) -> dict[str, str]:
@@ -96,8 +95,8 @@ class Desk:
 
     def live_tasks(self) -> dict[str, tuple[int, int]]:
         """Task and detection by key."""
-        rows = self.database.read("select key, task_id, detected_at from queue join tasks using (task_id)")
-        return {row["key"]: (row["task_id"], row["detected_at"]) for row in rows}
+        rows = self.database.read("select key, object_id, detected_at from objects where task is not null")
+        return {row["key"]: (row["object_id"], row["detected_at"]) for row in rows}
 
 
 @pytest.fixture
@@ -305,7 +304,7 @@ def test_mass_loss_opens_no_gap_until_it_is_believed(configure, database, lake, 
     row = desk.cycle()
     assert f"days: 120 of {len(keys)} objects vanished at once" in row["error"]
     assert (row["missing"], desk.live_tasks()) == (0, {})
-    assert desk.cycle(believe=("days",))["missing"] == 120
+    assert desk.cycle(accept_loss=("days",))["missing"] == 120
 
 
 def test_unmounted_or_empty_store_opens_no_gap(configure, database, lake, clock, tmp_path):
@@ -313,7 +312,7 @@ def test_unmounted_or_empty_store_opens_no_gap(configure, database, lake, clock,
     keys = fill_days(desk, lake)
     for key in keys[30:]:
         lake.delete(key)
-    desk.cycle(believe=("days",))
+    desk.cycle(accept_loss=("days",))
     lake.store.root.rename(tmp_path / "elsewhere")
     assert "is not there" in desk.cycle()["error"]
     lake.store.sweep()
@@ -332,7 +331,7 @@ def test_dataset_of_which_everything_is_gone_opens_no_gap_while_the_others_are_t
         lake.delete(f"games/{game}.json")
     assert "games: 12 of 12 objects vanished at once" in desk.cycle()["error"]
     assert desk.gaps() == {}
-    assert desk.cycle(believe=("games",))["missing"] == 12
+    assert desk.cycle(accept_loss=("games",))["missing"] == 12
 
 
 class LockedStore(adce.FolderStore):
@@ -514,7 +513,7 @@ def test_parents_that_name_far_less_are_not_believed_and_do_not_stop_the_run(con
         row = desk.cycle()
         assert "games: the names of 180 of 200 objects vanished at once" in row["error"]
         assert row["expected"] == 205
-    assert desk.cycle(believe=("games",))["expected"] == 25
+    assert desk.cycle(accept_loss=("games",))["expected"] == 25
     assert desk.cycle()["error"] is None
 
 
@@ -549,7 +548,7 @@ def test_refetched_parent_that_names_far_less_is_not_believed(configure, databas
     for _ in range(2):
         row = desk.cycle()
         assert (row["expected"], "games: the names of 199 of 200 objects vanished" in row["error"]) == (205, True)
-    row = desk.cycle(believe=("games",))
+    row = desk.cycle(accept_loss=("games",))
     assert (row["expected"], row["error"]) == (6, None)
 
 
@@ -604,9 +603,9 @@ def test_loss_of_names_is_believed_by_dataset(configure, database, lake, clock):
     assert desk.cycle()["expected"] == 405
     lake.put_day(1, games[:20])
     assert desk.cycle(to_drop=True)["expected"] == 405  # adce.yaml has not changed
-    row = desk.cycle(believe=("games",))
+    row = desk.cycle(accept_loss=("games",))
     assert (row["expected"], "games: " in row["error"], "bills: " in row["error"]) == (225, False, True)
-    row = desk.cycle(believe=("bills",))
+    row = desk.cycle(accept_loss=("bills",))
     assert (row["expected"], row["error"]) == (45, None)
 
 
@@ -1086,7 +1085,7 @@ def test_share_that_vanished_is_looked_at_and_told_until_it_is_believed(configur
         assert "vanished at once" in row["error"]
         assert desk.gaps() == {}
     clock.advance(20 * 3600)
-    assert desk.cycle(believe=("days",))["missing"] > 100
+    assert desk.cycle(accept_loss=("days",))["missing"] > 100
     for _ in range(2):
         clock.advance(20 * 3600)
         row = desk.cycle()
