@@ -7990,7 +7990,7 @@ def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
 
 def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int]:
     """Exclude the objects of open tasks until they are retried. Returns which tasks were open."""
-    rows = [row for row in ledger.some(task_ids) if row.task is not None]
+    rows = [row for row in ledger.some(task_ids) if row.task is not None and row.skipped is None]
     for row in rows:
         ledger.note(row, skipped=reason)
     return [row.object_id for row in rows]
