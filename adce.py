@@ -3394,9 +3394,10 @@ def _openings(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff | None
 
 
 def _window_opens_at(row: sqlite3.Row, now: float) -> float:
-    """The rule. A window that requests in flight fill opens W after now at the earliest."""
-    if row["in_flight"] + row["ahead"] >= row["max_requests"]:
-        return now + float(row["window_seconds"])
+    """The rule. Requests that are still to finish take one window for each N of them, at the least."""
+    unfinished = row["in_flight"] + row["ahead"]
+    if unfinished >= row["max_requests"]:
+        return now + float(row["window_seconds"] * (unfinished // row["max_requests"]))
     return now if row["freed_by"] is None else float(row["freed_by"] + row["window_seconds"])
 
 
@@ -8174,7 +8175,7 @@ class Runner:
         self.next_cycle_at = self.next_beat_at = -math.inf
         self.options, self.stop_at = CycleOptions(), math.inf
         self.stop_reason: str | None = None
-        self.once = self.is_waiting = self.cycle_waits = self.has_ended_cycle = False
+        self.once = self.is_waiting = self.cycle_waits = False
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end; safe from a signal handler and from other threads."""
@@ -8251,8 +8252,8 @@ class Runner:
 
     def _turn(self) -> None:
         """One turn of the main loop. All that has finished and all that is claimed is one transaction."""
-        openings = self._work(may_claim=self.has_ended_cycle or not self.once)
         self._advance_cycle()
+        openings = self._work(may_claim=self.steps is None or not self.once)
         self._beat()
         wait = self._seconds_to_next_event(openings)
         is_idle = self.steps is None and not (self.workers.running or self.unrecorded)
@@ -8281,7 +8282,6 @@ class Runner:
             raise
         except StopIteration:
             self.steps, self.cycle_waits = None, False
-            self.has_ended_cycle = True
             announce_cycle(self.journal, self.database)
             if self.once:
                 with self.database.transaction() as sql:

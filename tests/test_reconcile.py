@@ -174,7 +174,10 @@ def test_object_that_is_not_final_is_stale_and_waits_for_its_refetch(desk, lake)
     row = desk.database.read("select * from queue where key = 'days/2025-10-01.json'")[0]
     stored = lake.store.find("days/2025-10-01.json")
     assert desk.gaps()["days/2025-10-01.json"] == "stale"
-    assert (row["state"], row["next_at"]) == ("retry", adce.utc_text(min(stored.modified_at, desk.clock.wall()) + 6 * 3600))
+    assert (row["state"], row["next_at"]) == (
+        "retry",
+        adce.utc_text(min(stored.modified_at, desk.clock.wall()) + 6 * 3600),
+    )
     lake.put_day(1, [], final=True)
     desk.cycle()
     assert "days/2025-10-01.json" not in desk.gaps()
