@@ -429,6 +429,7 @@ create table datasets (
     dataset      text    not null unique,
     source       text    not null,
     active       integer not null,   -- 0: no longer declared
+    ready        integer not null default 1,  -- 0: adce.yaml has changed, and no cycle has followed yet
     expansion    text    not null default '', -- digest of the inputs of its expected objects; '': to be computed
     reading      text    not null default '', -- digest of the rules by which contents were judged
     changed      integer not null default 0,  -- grows with every change of its objects or of their mentions
@@ -1274,17 +1275,19 @@ class Template:
         words = list(_split(self.pattern, self.text))  # text, field, format, text, field, format, text
         for place in range(1, len(words), 3):
             value, form = fields[words[place]], words[place + 1]
-            if form:
-                day = datetime.date.fromisoformat(value).strftime(form)
-                words[place], words[place + 1] = "/".join(map(quote, day.split("/"))), ""
-            else:
-                words[place], words[place + 1] = quote(value), ""
+            words[place] = "/".join(map(quote, _format_day(value, form))) if form else quote(value)
+            words[place + 1] = ""
         return "".join(words)
 
 
 @functools.cache
 def _split(pattern: re.Pattern[str], text: str) -> list[str]:
     return pattern.split(text)
+
+
+@functools.lru_cache(4096)  # a date is a part of many keys
+def _format_day(day: str, form: str) -> list[str]:
+    return datetime.date.fromisoformat(day).strftime(form).split("/")
 
 
 # ---------------------------------------------------------------- Configuration
@@ -2520,12 +2523,10 @@ SAFE_IN_KEYS = "-_~@+=,() "  # and letters, digits and inner dots
 FIELDS_AS_JSON = json.JSONEncoder(sort_keys=True)  # json.dumps would make one for each object
 
 
-@dataclass(frozen=True, slots=True)
-class ExpectedObject:
+class ExpectedObject(NamedTuple):
     """One object that a dataset expects in the store."""
 
     key: str
-    fields: Fields
     season: str | None
     day: str | None
     available_at: int | None
@@ -2628,7 +2629,7 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
     if season is None and day:
         found = season_at(seasons, datetime.date.fromisoformat(day))
         season = found.label if found and day <= found.finish.isoformat() else None
-    return ExpectedObject(key, fields, season, day, _available_at(dataset, day))
+    return ExpectedObject(key, season, day, _available_at(dataset, day))
 
 
 def _available_at(dataset: Dataset, day: str | None) -> int | None:
@@ -2883,7 +2884,7 @@ def sort_listing(listing: Iterator[StoredObject]) -> tuple[bool, Iterator[Stored
     for page in chunks(listing, PAGE):
         for entry in page:
             was_ascending, last = was_ascending and entry.key > last, entry.key
-        rows = [dataclasses.astuple(entry) for entry in page]
+        rows = [(entry.key, entry.size, entry.etag, entry.modified_at) for entry in page]
         scratch.executemany("insert or replace into listing values (?, ?, ?, ?)", rows)
     return was_ascending, (StoredObject(*row) for row in scratch.execute("select * from listing order by key"))
 
@@ -3980,6 +3981,11 @@ UPDATE_OBJECT = f"""
     set ({", ".join(ObjectRow._fields[WRITTEN_FROM:])}) = ({", ".join("?" for _ in ObjectRow._fields[WRITTEN_FROM:])})
     where object_id = ?
 """  # noqa: S608  # names of columns
+INSERT_OBJECT = f"""
+    insert into objects (dataset_id, parent_id, key, fields, {", ".join(ObjectRow._fields[4:])})
+    values ({", ".join("?" for _ in ObjectRow._fields)})
+    on conflict (key) do nothing
+"""  # noqa: S608  # names of columns
 
 
 class Ledger:
@@ -4051,6 +4057,12 @@ class Ledger:
         """Store rows as they are."""
         self.sql.executemany(UPDATE_OBJECT, [(*row[WRITTEN_FROM:], row.object_id) for row in rows])
 
+    def insert(self, rows: Iterable[tuple[int, int | None, ObjectRow]]) -> int:
+        """Store new rows, each after its dataset_id and parent_id. Returns how many were not there yet."""
+        return self.sql.executemany(
+            INSERT_OBJECT, [(number, parent, *row[2:]) for number, parent, row in rows]
+        ).rowcount
+
     def note(self, known: ObjectRow, **facts: Any) -> ObjectRow:
         """Store facts, and the state and task that follow from them. Returns the new row."""
         row = self.appraised(known._replace(**facts))
@@ -4109,12 +4121,17 @@ WANTED = """
 create temp table if not exists wanted (
     -- The keys that the datasets under expansion expect. The first dataset to expect a key has it.
     key          text    primary key,
-    dataset_id   integer not null
+    dataset_id   integer not null,
+    fields       text,               -- null: not new, or inserted by now
+    season       text,
+    day          text,
+    available_at integer,
+    parent_id    integer
 ) strict, without rowid
 """
 UPSERT_OBJECT = """
-    insert into objects (dataset_id, key, fields, season, day, available_at, parent_id, state, since, proven)
-    values (:dataset_id, :key, :fields, :season, :day, :available_at, :parent_id, 'awaited', :now, 0)
+    insert into objects (key, dataset_id, fields, season, day, available_at, parent_id, since, state, proven)
+    values (?, ?, ?, ?, ?, ?, ?, ?, 'awaited', 0)
     on conflict (key) do update set
         dataset_id = excluded.dataset_id,
         fields = excluded.fields,
@@ -4126,19 +4143,22 @@ UPSERT_OBJECT = """
         read_etag = iif(
             (select reading from datasets d where d.dataset_id = objects.dataset_id)
                 = (select reading from datasets d where d.dataset_id = excluded.dataset_id), read_etag, null),
-        state = iif(state = 'dropped', 'awaited', state),
         since = iif(state = 'dropped', excluded.since, since),
+        state = iif(state = 'dropped', 'awaited', state),
         proven = 0
-    where (dataset_id, fields, season, day, available_at, parent_id, state = 'dropped')
-          is not (excluded.dataset_id, excluded.fields, excluded.season, excluded.day, excluded.available_at,
-                  excluded.parent_id, 0)
-      -- an object of a dataset that is not expanded now stays where it is
-      and (state = 'dropped'
-           or dataset_id = excluded.dataset_id
-           or exists (
-               select 1 from datasets d
-               where d.dataset_id = objects.dataset_id and (d.active = 0 or d.expansion = '')))
 """
+
+
+class WantedRow(NamedTuple):
+    """An expected object: a row of `wanted`, and the declared columns of a row of `objects`."""
+
+    key: str
+    dataset_id: int
+    fields_json: str | None
+    season: str | None
+    day: str | None
+    available_at: int | None
+    parent_id: int | None
 
 
 def _digest(*parts: Any) -> str:
@@ -4161,8 +4181,8 @@ def appraisal_rules(configuration: Configuration) -> str:
 
 
 def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> None:
-    """Make the stored datasets those of the configuration. The next cycle follows with their objects; until it has
-    expanded a dataset anew, no task of that is claimed."""
+    """Make the stored datasets those of the configuration. The next cycle follows with their objects; until then no
+    task of a known dataset is claimed."""
     sql.execute("update datasets set active = 0")
     for dataset in configuration.datasets.values():
         sql.execute(
@@ -4181,7 +4201,7 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
     )
     changed = "update facts set declaration = ?1 where declaration is not ?1"
     if sql.execute(changed, (declaration,)).rowcount:
-        sql.execute("update datasets set expansion = ''")
+        sql.execute("update datasets set expansion = '', ready = not exists (select 1 from objects)")
     # in a new database there is nothing to appraise anew
     sql.execute("update facts set priorities = coalesce(priorities, ?)", (f" {appraisal_rules(configuration)}",))
 
@@ -4220,68 +4240,70 @@ def children_of_parents(ledger: Ledger, child: Dataset, after: tuple[str, str]) 
     ).fetchall()
 
 
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """The values that make one object, and the parent that names it."""
-
-    fields: Fields
-    parent_id: int | None = None
+Partition = tuple[Fields, int | None]  # the values that make one object, and the parent that names it
 
 
-def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -> list[dict[str, Any]]:
-    """The rows of UPSERT_OBJECT for these partitions. Values that make no key are noted as problems."""
+def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -> list[WantedRow]:
+    """The expected objects of these partitions. Values that make no key are noted as problems."""
     rows, seasons = [], ledger.configuration.seasons
     number = ledger.sql.execute("select dataset_id from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
-    for partition in partitions:
+    for fields, parent_id in partitions:
         try:
-            wanted = expected_object(dataset, partition.fields, seasons)
+            key, season, day, available_at = expected_object(dataset, fields, seasons)
         except ValueError as error:
             ledger.problems.append(str(error))
-            continue
-        rows.append(
-            {
-                "dataset_id": number,
-                "key": wanted.key,
-                "fields": FIELDS_AS_JSON.encode(wanted.fields),
-                "season": wanted.season,
-                "day": wanted.day,
-                "available_at": wanted.available_at,
-                "parent_id": partition.parent_id,
-                "now": int(ledger.now),
-            }
-        )
+        else:
+            rows.append(WantedRow(key, number, FIELDS_AS_JSON.encode(fields), season, day, available_at, parent_id))
     return rows
 
 
-def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -> int:
-    """Expect objects of a dataset under expansion. Returns how many keys are its own now.
+def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -> tuple[int, int]:
+    """Expect objects of a dataset under expansion. Known ones are stored as they are declared now; new ones wait in
+    `wanted` until the store has been searched for them. Returns how many of the known and of the new are its own.
 
     A key that an earlier dataset expects too is a problem; one that several parents name is the first one's."""
-    sql, own = ledger.sql, []
-    for row in rows_of(ledger, dataset, partitions):
-        if sql.execute("insert or ignore into wanted values (:key, :dataset_id)", row).rowcount:
-            own.append(row)
+    sql, rows = ledger.sql, rows_of(ledger, dataset, partitions)
+    declared = "select key, dataset_id, fields, season, day, available_at, parent_id, state != 'dropped' from objects"
+    page = json.dumps([row.key for row in rows])
+    known = {
+        row[0]: tuple(row) for row in sql.execute(f"{declared} where key in (select value from json_each(?))", (page,))
+    }
+    can_move = "select dataset_id from datasets where not active or expansion = ''"
+    movable = {row[0] for row in sql.execute(can_move)}
+    changed, counts = [], [0, 0]
+    for row in rows:
+        before = known.get(row.key)
+        held = row if before is None else (row.key, row.dataset_id, None, None, None, None, None)
+        if not sql.execute("insert or ignore into wanted values (?, ?, ?, ?, ?, ?, ?)", held).rowcount:
+            owner = sql.execute("select dataset_id from wanted where key = ?", (row.key,)).fetchone()[0]
+            _note_conflict(ledger, dataset, row, owner)
+        elif before and before[-1] and before[1] != row.dataset_id and before[1] not in movable:
+            _note_conflict(ledger, dataset, row, before[1])
         else:
-            taken = "select dataset from wanted join datasets d using (dataset_id) where key = ? and dataset != ?"
-            for (other,) in sql.execute(taken, (row["key"], dataset.name)):
-                _report_conflict(ledger, dataset, row["key"], other)
-    before = sql.total_changes
-    sql.executemany(UPSERT_OBJECT, own)
-    if sql.total_changes > before:
+            counts[before is None] += 1
+            if before is not None and before != (*row, 1):
+                changed.append((*row, int(ledger.now)))
+    sql.executemany(UPSERT_OBJECT, changed)
+    if changed:
         ledger.touch(dataset.name)
-    others = """
-        select key, dataset
-        from objects join datasets using (dataset_id)
-        where key in (select value from json_each(?)) and dataset != ? and state != 'dropped'
-    """
-    for key, other in sql.execute(others, (json.dumps([row["key"] for row in own]), dataset.name)):
-        _report_conflict(ledger, dataset, key, other)
-    return len(own)
+    return counts[0], counts[1]
 
 
-def _report_conflict(ledger: Ledger, dataset: Dataset, key: str, other: str) -> None:
-    text = f"{dataset.name}: {key} is already the key of another object of {other}"
-    ledger.problems.append(f"{text}; give each a key of its own")
+def _note_conflict(ledger: Ledger, dataset: Dataset, row: WantedRow, owner: int) -> None:
+    if owner != row.dataset_id:
+        other = ledger.sql.execute("select dataset from datasets where dataset_id = ?", (owner,)).fetchone()[0]
+        text = f"{dataset.name}: {row.key} is already the key of another object of {other}"
+        ledger.problems.append(f"{text}; give each a key of its own")
+
+
+def take_new(ledger: Ledger, low: str, high: str) -> list[WantedRow]:
+    """Take up to a page of the new objects between two keys, in order. The caller inserts them."""
+    page = "select * from wanted where fields is not null and key >= ? and key <= ? order by key limit ?"
+    rows = [WantedRow._make(row) for row in ledger.sql.execute(page, (low, high, EXPECTED_AT_ONCE))]
+    if rows:
+        taken = "update wanted set fields = null where fields is not null and key >= ? and key <= ?"
+        ledger.sql.execute(taken, (low, rows[-1].key))
+    return rows
 
 
 def note_mentions(ledger: Ledger, parent: ObjectRow, found: Inspection) -> set[tuple[str, str]]:
@@ -4309,19 +4331,17 @@ def expect_children(ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str
         values = sorted(value for expression, value in named if expression == expression_of(child))
         fields = children_of_parent(child, parent.fields, values)
         before = len(ledger.problems)
-        rows = rows_of(ledger, child, (Partition(one, parent.object_id) for one in fields))
-        keys = json.dumps([row["key"] for row in rows])
-        known = """
-            select key from objects
-            where key in (select value from json_each(?)) and state != 'dropped'
-        """
+        rows = rows_of(ledger, child, ((one, parent.object_id) for one in fields))
+        keys = json.dumps([row.key for row in rows])
+        known = "select key from objects where key in (select value from json_each(?)) and state != 'dropped'"
         taken = {row[0] for row in ledger.sql.execute(known, (keys,))}
         if taken or len(ledger.problems) > before:
             ledger.touch(parent.dataset)
-        ledger.sql.executemany(UPSERT_OBJECT, [row for row in rows if row["key"] not in taken])
-        fresh = "o.key in (select value from json_each(:keys)) and o.proven = 0 and o.state = 'awaited'"
-        for row in ledger.objects(fresh, {"keys": keys}):
-            ledger.note(row, proven=1)
+        ledger.sql.executemany(UPSERT_OBJECT, [(*row, int(ledger.now)) for row in rows if row.key not in taken])
+        new = (
+            "o.key in (select value from json_each(:keys)) and o.state = 'awaited' and not o.proven and o.etag is null"
+        )
+        ledger.write([ledger.appraised(row._replace(proven=1)) for row in ledger.objects(new, {"keys": keys})])
 
 
 def drop_unexpected(ledger: Ledger, datasets: Iterable[str], after: int) -> int | None:
@@ -4406,7 +4426,7 @@ HEADS = f"""
         order by rank desc, object_id
         limit 1)
     join scopes s on s.scope = d.source
-    where d.active and d.expansion != ''
+    where d.active and d.ready
 """  # noqa: S608  # a constant
 
 
@@ -4877,8 +4897,8 @@ def share_of_keys(database: Database, configuration: Configuration, now: float) 
     return KeyRange(looked_up_to + "\0" if looked_up_to else "", high)
 
 
-def ranges_to_list(database: Database, prefix: str, share: KeyRange) -> list[KeyRange]:
-    """What to list below a prefix: its part of the share, and where its open objects are."""
+def ranges_to_list(database: Database, prefix: str, share: KeyRange, new: Sequence[str] = ()) -> list[KeyRange]:
+    """The ranges to list below a prefix: its part of the share, and those of its open and its `new` objects."""
     whole = range_of(prefix)
     found = [KeyRange(max(share.low, whole.low), min(share.high, whole.high))]
     open_keys = database.read(
@@ -4892,9 +4912,10 @@ def ranges_to_list(database: Database, prefix: str, share: KeyRange) -> list[Key
         """,
         (whole.low, whole.high, SINGLE_RANGES + 1),
     )
-    if len(open_keys) > SINGLE_RANGES:
+    keys = [*(row[0] for row in open_keys), *new]
+    if len(keys) > SINGLE_RANGES:
         return [whole]
-    found += [KeyRange(key, key) for (key,) in open_keys]
+    found += [KeyRange(key, key) for key in keys]
     joined: list[KeyRange] = []
     for one in sorted((one for one in found if one.low <= one.high), key=lambda one: (one.low, one.high)):
         if joined and (one.low <= joined[-1].high or _are_near(database, joined[-1].high, one.low)):
@@ -4969,6 +4990,8 @@ class Cycle:
         self.there: collections.Counter[int] = collections.Counter()  # objects that were present, by dataset
         self.ahead: ReadAhead | None = None
         self.compared: set[str] = set()  # prefixes
+        self.expanded: dict[str, str] = {}  # digests of datasets whose new objects are not inserted yet
+        self.new = 0  # objects that wait for their insertion
         self.losses: dict[int, array.array[int]] = {}  # objects that were present, by dataset
         self.problems: list[str] = []
         self.started, self.calls_before = clock.boot(), store.calls
@@ -4994,6 +5017,13 @@ class Cycle:
         self.created += ledger.created
         self.closed += ledger.closed
         self.dropped += ledger.dropped
+
+    def new_keys(self, keys: KeyRange) -> list[str]:
+        """Some of the objects in a range of keys that are expected and not known yet."""
+        new = "select key from wanted where fields is not null and key >= ? and key <= ? order by key limit ?"
+        with self.database.transaction() as sql:
+            parameters = (keys.low, keys.high, SINGLE_RANGES + 1)
+            return [row[0] for row in sql.execute(new, parameters)] if self.new else []
 
     def save_progress(self) -> None:
         """Store what was compared so far, now and then."""
@@ -5170,7 +5200,8 @@ def reconcile(
         for _ in forget_readings(cycle):
             yield cycle.cycle_id
         for level in configuration.levels():
-            for waits in itertools.chain(_expand(cycle, level), _compare(cycle, level), read_contents(cycle, level)):
+            steps = (_expand(cycle, level), _compare(cycle, level), _end_expansion(cycle), read_contents(cycle, level))
+            for waits in itertools.chain(*steps):
                 cycle.save_progress()
                 yield 0 if waits else cycle.cycle_id
         for _ in itertools.chain(_drop_undeclared(cycle), _apply_losses(cycle), _age(cycle)):
@@ -5198,38 +5229,53 @@ def run_cycle(steps: Iterator[int]) -> int:
 def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     """Make the expected objects of datasets those of now. A dataset whose inputs are unchanged is skipped."""
     with cycle.ledger() as ledger:
-        known = dict(ledger.sql.execute("select dataset, expansion from datasets").fetchall())
+        expansions = dict(ledger.sql.execute("select dataset, expansion from datasets").fetchall())
         digests = {one: expansion_digest(ledger.sql, cycle.configuration, one, ledger.now) for one in level}
-        stale = {one: digest for one, digest in digests.items() if known[one.name] != digest}
+        stale = {one: digest for one, digest in digests.items() if expansions[one.name] != digest}
         begin = "update datasets set expansion = '' where dataset = ?"
         ledger.sql.executemany(begin, [(one.name,) for one in stale])
-    counts = dict.fromkeys(stale, 0)
+    kept = dict.fromkeys(stale, 0)
     for dataset in stale:
         problems_before = len(cycle.problems)
         pages = _pages_of_children(cycle, dataset) if dataset.partitions.parent else _pages(cycle, dataset)
         for page in pages:
             with cycle.ledger() as ledger:
-                counts[dataset] += expect(ledger, dataset, page)
+                known, new = expect(ledger, dataset, page)
+            kept[dataset] += known
+            cycle.new += new
             yield
         if len(cycle.problems) > problems_before:
             stale[dataset] = "with problems"  # the next cycle expands it, and reports them, again
     live = "select sum(objects) from counts join datasets using (dataset_id) where dataset = ? and state != 'dropped'"
-    shrunk = [one.name for one, count in counts.items() if (cycle.database.value(live, (one.name,)) or 0) != count]
+    shrunk = [one.name for one, count in kept.items() if (cycle.database.value(live, (one.name,)) or 0) != count]
     after: int | None = 0 if shrunk else None
     while after is not None:
         with cycle.ledger() as ledger:
             after = drop_unexpected(ledger, shrunk, after)
         yield
     with cycle.ledger() as ledger:
+        ledger.sql.executemany("update datasets set ready = 1 where dataset = ?", [(one.name,) for one in level])
+    cycle.expanded = {one.name: digest for one, digest in stale.items()}
+
+
+def _end_expansion(cycle: Cycle) -> Iterator[None]:
+    """New objects of which the store could not be searched are awaited."""
+    while cycle.new:
+        with cycle.ledger() as ledger:
+            rows = take_new(ledger, "", LAST_KEY)
+            ledger.sql.executemany(UPSERT_OBJECT, [(*row, int(ledger.now)) for row in rows])
+        cycle.new = cycle.new - len(rows) if rows else 0
+        yield
+    with cycle.ledger() as ledger:
         done = "update datasets set expansion = ? where dataset = ?"
-        ledger.sql.executemany(done, [(digest, one.name) for one, digest in stale.items()])
+        ledger.sql.executemany(done, [(digest, name) for name, digest in cycle.expanded.items()])
 
 
 def _pages(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
     """The partitions of a dataset that depends on no other, a page at a time."""
     fields = expand(dataset, cycle.configuration.seasons, cycle.clock.wall())
     for page in chunks(fields, EXPECTED_AT_ONCE):
-        yield map(Partition, page)
+        yield ((one, None) for one in page)
 
 
 def _pages_of_children(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
@@ -5241,7 +5287,7 @@ def _pages_of_children(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Part
         if not rows:
             return
         yield (
-            Partition(fields, row["object_id"])
+            (fields, row["object_id"])
             for row in rows
             for fields in children_of_parent(dataset, json.loads(row["fields"]), [row["value"]])
         )
@@ -5273,7 +5319,9 @@ def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
     for prefix in prefixes(level):
         is_ordered = prefix in ordered
         share = NO_KEYS if prefix.startswith(tuple(cycle.compared)) else cycle.share
-        ranges = ranges_to_list(cycle.database, prefix, share) if is_ordered else [range_of(prefix)]
+        ranges = [range_of(prefix)]
+        if is_ordered:
+            ranges = ranges_to_list(cycle.database, prefix, share, cycle.new_keys(ranges[0]))
         listings += [Listing(cycle.store, prefix, keys, cycle.ahead, is_ordered=is_ordered) for keys in ranges]
     for number, listing in enumerate(listings):
         for following in listings[number : number + LISTED_AT_ONCE]:
@@ -5347,8 +5395,30 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
         yield from _note_differences(cycle, differing, listed)
         yield
         if len(known) < PAGE:
-            return
+            break
         low = known[-1]["key"] + "\0"
+    yield from _insert_new(cycle, keys, listed)
+
+
+def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]) -> Iterator[None]:
+    """Insert the new objects in a range of keys with the state that the listing shows."""
+    count = EXPECTED_AT_ONCE if cycle.new else 0
+    names = {row[1]: row[0] for row in cycle.database.read("select dataset, dataset_id from datasets")} if count else {}
+    while count >= EXPECTED_AT_ONCE:
+        with cycle.ledger() as ledger:
+            wanted, rows = take_new(ledger, keys.low, keys.high), []
+            for key, number, fields, season, day, available_at, parent_id in wanted:
+                name, entry = names[number], listed.get(key)
+                row = ObjectRow(0, name, key, fields or "", season, day, available_at, since=int(ledger.now))
+                if entry:
+                    is_read = not must_be_read(cycle.configuration, cycle.configuration.datasets[name])
+                    row = _seen(row, entry, ledger.now, is_read=is_read)
+                    cycle.unexpected -= 1
+                rows.append((number, parent_id, ledger.appraised(row)))
+            cycle.looked += ledger.insert(rows)
+        count = len(wanted)
+        cycle.new -= count
+        yield
 
 
 def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[str, StoredObject]) -> Iterator[None]:
@@ -5360,8 +5430,9 @@ def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[s
                 if target.cycle_id == cycle.cycle_id or target.dataset not in cycle.configuration.datasets:
                     continue  # stored since it was compared, or to be dropped
                 entry = listed.get(target.key)
-                seen = _seen(target, entry, ledger.now, is_read=target.dataset not in readers) if entry else target
-                rows.append(ledger.appraised(seen._replace(proven=1)))
+                is_read = target.dataset not in readers
+                seen = _seen(target, entry, ledger.now, is_read=is_read) if entry else target._replace(proven=1)
+                rows.append(ledger.appraised(seen))
             ledger.write(rows)
         yield
 
@@ -5369,15 +5440,19 @@ def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[s
 def _seen(target: ObjectRow, entry: StoredObject, now: float, *, is_read: bool) -> ObjectRow:
     """The row of an object that is listed with another etag: its content counts as unread. No clock but ours says how
     old it is: one that is ahead would keep it fresh for longer."""
-    if is_read:
-        target = target._replace(**{**UNREAD, "read_etag": entry.etag})
-    elif target.read_etag != entry.etag and target.state not in GAPS:  # a gap stays one until it is read
-        target = target._replace(verdict=None, settled=None, live=None)
+    read_etag, verdict, settled, live = target.read_etag, target.verdict, target.settled, target.live
+    if is_read or (read_etag != entry.etag and target.state not in GAPS):  # a gap stays one until it is read
+        verdict = settled = live = None
     return target._replace(
+        proven=1,
         seen_at=target.seen_at or int(now),
         etag=entry.etag,
         size=entry.size,
         modified_at=min(entry.modified_at, int(now)),
+        read_etag=entry.etag if is_read else read_etag,
+        verdict=verdict,
+        settled=settled,
+        live=live,
     )
 
 
