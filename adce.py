@@ -4235,7 +4235,9 @@ def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -
         try:
             wanted = expected_object(dataset, partition.fields, seasons)
         except ValueError as error:
-            ledger.problems.append(str(error))
+            parent = "select key from objects where object_id = ?"
+            named_by = [f"{key}: " for (key,) in ledger.sql.execute(parent, (partition.parent_id,))]
+            ledger.problems.append("".join([*named_by, str(error)]))
             continue
         rows.append(
             {
