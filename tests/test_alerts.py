@@ -218,7 +218,10 @@ def test_what_waits_for_good_reasons_is_no_news(calm, alerter, database, clock, 
             "store unusable",
         ),
         ("update objects set task = 'gave_up', last_error = 'HTTP 403' where object_id = 1", "gave up"),
-        ("update objects set priority = 'CRITICAL', detected_at = 1, task = 'retry' where object_id = 1", "critical gap"),
+        (
+            "update objects set priority = 'CRITICAL', detected_at = 1, task = 'retry' where object_id = 1",
+            "critical gap",
+        ),
         (
             """
             with recursive n(i) as (select 1 union all select i + 1 from n where i < 25)
@@ -316,11 +319,11 @@ def test_full_disk_is_told_by_itself(alerter, database, clock, listener, monkeyp
 
 def test_alert_names_every_command_that_helps(alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    problem = "{0}: 120 of 150 objects vanished at once, none is taken for missing; if so: reconcile --accept-loss {0}"
+    problem = "{0}: 120 of 150 objects vanished at once, none is taken for missing; if so: reconcile --believe {0}"
     with database.transaction() as sql:
         note_cycle(sql, 1, clock, "; ".join(problem.format(name) for name in ("days", "games", "plays")))
     live(at_work, clock, 0.1)
-    assert "--accept-loss plays\nhost" in json.loads(listener.told[0][1])["text"]
+    assert "--believe plays\nhost" in json.loads(listener.told[0][1])["text"]
 
 
 def test_channel_that_redirects_has_taken_nothing(alerter, database, clock, listener):

@@ -124,7 +124,9 @@ def test_report_as_html_is_the_page(lake):
 
 def test_each_number_is_the_same_wherever_it_is_told(lake, address):
     """In the views, the report, the metrics and the page."""
-    raw = dict(rows(lake, "select state, count(*) from objects_now where state not in ('awaited', 'dropped') group by 1"))
+    raw = dict(
+        rows(lake, "select state, count(*) from objects_now where state not in ('awaited', 'dropped') group by 1")
+    )
     ((attempts,),) = rows(lake, "select count(*) from attempts")
     ((cycles,),) = rows(lake, "select count(*) from reconciliations")
     ((open_tasks,),) = rows(lake, "select count(*) from queue")
