@@ -353,7 +353,7 @@ def test_pause_holds_a_live_runner_until_it_is_resumed(scope, upstream, folder, 
     assert told["why"] == "paused: by hand, until it is resumed: they asked"
     change(
         folder,
-        "update objects set state = 'missing', task = 'pending', priority = 'LOW', detected_at = 0, gap_size = 1, "
+        "update objects set state = 'stale', task = 'pending', priority = 'LOW', detected_at = 0, gap_size = 1, "
         "rank = 1, slope = 0",
     )
     time.sleep(1)  # what is proven is that nothing happens
