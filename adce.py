@@ -4251,7 +4251,9 @@ def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -
         try:
             key, season, day, available_at = expected_object(dataset, fields, seasons)
         except ValueError as error:
-            ledger.problems.append(str(error))
+            parent = "select key from objects where object_id = ?"
+            named_by = [f"{key}: " for (key,) in ledger.sql.execute(parent, (parent_id,))]
+            ledger.problems.append("".join([*named_by, str(error)]))
         else:
             rows.append(WantedRow(key, number, FIELDS_AS_JSON.encode(fields), season, day, available_at, parent_id))
     return rows

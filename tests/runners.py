@@ -62,7 +62,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
 
 
 def rows(folder: Path, sql: str) -> list[tuple]:
-    """What a reader of the database sees; nothing before there is one."""
+    """What a reader of the database sees; nothing before there is one with its views."""
     try:
         connection = sqlite3.connect(f"file:{folder / 'adce.db'}?mode=ro", uri=True, timeout=10)
     except sqlite3.OperationalError:
@@ -70,11 +70,16 @@ def rows(folder: Path, sql: str) -> list[tuple]:
     try:
         return connection.execute(sql).fetchall()
     except sqlite3.OperationalError as error:
-        if not re.match("no such (table|view|column)", str(error)):
+        if not re.match("no such (table|view|column)", str(error)) or _is_complete(connection):
             raise
         return []
     finally:
         connection.close()
+
+
+def _is_complete(connection: sqlite3.Connection) -> bool:
+    tables = connection.execute("select count(*) from sqlite_schema where name = 'facts'").fetchone()[0]
+    return tables > 0 and connection.execute("select views is not null from facts").fetchone()[0] == 1
 
 
 def has_begun(folder: Path) -> bool:

@@ -52,7 +52,7 @@ configuration = adce.load_configuration(Path("adce.yaml"))
 database, clock, wakeups = adce.open_database(configuration.database), adce.Clock(), queue.SimpleQueue()
 with database.transaction() as sql:
     adce.declare_limits(sql, configuration, clock)
-    adce.declare_datasets(sql, configuration, clock.wall())
+    adce.declare_datasets(sql, configuration)
 with ThreadPoolExecutor(4) as executor:
     ahead = adce.ReadAhead(executor, lambda: wakeups.put(""))
     for step in adce.reconcile(database, configuration, Watched(Path("lake")), clock, ahead=ahead):

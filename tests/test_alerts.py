@@ -74,7 +74,7 @@ def alerter(configure, database, clock):
         configuration = configure(TEXT + text)
         with database.transaction() as sql:
             adce.declare_limits(sql, configuration, clock)
-            adce.declare_datasets(sql, configuration, clock.wall())
+            adce.declare_datasets(sql, configuration)
         return adce.Alerter(configuration, database, adce.Journal(io.StringIO(), clock=clock), clock)
 
     return make
@@ -90,6 +90,14 @@ def go_away(database: adce.Database, clock: ManualClock) -> None:
 def come_back(database: adce.Database) -> None:
     with database.transaction() as sql:
         sql.execute("update scopes set throttles = 0, reason = null where scope = 'league'")
+
+
+def expect_games(ledger: adce.Ledger, numbers: str) -> None:
+    """Games that the store was searched for in vain."""
+    ledger.sql.execute(adce.WANTED)
+    adce.expect(ledger, ledger.configuration.datasets["games"], [adce.Partition({"n": number}) for number in numbers])
+    for row in ledger.objects("true", {}):
+        ledger.note(row, proven=1)
 
 
 def note_cycle(sql: sqlite3.Connection, number: int, clock: ManualClock, error: str | None = None) -> None:
@@ -175,10 +183,10 @@ def test_state_survives_a_restart(alerter, database, clock, listener):
 @pytest.mark.parametrize(
     "calm",
     [
-        "update tasks set state = 'retry'",  # a day that is not final yet
+        "update objects set task = 'retry'",  # a day that is not final yet
         "update scopes set paused_until = 1e12 where scope = 'league'",  # by hand
         "update scopes set paused_until = 1e12 where scope = 'global'",
-        "insert into attempts (task_id, started_at, seconds, outcome, requests) values (1, 1e12, 1, 'ok', 1)",
+        "insert into attempts (object_id, started_at, seconds, outcome, requests) values (1, 1e12, 1, 'ok', 1)",
         "insert into alerts values (1, 'source blocked', 'league', '', 1, 1e12, 1, 1e12)",  # and has just come back
     ],
 )
@@ -186,8 +194,7 @@ def test_what_waits_for_good_reasons_is_no_news(calm, alerter, database, clock, 
     at_work = alerter(f"  webhook: {listener.address}\n  quiet_cycles: 3\n")
     with database.transaction() as sql:
         ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
-        games = at_work.configuration.datasets["games"]
-        ledger.expect(games, adce.expected_object(games, {"n": "1"}, ()), proven=True)
+        expect_games(ledger, "1")
         for number in range(3):
             clock.advance(60)
             note_cycle(sql, number + 1, clock)
@@ -196,7 +203,7 @@ def test_what_waits_for_good_reasons_is_no_news(calm, alerter, database, clock, 
     assert listener.subjects() == []
     with database.transaction() as sql:
         sql.execute("update scopes set paused_until = 0")
-        sql.execute("update tasks set state = 'pending'")
+        sql.execute("update objects set task = 'pending'")
         sql.execute("delete from attempts")
         sql.execute("delete from alerts")
     live(at_work, clock, 0.1)
@@ -210,12 +217,15 @@ def test_what_waits_for_good_reasons_is_no_news(calm, alerter, database, clock, 
             "update scopes set paused_until = 1e12, reason = 'store: cannot write x: full' where scope = 'global'",
             "store unusable",
         ),
-        ("update tasks set state = 'gave_up', last_error = 'HTTP 403' where task_id = 1", "gave up"),
-        ("update tasks set priority = 'CRITICAL', detected_at = 1, state = 'retry' where task_id = 1", "critical gap"),
+        ("update objects set task = 'gave_up', last_error = 'HTTP 403' where object_id = 1", "gave up"),
+        (
+            "update objects set priority = 'CRITICAL', detected_at = 1, task = 'retry' where object_id = 1",
+            "critical gap",
+        ),
         (
             """
             with recursive n(i) as (select 1 union all select i + 1 from n where i < 25)
-            insert into attempts (task_id, started_at, outcome, requests)
+            insert into attempts (object_id, started_at, outcome, requests)
             select 1, (select max(started_at) from reconciliations), 'error', 1 from n
             """,
             "errors",
@@ -226,18 +236,16 @@ def test_what_waits_for_good_reasons_is_no_news(calm, alerter, database, clock, 
             "mass loss",
         ),
         ("update reconciliations set error = 'days: 120 of 150 objects vanished at once'", "mass loss"),  # once
-        ("update tasks set detected_at = 1 where task_id = 1", "nothing collected"),
-        ("update tasks set detected_at = 1, state = 'retry', failures = 1", "nothing collected"),
+        ("update reconciliations set dropped = 101, expected = 908 where cycle_id = 3", "expected objects shrank"),
+        ("update objects set detected_at = 1 where object_id = 1", "nothing collected"),
+        ("update objects set detected_at = 1, task = 'retry', failures = 1", "nothing collected"),
     ],
 )
 def test_each_condition_is_noticed(cause, condition, alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n  quiet_cycles: 3\n")
     with database.transaction() as sql:
         ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
-        for number in "12":
-            fields = {"n": number}
-            games = at_work.configuration.datasets["games"]
-            ledger.expect(games, adce.expected_object(games, fields, ()), proven=True)
+        expect_games(ledger, "12")
         for number in range(3):
             note_cycle(sql, number + 1, clock)
     live(at_work, clock, 0.1)
@@ -248,14 +256,23 @@ def test_each_condition_is_noticed(cause, condition, alerter, database, clock, l
     assert [subject.partition(",")[0] for subject in listener.subjects()] == [f"ADCE: {condition}"]
 
 
+@pytest.mark.parametrize(("dropped", "expected"), [(100, 0), (101, 909)])
+def test_few_objects_that_are_no_longer_expected_are_no_news(dropped, expected, alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n")
+    with database.transaction() as sql:
+        note_cycle(sql, 1, clock)
+        sql.execute("update reconciliations set dropped = ?, expected = ?", (dropped, expected))
+    live(at_work, clock, 0.1)
+    assert listener.subjects() == []
+
+
 def test_errors_that_are_over_are_no_news(alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
     with database.transaction() as sql:
         ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
-        games = at_work.configuration.datasets["games"]
-        ledger.expect(games, adce.expected_object(games, {"n": "1"}, ()), proven=True)
+        expect_games(ledger, "1")
         for outcome in ["error"] * 30 + ["ok"] * 30:
-            attempt = "insert into attempts (task_id, started_at, outcome, requests) values (1, ?, ?, 1)"
+            attempt = "insert into attempts (object_id, started_at, outcome, requests) values (1, ?, ?, 1)"
             sql.execute(attempt, (clock.wall(), outcome))
     live(at_work, clock, 0.1)
     assert listener.subjects() == []
@@ -399,7 +416,7 @@ def test_hanging_channel_delays_no_stop_and_leaves_no_process(tmp_path):
 
 def states(folder: Path) -> list[str]:
     with contextlib.closing(sqlite3.connect(folder / "adce.db", timeout=10)) as sql:
-        return [row[0] for row in sql.execute("select state from tasks")]
+        return [row[0] for row in sql.execute("select state from queue")]
 
 
 def test_alerts_are_forgotten_after_their_notices(alerter, database, clock, listener):

@@ -129,6 +129,8 @@ def test_another_database_may_be_named(folder, tmp_path):
         (),
         ("fly",),
         ("run", "--fast"),
+        ("run", "--yes"),
+        ("reconcile", "--yes"),
         ("task",),
         ("task", "x"),
         ("tasks", "--state", "odd"),
@@ -307,7 +309,7 @@ def test_check_finds_a_page_that_is_damaged(folder, tmp_path):
     path = tmp_path / "copy/adce.db"
     with contextlib.closing(sqlite3.connect(path)) as connection:
         size = connection.execute("pragma page_size").fetchone()[0]
-        page = connection.execute("select rootpage from sqlite_schema where name = 'tasks_by_state'").fetchone()[0]
+        page = connection.execute("select rootpage from sqlite_schema where name = 'objects_by_state'").fetchone()[0]
         connection.execute("pragma wal_checkpoint(truncate)")
     with path.open("r+b") as file:
         file.seek((page - 1) * size + 100)
@@ -430,14 +432,13 @@ def test_check_and_plan_see_that_the_store_of_before_is_gone(tmp_path):
         shutil.rmtree(tmp_path / "lake", ignore_errors=True)
 
 
-def test_start_of_a_runner_that_refuses_is_no_success(tmp_path):
+def test_cycle_says_how_many_objects_are_no_longer_expected(tmp_path):
     narrow = write_widely(tmp_path, "http://127.0.0.1:9")
     assert run_adce("reconcile", folder=tmp_path).returncode == 3
     (tmp_path / "adce.yaml").write_text(narrow)
-    started = run_adce("start", folder=tmp_path)
-    assert started.returncode != 0
-    assert "no longer expects 366 of the 372 objects" in started.stderr
-    assert run_adce("status", folder=tmp_path).returncode == 4
+    done = run_adce("reconcile", "--format", "json", folder=tmp_path)
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["dropped"], told["expected"], told["error"]) == (3, 366, 6, None)
 
 
 def test_plan_knows_of_pauses(tmp_path):
@@ -526,7 +527,7 @@ def test_empty_file_is_no_database_yet(tmp_path):
 
 
 def test_plan_tells_what_run_would_do(tmp_path):
-    """A mass of names that vanish is not believed by either; another store is made by both."""
+    """Names that vanish make objects that are no longer expected."""
     games = {"events": [{"id": str(number), "status": {"type": {"completed": True}}} for number in range(300)]}
     league = {"leagues": [{"id": "46"}], "padding": "x" * 500}
     days = tmp_path / "lake" / "days"
@@ -535,12 +536,11 @@ def test_plan_tells_what_run_would_do(tmp_path):
     write_league(tmp_path, "http://127.0.0.1:9", last=1)
     assert run_adce("reconcile", folder=tmp_path).returncode == 3
     (days / "20250101.json").write_text(json.dumps({**league, "events": games["events"][:7]}))
-    for words in (["plan"], ["reconcile"]):
-        done = run_adce(*words, folder=tmp_path)
-        assert done.returncode == 1
-        assert "games: the names of 293 of 300 objects vanished at once" in done.stdout + done.stderr
     plan = json.loads(run_adce("plan", "--format", "json", folder=tmp_path).stdout)
-    assert (plan["changes"], plan["datasets"][0]["now"]) == ([], 300)
+    assert plan["changes"] == [{"dataset": "games", "expected_now": 300, "expected_then": 7}]
+    assert plan["datasets"][0]["now"] == 7
+    done = json.loads(run_adce("reconcile", "--format", "json", folder=tmp_path).stdout)
+    assert (done["dropped"], done["expected"], done["missing"]) == (293, 8, 7)
 
 
 def test_backup_of_a_damaged_database_names_it(folder, tmp_path):

@@ -88,15 +88,15 @@ def failing(upstream, folder) -> Upstream:
 
 
 def task_of(folder: Path, name: str) -> int:
-    """The latest task for a thing."""
-    ((number,),) = rows(
-        folder, f"select max(task_id) from tasks join objects using (object_id) where key = 'things/{name}'"
-    )
+    """The task for a thing that was tried."""
+    ((number,),) = rows(folder, f"select max(task_id) from recent_attempts where key = 'things/{name}'")
     return number
 
 
 def states(folder: Path) -> list[str]:
-    return [row[0] for row in rows(folder, "select state from tasks order by task_id")]
+    """Of each thing the state of its open task, or else its own."""
+    sql = "select coalesce(q.state, o.state) from objects_now o left join queue q using (key) order by key"
+    return [row[0] for row in rows(folder, sql)]
 
 
 def change(folder: Path, sql: str) -> None:
@@ -229,27 +229,28 @@ def test_restart_takes_the_new_configuration(folder):
     second = do("restart", folder=folder)
     assert second.returncode == 0
     assert holder(folder) not in (None, before)
-    wait_until(lambda: rows(folder, "select count(*) from objects where state = 'present'") == [(2,)])
+    wait_until(lambda: rows(folder, "select sum(present) from coverage") == [(2,)])
     (folder / "adce.yaml").write_text("nonsense: 1")
     between = holder(folder)
     assert do("restart", folder=folder).returncode == 78
     assert holder(folder) == between  # what cannot be started is not stopped
 
 
-def test_restart_that_the_runner_would_refuse_leaves_the_one_there_is(folder):
+def test_restart_with_a_configuration_that_expects_less_drops_the_rest_and_tells_it(folder):
     narrow = write_widely(folder, NOWHERE)
     assert do("start", folder=folder).returncode == 0
     wait_until(lambda: rows(folder, "select count(*) from cycles where seconds is not null") == [(1,)])
     before = holder(folder)
-    (folder / "adce.yaml").write_text(narrow)
-    refused = do("restart", folder=folder)
-    assert (refused.returncode, refused.stdout) == (78, "")
-    assert "no longer expects 366 of the 372 objects" in refused.stderr
-    assert rows(folder, "select count(*) from gaps") == [(372,)]
-    assert holder(folder) == before
-    meant = do("restart", "--yes", folder=folder)
-    assert (meant.returncode, holder(folder) == before) == (0, False)
-    wait_until(lambda: rows(folder, "select count(*) from gaps") == [(6,)])
+    wide = (folder / "adce.yaml").read_text()
+    ends = "select dropped, expected, error from cycles where cycle_id = {} and seconds is not null"
+    for cycle, (text, end) in enumerate([(narrow, (366, 6, None)), (wide, (0, 372, None))], start=2):
+        (folder / "adce.yaml").write_text(text)
+        done = do("restart", folder=folder)
+        assert (done.returncode, holder(folder) == before) == (0, False)
+        wait_until(lambda: rows(folder, ends.format(cycle)))  # noqa: B023
+        assert rows(folder, ends.format(cycle)) == [end]
+        assert rows(folder, "select count(*) from gaps") == [(end[1],)]
+        before = holder(folder)
 
 
 def test_start_tells_of_a_port_that_is_taken(folder):
@@ -352,8 +353,8 @@ def test_pause_holds_a_live_runner_until_it_is_resumed(scope, upstream, folder, 
     assert told["why"] == "paused: by hand, until it is resumed: they asked"
     change(
         folder,
-        "insert into tasks select 99, object_id, dataset_id, 'pending', 'LOW', 0, 1, 1, 0, null, 0, 0, "
-        "null, null, null, 0 from objects",
+        "update objects set state = 'stale', task = 'pending', priority = 'LOW', detected_at = 0, gap_size = 1, "
+        "rank = 1, slope = 0",
     )
     time.sleep(1)  # what is proven is that nothing happens
     assert upstream.count() == 0
@@ -409,7 +410,7 @@ def test_resume_tries_at_once_what_has_failed(upstream, folder, start):
     start()
     wait_until(lambda: states(folder) == ["retry"])
     assert do("resume", "box", folder=folder).returncode == 0
-    wait_until(lambda: states(folder) == ["done"], SOON)
+    wait_until(lambda: states(folder) == ["present"], SOON)
 
 
 # ---- retry
@@ -422,7 +423,7 @@ def test_retry_with_ids_reaches_a_live_runner_at_once(failing, folder, start):
     done = do("retry", str(task_of(folder, "A")), folder=folder)
     assert (done.returncode, done.stdout) == (0, "1 task is tried again now\n")
     wait_until((folder / "lake/things/A").exists, SOON)
-    wait_until(lambda: sorted(states(folder)) == ["done", "gave_up", "gave_up"], SOON)
+    wait_until(lambda: states(folder) == ["present", "gave_up", "gave_up"], SOON)
     assert failing.count("/B") == failing.count("/C") == 1
     unknown = do("retry", "4711", folder=folder)
     assert (unknown.returncode, "not waiting and not given up: 4711" in unknown.stderr) == (1, True)
@@ -484,6 +485,7 @@ def test_skipped_object_is_no_gap_until_it_is_retried(failing, folder, start):
     start("run", "-q", "--interval-minutes", "0.005")
     wait_until(lambda: states(folder) == ["gave_up"] * 3)
     number = task_of(folder, "A")
+    change(folder, f"update objects set detected_at = 1760000000 where object_id = {number}")
     done = do("skip", str(number), "--reason", "never\x1bplayed", folder=folder)
     assert (done.returncode, done.stdout) == (0, "1 object is not wanted any more; `adce.py retry ID` undoes it\n")
     assert rows(folder, "select key from gaps order by key") == [("things/B",), ("things/C",)]
@@ -502,7 +504,8 @@ def test_skipped_object_is_no_gap_until_it_is_retried(failing, folder, start):
     failing.answer("/A", Answer(b"thing A"))
     undone = do("retry", str(number), folder=folder)
     assert (undone.returncode, undone.stdout) == (0, "1 task is tried again now\n")
-    assert rows(folder, "select count(*) from tasks") == [(3,)]  # the same, with its age
+    kept = json.loads(do("task", str(number), "--format", "json", folder=folder).stdout)["task"]
+    assert kept["detected_at"] == "2025-10-09T08:53:20Z"  # the same task, with its age
     wait_until((folder / "lake/things/A").exists, SOON)
     assert rows(folder, "select count(*) from skipped") == [(0,)]
 
@@ -537,11 +540,11 @@ def test_skipping_a_running_task_lets_it_end_and_wants_it_no_more(folder, start)
     assert do("skip", number, folder=folder).returncode == 0
     assert states(folder) == ["running"]
     (folder / "go").touch()
-    wait_until(lambda: states(folder) == ["cancelled"], SOON)
+    wait_until(lambda: states(folder) == ["skipped"], SOON)
     assert rows(folder, "select count(*) from gaps") == [(0,)]
     assert rows(folder, "select key from skipped") == [("things/A",)]
     assert do("retry", number, folder=folder).returncode == 0
-    wait_until(lambda: rows(folder, "select state from objects") == [("present",)], SOON)
+    wait_until(lambda: states(folder) == ["present"], SOON)
 
 
 def test_coverage_shows_a_dataset_of_which_everything_is_skipped(failing, folder):
@@ -566,7 +569,7 @@ def test_reconcile_beside_a_runner_is_done_by_the_runner(folder, start):
     told = json.loads(done.stdout)
     assert (done.returncode, told["cycle_id"], told["present"], told["missing"]) == (3, before + 1, 1, 1)
     assert f"The runner (process {holder(folder)}) does it" in done.stderr
-    assert rows(folder, "select is_full, cycle_id from orders") == [(1, before + 1)]
+    assert rows(folder, "select wanted_cycle from facts") == [(None,)]
 
 
 def test_believed_loss_beside_a_runner_opens_its_gaps(folder, start):
@@ -597,10 +600,10 @@ def test_several_reconciles_at_once_are_all_answered(folder, start):
         out, err = process.communicate(timeout=60)
         assert (process.returncode, "Traceback" in err) == (0, False), err
         assert json.loads(out)
-    assert rows(folder, "select count(*) from orders where cycle_id is null") == [(0,)]
+    assert rows(folder, "select wanted_cycle from facts") == [(None,)]
 
 
-def test_reconcile_tells_when_the_runner_dies_meanwhile(folder, start):
+def test_reconcile_tells_when_the_runner_crashes_meanwhile(folder, start):
     with HeldBucket() as bucket:
         write_box(folder, store="s3://lake")
         runner = start(**bucket.environment)
@@ -613,7 +616,7 @@ def test_reconcile_tells_when_the_runner_dies_meanwhile(folder, start):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        wait_until(lambda: rows(folder, "select 1 from orders where cycle_id is not null"))
+        wait_until(lambda: rows(folder, "select 1 from cycles where cycle_id = 2 and seconds is null"))
         runner.kill()
         out, err = asking.communicate(timeout=20)
     assert (asking.returncode, out) == (1, "")
@@ -629,7 +632,9 @@ def test_reconcile_beside_a_reconcile(folder):
         first = subprocess.Popen(command_line("reconcile"), cwd=folder, env=environment, **pipes)
         wait_until(lambda: "list" in bucket.seen)
         second = subprocess.Popen(command_line("reconcile"), cwd=folder, env=environment, **pipes)
-        wait_until(lambda: second.poll() is not None or rows(folder, "select 1 from orders"))
+        wait_until(
+            lambda: second.poll() is not None or rows(folder, "select 1 from facts where wanted_cycle is not null")
+        )
         bucket.release()
         first.communicate(timeout=20)
         _, err = second.communicate(timeout=20)
@@ -637,15 +642,16 @@ def test_reconcile_beside_a_reconcile(folder):
     assert second.returncode in (3, 11), err
 
 
-def test_yes_holds_beside_an_order_that_was_left_over(folder):
-    names = ", ".join(f"N{number}" for number in range(150))
-    write_box(folder, names=names)
+def test_request_that_was_left_over_holds_for_the_next_cycle(folder):
+    names = [f"N{number}" for number in range(12)]
+    fill_box(folder, *names)
+    write_box(folder, names=", ".join(names))
+    assert do("reconcile", folder=folder).returncode == 0
+    change(folder, """update facts set wanted_cycle = '{"is_full": true, "accept_loss": ["things"]}'""")
+    shutil.rmtree(folder / "lake/things")
     assert do("reconcile", folder=folder).returncode == 3
-    change(folder, "insert into orders (asked_at, is_full, may_lose) values (0, 0, '[]')")
-    fill_box(folder, "N1")
-    write_box(folder, names="N1")
-    done = do("run", "--once", "--yes", folder=folder)
-    assert done.returncode == 0, done.stderr
+    assert rows(folder, "select missing, error from cycles where cycle_id = 2") == [(12, None)]
+    assert rows(folder, "select wanted_cycle from facts") == [(None,)]
 
 
 # ---- what others write, and several at once
@@ -656,10 +662,10 @@ def test_row_that_the_sqlite3_program_writes_is_taken_up(failing, folder, start)
     wait_until(lambda: states(folder) == ["gave_up"] * 3)
     for name in "ABC":
         failing.answer(f"/{name}", Answer(b"a thing"))
-    change(folder, f"update tasks set state = 'pending', failures = 0 where task_id = {task_of(folder, 'A')}")
+    change(folder, f"update objects set task = 'pending', failures = 0 where object_id = {task_of(folder, 'A')}")
     wait_until((folder / "lake/things/A").exists, SOON)
-    change(folder, "insert into orders (asked_at, is_full, may_lose) values (unixepoch(), 1, '[]')")
-    wait_until(lambda: rows(folder, "select max(cycle_id) from orders") == [(2,)], SOON)
+    change(folder, """update facts set wanted_cycle = '{"is_full": true}'""")
+    wait_until(lambda: rows(folder, "select max(cycle_id) from cycles") == [(2,)], SOON)
     assert failing.count("/B") == 1
 
 

@@ -10,13 +10,30 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from battery.older import make_version_1
-from conftest import ROOT
+from conftest import ROOT, run_adce
+from runners import fill_box, rows, write_box
 
 import adce
+
+
+def open_with_settings(path: Path) -> adce.Database:
+    """A database with a table to try things on."""
+    database = adce.open_database(path)
+    with database.transaction() as sql:
+        sql.execute("create table settings (name text primary key, value text) strict")
+    return database
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[adce.Database]:
+    database = open_with_settings(tmp_path / "adce.db")
+    yield database
+    assert database.check() == []
+    database.close()
 
 
 def mode(path: Path) -> int:
@@ -26,9 +43,7 @@ def mode(path: Path) -> int:
 def test_database_is_private_with_all_its_files(tmp_path):
     before = os.umask(0o022)
     try:
-        database = adce.open_database(tmp_path / "adce.db")
-        with database.transaction() as sql:
-            sql.execute("insert into settings values ('a', 'b')")
+        database = open_with_settings(tmp_path / "adce.db")
         assert {path.name: mode(path) for path in tmp_path.iterdir()} == dict.fromkeys(
             ("adce.db", "adce.db-wal", "adce.db-shm"), 0o600
         )
@@ -53,10 +68,10 @@ def make_foreign(path: Path) -> None:
     connection.close()
 
 
-def make_newer(path: Path) -> None:
+def make_newer(path: Path, version: int = adce.SCHEMA_VERSION + 1) -> None:
     adce.open_database(path).close()
     with sqlite3.connect(path) as connection:
-        connection.execute("pragma user_version = 999")
+        connection.execute(f"pragma user_version = {version}")
     connection.close()
 
 
@@ -75,7 +90,11 @@ def make_zeroed(path: Path) -> None:
     ("make", "message"),
     [
         (make_foreign, "is a database of another program"),
-        (make_newer, "was written by a newer ADCE"),
+        (make_newer, f"has schema {adce.SCHEMA_VERSION + 1}, this ADCE needs {adce.SCHEMA_VERSION}"),
+        (
+            lambda path: make_newer(path, adce.SCHEMA_VERSION - 1),
+            f"has schema {adce.SCHEMA_VERSION - 1}, this ADCE needs {adce.SCHEMA_VERSION}",
+        ),
         (make_broken, "malformed"),
         (make_zeroed, "malformed|is a database of another program|not a database"),
         (
@@ -145,8 +164,8 @@ def test_threads_take_turns_and_lose_no_write(database):
 def test_damage_is_found_and_named(tmp_path):
     with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
         with database.transaction() as sql:
-            sql.execute("insert into scopes values ('x', 0, 0, 0, 0, 0, null, 0, 0, null, 0)")
-            sql.execute("insert into windows values ('x', 60, 1)")
+            sql.execute("insert into scopes (scope) values ('x')")
+            sql.execute("insert into windows values ('x', 60, 1, null)")
         database._writer.execute("pragma foreign_keys = off")
         with database.transaction() as sql:
             sql.execute("delete from scopes")
@@ -188,8 +207,7 @@ def count_up(path: str, times: int) -> None:
     database.close()
 
 
-def test_processes_wait_for_one_another(tmp_path):
-    database = adce.open_database(tmp_path / "adce.db")
+def test_processes_wait_for_one_another(database, tmp_path):
     with database.transaction() as sql:
         sql.execute("insert into settings values ('n', '0')")
     context = multiprocessing.get_context("spawn")
@@ -215,7 +233,7 @@ def make_older(path: Path) -> None:
     """A database whose views are those of another version."""
     database = adce.open_database(path)
     with database.transaction() as sql:
-        sql.execute("update settings set value = 'of another text' where name = 'views'")
+        sql.execute("update facts set views = 'of another text'")
     database.close()
 
 
@@ -312,35 +330,29 @@ def test_views_are_made_anew_when_their_text_has_changed(tmp_path):
     with database.transaction() as sql:
         sql.execute("drop view gaps")
         sql.execute("create view gaps as select 1 as old")
-        sql.execute("update settings set value = 'of another text' where name = 'views'")
+        sql.execute("update facts set views = 'of another text'")
     database.close()
     again = adce.open_database(tmp_path / "adce.db")
     assert again.read("select * from gaps") == []
     again.close()
 
 
-def columns(database: adce.Database) -> dict[str, list[tuple]]:
-    """Every column of every table, and every view."""
-    names = [row[0] for row in database.read("select name from sqlite_schema where type in ('table', 'view')")]
-    return {name: sorted(tuple(row)[1:] for row in database.read(f"pragma table_info({name})")) for name in names}
-
-
-def test_older_database_is_brought_up_to_date_and_keeps_what_it_knows(tmp_path):
-    path = tmp_path / "adce.db"
-    with contextlib.closing(adce.open_database(path)) as database:
-        newest = columns(database)
-        with database.transaction() as sql:
-            sql.execute(
-                "insert into scopes (scope, granted_at, tokens, tokens_at, paused_until, paused_for, "
-                "failures, throttles) values ('shop', 7, 0, 0, 0, 0, 0, 0)"
-            )
-    make_version_1(path)
-    with contextlib.closing(adce.open_database(path)) as database:
-        assert {name: [column[:3] for column in listed] for name, listed in columns(database).items()} == {
-            name: [column[:3] for column in listed] for name, listed in newest.items()
-        }
-        assert database.value("select granted_at from scopes") == 7
-        assert database.check() == []
+def test_database_of_another_schema_is_refused_in_two_lines_that_tell_how_it_is_rebuilt(tmp_path):
+    fill_box(tmp_path, "A")
+    write_box(tmp_path)
+    make_newer(tmp_path / "adce.db", adce.SCHEMA_VERSION - 1)
+    for words in (["run", "--once"], ["status"], ["reconcile"]):
+        done = run_adce(*words, folder=tmp_path)
+        path, told = (
+            tmp_path / "adce.db",
+            f"has schema {adce.SCHEMA_VERSION - 1}, this ADCE needs {adce.SCHEMA_VERSION}",
+        )
+        hint = f"move {path} away: the next run rebuilds it from the store, without its history"
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"adce.py: {path} {told}\nTry: {hint}\n"
+    (tmp_path / "adce.db").rename(tmp_path / "away.db")
+    assert run_adce("run", "--once", folder=tmp_path).returncode == 0
+    assert rows(tmp_path, "select key, state from objects_now") == [("things/A", "present")]
 
 
 def locks_on(path: Path) -> int:
@@ -353,7 +365,7 @@ def locks_on(path: Path) -> int:
 def test_second_opening_in_a_process_drops_no_lock_of_the_first(tmp_path):
     """POSIX drops all locks of a process on a file when it closes any descriptor of it (fcntl_locking(2))."""
     path = tmp_path / "adce.db"
-    with contextlib.closing(adce.open_database(path)) as first:
+    with contextlib.closing(open_with_settings(path)) as first:
         first.read("select 1 from settings")
         before = locks_on(path)
         with contextlib.closing(adce.open_database(path)) as second:

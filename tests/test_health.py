@@ -29,7 +29,7 @@ def serving(folder: Path, clock: ManualClock) -> Iterator[str]:
     store.sweep()
     with database.transaction() as sql:
         adce.declare_limits(sql, configuration, clock)
-        adce.declare_datasets(sql, configuration, clock.wall())
+        adce.declare_datasets(sql, configuration)
         sql.execute(
             "insert into runner (only_row, pid, version, started_at, beat_at) values (1, 1, 'x', ?, ?)",
             (int(clock.wall()), int(clock.wall())),
@@ -193,7 +193,7 @@ def test_page_is_one_document_that_asks_for_nothing(served):
 
 def test_markup_from_upstream_is_only_shown(own, database):
     with database.transaction() as sql:
-        sql.execute("update tasks set last_error = '<script>alert(1)</script>\"&'")
+        sql.execute("update objects set last_error = '<script>alert(1)</script>\"&'")
     text = get(f"{own}/").text
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text

@@ -80,7 +80,7 @@ def test_signal_lets_running_attempts_finish_and_ends_with_0(number, upstream, l
     process.send_signal(number)
     _, err = end(process)
     assert (process.returncode, "Traceback" in err) == (0, False)
-    assert rows(tmp_path, "select count(*) from tasks where state = 'running'") == [(0,)]
+    assert rows(tmp_path, "select count(*) from queue where state = 'running'") == [(0,)]
     assert rows(tmp_path, "select count(*) from attempts where outcome != 'ok'") == [(0,)]
     assert rows(tmp_path, "select note from runner") == [(number.name,)]
 
@@ -95,7 +95,7 @@ def test_attempt_that_outlasts_the_grace_time_goes_back_to_the_queue(upstream, l
     end(process)
     assert process.returncode == 0
     assert time.monotonic() - started < 4
-    lost = "select t.failures, t.state, a.outcome from tasks t join attempts a using (task_id) where a.outcome = 'lost'"
+    lost = "select failures, task, outcome from objects join attempts using (object_id) where outcome = 'lost'"
     assert rows(tmp_path, lost) == [(0, "pending", "lost")]
 
 
@@ -112,7 +112,7 @@ def test_function_that_never_returns_does_not_hold_the_program(tmp_path, start):
     (tmp_path / "adce.yaml").write_text(STUCK)
     process = start("run", "--max-minutes", "0.01", PYTHONPATH=str(tmp_path))
     assert process.wait(20) == 0
-    assert rows(tmp_path, "select state, failures, last_error from tasks") == [("pending", 0, "the runner stopped")]
+    assert rows(tmp_path, "select task, failures, last_error from objects") == [("pending", 0, "the runner stopped")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -125,7 +125,7 @@ def test_second_signal_ends_it_at_once_and_the_next_start_requeues(number, upstr
     wait_until(lambda: "stopping" in process.stderr.readline())
     process.send_signal(number)
     assert process.wait(5) == 130
-    assert rows(tmp_path, "select count(*) > 0 from tasks where state = 'running'") == [(1,)]
+    assert rows(tmp_path, "select count(*) > 0 from queue where state = 'running'") == [(1,)]
     done = run_adce("run", "--once", folder=tmp_path)
     assert (done.returncode, rows(tmp_path, "select count(*) from gaps")) == (0, [(0,)])
 
@@ -166,7 +166,7 @@ def kill_rounds(folder: Path, count: int, seed: int) -> None:
         wanted |= {f"days/{day:%Y%m%d}.json": league.scoreboard(f"{day:%Y%m%d}").body for day in league.games}
         assert objects == wanted
     assert rows(folder, "pragma integrity_check") == [("ok",)]
-    assert rows(folder, "select distinct state from tasks") == [("done",)]
+    assert rows(folder, "select distinct state from objects_now") == [("present",)]
     assert rows(folder, "select count(*), sum(outcome = 'running') from attempts")[0][1] == 0
 
 
@@ -218,7 +218,7 @@ def test_unreachable_sources_are_told_and_paused_and_their_tasks_kept(unreachabl
     assert (unreachable.returncode, time.monotonic() - started < 2) == (0, True)
     assert re.search(r'paused source=league until=\S+ reason="127.0.0.1 cannot be reached: Connection refused"', err)
     assert re.search(r'paused source=other until=\S+ reason="no.invalid cannot be reached: ', err)
-    assert rows(tmp_path, "select count(*), max(failures) from tasks where state in ('pending', 'retry')") == [(9, 1)]
+    assert rows(tmp_path, "select count(*), max(failures) from objects where task in ('pending', 'retry')") == [(9, 1)]
     assert run_adce("run", "--once", folder=tmp_path).returncode == 3
 
 
@@ -384,29 +384,31 @@ def test_dumb_terminal_gets_plain_lines(league, tmp_path):
     assert "\x1b" not in Terminal(tmp_path, "run", "--once", term="dumb").end()
 
 
-def test_configuration_that_expects_far_less_is_shown_and_needs_a_word(tmp_path):
+def test_configuration_that_expects_far_less_is_shown_by_plan_and_drops_the_rest_until_it_is_corrected(tmp_path):
     narrow = write_widely(tmp_path, "http://127.0.0.1:9")
     assert run_adce("reconcile", folder=tmp_path).returncode == 3
+    wide = (tmp_path / "adce.yaml").read_text()
     (tmp_path / "adce.yaml").write_text(narrow)
-    for words in (["run", "--once"], ["reconcile"]):
-        done = run_adce(*words, folder=tmp_path)
-        assert done.returncode == 78
-        assert "adce.yaml no longer expects 366 of the 372 objects that it did" in done.stderr
-        assert "Try: see the difference with: adce.py plan" in done.stderr
-        assert "Traceback" not in done.stderr
     plan = json.loads(run_adce("plan", "--format", "json", folder=tmp_path).stdout)
     assert plan["changes"] == [{"dataset": "days", "expected_now": 372, "expected_then": 6}]
-    assert run_adce("reconcile", "--yes", folder=tmp_path).returncode == 3
-    assert rows(tmp_path, "select count(*) from gaps") == [(6,)]
+    for text, gaps in ((wide, 372), (narrow, 6), (wide, 372)):
+        (tmp_path / "adce.yaml").write_text(text)
+        assert run_adce("reconcile", folder=tmp_path).returncode == 3
+        assert rows(tmp_path, "select count(*) from gaps") == [(gaps,)]
+    cycles = rows(tmp_path, "select dropped, expected, error from cycles")
+    assert cycles == [(0, 372, None), (0, 372, None), (366, 6, None), (0, 372, None)]
 
 
-def test_run_that_is_refused_asks_nobody(upstream, tmp_path):
+def test_run_asks_for_nothing_that_is_no_longer_expected_and_leaves_the_stored_object_alone(upstream, tmp_path):
     League(date(2025, 1, 1), 6).serve(upstream)
-    narrow = write_widely(tmp_path, upstream.address)
+    narrow, old = write_widely(tmp_path, upstream.address), tmp_path / "lake/days/20240101.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("x" * 500)
     assert run_adce("reconcile", folder=tmp_path).returncode == 3
     (tmp_path / "adce.yaml").write_text(narrow)
-    assert run_adce("run", "--max-minutes", "1", folder=tmp_path).returncode == 78
-    assert upstream.count() == 0
+    assert run_adce("run", "--once", folder=tmp_path).returncode == 0
+    asked = {arrival.path.rpartition("=")[2] for arrival in upstream.arrivals if "/scoreboard" in arrival.path}
+    assert (asked, old.read_text()) == ({f"2025010{day}" for day in range(1, 7)}, "x" * 500)
 
 
 def test_once_ends_although_objects_get_old_faster_than_they_are_fetched(upstream, tmp_path):

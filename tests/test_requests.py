@@ -87,7 +87,7 @@ VERDICTS = {
     "an error with 200": (json_answer({"code": 500, "message": "oops"}), O.HTTP_ERROR, "HTTP 200, an error"),
     "nothing there, with 200": (json_answer({"code": 404, "message": "none"}), O.NOT_YET, "HTTP 200"),
     "nothing there": (Answer(b"Not Found", 404), O.NOT_YET, "HTTP 404: Not Found"),
-    "gone": (Answer(b"", 410), O.NOT_YET, "HTTP 410: empty"),
+    "gone": (Answer(b"", 410), O.NOT_YET, "HTTP 410"),
     "no such object in a bucket": (
         Answer(b"<Error><Code>AccessDenied</Code></Error>", 403),
         O.NOT_YET,

@@ -90,7 +90,7 @@ def test_days_that_are_not_final_stay_stale_and_the_next_run_collects_their_game
     assert set(gaps(database).values()) == {"stale"}
     league.phase = "final"
     assert run_once(configuration, database)[0] == adce.ExitCode.DONE
-    assert database.value("select count(*) from objects where state = 'present'") == 6 + len(league.ids)
+    assert database.value("select sum(present) from coverage") == 6 + len(league.ids)
 
 
 def test_failing_object_is_attempted_once_in_a_run_and_left_open(configure, database, upstream, league):
@@ -134,7 +134,7 @@ def test_run_does_not_wait_for_a_pause(configure, database, upstream, league):
     )
     assert code == adce.ExitCode.GAPS_LEFT
     assert "paused source=league" in lines
-    assert 'reason="what is left belongs to paused sources"' in lines
+    assert 'reason="the rest belongs to paused sources"' in lines
     assert database.value("select blocked_until from rates where scope = 'league'")
 
 
@@ -250,7 +250,7 @@ def test_store_that_fails_pauses_everything_and_is_told(configure, database, ups
     code, lines = run_once(configure(league_text(upstream.address)), database)
     assert (code, upstream.count() <= 5) == (adce.ExitCode.GAPS_LEFT, True)
     assert re.search(r'paused source=global until=\S+ reason="store: the store \S+ is not there"', lines), lines
-    assert database.value("select count(*) from tasks where failures > 0") == 0
+    assert database.value("select count(*) from objects where failures > 0") == 0
     assert database.value("select blocked_until from rates where scope = 'global'")
 
 
@@ -398,7 +398,7 @@ def test_damaged_answers_stop_nothing(seed, configure, database, upstream, leagu
     upstream.route("/scoreboard", lambda _, query: damaged(league.scoreboard(query["dates"])))
     upstream.route("/summary", lambda _, query: damaged(league.summary(query["event"])))
     _, lines = run_once(configure(league_text(upstream.address)), database)
-    assert 'stop reason="all was attempted"' in lines
+    assert 'stop reason="every task was attempted"' in lines
     assert set(outcomes(database)) <= {"ok", "invalid", "not_yet", "http_error"}
 
 

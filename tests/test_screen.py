@@ -25,11 +25,13 @@ def paint(configure, database, clock, monkeypatch):
     configuration = configure(TEXT)
     with database.transaction() as sql:
         adce.declare_limits(sql, configuration, clock)
-        adce.declare_datasets(sql, configuration, clock.wall())
+        adce.declare_datasets(sql, configuration)
         ledger = adce.Ledger(sql, configuration, clock.wall())
+        sql.execute(adce.WANTED)
         for dataset in configuration.datasets.values():
-            for number in "12":
-                ledger.expect(dataset, adce.expected_object(dataset, {"n": number}, ()), proven=True)
+            adce.expect(ledger, dataset, [adce.Partition({"n": number}) for number in "12"])
+        for row in ledger.objects("true", {}):
+            ledger.note(row, proven=1)
 
     def paint_on(lines: int) -> list[str]:
         monkeypatch.setenv("LINES", str(lines))
@@ -56,9 +58,13 @@ def test_low_terminal_cuts_the_datasets_and_keeps_what_is_done_now(paint):
     assert not any("more" in line for line in paint(8))
 
 
-def test_pace_tells_how_long_the_open_tasks_last(paint, database, clock):
+def test_pace_tells_how_long_the_open_tasks_last(paint, configure, database, clock):
     with database.transaction() as sql:
-        sql.execute("update tasks set state = 'done', closed_at = ? where task_id <= 10", (clock.wall() - 30,))
+        ledger = adce.Ledger(sql, configure(TEXT), clock.wall())
+        for row in ledger.objects("o.object_id <= 10", {}):
+            ledger.note(row, etag="e", modified_at=int(clock.wall()), read_etag="e")
+            begun = "insert into attempts (object_id, started_at, outcome, requests) values (?, ?, 'ok', 1)"
+            sql.execute(begun, (row.object_id, clock.wall() - 30))
     assert paint(50)[2] == "tasks   30 open, 10 ended in the last minute, 3 min left"
 
 

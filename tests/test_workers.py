@@ -112,6 +112,12 @@ datasets:
 BRING = "def bring(a, b):\n    if (int(a) + int(b)) % 4 == 0: raise ValueError('one of four')\n    return b'x'\n"
 
 
+def states_of(folder: Path) -> dict[str, int]:
+    """How many objects have an open task in each state, or else are in a state themselves."""
+    sql = "select coalesce(q.state, o.state), count(*) from objects_now o left join queue q using (key) group by 1"
+    return dict(rows(folder, sql))
+
+
 def no_count_is_lost(folder: Path, tens: int) -> None:
     """A fourth of them fails: a tenth of all twice, the others once."""
     (folder / "a_scraper.py").write_text(BRING)
@@ -121,12 +127,12 @@ def no_count_is_lost(folder: Path, tens: int) -> None:
         done = run_adce("run", "--once", "-q", folder=folder, seconds=500)
         assert done.returncode == 3, done.stderr
     total = 10 * tens * 20
-    states = dict(rows(folder, "select state, count(*) from tasks group by 1"))
-    assert states == {"done": total * 3 // 4, "gave_up": tens * 5 + 5, "retry": 9 * tens * 5 - 5}
+    states = states_of(folder)
+    assert states == {"present": total * 3 // 4, "gave_up": tens * 5 + 5, "retry": 9 * tens * 5 - 5}
     outcomes = dict(rows(folder, "select outcome, count(*) from attempts group by 1"))
     assert outcomes == {"ok": total * 3 // 4, "error": states["retry"] + 2 * states["gave_up"]}
     assert dict(rows(folder, "select outcome, sum(attempts) from daily_totals group by 1")) == outcomes
-    assert rows(folder, "select count(*) from tasks where attempts != failures + (state = 'done')") == [(0,)]
+    assert rows(folder, "select count(*) from objects where attempts != failures + (state = 'present')") == [(0,)]
     report = json.loads(run_adce("report", "--format", "json", folder=folder).stdout)
     told = Counter()
     for row in report["attempts"]:
@@ -195,7 +201,7 @@ def test_so_many_work_at_once_and_never_one_more(workers, source, more, most, co
     run(configure(text), database)
     assert [row[0] for row in database.read("select distinct outcome from attempts")] == ["ok"]
     assert max(module.MOST) == most
-    assert database.value("select count(*) from tasks where state = 'done'") == 4 * most
+    assert database.value("select sum(present) from coverage") == 4 * most
 
 
 def test_barrier_for_six_never_opens_for_five_workers(configure, database, scraper):
@@ -280,8 +286,8 @@ def test_function_that_never_returns_costs_a_worker_that_is_replaced_and_counted
     started = time.monotonic()
     done = run_adce("run", "--once", folder=tmp_path, seconds=30)
     assert (done.returncode, time.monotonic() - started < 15) == (3, True), done.stderr
-    assert rows(tmp_path, "select count(*) from tasks where state = 'done'") == [(2,)]
-    stuck = rows(tmp_path, "select state, failures, last_error from tasks where state != 'done'")
+    assert rows(tmp_path, "select sum(present) from coverage") == [(2,)]
+    stuck = rows(tmp_path, "select state, attempts, last_error from queue")
     assert {row[2] for row in stuck} == {"a_scraper:wait did not return within 0.3 s; its worker was replaced"}
     assert [row[0] for row in stuck] == ["retry"] * 2
 
@@ -352,7 +358,7 @@ def test_stop_past_the_grace_time_leaves_no_process(stubborn, tmp_path):
     stubborn.communicate(timeout=15)
     assert (stubborn.returncode, time.monotonic() - started < 10) == (0, True)
     wait_until(lambda: living(tmp_path) == [], 3)
-    assert rows(tmp_path, "select state, failures from tasks") == [("pending", 0)] * 2
+    assert rows(tmp_path, "select task, failures from objects") == [("pending", 0)] * 2
 
 
 def test_second_signal_leaves_no_process(stubborn, tmp_path):
@@ -390,7 +396,7 @@ def kill(n):
 def count():
     connection = sqlite3.connect("file:adce.db?mode=ro", uri=True)
     try:
-        return connection.execute("select count(*) from tasks where state = 'done'").fetchone()[0]
+        return connection.execute("select count(*) from objects_now where state = 'present'").fetchone()[0]
     finally:
         connection.close()
 def good(n): return b"x"
@@ -424,13 +430,13 @@ def test_task_that_kills_its_runner_gives_up_and_the_others_proceed(tmp_path):
     (tmp_path / "a_scraper.py").write_text(KILL)
     (tmp_path / "adce.yaml").write_text(KILLER)
     assert killed_runs(tmp_path) == 3
-    tasks = rows(tmp_path, "select priority, state, attempts, last_error from tasks order by 1, 2")
-    assert tasks[0] == ("CRITICAL", "gave_up", 3, "the runner died")
-    assert [task[1] for task in tasks[1:]] == ["done"] * 4
-    died = rows(tmp_path, "select distinct outcome from attempts where error = 'the runner died'")
-    assert died == [("lost",)]
+    tasks = rows(tmp_path, "select priority, state, attempts, last_error from queue")
+    assert tasks == [("CRITICAL", "gave_up", 3, "the runner crashed")]
+    assert states_of(tmp_path) == {"gave_up": 1, "present": 4}
+    crashed = rows(tmp_path, "select distinct outcome from attempts where error = 'the runner crashed'")
+    assert crashed == [("lost",)]
     shown = run_adce("tasks", "--state", "gave_up", folder=tmp_path).stdout
-    assert "killer" in shown and "the runner died" in shown
+    assert "killer" in shown and "the runner crashed" in shown
 
 
 def test_tasks_beside_one_that_kills_its_runner_do_not_give_up_with_it(tmp_path):
@@ -441,7 +447,7 @@ def test_tasks_beside_one_that_kills_its_runner_do_not_give_up_with_it(tmp_path)
     (tmp_path / "lake" / "calm").touch()
     assert run_adce("run", "--once", folder=tmp_path).returncode == -signal.SIGKILL, "it is tried alone once more"
     assert run_adce("run", "--once", folder=tmp_path).returncode == 3
-    assert rows(tmp_path, "select state, count(*) from tasks group by 1") == [("done", 4), ("gave_up", 1)]
+    assert states_of(tmp_path) == {"gave_up": 1, "present": 4}
 
 
 BESIDE = """
@@ -457,7 +463,7 @@ def good(n):
 """
 
 
-def test_nothing_is_begun_beside_a_task_that_has_seen_runners_die(tmp_path):
+def test_nothing_is_begun_beside_a_task_that_has_seen_runners_crash(tmp_path):
     (tmp_path / "a_scraper.py").write_text(BESIDE)
     (tmp_path / "adce.yaml").write_text(KILLER.partition("  good:")[0])
     for _ in range(2):
@@ -488,12 +494,12 @@ def test_ten_failures_in_a_row_pause_their_source_and_say_why(tmp_path, start):
     process = start("run")
     why = "left no object (exit 1): the line is cut"
     wait_until(lambda: rows(tmp_path, "select why from rates where blocked_until is not null") == [(f"paused: {why}",)])
-    wait_until(lambda: rows(tmp_path, "select count(*) from tasks where state = 'running'") == [(0,)])
+    wait_until(lambda: rows(tmp_path, "select count(*) from queue where state = 'running'") == [(0,)])
     assert why in run_adce("status", folder=tmp_path).stdout
     attempts = rows(tmp_path, "select count(*) from attempts")[0][0]
     assert 10 <= attempts <= 14  # those that were at work when the tenth failed
-    assert rows(tmp_path, "select sum(failures), max(failures) from tasks") == [(9, 1)]
-    assert rows(tmp_path, "select count(*) from tasks where state in ('pending', 'retry')") == [(30,)]
+    assert rows(tmp_path, "select sum(failures), max(failures) from objects") == [(9, 1)]
+    assert rows(tmp_path, "select count(*) from queue where state in ('pending', 'retry')") == [(30,)]
     process.terminate()
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0
@@ -545,14 +551,14 @@ def bring(n):
 def test_one_at_a_time_asks_whether_a_source_is_back_and_a_good_answer_ends_the_pause(configure, database, scraper):
     module = scraper(PROBED)
     text = AWAY.replace("RUNNER", "call: 'a_scraper:bring'\n    timeout_seconds: 1000000")
-    clock = HurriedClock(lambda: database.value("select count(*) from tasks where state = 'done'") == 30)
+    clock = HurriedClock(lambda: database.value("select sum(present) from coverage") == 30)
     _, lines = run(
         configure(text.replace("NUMBERS", numbers(30))), database, once=False, max_seconds=50_000, clock=clock
     )
     assert module.CALLS[:10].count(5) == 2
     assert module.CALLS[14:19] == [1] * 5  # at most four were at work when the tenth failed
     assert lines.count(" paused source=box ") >= 5
-    assert [row[0] for row in database.read("select distinct state from tasks")] == ["done"]
+    assert [row[0] for row in database.read("select distinct state from objects_now")] == ["present"]
     assert database.value("select count(*) from attempts where outcome = 'error'") == 18
     assert tuple(database.read("select failures, throttles from scopes where scope = 'box'")[0]) == (0, 0)
     assert "gave_up" not in lines
@@ -635,7 +641,7 @@ def test_refetch_that_leaves_the_object_as_it_was_is_an_error_and_gives_up(tmp_p
     wait_until(
         lambda: (
             ("gave_up", 3, "left the object as it was (exit 0): empty")
-            in rows(tmp_path, "select state, failures, last_error from tasks")
+            in rows(tmp_path, "select task, failures, last_error from objects")
         )
     )
     assert rows(tmp_path, "select outcome, count(*) from attempts group by 1 order by 1") == [("error", 3), ("ok", 1)]
