@@ -72,10 +72,8 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Checks                      is everything in order?
     Background                  the runner as a process
     Trials                      what a new configuration would change
-    Answers                     one function for each command that shows
-    Commands                    obeys: one function for each that does
-    Command table               every command and its options
-    Command line                from words to an exit code
+    Command line                from words to a command and an exit code
+    Commands                    one function for each
 """
 
 from __future__ import annotations
@@ -105,6 +103,7 @@ import importlib.machinery
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pwd
@@ -5560,7 +5559,7 @@ def _doubtful(cycle: Cycle, ledger: Ledger) -> set[int]:
             doubtful |= ids
             cycle.is_braked = True
             text = f"{name}: the names of {len(ids)} of {expected} objects {VANISHED}, none is dropped"
-            cycle.problems.append(f"{text}; if that is real: adce.py reconcile --believe {name}")
+            cycle.problems.append(f"{text}; if that is real: adce.py reconcile --accept-loss {name}")
     return doubtful
 
 
@@ -5762,7 +5761,7 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
         if name not in cycle.orders.may_lose and (many or everything):
             cycle.is_braked = True
             text = f"{name}: {len(lost)} of {there} objects {VANISHED}, none is taken for missing"
-            cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --believe {name}")
+            cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --accept-loss {name}")
             continue
         for chunk in chunks(iter(lost), NOTED_AT_ONCE):
             with cycle.ledger() as ledger:
@@ -7622,8 +7621,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------- Screen
-# What a person sees while it runs: one line for each event that matters, or on a terminal a few lines
-# that are painted over. Headlines: Journal, LiveScreen.
+# The log: one line for each event. On a terminal, a live screen instead. Headlines: Journal, LiveScreen.
 
 SCREEN_SECONDS = 0.5
 LEVELS = {"DEBUG": "<7>", "INFO": "<6>", "WARN": "<4>", "ERROR": "<3>"}
@@ -7631,51 +7629,67 @@ LOG_BYTES = 10 << 20
 
 
 class Journal:
-    """One line for each event that matters, on stderr, into a file or into the live screen."""
+    """One line for each event, on stderr, into a file or into the live screen."""
 
-    def __init__(self, stream: TextIO, level: str = "INFO", clock: Clock | None = None) -> None:
-        self.stream, self.level, self.clock = stream, level, clock or Clock()
-        self.is_journald = _is_journald(stream)
-        self.trouble: str | None = None  # with the database, as last told
-        self.paused: set[str] = set()  # sources, as last told
+    def __init__(
+        self, stream: TextIO | logging.StreamHandler[Any], level: str = "INFO", clock: Clock | None = None
+    ) -> None:
+        self.clock = clock or Clock()
+        self.handler = stream if isinstance(stream, logging.StreamHandler) else _LineStream(stream)
+        self.stream, self.is_journald = self.handler.stream, _is_journald(self.handler.stream)
+        self.handler.setLevel(level)
+        self.handler.setFormatter(LineFormatter(self.clock, is_journald=self.is_journald))
+        self.database_error: str | None = None  # as last reported
+        self.paused: set[str] = set()  # sources, as last reported
         self.screen: LiveScreen | None = None
         self.next_paint_at = -math.inf  # boot
 
     def paint(self, running: Sequence[str], next_cycle_at: float) -> None:
-        """Bring the live screen, if there is one, up to date now and then; a cycle at infinity will not come."""
+        """Refresh the live screen, if there is one, every SCREEN_SECONDS; a cycle at infinity will not come."""
         now = self.clock.boot()
         if self.screen and now >= self.next_paint_at:
             self.next_paint_at = now + SCREEN_SECONDS
             self.screen.paint(self.clock.wall(), running, next_cycle_at - now if next_cycle_at < math.inf else None)
 
     def write(self, level: str, event: str, **fields: Any) -> None:
-        """`2026-11-23T14:24:25Z INFO  cycle missing=3`; fields without a value are left out. The journal of systemd
-        has the time and takes the level from a prefix (sd-daemon(3))."""
-        words = [f"{name}={_logged(value)}" for name, value in fields.items() if value is not None]
-        first = [f"{LEVELS[level]}{event}"] if self.is_journald else [utc_text(self.clock.wall()), f"{level:5}", event]
-        line = " ".join([*cast(list[str], first), *words])
-        if list(LEVELS).index(level) < list(LEVELS).index(self.level):
-            return
-        if self.screen:
-            self.screen.note(line)
-        else:
-            with contextlib.suppress(OSError, ValueError):
-                print(line, file=self.stream, flush=True)
+        """Log an event; fields without a value are left out."""
+        number = getattr(logging, level)
+        record = logging.makeLogRecord({"levelno": number, "levelname": level, "msg": event, "fields": fields})
+        if number >= self.handler.level and self.screen:
+            self.screen.note(self.handler.format(record))
+        elif number >= self.handler.level:
+            self.handler.handle(record)
 
-    def tell_trouble(self, error: Error | None) -> None:
-        """What is wrong with the database now, or None: each trouble is told once, and its end."""
-        before, self.trouble = self.trouble, str(error) if error else None
-        if error and self.trouble != before:
-            self.write("ERROR", "database", error=self.trouble, hint=error.hint)
+    def report_database_error(self, error: Error | None) -> None:
+        """Log an error of the database once, and once its end (None)."""
+        before, self.database_error = self.database_error, str(error) if error else None
+        if error and self.database_error != before:
+            self.write("ERROR", "database", error=self.database_error, hint=error.hint)
         elif before and not error:
             self.write("INFO", "database", works="again")
 
-    def tell_resumed(self, database: Database) -> None:
-        """Which sources that were paused are so no more."""
+    def report_resumed(self, database: Database) -> None:
+        """Log the sources whose pause is over."""
         paused = {row[0] for row in database.read("select scope from rates where blocked_until is not null")}
         for scope in sorted(self.paused - paused):
             self.write("INFO", "resumed", source=scope)
         self.paused = paused
+
+
+class LineFormatter(logging.Formatter):
+    """`2026-11-23T14:24:25Z INFO  cycle missing=3`. The journal of systemd has the time, and takes the level from a
+    prefix (sd-daemon(3))."""
+
+    def __init__(self, clock: Clock, *, is_journald: bool) -> None:
+        super().__init__()
+        self.clock, self.is_journald = clock, is_journald
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of an event."""
+        head = LEVELS[record.levelname] if self.is_journald else f"{utc_text(self.clock.wall())} {record.levelname:5} "
+        fields: dict[str, Any] = vars(record)["fields"]
+        words = [f" {name}={_logged(value)}" for name, value in fields.items() if value is not None]
+        return head + record.msg + "".join(words)
 
 
 def _logged(value: Any) -> str:
@@ -7684,7 +7698,7 @@ def _logged(value: Any) -> str:
 
 
 def _is_journald(stream: TextIO) -> bool:
-    """Whether systemd reads what is written here ($JOURNAL_STREAM alone is inherited by too many)."""
+    """Whether systemd reads this stream ($JOURNAL_STREAM alone is inherited by too many)."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):
@@ -7692,57 +7706,39 @@ def _is_journald(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class LogFile(io.TextIOBase):
-    """A file of lines that does not outgrow LOG_BYTES: then it is renamed, and the one before it is gone."""
+class _LineStream(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name of its base
+        """A closed terminal stops nothing."""
 
-    def __init__(self, path: Path) -> None:
-        from logging.handlers import RotatingFileHandler
 
-        class Handler(RotatingFileHandler):
-            def handleError(self, record: Any) -> None:  # noqa: N802  # its name for it
-                """A full disk stops nothing."""
+def log_file(path: Path) -> logging.StreamHandler[Any]:
+    """A log that only its owner can read; at LOG_BYTES it becomes FILE.1. Raises Error when it cannot be written."""
+    from logging.handlers import RotatingFileHandler
 
-            def _open(self) -> Any:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-                return os.fdopen(os.open(self.baseFilename, flags, 0o600), "a", encoding="utf-8")
+    class Handler(RotatingFileHandler):
+        handleError = _LineStream.handleError  # noqa: N815  # a full disk stops nothing
 
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
-            self._handler = Handler(path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", delay=True)
-        except OSError as error:
-            raise Error(f"cannot write to {path}: {error.strerror}", "name another file with --log FILE") from error
+        def _open(self) -> Any:
+            return open(self.baseFilename, "a", encoding="utf-8", opener=functools.partial(os.open, mode=0o600))
 
-    def write(self, text: str) -> int:
-        """Lines go to the file one by one."""
-        import logging
-
-        for line in filter(None, text.splitlines()):
-            self._handler.emit(logging.makeLogRecord({"msg": line}))
-        return len(text)
+    try:
+        return Handler(path, maxBytes=LOG_BYTES, backupCount=1)
+    except OSError as error:
+        raise Error(f"cannot write to {path}: {error.strerror}", "name another file with --log FILE") from error
 
 
 def announce_cycle(journal: Journal, database: Database) -> None:
     """One line for the cycle that has just ended."""
-    row = query(database, "select * from cycles order by cycle_id desc limit 1")[0]
-    shown = (
-        "expected",
-        "present",
-        "missing",
-        "stale",
-        "suspect",
-        "created",
-        "closed",
-        "listed",
-        "seconds",
-        "error",
-    )
-    journal.write(
-        "ERROR" if row["error"] else "INFO", "cycle", id=row["cycle_id"], **{name: row[name] for name in shown}
-    )
+    sql = """
+        select cycle_id as id, expected, present, missing, stale, suspect, created, closed, listed, seconds, error
+        from cycles order by cycle_id desc limit 1
+    """
+    (row,) = query(database, sql)
+    journal.write("ERROR" if row["error"] else "INFO", "cycle", **row)
 
 
 def announce_progress(journal: Journal, database: Database, configuration: Configuration) -> None:
-    """One line for a cycle that takes long: what it has looked for, and what it has still to read."""
+    """One line for a cycle that takes long: how many objects it has compared, and how many it has still to read."""
     rows = database.read(
         "select cycle_id, looked, started_at from reconciliations where seconds is null and started_at <= ?",
         (journal.clock.wall() - SAVED_EVERY_SECONDS,),
@@ -7783,7 +7779,7 @@ def _seconds_left(looked: int, known: int, elapsed: float) -> float | None:
 
 
 def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
-    """One line for what became of a task."""
+    """One line for the end of an attempt."""
     result = ending.result
     level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
     if level == "WARN" and not ending.counted:
@@ -7803,7 +7799,7 @@ def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attemp
 
 
 def status_line(database: Database) -> str:
-    """How things are, in a line for the service manager."""
+    """The state of the lake in one line, for the service manager."""
     rows = database.read("select state, sum(objects) from counts where state not in ('awaited', 'dropped') group by 1")
     counts = {row[0]: row[1] for row in rows if row[1]}
     running = database.value("select coalesce(sum(tasks), 0) from task_counts where state = 'running'")
@@ -7814,7 +7810,7 @@ def status_line(database: Database) -> str:
 
 
 def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Iterator[int]:
-    """The steps of a cycle; once a second a terminal is told how far it is, in the place where it was told before."""
+    """The steps of a cycle; on a terminal, a progress line is repainted once a second."""
     began = shown = clock.boot()
     for step in steps:
         yield step
@@ -7825,8 +7821,8 @@ def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Ite
         known = _known_objects(database)
         looked = database.value("select looked from reconciliations where seconds is null") or 0
         left = _seconds_left(looked, known, now - began)
-        told = f", {looked / (now - began):,.0f} a second, {format_duration(left)} left" if left else ""
-        print(f"\r\x1b[K{looked:,} of {known:,} objects{told}", end="", file=sys.stderr, flush=True)
+        rate = f", {looked / (now - began):,.0f} a second, {format_duration(left)} left" if left else ""
+        print(f"\r\x1b[K{looked:,} of {known:,} objects{rate}", end="", file=sys.stderr, flush=True)
     if shown > began:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -7847,7 +7843,7 @@ class LiveScreen:
         self.last_lines = [*self.last_lines[-4:], line]
 
     def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None) -> None:
-        """Draw the present state over the one before."""
+        """Draw the present state over the last one."""
         size = shutil.get_terminal_size()
         head, table, foot = live_lines(self.database, self.configuration, now, running, next_cycle_in)
         foot += self.last_lines
@@ -7865,7 +7861,7 @@ class LiveScreen:
 def live_lines(
     database: Database, configuration: Configuration, now: float, running: Sequence[str], next_cycle_in: float | None
 ) -> tuple[list[str], list[str], list[str]]:
-    """The live screen as text: what is done now, the datasets, and what holds it up."""
+    """The live screen as text: cycle and tasks, the datasets, and sources and workers."""
     coverage = query(database, COVERAGE_BY_DATASET)
     pauses = query(database, "select distinct scope, blocked_until, reason from rates where blocked_until is not null")
     used = ", ".join(
@@ -7900,7 +7896,7 @@ def _cycle_now(database: Database, now: float, next_cycle_in: float | None) -> s
 
 
 def _tasks_now(database: Database, now: float) -> str:
-    """How many are open, how many ended in the last minute, and how long they last at that rate."""
+    """How many tasks are open, how many ended in the last minute, and the time left at that rate."""
     begun = database.value("select started_at from runner") or 0
     span = min(MINUTE, max(1, now - begun))
     ended = database.value("select count(*) from tasks where closed_at > ?", (now - span,))
@@ -8072,7 +8068,7 @@ class Alerter:
             "few_attempts": FEW_ATTEMPTS,
             "vanished": VANISHED,
         }
-        troubles = problems(self.database, self.configuration, now, self.started_at, self.journal.trouble)
+        troubles = problems(self.database, self.configuration, now, self.started_at, self.journal.database_error)
         found = {(name, "runner"): text for name, text in troubles.items()}
         was_low = None
         with contextlib.suppress(DatabaseError):  # that is one of its problems
@@ -8608,12 +8604,12 @@ class Runner:
                 try:
                     self._turn()
                     if not self.unrecorded:
-                        self.journal.tell_trouble(None)
+                        self.journal.report_database_error(None)
                 except DatabaseTroubleError as error:
                     self.database.check_place()
                     if once and not self.stop_reason:
                         raise
-                    self.journal.tell_trouble(error)
+                    self.journal.report_database_error(error)
                     self.clock.wait(self.wakeups, TROUBLE_SECONDS)
         finally:
             self._finish_running()
@@ -8750,7 +8746,7 @@ class Runner:
             try:
                 self._record(execution, results)
             except DatabaseError as error:
-                self.journal.tell_trouble(error)
+                self.journal.report_database_error(error)
                 return
             del self.unrecorded[0]
 
@@ -8786,7 +8782,7 @@ class Runner:
             self.next_beat_at = now + self.beat_seconds
             self.database.check_place()
             announce_progress(self.journal, self.database, self.configuration)
-            self.journal.tell_resumed(self.database)
+            self.journal.report_resumed(self.database)
             with self.database.transaction() as sql:
                 beat = "update runner set beat_at = ?, lost_workers = ?"
                 sql.execute(beat, (int(self.clock.wall()), len(self.workers.lost)))
@@ -9220,19 +9216,19 @@ def _check_source(source: Source) -> str:
 
 
 # ---------------------------------------------------------------- Background
-# The runner as a process: started without a terminal, stopped, and where it writes. Headlines:
-# start_runner(), stop_runner().
+# Processes and signals: the runner started without a terminal, stopped, and its log; a command under a permit.
+# Headlines: start_runner(), stop_runner(), run_held().
 
 START_SECONDS = 60
 
 
 def start_runner(configuration: Configuration, words: Sequence[str], log: Path) -> int:
-    """Start `adce.py run` in the background and return its process id once it works. Raises Error with what it
-    said when it does not."""
-    LogFile(log)  # whether it can be written
+    """Start `adce.py run` in the background and return its process id once it works. Raises Error with its output
+    when it exits at once."""
+    log_file(log).close()
     lock, clock, said_before = RunnerLock(configuration.database), Clock(), log.stat().st_size
     if (holder := lock.holder()) is not None:
-        raise LockedError(f"a runner works on this database already (process {holder or 'unknown'})", "adce.py status")
+        raise LockedError(f"another runner works on this database (process {holder or 'unknown'})", "adce.py status")
     command = [sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path)]
     command += ["--db", str(configuration.database), "run", "--log", str(log), *words]
     with log.open("ab") as output:
@@ -9243,19 +9239,19 @@ def start_runner(configuration: Configuration, words: Sequence[str], log: Path) 
     while not _is_at_work(configuration, process.pid):
         if process.poll() is not None:
             said = log.read_bytes()[said_before:].decode("utf-8", "replace").strip()
-            failure = Error(f"the runner has ended at once with exit code {process.returncode}\n{said}".rstrip())
+            failure = Error(f"the runner exited at once with exit code {process.returncode}\n{said}".rstrip())
             failure.exit_code = process.returncode if process.returncode > 0 else ExitCode.ERROR
             raise failure
         if clock.boot() > until and lock.holder() == process.pid:
             break  # its first cycle takes long
         if clock.boot() > until:
-            raise Error(f"the runner (process {process.pid}) is not ready after {START_SECONDS} s", f"look into {log}")
+            raise Error(f"the runner (process {process.pid}) is not ready after {START_SECONDS} s", f"see {log}")
         clock.wait(queue.SimpleQueue(), NEWS_SECONDS)
     return process.pid
 
 
 def _is_at_work(configuration: Configuration, number: int) -> bool:
-    """Whether this process has begun its work on the database, and does not refuse a changed configuration."""
+    """Whether this process works on the database, and does not refuse a changed configuration."""
     if RunnerLock(configuration.database).holder() != number:
         return False
     with contextlib.closing(open_database(configuration.database)) as database:
@@ -9263,14 +9259,15 @@ def _is_at_work(configuration: Configuration, number: int) -> bool:
         return bool(has_begun) and not may_be_refused(database)
 
 
-def stop_runner(lock: RunnerLock, seconds: float) -> int | None:
-    """Ask the runner to stop and wait until it has. Returns its process id, or None when there is none. Raises
-    Error when it cannot be asked, or has not stopped in time."""
-    holder, clock = lock.holder(), Clock()
+def stop_runner(configuration: Configuration, seconds: float | None) -> int | None:
+    """Stop the runner and wait for its end, `seconds` or 15 more than its grace time. Returns its process id, or None
+    when there is none. Raises Error when it cannot be signalled, or does not stop in time."""
+    lock, clock = RunnerLock(configuration.database), Clock()
+    holder, seconds = lock.holder(), configuration.grace_seconds + 15 if seconds is None else seconds
     if holder is None:
         return None
     if not holder:
-        raise Error(f"{lock.path} does not say which process holds it", "stop it by hand")
+        raise Error(f"{lock.path} does not name the process that holds it", "stop that process yourself")
     try:
         os.kill(holder, signal.SIGTERM)
     except ProcessLookupError:
@@ -9281,15 +9278,54 @@ def stop_runner(lock: RunnerLock, seconds: float) -> int | None:
     while lock.holder() == holder:
         if clock.boot() > until:
             raise Error(
-                f"process {holder} has not stopped within {format_duration(seconds)}",
-                "ask again: a second signal ends it at once",
+                f"process {holder} did not stop within {format_duration(seconds)}",
+                "run stop again: a second signal ends it at once",
             )
         clock.wait(queue.SimpleQueue(), NEWS_SECONDS)
     return holder
 
 
+def obey_signals(runner: Runner) -> None:
+    """The first signal stops the runner cleanly, the second at once; the next start requeues what ran."""
+    seen: list[int] = []
+
+    def obey(number: int, _frame: object) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            end_processes(str(runner.configuration.database))
+            os._exit(ExitCode.INTERRUPTED)
+        runner.stop(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, obey)
+
+
+def run_held(limiter: Limiter, held: Held, words: Sequence[str]) -> int:
+    """Run a command that uses a permit and return its exit code. SIGTERM and SIGHUP are passed on to it; SIGINT reaches
+    it from the terminal."""
+    early: list[int] = []  # signals before there is a process to pass them on to
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: early.append(number))
+    try:
+        process = subprocess.Popen(words)  # noqa: S603  # the user's own words, without a shell
+    except OSError as error:
+        limiter.release(held, used=False)
+        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    signal.signal(signal.SIGINT, lambda *_: None)
+    for missed in early:
+        process.send_signal(missed)
+    code = process.wait()
+    if code == 0:
+        held.answered(200, {})
+    limiter.release(held)
+    return code if code >= 0 else 128 - code
+
+
 def log_words(database: Database, most: int, *, follow: bool) -> list[str]:
-    """The command that shows what the last runner has written. Raises Error when nobody has kept it."""
+    """The command that shows the log of the last runner. Raises Error when there is none."""
     row = next(iter(database.read("select unit, log from runner")), None)
     if row and row["log"] and Path(row["log"]).exists():
         return ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
@@ -9298,8 +9334,8 @@ def log_words(database: Database, most: int, *, follow: bool) -> list[str]:
         unit = row["unit"].rpartition("/")[2]
         return ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]
     raise Error(
-        "nobody has kept what the last runner wrote",
-        "`adce.py start` keeps it in a file, systemd in its journal, `run --log FILE` where you say",
+        "the last runner kept no log",
+        "`adce.py start` logs to a file, `run --log FILE` to FILE, a unit of systemd to the journal",
     )
 
 
@@ -9344,28 +9380,131 @@ def rehearse(configuration: Configuration) -> None:
             run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
 
 
-# ---------------------------------------------------------------- Answers
-# One function for each command that only shows something. Data go to stdout, everything else to stderr.
+# ---------------------------------------------------------------- Command line
+# From words to a command, and to an exit code. Headlines: command(), main().
 
 Arguments = argparse.Namespace
+Act = TypeVar("Act", bound=Callable[[Arguments, Configuration], int | None])  # returns an exit code; None: done
+Option = tuple[tuple[str, ...], Mapping[str, Any]]  # as add_argument() takes it
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: the function that does it, and its options."""
+
+    name: str
+    meaning: str
+    act: Callable[[Arguments, Configuration], int | None]
+    options: tuple[Option, ...]
+    needs_declarations: bool  # else the database is enough: it works in spite of a mistake in adce.yaml
+
+
+def option(*names: str, **settings: Any) -> Option:
+    """Declare one argument of a command."""
+    return names, settings
+
+
+def command(*options: Option, needs_declarations: bool = True) -> Callable[[Act], Act]:
+    """Make a function `command_NAME` the command NAME; its docstring is the help."""
+
+    def mark(act: Act) -> Act:
+        name, meaning = act.__name__.removeprefix("command_"), (act.__doc__ or "").removesuffix(".")
+        vars(act)["command"] = Command(name, meaning, act, options, needs_declarations)
+        return act
+
+    return mark
+
+
+def commands() -> list[Command]:
+    """The commands of this module, in the order of their definition."""
+    return [found for act in globals().values() if isinstance(found := getattr(act, "command", None), Command)]
+
+
+def _kind(name: str, read: Callable[[str], Any], is_good: Callable[[Any], bool] = lambda _: True) -> Any:
+    """The type of an argument: what `read` makes of a text, if it is good."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = read(text)
+            if is_good(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name}")
+
+    return parse
+
+
+POSITIVE = _kind("a number above 0", float, lambda value: 0 < value < math.inf)
+COUNT = _kind("a number from 1 up", int, lambda value: 0 < value < 1 << 63)
+YEAR = _kind("a year", int, lambda value: 1000 <= value < 3000)
+DURATION = _kind("a duration such as 90s, 15m, 6h or 1d", parse_duration)
+PATH = _kind("a path", lambda text: Path(text).absolute())
+EVERYWHERE = (
+    option("-c", "--config", metavar="FILE", help="else $ADCE_CONFIG, ./adce.yaml, the adce.yaml beside adce.py"),
+    option("--db", metavar="FILE", help="else $ADCE_DB, the configured database"),
+    option("--format", choices=FORMATS, help="of data on stdout (table)"),
+    option("-q", "--quiet", action="store_true", help="print only data and errors"),
+    option("-v", "--verbose", action="store_true", help="log every attempt"),
+)
+FILTERS = (option("--source", help="only this source"), option("--dataset", help="only this dataset"))
+SCOPE = option("scope", metavar="SOURCE", help="a source, or global for all")
+TIMEOUT = option("--timeout", type=DURATION, metavar="45s", help="how long to wait for its end (grace_seconds + 15)")
+YES = option("--yes", action="store_true", help="adce.yaml is meant to expect far less than before")
+LIMIT = option("--limit", type=COUNT, default=20, metavar="N", help="at most N rows (20)")
+RENAMED = {"--most": "--limit", "--believe": "--accept-loss"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that suggests the nearest choice, as Python 3.14 does."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            near = suggest(value, action.choices) or f" (choose from {', '.join(action.choices)})"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{near}")
+
+
+def build_parser() -> Parser:
+    """The parser of commands(); the common options may stand before or after the command."""
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    for names, settings in EVERYWHERE:
+        common.add_argument(*names, **settings)
+    description = (__doc__ or "").partition("\n")[0]
+    parser = Parser(prog="adce.py", description=description, parents=[common], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ADCE {__version__}, SQLite {sqlite3.sqlite_version}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for each in commands():
+        sub = subparsers.add_parser(
+            each.name, help=each.meaning, description=each.meaning, parents=[common], allow_abbrev=False
+        )
+        for names, settings in each.options:
+            sub.add_argument(*names, **settings)
+        sub.set_defaults(chosen=each)
+    return parser
+
+
+def parse_arguments(words: Sequence[str]) -> Arguments:
+    """Parse a command line; `--` begins the command of acquire, which is not parsed. Exits on wrong usage."""
+    end = words.index("--") if "--" in words else len(words)
+    defaults = Arguments(config=None, db=None, format="table", quiet=False, verbose=False)
+    parser = build_parser()
+    for name in (word.partition("=")[0] for word in words[:end]):
+        if name in RENAMED:
+            parser.error(f"{name} is now {RENAMED[name]}")
+    arguments, unknown = parser.parse_known_args(words[:end], defaults)
+    if unknown:
+        known = [name for names, _ in (*EVERYWHERE, *arguments.chosen.options) for name in names]
+        near = suggest(unknown[0].partition("=")[0], known) if unknown[0].startswith("--") else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+    if words[end + 1 :]:
+        if arguments.command != "acquire":
+            parser.error("only acquire runs another command")
+        if arguments.words:
+            parser.error(f"the command begins after --, unexpected: {' '.join(arguments.words)}")
+        arguments.words = words[end + 1 :]
+    return arguments
 
 
 def _existing(configuration: Configuration) -> Database:
     return open_database(configuration.database, must_exist=True)
-
-
-def _known(what: str, name: str | None, names: Iterable[str]) -> str | None:
-    """A name that was typed. A misspelt one must not look like one that has nothing to show."""
-    if name is not None and name not in names:
-        raise Error(f'{what} "{name}" is not defined{suggest(name, names)}')
-    return name
-
-
-def _filters(arguments: Arguments, configuration: Configuration) -> dict[str, str | None]:
-    return {
-        "source": _known("source", arguments.source, configuration.sources),
-        "dataset": _known("dataset", arguments.dataset, configuration.datasets),
-    }
 
 
 def _print(arguments: Arguments, sections: Sequence[Section], notes: Iterable[str] = ()) -> None:
@@ -9376,12 +9515,85 @@ def _print(arguments: Arguments, sections: Sequence[Section], notes: Iterable[st
             print(note, file=sys.stderr)
 
 
-def _tell(arguments: Arguments, text: str, **facts: Any) -> None:
-    """What a command has done: in a sentence, or its facts in the format that was asked for."""
+def print_result(arguments: Arguments, text: str, **facts: Any) -> None:
+    """The result of a command: a sentence, or its facts in the chosen format."""
     if not arguments.quiet:
         print(text if arguments.format == "table" else render([Section("done", "", [facts], True)], arguments.format))
 
 
+def _open_standard_files() -> None:
+    """A standard file that came closed would lend its number to the database, and errors be written there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks becomes ?
+
+
+def _configuration_for(arguments: Arguments) -> Configuration:
+    path, given = find_configuration(arguments.config), arguments.db or os.environ.get("ADCE_DB")
+    database = Path(given).absolute() if given else None
+    try:
+        configuration = load_configuration(path)
+    except ConfigurationError:
+        database = database or database_named_in(path)
+        if arguments.chosen.needs_declarations or not database.exists():
+            raise
+        print(f"adce.py: {path} cannot be used (see adce.py check); using {database}", file=sys.stderr)
+        configuration = Configuration(path, database, store="")
+    return dataclasses.replace(configuration, database=database) if database else configuration
+
+
+def _check_names(arguments: Arguments, configuration: Configuration) -> None:
+    """A misspelt name must not look like one that has nothing to show."""
+    sources, datasets = configuration.sources, configuration.datasets
+    for place, what, known in (
+        ("scope", "source", {*sources, GLOBAL}),
+        ("source", "source", sources),
+        ("dataset", "dataset", datasets),
+        ("accept_loss", "dataset", datasets),
+    ):
+        given = getattr(arguments, place, None) or []
+        for name in [given] if isinstance(given, str) else given:
+            if name not in known:
+                raise Error(f'{what} "{name}" is not defined{suggest(name, known)}')
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    _open_standard_files()
+    arguments = parse_arguments(sys.argv[1:] if words is None else words)
+    try:
+        configuration = _configuration_for(arguments)
+        set_foreign_log_aside(configuration.database)
+        _check_names(arguments, configuration)
+        code = arguments.chosen.act(arguments, configuration) or ExitCode.DONE
+        sys.stdout.flush()
+    except Error as error:
+        with contextlib.suppress(OSError):  # stderr may be closed
+            print(f"adce.py: {error}" if not isinstance(error, ConfigurationError) else error, file=sys.stderr)
+            if error.hint:
+                print(f"Try: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the final flush must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough
+            return ExitCode.DONE
+        print(f"adce.py: {error}", file=sys.stderr)
+        return ExitCode.ERROR
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    return code
+
+
+# ---------------------------------------------------------------- Commands
+# One function for each command. Data go to stdout, everything else to stderr.
+
+
+@command(LIMIT)
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
     notes = ["", "Nothing was written and nothing was asked; the store was only listed and read."]
@@ -9404,98 +9616,25 @@ def _show_plan(arguments: Arguments, configuration: Configuration, orders: Order
                 requeue_orphans(sql, configuration.retry, clock.wall())
             wake_retries(sql, sys.maxsize if is_once else clock.wall())
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
-    _print(arguments, plan_sections(database, before, arguments.most), notes)
+    _print(arguments, plan_sections(database, before, arguments.limit), notes)
     if error:
         print(f"adce.py: the cycle had trouble: {error}", file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
 
 
-def command_report(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show coverage, queue, attempts, limits and cycles."""
-    database, now = _existing(configuration), Clock().wall()
-    if arguments.format == "html":
-        print(page(database, status_sections(database, configuration, RunnerLock(configuration.database), now), now))
-        return ExitCode.DONE
-    scrapers = {dataset.name: scraper_of(dataset) for dataset in configuration.datasets.values()}
-    _print(arguments, report_sections(database, scrapers, arguments.since, now), ["", *next_steps(database)])
-    return ExitCode.DONE
-
-
-def command_status(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show in one screen how things are; exit 4 when no runner works."""
-    database, lock = _existing(configuration), RunnerLock(configuration.database)
-    _print(arguments, status_sections(database, configuration, lock, Clock().wall()))
-    return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
-
-
-def command_health(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show whether the runner does its work; exit 4 when there is none, or when it is stuck."""
-    database, lock, now = _existing(configuration), RunnerLock(configuration.database), Clock().wall()
-    found = problems(database, configuration, now, now - HOUR)
-    if lock.holder() is None:
-        found = {"not running": "no runner works on this database"}
-    state = {
-        "status": "unhealthy" if found else "healthy",
-        "timestamp": utc_text(now),
-        "problems": "; ".join(found.values()),
-    }
-    _print(arguments, [Section("health", "", [state], is_one=True)])
-    return ExitCode.NOT_RUNNING if found else ExitCode.DONE
-
-
-def command_logs(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show the last events of the runner, or follow them."""
-    words = log_words(_existing(configuration), arguments.tail, follow=arguments.follow)
-    sys.stdout.flush()
-    try:
-        os.execvp(words[0], words)  # noqa: S606  # it shows and follows files better than we could
-    except OSError as error:
-        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
-
-
-def command_tasks(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """List the open tasks, the most urgent first."""
-    filters = {"state": arguments.state, **_filters(arguments, configuration)}
-    _print(arguments, tasks_sections(_existing(configuration), filters, arguments.most))
-    return ExitCode.DONE
-
-
-def command_task(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show one task with all its attempts."""
-    _print(arguments, task_sections(_existing(configuration), arguments.task_id))
-    return ExitCode.DONE
-
-
-def command_coverage(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show what is expected and what is there, by dataset and season."""
-    filters = _filters(arguments, configuration)
-    database = _existing(configuration)
-    sections = coverage_sections(database, by_day=arguments.by_day, year=arguments.year, **filters)
-    if arguments.format == "table" and not arguments.by_day:
-        sections.append(strip_section(database, arguments.year, Clock().wall()))
-    _print(arguments, sections)
-    return ExitCode.DONE
-
-
-def command_check(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Check the configuration, the database, the store and, with --online, the sources."""
-    rows = check_rows(configuration, online=arguments.online)
-    _print(arguments, [Section("checks", "", rows)])
-    return ExitCode.ERROR if any(row["result"] == "FAIL" for row in rows) else ExitCode.DONE
-
-
-def command_example(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Print a ready text for another program."""
-    print(example(arguments.name, configuration), end="")
-    return ExitCode.DONE
-
-
-# ---------------------------------------------------------------- Commands
-# Obeys: one function for each command that does something.
-
-
+@command(
+    option("--once", action="store_true", help="one cycle, one attempt at each open task; exit 3: gaps are left"),
+    option("--dry-run", action="store_true", help="the same as plan"),
+    option("--interval-minutes", type=POSITIVE, metavar="N", help="between cycles"),
+    option("--interval-hours", type=POSITIVE, metavar="N", help="older form of --interval-minutes"),
+    option("--max-minutes", type=POSITIVE, metavar="N", help="stop cleanly after N minutes"),
+    option("--if-locked", choices=("fail", "skip"), default="fail", help="skip: exit 0, silent, if another runs"),
+    option("--log", type=PATH, metavar="FILE", help="log to FILE, 20 MB at most, instead of stderr"),
+    YES,
+    LIMIT,
+)
 def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Keep the lake complete until told to stop."""
+    """Keep the lake complete until stopped."""
     minutes = arguments.interval_minutes or (arguments.interval_hours or 0) * 60
     if minutes:
         configuration = dataclasses.replace(configuration, interval_seconds=minutes * MINUTE)
@@ -9508,19 +9647,24 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         if arguments.if_locked == "skip":
             return ExitCode.DONE
         raise
-    stream: TextIO = sys.stderr if arguments.log is None else cast(TextIO, LogFile(arguments.log))
-    journal = Journal(stream, "ERROR" if arguments.quiet else "DEBUG" if arguments.verbose else "INFO")
+    level = "ERROR" if arguments.quiet else "DEBUG" if arguments.verbose else "INFO"
+    journal = Journal(log_file(arguments.log) if arguments.log else sys.stderr, level)
     # whatever uses adce.session() in this process means this configuration
     os.environ.update(ADCE_CONFIG=str(configuration.path), ADCE_DB=str(configuration.database))
     runner = Runner(configuration, database, open_store(configuration.store), journal)
-    if stream.isatty() and not arguments.quiet and os.environ.get("TERM") != "dumb":
+    if not (arguments.log or arguments.quiet) and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         journal.screen = LiveScreen(sys.stderr, database, configuration)
-    _obey_signals(runner)
+    obey_signals(runner)
     with contextlib.ExitStack() as stack:
         address = None
         if configuration.health_check.enabled and not arguments.once:
-            health = HealthServer(configuration, database, lock, runner.clock, lambda: journal.trouble)
-            address = stack.enter_context(_serving(health, journal))
+            health = HealthServer(configuration, database, lock, runner.clock, lambda: journal.database_error)
+            stack.callback(health.stop)
+            try:
+                address = f"http://127.0.0.1:{health.start()}/"
+                journal.write("INFO", "health", address=address)
+            except Error as error:  # the port is taken
+                journal.write("WARN", "health", error=str(error), hint=error.hint)
         stack.enter_context(Alerter(configuration, database, journal, runner.clock, is_once=arguments.once))
         code = runner.run(
             once=arguments.once,
@@ -9532,43 +9676,15 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
     return code
 
 
-def _obey_signals(runner: Runner) -> None:
-    """The first signal stops cleanly, the second at once; the next start requeues what ran."""
-    seen: list[int] = []
-
-    def obey(number: int, _frame: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            end_processes(str(runner.configuration.database))
-            os._exit(ExitCode.INTERRUPTED)
-        runner.stop(signal.Signals(number).name)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
-            signal.signal(number, obey)
-
-
-@contextlib.contextmanager
-def _serving(health: HealthServer, journal: Journal) -> Iterator[str | None]:
-    """Answer over HTTP meanwhile, at an address. A port that is taken is told, and stops nothing."""
-    address = None
-    try:
-        address = f"http://127.0.0.1:{health.start()}/"
-        journal.write("INFO", "health", address=address)
-    except Error as error:
-        journal.write("WARN", "health", error=str(error), hint=error.hint)
-    try:
-        yield address
-    finally:
-        health.stop()
-
-
+@command(
+    option("--full", action="store_true", help="look at everything, not only at a share of it"),
+    option("--accept-loss", action="append", default=[], metavar="DATASET", help="open the gaps of a mass loss"),
+    YES,
+)
 def command_reconcile(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Run one cycle, or have the runner do it, and show what it found; nothing is fetched."""
-    for name in arguments.believe:
-        _known("dataset", name, configuration.datasets)
+    """Run one cycle, by the runner if one works, and show what it found; nothing is fetched."""
     database, lock = open_database(configuration.database), RunnerLock(configuration.database)
-    orders = Orders(arguments.full, arguments.yes, frozenset(arguments.believe))
+    orders = Orders(arguments.full, arguments.yes, frozenset(arguments.accept_loss))
     try:
         lock.acquire()
         cycle_id = _own_cycle(database, configuration, orders)
@@ -9596,22 +9712,23 @@ def _cycle_of_runner(database: Database, configuration: Configuration, lock: Run
     since = clock.wall()
     with database.transaction() as sql:
         order_id = ask_for_cycle(sql, orders, clock.wall())
-    print(f"The runner (process {holder}) does it, with the configuration it has started with.", file=sys.stderr)
+    print(f"The runner (process {holder}) runs it, with the configuration it started with.", file=sys.stderr)
     ended = """
         select cycle_id from orders join reconciliations using (cycle_id)
         where order_id = ? and seconds is not null
     """
     while (cycle_id := database.value(ended, (order_id,))) is None:
         if lock.holder() is None:
-            raise Error("the runner has ended before the cycle did", "ask again; the next runner begins with a cycle")
+            raise Error("the runner exited before the cycle ended", "try again; a new runner starts with a cycle")
         if stuck := problems(database, configuration, clock.wall(), since).get("loop stuck"):
-            raise Error(stuck, "look into it with: adce.py logs")
+            raise Error(stuck, "see: adce.py logs")
         clock.wait(queue.SimpleQueue(), 1, database.has_news)
     return cast(int, cycle_id)
 
 
-def command_backup(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Copy the database while others work on it."""
+@command(option("file", type=PATH, metavar="FILE", help="a new file"), needs_declarations=False)
+def command_backup(arguments: Arguments, configuration: Configuration) -> None:
+    """Copy the database, also while the runner works."""
     is_shown = sys.stderr.isatty() and not arguments.quiet
 
     def show(left: int, total: int) -> None:
@@ -9620,490 +9737,251 @@ def command_backup(arguments: Arguments, configuration: Configuration) -> ExitCo
 
     back_up(_existing(configuration), arguments.file, show)
     size = arguments.file.stat().st_size
-    _tell(arguments, f"{arguments.file} holds {size:,} bytes and was checked", file=str(arguments.file), bytes=size)
-    return ExitCode.DONE
+    print_result(
+        arguments, f"{arguments.file} holds {size:,} bytes and was checked", file=str(arguments.file), bytes=size
+    )
 
 
-def command_start(arguments: Arguments, configuration: Configuration) -> ExitCode:
+@command(YES)
+def command_start(arguments: Arguments, configuration: Configuration) -> None:
     """Start the runner in the background."""
-    _report_start(arguments, configuration)
-    return ExitCode.DONE
-
-
-def _report_start(arguments: Arguments, configuration: Configuration) -> None:
     log = configuration.database.with_name(f"{configuration.database.name}.log")
     words = [word for word, given in (("--yes", arguments.yes), ("--verbose", arguments.verbose)) if given]
     number = start_runner(configuration, words, log)
     address = _existing(configuration).value("select address from runner")
-    text = f"started process {number}, which writes to {log}" + (f" and answers at {address}" if address else "")
-    _tell(arguments, text, started=number, log=str(log), address=address)
+    text = f"process {number} started, log {log}" + (f", serving {address}" if address else "")
+    print_result(arguments, text, started=number, log=str(log), address=address)
     if configuration.health_check.enabled and not address:
         port = configuration.health_check.port
-        print(f"adce.py: nothing answers over HTTP, because port {port} cannot be used", file=sys.stderr)
+        print(f"adce.py: no HTTP server, because port {port} cannot be used", file=sys.stderr)
 
 
+@command(TIMEOUT, needs_declarations=False)
 def command_stop(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Stop the runner and wait until it has ended; exit 4 when there is none."""
-    number = stop_runner(RunnerLock(configuration.database), _patience_of(arguments, configuration))
-    told = "no runner works on this database" if number is None else f"process {number} has stopped"
-    _tell(arguments, told, stopped=number)
+    """Stop the runner and wait for its end; exit 4 when there is none."""
+    number = stop_runner(configuration, arguments.timeout)
+    text = "no runner works on this database" if number is None else f"process {number} stopped"
+    print_result(arguments, text, stopped=number)
     return ExitCode.NOT_RUNNING if number is None else ExitCode.DONE
 
 
-def _patience_of(arguments: Arguments, configuration: Configuration) -> float:
-    return configuration.grace_seconds + 15 if arguments.timeout is None else cast(float, arguments.timeout)
-
-
-def command_restart(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Stop the runner, if there is one, and start it with the configuration as it is now."""
-    lock = RunnerLock(configuration.database)
-    if lock.holder() is not None:
+@command(TIMEOUT, YES)
+def command_restart(arguments: Arguments, configuration: Configuration) -> None:
+    """Stop the runner, if there is one, and start it with the current configuration."""
+    if RunnerLock(configuration.database).holder() is not None:
         unit = _existing(configuration).value("select unit from runner")
         if unit:
             name = unit.rpartition("/")[2]
             raise Error(f"the runner belongs to the unit {name} of systemd", f"systemctl restart {name}")
         if not arguments.yes:
             rehearse(configuration)
-        stop_runner(lock, _patience_of(arguments, configuration))
-    _report_start(arguments, configuration)
-    return ExitCode.DONE
+        stop_runner(configuration, arguments.timeout)
+    command_start(arguments, configuration)
 
 
-def _scope_of(arguments: Arguments, configuration: Configuration) -> str:
-    return cast(str, _known("source", arguments.source, [*configuration.sources, GLOBAL]))
-
-
-def command_pause(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Ask a source no more, for some time or until it is resumed."""
-    database, clock, scope = open_database(configuration.database), Clock(), _scope_of(arguments, configuration)
+@command(
+    SCOPE,
+    option("--for", dest="seconds", type=DURATION, metavar="2h", help="else until it is resumed"),
+    option("--reason", default="", metavar="TEXT", help="shown in status"),
+)
+def command_pause(arguments: Arguments, configuration: Configuration) -> None:
+    """Pause a source for some time, or until it is resumed."""
+    database, clock, scope = open_database(configuration.database), Clock(), arguments.scope
     with database.transaction() as sql:
         declare_limits(sql, configuration, clock)
         pause_source(sql, scope, arguments.seconds, arguments.reason, clock.boot())
     until = database.value("select blocked_until from rates where scope = ?", (scope,)) or utc_text(clock.wall())
-    told = "it is resumed" if arguments.seconds is None else until
     facts = {"paused": scope, "until": None if arguments.seconds is None else until}
-    _tell(arguments, f"{scope} is paused until {told}; what runs may end", **facts)
-    return ExitCode.DONE
+    text = f"{scope} is paused until {facts['until'] or 'it is resumed'}; running attempts may finish"
+    print_result(arguments, text, **facts)
 
 
-def command_resume(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Ask a source again, whoever has paused it, and try at once what has failed."""
-    database, clock, scope = open_database(configuration.database), Clock(), _scope_of(arguments, configuration)
+@command(SCOPE)
+def command_resume(arguments: Arguments, configuration: Configuration) -> None:
+    """Lift a pause, whatever its cause, and retry at once what has failed."""
+    database, clock, scope = open_database(configuration.database), Clock(), arguments.scope
     with database.transaction() as sql:
         declare_limits(sql, configuration, clock)
         was_paused, count = resume_source(sql, scope, clock.boot())
-    begun = f"{scope} is asked again" if was_paused else f"{scope} was not paused"
-    text = f"{begun}; {count} {'task that waits is' if count == 1 else 'tasks that wait are'} tried again now"
-    _tell(arguments, text if count else begun, resumed=scope, was_paused=was_paused, retried=count)
-    return ExitCode.DONE
+    text = f"{scope} resumed" if was_paused else f"{scope} was not paused"
+    text += f"; {count} waiting task{'s' * (count != 1)} will be retried now" if count else ""
+    print_result(arguments, text, resumed=scope, was_paused=was_paused, retried=count)
 
 
+@command(
+    option("task_ids", type=COUNT, nargs="*", metavar="ID"),
+    option("--state", choices=(TaskState.RETRY.value, TaskState.GAVE_UP.value)),
+    *FILTERS,
+    option("--error", metavar="TEXT", help="only those whose last error contains TEXT"),
+    option("-n", "--dry-run", action="store_true", help="only list them"),
+    option("--yes", action="store_true", help="do not ask for confirmation"),
+    option("--limit", type=COUNT, metavar="N", help="at most N tasks"),
+)
 def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Try tasks again now that wait or gave up: those named, or all that meet the filters."""
+    """Retry waiting and given-up tasks now: those named, or all that match the filters."""
     database = _existing(configuration)
-    filters = {"state": arguments.state, "error": arguments.error, **_filters(arguments, configuration)}
-    task_ids = tasks_to_retry(database, filters, arguments.task_ids)
+    task_ids = tasks_to_retry(database, vars(arguments), arguments.task_ids)
     if missing := sorted(set(arguments.task_ids) - set(task_ids)):
-        raise Error(f"not waiting and not given up: {', '.join(map(str, missing))}", "see: adce.py task ID")
-    task_ids = task_ids[: arguments.most]
-    if not (task_ids or arguments.dry_run):
-        _tell(arguments, "no task that waits or gave up matches", retried=0)
-        return ExitCode.DONE
+        raise Error(f"not in state retry or gave_up: {', '.join(map(str, missing))}", "see: adce.py task ID")
+    task_ids = task_ids[: arguments.limit]
     if arguments.dry_run:
         _print(arguments, [Section("tasks", f"{len(task_ids)} tasks", rows_of_tasks(database, task_ids))])
         return ExitCode.DONE
-    if not (arguments.task_ids or arguments.yes or _is_meant(f"Try {len(task_ids)} tasks again now?")):
+    if not task_ids:
+        print_result(arguments, "no task in state retry or gave_up matches", retried=0)
+        return ExitCode.DONE
+    if not (arguments.task_ids or arguments.yes or _confirm(f"Retry {len(task_ids)} tasks now?")):
         print(f"adce.py: {len(task_ids)} tasks match; nothing was done", file=sys.stderr)
-        print("Try: the same with --yes, or with -n to see them", file=sys.stderr)
+        print("Try: --yes to retry them, -n to list them", file=sys.stderr)
         return ExitCode.USAGE
     with database.transaction() as sql:
         count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
-    _tell(arguments, f"{count} {'task is' if count == 1 else 'tasks are'} tried again now", retried=count)
+    print_result(arguments, f"{count} task{'s' * (count != 1)} will be retried now", retried=count)
     if not arguments.quiet:
-        _tell_obstacles(database, configuration)
+        _print_obstacles(database, configuration)
     return ExitCode.DONE
 
 
-def _is_meant(question: str) -> bool:
-    """What a person at a terminal answers; nobody there means no."""
+def _confirm(question: str) -> bool:
+    """The answer of a person at the terminal; without a terminal: no."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _tell_obstacles(database: Database, configuration: Configuration) -> None:
+def _print_obstacles(database: Database, configuration: Configuration) -> None:
     if RunnerLock(configuration.database).holder() is None:
-        print("No runner works now; the next one will know.", file=sys.stderr)
+        print("No runner works now; the next one will retry them.", file=sys.stderr)
     for row in query(database, "select distinct scope, reason from rates where blocked_until is not null"):
         print(f"{row['scope']} is paused: {row['reason']} (adce.py resume {row['scope']})", file=sys.stderr)
 
 
-def command_skip(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Want the objects of these tasks no more, until they are retried."""
+@command(
+    option("task_ids", type=COUNT, nargs="+", metavar="ID"),
+    option("--reason", default="excluded by the operator", metavar="TEXT", help="shown in the view skipped"),
+)
+def command_skip(arguments: Arguments, configuration: Configuration) -> None:
+    """Exclude the objects of these tasks until they are retried."""
     database = _existing(configuration)
     with database.transaction() as sql:
         skipped = skip_tasks(Ledger(sql, configuration, Clock().wall()), arguments.task_ids, arguments.reason)
         if missing := sorted(set(arguments.task_ids) - set(skipped)):
             raise Error(f"not open: {', '.join(map(str, missing))}", "see: adce.py tasks")
-    count = len(skipped)
-    what = "object is" if count == 1 else "objects are"
-    _tell(arguments, f"{count} {what} not wanted any more; `adce.py retry ID` undoes it", skipped=count)
-    return ExitCode.DONE
+    what = "1 object" if len(skipped) == 1 else f"{len(skipped)} objects"
+    print_result(arguments, f"{what} excluded; undo with: adce.py retry ID", skipped=len(skipped))
 
 
+@command(
+    option("source", metavar="SOURCE"),
+    option("--wait", type=DURATION, metavar="90s", help="give up after this time with exit 1"),
+    option("words", nargs="*", metavar="-- COMMAND", help="acquire exits with its exit code"),
+)
 def command_acquire(arguments: Arguments, configuration: Configuration) -> int:
-    """Wait until a source can be asked once more, then run the command that asks it; its exit code is ours."""
+    """Wait until a source can be asked once, then run the command that sends the request."""
     limiter = Limiter(configuration, open_database(configuration.database))
     held = limiter.acquire(arguments.source, arguments.wait)
     if not arguments.words:
         if not arguments.quiet:
             counted = format_duration(held.permit.deadline - limiter.clock.boot())
             print(
-                f"{arguments.source} may be asked once, within {SEND_WITHIN_SECONDS} s. Nobody will tell when that is "
-                f"over, so it counts as under way for {counted}.",
+                f"{arguments.source} may be asked once, within {SEND_WITHIN_SECONDS} s. The end of the request is not "
+                f"reported, so it counts as in flight for {counted}.",
                 file=sys.stderr,
             )
         return ExitCode.DONE
-    return _run_held(limiter, held, arguments.words)
+    return run_held(limiter, held, arguments.words)
 
 
-def _run_held(limiter: Limiter, held: Held, words: Sequence[str]) -> int:
-    """Run a command that uses a permit. SIGTERM and SIGHUP are passed on to it, SIGINT reaches it anyhow."""
-    early: list[int] = []  # signals that came before there was anybody to pass them on to
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: early.append(number))
-    try:
-        process = subprocess.Popen(words)  # noqa: S603  # the user's own words, without a shell
-    except OSError as error:
-        limiter.release(held, used=False)
-        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: process.send_signal(number))
-    signal.signal(signal.SIGINT, lambda *_: None)
-    for missed in early:
-        process.send_signal(missed)
-    code = process.wait()
-    if code == 0:
-        held.answered(200, {})
-    limiter.release(held)
-    return code if code >= 0 else 128 - code
+@command(option("--since", type=DURATION, default=DAY, metavar="24h", help="how far back attempts count"))
+def command_report(arguments: Arguments, configuration: Configuration) -> None:
+    """Show coverage, queue, attempts, limits and cycles."""
+    database, now = _existing(configuration), Clock().wall()
+    if arguments.format == "html":
+        print(page(database, status_sections(database, configuration, RunnerLock(configuration.database), now), now))
+        return
+    scrapers = {dataset.name: scraper_of(dataset) for dataset in configuration.datasets.values()}
+    _print(arguments, report_sections(database, scrapers, arguments.since, now), ["", *next_steps(database)])
 
 
-# ---------------------------------------------------------------- Command table
-# Every command and its options, as argparse takes them. Headline: COMMANDS.
+@command(needs_declarations=False)
+def command_status(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show the state of runner, lake, tasks and sources; exit 4 when no runner works."""
+    database, lock = _existing(configuration), RunnerLock(configuration.database)
+    _print(arguments, status_sections(database, configuration, lock, Clock().wall()))
+    return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One argument of a command, as argparse takes it."""
-
-    names: tuple[str, ...]
-    settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One command: its name, what it does, its options, and the function that does it."""
-
-    name: str
-    meaning: str
-    act: Callable[[Arguments, Configuration], int]
-    options: tuple[Option, ...] = ()
-    needs_declarations: bool = True  # else the database is enough, and a mistake in adce.yaml no obstacle
+@command(needs_declarations=False)
+def command_health(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show whether the runner is healthy; exit 4 when there is none, or when it is stuck."""
+    database, lock, now = _existing(configuration), RunnerLock(configuration.database), Clock().wall()
+    found = problems(database, configuration, now, now - HOUR)
+    if lock.holder() is None:
+        found = {"not running": "no runner works on this database"}
+    state = {
+        "status": "unhealthy" if found else "healthy",
+        "timestamp": utc_text(now),
+        "problems": "; ".join(found.values()),
+    }
+    _print(arguments, [Section("health", "", [state], is_one=True)])
+    return ExitCode.NOT_RUNNING if found else ExitCode.DONE
 
 
-def _option(*names: str, **settings: Any) -> Option:
-    return Option(names, settings)
-
-
-def _positive(text: str) -> float:
-    value = 0.0
-    with contextlib.suppress(ValueError):
-        value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text) if re.fullmatch(r"\d{1,19}", text) else 0
-    if not 0 < value < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
-    return value
-
-
-def _path(text: str) -> Path:
-    return Path(text).absolute()
-
-
-def _year(text: str) -> int:
-    if not re.fullmatch(r"[12]\d{3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a year")
-    return int(text)
-
-
-def _duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-FILTERS = (_option("--source", help="only this source"), _option("--dataset", help="only this dataset"))
-SOURCE = _option("source", metavar="SOURCE", help="a source, or global for all")
-TIMEOUT = _option("--timeout", type=_duration, metavar="45s", help="how long to wait for its end (grace_seconds + 15)")
-YES = _option("--yes", action="store_true", help="adce.yaml is meant to expect far less than before")
-MOST = _option("--most", type=_count, default=20, metavar="N", help="at most so many rows (20)")
-COMMANDS = (
-    Command(
-        "run",
-        "keep the lake complete until told to stop",
-        command_run,
-        (
-            _option(
-                "--once",
-                action="store_true",
-                help="one cycle, then one attempt at every open task; exit 3 if something is left",
-            ),
-            _option("--dry-run", action="store_true", help="the same as plan"),
-            _option("--interval-minutes", type=_positive, metavar="N", help="between cycles"),
-            _option("--interval-hours", type=_positive, metavar="N", help="the older form of the same"),
-            _option("--max-minutes", type=_positive, metavar="N", help="stop cleanly after so long"),
-            _option(
-                "--if-locked", choices=("fail", "skip"), default="fail", help="skip: exit 0, silent, while another runs"
-            ),
-            _option("--log", type=_path, metavar="FILE", help="write events there, 20 MB at most, not to stderr"),
-            YES,
-            MOST,
-        ),
-    ),
-    Command("plan", "show what a run would do, without doing it", command_plan, (MOST,)),
-    Command(
-        "reconcile",
-        "run one cycle: compare what should be there with what is",
-        command_reconcile,
-        (
-            _option("--full", action="store_true", help="look at everything, not only at a share of it"),
-            _option(
-                "--believe", action="append", default=[], metavar="DATASET", help="its mass loss is real: open its gaps"
-            ),
-            YES,
-        ),
-    ),
-    Command(
-        "report",
-        "show coverage, queue, attempts, limits and cycles",
-        command_report,
-        (_option("--since", type=_duration, default=DAY, metavar="24h", help="how far back attempts count"),),
-    ),
-    Command(
-        "status",
-        "show in one screen how things are; exit 4 when no runner works",
-        command_status,
-        needs_declarations=False,
-    ),
-    Command(
-        "health",
-        "show whether the runner does its work; exit 4 when it does not",
-        command_health,
-        needs_declarations=False,
-    ),
-    Command(
-        "logs",
-        "show what the runner has written",
-        command_logs,
-        (
-            _option("--tail", type=_count, default=50, metavar="N", help="the last so many lines (50)"),
-            _option("--follow", action="store_true", help="and what follows"),
-        ),
-        needs_declarations=False,
-    ),
-    Command(
-        "backup",
-        "copy the database while others work on it",
-        command_backup,
-        (_option("file", type=_path, metavar="FILE", help="a file that does not exist yet"),),
-        needs_declarations=False,
-    ),
-    Command("start", "start the runner in the background", command_start, (YES,)),
-    Command("stop", "stop the runner and wait until it has ended", command_stop, (TIMEOUT,), needs_declarations=False),
-    Command("restart", "stop the runner and start it anew", command_restart, (TIMEOUT, YES)),
-    Command(
-        "pause",
-        "ask a source no more, for some time or until it is resumed",
-        command_pause,
-        (
-            SOURCE,
-            _option("--for", dest="seconds", type=_duration, metavar="2h", help="else until it is resumed"),
-            _option("--reason", default="", metavar="TEXT", help="for those who wonder"),
-        ),
-    ),
-    Command("resume", "ask a source again and try what has failed", command_resume, (SOURCE,)),
-    Command(
-        "retry",
-        "try tasks again now that wait or gave up",
-        command_retry,
-        (
-            _option("task_ids", type=_count, nargs="*", metavar="ID"),
-            _option("--state", choices=(TaskState.RETRY.value, TaskState.GAVE_UP.value)),
-            *FILTERS,
-            _option("--error", metavar="TEXT", help="only those whose last error contains this"),
-            _option("-n", "--dry-run", action="store_true", help="only show which"),
-            _option("--yes", action="store_true", help="do not ask"),
-            _option("--most", type=_count, metavar="N", help="at most so many of them"),
-        ),
-    ),
-    Command(
-        "skip",
-        "want the objects of these tasks no more",
-        command_skip,
-        (
-            _option("task_ids", type=_count, nargs="+", metavar="ID"),
-            _option("--reason", default="by hand", metavar="TEXT", help="for those who wonder"),
-        ),
-    ),
-    Command(
-        "tasks",
-        "list the open tasks, the most urgent first",
-        command_tasks,
-        (_option("--state", choices=["pending", "retry", "running", "gave_up"]), *FILTERS, MOST),
-    ),
-    Command(
-        "task", "show one task with all its attempts", command_task, (_option("task_id", type=_count, metavar="ID"),)
-    ),
-    Command(
-        "coverage",
-        "show what is expected and what is there, by dataset and season",
-        command_coverage,
-        (
-            *FILTERS,
-            _option("--by-day", action="store_true", help="by dataset and day instead"),
-            _option("--year", type=_year, help="of the days, or of the weeks that are drawn"),
-        ),
-    ),
-    Command(
-        "check",
-        "check configuration, database and store",
-        command_check,
-        (_option("--online", action="store_true", help="the sources too"),),
-    ),
-    Command(
-        "acquire",
-        "wait until a source can be asked, then run a command that sends it one request",
-        command_acquire,
-        (
-            _option("source", metavar="SOURCE"),
-            _option("--wait", type=_duration, metavar="90s", help="at most so long, else exit 1"),
-            _option("words", nargs="*", metavar="-- COMMAND", help="its exit code is that of acquire"),
-        ),
-    ),
-    Command(
-        "example",
-        "print a ready text for another program",
-        command_example,
-        (_option("name", choices=sorted([*EXAMPLES, "grafana"])),),
-    ),
+@command(
+    option("--tail", type=COUNT, default=50, metavar="N", help="the last N lines (50)"),
+    option("--follow", action="store_true", help="and new ones as they come"),
+    needs_declarations=False,
 )
-
-
-# ---------------------------------------------------------------- Command line
-# From words to an exit code. Headline: main().
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of COMMANDS; the common options may stand before or after the command."""
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument(
-        "-c",
-        "--config",
-        metavar="FILE",
-        help="the configuration (else $ADCE_CONFIG, ./adce.yaml, the one beside adce.py)",
-    )
-    common.add_argument("--db", metavar="FILE", help="the database (else $ADCE_DB, the configured one)")
-    common.add_argument("--format", choices=FORMATS, help="of data on stdout (table)")
-    common.add_argument("-q", "--quiet", action="store_true", help="nothing but data and errors")
-    common.add_argument("-v", "--verbose", action="store_true", help="every attempt")
-    parser = argparse.ArgumentParser(
-        prog="adce.py", description=(__doc__ or "").partition("\n")[0], parents=[common], allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"ADCE {__version__}, SQLite {sqlite3.sqlite_version}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        sub = commands.add_parser(
-            command.name, help=command.meaning, description=command.meaning, parents=[common], allow_abbrev=False
-        )
-        for option in command.options:
-            sub.add_argument(*option.names, **option.settings)
-        sub.set_defaults(act=command.act, needs_declarations=command.needs_declarations)
-    return parser
-
-
-def parse_arguments(words: Sequence[str]) -> Arguments:
-    """What was typed. All that follows `--` belongs to another program and is not looked at. May exit."""
-    end = words.index("--") if "--" in words else len(words)
-    defaults = Arguments(config=None, db=None, format="table", quiet=False, verbose=False)
-    parser = build_parser()
-    arguments = parser.parse_args(words[:end], defaults)
-    if words[end + 1 :]:
-        if arguments.command != "acquire":
-            parser.error("only acquire runs another command")
-        if arguments.words:
-            parser.error(f"the command begins after --, so what is {' '.join(arguments.words)}?")
-        arguments.words = words[end + 1 :]
-    return arguments
-
-
-def _open_standard_files() -> None:
-    """A standard file that came closed would lend its number to the database, and errors be written there."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout = sys.stdout or os.fdopen(1, "w")
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # of a letter that this terminal does not know: ?
-
-
-def _configuration_for(arguments: Arguments) -> Configuration:
-    path, given = find_configuration(arguments.config), arguments.db or os.environ.get("ADCE_DB")
-    database = Path(given).absolute() if given else None
+def command_logs(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show the last log lines of the runner, or follow them."""
+    words = log_words(_existing(configuration), arguments.tail, follow=arguments.follow)
+    sys.stdout.flush()
     try:
-        configuration = load_configuration(path)
-    except ConfigurationError:
-        database = database or database_named_in(path)
-        if arguments.needs_declarations or not database.exists():
-            raise
-        print(f"adce.py: {path} cannot be used (adce.py check tells why); this is about {database}", file=sys.stderr)
-        configuration = Configuration(path, database, store="")
-    return dataclasses.replace(configuration, database=database) if database else configuration
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Obey one command line and return its exit code."""
-    _open_standard_files()
-    arguments = parse_arguments(sys.argv[1:] if words is None else words)
-    try:
-        configuration = _configuration_for(arguments)
-        set_foreign_log_aside(configuration.database)
-        code: int = arguments.act(arguments, configuration)
-        sys.stdout.flush()
-    except Error as error:
-        with contextlib.suppress(OSError):  # whether anybody reads it or not
-            print(f"adce.py: {error}" if not isinstance(error, ConfigurationError) else error, file=sys.stderr)
-            if error.hint:
-                print(f"Try: {error.hint}", file=sys.stderr)
-        return error.exit_code
+        os.execvp(words[0], words)  # noqa: S606  # tail and journalctl follow better than we could
     except OSError as error:
-        with contextlib.suppress(OSError):  # what is left to flush goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
-            return ExitCode.DONE
-        print(f"adce.py: {error}", file=sys.stderr)
-        return ExitCode.ERROR
-    except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
-    return code
+        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
+
+
+@command(option("--state", choices=["pending", "retry", "running", "gave_up"]), *FILTERS, LIMIT)
+def command_tasks(arguments: Arguments, configuration: Configuration) -> None:
+    """List the open tasks, the most urgent first."""
+    _print(arguments, tasks_sections(_existing(configuration), vars(arguments), arguments.limit))
+
+
+@command(option("task_id", type=COUNT, metavar="ID"))
+def command_task(arguments: Arguments, configuration: Configuration) -> None:
+    """Show one task with all its attempts."""
+    _print(arguments, task_sections(_existing(configuration), arguments.task_id))
+
+
+@command(
+    *FILTERS,
+    option("--by-day", action="store_true", help="by dataset and day"),
+    option("--year", type=YEAR, help="the year of the days, or of the weeks below the table"),
+)
+def command_coverage(arguments: Arguments, configuration: Configuration) -> None:
+    """Show what is expected and what is there, by dataset and season."""
+    database = _existing(configuration)
+    filters = {name: getattr(arguments, name) for name in ("by_day", "year", "source", "dataset")}
+    sections = coverage_sections(database, **filters)
+    if arguments.format == "table" and not arguments.by_day:
+        sections.append(strip_section(database, arguments.year, Clock().wall()))
+    _print(arguments, sections)
+
+
+@command(option("--online", action="store_true", help="the sources too"))
+def command_check(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Check the configuration, the database, the store and, with --online, the sources."""
+    rows = check_rows(configuration, online=arguments.online)
+    _print(arguments, [Section("checks", "", rows)])
+    return ExitCode.ERROR if any(row["result"] == "FAIL" for row in rows) else ExitCode.DONE
+
+
+@command(option("name", choices=sorted([*EXAMPLES, "grafana"])))
+def command_example(arguments: Arguments, configuration: Configuration) -> None:
+    """Print a unit, a crontab line, alert rules or a dashboard."""
+    print(example(arguments.name, configuration), end="")
 
 
 if __name__ == "__main__":

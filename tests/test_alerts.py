@@ -282,18 +282,18 @@ def test_what_cannot_be_noted_is_told_once_all_the_same(alerter, database, clock
 
 def test_trouble_that_the_runner_has_with_its_database_is_told(alerter, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    at_work.journal.tell_trouble(adce.DatabaseTroubleError("the disk is full"))
+    at_work.journal.report_database_error(adce.DatabaseTroubleError("the disk is full"))
     live(at_work, clock, 0.1)
     assert listener.subjects() == ["ADCE: database unusable, runner"]
 
 
 def test_full_disk_is_told_by_itself(alerter, database, clock, listener, monkeypatch):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    at_work.journal.tell_trouble(adce.DatabaseTroubleError("adce.db: database or disk is full (SQLITE_FULL)"))
+    at_work.journal.report_database_error(adce.DatabaseTroubleError("adce.db: database or disk is full (SQLITE_FULL)"))
     monkeypatch.setattr(adce, "LEAST_FREE_BYTES", 1 << 60)
     live(at_work, clock, 0.1)
     monkeypatch.undo()
-    at_work.journal.tell_trouble(None)
+    at_work.journal.report_database_error(None)
     with database.transaction() as sql:
         adce.pause(sql, "global", 60, "store: cannot write days/1.json: No space left on device", clock.boot())
     live(at_work, clock, 0.1)
@@ -302,11 +302,11 @@ def test_full_disk_is_told_by_itself(alerter, database, clock, listener, monkeyp
 
 def test_alert_names_every_command_that_helps(alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    problem = "{0}: 120 of 150 objects vanished at once, none is taken for missing; if so: reconcile --believe {0}"
+    problem = "{0}: 120 of 150 objects vanished at once, none is taken for missing; if so: reconcile --accept-loss {0}"
     with database.transaction() as sql:
         note_cycle(sql, 1, clock, "; ".join(problem.format(name) for name in ("days", "games", "plays")))
     live(at_work, clock, 0.1)
-    assert "--believe plays\nhost" in json.loads(listener.told[0][1])["text"]
+    assert "--accept-loss plays\nhost" in json.loads(listener.told[0][1])["text"]
 
 
 def test_channel_that_redirects_has_taken_nothing(alerter, database, clock, listener):

@@ -136,8 +136,8 @@ def test_another_database_may_be_named(folder, tmp_path):
         ("report", "--since", "soon"),
         ("task", "0"),
         ("task", "99999999999999999999"),
-        ("tasks", "--most", "0"),
-        ("plan", "--most", "-1"),
+        ("tasks", "--limit", "0"),
+        ("plan", "--limit", "-1"),
         ("tasks", "--format", "xml"),
         ("report", "--conf", "adce.yaml"),
         ("example", "supervisord"),
@@ -147,6 +147,28 @@ def test_wrong_usage_ends_with_2(words, folder):
     done = run_adce(*words, folder=folder)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage:")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("taks",), """invalid choice: 'taks', did you mean "tasks"?"""),
+        (("tasks", "--state", "gaveup"), """invalid choice: 'gaveup', did you mean "gave_up"?"""),
+        (("tasks", "--limt", "3"), 'unrecognized arguments: --limt 3, did you mean "--limit"?'),
+        (("tasks", "--quite"), 'unrecognized arguments: --quite, did you mean "--quiet"?'),
+        (("example", "sytemd"), """invalid choice: 'sytemd', did you mean "systemd"?"""),
+        (("tasks", "--format", "xml"), "invalid choice: 'xml' (choose from table, json, csv, github, html)"),
+        (("tasks", "--most", "3"), "--most is now --limit"),
+        (("retry", "--most=3"), "--most is now --limit"),
+        (("reconcile", "--believe", "days"), "--believe is now --accept-loss"),
+        (("status", "--", "true"), "only acquire runs another command"),
+        (("acquire", "league", "true", "--", "false"), "the command begins after --, unexpected: true"),
+    ],
+)
+def test_misspelt_word_is_answered_with_a_suggestion_and_an_old_one_with_the_new(words, problem, folder):
+    done = run_adce(*words, folder=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(f"{problem}\n")
 
 
 @pytest.mark.parametrize("command", ["report", "status", "tasks", "coverage", "task 1"])
@@ -219,7 +241,7 @@ def test_plan_writes_nothing_and_names_what_the_next_run_attempts(tmp_path):
         league = League(date(2025, 1, 1), 6, games_per_day=(1, 1), seed=5)
         league.serve(upstream)
         write_league(tmp_path, upstream.address)
-        planned = run_adce("plan", "--most", "50", "--format", "json", folder=tmp_path)
+        planned = run_adce("plan", "--limit", "50", "--format", "json", folder=tmp_path)
         assert planned.returncode == 0, planned.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["adce.yaml"]
         assert upstream.count() == 0
@@ -279,7 +301,7 @@ def test_reconcile_tells_by_its_exit_code_whether_there_are_gaps(tmp_path):
     body = json.dumps({"leagues": [{"id": "46"}], "events": [], "padding": "x" * 500})
     (tmp_path / "lake/days/20250101.json").write_text(body)
     assert run_adce("reconcile", folder=tmp_path).returncode == 0
-    done = run_adce("reconcile", "--believe", "dayz", folder=tmp_path)
+    done = run_adce("reconcile", "--accept-loss", "dayz", folder=tmp_path)
     assert (done.returncode, 'did you mean "days"?' in done.stderr) == (1, True)
 
 
@@ -334,7 +356,7 @@ def test_reader_that_leaves_early_is_no_error(tmp_path):
     path = tmp_path / "adce.yaml"
     path.write_text(path.read_text().replace("from: 2025-01-01", "from: 2020-01-01"))  # far more than a pipe holds
     words = (
-        f"{sys.executable} {ROOT / 'adce.py'} plan -q --most 2000 --format json | head -c 5; exit ${{PIPESTATUS[0]}}"
+        f"{sys.executable} {ROOT / 'adce.py'} plan -q --limit 2000 --format json | head -c 5; exit ${{PIPESTATUS[0]}}"
     )
     done = subprocess.run(["/bin/bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, '{\n  "', "")
@@ -412,7 +434,7 @@ def test_crontab_line_works_in_the_empty_environment_of_cron(folder, tmp_path):
 
 def test_every_command_is_in_the_help(folder):
     text = run_adce("--help", folder=folder).stdout
-    assert [command.name for command in adce.COMMANDS if f"    {command.name} " not in text] == []
+    assert [command.name for command in adce.commands() if f"    {command.name} " not in text] == []
     assert os.environ.get("ADCE_CONFIG") is None
     assert isinstance(folder, Path)
 
@@ -479,7 +501,7 @@ def test_backup_makes_no_folder(folder, tmp_path):
     assert "there is no folder" in done.stderr
 
 
-@pytest.mark.parametrize("words", [("tasks", "--most", "x"), ("run", "--max-minutes", "soon")])
+@pytest.mark.parametrize("words", [("tasks", "--limit", "x"), ("run", "--max-minutes", "soon")])
 def test_bad_number_is_told_in_words(words, tmp_path):
     done = run_adce(*words, folder=tmp_path)
     assert done.returncode == 2
@@ -555,7 +577,7 @@ def test_backup_of_a_damaged_database_names_it(folder, tmp_path):
 
 def test_retry_of_nothing_asks_nothing(folder):
     done = run_adce("retry", "--error", "no such error", folder=folder)
-    assert (done.returncode, done.stdout) == (0, "no task that waits or gave up matches\n")
+    assert (done.returncode, done.stdout) == (0, "no task in state retry or gave_up matches\n")
 
 
 def test_coverage_of_a_year_shows_its_days(folder):

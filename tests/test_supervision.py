@@ -362,11 +362,11 @@ def filled_log(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(adce, "LOG_BYTES", 4096)
     old = os.umask(0o022)
     path = tmp_path / "events.log"
-    stream = adce.LogFile(path)
-    journal = adce.Journal(stream)
+    log = adce.log_file(path)
+    journal = adce.Journal(log)
     for number in range(1000):
         journal.write("INFO", "event", number=number, text="x" * 40)
-    stream._handler.close()
+    log.close()
     os.umask(old)
     return path
 
