@@ -62,8 +62,8 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Metrics                     the figures for Prometheus
     Health                      serves the same answers over HTTP
     Screen                      what a person sees while it runs
-    Conditions                  what people should look at
-    Alerts                      what people are told, once, wherever they are
+    Conditions                  what needs attention
+    Alerts                      reports each condition once, by every channel
     Interventions               what a person changes by hand
     Workers                     who does the executions
     Supervision                 who has started the runner, and is told
@@ -666,37 +666,16 @@ when (old.state, old.priority, old.dataset_id) is not (new.state, new.priority, 
 end;
 
 create table alerts (
-    -- What people were told of; one row for each time that it lasted.
-    alert_id     integer primary key,
+    -- Conditions that were reported; one row for each time that one lasted.
     condition    text    not null,
     about        text    not null,
-    text         text    not null,
     since        integer not null,
-    seen_at      integer not null,   -- it held then
-    told_at      integer not null,   -- for the last time so far
-    ended_at     integer
-) strict;
-create unique index open_alert on alerts (condition, about) where ended_at is null;
-
-create table notices (
-    -- What each channel has to send, or has sent.
-    notice_id    integer primary key,
-    alert_id     integer references alerts,
-    channel      text    not null,
-    subject      text    not null,
     text         text    not null,
-    made_at      integer not null,
-    try_at       integer not null,   -- not before
-    tries        integer not null default 0,
-    sent_at      integer
-) strict;
-create index unsent_notices on notices (notice_id) where sent_at is null;
-
-create table channels (
-    -- The channels that do not work.
-    channel      text    primary key,
-    error        text    not null,
-    since        integer not null
+    seen_at      integer not null,   -- it held then
+    notified_at  integer not null,   -- the last message was made then
+    ended_at     integer,
+    unsent       text    not null,   -- JSON: the messages that channels have still to take
+    primary key (condition, about, since)
 ) strict, without rowid;
 """
 
@@ -829,6 +808,22 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
     drop index objects_by_day;
     drop index objects_by_state;
     create index objects_by_state on objects (dataset_id, season, state, day);
+    """,
+    """
+    drop table notices;
+    drop table channels;
+    drop table alerts;
+    create table alerts (
+        condition    text    not null,
+        about        text    not null,
+        since        integer not null,
+        text         text    not null,
+        seen_at      integer not null,
+        notified_at  integer not null,
+        ended_at     integer,
+        unsent       text    not null,
+        primary key (condition, about, since)
+    ) strict, without rowid;
     """,
 )
 
@@ -1030,19 +1025,20 @@ create view recent_attempts as
     order by a.attempt_id desc;
 
 create view open_alerts as
-    -- What people have been told of and is not over.
+    -- Conditions that were reported and are not over.
     select condition, about, text,
            strftime('%Y-%m-%dT%H:%M:%SZ', since, 'unixepoch') as since,
-           strftime('%Y-%m-%dT%H:%M:%SZ', told_at, 'unixepoch') as told_at
+           strftime('%Y-%m-%dT%H:%M:%SZ', notified_at, 'unixepoch') as notified_at
     from alerts
-    where ended_at is null
-    order by since;
+    where ended_at is null and condition != 'channel broken'
+    order by alerts.since;
 
 create view broken_channels as
-    -- Channels for alerts and figures that do not work now, with the messages that wait for them.
-    select channel, error, strftime('%Y-%m-%dT%H:%M:%SZ', since, 'unixepoch') as since,
-           (select count(*) from notices n where n.channel = channels.channel and sent_at is null) as waiting
-    from channels
+    -- Channels for alerts and figures that do not work now, and how many alerts wait for them.
+    select about as channel, text as error, strftime('%Y-%m-%dT%H:%M:%SZ', since, 'unixepoch') as since,
+           (select count(*) from alerts a where instr(a.unsent, '"' || b.about || '"')) as waiting
+    from alerts b
+    where ended_at is null and condition = 'channel broken'
     order by channel;
 
 create view stats as
@@ -4775,10 +4771,7 @@ def forget(sql: sqlite3.Connection, before: float) -> int:
     """
     limits = {"before": int(before), "most": FORGOTTEN_AT_ONCE}
     sql.execute("delete from orders where asked_at < ? and cycle_id is not null", (int(before),))
-    sql.execute("delete from notices where made_at < ?", (int(before),))
-    sql.execute(
-        "delete from alerts where ended_at < ? and alert_id not in (select alert_id from notices)", (int(before),)
-    )
+    sql.execute("delete from alerts where ended_at < ?", (int(before),))
     return len(ended) + sql.execute(tasks, limits).rowcount + sql.execute(cycles, limits).rowcount
 
 
@@ -7910,11 +7903,17 @@ def _tasks_now(database: Database, now: float) -> str:
 
 
 # ---------------------------------------------------------------- Conditions
-# What people should look at, each as a question in SQL. One cause is one condition: what a blocked source holds up
-# is told by that alone. Headline: CONDITIONS.
+# What needs attention, each as a question in SQL. One cause is one condition: what a blocked source holds up is no
+# condition of its own. Headline: CONDITIONS.
 
-BLOCKED_PAUSES, BLOCKED_SECONDS = 3, 30 * MINUTE  # in a row, or so long: then a source is blocked
-LAST_ATTEMPTS, FEW_ATTEMPTS = 200, 20  # whose errors count, and how few tell nothing
+FACTS: Mapping[str, Any] = {
+    "blocked_pauses": 3,  # in a row, or
+    "blocked_seconds": 30 * MINUTE,  # at once: then a source is blocked
+    "last_attempts": 200,  # whose errors count
+    "few_attempts": 20,  # fewer prove nothing
+    "day": DAY,
+    "vanished": VANISHED,
+}
 # what a blocked source has held up counts from the end of that
 BLOCKS = """
     with blocks as (
@@ -7924,17 +7923,17 @@ BLOCKS = """
         group by about
     )
 """
-# condition: a query, by way of an index, for what it concerns and a sentence about that; see also problems()
+# condition: a query, by an index, for its subject and a sentence about it; see also problems()
 CONDITIONS = {
     "source blocked": """
-        select scope as about, 'left alone until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset,
+        select scope as about, 'paused until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset,
                'unixepoch') || ': ' || reason as text
         from scopes, boot
         where scope != 'global'
           and (throttles >= :blocked_pauses or (throttles > 0 and paused_for >= :blocked_seconds))
     """,
     "gave up": """
-        select dataset as about, count(*) || ' objects gave up, the last error was: ' || max(last_error) as text
+        select dataset as about, count(*) || ' objects gave up, last error: ' || max(last_error) as text
         from tasks join datasets using (dataset_id)
         where state = 'gave_up'
         group by dataset
@@ -8002,77 +8001,61 @@ CONDITIONS = {
 
 
 # ---------------------------------------------------------------- Alerts
-# What people should look at: told once when it begins, once a day while it lasts, and once when it is over. A
-# thread of its own looks and sends, so that a broken channel delays nothing. Headline: Alerter.
+# A condition is reported once when it begins, once a day while it lasts and once when it is over, by every channel.
+# A thread of its own looks and sends, so that a broken channel delays nothing. Headline: Alerter.
 
 LOOK_SECONDS = 30
-CALM_SECONDS = 15 * MINUTE  # what comes back before that was never over
+CALM_SECONDS = 15 * MINUTE  # a condition that returns sooner was never over
 SEND_SECONDS = 15  # for one message
 MOST_LETTERS = 1000  # of a text
-FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # what else a full disk makes unusable
-MOST_TRIES_SECONDS = DAY  # then a message is too old to be sent
+FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # other effects of a full disk
+TOO_OLD_SECONDS = DAY  # for a message to be sent
+BROKEN = "channel broken"  # a condition that is shown, and not sent
 
 
 class Alerter:
-    """Looks now and then, notes what begins and ends, and sends it; what cannot be sent is tried again."""
+    """Looks for conditions, keeps a row in `alerts` for each, and sends messages until every channel has taken them.
 
-    def __init__(
-        self,
-        configuration: Configuration,
-        database: Database,
-        journal: Journal,
-        clock: Clock,
-        *,
-        is_once: bool = False,
-    ) -> None:
+    The rows are kept here too: on a full disk nothing is stored, and yet everything is sent once."""
+
+    def __init__(self, configuration: Configuration, database: Database, journal: Journal, clock: Clock) -> None:
         self.configuration, self.database, self.journal, self.clock = configuration, database, journal, clock
-        self.wishes, self.is_once, self.started_at = configuration.alerts, is_once, clock.wall()
-        self._stopped = threading.Event()
-        self.told: set[tuple[str, str]] = set()  # what could not be noted
+        self.settings, self.started_at, self._stopped = configuration.alerts, clock.wall(), threading.Event()
+        unfinished = query(database, "select * from alerts where ended_at is null or unsent != '[]'")
+        self.alerts: list[dict[str, Any]] = [{**row, "unsent": json.loads(row["unsent"])} for row in unfinished]
+        self.cycle_id = database.value("select max(cycle_id) from cycles where seconds is not null")
 
-    def __enter__(self) -> None:
-        if not self.is_once:
-            threading.Thread(target=self._work, name="adce-alerts", daemon=True).start()
+    def start(self) -> None:
+        """Work every LOOK_SECONDS, in a thread."""
 
-    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
-        """Look no more, and do not wait for what is being sent; or look once, at the end of a run."""
+        def work() -> None:
+            while not self._stopped.wait(LOOK_SECONDS):
+                self.work()
+
+        threading.Thread(target=work, name="adce-alerts", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop without waiting for a channel."""
         self._stopped.set()
-        if self.is_once and error is None:
-            self.work()
-
-    def _work(self) -> None:
-        while not self._stopped.wait(LOOK_SECONDS):
-            self.work()
 
     def work(self) -> None:
-        """Look once, and send what waits."""
+        """Look once, and send what is due."""
         try:
             self.look()
+            self.save()
             self.send()
-            self.tell_cycle()
+            self.report_cycle()
         except (DatabaseError, OSError) as error:
             self.journal.write("WARN", "alerts", error=str(error))
 
     def conditions(self) -> dict[tuple[str, str], str]:
-        """What holds now: condition and what it concerns, and a sentence about it."""
-        now, wishes = self.clock.wall(), self.wishes
-        facts = {
-            "now": now,
-            "critical_gap_seconds": wishes.critical_gap_hours * HOUR,
-            "error_percent": wishes.error_percent,
-            "quiet_cycles": wishes.quiet_cycles,
-            "blocked_pauses": BLOCKED_PAUSES,
-            "blocked_seconds": BLOCKED_SECONDS,
-            "day": DAY,
-            "last_attempts": LAST_ATTEMPTS,
-            "few_attempts": FEW_ATTEMPTS,
-            "vanished": VANISHED,
-        }
-        troubles = problems(self.database, self.configuration, now, self.started_at, self.journal.database_error)
-        found = {(name, "runner"): text for name, text in troubles.items()}
-        was_low = None
+        """The conditions that hold now: name and subject, and a sentence about it."""
+        now, settings = self.clock.wall(), self.settings
+        facts = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR, **FACTS}
+        facts |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles}
+        ill = problems(self.database, self.configuration, now, self.started_at, self.journal.database_error)
+        found = {(name, "runner"): text for name, text in ill.items()}
         with contextlib.suppress(DatabaseError):  # that is one of its problems
-            was_low = self.database.value("select 1 from alerts where condition = 'disk low' and ended_at is null")
             for name, sql in CONDITIONS.items():
                 found |= {(name, row["about"]): row["text"] for row in self.database.read(BLOCKS + sql, facts)}
         if {name for name, _ in found} & {"mass loss", "store unusable"}:
@@ -8081,122 +8064,107 @@ class Alerter:
         free = shutil.disk_usage(self.configuration.database.parent).free
         if free < LEAST_FREE_BYTES:
             found["disk low", "database"] = f"{free >> 20} MB left beside {self.configuration.database.name}"
-        if was_low or ("disk low", "database") in found:
+        if "disk low" in {name for name, _ in [*found, *self._lasting()]}:
             found = {key: text for key, text in found.items() if not re.search(FULL, text)}
         return found
 
+    def _lasting(self) -> dict[tuple[str, str], dict[str, Any]]:
+        return {(alert["condition"], alert["about"]): alert for alert in self.alerts if alert["ended_at"] is None}
+
     def look(self) -> None:
-        """Note what begins, lasts for another day, or is over."""
-        found = self.conditions()
-        try:
-            self._note(found)
-        except DatabaseError:  # its disk may be full
-            for key in found.keys() - self.told:
-                self._tell_at_once(key, found[key])
-            raise
+        """Begin, continue and end alerts."""
+        now, found, lasting = int(self.clock.wall()), self.conditions(), self._lasting()
+        for key, text in found.items():
+            alert = lasting.get(key) or self._begin(*key, text)
+            alert.update(text=text, seen_at=now)
+            if key not in lasting:
+                self._notify(alert, "", text)
+            elif now - alert["notified_at"] >= self.settings.remind_seconds:
+                alert["notified_at"] = now
+                self._notify(alert, "still ", f"for {format_duration(now - alert['since'])}: {text}")
+        for key, alert in lasting.items():
+            if key not in found and alert["condition"] != BROKEN and now - alert["seen_at"] >= CALM_SECONDS:
+                alert["ended_at"] = alert["seen_at"]
+                self._notify(alert, "over: ", f"it lasted {format_duration(alert['seen_at'] - alert['since'])}")
 
-    def _tell_at_once(self, key: tuple[str, str], text: str) -> None:
-        """Send what cannot be noted, so that it is not told again when it can."""
-        notice = {"subject": f"ADCE: {key[0]}, {key[1]}", "text": self._body(text)}
-        self.journal.write("WARN", "alert", subject=f"{key[0]}, {key[1]}", text=text)
-        for channel in self._channels():
-            with contextlib.suppress(Exception):  # tried again at the next look
-                SENDERS[channel](self.configuration, notice)
-                self.told.add(key)
+    def _begin(self, condition: str, about: str, text: str) -> dict[str, Any]:
+        instants = dict.fromkeys(("since", "seen_at", "notified_at"), int(self.clock.wall()))
+        self.alerts.append(
+            {"condition": condition, "about": about, "text": text, **instants, "ended_at": None, "unsent": []}
+        )
+        return self.alerts[-1]
 
-    def _note(self, found: Mapping[tuple[str, str], str]) -> None:
-        now = int(self.clock.wall())
-        known = {
-            (row["condition"], row["about"]): row
-            for row in self.database.read("select * from alerts where ended_at is null")
-        }
-        if not (found or known):
+    def _notify(self, alert: dict[str, Any], prefix: str, text: str) -> None:
+        """Log a message, and leave it to every channel."""
+        subject = f"{prefix}{alert['condition']}, {alert['about']}"
+        self.journal.write("WARN", "alert", subject=subject, text=text)
+        body = f"{text}\nhost {socket.gethostname()}, {self.configuration.database}\nTry: adce.py status"
+        message = {"subject": f"ADCE: {subject}", "text": body, "made_at": self.clock.wall()}
+        alert["unsent"] += [{"channel": channel, **message} for channel in SENDERS if getattr(self.settings, channel)]
+
+    def save(self) -> None:
+        """Store the alerts; those that are over and sent are then no longer kept here. Until it succeeds, all are."""
+        put = """
+            insert or replace into alerts
+            values (:condition, :about, :since, :text, :seen_at, :notified_at, :ended_at, :unsent)
+        """
+        if not self.alerts:
             return
-        with self.database.transaction() as sql:
-            for (condition, about), text in found.items():
-                row = known.get((condition, about))
-                if row is None:
-                    begin = (
-                        "insert into alerts (condition, about, text, since, seen_at, told_at) values (?, ?, ?, ?, ?, ?)"
-                    )
-                    alert_id = sql.execute(begin, (condition, about, text, now, now, now)).lastrowid
-                    if (condition, about) not in self.told:
-                        self._notice(sql, alert_id, f"ADCE: {condition}, {about}", text)
-                    continue
-                sql.execute("update alerts set text = ?, seen_at = ? where alert_id = ?", (text, now, row["alert_id"]))
-                if now - row["told_at"] >= self.wishes.remind_seconds:
-                    sql.execute("update alerts set told_at = ? where alert_id = ?", (now, row["alert_id"]))
-                    lasts = format_duration(now - row["since"])
-                    self._notice(sql, row["alert_id"], f"ADCE: still {condition}, {about}", f"for {lasts}: {text}")
-            for key, row in known.items():
-                if key not in found and now - row["seen_at"] >= CALM_SECONDS:
-                    sql.execute("update alerts set ended_at = ? where alert_id = ?", (row["seen_at"], row["alert_id"]))
-                    lasted = format_duration(row["seen_at"] - row["since"])
-                    self._notice(sql, row["alert_id"], f"ADCE: over: {key[0]}, {key[1]}", f"it lasted {lasted}")
-        self.told.clear()
-
-    def _notice(self, sql: sqlite3.Connection, alert_id: int | None, subject: str, text: str) -> None:
-        """To be sent by every channel, whatever becomes of this process."""
-        self.journal.write("WARN", "alert", subject=subject.removeprefix("ADCE: "), text=text)
-        put = "insert into notices (alert_id, channel, subject, text, made_at, try_at) values (?, ?, ?, ?, ?, ?)"
-        now = int(self.clock.wall())
-        for channel in self._channels():
-            sql.execute(put, (alert_id, channel, subject, self._body(text), now, now))
-
-    def _body(self, text: str) -> str:
-        return f"{text}\nhost {socket.gethostname()}, {self.configuration.database}\nTry: adce.py status"
-
-    def _channels(self) -> list[str]:
-        return [channel for channel in SENDERS if getattr(self.wishes, channel)]
+        try:
+            with self.database.transaction() as sql:
+                sql.executemany(put, [{**alert, "unsent": json.dumps(alert["unsent"])} for alert in self.alerts])
+        except DatabaseError as error:
+            self.journal.write("WARN", "alerts", error=str(error))
+        else:
+            self.alerts = [alert for alert in self.alerts if alert["ended_at"] is None or alert["unsent"]]
 
     def send(self) -> None:
-        """Send what waits; what fails is tried again, ever more rarely, for a day."""
+        """Send what waits, in order. A broken channel is tried again after as long as it has been broken, at least a
+        minute and at most an hour, and gets nothing that is older than a day."""
         now = self.clock.wall()
-        due = "select * from notices where sent_at is null and try_at <= ? and made_at > ? order by notice_id limit 20"
-        for row in self.database.read(due, (now, now - MOST_TRIES_SECONDS)):
-            error = self._try(row["channel"], functools.partial(SENDERS[row["channel"]], self.configuration, row))
-            with self.database.transaction() as sql:
-                sql.execute(
-                    "update notices set tries = tries + 1, sent_at = ?, try_at = ? where notice_id = ?",
-                    (None if error else int(now), int(now + MINUTE * 2.0 ** min(row["tries"], 6)), row["notice_id"]),
-                )
+        for channel, sender in SENDERS.items():
+            waiting = [(alert, one) for alert in self.alerts for one in alert["unsent"] if one["channel"] == channel]
+            if broken := self._lasting().get((BROKEN, channel)):
+                pause = min(max(broken["seen_at"] - broken["since"], MINUTE), HOUR)
+                waiting = waiting if now >= broken["seen_at"] + pause else []
+            for alert, message in sorted(waiting, key=lambda pair: pair[1]["made_at"]):
+                is_wanted = getattr(self.settings, channel) and now - message["made_at"] < TOO_OLD_SECONDS
+                if is_wanted and self._use(channel, functools.partial(sender, self.configuration, message)):
+                    break
+                alert["unsent"].remove(message)
+                self.save()
 
-    def tell_cycle(self) -> None:
-        """After each cycle: its figures to CloudWatch and, when it was good, a sign of life to `ping`."""
-        rows = self.database.read(
-            "select * from reconciliations where seconds is not null order by cycle_id desc limit 1"
-        )
-        told = self.database.value("select value from settings where name = 'cycle told'")
-        if not rows or str(rows[0]["cycle_id"]) == told or not (self.wishes.ping or self.wishes.cloudwatch):
+    def report_cycle(self) -> None:
+        """Report each cycle once: its figures to CloudWatch and, when it was good, a request to `ping`."""
+        rows = query(self.database, "select * from cycles where seconds is not null order by cycle_id desc limit 1")
+        if not rows or rows[0]["cycle_id"] == self.cycle_id:
             return
-        if self.wishes.cloudwatch:
-            self._try("cloudwatch", functools.partial(put_metrics, self.wishes.cloudwatch, self.database, rows[0]))
-        if self.wishes.ping and rows[0]["error"] is None:
-            self._try("ping", functools.partial(_http, "GET", self.wishes.ping))
-        with self.database.transaction(durable=False) as sql:
-            sql.execute("insert or replace into settings values ('cycle told', ?)", (str(rows[0]["cycle_id"]),))
+        self.cycle_id = rows[0]["cycle_id"]
+        if self.settings.cloudwatch:
+            self._use("cloudwatch", functools.partial(put_metrics, self.settings.cloudwatch, self.database, rows[0]))
+        if self.settings.ping and rows[0]["error"] is None:
+            self._use("ping", functools.partial(_http, "GET", self.settings.ping))
 
-    def _try(self, channel: str, send: Callable[[], None]) -> str | None:
-        """Use a channel. Returns what went wrong, which is kept until it works again."""
-        error = None
+    def _use(self, channel: str, send: Callable[[], None]) -> str | None:
+        """Use a channel. Returns its error, and keeps that in the alert BROKEN until it works again."""
+        error, broken, now = None, self._lasting().get((BROKEN, channel)), int(self.clock.wall())
         try:
             send()
-        except Exception as problem:  # noqa: BLE001  # whatever a library raises is the channel's trouble
+        except Exception as problem:  # noqa: BLE001  # whatever a library raises is an error of the channel
             error = str(problem) if isinstance(problem, Error) else type(problem).__name__  # it may name the address
             self.journal.write("WARN", "channel", channel=channel, error=error)
-        with self.database.transaction(durable=False) as sql:
-            if error:
-                sql.execute("insert or ignore into channels values (?, ?, ?)", (channel, error, int(self.clock.wall())))
-            else:
-                sql.execute("delete from channels where channel = ?", (channel,))
+            broken = broken or self._begin(BROKEN, channel, error)
+        if broken:
+            broken.update(text=error or broken["text"], seen_at=now, ended_at=None if error else now)
+            self.save()
         return error
 
 
-Notice = Mapping[str, str] | sqlite3.Row  # with a subject and a text
+Message = Mapping[str, Any]  # with a subject and a text
 
 
 def revealed(text: str) -> str:
-    """A text that may be $NAME. Raises Error when there is no such variable."""
+    """A text, or the value of the variable $NAME. Raises Error when there is none."""
     if not text.startswith("$"):
         return text
     if text[1:] not in os.environ:
@@ -8205,34 +8173,34 @@ def revealed(text: str) -> str:
 
 
 def _http(method: str, address: str, **options: Any) -> None:
-    """Ask an address that may be a secret: no error names it. Raises Error."""
+    """Send a request to an address that may be a secret. Raises Error, which does not name it."""
     import requests
 
     try:
         answer = requests.request(
             method, revealed(address), timeout=SEND_SECONDS, allow_redirects=False, **options
-        )  # a redirect would lose what is posted
+        )  # a redirect would lose the body
     except requests.RequestException as error:
         raise Error(_no_answer(error)[1]) from None
     if answer.status_code >= 300:
         raise Error(f"HTTP {answer.status_code}")
 
 
-def _send_to_webhook(configuration: Configuration, notice: Notice) -> None:
+def _send_to_webhook(configuration: Configuration, message: Message) -> None:
     """In the format of Slack, which many others take."""
-    _http("POST", cast(str, configuration.alerts.webhook), json={"text": f"*{notice['subject']}*\n{notice['text']}"})
+    _http("POST", cast(str, configuration.alerts.webhook), json={"text": f"*{message['subject']}*\n{message['text']}"})
 
 
-def _send_to_sns(configuration: Configuration, notice: Notice) -> None:
+def _send_to_sns(configuration: Configuration, message: Message) -> None:
     topic = cast(str, configuration.alerts.sns_topic)
     client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
-    client.publish(TopicArn=topic, Subject=notice["subject"][:100], Message=notice["text"])
+    client.publish(TopicArn=topic, Subject=message["subject"][:100], Message=message["text"])
 
 
-def _send_to_command(configuration: Configuration, notice: Notice) -> None:
+def _send_to_command(configuration: Configuration, message: Message) -> None:
     """Subject and text are its last arguments."""
     program = Program(
-        words=(*configuration.alerts.command, notice["subject"], notice["text"]),
+        words=(*configuration.alerts.command, message["subject"], message["text"]),
         folder=configuration.path.parent,
         environment={"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"},
         seconds=SEND_SECONDS,
@@ -8245,7 +8213,7 @@ def _send_to_command(configuration: Configuration, notice: Notice) -> None:
         raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
 
 
-SENDERS: Mapping[str, Callable[[Configuration, Notice], None]] = {
+SENDERS: Mapping[str, Callable[[Configuration, Message], None]] = {
     "webhook": _send_to_webhook,
     "sns_topic": _send_to_sns,
     "command": _send_to_command,
@@ -8260,15 +8228,13 @@ def _aws_client(service: str, region: str | None = None) -> Any:
     return boto3.session.Session().client(service, region_name=region, config=limits)
 
 
-def put_metrics(namespace: str, database: Database, cycle: sqlite3.Row) -> None:
-    """The figures of a cycle and the open tasks of now, in one call to CloudWatch."""
-    when = datetime.datetime.fromtimestamp(cycle["started_at"] + cycle["seconds"], datetime.UTC)
+def put_metrics(namespace: str, database: Database, cycle: Mapping[str, Any]) -> None:
+    """Put the figures of a cycle and the number of open tasks into CloudWatch, in one call."""
+    when = datetime.datetime.fromisoformat(cycle["started_at"]) + datetime.timedelta(seconds=cycle["seconds"])
     figures = {name: cycle[name] for name in ("expected", "present", "missing", "stale", "suspect", "list_calls")}
     figures |= {f"tasks_{row[0]}": row[1] for row in database.read("select state, count(*) from queue group by state")}
-    metrics = [
-        {"MetricName": name, "Timestamp": when, "Value": value, "Unit": "Count"} for name, value in figures.items()
-    ]
-    metrics.append({"MetricName": "cycle", "Timestamp": when, "Value": cycle["seconds"], "Unit": "Seconds"})
+    values = [("cycle", cycle["seconds"], "Seconds"), *((name, value, "Count") for name, value in figures.items())]
+    metrics = [{"MetricName": name, "Timestamp": when, "Value": value, "Unit": unit} for name, value, unit in values]
     _aws_client("cloudwatch").put_metric_data(Namespace=namespace, MetricData=metrics)
 
 
@@ -9324,19 +9290,22 @@ def run_held(limiter: Limiter, held: Held, words: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def log_words(database: Database, most: int, *, follow: bool) -> list[str]:
-    """The command that shows the log of the last runner. Raises Error when there is none."""
+def show_log(database: Database, most: int, *, follow: bool) -> None:
+    """Become the command that shows the log of the last runner. Raises Error when there is none."""
     row = next(iter(database.read("select unit, log from runner")), None)
     if row and row["log"] and Path(row["log"]).exists():
-        return ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
-    if row and row["unit"]:
-        kind = "--user-unit" if "/user@" in row["unit"] else "--unit"
-        unit = row["unit"].rpartition("/")[2]
-        return ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]
-    raise Error(
-        "the last runner kept no log",
-        "`adce.py start` logs to a file, `run --log FILE` to FILE, a unit of systemd to the journal",
-    )
+        words = ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
+    elif row and row["unit"]:
+        kind, unit = "--user-unit" if "/user@" in row["unit"] else "--unit", row["unit"].rpartition("/")[2]
+        words = ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]
+    else:
+        hint = "`adce.py start` logs to a file, `run --log FILE` to FILE, a unit of systemd to the journal"
+        raise Error("the last runner kept no log", hint)
+    sys.stdout.flush()
+    try:
+        os.execvp(words[0], words)  # noqa: S606  # the system's own programs
+    except OSError as error:
+        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------- Trials
@@ -9436,7 +9405,7 @@ def _kind(name: str, read: Callable[[str], Any], is_good: Callable[[Any], bool] 
 POSITIVE = _kind("a number above 0", float, lambda value: 0 < value < math.inf)
 COUNT = _kind("a number from 1 up", int, lambda value: 0 < value < 1 << 63)
 YEAR = _kind("a year", int, lambda value: 1000 <= value < 3000)
-DURATION = _kind("a duration such as 90s, 15m, 6h or 1d", parse_duration)
+DURATION = _kind("a duration; write 90s, 15m, 6h or 1d", parse_duration)
 PATH = _kind("a path", lambda text: Path(text).absolute())
 EVERYWHERE = (
     option("-c", "--config", metavar="FILE", help="else $ADCE_CONFIG, ./adce.yaml, the adce.yaml beside adce.py"),
@@ -9665,13 +9634,18 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
                 journal.write("INFO", "health", address=address)
             except Error as error:  # the port is taken
                 journal.write("WARN", "health", error=str(error), hint=error.hint)
-        stack.enter_context(Alerter(configuration, database, journal, runner.clock, is_once=arguments.once))
+        alerter = Alerter(configuration, database, journal, runner.clock)
+        if not arguments.once:
+            alerter.start()
+        stack.callback(alerter.stop)
         code = runner.run(
             once=arguments.once,
             max_seconds=(arguments.max_minutes or math.inf) * MINUTE,
             orders=Orders(may_drop=arguments.yes),
             presence=Presence(address, arguments.log),
         )
+        if arguments.once:
+            alerter.work()
     database.close()
     return code
 
@@ -9933,14 +9907,9 @@ def command_health(arguments: Arguments, configuration: Configuration) -> ExitCo
     option("--follow", action="store_true", help="and new ones as they come"),
     needs_declarations=False,
 )
-def command_logs(arguments: Arguments, configuration: Configuration) -> ExitCode:
+def command_logs(arguments: Arguments, configuration: Configuration) -> None:
     """Show the last log lines of the runner, or follow them."""
-    words = log_words(_existing(configuration), arguments.tail, follow=arguments.follow)
-    sys.stdout.flush()
-    try:
-        os.execvp(words[0], words)  # noqa: S606  # tail and journalctl follow better than we could
-    except OSError as error:
-        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
+    show_log(_existing(configuration), arguments.tail, follow=arguments.follow)
 
 
 @command(option("--state", choices=["pending", "retry", "running", "gave_up"]), *FILTERS, LIMIT)

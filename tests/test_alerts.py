@@ -179,7 +179,7 @@ def test_state_survives_a_restart(alerter, database, clock, listener):
         "update scopes set paused_until = 1e12 where scope = 'league'",  # by hand
         "update scopes set paused_until = 1e12 where scope = 'global'",
         "insert into attempts (task_id, started_at, seconds, outcome, requests) values (1, 1e12, 1, 'ok', 1)",
-        "insert into alerts values (1, 'source blocked', 'league', '', 1, 1e12, 1, 1e12)",  # and has just come back
+        "insert into alerts values ('source blocked', 'league', 1, '', 1e12, 1, 1e12, '[]')",  # and has just come back
     ],
 )
 def test_what_waits_for_good_reasons_is_no_news(calm, alerter, database, clock, listener):
@@ -402,17 +402,40 @@ def states(folder: Path) -> list[str]:
         return [row[0] for row in sql.execute("select state from tasks")]
 
 
-def test_alerts_are_forgotten_after_their_notices(alerter, database, clock, listener):
-    """One ends up to a quarter of an hour before the notice that says so."""
+def test_alert_that_is_over_is_kept_for_the_retention_time(alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
     go_away(database, clock)
     live(at_work, clock, 0.1)
     come_back(database)
+    ended = clock.wall()
     live(at_work, clock, 1)
-    ended, told = database.read("select max(ended_at), max(made_at) from alerts, notices")[0]
-    assert ended < told
-    for before, left in (((ended + told) / 2, 1), (told + 1, 0)):
+    for before, left in ((ended - 3600, 1), (ended + 3600, 0)):
         with database.transaction() as sql:
             adce.forget(sql, before)
-        assert [row[0] for row in database.read("select count(*) from alerts")] == [left]
-    assert database.check() == []
+        assert database.value("select count(*) from alerts") == left
+
+
+def test_broken_channel_gets_its_messages_in_order_and_none_that_is_a_day_old(alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n")
+    listener.status = 500
+    go_away(database, clock)
+    live(at_work, clock, 23)
+    tried = len(listener.told)
+    assert 20 < tried < 40  # ever more rarely, but each hour
+    come_back(database)
+    live(at_work, clock, 0.9)
+    listener.told.clear()
+    listener.status = 200
+    live(at_work, clock, 1.2)
+    assert listener.subjects() == ["ADCE: over: source blocked, league"]  # its beginning is older than a day
+    assert database.read("select * from broken_channels") == []
+
+
+def test_channel_that_works_is_not_held_up_by_one_that_does_not(alerter, database, clock, listener, tmp_path):
+    out = tmp_path / "sent"
+    script = f"import sys; open({str(out)!r}, 'a').write(sys.argv[-2] + chr(10))"
+    at_work = alerter(f"  webhook: http://127.0.0.1:9\n  command: [{sys.executable}, -c, {json.dumps(script)}]\n")
+    go_away(database, clock)
+    live(at_work, clock, 0.1)
+    assert out.read_text().splitlines() == ["ADCE: source blocked, league"]
+    assert [row["channel"] for row in database.read("select * from broken_channels")] == ["webhook"]

@@ -452,7 +452,7 @@ def test_command_that_cannot_start_has_asked_nothing(shop):
         (["acquire", "shop", "--wait", "soon"], 2, "write 90s, 15m, 6h or 1d"),
         (["report", "--", "true"], 2, "only acquire runs another command"),
         (["acquire"], 2, "required: SOURCE"),
-        (["acquire", "shop", "more", "--", "true"], 2, "the command begins after --, so what is more?"),
+        (["acquire", "shop", "more", "--", "true"], 2, "the command begins after --, unexpected: more"),
         (["acquire", "shop", "--wait", "9" * 400 + "s"], 2, "write 90s, 15m, 6h or 1d"),
     ],
 )
