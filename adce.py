@@ -68,7 +68,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Workers                     who does the executions
     Supervision                 who has started the runner, and is told
     Runner                      keeps going until told to stop
-    Examples                    texts for the programs around ADCE
+    Examples                    texts for other programs
     Checks                      is everything in order?
     Background                  the runner as a process
     Trials                      what a new configuration would change
@@ -8814,13 +8814,13 @@ class Runner:
 
 
 # ---------------------------------------------------------------- Examples
-# Texts for the programs around ADCE, printed by `adce.py example NAME`. Headline: EXAMPLES.
+# Texts for other programs, printed by `adce.py example NAME`. Headlines: EXAMPLES, example().
 
 EXAMPLES = {
     "systemd": """\
 # Save as /etc/systemd/system/adce.service with a user and paths of your own, then: systemctl enable --now adce
-# The folders of ReadWritePaths must exist. What a scraper of yours needs beyond this, give it here: more of them,
-# or MemoryDenyWriteExecute=no for browsers and node, or EnvironmentFile=FILE for what $NAME in adce.yaml stands for.
+# The folders of ReadWritePaths must exist. A scraper may need more: further ReadWritePaths, MemoryDenyWriteExecute=no
+# for browsers and node, EnvironmentFile=FILE for the variables $NAME of adce.yaml.
 [Unit]
 Description=ADCE keeps the data lake complete
 After=network-online.target
@@ -8885,10 +8885,10 @@ groups:
         annotations: {summary: "ADCE does not answer"}
       - alert: ADCELoopIsStuck
         expr: time() - adce_runner_last_beat_timestamp_seconds > 180
-        annotations: {summary: "the main loop of ADCE gives no sign of life"}
+        annotations: {summary: "the main loop of ADCE is stuck"}
       - alert: ADCECyclesFail
         expr: time() - adce_cycle_last_success_timestamp_seconds > 3600
-        annotations: {summary: "no cycle has gone well for long"}
+        annotations: {summary: "no cycle has succeeded for a long time"}
       - alert: ADCETasksGaveUp
         expr: sum by (dataset) (adce_tasks{state="gave_up"}) > 0
         annotations: {summary: "{{ $value }} objects of {{ $labels.dataset }} gave up"}
@@ -8897,21 +8897,21 @@ groups:
           sum(rate(adce_attempts_total{outcome!~"ok|not_yet|lost"}[1h]))
           > 0.1 * sum(rate(adce_attempts_total[1h]))
         for: 15m
-        annotations: {summary: "over a tenth of all attempts fail"}
+        annotations: {summary: "more than 10% of the attempts fail"}
       - alert: ADCESourceIsPaused
         expr: adce_paused_until_timestamp_seconds - time() > 1800
-        annotations: {summary: "{{ $labels.scope }} is left alone for half an hour and more"}
+        annotations: {summary: "{{ $labels.scope }} is paused for more than half an hour"}
 """,
     "cron": """\
-# For `crontab -e`: cron sends a mail when something is printed. One that still works is left alone. Lines NAME=value
-# above it say what $NAME in adce.yaml stands for.
+# For `crontab -e`: cron mails what is printed. While a run still works, the next one exits at once. Lines NAME=value
+# above it set the variables $NAME of adce.yaml.
 */15 * * * * {command} -q run --once --if-locked skip
 """,
 }
 
 
 def grafana_dashboard() -> str:
-    """A dashboard with a panel for each metric. It names no data source of its own: one is chosen above it."""
+    """A dashboard with a panel for each metric; its data source is chosen at the top of the page."""
     source = {"type": "prometheus", "uid": "${datasource}"}
     panels = []
     for number, (name, kind, meaning, _) in enumerate(METRICS):
@@ -8943,15 +8943,39 @@ def grafana_dashboard() -> str:
     return json.dumps(dashboard, indent=2) + "\n"
 
 
+def launchd_agent(words: Sequence[str], configuration: Configuration) -> str:
+    """A property list that makes macOS start the runner at login, and again when it fails."""
+    import plistlib
+
+    log = configuration.database.with_name(f"{configuration.database.name}.log")
+    agent = {
+        "Label": "adce",
+        "ProgramArguments": [*words, "run", "--log", str(log)],
+        "WorkingDirectory": str(configuration.path.parent),
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+        "ThrottleInterval": 60,
+        "ExitTimeOut": round(configuration.grace_seconds) + 60,
+        "ProcessType": "Background",
+        "Umask": 0o077,
+    }
+    text = re.sub(r"(?m)^\t+", lambda tabs: "  " * len(tabs[0]), plistlib.dumps(agent, sort_keys=False).decode())
+    head, rest = text.split("\n", 1)
+    path = "~/Library/LaunchAgents/adce.plist"
+    return f"{head}\n<!-- Save as {path}, then: launchctl bootstrap gui/$UID {path} -->\n{rest}"
+
+
 def example(name: str, configuration: Configuration) -> str:
-    """The text for another program, with the paths of this installation in it."""
+    """The text for another program, with the paths of this installation."""
     if name == "grafana":
         return grafana_dashboard()
+    words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
+    if name == "launchd":
+        return launchd_agent(words, configuration)
     if name == "alerts":
         patience = max(HOUR, 4 * round(configuration.interval_seconds))
         return EXAMPLES[name].replace(":8080", f":{configuration.health_check.port}").replace("> 3600", f"> {patience}")
     quote = quote_for_cron if name == "cron" else quote_for_systemd
-    words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
     folders = {Path(os.path.normpath(configuration.database.parent))}
     if not configuration.store.startswith("s3://"):
         store = Path(os.path.normpath(configuration.store))
@@ -8979,8 +9003,7 @@ def quote_for_cron(word: str) -> str:
 # ---------------------------------------------------------------- Checks
 # Is everything in order? One row for each part, with what to do when it is not. Headline: check_rows().
 
-
-# What must hold in every database, and how many times it does not.
+# What is wrong with a database, and how many times.
 CONSISTENCY = {
     "gaps without a task": """
         select count(*) from objects o
@@ -9022,7 +9045,7 @@ NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "glu
 
 
 def check_rows(configuration: Configuration, *, online: bool) -> Rows:
-    """What was checked and how it went; `online` asks for connections to the sources too."""
+    """A row for each check, its result and details; `online` also connects to the sources."""
     checks: dict[str, Callable[[Configuration], str]] = {
         "configuration": _check_configuration,
         "permissions": _check_permissions,
@@ -9052,21 +9075,19 @@ def _check_configuration(configuration: Configuration) -> str:
 
 
 def _check_permissions(configuration: Configuration) -> str:
-    """Whoever can write the configuration or the program can run programs as its user."""
+    """A program or configuration that everyone can write lets everyone run programs as its user."""
     paths = (Path(__file__).resolve(), configuration.path, configuration.database)
     for path in [path for path in paths if path.exists()]:
         if path.stat().st_mode & stat.S_IWOTH:
-            raise Error(f"anybody can write {path}", f"chmod o-w {path}")
-    return "nobody but its owner and group can write the program, the configuration or the database"
+            raise Error(f"{path} is world-writable", f"chmod o-w {path}")
+    return "program, configuration and database are not world-writable"
 
 
 def _check_disk(configuration: Configuration) -> str:
     folder = configuration.database.parent
     kind = _file_system_of(folder)
     if kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse."):
-        raise Error(
-            f"{folder} is on {kind}, where the locks of SQLite may not hold", "keep the database on a local disk"
-        )
+        raise Error(f"{folder} is on {kind}, where SQLite's locks may not work", "keep the database on a local disk")
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE_BYTES:
         raise Error(f"{folder} has {free >> 20} MB left", "free some disk space")
@@ -9091,56 +9112,57 @@ def _check_runner(configuration: Configuration) -> str:
 
 
 def _check_alerts(configuration: Configuration) -> str:
-    """Whether what is to be told could be sent; nothing is, and no address is named."""
-    wishes, wrong = configuration.alerts, []
-    for channel in ("webhook", "ping"):
-        if (address := getattr(wishes, channel)) is not None:
-            try:
-                parts = urllib.parse.urlsplit(revealed(address))
-                is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-                wrong += [] if is_good else [f"{channel} is no http address"]
-            except ValueError:
-                wrong.append(f"{channel} is no http address")
-            except Error as error:
-                wrong.append(f"{channel}: {error}")
-    if wishes.command and not shutil.which(wishes.command[0]):
-        wrong.append(f"there is no program {wishes.command[0]}")
+    """Whether the channels could work; nothing is sent, and no address is shown."""
+    settings, wrong = configuration.alerts, []
+    for channel, address in (("webhook", settings.webhook), ("ping", settings.ping)):
+        if address is None:
+            continue
+        try:
+            parts = urllib.parse.urlsplit(revealed(address))
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+                wrong.append(f"{channel} is not an http address")
+        except ValueError:
+            wrong.append(f"{channel} is not an http address")
+        except Error as error:
+            wrong.append(f"{channel}: {error}")
+    if settings.command and not shutil.which(settings.command[0]):
+        wrong.append(f"program {settings.command[0]} not found")
     if wrong:
         raise Error("; ".join(wrong), "see `alerts:` in adce.yaml")
     channels = ("webhook", "ping", "sns_topic", "command", "cloudwatch")
-    return ", ".join(channel for channel in channels if getattr(wishes, channel)) or "nobody is told"
+    return ", ".join(channel for channel in channels if getattr(settings, channel)) or "no alert channel configured"
 
 
 def _check_scrapers(configuration: Configuration) -> str:
-    """Whether the programs and modules of scrapers are there; no line of theirs is run."""
+    """Whether the programs and modules of `command` and `call` exist; none is run."""
     count, wrong = 0, []
     folder = configuration.path.parent
     for dataset in configuration.datasets.values():
         count += not dataset.url
         program = dataset.command[0].text if dataset.command else ""
         if program and "{" not in program and not shutil.which(folder / program if "/" in program else program):
-            wrong.append(f"{dataset.name}: there is no program {program}")
+            wrong.append(f"{dataset.name}: program {program} not found")
         module = (dataset.call or "").partition(":")[0]
         if module and not importlib.machinery.PathFinder.find_spec(module.partition(".")[0], [*sys.path, str(folder)]):
-            wrong.append(f"{dataset.name}: there is no module {module}")
+            wrong.append(f"{dataset.name}: module {module} not found")
     if wrong:
         raise Error("; ".join(wrong), "see `command` and `call` in adce.yaml")
-    return f"{count} datasets have their own"
+    return f"{count} datasets with a command or call"
 
 
 def _check_database(configuration: Configuration) -> str:
     if not configuration.database.exists() or not configuration.database.stat().st_size:
-        return f"{configuration.database}, to be made by the first run"
+        return f"{configuration.database}, will be created on first run"
     with contextlib.closing(open_database(configuration.database, must_exist=True)) as database:
         found = [*database.check(), *_foreign_parts(database)]
         found += [f"{count} {what}" for what, sql in CONSISTENCY.items() if (count := database.value(sql))]
         if found:
             raise DatabaseError("; ".join(found[:5]), DAMAGE_HINT)
-    return f"{configuration.database}, whole, SQLite {sqlite3.sqlite_version}"
+    return f"{configuration.database}, intact, SQLite {sqlite3.sqlite_version}"
 
 
 def _foreign_parts(database: Database) -> list[str]:
-    """Tables, indexes, triggers and views that are not those of this version. Litestream brings two of its own."""
+    """Tables, indexes, triggers and views that differ from this version's. Litestream adds two tables."""
     parts = "select type, name from sqlite_schema where name not glob 'sqlite_*' and name not glob '_litestream_*'"
     with contextlib.closing(memory_database()) as model:
         wanted, there = ({tuple(row) for row in one.read(parts)} for one in (model, database))
@@ -9160,25 +9182,24 @@ def _check_store(configuration: Configuration) -> str:
                 store.require_mark()
         there = next(folder for folder in (store.root, *store.root.parents) if folder.exists() or folder.is_symlink())
         if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
-            raise StoreError(f"{there} is no folder that can be written", "see `store:` in adce.yaml")
+            raise StoreError(f"{there} is not a writable folder", "see `store:` in adce.yaml")
         if there != store.root:
-            return f"{configuration.store}, to be made by the first run"
+            return f"{configuration.store}, will be created on first run"
     first = next(iter(store.list("")), None)
     return f"{configuration.store}, {'not empty' if first else 'empty'}"
 
 
 def _check_source(source: Source) -> str:
-    """Whether a connection to a source can be made; no request is sent."""
+    """Whether a source accepts a connection; no request is sent."""
     parts = urllib.parse.urlsplit(source.base_url)
     if not parts.hostname:
         return "no base_url"
+    address = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        socket.create_connection(
-            (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=5
-        ).close()
+        socket.create_connection(address, timeout=5).close()
     except OSError as error:
         raise Error(f"{parts.hostname} cannot be reached: {error.strerror or error}") from error
-    return f"{parts.hostname} can be reached"
+    return f"{parts.hostname} is reachable"
 
 
 # ---------------------------------------------------------------- Background
@@ -9947,7 +9968,7 @@ def command_check(arguments: Arguments, configuration: Configuration) -> ExitCod
     return ExitCode.ERROR if any(row["result"] == "FAIL" for row in rows) else ExitCode.DONE
 
 
-@command(option("name", choices=sorted([*EXAMPLES, "grafana"])))
+@command(option("name", choices=sorted([*EXAMPLES, "grafana", "launchd"])))
 def command_example(arguments: Arguments, configuration: Configuration) -> None:
     """Print a unit, a crontab line, alert rules or a dashboard."""
     print(example(arguments.name, configuration), end="")

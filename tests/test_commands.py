@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import os
+import plistlib
 import pty
 import re
 import shlex
@@ -422,6 +423,23 @@ def test_unit_and_crontab_take_any_folder(tmp_path):
     assert words[2:] == ["-c", str(folder / "adce.yaml"), "-q", "run", "--once", "--if-locked", "skip"]
 
 
+def test_agent_is_a_property_list_that_launchd_takes(tmp_path):
+    folder = tmp_path / 'my <lake> & "more"'
+    folder.mkdir()
+    write_league(folder, "http://127.0.0.1:9")
+    agent = plistlib.loads(run_adce("example", "launchd", folder=folder).stdout.encode())
+    command = [str(ROOT / "adce.py"), "-c", str(folder / "adce.yaml"), "run", "--log", str(folder / "adce.db.log")]
+    assert agent["ProgramArguments"] == [sys.executable, *command]
+    assert (agent["KeepAlive"], agent["WorkingDirectory"]) == ({"SuccessfulExit": False}, str(folder))
+
+
+def test_check_says_what_the_first_run_makes_and_that_nobody_is_notified(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    shown = run_adce("check", folder=tmp_path).stdout
+    assert shown.count("will be created on first run") == 2
+    assert "no alert channel configured" in shown
+
+
 def test_crontab_line_works_in_the_empty_environment_of_cron(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     line = run_adce("example", "cron", folder=tmp_path / "copy").stdout.splitlines()[-1]
@@ -477,10 +495,10 @@ def test_plan_knows_of_pauses(tmp_path):
 @pytest.mark.parametrize(
     ("alerts", "told"),
     [
-        ("webhook: nope", "webhook is no http address"),
+        ("webhook: nope", "webhook is not an http address"),
         ("webhook: $NOBODY_KNOWS", "$NOBODY_KNOWS is not in the environment"),
-        ("ping: http://127.0.0.1:99999/secret", "ping is no http address"),
-        ("command: [no-such-program]", "there is no program no-such-program"),
+        ("ping: http://127.0.0.1:99999/secret", "ping is not an http address"),
+        ("command: [no-such-program]", "program no-such-program not found"),
         ("webhook: http://127.0.0.1:9/secret", "webhook"),
     ],
 )
@@ -534,7 +552,7 @@ def test_check_looks_for_programs_and_modules_and_runs_none(tmp_path):
     (tmp_path / "a_module.py").write_text("open('was_run', 'w')\n")
     rows = json.loads(run_adce("check", "--format", "json", folder=tmp_path).stdout)
     (failed,) = [row for row in rows if row["result"] == "FAIL"]
-    told = "one: there is no program no-such-program; two: there is no module no_such_module"
+    told = "one: program no-such-program not found; two: module no_such_module not found"
     assert (failed["what"], failed["details"].partition("; see")[0]) == ("scrapers", told)
     assert not (tmp_path / "was_run").exists()
 
