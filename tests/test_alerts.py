@@ -21,13 +21,16 @@ import pytest
 from conftest import ROOT, ManualClock
 from moto.server import ThreadedMotoServer
 from runners import processes_of, wait_until
+from test_queue import Desk
 
 import adce
 
-TEXT = """
-sources: {league: {base_url: "http://127.0.0.1:9"}}
+NUMBERS = [str(number) for number in range(1, 32)]
+TEXT = f"""
+retry: {{max_attempts: 99, initial_delay_seconds: 1, max_delay_seconds: 1}}
+sources: {{league: {{base_url: "http://127.0.0.1:9"}}}}
 datasets:
-  games: {source: league, key: "games/{n}", url: "/{n}", partitions: {values: {n: ["1", "2"]}}}
+  games: {{source: league, key: "games/{{n}}", url: "/{{n}}", partitions: {{values: {{n: {json.dumps(NUMBERS)}}}}}}}
 alerts:
 """
 
@@ -70,8 +73,8 @@ def listener() -> Iterator[Listener]:
 
 @pytest.fixture
 def alerter(configure, database, clock):
-    def make(text: str) -> adce.Alerter:
-        configuration = configure(TEXT + text)
+    def make(text: str, base: str = TEXT) -> adce.Alerter:
+        configuration = configure(base + text)
         with database.transaction() as sql:
             adce.declare_limits(sql, configuration, clock)
             adce.declare_datasets(sql, configuration, clock.wall())
@@ -172,95 +175,103 @@ def test_state_survives_a_restart(alerter, database, clock, listener):
     assert listener.subjects() == ["ADCE: source blocked, league"]
 
 
-@pytest.mark.parametrize(
-    "calm",
-    [
-        "update tasks set state = 'retry'",  # a day that is not final yet
-        "update scopes set paused_until = 1e12 where scope = 'league'",  # by hand
-        "update scopes set paused_until = 1e12 where scope = 'global'",
-        "insert into attempts (task_id, started_at, seconds, outcome, requests) values (1, 1e12, 1, 'ok', 1)",
-        "insert into alerts values ('source blocked', 'league', 1, '', 1e12, 1, 1e12, '[]')",  # and has just come back
-    ],
-)
-def test_what_waits_for_good_reasons_is_no_news(calm, alerter, database, clock, listener):
-    at_work = alerter(f"  webhook: {listener.address}\n  quiet_cycles: 3\n")
-    with database.transaction() as sql:
-        ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
-        games = at_work.configuration.datasets["games"]
-        ledger.expect(games, adce.expected_object(games, {"n": "1"}, ()), proven=True)
-        for number in range(3):
-            clock.advance(60)
-            note_cycle(sql, number + 1, clock)
-        sql.execute(calm)
-    live(at_work, clock, 0.1)
-    assert listener.subjects() == []
-    with database.transaction() as sql:
-        sql.execute("update scopes set paused_until = 0")
-        sql.execute("update tasks set state = 'pending'")
-        sql.execute("delete from attempts")
-        sql.execute("delete from alerts")
-    live(at_work, clock, 0.1)
-    assert listener.subjects() == ["ADCE: nothing collected, lake"]
+def attempt(desk: Desk, outcome: adce.Outcome) -> None:
+    """One attempt at the best task, a little later."""
+    desk.clock.advance(2)
+    desk.end(desk.claim(), outcome)
 
 
-@pytest.mark.parametrize(
-    ("cause", "condition"),
-    [
-        (
-            "update scopes set paused_until = 1e12, reason = 'store: cannot write x: full' where scope = 'global'",
-            "store unusable",
-        ),
-        ("update tasks set state = 'gave_up', last_error = 'HTTP 403' where task_id = 1", "gave up"),
-        ("update tasks set priority = 'CRITICAL', detected_at = 1, state = 'retry' where task_id = 1", "critical gap"),
-        (
-            """
-            with recursive n(i) as (select 1 union all select i + 1 from n where i < 25)
-            insert into attempts (task_id, started_at, outcome, requests)
-            select 1, (select max(started_at) from reconciliations), 'error', 1 from n
-            """,
-            "errors",
-        ),
-        ("update reconciliations set error = 'the store is not there'", "cycles fail"),
-        (
-            "update reconciliations set error = 'days: 120 of 150 objects vanished at once' where cycle_id = 3",
-            "mass loss",
-        ),
-        ("update reconciliations set error = 'days: 120 of 150 objects vanished at once'", "mass loss"),  # once
-        ("update tasks set detected_at = 1 where task_id = 1", "nothing collected"),
-        ("update tasks set detected_at = 1, state = 'retry', failures = 1", "nothing collected"),
-    ],
-)
-def test_each_condition_is_noticed(cause, condition, alerter, database, clock, listener):
+def note_cycles(desk: Desk, *numbers: int, error: str | None = None) -> None:
+    for number in numbers:
+        desk.clock.advance(60)
+        with desk.database.transaction() as sql:
+            note_cycle(sql, number, desk.clock, error)
+
+
+def pause(desk: Desk, scope: str, reason: str = "") -> None:
+    with desk.database.transaction() as sql:
+        adce.pause(sql, scope, 1e9, reason, desk.clock.boot())
+
+
+def be_away_for_a_while(desk: Desk, at_work: adce.Alerter) -> None:
+    go_away(desk.database, desk.clock)
+    live(at_work, desk.clock, 0.1)
+    come_back(desk.database)
+    live(at_work, desk.clock, 0.5)
+
+
+CALM = {
+    "it is not final yet": lambda desk, _: [desk.end(desk.claim(), adce.Outcome.NOT_YET) for _ in "12"],
+    "its source is paused": lambda desk, _: pause(desk, "league"),
+    "all are paused": lambda desk, _: pause(desk, "global"),
+    "another was good": lambda desk, _: attempt(desk, adce.Outcome.OK),
+    "its source was away until just now": be_away_for_a_while,
+    None: lambda *_: None,
+}
+
+
+@pytest.mark.parametrize("why", CALM)
+def test_what_waits_for_a_good_reason_is_no_alert(why, alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n  quiet_cycles: 3\n")
-    with database.transaction() as sql:
-        ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
+    desk = Desk(at_work.configuration, database, clock)
+    for number in "12":
+        desk.expect("games", n=number)
+    note_cycles(desk, 1)
+    CALM[why](desk, at_work)
+    note_cycles(desk, 2, 3)
+    live(at_work, clock, 0.1)
+    assert ("ADCE: nothing collected, lake" in listener.subjects()) == (why is None)
+
+
+VANISHED = "days: 120 of 150 objects vanished at once"
+CAUSES = {
+    "store unusable": lambda desk: pause(desk, "global", "store: cannot write x: full"),
+    "gave up": lambda desk: attempt(desk, adce.Outcome.INVALID),
+    "critical gap": lambda desk: desk.clock.advance(25 * 3600),
+    "errors": lambda desk: [attempt(desk, adce.Outcome.INVALID) for _ in range(25)],
+    "cycles fail": lambda desk: note_cycles(desk, 4, 5, error="the store is not there"),
+    "mass loss": lambda desk: note_cycles(desk, 4, error=VANISHED),
+    "mass loss, and nothing else": lambda desk: note_cycles(desk, 4, 5, 6, error=VANISHED),
+    "nothing collected": lambda desk: note_cycles(desk, 4, 5, 6),
+    "nothing collected, all failed": lambda desk: (
+        [attempt(desk, adce.Outcome.INVALID) for _ in "12"],
+        note_cycles(desk, 4, 5, 6),
+    ),
+}
+BASES = {
+    "gave up": TEXT.replace("max_attempts: 99", "max_attempts: 1"),
+    "critical gap": TEXT.replace("{source: league,", "{source: league, priority: CRITICAL,"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_each_condition_is_noticed(cause, alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n  quiet_cycles: 3\n", BASES.get(cause, TEXT))
+    desk = Desk(at_work.configuration, database, clock)
+    note_cycles(desk, 1, 2, 3)
+    if "mass loss" not in cause and cause != "cycles fail":
         for number in "12":
-            fields = {"n": number}
-            games = at_work.configuration.datasets["games"]
-            ledger.expect(games, adce.expected_object(games, fields, ()), proven=True)
-        for number in range(3):
-            note_cycle(sql, number + 1, clock)
+            desk.expect("games", n=number)
     live(at_work, clock, 0.1)
     assert listener.subjects() == []
-    with database.transaction() as sql:
-        sql.execute(cause)
+    CAUSES[cause](desk)
     live(at_work, clock, 0.1)
+    condition = cause.partition(",")[0]
     assert [subject.partition(",")[0] for subject in listener.subjects()] == [f"ADCE: {condition}"]
 
 
 def test_errors_that_are_over_are_no_news(alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    with database.transaction() as sql:
-        ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
-        games = at_work.configuration.datasets["games"]
-        ledger.expect(games, adce.expected_object(games, {"n": "1"}, ()), proven=True)
-        for outcome in ["error"] * 30 + ["ok"] * 30:
-            attempt = "insert into attempts (task_id, started_at, outcome, requests) values (1, ?, ?, 1)"
-            sql.execute(attempt, (clock.wall(), outcome))
+    desk = Desk(at_work.configuration, database, clock)
+    desk.expect("games", n="1")
+    for _ in range(30):
+        attempt(desk, adce.Outcome.INVALID)
+    for number in NUMBERS[1:]:  # the first waits meanwhile
+        desk.expect("games", n=number)
+        desk.end(desk.claim(), adce.Outcome.OK)
     live(at_work, clock, 0.1)
     assert listener.subjects() == []
-    with database.transaction() as sql:
-        sql.execute("update attempts set outcome = 'error' where attempt_id = 60")
+    attempt(desk, adce.Outcome.INVALID)
     live(at_work, clock, 0.1)
     assert listener.subjects() == ["ADCE: errors, attempts"]
 
@@ -399,7 +410,7 @@ def test_hanging_channel_delays_no_stop_and_leaves_no_process(tmp_path):
 
 def states(folder: Path) -> list[str]:
     with contextlib.closing(sqlite3.connect(folder / "adce.db", timeout=10)) as sql:
-        return [row[0] for row in sql.execute("select state from tasks")]
+        return [row[0] for row in sql.execute("select state from queue")]
 
 
 def test_alert_that_is_over_is_kept_for_the_retention_time(alerter, database, clock, listener):
