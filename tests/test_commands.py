@@ -330,8 +330,11 @@ def test_check_finds_a_page_that_is_damaged(folder, tmp_path):
     path = tmp_path / "copy/adce.db"
     with contextlib.closing(sqlite3.connect(path)) as connection:
         size = connection.execute("pragma page_size").fetchone()[0]
-        page = connection.execute("select rootpage from sqlite_schema where name = 'tasks_by_state'").fetchone()[0]
+        roots = [row[0] for row in connection.execute("select rootpage from sqlite_schema where type = 'index'")]
         connection.execute("pragma wal_checkpoint(truncate)")
+    written = path.read_bytes()
+    cells = {root: int.from_bytes(written[(root - 1) * size :][3:5], "big") for root in roots}
+    page = max(roots, key=lambda root: cells[root])
     with path.open("r+b") as file:
         file.seek((page - 1) * size + 100)
         file.write(b"\xff" * (size - 100))

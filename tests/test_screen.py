@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from test_queue import Desk
 
 import adce
 
@@ -56,9 +57,11 @@ def test_low_terminal_cuts_the_datasets_and_keeps_what_is_done_now(paint):
     assert not any("more" in line for line in paint(8))
 
 
-def test_pace_tells_how_long_the_open_tasks_last(paint, database, clock):
-    with database.transaction() as sql:
-        sql.execute("update tasks set state = 'done', closed_at = ? where task_id <= 10", (clock.wall() - 30,))
+def test_pace_tells_how_long_the_open_tasks_last(paint, database, clock, tmp_path):
+    desk = Desk(adce.load_configuration(tmp_path / "adce.yaml"), database, clock)
+    for _ in range(10):
+        desk.end(desk.claim(), adce.Outcome.OK)
+    clock.advance(30)
     assert paint(50)[2] == "tasks   30 open, 10 ended in the last minute, 3 min left"
 
 

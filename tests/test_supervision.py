@@ -207,7 +207,7 @@ def test_signs_of_life_go_on_while_attempts_may_finish(one_manager, start, tmp_p
     (tmp_path / "a_scraper.py").write_text("import threading\ndef wait(name): threading.Event().wait()\n")
     write_box(tmp_path, way='call: "a_scraper:wait"', grace=2.5)
     process = start(NOTIFY_SOCKET=one_manager.address, WATCHDOG_USEC="3000000")
-    wait_until(lambda: rows(tmp_path, "select 1 from tasks where state = 'running'"))
+    wait_until(lambda: rows(tmp_path, "select 1 from queue where state = 'running'"))
     process.terminate()
     one_manager.hear_until("STOPPING=1")
     one_manager.hear_until("WATCHDOG=1", seconds=3)
@@ -389,7 +389,7 @@ def test_full_disk_under_the_log_stops_nothing(tmp_path):
     write_box(tmp_path, names="A")
     done = do("run", "--once", "--log", "/dev/full", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert rows(tmp_path, "select state from objects") == [("present",)]
+    assert rows(tmp_path, "select present from coverage") == [(1,)]
 
 
 def test_log_that_cannot_be_written_is_told(tmp_path):
