@@ -6946,7 +6946,7 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
     ended = (
         {"stopped_at": utc_text(row["stopped_at"]), "note": row["note"]}
         if row["stopped_at"]
-        else {"note": "ended without a word"}
+        else {"note": "exited unexpectedly"}
     )
     return {"runner": "not running", "last_sign_of_life": utc_text(row["beat_at"]), **ended}
 
@@ -8023,6 +8023,9 @@ class Alerter:
         self.settings, self.started_at, self._stopped = configuration.alerts, clock.wall(), threading.Event()
         unfinished = query(database, "select * from alerts where ended_at is null or unsent != '[]'")
         self.alerts: list[dict[str, Any]] = [{**row, "unsent": json.loads(row["unsent"])} for row in unfinished]
+        for alert in self.alerts:
+            if alert["condition"] == BROKEN and not getattr(self.settings, alert["about"]):  # no longer configured
+                alert["ended_at"] = alert["seen_at"]
         self.cycle_id = database.value("select max(cycle_id) from cycles where seconds is not null")
 
     def start(self) -> None:
@@ -9383,7 +9386,6 @@ class Command:
     """One command: the function that does it, and its options."""
 
     name: str
-    meaning: str
     act: Callable[[Arguments, Configuration], int | None]
     options: tuple[Option, ...]
     needs_declarations: bool  # else the database is enough: it works in spite of a mistake in adce.yaml
@@ -9398,8 +9400,7 @@ def command(*options: Option, needs_declarations: bool = True) -> Callable[[Act]
     """Make a function `command_NAME` the command NAME; its docstring is the help."""
 
     def mark(act: Act) -> Act:
-        name, meaning = act.__name__.removeprefix("command_"), (act.__doc__ or "").removesuffix(".")
-        vars(act)["command"] = Command(name, meaning, act, options, needs_declarations)
+        vars(act)["command"] = Command(act.__name__.removeprefix("command_"), act, options, needs_declarations)
         return act
 
     return mark
@@ -9462,9 +9463,8 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"ADCE {__version__}, SQLite {sqlite3.sqlite_version}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for each in commands():
-        sub = subparsers.add_parser(
-            each.name, help=each.meaning, description=each.meaning, parents=[common], allow_abbrev=False
-        )
+        meaning = (each.act.__doc__ or "").removesuffix(".")
+        sub = subparsers.add_parser(each.name, help=meaning, description=meaning, parents=[common], allow_abbrev=False)
         for names, settings in each.options:
             sub.add_argument(*names, **settings)
         sub.set_defaults(chosen=each)
@@ -9639,7 +9639,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         raise
     level = "ERROR" if arguments.quiet else "DEBUG" if arguments.verbose else "INFO"
     journal = Journal(log_file(arguments.log) if arguments.log else sys.stderr, level)
-    # whatever uses adce.session() in this process means this configuration
+    # adce.session() in this process and its children uses this configuration
     os.environ.update(ADCE_CONFIG=str(configuration.path), ADCE_DB=str(configuration.database))
     runner = Runner(configuration, database, open_store(configuration.store), journal)
     if not (arguments.log or arguments.quiet) and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -9876,16 +9876,11 @@ def command_acquire(arguments: Arguments, configuration: Configuration) -> int:
     """Wait until a source can be asked once, then run the command that sends the request."""
     limiter = Limiter(configuration, open_database(configuration.database))
     held = limiter.acquire(arguments.source, arguments.wait)
-    if not arguments.words:
-        if not arguments.quiet:
-            counted = format_duration(held.permit.deadline - limiter.clock.boot())
-            print(
-                f"{arguments.source} may be asked once, within {SEND_WITHIN_SECONDS} s. The end of the request is not "
-                f"reported, so it counts as in flight for {counted}.",
-                file=sys.stderr,
-            )
-        return ExitCode.DONE
-    return run_held(limiter, held, arguments.words)
+    if not (arguments.words or arguments.quiet):
+        counted = format_duration(held.permit.deadline - limiter.clock.boot())
+        asked = f"{arguments.source} may be asked once, within {SEND_WITHIN_SECONDS} s"
+        print(f"{asked}; without a COMMAND that ends, the request counts as in flight for {counted}", file=sys.stderr)
+    return run_held(limiter, held, arguments.words) if arguments.words else ExitCode.DONE
 
 
 @command(option("--since", type=DURATION, default=DAY, metavar="24h", help="how far back attempts count"))
@@ -9914,12 +9909,8 @@ def command_health(arguments: Arguments, configuration: Configuration) -> ExitCo
     found = problems(database, configuration, now, now - HOUR)
     if lock.holder() is None:
         found = {"not running": "no runner works on this database"}
-    state = {
-        "status": "unhealthy" if found else "healthy",
-        "timestamp": utc_text(now),
-        "problems": "; ".join(found.values()),
-    }
-    _print(arguments, [Section("health", "", [state], is_one=True)])
+    state = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
+    _print(arguments, [Section("health", "", [{**state, "problems": "; ".join(found.values())}], is_one=True)])
     return ExitCode.NOT_RUNNING if found else ExitCode.DONE
 
 
@@ -9970,7 +9961,7 @@ def command_check(arguments: Arguments, configuration: Configuration) -> ExitCod
 
 @command(option("name", choices=sorted([*EXAMPLES, "grafana", "launchd"])))
 def command_example(arguments: Arguments, configuration: Configuration) -> None:
-    """Print a unit, a crontab line, alert rules or a dashboard."""
+    """Print a unit, a property list, a crontab line, alert rules or a dashboard."""
     print(example(arguments.name, configuration), end="")
 
 

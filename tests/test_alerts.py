@@ -166,6 +166,15 @@ def test_broken_channel_is_shown_without_its_secret_and_gets_its_messages_later(
     assert database.value("select count(*) from broken_channels where channel = 'webhook'") == 0
 
 
+def test_broken_channel_is_forgotten_when_it_is_no_longer_configured(alerter, database, clock, listener):
+    at_work = alerter("  webhook: http://127.0.0.1:9\n")
+    go_away(database, clock)
+    live(at_work, clock, 0.1)
+    assert len(database.read("select * from broken_channels")) == 1
+    live(alerter(f"  ping: {listener.address}\n"), clock, 0.1)
+    assert database.read("select * from broken_channels") == []
+
+
 def test_state_survives_a_restart(alerter, database, clock, listener):
     text = f"  webhook: {listener.address}\n"
     go_away(database, clock)
