@@ -59,20 +59,18 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Metrics                     the figures for Prometheus
     Health                      serves the same answers over HTTP
     Screen                      what a person sees while it runs
-    Conditions                  what people should look at
-    Alerts                      what people are told, once, wherever they are
+    Conditions                  what needs attention
+    Alerts                      reports each condition once, by every channel
     Operator actions            pause, resume, retry, skip
     Workers                     who does the executions
     Supervision                 who has started the runner, and is told
     Runner                      keeps going until told to stop
-    Examples                    texts for the programs around ADCE
+    Examples                    texts for other programs
     Checks                      is everything in order?
     Background                  the runner as a process
     Trials                      what a new configuration would change
-    Answers                     one function for each command that shows
-    Commands                    obeys: one function for each that does
-    Command table               every command and its options
-    Command line                from words to an exit code
+    Command line                from words to a command and an exit code
+    Commands                    one function for each
 """
 
 from __future__ import annotations
@@ -102,6 +100,7 @@ import importlib.machinery
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pwd
@@ -404,8 +403,7 @@ create table facts (
     priorities   text,               -- digest of the day and the weights of the stored ranks
     ordered      text    not null default '{}', -- JSON: prefixes that the store lists in key order
     looked_up_to text    not null default '',   -- key where the next share of a cycle begins
-    wanted_cycle text,               -- JSON: options of a cycle that another process requested
-    cycle_sent   integer             -- the last cycle that was reported to `ping` and CloudWatch
+    wanted_cycle text                -- JSON: options of a cycle that another process requested
 ) strict;
 
 create table runner (
@@ -625,37 +623,16 @@ create table waiters (
 ) strict;
 
 create table alerts (
-    -- What people were told of; one row for each time that it lasted.
-    alert_id     integer primary key,
+    -- Conditions that were reported; one row for each time that one lasted.
     condition    text    not null,
     about        text    not null,
-    text         text    not null,
     since        integer not null,
-    seen_at      integer not null,   -- it held then
-    told_at      integer not null,   -- for the last time so far
-    ended_at     integer
-) strict;
-create unique index open_alert on alerts (condition, about) where ended_at is null;
-
-create table notices (
-    -- What each channel has to send, or has sent.
-    notice_id    integer primary key,
-    alert_id     integer references alerts,
-    channel      text    not null,
-    subject      text    not null,
     text         text    not null,
-    made_at      integer not null,
-    try_at       integer not null,   -- not before
-    tries        integer not null default 0,
-    sent_at      integer
-) strict;
-create index unsent_notices on notices (notice_id) where sent_at is null;
-
-create table channels (
-    -- The channels that do not work.
-    channel      text    primary key,
-    error        text    not null,
-    since        integer not null
+    seen_at      integer not null,   -- it held then
+    notified_at  integer not null,   -- the last message was made then
+    ended_at     integer,
+    unsent       text    not null,   -- JSON: the messages that channels have still to take
+    primary key (condition, about, since)
 ) strict, without rowid;
 
 insert into facts (only_row) values (1);
@@ -823,19 +800,20 @@ create view recent_attempts as
     order by a.attempt_id desc;
 
 create view open_alerts as
-    -- What people have been told of and is not over.
+    -- Conditions that were reported and are not over.
     select condition, about, text,
            strftime('%Y-%m-%dT%H:%M:%SZ', since, 'unixepoch') as since,
-           strftime('%Y-%m-%dT%H:%M:%SZ', told_at, 'unixepoch') as told_at
+           strftime('%Y-%m-%dT%H:%M:%SZ', notified_at, 'unixepoch') as notified_at
     from alerts
-    where ended_at is null
-    order by since;
+    where ended_at is null and condition != 'channel broken'
+    order by alerts.since;
 
 create view broken_channels as
-    -- Channels for alerts and figures that do not work now, with the messages that wait for them.
-    select channel, error, strftime('%Y-%m-%dT%H:%M:%SZ', since, 'unixepoch') as since,
-           (select count(*) from notices n where n.channel = channels.channel and sent_at is null) as waiting
-    from channels
+    -- Channels for alerts and figures that do not work now, and how many alerts wait for them.
+    select about as channel, text as error, strftime('%Y-%m-%dT%H:%M:%SZ', since, 'unixepoch') as since,
+           (select count(*) from alerts a where instr(a.unsent, '"' || b.about || '"')) as waiting
+    from alerts b
+    where ended_at is null and condition = 'channel broken'
     order by channel;
 
 create view stats as
@@ -4782,10 +4760,7 @@ def forget(sql: sqlite3.Connection, before: float) -> int:
             where started_at < :before and cycle_id < (select max(cycle_id) from reconciliations)
             order by cycle_id limit :most)
     """
-    sql.execute("delete from notices where made_at < ?", (int(before),))
-    sql.execute(
-        "delete from alerts where ended_at < ? and alert_id not in (select alert_id from notices)", (int(before),)
-    )
+    sql.execute("delete from alerts where ended_at < ?", (int(before),))
     return len(ended) + len(objects) + sql.execute(cycles, limits).rowcount
 
 
@@ -6664,7 +6639,7 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
     ended = (
         {"stopped_at": utc_text(row["stopped_at"]), "note": row["note"]}
         if row["stopped_at"]
-        else {"note": "ended without a word"}
+        else {"note": "exited unexpectedly"}
     )
     return {"runner": "not running", "last_sign_of_life": utc_text(row["beat_at"]), **ended}
 
@@ -7329,8 +7304,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------- Screen
-# What a person sees while it runs: one line for each event that matters, or on a terminal a few lines
-# that are painted over. Headlines: Journal, LiveScreen.
+# The log: one line for each event. On a terminal, a live screen instead. Headlines: Journal, LiveScreen.
 
 SCREEN_SECONDS = 0.5
 LEVELS = {"DEBUG": "<7>", "INFO": "<6>", "WARN": "<4>", "ERROR": "<3>"}
@@ -7338,51 +7312,67 @@ LOG_BYTES = 10 << 20
 
 
 class Journal:
-    """One line for each event that matters, on stderr, into a file or into the live screen."""
+    """One line for each event, on stderr, into a file or into the live screen."""
 
-    def __init__(self, stream: TextIO, level: str = "INFO", clock: Clock | None = None) -> None:
-        self.stream, self.level, self.clock = stream, level, clock or Clock()
-        self.is_journald = _is_journald(stream)
-        self.trouble: str | None = None  # with the database, as last told
-        self.paused: set[str] = set()  # sources, as last told
+    def __init__(
+        self, stream: TextIO | logging.StreamHandler[Any], level: str = "INFO", clock: Clock | None = None
+    ) -> None:
+        self.clock = clock or Clock()
+        self.handler = stream if isinstance(stream, logging.StreamHandler) else _LineStream(stream)
+        self.stream, self.is_journald = self.handler.stream, _is_journald(self.handler.stream)
+        self.handler.setLevel(level)
+        self.handler.setFormatter(LineFormatter(self.clock, is_journald=self.is_journald))
+        self.database_error: str | None = None  # as last reported
+        self.paused: set[str] = set()  # sources, as last reported
         self.screen: LiveScreen | None = None
         self.next_paint_at = -math.inf  # boot
 
     def paint(self, running: Sequence[str], next_cycle_at: float) -> None:
-        """Bring the live screen, if there is one, up to date now and then; a cycle at infinity will not come."""
+        """Refresh the live screen, if there is one, every SCREEN_SECONDS; a cycle at infinity will not come."""
         now = self.clock.boot()
         if self.screen and now >= self.next_paint_at:
             self.next_paint_at = now + SCREEN_SECONDS
             self.screen.paint(self.clock.wall(), running, next_cycle_at - now if next_cycle_at < math.inf else None)
 
     def write(self, level: str, event: str, **fields: Any) -> None:
-        """`2026-11-23T14:24:25Z INFO  cycle missing=3`; fields without a value are left out. The journal of systemd
-        has the time and takes the level from a prefix (sd-daemon(3))."""
-        words = [f"{name}={_logged(value)}" for name, value in fields.items() if value is not None]
-        first = [f"{LEVELS[level]}{event}"] if self.is_journald else [utc_text(self.clock.wall()), f"{level:5}", event]
-        line = " ".join([*cast(list[str], first), *words])
-        if list(LEVELS).index(level) < list(LEVELS).index(self.level):
-            return
-        if self.screen:
-            self.screen.note(line)
-        else:
-            with contextlib.suppress(OSError, ValueError):
-                print(line, file=self.stream, flush=True)
+        """Log an event; fields without a value are left out."""
+        number = getattr(logging, level)
+        record = logging.makeLogRecord({"levelno": number, "levelname": level, "msg": event, "fields": fields})
+        if number >= self.handler.level and self.screen:
+            self.screen.note(self.handler.format(record))
+        elif number >= self.handler.level:
+            self.handler.handle(record)
 
-    def tell_trouble(self, error: Error | None) -> None:
-        """What is wrong with the database now, or None: each trouble is told once, and its end."""
-        before, self.trouble = self.trouble, str(error) if error else None
-        if error and self.trouble != before:
-            self.write("ERROR", "database", error=self.trouble, hint=error.hint)
+    def report_database_error(self, error: Error | None) -> None:
+        """Log an error of the database once, and once its end (None)."""
+        before, self.database_error = self.database_error, str(error) if error else None
+        if error and self.database_error != before:
+            self.write("ERROR", "database", error=self.database_error, hint=error.hint)
         elif before and not error:
             self.write("INFO", "database", works="again")
 
-    def tell_resumed(self, database: Database) -> None:
-        """Which sources that were paused are so no more."""
+    def report_resumed(self, database: Database) -> None:
+        """Log the sources whose pause is over."""
         paused = {row[0] for row in database.read("select scope from rates where blocked_until is not null")}
         for scope in sorted(self.paused - paused):
             self.write("INFO", "resumed", source=scope)
         self.paused = paused
+
+
+class LineFormatter(logging.Formatter):
+    """`2026-11-23T14:24:25Z INFO  cycle missing=3`. The journal of systemd has the time, and takes the level from a
+    prefix (sd-daemon(3))."""
+
+    def __init__(self, clock: Clock, *, is_journald: bool) -> None:
+        super().__init__()
+        self.clock, self.is_journald = clock, is_journald
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of an event."""
+        head = LEVELS[record.levelname] if self.is_journald else f"{utc_text(self.clock.wall())} {record.levelname:5} "
+        fields: dict[str, Any] = vars(record)["fields"]
+        words = [f" {name}={_logged(value)}" for name, value in fields.items() if value is not None]
+        return head + record.msg + "".join(words)
 
 
 def _logged(value: Any) -> str:
@@ -7391,7 +7381,7 @@ def _logged(value: Any) -> str:
 
 
 def _is_journald(stream: TextIO) -> bool:
-    """Whether systemd reads what is written here ($JOURNAL_STREAM alone is inherited by too many)."""
+    """Whether systemd reads this stream ($JOURNAL_STREAM alone is inherited by too many)."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):
@@ -7399,57 +7389,39 @@ def _is_journald(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class LogFile(io.TextIOBase):
-    """A file of lines that does not outgrow LOG_BYTES: then it is renamed, and the one before it is gone."""
+class _LineStream(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name of its base
+        """A closed terminal stops nothing."""
 
-    def __init__(self, path: Path) -> None:
-        from logging.handlers import RotatingFileHandler
 
-        class Handler(RotatingFileHandler):
-            def handleError(self, record: Any) -> None:  # noqa: N802  # its name for it
-                """A full disk stops nothing."""
+def log_file(path: Path) -> logging.StreamHandler[Any]:
+    """A log that only its owner can read; at LOG_BYTES it becomes FILE.1. Raises Error when it cannot be written."""
+    from logging.handlers import RotatingFileHandler
 
-            def _open(self) -> Any:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-                return os.fdopen(os.open(self.baseFilename, flags, 0o600), "a", encoding="utf-8")
+    class Handler(RotatingFileHandler):
+        handleError = _LineStream.handleError  # noqa: N815  # a full disk stops nothing
 
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
-            self._handler = Handler(path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", delay=True)
-        except OSError as error:
-            raise Error(f"cannot write to {path}: {error.strerror}", "name another file with --log FILE") from error
+        def _open(self) -> Any:
+            return open(self.baseFilename, "a", encoding="utf-8", opener=functools.partial(os.open, mode=0o600))
 
-    def write(self, text: str) -> int:
-        """Lines go to the file one by one."""
-        import logging
-
-        for line in filter(None, text.splitlines()):
-            self._handler.emit(logging.makeLogRecord({"msg": line}))
-        return len(text)
+    try:
+        return Handler(path, maxBytes=LOG_BYTES, backupCount=1)
+    except OSError as error:
+        raise Error(f"cannot write to {path}: {error.strerror}", "name another file with --log FILE") from error
 
 
 def announce_cycle(journal: Journal, database: Database) -> None:
     """One line for the cycle that has just ended."""
-    row = query(database, "select * from cycles order by cycle_id desc limit 1")[0]
-    shown = (
-        "expected",
-        "present",
-        "missing",
-        "stale",
-        "suspect",
-        "created",
-        "closed",
-        "listed",
-        "seconds",
-        "error",
-    )
-    journal.write(
-        "ERROR" if row["error"] else "INFO", "cycle", id=row["cycle_id"], **{name: row[name] for name in shown}
-    )
+    sql = """
+        select cycle_id as id, expected, present, missing, stale, suspect, created, closed, listed, seconds, error
+        from cycles order by cycle_id desc limit 1
+    """
+    (row,) = query(database, sql)
+    journal.write("ERROR" if row["error"] else "INFO", "cycle", **row)
 
 
 def announce_progress(journal: Journal, database: Database) -> None:
-    """One line for a cycle that takes long: what it has looked for, and what it has still to read."""
+    """One line for a cycle that takes long: how many objects it has compared, and how many it has still to read."""
     rows = database.read(
         "select cycle_id, looked, started_at from reconciliations where seconds is null and started_at <= ?",
         (journal.clock.wall() - SAVED_EVERY_SECONDS,),
@@ -7478,7 +7450,7 @@ def _seconds_left(looked: int, known: int, elapsed: float) -> float | None:
 
 
 def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
-    """One line for what became of a task."""
+    """One line for the end of an attempt."""
     result = ending.result
     level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
     if level == "WARN" and not ending.counted:
@@ -7498,7 +7470,7 @@ def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attemp
 
 
 def status_line(database: Database) -> str:
-    """How things are, in a line for the service manager."""
+    """The state of the lake in one line, for the service manager."""
     rows = database.read(f"select state, sum(objects) from counts where {EXPECTED} group by 1")  # noqa: S608
     counts = {row[0]: row[1] for row in rows if row[1]}
     running = database.value("select coalesce(sum(objects), 0) from counts where task = 'running'")
@@ -7509,7 +7481,7 @@ def status_line(database: Database) -> str:
 
 
 def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Iterator[int]:
-    """The steps of a cycle; once a second a terminal is told how far it is, in the place where it was told before."""
+    """The steps of a cycle; on a terminal, a progress line is repainted once a second."""
     began = shown = clock.boot()
     for step in steps:
         yield step
@@ -7520,8 +7492,8 @@ def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Ite
         known = _known_objects(database)
         looked = database.value("select looked from reconciliations where seconds is null") or 0
         left = _seconds_left(looked, known, now - began)
-        told = f", {looked / (now - began):,.0f} a second, {format_duration(left)} left" if left else ""
-        print(f"\r\x1b[K{looked:,} of {known:,} objects{told}", end="", file=sys.stderr, flush=True)
+        rate = f", {looked / (now - began):,.0f} a second, {format_duration(left)} left" if left else ""
+        print(f"\r\x1b[K{looked:,} of {known:,} objects{rate}", end="", file=sys.stderr, flush=True)
     if shown > began:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -7542,7 +7514,7 @@ class LiveScreen:
         self.last_lines = [*self.last_lines[-4:], line]
 
     def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None) -> None:
-        """Draw the present state over the one before."""
+        """Draw the present state over the last one."""
         size = shutil.get_terminal_size()
         head, table, foot = live_lines(self.database, self.configuration, now, running, next_cycle_in)
         foot += self.last_lines
@@ -7560,7 +7532,7 @@ class LiveScreen:
 def live_lines(
     database: Database, configuration: Configuration, now: float, running: Sequence[str], next_cycle_in: float | None
 ) -> tuple[list[str], list[str], list[str]]:
-    """The live screen as text: what is done now, the datasets, and what holds it up."""
+    """The live screen as text: cycle and tasks, the datasets, and sources and workers."""
     coverage = query(database, COVERAGE_BY_DATASET)
     pauses = query(database, "select distinct scope, blocked_until, reason from rates where blocked_until is not null")
     used = ", ".join(
@@ -7595,7 +7567,7 @@ def _cycle_now(database: Database, now: float, next_cycle_in: float | None) -> s
 
 
 def _tasks_now(database: Database, now: float) -> str:
-    """How many are open, how many ended in the last minute, and how long they last at that rate."""
+    """How many tasks are open, how many ended in the last minute, and the time left at that rate."""
     begun = database.value("select started_at from runner") or 0
     span = min(MINUTE, max(1, now - begun))
     ended = database.value("select count(*) from attempts where outcome = 'ok' and started_at > ?", (now - span,))
@@ -7609,12 +7581,19 @@ def _tasks_now(database: Database, now: float) -> str:
 
 
 # ---------------------------------------------------------------- Conditions
-# What people should look at, each as a question in SQL. One cause is one condition: what a blocked source holds up
-# is told by that alone. Headline: CONDITIONS.
+# What needs attention, each as a question in SQL. One cause is one condition: what a blocked source holds up is no
+# condition of its own. Headline: CONDITIONS.
 
-BLOCKED_PAUSES, BLOCKED_SECONDS = 3, 30 * MINUTE  # in a row, or so long: then a source is blocked
-DROPPED_OBJECTS, DROPPED_PERCENT = 100, 10  # more than both in one cycle
-LAST_ATTEMPTS, FEW_ATTEMPTS = 200, 20  # whose errors count, and how few tell nothing
+FACTS: Mapping[str, Any] = {
+    "blocked_pauses": 3,  # in a row, or
+    "blocked_seconds": 30 * MINUTE,  # at once: then a source is blocked
+    "last_attempts": 200,  # whose errors count
+    "few_attempts": 20,  # fewer prove nothing
+    "day": DAY,
+    "vanished": VANISHED,
+    "dropped_objects": 100,  # and so many percent in one cycle: then the expected objects shrank
+    "dropped_percent": 10,
+}
 # what a blocked source has held up counts from the end of that
 BLOCKS = """
     with blocks as (
@@ -7624,17 +7603,17 @@ BLOCKS = """
         group by about
     )
 """
-# condition: a query, by way of an index, for what it concerns and a sentence about that; see also problems()
+# condition: a query, by an index, for its subject and a sentence about it; see also problems()
 CONDITIONS = {
     "source blocked": """
-        select scope as about, 'left alone until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset,
+        select scope as about, 'paused until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset,
                'unixepoch') || ': ' || reason as text
         from scopes, facts
         where scope != 'global'
           and (throttles >= :blocked_pauses or (throttles > 0 and paused_for >= :blocked_seconds))
     """,
     "gave up": """
-        select dataset as about, count(*) || ' objects gave up, the last error was: ' || max(last_error) as text
+        select dataset as about, count(*) || ' objects gave up, last error: ' || max(last_error) as text
         from objects join datasets using (dataset_id)
         where task = 'gave_up'
         group by dataset
@@ -7708,79 +7687,64 @@ CONDITIONS = {
 
 
 # ---------------------------------------------------------------- Alerts
-# What people should look at: told once when it begins, once a day while it lasts, and once when it is over. A
-# thread of its own looks and sends, so that a broken channel delays nothing. Headline: Alerter.
+# A condition is reported once when it begins, once a day while it lasts and once when it is over, by every channel.
+# A thread of its own looks and sends, so that a broken channel delays nothing. Headline: Alerter.
 
 LOOK_SECONDS = 30
-CALM_SECONDS = 15 * MINUTE  # what comes back before that was never over
+CALM_SECONDS = 15 * MINUTE  # a condition that returns sooner was never over
 SEND_SECONDS = 15  # for one message
 MOST_LETTERS = 1000  # of a text
-FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # what else a full disk makes unusable
-MOST_TRIES_SECONDS = DAY  # then a message is too old to be sent
+FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # other effects of a full disk
+TOO_OLD_SECONDS = DAY  # for a message to be sent
+BROKEN = "channel broken"  # a condition that is shown, and not sent
 
 
 class Alerter:
-    """Looks now and then, notes what begins and ends, and sends it; what cannot be sent is tried again."""
+    """Looks for conditions, keeps a row in `alerts` for each, and sends messages until every channel has taken them.
 
-    def __init__(
-        self,
-        configuration: Configuration,
-        database: Database,
-        journal: Journal,
-        clock: Clock,
-        *,
-        is_once: bool = False,
-    ) -> None:
+    The rows are kept here too: on a full disk nothing is stored, and yet everything is sent once."""
+
+    def __init__(self, configuration: Configuration, database: Database, journal: Journal, clock: Clock) -> None:
         self.configuration, self.database, self.journal, self.clock = configuration, database, journal, clock
-        self.wishes, self.is_once, self.started_at = configuration.alerts, is_once, clock.wall()
-        self._stopped = threading.Event()
-        self.told: set[tuple[str, str]] = set()  # what could not be noted
+        self.settings, self.started_at, self._stopped = configuration.alerts, clock.wall(), threading.Event()
+        unfinished = query(database, "select * from alerts where ended_at is null or unsent != '[]'")
+        self.alerts: list[dict[str, Any]] = [{**row, "unsent": json.loads(row["unsent"])} for row in unfinished]
+        for alert in self.alerts:
+            if alert["condition"] == BROKEN and not getattr(self.settings, alert["about"]):  # no longer configured
+                alert["ended_at"] = alert["seen_at"]
+        self.cycle_id = database.value("select max(cycle_id) from cycles where seconds is not null")
 
-    def __enter__(self) -> None:
-        if not self.is_once:
-            threading.Thread(target=self._work, name="adce-alerts", daemon=True).start()
+    def start(self) -> None:
+        """Work every LOOK_SECONDS, in a thread."""
 
-    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
-        """Look no more, and do not wait for what is being sent; or look once, at the end of a run."""
+        def work() -> None:
+            while not self._stopped.wait(LOOK_SECONDS):
+                self.work()
+
+        threading.Thread(target=work, name="adce-alerts", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop without waiting for a channel."""
         self._stopped.set()
-        if self.is_once and error is None:
-            self.work()
-
-    def _work(self) -> None:
-        while not self._stopped.wait(LOOK_SECONDS):
-            self.work()
 
     def work(self) -> None:
-        """Look once, and send what waits."""
+        """Look once, and send what is due."""
         try:
             self.look()
+            self.save()
             self.send()
-            self.tell_cycle()
+            self.report_cycle()
         except (DatabaseError, OSError) as error:
             self.journal.write("WARN", "alerts", error=str(error))
 
     def conditions(self) -> dict[tuple[str, str], str]:
-        """What holds now: condition and what it concerns, and a sentence about it."""
-        now, wishes = self.clock.wall(), self.wishes
-        facts = {
-            "now": now,
-            "critical_gap_seconds": wishes.critical_gap_hours * HOUR,
-            "error_percent": wishes.error_percent,
-            "quiet_cycles": wishes.quiet_cycles,
-            "blocked_pauses": BLOCKED_PAUSES,
-            "blocked_seconds": BLOCKED_SECONDS,
-            "day": DAY,
-            "last_attempts": LAST_ATTEMPTS,
-            "few_attempts": FEW_ATTEMPTS,
-            "vanished": VANISHED,
-            "dropped_objects": DROPPED_OBJECTS,
-            "dropped_percent": DROPPED_PERCENT,
-        }
-        troubles = problems(self.database, self.configuration, now, self.started_at, self.journal.trouble)
-        found = {(name, "runner"): text for name, text in troubles.items()}
-        was_low = None
+        """The conditions that hold now: name and subject, and a sentence about it."""
+        now, settings = self.clock.wall(), self.settings
+        facts = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR, **FACTS}
+        facts |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles}
+        ill = problems(self.database, self.configuration, now, self.started_at, self.journal.database_error)
+        found = {(name, "runner"): text for name, text in ill.items()}
         with contextlib.suppress(DatabaseError):  # that is one of its problems
-            was_low = self.database.value("select 1 from alerts where condition = 'disk low' and ended_at is null")
             for name, sql in CONDITIONS.items():
                 found |= {(name, row["about"]): row["text"] for row in self.database.read(BLOCKS + sql, facts)}
         if {name for name, _ in found} & {"mass loss", "store unusable"}:
@@ -7789,122 +7753,107 @@ class Alerter:
         free = shutil.disk_usage(self.configuration.database.parent).free
         if free < LEAST_FREE_BYTES:
             found["disk low", "database"] = f"{free >> 20} MB left beside {self.configuration.database.name}"
-        if was_low or ("disk low", "database") in found:
+        if "disk low" in {name for name, _ in [*found, *self._lasting()]}:
             found = {key: text for key, text in found.items() if not re.search(FULL, text)}
         return found
 
+    def _lasting(self) -> dict[tuple[str, str], dict[str, Any]]:
+        return {(alert["condition"], alert["about"]): alert for alert in self.alerts if alert["ended_at"] is None}
+
     def look(self) -> None:
-        """Note what begins, lasts for another day, or is over."""
-        found = self.conditions()
-        try:
-            self._note(found)
-        except DatabaseError:  # its disk may be full
-            for key in found.keys() - self.told:
-                self._tell_at_once(key, found[key])
-            raise
+        """Begin, continue and end alerts."""
+        now, found, lasting = int(self.clock.wall()), self.conditions(), self._lasting()
+        for key, text in found.items():
+            alert = lasting.get(key) or self._begin(*key, text)
+            alert.update(text=text, seen_at=now)
+            if key not in lasting:
+                self._notify(alert, "", text)
+            elif now - alert["notified_at"] >= self.settings.remind_seconds:
+                alert["notified_at"] = now
+                self._notify(alert, "still ", f"for {format_duration(now - alert['since'])}: {text}")
+        for key, alert in lasting.items():
+            if key not in found and alert["condition"] != BROKEN and now - alert["seen_at"] >= CALM_SECONDS:
+                alert["ended_at"] = alert["seen_at"]
+                self._notify(alert, "over: ", f"it lasted {format_duration(alert['seen_at'] - alert['since'])}")
 
-    def _tell_at_once(self, key: tuple[str, str], text: str) -> None:
-        """Send what cannot be noted, so that it is not told again when it can."""
-        notice = {"subject": f"ADCE: {key[0]}, {key[1]}", "text": self._body(text)}
-        self.journal.write("WARN", "alert", subject=f"{key[0]}, {key[1]}", text=text)
-        for channel in self._channels():
-            with contextlib.suppress(Exception):  # tried again at the next look
-                SENDERS[channel](self.configuration, notice)
-                self.told.add(key)
+    def _begin(self, condition: str, about: str, text: str) -> dict[str, Any]:
+        instants = dict.fromkeys(("since", "seen_at", "notified_at"), int(self.clock.wall()))
+        self.alerts.append(
+            {"condition": condition, "about": about, "text": text, **instants, "ended_at": None, "unsent": []}
+        )
+        return self.alerts[-1]
 
-    def _note(self, found: Mapping[tuple[str, str], str]) -> None:
-        now = int(self.clock.wall())
-        known = {
-            (row["condition"], row["about"]): row
-            for row in self.database.read("select * from alerts where ended_at is null")
-        }
-        if not (found or known):
+    def _notify(self, alert: dict[str, Any], prefix: str, text: str) -> None:
+        """Log a message, and leave it to every channel."""
+        subject = f"{prefix}{alert['condition']}, {alert['about']}"
+        self.journal.write("WARN", "alert", subject=subject, text=text)
+        body = f"{text}\nhost {socket.gethostname()}, {self.configuration.database}\nTry: adce.py status"
+        message = {"subject": f"ADCE: {subject}", "text": body, "made_at": self.clock.wall()}
+        alert["unsent"] += [{"channel": channel, **message} for channel in SENDERS if getattr(self.settings, channel)]
+
+    def save(self) -> None:
+        """Store the alerts; those that are over and sent are then no longer kept here. Until it succeeds, all are."""
+        put = """
+            insert or replace into alerts
+            values (:condition, :about, :since, :text, :seen_at, :notified_at, :ended_at, :unsent)
+        """
+        if not self.alerts:
             return
-        with self.database.transaction() as sql:
-            for (condition, about), text in found.items():
-                row = known.get((condition, about))
-                if row is None:
-                    begin = (
-                        "insert into alerts (condition, about, text, since, seen_at, told_at) values (?, ?, ?, ?, ?, ?)"
-                    )
-                    alert_id = sql.execute(begin, (condition, about, text, now, now, now)).lastrowid
-                    if (condition, about) not in self.told:
-                        self._notice(sql, alert_id, f"ADCE: {condition}, {about}", text)
-                    continue
-                sql.execute("update alerts set text = ?, seen_at = ? where alert_id = ?", (text, now, row["alert_id"]))
-                if now - row["told_at"] >= self.wishes.remind_seconds:
-                    sql.execute("update alerts set told_at = ? where alert_id = ?", (now, row["alert_id"]))
-                    lasts = format_duration(now - row["since"])
-                    self._notice(sql, row["alert_id"], f"ADCE: still {condition}, {about}", f"for {lasts}: {text}")
-            for key, row in known.items():
-                if key not in found and now - row["seen_at"] >= CALM_SECONDS:
-                    sql.execute("update alerts set ended_at = ? where alert_id = ?", (row["seen_at"], row["alert_id"]))
-                    lasted = format_duration(row["seen_at"] - row["since"])
-                    self._notice(sql, row["alert_id"], f"ADCE: over: {key[0]}, {key[1]}", f"it lasted {lasted}")
-        self.told.clear()
-
-    def _notice(self, sql: sqlite3.Connection, alert_id: int | None, subject: str, text: str) -> None:
-        """To be sent by every channel, whatever becomes of this process."""
-        self.journal.write("WARN", "alert", subject=subject.removeprefix("ADCE: "), text=text)
-        put = "insert into notices (alert_id, channel, subject, text, made_at, try_at) values (?, ?, ?, ?, ?, ?)"
-        now = int(self.clock.wall())
-        for channel in self._channels():
-            sql.execute(put, (alert_id, channel, subject, self._body(text), now, now))
-
-    def _body(self, text: str) -> str:
-        return f"{text}\nhost {socket.gethostname()}, {self.configuration.database}\nTry: adce.py status"
-
-    def _channels(self) -> list[str]:
-        return [channel for channel in SENDERS if getattr(self.wishes, channel)]
+        try:
+            with self.database.transaction() as sql:
+                sql.executemany(put, [{**alert, "unsent": json.dumps(alert["unsent"])} for alert in self.alerts])
+        except DatabaseError as error:
+            self.journal.write("WARN", "alerts", error=str(error))
+        else:
+            self.alerts = [alert for alert in self.alerts if alert["ended_at"] is None or alert["unsent"]]
 
     def send(self) -> None:
-        """Send what waits; what fails is tried again, ever more rarely, for a day."""
+        """Send what waits, in order. A broken channel is tried again after as long as it has been broken, at least a
+        minute and at most an hour, and gets nothing that is older than a day."""
         now = self.clock.wall()
-        due = "select * from notices where sent_at is null and try_at <= ? and made_at > ? order by notice_id limit 20"
-        for row in self.database.read(due, (now, now - MOST_TRIES_SECONDS)):
-            error = self._try(row["channel"], functools.partial(SENDERS[row["channel"]], self.configuration, row))
-            with self.database.transaction() as sql:
-                sql.execute(
-                    "update notices set tries = tries + 1, sent_at = ?, try_at = ? where notice_id = ?",
-                    (None if error else int(now), int(now + MINUTE * 2.0 ** min(row["tries"], 6)), row["notice_id"]),
-                )
+        for channel, sender in SENDERS.items():
+            waiting = [(alert, one) for alert in self.alerts for one in alert["unsent"] if one["channel"] == channel]
+            if broken := self._lasting().get((BROKEN, channel)):
+                pause = min(max(broken["seen_at"] - broken["since"], MINUTE), HOUR)
+                waiting = waiting if now >= broken["seen_at"] + pause else []
+            for alert, message in sorted(waiting, key=lambda pair: pair[1]["made_at"]):
+                is_wanted = getattr(self.settings, channel) and now - message["made_at"] < TOO_OLD_SECONDS
+                if is_wanted and self._use(channel, functools.partial(sender, self.configuration, message)):
+                    break
+                alert["unsent"].remove(message)
+                self.save()
 
-    def tell_cycle(self) -> None:
-        """After each cycle: its figures to CloudWatch and, when it was good, a sign of life to `ping`."""
-        rows = self.database.read(
-            "select * from reconciliations where seconds is not null order by cycle_id desc limit 1"
-        )
-        sent = self.database.value("select cycle_sent from facts")
-        if not rows or rows[0]["cycle_id"] == sent or not (self.wishes.ping or self.wishes.cloudwatch):
+    def report_cycle(self) -> None:
+        """Report each cycle once: its figures to CloudWatch and, when it was good, a request to `ping`."""
+        rows = query(self.database, "select * from cycles where seconds is not null order by cycle_id desc limit 1")
+        if not rows or rows[0]["cycle_id"] == self.cycle_id:
             return
-        if self.wishes.cloudwatch:
-            self._try("cloudwatch", functools.partial(put_metrics, self.wishes.cloudwatch, self.database, rows[0]))
-        if self.wishes.ping and rows[0]["error"] is None:
-            self._try("ping", functools.partial(_http, "GET", self.wishes.ping))
-        with self.database.transaction(durable=False) as sql:
-            sql.execute("update facts set cycle_sent = ?", (rows[0]["cycle_id"],))
+        self.cycle_id = rows[0]["cycle_id"]
+        if self.settings.cloudwatch:
+            self._use("cloudwatch", functools.partial(put_metrics, self.settings.cloudwatch, self.database, rows[0]))
+        if self.settings.ping and rows[0]["error"] is None:
+            self._use("ping", functools.partial(_http, "GET", self.settings.ping))
 
-    def _try(self, channel: str, send: Callable[[], None]) -> str | None:
-        """Use a channel. Returns what went wrong, which is kept until it works again."""
-        error = None
+    def _use(self, channel: str, send: Callable[[], None]) -> str | None:
+        """Use a channel. Returns its error, and keeps that in the alert BROKEN until it works again."""
+        error, broken, now = None, self._lasting().get((BROKEN, channel)), int(self.clock.wall())
         try:
             send()
-        except Exception as problem:  # noqa: BLE001  # whatever a library raises is the channel's trouble
+        except Exception as problem:  # noqa: BLE001  # whatever a library raises is an error of the channel
             error = str(problem) if isinstance(problem, Error) else type(problem).__name__  # it may name the address
             self.journal.write("WARN", "channel", channel=channel, error=error)
-        with self.database.transaction(durable=False) as sql:
-            if error:
-                sql.execute("insert or ignore into channels values (?, ?, ?)", (channel, error, int(self.clock.wall())))
-            else:
-                sql.execute("delete from channels where channel = ?", (channel,))
+            broken = broken or self._begin(BROKEN, channel, error)
+        if broken:
+            broken.update(text=error or broken["text"], seen_at=now, ended_at=None if error else now)
+            self.save()
         return error
 
 
-Notice = Mapping[str, str] | sqlite3.Row  # with a subject and a text
+Message = Mapping[str, Any]  # with a subject and a text
 
 
 def revealed(text: str) -> str:
-    """A text that may be $NAME. Raises Error when there is no such variable."""
+    """A text, or the value of the variable $NAME. Raises Error when there is none."""
     if not text.startswith("$"):
         return text
     if text[1:] not in os.environ:
@@ -7913,34 +7862,34 @@ def revealed(text: str) -> str:
 
 
 def _http(method: str, address: str, **options: Any) -> None:
-    """Ask an address that may be a secret: no error names it. Raises Error."""
+    """Send a request to an address that may be a secret. Raises Error, which does not name it."""
     import requests
 
     try:
         answer = requests.request(
             method, revealed(address), timeout=SEND_SECONDS, allow_redirects=False, **options
-        )  # a redirect would lose what is posted
+        )  # a redirect would lose the body
     except requests.RequestException as error:
         raise Error(_no_answer(error)[1]) from None
     if answer.status_code >= 300:
         raise Error(f"HTTP {answer.status_code}")
 
 
-def _send_to_webhook(configuration: Configuration, notice: Notice) -> None:
+def _send_to_webhook(configuration: Configuration, message: Message) -> None:
     """In the format of Slack, which many others take."""
-    _http("POST", cast(str, configuration.alerts.webhook), json={"text": f"*{notice['subject']}*\n{notice['text']}"})
+    _http("POST", cast(str, configuration.alerts.webhook), json={"text": f"*{message['subject']}*\n{message['text']}"})
 
 
-def _send_to_sns(configuration: Configuration, notice: Notice) -> None:
+def _send_to_sns(configuration: Configuration, message: Message) -> None:
     topic = cast(str, configuration.alerts.sns_topic)
     client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
-    client.publish(TopicArn=topic, Subject=notice["subject"][:100], Message=notice["text"])
+    client.publish(TopicArn=topic, Subject=message["subject"][:100], Message=message["text"])
 
 
-def _send_to_command(configuration: Configuration, notice: Notice) -> None:
+def _send_to_command(configuration: Configuration, message: Message) -> None:
     """Subject and text are its last arguments."""
     program = Program(
-        words=(*configuration.alerts.command, notice["subject"], notice["text"]),
+        words=(*configuration.alerts.command, message["subject"], message["text"]),
         folder=configuration.path.parent,
         environment={"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"},
         seconds=SEND_SECONDS,
@@ -7953,7 +7902,7 @@ def _send_to_command(configuration: Configuration, notice: Notice) -> None:
         raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
 
 
-SENDERS: Mapping[str, Callable[[Configuration, Notice], None]] = {
+SENDERS: Mapping[str, Callable[[Configuration, Message], None]] = {
     "webhook": _send_to_webhook,
     "sns_topic": _send_to_sns,
     "command": _send_to_command,
@@ -7968,15 +7917,13 @@ def _aws_client(service: str, region: str | None = None) -> Any:
     return boto3.session.Session().client(service, region_name=region, config=limits)
 
 
-def put_metrics(namespace: str, database: Database, cycle: sqlite3.Row) -> None:
-    """The figures of a cycle and the open tasks of now, in one call to CloudWatch."""
-    when = datetime.datetime.fromtimestamp(cycle["started_at"] + cycle["seconds"], datetime.UTC)
+def put_metrics(namespace: str, database: Database, cycle: Mapping[str, Any]) -> None:
+    """Put the figures of a cycle and the number of open tasks into CloudWatch, in one call."""
+    when = datetime.datetime.fromisoformat(cycle["started_at"]) + datetime.timedelta(seconds=cycle["seconds"])
     figures = {name: cycle[name] for name in ("expected", "present", "missing", "stale", "suspect", "list_calls")}
     figures |= {f"tasks_{row[0]}": row[1] for row in database.read("select state, count(*) from queue group by state")}
-    metrics = [
-        {"MetricName": name, "Timestamp": when, "Value": value, "Unit": "Count"} for name, value in figures.items()
-    ]
-    metrics.append({"MetricName": "cycle", "Timestamp": when, "Value": cycle["seconds"], "Unit": "Seconds"})
+    values = [("cycle", cycle["seconds"], "Seconds"), *((name, value, "Count") for name, value in figures.items())]
+    metrics = [{"MetricName": name, "Timestamp": when, "Value": value, "Unit": unit} for name, value, unit in values]
     _aws_client("cloudwatch").put_metric_data(Namespace=namespace, MetricData=metrics)
 
 
@@ -8275,12 +8222,12 @@ class Runner:
                 try:
                     self._turn()
                     if not self.unrecorded:
-                        self.journal.tell_trouble(None)
+                        self.journal.report_database_error(None)
                 except DatabaseTroubleError as error:
                     self.database.check_place()
                     if once and not self.stop_reason:
                         raise
-                    self.journal.tell_trouble(error)
+                    self.journal.report_database_error(error)
                     self.clock.wait(self.wakeups, TROUBLE_SECONDS)
         finally:
             self._finish_running()
@@ -8451,7 +8398,7 @@ class Runner:
         try:
             self._work(may_claim=False)
         except DatabaseError as error:
-            self.journal.tell_trouble(error)
+            self.journal.report_database_error(error)
 
     def _beat(self) -> None:
         now = self.clock.boot()
@@ -8459,7 +8406,7 @@ class Runner:
             self.next_beat_at = now + self.beat_seconds
             self.database.check_place()
             announce_progress(self.journal, self.database)
-            self.journal.tell_resumed(self.database)
+            self.journal.report_resumed(self.database)
             with self.database.transaction() as sql:
                 beat = "update runner set beat_at = ?, lost_workers = ?"
                 sql.execute(beat, (int(self.clock.wall()), len(self.workers.lost)))
@@ -8524,13 +8471,13 @@ class Runner:
 
 
 # ---------------------------------------------------------------- Examples
-# Texts for the programs around ADCE, printed by `adce.py example NAME`. Headline: EXAMPLES.
+# Texts for other programs, printed by `adce.py example NAME`. Headlines: EXAMPLES, example().
 
 EXAMPLES = {
     "systemd": """\
 # Save as /etc/systemd/system/adce.service with a user and paths of your own, then: systemctl enable --now adce
-# The folders of ReadWritePaths must exist. What a scraper of yours needs beyond this, give it here: more of them,
-# or MemoryDenyWriteExecute=no for browsers and node, or EnvironmentFile=FILE for what $NAME in adce.yaml stands for.
+# The folders of ReadWritePaths must exist. A scraper may need more: further ReadWritePaths, MemoryDenyWriteExecute=no
+# for browsers and node, EnvironmentFile=FILE for the variables $NAME of adce.yaml.
 [Unit]
 Description=ADCE keeps the data lake complete
 After=network-online.target
@@ -8595,10 +8542,10 @@ groups:
         annotations: {summary: "ADCE does not answer"}
       - alert: ADCELoopIsStuck
         expr: time() - adce_runner_last_beat_timestamp_seconds > 180
-        annotations: {summary: "the main loop of ADCE gives no sign of life"}
+        annotations: {summary: "the main loop of ADCE is stuck"}
       - alert: ADCECyclesFail
         expr: time() - adce_cycle_last_success_timestamp_seconds > 3600
-        annotations: {summary: "no cycle has gone well for long"}
+        annotations: {summary: "no cycle has succeeded for a long time"}
       - alert: ADCETasksGaveUp
         expr: sum by (dataset) (adce_tasks{state="gave_up"}) > 0
         annotations: {summary: "{{ $value }} objects of {{ $labels.dataset }} gave up"}
@@ -8607,21 +8554,21 @@ groups:
           sum(rate(adce_attempts_total{outcome!~"ok|not_yet|lost"}[1h]))
           > 0.1 * sum(rate(adce_attempts_total[1h]))
         for: 15m
-        annotations: {summary: "over a tenth of all attempts fail"}
+        annotations: {summary: "more than 10% of the attempts fail"}
       - alert: ADCESourceIsPaused
         expr: adce_paused_until_timestamp_seconds - time() > 1800
-        annotations: {summary: "{{ $labels.scope }} is left alone for half an hour and more"}
+        annotations: {summary: "{{ $labels.scope }} is paused for more than half an hour"}
 """,
     "cron": """\
-# For `crontab -e`: cron sends a mail when something is printed. One that still works is left alone. Lines NAME=value
-# above it say what $NAME in adce.yaml stands for.
+# For `crontab -e`: cron mails what is printed. While a run still works, the next one exits at once. Lines NAME=value
+# above it set the variables $NAME of adce.yaml.
 */15 * * * * {command} -q run --once --if-locked skip
 """,
 }
 
 
 def grafana_dashboard() -> str:
-    """A dashboard with a panel for each metric. It names no data source of its own: one is chosen above it."""
+    """A dashboard with a panel for each metric; its data source is chosen at the top of the page."""
     source = {"type": "prometheus", "uid": "${datasource}"}
     panels = []
     for number, (name, kind, meaning, _) in enumerate(METRICS):
@@ -8653,15 +8600,39 @@ def grafana_dashboard() -> str:
     return json.dumps(dashboard, indent=2) + "\n"
 
 
+def launchd_agent(words: Sequence[str], configuration: Configuration) -> str:
+    """A property list that makes macOS start the runner at login, and again when it fails."""
+    import plistlib
+
+    log = configuration.database.with_name(f"{configuration.database.name}.log")
+    agent = {
+        "Label": "adce",
+        "ProgramArguments": [*words, "run", "--log", str(log)],
+        "WorkingDirectory": str(configuration.path.parent),
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+        "ThrottleInterval": 60,
+        "ExitTimeOut": round(configuration.grace_seconds) + 60,
+        "ProcessType": "Background",
+        "Umask": 0o077,
+    }
+    text = re.sub(r"(?m)^\t+", lambda tabs: "  " * len(tabs[0]), plistlib.dumps(agent, sort_keys=False).decode())
+    head, rest = text.split("\n", 1)
+    path = "~/Library/LaunchAgents/adce.plist"
+    return f"{head}\n<!-- Save as {path}, then: launchctl bootstrap gui/$UID {path} -->\n{rest}"
+
+
 def example(name: str, configuration: Configuration) -> str:
-    """The text for another program, with the paths of this installation in it."""
+    """The text for another program, with the paths of this installation."""
     if name == "grafana":
         return grafana_dashboard()
+    words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
+    if name == "launchd":
+        return launchd_agent(words, configuration)
     if name == "alerts":
         patience = max(HOUR, 4 * round(configuration.interval_seconds))
         return EXAMPLES[name].replace(":8080", f":{configuration.health_check.port}").replace("> 3600", f"> {patience}")
     quote = quote_for_cron if name == "cron" else quote_for_systemd
-    words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
     folders = {Path(os.path.normpath(configuration.database.parent))}
     if not configuration.store.startswith("s3://"):
         store = Path(os.path.normpath(configuration.store))
@@ -8689,8 +8660,7 @@ def quote_for_cron(word: str) -> str:
 # ---------------------------------------------------------------- Checks
 # Is everything in order? One row for each part, with what to do when it is not. Headline: check_rows().
 
-
-# What must hold in every database, and how many times it does not.
+# What is wrong with a database, and how many times.
 CONSISTENCY = {
     "gaps without a task": """
         select count(*) from objects where state in ('missing', 'stale', 'suspect') and task is null
@@ -8722,7 +8692,7 @@ NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "glu
 
 
 def check_rows(configuration: Configuration, *, online: bool) -> Rows:
-    """What was checked and how it went; `online` asks for connections to the sources too."""
+    """A row for each check, its result and details; `online` also connects to the sources."""
     checks: dict[str, Callable[[Configuration], str]] = {
         "configuration": _check_configuration,
         "permissions": _check_permissions,
@@ -8752,21 +8722,19 @@ def _check_configuration(configuration: Configuration) -> str:
 
 
 def _check_permissions(configuration: Configuration) -> str:
-    """Whoever can write the configuration or the program can run programs as its user."""
+    """A program or configuration that everyone can write lets everyone run programs as its user."""
     paths = (Path(__file__).resolve(), configuration.path, configuration.database)
     for path in [path for path in paths if path.exists()]:
         if path.stat().st_mode & stat.S_IWOTH:
-            raise Error(f"anybody can write {path}", f"chmod o-w {path}")
-    return "nobody but its owner and group can write the program, the configuration or the database"
+            raise Error(f"{path} is world-writable", f"chmod o-w {path}")
+    return "program, configuration and database are not world-writable"
 
 
 def _check_disk(configuration: Configuration) -> str:
     folder = configuration.database.parent
     kind = _file_system_of(folder)
     if kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse."):
-        raise Error(
-            f"{folder} is on {kind}, where the locks of SQLite may not hold", "keep the database on a local disk"
-        )
+        raise Error(f"{folder} is on {kind}, where SQLite's locks may not work", "keep the database on a local disk")
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE_BYTES:
         raise Error(f"{folder} has {free >> 20} MB left", "free some disk space")
@@ -8791,56 +8759,57 @@ def _check_runner(configuration: Configuration) -> str:
 
 
 def _check_alerts(configuration: Configuration) -> str:
-    """Whether what is to be told could be sent; nothing is, and no address is named."""
-    wishes, wrong = configuration.alerts, []
-    for channel in ("webhook", "ping"):
-        if (address := getattr(wishes, channel)) is not None:
-            try:
-                parts = urllib.parse.urlsplit(revealed(address))
-                is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-                wrong += [] if is_good else [f"{channel} is no http address"]
-            except ValueError:
-                wrong.append(f"{channel} is no http address")
-            except Error as error:
-                wrong.append(f"{channel}: {error}")
-    if wishes.command and not shutil.which(wishes.command[0]):
-        wrong.append(f"there is no program {wishes.command[0]}")
+    """Whether the channels could work; nothing is sent, and no address is shown."""
+    settings, wrong = configuration.alerts, []
+    for channel, address in (("webhook", settings.webhook), ("ping", settings.ping)):
+        if address is None:
+            continue
+        try:
+            parts = urllib.parse.urlsplit(revealed(address))
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+                wrong.append(f"{channel} is not an http address")
+        except ValueError:
+            wrong.append(f"{channel} is not an http address")
+        except Error as error:
+            wrong.append(f"{channel}: {error}")
+    if settings.command and not shutil.which(settings.command[0]):
+        wrong.append(f"program {settings.command[0]} not found")
     if wrong:
         raise Error("; ".join(wrong), "see `alerts:` in adce.yaml")
     channels = ("webhook", "ping", "sns_topic", "command", "cloudwatch")
-    return ", ".join(channel for channel in channels if getattr(wishes, channel)) or "nobody is told"
+    return ", ".join(channel for channel in channels if getattr(settings, channel)) or "no alert channel configured"
 
 
 def _check_scrapers(configuration: Configuration) -> str:
-    """Whether the programs and modules of scrapers are there; no line of theirs is run."""
+    """Whether the programs and modules of `command` and `call` exist; none is run."""
     count, wrong = 0, []
     folder = configuration.path.parent
     for dataset in configuration.datasets.values():
         count += not dataset.url
         program = dataset.command[0].text if dataset.command else ""
         if program and "{" not in program and not shutil.which(folder / program if "/" in program else program):
-            wrong.append(f"{dataset.name}: there is no program {program}")
+            wrong.append(f"{dataset.name}: program {program} not found")
         module = (dataset.call or "").partition(":")[0]
         if module and not importlib.machinery.PathFinder.find_spec(module.partition(".")[0], [*sys.path, str(folder)]):
-            wrong.append(f"{dataset.name}: there is no module {module}")
+            wrong.append(f"{dataset.name}: module {module} not found")
     if wrong:
         raise Error("; ".join(wrong), "see `command` and `call` in adce.yaml")
-    return f"{count} datasets have their own"
+    return f"{count} datasets with a command or call"
 
 
 def _check_database(configuration: Configuration) -> str:
     if not configuration.database.exists() or not configuration.database.stat().st_size:
-        return f"{configuration.database}, to be made by the first run"
+        return f"{configuration.database}, will be created on first run"
     with contextlib.closing(open_database(configuration.database, must_exist=True)) as database:
         found = [*database.check(), *_foreign_parts(database)]
         found += [f"{count} {what}" for what, sql in CONSISTENCY.items() if (count := database.value(sql))]
         if found:
             raise DatabaseError("; ".join(found[:5]), DAMAGE_HINT)
-    return f"{configuration.database}, whole, SQLite {sqlite3.sqlite_version}"
+    return f"{configuration.database}, intact, SQLite {sqlite3.sqlite_version}"
 
 
 def _foreign_parts(database: Database) -> list[str]:
-    """Tables, indexes, triggers and views that are not those of this version. Litestream brings two of its own."""
+    """Tables, indexes, triggers and views that differ from this version's. Litestream adds two tables."""
     parts = "select type, name from sqlite_schema where name not glob 'sqlite_*' and name not glob '_litestream_*'"
     with contextlib.closing(memory_database()) as model:
         wanted, there = ({tuple(row) for row in one.read(parts)} for one in (model, database))
@@ -8860,41 +8829,40 @@ def _check_store(configuration: Configuration) -> str:
                 store.require_mark()
         there = next(folder for folder in (store.root, *store.root.parents) if folder.exists() or folder.is_symlink())
         if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
-            raise StoreError(f"{there} is no folder that can be written", "see `store:` in adce.yaml")
+            raise StoreError(f"{there} is not a writable folder", "see `store:` in adce.yaml")
         if there != store.root:
-            return f"{configuration.store}, to be made by the first run"
+            return f"{configuration.store}, will be created on first run"
     first = next(iter(store.list("")), None)
     return f"{configuration.store}, {'not empty' if first else 'empty'}"
 
 
 def _check_source(source: Source) -> str:
-    """Whether a connection to a source can be made; no request is sent."""
+    """Whether a source accepts a connection; no request is sent."""
     parts = urllib.parse.urlsplit(source.base_url)
     if not parts.hostname:
         return "no base_url"
+    address = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        socket.create_connection(
-            (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=5
-        ).close()
+        socket.create_connection(address, timeout=5).close()
     except OSError as error:
         raise Error(f"{parts.hostname} cannot be reached: {error.strerror or error}") from error
-    return f"{parts.hostname} can be reached"
+    return f"{parts.hostname} is reachable"
 
 
 # ---------------------------------------------------------------- Background
-# The runner as a process: started without a terminal, stopped, and where it writes. Headlines:
-# start_runner(), stop_runner().
+# Processes and signals: the runner started without a terminal, stopped, and its log; a command under a permit.
+# Headlines: start_runner(), stop_runner(), run_held().
 
 START_SECONDS = 60
 
 
 def start_runner(configuration: Configuration, words: Sequence[str], log: Path) -> int:
-    """Start `adce.py run` in the background and return its process id once it works. Raises Error with what it
-    said when it does not."""
-    LogFile(log)  # whether it can be written
+    """Start `adce.py run` in the background and return its process id once it works. Raises Error with its output
+    when it exits at once."""
+    log_file(log).close()
     lock, clock, said_before = RunnerLock(configuration.database), Clock(), log.stat().st_size
     if (holder := lock.holder()) is not None:
-        raise LockedError(f"a runner works on this database already (process {holder or 'unknown'})", "adce.py status")
+        raise LockedError(f"another runner works on this database (process {holder or 'unknown'})", "adce.py status")
     command = [sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path)]
     command += ["--db", str(configuration.database), "run", "--log", str(log), *words]
     with log.open("ab") as output:
@@ -8905,33 +8873,34 @@ def start_runner(configuration: Configuration, words: Sequence[str], log: Path) 
     while not _is_at_work(configuration, process.pid):
         if process.poll() is not None:
             said = log.read_bytes()[said_before:].decode("utf-8", "replace").strip()
-            failure = Error(f"the runner has ended at once with exit code {process.returncode}\n{said}".rstrip())
+            failure = Error(f"the runner exited at once with exit code {process.returncode}\n{said}".rstrip())
             failure.exit_code = process.returncode if process.returncode > 0 else ExitCode.ERROR
             raise failure
         if clock.boot() > until and lock.holder() == process.pid:
             break  # its first cycle takes long
         if clock.boot() > until:
-            raise Error(f"the runner (process {process.pid}) is not ready after {START_SECONDS} s", f"look into {log}")
+            raise Error(f"the runner (process {process.pid}) is not ready after {START_SECONDS} s", f"see {log}")
         clock.wait(queue.SimpleQueue(), NEWS_SECONDS)
     return process.pid
 
 
 def _is_at_work(configuration: Configuration, number: int) -> bool:
-    """Whether this process has begun its work on the database."""
+    """Whether this process works on the database."""
     if RunnerLock(configuration.database).holder() != number:
         return False
     with contextlib.closing(open_database(configuration.database)) as database:
         return bool(database.value("select pid = ? from runner where stopped_at is null", (number,)))
 
 
-def stop_runner(lock: RunnerLock, seconds: float) -> int | None:
-    """Ask the runner to stop and wait until it has. Returns its process id, or None when there is none. Raises
-    Error when it cannot be asked, or has not stopped in time."""
-    holder, clock = lock.holder(), Clock()
+def stop_runner(configuration: Configuration, seconds: float | None) -> int | None:
+    """Stop the runner and wait for its end, `seconds` or 15 more than its grace time. Returns its process id, or None
+    when there is none. Raises Error when it cannot be signalled, or does not stop in time."""
+    lock, clock = RunnerLock(configuration.database), Clock()
+    holder, seconds = lock.holder(), configuration.grace_seconds + 15 if seconds is None else seconds
     if holder is None:
         return None
     if not holder:
-        raise Error(f"{lock.path} does not say which process holds it", "stop it by hand")
+        raise Error(f"{lock.path} does not name the process that holds it", "stop that process yourself")
     try:
         os.kill(holder, signal.SIGTERM)
     except ProcessLookupError:
@@ -8942,26 +8911,68 @@ def stop_runner(lock: RunnerLock, seconds: float) -> int | None:
     while lock.holder() == holder:
         if clock.boot() > until:
             raise Error(
-                f"process {holder} has not stopped within {format_duration(seconds)}",
-                "ask again: a second signal ends it at once",
+                f"process {holder} did not stop within {format_duration(seconds)}",
+                "run stop again: a second signal ends it at once",
             )
         clock.wait(queue.SimpleQueue(), NEWS_SECONDS)
     return holder
 
 
-def log_words(database: Database, most: int, *, follow: bool) -> list[str]:
-    """The command that shows what the last runner has written. Raises Error when nobody has kept it."""
+def obey_signals(runner: Runner) -> None:
+    """The first signal stops the runner cleanly, the second at once; the next start requeues what ran."""
+    seen: list[int] = []
+
+    def obey(number: int, _frame: object) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            end_processes(str(runner.configuration.database))
+            os._exit(ExitCode.INTERRUPTED)
+        runner.stop(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, obey)
+
+
+def run_held(limiter: Limiter, held: ActivePermit, words: Sequence[str]) -> int:
+    """Run a command that uses a permit and return its exit code. SIGTERM and SIGHUP are passed on to it; SIGINT reaches
+    it from the terminal."""
+    early: list[int] = []  # signals before there is a process to pass them on to
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: early.append(number))
+    try:
+        process = subprocess.Popen(words)  # noqa: S603  # the user's own words, without a shell
+    except OSError as error:
+        limiter.release(held, used=False)
+        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    signal.signal(signal.SIGINT, lambda *_: None)
+    for missed in early:
+        process.send_signal(missed)
+    code = process.wait()
+    if code == 0:
+        held.answered(200, {})
+    limiter.release(held)
+    return code if code >= 0 else 128 - code
+
+
+def show_log(database: Database, most: int, *, follow: bool) -> None:
+    """Become the command that shows the log of the last runner. Raises Error when there is none."""
     row = next(iter(database.read("select unit, log from runner")), None)
     if row and row["log"] and Path(row["log"]).exists():
-        return ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
-    if row and row["unit"]:
-        kind = "--user-unit" if "/user@" in row["unit"] else "--unit"
-        unit = row["unit"].rpartition("/")[2]
-        return ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]
-    raise Error(
-        "nobody has kept what the last runner wrote",
-        "`adce.py start` keeps it in a file, systemd in its journal, `run --log FILE` where you say",
-    )
+        words = ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
+    elif row and row["unit"]:
+        kind, unit = "--user-unit" if "/user@" in row["unit"] else "--unit", row["unit"].rpartition("/")[2]
+        words = ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]
+    else:
+        hint = "`adce.py start` logs to a file, `run --log FILE` to FILE, a unit of systemd to the journal"
+        raise Error("the last runner kept no log", hint)
+    sys.stdout.flush()
+    try:
+        os.execvp(words[0], words)  # noqa: S606  # the system's own programs
+    except OSError as error:
+        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------- Trials
@@ -8992,28 +9003,127 @@ def declare(database: Database, configuration: Configuration, clock: Clock) -> N
         declare_datasets(sql, configuration)
 
 
-# ---------------------------------------------------------------- Answers
-# One function for each command that only shows something. Data go to stdout, everything else to stderr.
+# ---------------------------------------------------------------- Command line
+# From words to a command, and to an exit code. Headlines: command(), main().
 
 Arguments = argparse.Namespace
+Act = TypeVar("Act", bound=Callable[[Arguments, Configuration], int | None])  # returns an exit code; None: done
+Option = tuple[tuple[str, ...], Mapping[str, Any]]  # as add_argument() takes it
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: the function that does it, and its options."""
+
+    name: str
+    act: Callable[[Arguments, Configuration], int | None]
+    options: tuple[Option, ...]
+    needs_declarations: bool  # else the database is enough: it works in spite of a mistake in adce.yaml
+
+
+def option(*names: str, **settings: Any) -> Option:
+    """Declare one argument of a command."""
+    return names, settings
+
+
+def command(*options: Option, needs_declarations: bool = True) -> Callable[[Act], Act]:
+    """Make a function `command_NAME` the command NAME; its docstring is the help."""
+
+    def mark(act: Act) -> Act:
+        vars(act)["command"] = Command(act.__name__.removeprefix("command_"), act, options, needs_declarations)
+        return act
+
+    return mark
+
+
+def commands() -> list[Command]:
+    """The commands of this module, in the order of their definition."""
+    return [found for act in globals().values() if isinstance(found := getattr(act, "command", None), Command)]
+
+
+def _kind(name: str, read: Callable[[str], Any], is_good: Callable[[Any], bool] = lambda _: True) -> Any:
+    """The type of an argument: what `read` makes of a text, if it is good."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = read(text)
+            if is_good(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name}")
+
+    return parse
+
+
+POSITIVE = _kind("a number above 0", float, lambda value: 0 < value < math.inf)
+COUNT = _kind("a number from 1 up", int, lambda value: 0 < value < 1 << 63)
+YEAR = _kind("a year", int, lambda value: 1000 <= value < 3000)
+DURATION = _kind("a duration; write 90s, 15m, 6h or 1d", parse_duration)
+PATH = _kind("a path", lambda text: Path(text).absolute())
+EVERYWHERE = (
+    option("-c", "--config", metavar="FILE", help="else $ADCE_CONFIG, ./adce.yaml, the adce.yaml beside adce.py"),
+    option("--db", metavar="FILE", help="else $ADCE_DB, the configured database"),
+    option("--format", choices=FORMATS, help="of data on stdout (table)"),
+    option("-q", "--quiet", action="store_true", help="print only data and errors"),
+    option("-v", "--verbose", action="store_true", help="log every attempt"),
+)
+FILTERS = (option("--source", help="only this source"), option("--dataset", help="only this dataset"))
+SCOPE = option("scope", metavar="SOURCE", help="a source, or global for all")
+TIMEOUT = option("--timeout", type=DURATION, metavar="45s", help="how long to wait for its end (grace_seconds + 15)")
+LIMIT = option("--limit", type=COUNT, default=20, metavar="N", help="at most N rows (20)")
+RENAMED = {"--most": "--limit", "--believe": "--accept-loss"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that suggests the nearest choice, as Python 3.14 does."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            near = suggest(value, action.choices) or f" (choose from {', '.join(action.choices)})"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{near}")
+
+
+def build_parser() -> Parser:
+    """The parser of commands(); the common options may stand before or after the command."""
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    for names, settings in EVERYWHERE:
+        common.add_argument(*names, **settings)
+    description = (__doc__ or "").partition("\n")[0]
+    parser = Parser(prog="adce.py", description=description, parents=[common], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ADCE {__version__}, SQLite {sqlite3.sqlite_version}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for each in commands():
+        meaning = (each.act.__doc__ or "").removesuffix(".")
+        sub = subparsers.add_parser(each.name, help=meaning, description=meaning, parents=[common], allow_abbrev=False)
+        for names, settings in each.options:
+            sub.add_argument(*names, **settings)
+        sub.set_defaults(chosen=each)
+    return parser
+
+
+def parse_arguments(words: Sequence[str]) -> Arguments:
+    """Parse a command line; `--` begins the command of acquire, which is not parsed. Exits on wrong usage."""
+    end = words.index("--") if "--" in words else len(words)
+    defaults = Arguments(config=None, db=None, format="table", quiet=False, verbose=False)
+    parser = build_parser()
+    for name in (word.partition("=")[0] for word in words[:end]):
+        if name in RENAMED:
+            parser.error(f"{name} is now {RENAMED[name]}")
+    arguments, unknown = parser.parse_known_args(words[:end], defaults)
+    if unknown:
+        known = [name for names, _ in (*EVERYWHERE, *arguments.chosen.options) for name in names]
+        near = suggest(unknown[0].partition("=")[0], known) if unknown[0].startswith("--") else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+    if words[end + 1 :]:
+        if arguments.command != "acquire":
+            parser.error("only acquire runs another command")
+        if arguments.words:
+            parser.error(f"the command begins after --, unexpected: {' '.join(arguments.words)}")
+        arguments.words = words[end + 1 :]
+    return arguments
 
 
 def _existing(configuration: Configuration) -> Database:
     return open_database(configuration.database, must_exist=True)
-
-
-def _known(what: str, name: str | None, names: Iterable[str]) -> str | None:
-    """A name that was typed. A misspelt one must not look like one that has nothing to show."""
-    if name is not None and name not in names:
-        raise Error(f'{what} "{name}" is not defined{suggest(name, names)}')
-    return name
-
-
-def _filters(arguments: Arguments, configuration: Configuration) -> dict[str, str | None]:
-    return {
-        "source": _known("source", arguments.source, configuration.sources),
-        "dataset": _known("dataset", arguments.dataset, configuration.datasets),
-    }
 
 
 def _print(arguments: Arguments, sections: Sequence[Section], notes: Iterable[str] = ()) -> None:
@@ -9024,15 +9134,87 @@ def _print(arguments: Arguments, sections: Sequence[Section], notes: Iterable[st
             print(note, file=sys.stderr)
 
 
-def _tell(arguments: Arguments, text: str, **facts: Any) -> None:
-    """What a command has done: in a sentence, or its facts in the format that was asked for."""
+def print_result(arguments: Arguments, text: str, **facts: Any) -> None:
+    """The result of a command: a sentence, or its facts in the chosen format."""
     if not arguments.quiet:
         print(text if arguments.format == "table" else render([Section("done", "", [facts], True)], arguments.format))
 
 
+def _open_standard_files() -> None:
+    """A standard file that came closed would lend its number to the database, and errors be written there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks becomes ?
+
+
+def _configuration_for(arguments: Arguments) -> Configuration:
+    path, given = find_configuration(arguments.config), arguments.db or os.environ.get("ADCE_DB")
+    database = Path(given).absolute() if given else None
+    try:
+        configuration = load_configuration(path)
+    except ConfigurationError:
+        database = database or database_named_in(path)
+        if arguments.chosen.needs_declarations or not database.exists():
+            raise
+        print(f"adce.py: {path} cannot be used (see adce.py check); using {database}", file=sys.stderr)
+        configuration = Configuration(path, database, store="")
+    return dataclasses.replace(configuration, database=database) if database else configuration
+
+
+def _check_names(arguments: Arguments, configuration: Configuration) -> None:
+    """A misspelt name must not look like one that has nothing to show."""
+    sources, datasets = configuration.sources, configuration.datasets
+    for place, what, known in (
+        ("scope", "source", {*sources, GLOBAL}),
+        ("source", "source", sources),
+        ("dataset", "dataset", datasets),
+        ("accept_loss", "dataset", datasets),
+    ):
+        given = getattr(arguments, place, None) or []
+        for name in [given] if isinstance(given, str) else given:
+            if name not in known:
+                raise Error(f'{what} "{name}" is not defined{suggest(name, known)}')
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    _open_standard_files()
+    arguments = parse_arguments(sys.argv[1:] if words is None else words)
+    try:
+        configuration = _configuration_for(arguments)
+        set_foreign_log_aside(configuration.database)
+        _check_names(arguments, configuration)
+        code = arguments.chosen.act(arguments, configuration) or ExitCode.DONE
+        sys.stdout.flush()
+    except Error as error:
+        with contextlib.suppress(OSError):  # stderr may be closed
+            print(f"adce.py: {error}" if not isinstance(error, ConfigurationError) else error, file=sys.stderr)
+            if error.hint:
+                print(f"Try: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the final flush must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough
+            return ExitCode.DONE
+        print(f"adce.py: {error}", file=sys.stderr)
+        return ExitCode.ERROR
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    return code
+
+
+# ---------------------------------------------------------------- Commands
+# One function for each command. Data go to stdout, everything else to stderr.
+
+
+@command(LIMIT)
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
-    notes = ["", "Nothing was written and nothing was asked; the store was only listed and read."]
     clock = Clock()
     with trial(configuration) as (database, store):
         before = expected_by_dataset(database)
@@ -9046,98 +9228,25 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
             while wake_retries(sql, sys.maxsize if is_once else clock.wall()) >= PAGE:
                 pass
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
-    _print(arguments, plan_sections(database, before, arguments.most), notes)
+    note = "Nothing was written and nothing was asked; the store was only listed and read."
+    _print(arguments, plan_sections(database, before, arguments.limit), ["", note])
     if error:
         print(f"adce.py: the cycle had trouble: {error}", file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
 
 
-def command_report(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show coverage, queue, attempts, limits and cycles."""
-    database, now = _existing(configuration), Clock().wall()
-    if arguments.format == "html":
-        print(page(database, status_sections(database, configuration, RunnerLock(configuration.database), now), now))
-        return ExitCode.DONE
-    scrapers = {dataset.name: scraper_of(dataset) for dataset in configuration.datasets.values()}
-    _print(arguments, report_sections(database, scrapers, arguments.since, now), ["", *next_steps(database)])
-    return ExitCode.DONE
-
-
-def command_status(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show in one screen how things are; exit 4 when no runner works."""
-    database, lock = _existing(configuration), RunnerLock(configuration.database)
-    _print(arguments, status_sections(database, configuration, lock, Clock().wall()))
-    return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
-
-
-def command_health(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show whether the runner does its work; exit 4 when there is none, or when it is stuck."""
-    database, lock, now = _existing(configuration), RunnerLock(configuration.database), Clock().wall()
-    found = problems(database, configuration, now, now - HOUR)
-    if lock.holder() is None:
-        found = {"not running": "no runner works on this database"}
-    state = {
-        "status": "unhealthy" if found else "healthy",
-        "timestamp": utc_text(now),
-        "problems": "; ".join(found.values()),
-    }
-    _print(arguments, [Section("health", "", [state], is_one=True)])
-    return ExitCode.NOT_RUNNING if found else ExitCode.DONE
-
-
-def command_logs(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show the last events of the runner, or follow them."""
-    words = log_words(_existing(configuration), arguments.tail, follow=arguments.follow)
-    sys.stdout.flush()
-    try:
-        os.execvp(words[0], words)  # noqa: S606  # it shows and follows files better than we could
-    except OSError as error:
-        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
-
-
-def command_tasks(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """List the open tasks, the most urgent first."""
-    filters = {"state": arguments.state, **_filters(arguments, configuration)}
-    _print(arguments, tasks_sections(_existing(configuration), filters, arguments.most))
-    return ExitCode.DONE
-
-
-def command_task(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show one task with all its attempts."""
-    _print(arguments, task_sections(_existing(configuration), arguments.task_id))
-    return ExitCode.DONE
-
-
-def command_coverage(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show what is expected and what is there, by dataset and season."""
-    filters = _filters(arguments, configuration)
-    database = _existing(configuration)
-    sections = coverage_sections(database, by_day=arguments.by_day, year=arguments.year, **filters)
-    if arguments.format == "table" and not arguments.by_day:
-        sections.append(strip_section(database, arguments.year, Clock().wall()))
-    _print(arguments, sections)
-    return ExitCode.DONE
-
-
-def command_check(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Check the configuration, the database, the store and, with --online, the sources."""
-    rows = check_rows(configuration, online=arguments.online)
-    _print(arguments, [Section("checks", "", rows)])
-    return ExitCode.ERROR if any(row["result"] == "FAIL" for row in rows) else ExitCode.DONE
-
-
-def command_example(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Print a ready text for another program."""
-    print(example(arguments.name, configuration), end="")
-    return ExitCode.DONE
-
-
-# ---------------------------------------------------------------- Commands
-# Obeys: one function for each command that does something.
-
-
+@command(
+    option("--once", action="store_true", help="one cycle, one attempt at each open task; exit 3: gaps are left"),
+    option("--dry-run", action="store_true", help="the same as plan"),
+    option("--interval-minutes", type=POSITIVE, metavar="N", help="between cycles"),
+    option("--interval-hours", type=POSITIVE, metavar="N", help="older form of --interval-minutes"),
+    option("--max-minutes", type=POSITIVE, metavar="N", help="stop cleanly after N minutes"),
+    option("--if-locked", choices=("fail", "skip"), default="fail", help="skip: exit 0, silent, if another runs"),
+    option("--log", type=PATH, metavar="FILE", help="log to FILE, 20 MB at most, instead of stderr"),
+    LIMIT,
+)
 def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Keep the lake complete until told to stop."""
+    """Keep the lake complete until stopped."""
     minutes = arguments.interval_minutes or (arguments.interval_hours or 0) * 60
     if minutes:
         configuration = dataclasses.replace(configuration, interval_seconds=minutes * MINUTE)
@@ -9150,66 +9259,47 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         if arguments.if_locked == "skip":
             return ExitCode.DONE
         raise
-    stream: TextIO = sys.stderr if arguments.log is None else cast(TextIO, LogFile(arguments.log))
-    journal = Journal(stream, "ERROR" if arguments.quiet else "DEBUG" if arguments.verbose else "INFO")
-    # whatever uses adce.session() in this process means this configuration
+    level = "ERROR" if arguments.quiet else "DEBUG" if arguments.verbose else "INFO"
+    journal = Journal(log_file(arguments.log) if arguments.log else sys.stderr, level)
+    # adce.session() in this process and its children uses this configuration
     os.environ.update(ADCE_CONFIG=str(configuration.path), ADCE_DB=str(configuration.database))
     runner = Runner(configuration, database, open_store(configuration.store), journal)
-    if stream.isatty() and not arguments.quiet and os.environ.get("TERM") != "dumb":
+    if not (arguments.log or arguments.quiet) and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         journal.screen = LiveScreen(sys.stderr, database, configuration)
-    _obey_signals(runner)
+    obey_signals(runner)
     with contextlib.ExitStack() as stack:
         address = None
         if configuration.health_check.enabled and not arguments.once:
-            health = HealthServer(configuration, database, lock, runner.clock, lambda: journal.trouble)
-            address = stack.enter_context(_serving(health, journal))
-        stack.enter_context(Alerter(configuration, database, journal, runner.clock, is_once=arguments.once))
+            health = HealthServer(configuration, database, lock, runner.clock, lambda: journal.database_error)
+            stack.callback(health.stop)
+            try:
+                address = f"http://127.0.0.1:{health.start()}/"
+                journal.write("INFO", "health", address=address)
+            except Error as error:  # the port is taken
+                journal.write("WARN", "health", error=str(error), hint=error.hint)
+        alerter = Alerter(configuration, database, journal, runner.clock)
+        if not arguments.once:
+            alerter.start()
+        stack.callback(alerter.stop)
         code = runner.run(
             once=arguments.once,
             max_seconds=(arguments.max_minutes or math.inf) * MINUTE,
             presence=Presence(address, arguments.log),
         )
+        if arguments.once:
+            alerter.work()
     database.close()
     return code
 
 
-def _obey_signals(runner: Runner) -> None:
-    """The first signal stops cleanly, the second at once; the next start requeues what ran."""
-    seen: list[int] = []
-
-    def obey(number: int, _frame: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            end_processes(str(runner.configuration.database))
-            os._exit(ExitCode.INTERRUPTED)
-        runner.stop(signal.Signals(number).name)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
-            signal.signal(number, obey)
-
-
-@contextlib.contextmanager
-def _serving(health: HealthServer, journal: Journal) -> Iterator[str | None]:
-    """Answer over HTTP meanwhile, at an address. A port that is taken is told, and stops nothing."""
-    address = None
-    try:
-        address = f"http://127.0.0.1:{health.start()}/"
-        journal.write("INFO", "health", address=address)
-    except Error as error:
-        journal.write("WARN", "health", error=str(error), hint=error.hint)
-    try:
-        yield address
-    finally:
-        health.stop()
-
-
+@command(
+    option("--full", action="store_true", help="look at everything, not only at a share of it"),
+    option("--accept-loss", action="append", default=[], metavar="DATASET", help="open the gaps of a mass loss"),
+)
 def command_reconcile(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Run one cycle, or have the runner do it, and show what it found; nothing is fetched."""
-    for name in arguments.believe:
-        _known("dataset", name, configuration.datasets)
+    """Run one cycle, by the runner if one works, and show what it found; nothing is fetched."""
     database, lock = open_database(configuration.database), RunnerLock(configuration.database)
-    options = CycleOptions(arguments.full, frozenset(arguments.believe))
+    options = CycleOptions(arguments.full, frozenset(arguments.accept_loss))
     try:
         lock.acquire()
         cycle_id = _own_cycle(database, configuration, options)
@@ -9237,19 +9327,20 @@ def _cycle_of_runner(database: Database, configuration: Configuration, lock: Run
     since = clock.wall()
     with database.transaction() as sql:
         cycle_id = request_cycle(sql, options)
-    print(f"The runner (process {holder}) does it, with the configuration it has started with.", file=sys.stderr)
+    print(f"The runner (process {holder}) runs it, with the configuration it started with.", file=sys.stderr)
     ended = "select 1 from reconciliations where cycle_id = ? and seconds is not null"
     while database.value(ended, (cycle_id,)) is None:
         if lock.holder() is None:
-            raise Error("the runner has ended before the cycle did", "ask again; the next runner begins with a cycle")
+            raise Error("the runner exited before the cycle ended", "try again; a new runner starts with a cycle")
         if stuck := problems(database, configuration, clock.wall(), since).get("loop stuck"):
-            raise Error(stuck, "look into it with: adce.py logs")
+            raise Error(stuck, "see: adce.py logs")
         clock.wait(queue.SimpleQueue(), 1, database.has_news)
     return cycle_id
 
 
-def command_backup(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Copy the database while others work on it."""
+@command(option("file", type=PATH, metavar="FILE", help="a new file"), needs_declarations=False)
+def command_backup(arguments: Arguments, configuration: Configuration) -> None:
+    """Copy the database, also while the runner works."""
     is_shown = sys.stderr.isatty() and not arguments.quiet
 
     def show(left: int, total: int) -> None:
@@ -9258,485 +9349,234 @@ def command_backup(arguments: Arguments, configuration: Configuration) -> ExitCo
 
     back_up(_existing(configuration), arguments.file, show)
     size = arguments.file.stat().st_size
-    _tell(arguments, f"{arguments.file} holds {size:,} bytes and was checked", file=str(arguments.file), bytes=size)
-    return ExitCode.DONE
+    print_result(
+        arguments, f"{arguments.file} holds {size:,} bytes and was checked", file=str(arguments.file), bytes=size
+    )
 
 
-def command_start(arguments: Arguments, configuration: Configuration) -> ExitCode:
+@command()
+def command_start(arguments: Arguments, configuration: Configuration) -> None:
     """Start the runner in the background."""
-    _report_start(arguments, configuration)
-    return ExitCode.DONE
-
-
-def _report_start(arguments: Arguments, configuration: Configuration) -> None:
     log = configuration.database.with_name(f"{configuration.database.name}.log")
-    words = ["--verbose"] if arguments.verbose else []
-    number = start_runner(configuration, words, log)
+    number = start_runner(configuration, ["--verbose"] if arguments.verbose else [], log)
     address = _existing(configuration).value("select address from runner")
-    text = f"started process {number}, which writes to {log}" + (f" and answers at {address}" if address else "")
-    _tell(arguments, text, started=number, log=str(log), address=address)
+    text = f"process {number} started, log {log}" + (f", serving {address}" if address else "")
+    print_result(arguments, text, started=number, log=str(log), address=address)
     if configuration.health_check.enabled and not address:
         port = configuration.health_check.port
-        print(f"adce.py: nothing answers over HTTP, because port {port} cannot be used", file=sys.stderr)
+        print(f"adce.py: no HTTP server, because port {port} cannot be used", file=sys.stderr)
 
 
+@command(TIMEOUT, needs_declarations=False)
 def command_stop(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Stop the runner and wait until it has ended; exit 4 when there is none."""
-    number = stop_runner(RunnerLock(configuration.database), _patience_of(arguments, configuration))
-    told = "no runner works on this database" if number is None else f"process {number} has stopped"
-    _tell(arguments, told, stopped=number)
+    """Stop the runner and wait for its end; exit 4 when there is none."""
+    number = stop_runner(configuration, arguments.timeout)
+    text = "no runner works on this database" if number is None else f"process {number} stopped"
+    print_result(arguments, text, stopped=number)
     return ExitCode.NOT_RUNNING if number is None else ExitCode.DONE
 
 
-def _patience_of(arguments: Arguments, configuration: Configuration) -> float:
-    return configuration.grace_seconds + 15 if arguments.timeout is None else cast(float, arguments.timeout)
-
-
-def command_restart(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Stop the runner, if there is one, and start it with the configuration as it is now."""
-    lock = RunnerLock(configuration.database)
-    if lock.holder() is not None:
+@command(TIMEOUT)
+def command_restart(arguments: Arguments, configuration: Configuration) -> None:
+    """Stop the runner, if there is one, and start it with the current configuration."""
+    if RunnerLock(configuration.database).holder() is not None:
         unit = _existing(configuration).value("select unit from runner")
         if unit:
             name = unit.rpartition("/")[2]
             raise Error(f"the runner belongs to the unit {name} of systemd", f"systemctl restart {name}")
-        stop_runner(lock, _patience_of(arguments, configuration))
-    _report_start(arguments, configuration)
-    return ExitCode.DONE
+        stop_runner(configuration, arguments.timeout)
+    command_start(arguments, configuration)
 
 
-def _scope_of(arguments: Arguments, configuration: Configuration) -> str:
-    return cast(str, _known("source", arguments.source, [*configuration.sources, GLOBAL]))
-
-
-def command_pause(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Ask a source no more, for some time or until it is resumed."""
-    database, clock, scope = open_database(configuration.database), Clock(), _scope_of(arguments, configuration)
+@command(
+    SCOPE,
+    option("--for", dest="seconds", type=DURATION, metavar="2h", help="else until it is resumed"),
+    option("--reason", default="", metavar="TEXT", help="shown in status"),
+)
+def command_pause(arguments: Arguments, configuration: Configuration) -> None:
+    """Pause a source for some time, or until it is resumed."""
+    database, clock, scope = open_database(configuration.database), Clock(), arguments.scope
     with database.transaction() as sql:
         declare_limits(sql, configuration, clock)
         pause_source(sql, scope, arguments.seconds, arguments.reason, clock.boot())
     until = database.value("select blocked_until from rates where scope = ?", (scope,)) or utc_text(clock.wall())
-    told = "it is resumed" if arguments.seconds is None else until
     facts = {"paused": scope, "until": None if arguments.seconds is None else until}
-    _tell(arguments, f"{scope} is paused until {told}; what runs may end", **facts)
-    return ExitCode.DONE
+    text = f"{scope} is paused until {facts['until'] or 'it is resumed'}; running attempts may finish"
+    print_result(arguments, text, **facts)
 
 
-def command_resume(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Ask a source again, whoever has paused it, and try at once what has failed."""
-    database, clock, scope = open_database(configuration.database), Clock(), _scope_of(arguments, configuration)
+@command(SCOPE)
+def command_resume(arguments: Arguments, configuration: Configuration) -> None:
+    """Lift a pause, whatever its cause, and retry at once what has failed."""
+    database, clock, scope = open_database(configuration.database), Clock(), arguments.scope
     with database.transaction() as sql:
         declare_limits(sql, configuration, clock)
         was_paused, count = resume_source(sql, scope, clock.boot())
-    begun = f"{scope} is asked again" if was_paused else f"{scope} was not paused"
-    text = f"{begun}; {count} {'task that waits is' if count == 1 else 'tasks that wait are'} tried again now"
-    _tell(arguments, text if count else begun, resumed=scope, was_paused=was_paused, retried=count)
-    return ExitCode.DONE
+    text = f"{scope} resumed" if was_paused else f"{scope} was not paused"
+    text += f"; {count} waiting task{'s' * (count != 1)} will be retried now" if count else ""
+    print_result(arguments, text, resumed=scope, was_paused=was_paused, retried=count)
 
 
+@command(
+    option("task_ids", type=COUNT, nargs="*", metavar="ID"),
+    option("--state", choices=(TaskState.RETRY.value, TaskState.GAVE_UP.value)),
+    *FILTERS,
+    option("--error", metavar="TEXT", help="only those whose last error contains TEXT"),
+    option("-n", "--dry-run", action="store_true", help="only list them"),
+    option("--yes", action="store_true", help="do not ask for confirmation"),
+    option("--limit", type=COUNT, metavar="N", help="at most N tasks"),
+)
 def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Try tasks again now that wait or gave up: those named, or all that meet the filters."""
+    """Retry waiting and given-up tasks now: those named, or all that match the filters."""
     database = _existing(configuration)
-    filters = {"state": arguments.state, "error": arguments.error, **_filters(arguments, configuration)}
-    task_ids = tasks_to_retry(database, filters, arguments.task_ids)
+    task_ids = tasks_to_retry(database, vars(arguments), arguments.task_ids)
     if missing := sorted(set(arguments.task_ids) - set(task_ids)):
-        raise Error(f"not waiting and not given up: {', '.join(map(str, missing))}", "see: adce.py task ID")
-    task_ids = task_ids[: arguments.most]
-    if not (task_ids or arguments.dry_run):
-        _tell(arguments, "no task that waits or gave up matches", retried=0)
-        return ExitCode.DONE
+        raise Error(f"not in state retry or gave_up: {', '.join(map(str, missing))}", "see: adce.py task ID")
+    task_ids = task_ids[: arguments.limit]
     if arguments.dry_run:
         _print(arguments, [Section("tasks", f"{len(task_ids)} tasks", rows_of_tasks(database, task_ids))])
         return ExitCode.DONE
-    if not (arguments.task_ids or arguments.yes or _is_meant(f"Try {len(task_ids)} tasks again now?")):
+    if not task_ids:
+        print_result(arguments, "no task in state retry or gave_up matches", retried=0)
+        return ExitCode.DONE
+    if not (arguments.task_ids or arguments.yes or _confirm(f"Retry {len(task_ids)} tasks now?")):
         print(f"adce.py: {len(task_ids)} tasks match; nothing was done", file=sys.stderr)
-        print("Try: the same with --yes, or with -n to see them", file=sys.stderr)
+        print("Try: --yes to retry them, -n to list them", file=sys.stderr)
         return ExitCode.USAGE
     with database.transaction() as sql:
         count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
-    _tell(arguments, f"{count} {'task is' if count == 1 else 'tasks are'} tried again now", retried=count)
+    print_result(arguments, f"{count} task{'s' * (count != 1)} will be retried now", retried=count)
     if not arguments.quiet:
-        _tell_obstacles(database, configuration)
+        _print_obstacles(database, configuration)
     return ExitCode.DONE
 
 
-def _is_meant(question: str) -> bool:
-    """What a person at a terminal answers; nobody there means no."""
+def _confirm(question: str) -> bool:
+    """The answer of a person at the terminal; without a terminal: no."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _tell_obstacles(database: Database, configuration: Configuration) -> None:
+def _print_obstacles(database: Database, configuration: Configuration) -> None:
     if RunnerLock(configuration.database).holder() is None:
-        print("No runner works now; the next one will know.", file=sys.stderr)
+        print("No runner works now; the next one will retry them.", file=sys.stderr)
     for row in query(database, "select distinct scope, reason from rates where blocked_until is not null"):
         print(f"{row['scope']} is paused: {row['reason']} (adce.py resume {row['scope']})", file=sys.stderr)
 
 
-def command_skip(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Want the objects of these tasks no more, until they are retried."""
+@command(
+    option("task_ids", type=COUNT, nargs="+", metavar="ID"),
+    option("--reason", default="excluded by the operator", metavar="TEXT", help="shown in the view skipped"),
+)
+def command_skip(arguments: Arguments, configuration: Configuration) -> None:
+    """Exclude the objects of these tasks until they are retried."""
     database = _existing(configuration)
     with database.transaction() as sql:
         skipped = skip_tasks(Ledger(sql, configuration, Clock().wall()), arguments.task_ids, arguments.reason)
         if missing := sorted(set(arguments.task_ids) - set(skipped)):
             raise Error(f"not open: {', '.join(map(str, missing))}", "see: adce.py tasks")
-    count = len(skipped)
-    what = "object is" if count == 1 else "objects are"
-    _tell(arguments, f"{count} {what} not wanted any more; `adce.py retry ID` undoes it", skipped=count)
-    return ExitCode.DONE
+    what = "1 object" if len(skipped) == 1 else f"{len(skipped)} objects"
+    print_result(arguments, f"{what} excluded; undo with: adce.py retry ID", skipped=len(skipped))
 
 
+@command(
+    option("source", metavar="SOURCE"),
+    option("--wait", type=DURATION, metavar="90s", help="give up after this time with exit 1"),
+    option("words", nargs="*", metavar="-- COMMAND", help="acquire exits with its exit code"),
+)
 def command_acquire(arguments: Arguments, configuration: Configuration) -> int:
-    """Wait until a source can be asked once more, then run the command that asks it; its exit code is ours."""
+    """Wait until a source can be asked once, then run the command that sends the request."""
     limiter = Limiter(configuration, open_database(configuration.database))
     held = limiter.acquire(arguments.source, arguments.wait)
-    if not arguments.words:
-        if not arguments.quiet:
-            counted = format_duration(held.permit.deadline - limiter.clock.boot())
-            print(
-                f"{arguments.source} may be asked once, within {SEND_WITHIN_SECONDS} s. Nobody will tell when that is "
-                f"over, so it counts as under way for {counted}.",
-                file=sys.stderr,
-            )
-        return ExitCode.DONE
-    return _run_held(limiter, held, arguments.words)
+    if not (arguments.words or arguments.quiet):
+        counted = format_duration(held.permit.deadline - limiter.clock.boot())
+        asked = f"{arguments.source} may be asked once, within {SEND_WITHIN_SECONDS} s"
+        print(f"{asked}; without a COMMAND that ends, the request counts as in flight for {counted}", file=sys.stderr)
+    return run_held(limiter, held, arguments.words) if arguments.words else ExitCode.DONE
 
 
-def _run_held(limiter: Limiter, held: ActivePermit, words: Sequence[str]) -> int:
-    """Run a command that uses a permit. SIGTERM and SIGHUP are passed on to it, SIGINT reaches it anyhow."""
-    early: list[int] = []  # signals that came before there was anybody to pass them on to
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: early.append(number))
-    try:
-        process = subprocess.Popen(words)  # noqa: S603  # the user's own words, without a shell
-    except OSError as error:
-        limiter.release(held, used=False)
-        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: process.send_signal(number))
-    signal.signal(signal.SIGINT, lambda *_: None)
-    for missed in early:
-        process.send_signal(missed)
-    code = process.wait()
-    if code == 0:
-        held.answered(200, {})
-    limiter.release(held)
-    return code if code >= 0 else 128 - code
+@command(option("--since", type=DURATION, default=DAY, metavar="24h", help="how far back attempts count"))
+def command_report(arguments: Arguments, configuration: Configuration) -> None:
+    """Show coverage, queue, attempts, limits and cycles."""
+    database, now = _existing(configuration), Clock().wall()
+    if arguments.format == "html":
+        print(page(database, status_sections(database, configuration, RunnerLock(configuration.database), now), now))
+        return
+    scrapers = {dataset.name: scraper_of(dataset) for dataset in configuration.datasets.values()}
+    _print(arguments, report_sections(database, scrapers, arguments.since, now), ["", *next_steps(database)])
 
 
-# ---------------------------------------------------------------- Command table
-# Every command and its options, as argparse takes them. Headline: COMMANDS.
+@command(needs_declarations=False)
+def command_status(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show the state of runner, lake, tasks and sources; exit 4 when no runner works."""
+    database, lock = _existing(configuration), RunnerLock(configuration.database)
+    _print(arguments, status_sections(database, configuration, lock, Clock().wall()))
+    return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One argument of a command, as argparse takes it."""
-
-    names: tuple[str, ...]
-    settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One command: its name, what it does, its options, and the function that does it."""
-
-    name: str
-    meaning: str
-    act: Callable[[Arguments, Configuration], int]
-    options: tuple[Option, ...] = ()
-    needs_declarations: bool = True  # else the database is enough, and a mistake in adce.yaml no obstacle
+@command(needs_declarations=False)
+def command_health(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Show whether the runner is healthy; exit 4 when there is none, or when it is stuck."""
+    database, lock, now = _existing(configuration), RunnerLock(configuration.database), Clock().wall()
+    found = problems(database, configuration, now, now - HOUR)
+    if lock.holder() is None:
+        found = {"not running": "no runner works on this database"}
+    state = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
+    _print(arguments, [Section("health", "", [{**state, "problems": "; ".join(found.values())}], is_one=True)])
+    return ExitCode.NOT_RUNNING if found else ExitCode.DONE
 
 
-def _option(*names: str, **settings: Any) -> Option:
-    return Option(names, settings)
-
-
-def _positive(text: str) -> float:
-    value = 0.0
-    with contextlib.suppress(ValueError):
-        value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text) if re.fullmatch(r"\d{1,19}", text) else 0
-    if not 0 < value < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
-    return value
-
-
-def _path(text: str) -> Path:
-    return Path(text).absolute()
-
-
-def _year(text: str) -> int:
-    if not re.fullmatch(r"[12]\d{3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a year")
-    return int(text)
-
-
-def _duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-FILTERS = (_option("--source", help="only this source"), _option("--dataset", help="only this dataset"))
-SOURCE = _option("source", metavar="SOURCE", help="a source, or global for all")
-TIMEOUT = _option("--timeout", type=_duration, metavar="45s", help="how long to wait for its end (grace_seconds + 15)")
-MOST = _option("--most", type=_count, default=20, metavar="N", help="at most so many rows (20)")
-COMMANDS = (
-    Command(
-        "run",
-        "keep the lake complete until told to stop",
-        command_run,
-        (
-            _option(
-                "--once",
-                action="store_true",
-                help="one cycle, then one attempt at every open task; exit 3 if something is left",
-            ),
-            _option("--dry-run", action="store_true", help="the same as plan"),
-            _option("--interval-minutes", type=_positive, metavar="N", help="between cycles"),
-            _option("--interval-hours", type=_positive, metavar="N", help="the older form of the same"),
-            _option("--max-minutes", type=_positive, metavar="N", help="stop cleanly after so long"),
-            _option(
-                "--if-locked", choices=("fail", "skip"), default="fail", help="skip: exit 0, silent, while another runs"
-            ),
-            _option("--log", type=_path, metavar="FILE", help="write events there, 20 MB at most, not to stderr"),
-            MOST,
-        ),
-    ),
-    Command("plan", "show what a run would do, without doing it", command_plan, (MOST,)),
-    Command(
-        "reconcile",
-        "run one cycle: compare what should be there with what is",
-        command_reconcile,
-        (
-            _option("--full", action="store_true", help="look at everything, not only at a share of it"),
-            _option(
-                "--believe", action="append", default=[], metavar="DATASET", help="its mass loss is real: open its gaps"
-            ),
-        ),
-    ),
-    Command(
-        "report",
-        "show coverage, queue, attempts, limits and cycles",
-        command_report,
-        (_option("--since", type=_duration, default=DAY, metavar="24h", help="how far back attempts count"),),
-    ),
-    Command(
-        "status",
-        "show in one screen how things are; exit 4 when no runner works",
-        command_status,
-        needs_declarations=False,
-    ),
-    Command(
-        "health",
-        "show whether the runner does its work; exit 4 when it does not",
-        command_health,
-        needs_declarations=False,
-    ),
-    Command(
-        "logs",
-        "show what the runner has written",
-        command_logs,
-        (
-            _option("--tail", type=_count, default=50, metavar="N", help="the last so many lines (50)"),
-            _option("--follow", action="store_true", help="and what follows"),
-        ),
-        needs_declarations=False,
-    ),
-    Command(
-        "backup",
-        "copy the database while others work on it",
-        command_backup,
-        (_option("file", type=_path, metavar="FILE", help="a file that does not exist yet"),),
-        needs_declarations=False,
-    ),
-    Command("start", "start the runner in the background", command_start),
-    Command("stop", "stop the runner and wait until it has ended", command_stop, (TIMEOUT,), needs_declarations=False),
-    Command("restart", "stop the runner and start it anew", command_restart, (TIMEOUT,)),
-    Command(
-        "pause",
-        "ask a source no more, for some time or until it is resumed",
-        command_pause,
-        (
-            SOURCE,
-            _option("--for", dest="seconds", type=_duration, metavar="2h", help="else until it is resumed"),
-            _option("--reason", default="", metavar="TEXT", help="for those who wonder"),
-        ),
-    ),
-    Command("resume", "ask a source again and try what has failed", command_resume, (SOURCE,)),
-    Command(
-        "retry",
-        "try tasks again now that wait or gave up",
-        command_retry,
-        (
-            _option("task_ids", type=_count, nargs="*", metavar="ID"),
-            _option("--state", choices=(TaskState.RETRY.value, TaskState.GAVE_UP.value)),
-            *FILTERS,
-            _option("--error", metavar="TEXT", help="only those whose last error contains this"),
-            _option("-n", "--dry-run", action="store_true", help="only show which"),
-            _option("--yes", action="store_true", help="do not ask"),
-            _option("--most", type=_count, metavar="N", help="at most so many of them"),
-        ),
-    ),
-    Command(
-        "skip",
-        "want the objects of these tasks no more",
-        command_skip,
-        (
-            _option("task_ids", type=_count, nargs="+", metavar="ID"),
-            _option("--reason", default="by hand", metavar="TEXT", help="for those who wonder"),
-        ),
-    ),
-    Command(
-        "tasks",
-        "list the open tasks, the most urgent first",
-        command_tasks,
-        (_option("--state", choices=["pending", "retry", "running", "gave_up"]), *FILTERS, MOST),
-    ),
-    Command(
-        "task", "show one task with all its attempts", command_task, (_option("task_id", type=_count, metavar="ID"),)
-    ),
-    Command(
-        "coverage",
-        "show what is expected and what is there, by dataset and season",
-        command_coverage,
-        (
-            *FILTERS,
-            _option("--by-day", action="store_true", help="by dataset and day instead"),
-            _option("--year", type=_year, help="of the days, or of the weeks that are drawn"),
-        ),
-    ),
-    Command(
-        "check",
-        "check configuration, database and store",
-        command_check,
-        (_option("--online", action="store_true", help="the sources too"),),
-    ),
-    Command(
-        "acquire",
-        "wait until a source can be asked, then run a command that sends it one request",
-        command_acquire,
-        (
-            _option("source", metavar="SOURCE"),
-            _option("--wait", type=_duration, metavar="90s", help="at most so long, else exit 1"),
-            _option("words", nargs="*", metavar="-- COMMAND", help="its exit code is that of acquire"),
-        ),
-    ),
-    Command(
-        "example",
-        "print a ready text for another program",
-        command_example,
-        (_option("name", choices=sorted([*EXAMPLES, "grafana"])),),
-    ),
+@command(
+    option("--tail", type=COUNT, default=50, metavar="N", help="the last N lines (50)"),
+    option("--follow", action="store_true", help="and new ones as they come"),
+    needs_declarations=False,
 )
+def command_logs(arguments: Arguments, configuration: Configuration) -> None:
+    """Show the last log lines of the runner, or follow them."""
+    show_log(_existing(configuration), arguments.tail, follow=arguments.follow)
 
 
-# ---------------------------------------------------------------- Command line
-# From words to an exit code. Headline: main().
+@command(option("--state", choices=["pending", "retry", "running", "gave_up"]), *FILTERS, LIMIT)
+def command_tasks(arguments: Arguments, configuration: Configuration) -> None:
+    """List the open tasks, the most urgent first."""
+    _print(arguments, tasks_sections(_existing(configuration), vars(arguments), arguments.limit))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of COMMANDS; the common options may stand before or after the command."""
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument(
-        "-c",
-        "--config",
-        metavar="FILE",
-        help="the configuration (else $ADCE_CONFIG, ./adce.yaml, the one beside adce.py)",
-    )
-    common.add_argument("--db", metavar="FILE", help="the database (else $ADCE_DB, the configured one)")
-    common.add_argument("--format", choices=FORMATS, help="of data on stdout (table)")
-    common.add_argument("-q", "--quiet", action="store_true", help="nothing but data and errors")
-    common.add_argument("-v", "--verbose", action="store_true", help="every attempt")
-    parser = argparse.ArgumentParser(
-        prog="adce.py", description=(__doc__ or "").partition("\n")[0], parents=[common], allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"ADCE {__version__}, SQLite {sqlite3.sqlite_version}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        sub = commands.add_parser(
-            command.name, help=command.meaning, description=command.meaning, parents=[common], allow_abbrev=False
-        )
-        for option in command.options:
-            sub.add_argument(*option.names, **option.settings)
-        sub.set_defaults(act=command.act, needs_declarations=command.needs_declarations)
-    return parser
+@command(option("task_id", type=COUNT, metavar="ID"))
+def command_task(arguments: Arguments, configuration: Configuration) -> None:
+    """Show one task with all its attempts."""
+    _print(arguments, task_sections(_existing(configuration), arguments.task_id))
 
 
-def parse_arguments(words: Sequence[str]) -> Arguments:
-    """What was typed. All that follows `--` belongs to another program and is not looked at. May exit."""
-    end = words.index("--") if "--" in words else len(words)
-    defaults = Arguments(config=None, db=None, format="table", quiet=False, verbose=False)
-    parser = build_parser()
-    arguments = parser.parse_args(words[:end], defaults)
-    if words[end + 1 :]:
-        if arguments.command != "acquire":
-            parser.error("only acquire runs another command")
-        if arguments.words:
-            parser.error(f"the command begins after --, so what is {' '.join(arguments.words)}?")
-        arguments.words = words[end + 1 :]
-    return arguments
+@command(
+    *FILTERS,
+    option("--by-day", action="store_true", help="by dataset and day"),
+    option("--year", type=YEAR, help="the year of the days, or of the weeks below the table"),
+)
+def command_coverage(arguments: Arguments, configuration: Configuration) -> None:
+    """Show what is expected and what is there, by dataset and season."""
+    database = _existing(configuration)
+    filters = {name: getattr(arguments, name) for name in ("by_day", "year", "source", "dataset")}
+    sections = coverage_sections(database, **filters)
+    if arguments.format == "table" and not arguments.by_day:
+        sections.append(strip_section(database, arguments.year, Clock().wall()))
+    _print(arguments, sections)
 
 
-def _open_standard_files() -> None:
-    """A standard file that came closed would lend its number to the database, and errors be written there."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout = sys.stdout or os.fdopen(1, "w")
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # of a letter that this terminal does not know: ?
+@command(option("--online", action="store_true", help="the sources too"))
+def command_check(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Check the configuration, the database, the store and, with --online, the sources."""
+    rows = check_rows(configuration, online=arguments.online)
+    _print(arguments, [Section("checks", "", rows)])
+    return ExitCode.ERROR if any(row["result"] == "FAIL" for row in rows) else ExitCode.DONE
 
 
-def _configuration_for(arguments: Arguments) -> Configuration:
-    path, given = find_configuration(arguments.config), arguments.db or os.environ.get("ADCE_DB")
-    database = Path(given).absolute() if given else None
-    try:
-        configuration = load_configuration(path)
-    except ConfigurationError:
-        database = database or database_named_in(path)
-        if arguments.needs_declarations or not database.exists():
-            raise
-        print(f"adce.py: {path} cannot be used (adce.py check tells why); this is about {database}", file=sys.stderr)
-        configuration = Configuration(path, database, store="")
-    return dataclasses.replace(configuration, database=database) if database else configuration
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Obey one command line and return its exit code."""
-    _open_standard_files()
-    arguments = parse_arguments(sys.argv[1:] if words is None else words)
-    try:
-        configuration = _configuration_for(arguments)
-        set_foreign_log_aside(configuration.database)
-        code: int = arguments.act(arguments, configuration)
-        sys.stdout.flush()
-    except Error as error:
-        with contextlib.suppress(OSError):  # whether anybody reads it or not
-            print(f"adce.py: {error}" if not isinstance(error, ConfigurationError) else error, file=sys.stderr)
-            if error.hint:
-                print(f"Try: {error.hint}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        with contextlib.suppress(OSError):  # what is left to flush goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
-            return ExitCode.DONE
-        print(f"adce.py: {error}", file=sys.stderr)
-        return ExitCode.ERROR
-    except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
-    return code
+@command(option("name", choices=sorted([*EXAMPLES, "grafana", "launchd"])))
+def command_example(arguments: Arguments, configuration: Configuration) -> None:
+    """Print a unit, a property list, a crontab line, alert rules or a dashboard."""
+    print(example(arguments.name, configuration), end="")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,16 @@ import pytest
 from conftest import ROOT, ManualClock
 from moto.server import ThreadedMotoServer
 from runners import processes_of, wait_until
+from test_queue import Desk
 
 import adce
 
-TEXT = """
-sources: {league: {base_url: "http://127.0.0.1:9"}}
+NUMBERS = [str(number) for number in range(1, 32)]
+TEXT = f"""
+retry: {{max_attempts: 99, initial_delay_seconds: 1, max_delay_seconds: 1}}
+sources: {{league: {{base_url: "http://127.0.0.1:9"}}}}
 datasets:
-  games: {source: league, key: "games/{n}", url: "/{n}", partitions: {values: {n: ["1", "2"]}}}
+  games: {{source: league, key: "games/{{n}}", url: "/{{n}}", partitions: {{values: {{n: {json.dumps(NUMBERS)}}}}}}}
 alerts:
 """
 
@@ -70,8 +73,8 @@ def listener() -> Iterator[Listener]:
 
 @pytest.fixture
 def alerter(configure, database, clock):
-    def make(text: str) -> adce.Alerter:
-        configuration = configure(TEXT + text)
+    def make(text: str, base: str = TEXT) -> adce.Alerter:
+        configuration = configure(base + text)
         with database.transaction() as sql:
             adce.declare_limits(sql, configuration, clock)
             adce.declare_datasets(sql, configuration)
@@ -90,14 +93,6 @@ def go_away(database: adce.Database, clock: ManualClock) -> None:
 def come_back(database: adce.Database) -> None:
     with database.transaction() as sql:
         sql.execute("update scopes set throttles = 0, reason = null where scope = 'league'")
-
-
-def expect_games(ledger: adce.Ledger, numbers: str) -> None:
-    """Games that the store was searched for in vain."""
-    ledger.sql.execute(adce.WANTED)
-    adce.expect(ledger, ledger.configuration.datasets["games"], [adce.Partition({"n": number}) for number in numbers])
-    for row in ledger.objects("true", {}):
-        ledger.note(row, proven=1)
 
 
 def note_cycle(sql: sqlite3.Connection, number: int, clock: ManualClock, error: str | None = None) -> None:
@@ -171,6 +166,15 @@ def test_broken_channel_is_shown_without_its_secret_and_gets_its_messages_later(
     assert database.value("select count(*) from broken_channels where channel = 'webhook'") == 0
 
 
+def test_broken_channel_is_forgotten_when_it_is_no_longer_configured(alerter, database, clock, listener):
+    at_work = alerter("  webhook: http://127.0.0.1:9\n")
+    go_away(database, clock)
+    live(at_work, clock, 0.1)
+    assert len(database.read("select * from broken_channels")) == 1
+    live(alerter(f"  ping: {listener.address}\n"), clock, 0.1)
+    assert database.read("select * from broken_channels") == []
+
+
 def test_state_survives_a_restart(alerter, database, clock, listener):
     text = f"  webhook: {listener.address}\n"
     go_away(database, clock)
@@ -180,104 +184,120 @@ def test_state_survives_a_restart(alerter, database, clock, listener):
     assert listener.subjects() == ["ADCE: source blocked, league"]
 
 
-@pytest.mark.parametrize(
-    "calm",
-    [
-        "update objects set task = 'retry'",  # a day that is not final yet
-        "update scopes set paused_until = 1e12 where scope = 'league'",  # by hand
-        "update scopes set paused_until = 1e12 where scope = 'global'",
-        "insert into attempts (object_id, started_at, seconds, outcome, requests) values (1, 1e12, 1, 'ok', 1)",
-        "insert into alerts values (1, 'source blocked', 'league', '', 1, 1e12, 1, 1e12)",  # and has just come back
-    ],
-)
-def test_what_waits_for_good_reasons_is_no_news(calm, alerter, database, clock, listener):
-    at_work = alerter(f"  webhook: {listener.address}\n  quiet_cycles: 3\n")
-    with database.transaction() as sql:
-        ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
-        expect_games(ledger, "1")
-        for number in range(3):
-            clock.advance(60)
-            note_cycle(sql, number + 1, clock)
-        sql.execute(calm)
-    live(at_work, clock, 0.1)
-    assert listener.subjects() == []
-    with database.transaction() as sql:
-        sql.execute("update scopes set paused_until = 0")
-        sql.execute("update objects set task = 'pending'")
-        sql.execute("delete from attempts")
-        sql.execute("delete from alerts")
-    live(at_work, clock, 0.1)
-    assert listener.subjects() == ["ADCE: nothing collected, lake"]
+def attempt(desk: Desk, outcome: adce.Outcome) -> None:
+    """One attempt at the best task, a little later."""
+    desk.clock.advance(2)
+    desk.end(desk.claim(), outcome)
 
 
-@pytest.mark.parametrize(
-    ("cause", "condition"),
-    [
-        (
-            "update scopes set paused_until = 1e12, reason = 'store: cannot write x: full' where scope = 'global'",
-            "store unusable",
-        ),
-        ("update objects set task = 'gave_up', last_error = 'HTTP 403' where object_id = 1", "gave up"),
-        (
-            "update objects set priority = 'CRITICAL', detected_at = 1, task = 'retry' where object_id = 1",
-            "critical gap",
-        ),
-        (
-            """
-            with recursive n(i) as (select 1 union all select i + 1 from n where i < 25)
-            insert into attempts (object_id, started_at, outcome, requests)
-            select 1, (select max(started_at) from reconciliations), 'error', 1 from n
-            """,
-            "errors",
-        ),
-        ("update reconciliations set error = 'the store is not there'", "cycles fail"),
-        (
-            "update reconciliations set error = 'days: 120 of 150 objects vanished at once' where cycle_id = 3",
-            "mass loss",
-        ),
-        ("update reconciliations set error = 'days: 120 of 150 objects vanished at once'", "mass loss"),  # once
-        ("update reconciliations set dropped = 101, expected = 908 where cycle_id = 3", "expected objects shrank"),
-        ("update objects set detected_at = 1 where object_id = 1", "nothing collected"),
-        ("update objects set detected_at = 1, task = 'retry', failures = 1", "nothing collected"),
-    ],
-)
-def test_each_condition_is_noticed(cause, condition, alerter, database, clock, listener):
+def note_cycles(desk: Desk, *numbers: int, error: str | None = None) -> None:
+    for number in numbers:
+        desk.clock.advance(60)
+        with desk.database.transaction() as sql:
+            note_cycle(sql, number, desk.clock, error)
+
+
+def pause(desk: Desk, scope: str, reason: str = "") -> None:
+    with desk.database.transaction() as sql:
+        adce.pause(sql, scope, 1e9, reason, desk.clock.boot())
+
+
+def be_away_for_a_while(desk: Desk, at_work: adce.Alerter) -> None:
+    go_away(desk.database, desk.clock)
+    live(at_work, desk.clock, 0.1)
+    come_back(desk.database)
+    live(at_work, desk.clock, 0.5)
+
+
+def note_drop(desk: Desk, dropped: int, expected: int) -> None:
+    """The last cycle has dropped so many objects, and expects so many."""
+    with desk.database.transaction() as sql:
+        sql.execute("update reconciliations set dropped = ?, expected = ?", (dropped, expected))
+
+
+CALM = {
+    "it is not final yet": lambda desk, _: [desk.end(desk.claim(), adce.Outcome.NOT_YET) for _ in "12"],
+    "its source is paused": lambda desk, _: pause(desk, "league"),
+    "all are paused": lambda desk, _: pause(desk, "global"),
+    "another was good": lambda desk, _: attempt(desk, adce.Outcome.OK),
+    "its source was away until just now": be_away_for_a_while,
+    None: lambda *_: None,
+}
+
+
+@pytest.mark.parametrize("why", CALM)
+def test_what_waits_for_a_good_reason_is_no_alert(why, alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n  quiet_cycles: 3\n")
-    with database.transaction() as sql:
-        ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
-        expect_games(ledger, "12")
-        for number in range(3):
-            note_cycle(sql, number + 1, clock)
+    desk = Desk(at_work.configuration, database, clock)
+    for number in "12":
+        desk.expect("games", n=number)
+    note_cycles(desk, 1)
+    CALM[why](desk, at_work)
+    note_cycles(desk, 2, 3)
+    live(at_work, clock, 0.1)
+    assert ("ADCE: nothing collected, lake" in listener.subjects()) == (why is None)
+
+
+VANISHED = "days: 120 of 150 objects vanished at once"
+CAUSES = {
+    "store unusable": lambda desk: pause(desk, "global", "store: cannot write x: full"),
+    "gave up": lambda desk: attempt(desk, adce.Outcome.INVALID),
+    "critical gap": lambda desk: desk.clock.advance(25 * 3600),
+    "errors": lambda desk: [attempt(desk, adce.Outcome.INVALID) for _ in range(25)],
+    "cycles fail": lambda desk: note_cycles(desk, 4, 5, error="the store is not there"),
+    "mass loss": lambda desk: note_cycles(desk, 4, error=VANISHED),
+    "mass loss, and nothing else": lambda desk: note_cycles(desk, 4, 5, 6, error=VANISHED),
+    "expected objects shrank": lambda desk: note_drop(desk, dropped=101, expected=908),
+    "nothing collected": lambda desk: note_cycles(desk, 4, 5, 6),
+    "nothing collected, all failed": lambda desk: (
+        [attempt(desk, adce.Outcome.INVALID) for _ in "12"],
+        note_cycles(desk, 4, 5, 6),
+    ),
+}
+BASES = {
+    "gave up": TEXT.replace("max_attempts: 99", "max_attempts: 1"),
+    "critical gap": TEXT.replace("{source: league,", "{source: league, priority: CRITICAL,"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_each_condition_is_noticed(cause, alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n  quiet_cycles: 3\n", BASES.get(cause, TEXT))
+    desk = Desk(at_work.configuration, database, clock)
+    note_cycles(desk, 1, 2, 3)
+    if "mass loss" not in cause and cause != "cycles fail":
+        for number in "12":
+            desk.expect("games", n=number)
     live(at_work, clock, 0.1)
     assert listener.subjects() == []
-    with database.transaction() as sql:
-        sql.execute(cause)
+    CAUSES[cause](desk)
     live(at_work, clock, 0.1)
+    condition = cause.partition(",")[0]
     assert [subject.partition(",")[0] for subject in listener.subjects()] == [f"ADCE: {condition}"]
 
 
 @pytest.mark.parametrize(("dropped", "expected"), [(100, 0), (101, 909)])
 def test_few_objects_that_are_no_longer_expected_are_no_news(dropped, expected, alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    with database.transaction() as sql:
-        note_cycle(sql, 1, clock)
-        sql.execute("update reconciliations set dropped = ?, expected = ?", (dropped, expected))
+    desk = Desk(at_work.configuration, database, clock)
+    note_cycles(desk, 1)
+    note_drop(desk, dropped, expected)
     live(at_work, clock, 0.1)
     assert listener.subjects() == []
 
 
 def test_errors_that_are_over_are_no_news(alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    with database.transaction() as sql:
-        ledger = adce.Ledger(sql, at_work.configuration, clock.wall())
-        expect_games(ledger, "1")
-        for outcome in ["error"] * 30 + ["ok"] * 30:
-            attempt = "insert into attempts (object_id, started_at, outcome, requests) values (1, ?, ?, 1)"
-            sql.execute(attempt, (clock.wall(), outcome))
+    desk = Desk(at_work.configuration, database, clock)
+    desk.expect("games", n="1")
+    for _ in range(30):
+        attempt(desk, adce.Outcome.INVALID)
+    for number in NUMBERS[1:]:  # the first waits meanwhile
+        desk.expect("games", n=number)
+        desk.end(desk.claim(), adce.Outcome.OK)
     live(at_work, clock, 0.1)
     assert listener.subjects() == []
-    with database.transaction() as sql:
-        sql.execute("update attempts set outcome = 'error' where attempt_id = 60")
+    attempt(desk, adce.Outcome.INVALID)
     live(at_work, clock, 0.1)
     assert listener.subjects() == ["ADCE: errors, attempts"]
 
@@ -299,18 +319,18 @@ def test_what_cannot_be_noted_is_told_once_all_the_same(alerter, database, clock
 
 def test_trouble_that_the_runner_has_with_its_database_is_told(alerter, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    at_work.journal.tell_trouble(adce.DatabaseTroubleError("the disk is full"))
+    at_work.journal.report_database_error(adce.DatabaseTroubleError("the disk is full"))
     live(at_work, clock, 0.1)
     assert listener.subjects() == ["ADCE: database unusable, runner"]
 
 
 def test_full_disk_is_told_by_itself(alerter, database, clock, listener, monkeypatch):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    at_work.journal.tell_trouble(adce.DatabaseTroubleError("adce.db: database or disk is full (SQLITE_FULL)"))
+    at_work.journal.report_database_error(adce.DatabaseTroubleError("adce.db: database or disk is full (SQLITE_FULL)"))
     monkeypatch.setattr(adce, "LEAST_FREE_BYTES", 1 << 60)
     live(at_work, clock, 0.1)
     monkeypatch.undo()
-    at_work.journal.tell_trouble(None)
+    at_work.journal.report_database_error(None)
     with database.transaction() as sql:
         adce.pause(sql, "global", 60, "store: cannot write days/1.json: No space left on device", clock.boot())
     live(at_work, clock, 0.1)
@@ -319,11 +339,11 @@ def test_full_disk_is_told_by_itself(alerter, database, clock, listener, monkeyp
 
 def test_alert_names_every_command_that_helps(alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    problem = "{0}: 120 of 150 objects vanished at once, none is taken for missing; if so: reconcile --believe {0}"
+    problem = "{0}: 120 of 150 objects vanished at once, none is taken for missing; if so: reconcile --accept-loss {0}"
     with database.transaction() as sql:
         note_cycle(sql, 1, clock, "; ".join(problem.format(name) for name in ("days", "games", "plays")))
     live(at_work, clock, 0.1)
-    assert "--believe plays\nhost" in json.loads(listener.told[0][1])["text"]
+    assert "--accept-loss plays\nhost" in json.loads(listener.told[0][1])["text"]
 
 
 def test_channel_that_redirects_has_taken_nothing(alerter, database, clock, listener):
@@ -419,17 +439,40 @@ def states(folder: Path) -> list[str]:
         return [row[0] for row in sql.execute("select state from queue")]
 
 
-def test_alerts_are_forgotten_after_their_notices(alerter, database, clock, listener):
-    """One ends up to a quarter of an hour before the notice that says so."""
+def test_alert_that_is_over_is_kept_for_the_retention_time(alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
     go_away(database, clock)
     live(at_work, clock, 0.1)
     come_back(database)
+    ended = clock.wall()
     live(at_work, clock, 1)
-    ended, told = database.read("select max(ended_at), max(made_at) from alerts, notices")[0]
-    assert ended < told
-    for before, left in (((ended + told) / 2, 1), (told + 1, 0)):
+    for before, left in ((ended - 3600, 1), (ended + 3600, 0)):
         with database.transaction() as sql:
             adce.forget(sql, before)
-        assert [row[0] for row in database.read("select count(*) from alerts")] == [left]
-    assert database.check() == []
+        assert database.value("select count(*) from alerts") == left
+
+
+def test_broken_channel_gets_its_messages_in_order_and_none_that_is_a_day_old(alerter, database, clock, listener):
+    at_work = alerter(f"  webhook: {listener.address}\n")
+    listener.status = 500
+    go_away(database, clock)
+    live(at_work, clock, 23)
+    tried = len(listener.told)
+    assert 20 < tried < 40  # ever more rarely, but each hour
+    come_back(database)
+    live(at_work, clock, 0.9)
+    listener.told.clear()
+    listener.status = 200
+    live(at_work, clock, 1.2)
+    assert listener.subjects() == ["ADCE: over: source blocked, league"]  # its beginning is older than a day
+    assert database.read("select * from broken_channels") == []
+
+
+def test_channel_that_works_is_not_held_up_by_one_that_does_not(alerter, database, clock, listener, tmp_path):
+    out = tmp_path / "sent"
+    script = f"import sys; open({str(out)!r}, 'a').write(sys.argv[-2] + chr(10))"
+    at_work = alerter(f"  webhook: http://127.0.0.1:9\n  command: [{sys.executable}, -c, {json.dumps(script)}]\n")
+    go_away(database, clock)
+    live(at_work, clock, 0.1)
+    assert out.read_text().splitlines() == ["ADCE: source blocked, league"]
+    assert [row["channel"] for row in database.read("select * from broken_channels")] == ["webhook"]

@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import os
+import plistlib
 import pty
 import re
 import shlex
@@ -138,8 +139,8 @@ def test_another_database_may_be_named(folder, tmp_path):
         ("report", "--since", "soon"),
         ("task", "0"),
         ("task", "99999999999999999999"),
-        ("tasks", "--most", "0"),
-        ("plan", "--most", "-1"),
+        ("tasks", "--limit", "0"),
+        ("plan", "--limit", "-1"),
         ("tasks", "--format", "xml"),
         ("report", "--conf", "adce.yaml"),
         ("example", "supervisord"),
@@ -149,6 +150,28 @@ def test_wrong_usage_ends_with_2(words, folder):
     done = run_adce(*words, folder=folder)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage:")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("taks",), """invalid choice: 'taks', did you mean "tasks"?"""),
+        (("tasks", "--state", "gaveup"), """invalid choice: 'gaveup', did you mean "gave_up"?"""),
+        (("tasks", "--limt", "3"), 'unrecognized arguments: --limt 3, did you mean "--limit"?'),
+        (("tasks", "--quite"), 'unrecognized arguments: --quite, did you mean "--quiet"?'),
+        (("example", "sytemd"), """invalid choice: 'sytemd', did you mean "systemd"?"""),
+        (("tasks", "--format", "xml"), "invalid choice: 'xml' (choose from table, json, csv, github, html)"),
+        (("tasks", "--most", "3"), "--most is now --limit"),
+        (("retry", "--most=3"), "--most is now --limit"),
+        (("reconcile", "--believe", "days"), "--believe is now --accept-loss"),
+        (("status", "--", "true"), "only acquire runs another command"),
+        (("acquire", "league", "true", "--", "false"), "the command begins after --, unexpected: true"),
+    ],
+)
+def test_misspelt_word_is_answered_with_a_suggestion_and_an_old_one_with_the_new(words, problem, folder):
+    done = run_adce(*words, folder=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(f"{problem}\n")
 
 
 @pytest.mark.parametrize("command", ["report", "status", "tasks", "coverage", "task 1"])
@@ -221,7 +244,7 @@ def test_plan_writes_nothing_and_names_what_the_next_run_attempts(tmp_path):
         league = League(date(2025, 1, 1), 6, games_per_day=(1, 1), seed=5)
         league.serve(upstream)
         write_league(tmp_path, upstream.address)
-        planned = run_adce("plan", "--most", "50", "--format", "json", folder=tmp_path)
+        planned = run_adce("plan", "--limit", "50", "--format", "json", folder=tmp_path)
         assert planned.returncode == 0, planned.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["adce.yaml"]
         assert upstream.count() == 0
@@ -281,7 +304,7 @@ def test_reconcile_tells_by_its_exit_code_whether_there_are_gaps(tmp_path):
     body = json.dumps({"leagues": [{"id": "46"}], "events": [], "padding": "x" * 500})
     (tmp_path / "lake/days/20250101.json").write_text(body)
     assert run_adce("reconcile", folder=tmp_path).returncode == 0
-    done = run_adce("reconcile", "--believe", "dayz", folder=tmp_path)
+    done = run_adce("reconcile", "--accept-loss", "dayz", folder=tmp_path)
     assert (done.returncode, 'did you mean "days"?' in done.stderr) == (1, True)
 
 
@@ -311,6 +334,9 @@ def test_check_finds_a_page_that_is_damaged(folder, tmp_path):
         size = connection.execute("pragma page_size").fetchone()[0]
         page = connection.execute("select rootpage from sqlite_schema where name = 'objects_by_state'").fetchone()[0]
         connection.execute("pragma wal_checkpoint(truncate)")
+    written = path.read_bytes()
+    cells = {root: int.from_bytes(written[(root - 1) * size :][3:5], "big") for root in roots}
+    page = max(roots, key=lambda root: cells[root])
     with path.open("r+b") as file:
         file.seek((page - 1) * size + 100)
         file.write(b"\xff" * (size - 100))
@@ -336,7 +362,7 @@ def test_reader_that_leaves_early_is_no_error(tmp_path):
     path = tmp_path / "adce.yaml"
     path.write_text(path.read_text().replace("from: 2025-01-01", "from: 2020-01-01"))  # far more than a pipe holds
     words = (
-        f"{sys.executable} {ROOT / 'adce.py'} plan -q --most 2000 --format json | head -c 5; exit ${{PIPESTATUS[0]}}"
+        f"{sys.executable} {ROOT / 'adce.py'} plan -q --limit 2000 --format json | head -c 5; exit ${{PIPESTATUS[0]}}"
     )
     done = subprocess.run(["/bin/bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, '{\n  "', "")
@@ -402,6 +428,23 @@ def test_unit_and_crontab_take_any_folder(tmp_path):
     assert words[2:] == ["-c", str(folder / "adce.yaml"), "-q", "run", "--once", "--if-locked", "skip"]
 
 
+def test_agent_is_a_property_list_that_launchd_takes(tmp_path):
+    folder = tmp_path / 'my <lake> & "more"'
+    folder.mkdir()
+    write_league(folder, "http://127.0.0.1:9")
+    agent = plistlib.loads(run_adce("example", "launchd", folder=folder).stdout.encode())
+    command = [str(ROOT / "adce.py"), "-c", str(folder / "adce.yaml"), "run", "--log", str(folder / "adce.db.log")]
+    assert agent["ProgramArguments"] == [sys.executable, *command]
+    assert (agent["KeepAlive"], agent["WorkingDirectory"]) == ({"SuccessfulExit": False}, str(folder))
+
+
+def test_check_says_what_the_first_run_makes_and_that_nobody_is_notified(tmp_path):
+    write_league(tmp_path, "http://127.0.0.1:9")
+    shown = run_adce("check", folder=tmp_path).stdout
+    assert shown.count("will be created on first run") == 2
+    assert "no alert channel configured" in shown
+
+
 def test_crontab_line_works_in_the_empty_environment_of_cron(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     line = run_adce("example", "cron", folder=tmp_path / "copy").stdout.splitlines()[-1]
@@ -414,7 +457,7 @@ def test_crontab_line_works_in_the_empty_environment_of_cron(folder, tmp_path):
 
 def test_every_command_is_in_the_help(folder):
     text = run_adce("--help", folder=folder).stdout
-    assert [command.name for command in adce.COMMANDS if f"    {command.name} " not in text] == []
+    assert [command.name for command in adce.commands() if f"    {command.name} " not in text] == []
     assert os.environ.get("ADCE_CONFIG") is None
     assert isinstance(folder, Path)
 
@@ -456,10 +499,10 @@ def test_plan_knows_of_pauses(tmp_path):
 @pytest.mark.parametrize(
     ("alerts", "told"),
     [
-        ("webhook: nope", "webhook is no http address"),
+        ("webhook: nope", "webhook is not an http address"),
         ("webhook: $NOBODY_KNOWS", "$NOBODY_KNOWS is not in the environment"),
-        ("ping: http://127.0.0.1:99999/secret", "ping is no http address"),
-        ("command: [no-such-program]", "there is no program no-such-program"),
+        ("ping: http://127.0.0.1:99999/secret", "ping is not an http address"),
+        ("command: [no-such-program]", "program no-such-program not found"),
         ("webhook: http://127.0.0.1:9/secret", "webhook"),
     ],
 )
@@ -480,7 +523,7 @@ def test_backup_makes_no_folder(folder, tmp_path):
     assert "there is no folder" in done.stderr
 
 
-@pytest.mark.parametrize("words", [("tasks", "--most", "x"), ("run", "--max-minutes", "soon")])
+@pytest.mark.parametrize("words", [("tasks", "--limit", "x"), ("run", "--max-minutes", "soon")])
 def test_bad_number_is_told_in_words(words, tmp_path):
     done = run_adce(*words, folder=tmp_path)
     assert done.returncode == 2
@@ -513,7 +556,7 @@ def test_check_looks_for_programs_and_modules_and_runs_none(tmp_path):
     (tmp_path / "a_module.py").write_text("open('was_run', 'w')\n")
     rows = json.loads(run_adce("check", "--format", "json", folder=tmp_path).stdout)
     (failed,) = [row for row in rows if row["result"] == "FAIL"]
-    told = "one: there is no program no-such-program; two: there is no module no_such_module"
+    told = "one: program no-such-program not found; two: module no_such_module not found"
     assert (failed["what"], failed["details"].partition("; see")[0]) == ("scrapers", told)
     assert not (tmp_path / "was_run").exists()
 
@@ -555,7 +598,7 @@ def test_backup_of_a_damaged_database_names_it(folder, tmp_path):
 
 def test_retry_of_nothing_asks_nothing(folder):
     done = run_adce("retry", "--error", "no such error", folder=folder)
-    assert (done.returncode, done.stdout) == (0, "no task that waits or gave up matches\n")
+    assert (done.returncode, done.stdout) == (0, "no task in state retry or gave_up matches\n")
 
 
 def test_coverage_of_a_year_shows_its_days(folder):

@@ -88,15 +88,18 @@ def failing(upstream, folder) -> Upstream:
 
 
 def task_of(folder: Path, name: str) -> int:
-    """The task for a thing that was tried."""
-    ((number,),) = rows(folder, f"select max(task_id) from recent_attempts where key = 'things/{name}'")
+    """The open task for a thing."""
+    ((number,),) = rows(folder, f"select task_id from queue where key = 'things/{name}'")
     return number
 
 
 def states(folder: Path) -> list[str]:
-    """Of each thing the state of its open task, or else its own."""
-    sql = "select coalesce(q.state, o.state) from objects_now o left join queue q using (key) order by key"
-    return [row[0] for row in rows(folder, sql)]
+    """Of the open tasks."""
+    return [row[0] for row in rows(folder, "select state from queue order by task_id")]
+
+
+def present(folder: Path) -> int:
+    return rows(folder, "select sum(present) from coverage")[0][0]
 
 
 def change(folder: Path, sql: str) -> None:
@@ -117,9 +120,7 @@ def test_start_works_in_the_background_until_stop(folder):
     assert do("health", folder=folder).returncode == 10  # there is no database yet
     begun = do("start", folder=folder)
     assert (begun.returncode, begun.stderr) == (0, "")
-    words = (
-        rf"started process (\d+), which writes to {folder}/adce\.db\.log and answers at (http://127\.0\.0\.1:\d+/)\n"
-    )
+    words = rf"process (\d+) started, log {folder}/adce\.db\.log, serving (http://127\.0\.0\.1:\d+/)\n"
     number, address = re.fullmatch(words, begun.stdout).groups()
     assert holder(folder) == int(number)
     assert os.getsid(int(number)) == int(number)  # no terminal that goes away takes it along
@@ -131,7 +132,7 @@ def test_start_works_in_the_background_until_stop(folder):
     again = do("start", folder=folder)
     assert (again.returncode, f"(process {number})" in again.stderr, again.stdout) == (11, True, "")
     ended = do("stop", folder=folder)
-    assert (ended.returncode, ended.stdout) == (0, f"process {number} has stopped\n")
+    assert (ended.returncode, ended.stdout) == (0, f"process {number} stopped\n")
     assert holder(folder) is None
     assert rows(folder, "select note from runner") == [("SIGTERM",)]
     assert (folder / "adce.db.log").stat().st_mode & 0o777 == 0o600
@@ -153,7 +154,7 @@ def test_start_that_fails_at_once_is_told_in_its_own_words(folder):
     for _ in range(2):  # what the log held before is not told again
         done = do("start", folder=folder)
         assert done.returncode != 0
-        assert "has ended at once with exit code 12" in done.stderr
+        assert "exited at once with exit code 12" in done.stderr
         assert done.stderr.count(f"the store {folder}/lake cannot be written") == 1
         assert "Traceback" not in done.stderr
     assert holder(folder) is None
@@ -164,7 +165,7 @@ def test_start_does_not_write_its_log_into_the_database(folder):
     write_box(folder, more="database: lake.log")
     begun = do("start", folder=folder)
     do("stop", folder=folder)
-    assert f"writes to {folder}/lake.log.log" in begun.stdout
+    assert f"log {folder}/lake.log.log" in begun.stdout
 
 
 def test_two_starts_at_once_start_one_runner(folder):
@@ -179,7 +180,7 @@ def test_two_starts_at_once_start_one_runner(folder):
     assert good == 0
     assert bad in (1, 11)
     assert "runner works on this database" in refused[1]
-    assert f"started process {holder(folder)}," in started[0]
+    assert f"process {holder(folder)} started," in started[0]
     assert len([number for number in processes_of(folder) if number != os.getpid()]) == 1
 
 
@@ -190,7 +191,7 @@ def test_stop_tells_of_a_stuck_runner(folder, start):
     runner.send_signal(signal.SIGSTOP)
     done = do("stop", "--timeout", "1s", folder=folder)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"adce.py: process {runner.pid} has not stopped within 1.0 s\nTry: ")
+    assert done.stderr.startswith(f"adce.py: process {runner.pid} did not stop within 1.0 s\nTry: ")
     runner.send_signal(signal.SIGCONT)
     assert runner.wait(20) == 0
 
@@ -223,13 +224,13 @@ def test_restart_takes_the_new_configuration(folder):
     fill_box(folder, "A", "B")
     write_box(folder)
     first = do("restart", folder=folder)  # none runs: it is a start
-    assert (first.returncode, "started process" in first.stdout) == (0, True)
+    assert (first.returncode, " started, log " in first.stdout) == (0, True)
     before = holder(folder)
     write_box(folder, names="A, B")
     second = do("restart", folder=folder)
     assert second.returncode == 0
     assert holder(folder) not in (None, before)
-    wait_until(lambda: rows(folder, "select sum(present) from coverage") == [(2,)])
+    wait_until(lambda: present(folder) == 2)
     (folder / "adce.yaml").write_text("nonsense: 1")
     between = holder(folder)
     assert do("restart", folder=folder).returncode == 78
@@ -259,8 +260,8 @@ def test_start_tells_of_a_port_that_is_taken(folder):
         port = taken.getsockname()[1]
         write_box(folder, more=f"health_check: {{enabled: true, port: {port}}}\n")
         begun = do("start", folder=folder)
-    assert (begun.returncode, "started process" in begun.stdout) == (0, True)
-    assert begun.stderr == f"adce.py: nothing answers over HTTP, because port {port} cannot be used\n"
+    assert (begun.returncode, " started, log " in begun.stdout) == (0, True)
+    assert begun.stderr == f"adce.py: no HTTP server, because port {port} cannot be used\n"
 
 
 @pytest.mark.parametrize("mistake", ["sorces: {}\n", "store: [\n"])
@@ -273,7 +274,7 @@ def test_mistake_in_the_configuration_hides_no_runner_that_works(mistake, folder
         file.write(mistake)
     for words in (["status"], ["health"], ["logs"], ["backup", "copy.db"], ["stop"]):
         done = do(*words, folder=folder)
-        told = f"adce.py: {folder}/adce.yaml cannot be used (adce.py check tells why); this is about {folder}/here.db\n"
+        told = f"adce.py: {folder}/adce.yaml cannot be used (see adce.py check); using {folder}/here.db\n"
         assert (done.returncode, done.stderr) == (0, told), words
         assert done.stdout
     assert holder(folder, "here.db") is None
@@ -313,7 +314,7 @@ def test_logs_that_nobody_kept_are_told(folder):
     assert do("run", "--once", "-q", folder=folder).returncode == 0
     done = do("logs", folder=folder)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("adce.py: nobody has kept what the last runner wrote\nTry: ")
+    assert done.stderr.startswith("adce.py: the last runner kept no log\nTry: ")
 
 
 def test_run_that_finds_another_may_skip(folder, start):
@@ -344,22 +345,20 @@ def test_pause_holds_a_live_runner_until_it_is_resumed(scope, upstream, folder, 
     start()
     paused = do("pause", scope, "--reason", "they asked", folder=folder)
     assert paused.returncode == 0
-    assert paused.stdout == f"{scope} is paused until it is resumed; what runs may end\n"
+    assert paused.stdout == f"{scope} is paused until it is resumed; running attempts may finish\n"
     (told,) = [
         row
         for row in json.loads(do("status", "--format", "json", folder=folder).stdout)["sources"]
         if row["scope"] == scope
     ]
     assert told["why"] == "paused: by hand, until it is resumed: they asked"
-    change(
-        folder,
-        "update objects set state = 'stale', task = 'pending', priority = 'LOW', detected_at = 0, gap_size = 1, "
-        "rank = 1, slope = 0",
-    )
+    (folder / "lake/things/A").unlink()
+    assert do("reconcile", "--full", folder=folder).returncode == 3
+    assert states(folder) == ["pending"]
     time.sleep(1)  # what is proven is that nothing happens
     assert upstream.count() == 0
     resumed = do("resume", scope, folder=folder)
-    assert (resumed.returncode, resumed.stdout) == (0, f"{scope} is asked again\n")
+    assert (resumed.returncode, resumed.stdout) == (0, f"{scope} resumed\n")
     wait_until(upstream.count, SOON)
     again = do("resume", scope, folder=folder)
     assert (again.returncode, "was not paused" in again.stdout) == (0, True)
@@ -368,7 +367,7 @@ def test_pause_holds_a_live_runner_until_it_is_resumed(scope, upstream, folder, 
 def test_pause_for_some_time_tells_until_when(folder):
     write_box(folder)
     done = do("pause", "box", "--for", "2h", folder=folder)
-    until = re.fullmatch(r"box is paused until (\S+Z); what runs may end\n", done.stdout)[1]
+    until = re.fullmatch(r"box is paused until (\S+Z); running attempts may finish\n", done.stdout)[1]
     ((told, left),) = rows(
         folder, "select blocked_until, unixepoch(blocked_until) - unixepoch() from rates where scope = 'box'"
     )
@@ -410,7 +409,7 @@ def test_resume_tries_at_once_what_has_failed(upstream, folder, start):
     start()
     wait_until(lambda: states(folder) == ["retry"])
     assert do("resume", "box", folder=folder).returncode == 0
-    wait_until(lambda: states(folder) == ["present"], SOON)
+    wait_until(lambda: present(folder) == 1, SOON)
 
 
 # ---- retry
@@ -420,14 +419,15 @@ def test_retry_with_ids_reaches_a_live_runner_at_once(failing, folder, start):
     start()
     wait_until(lambda: states(folder) == ["gave_up"] * 3)
     failing.answer("/A", Answer(b"thing A"))
-    done = do("retry", str(task_of(folder, "A")), folder=folder)
-    assert (done.returncode, done.stdout) == (0, "1 task is tried again now\n")
+    number = str(task_of(folder, "A"))
+    done = do("retry", number, folder=folder)
+    assert (done.returncode, done.stdout) == (0, "1 task will be retried now\n")
     wait_until((folder / "lake/things/A").exists, SOON)
-    wait_until(lambda: states(folder) == ["present", "gave_up", "gave_up"], SOON)
+    wait_until(lambda: states(folder) == ["gave_up"] * 2, SOON)
     assert failing.count("/B") == failing.count("/C") == 1
     unknown = do("retry", "4711", folder=folder)
-    assert (unknown.returncode, "not waiting and not given up: 4711" in unknown.stderr) == (1, True)
-    closed = do("retry", str(task_of(folder, "A")), str(task_of(folder, "B")), folder=folder)
+    assert (unknown.returncode, "not in state retry or gave_up: 4711" in unknown.stderr) == (1, True)
+    closed = do("retry", number, str(task_of(folder, "B")), folder=folder)
     assert closed.returncode == 1
     assert failing.count("/B") == 1  # one that cannot be: none
 
@@ -440,7 +440,7 @@ def test_retry_by_filters_shows_asks_and_obeys(failing, folder):
         (("--error", "trouble"), "ABC"),
         (("--state", "retry"), ""),
         (("--state", "gave_up", "--source", "box", "--dataset", "things"), "ABC"),
-        (("--most", "2"), "AB"),
+        (("--limit", "2"), "AB"),
     ):
         done = do("retry", "-n", *words, "--format", "json", folder=folder)
         assert [row["key"] for row in json.loads(done.stdout)] == [f"things/{name}" for name in keys], words
@@ -449,7 +449,7 @@ def test_retry_by_filters_shows_asks_and_obeys(failing, folder):
     assert "1 tasks match; nothing was done" in unsure.stderr
     assert states(folder) == ["gave_up"] * 3
     sure = do("retry", "--error", "http 400", "--yes", folder=folder)
-    assert (sure.returncode, sure.stdout) == (0, "1 task is tried again now\n")
+    assert (sure.returncode, sure.stdout) == (0, "1 task will be retried now\n")
     assert "No runner works now" in sure.stderr
     assert sorted(states(folder)) == ["gave_up", "gave_up", "pending"]
     misspelt = do("retry", "--dataset", "thing", "--yes", folder=folder)
@@ -464,7 +464,7 @@ def test_retry_on_a_terminal_asks(answer, code, left, failing, folder):
     os.close(theirs)
     shown = b""
     try:
-        while b"Try 3 tasks again now? [y/N]" not in shown:
+        while b"Retry 3 tasks now? [y/N]" not in shown:
             shown += os.read(ours, 4096)
         os.write(ours, answer.encode())
         with contextlib.suppress(OSError):  # the program has ended
@@ -487,7 +487,7 @@ def test_skipped_object_is_no_gap_until_it_is_retried(failing, folder, start):
     number = task_of(folder, "A")
     change(folder, f"update objects set detected_at = 1760000000 where object_id = {number}")
     done = do("skip", str(number), "--reason", "never\x1bplayed", folder=folder)
-    assert (done.returncode, done.stdout) == (0, "1 object is not wanted any more; `adce.py retry ID` undoes it\n")
+    assert (done.returncode, done.stdout) == (0, "1 object excluded; undo with: adce.py retry ID\n")
     assert rows(folder, "select key from gaps order by key") == [("things/B",), ("things/C",)]
     assert rows(folder, "select key, reason, task_id from skipped") == [("things/A", "never\x1bplayed", number)]
     (told,) = json.loads(do("coverage", "--format", "json", folder=folder).stdout)
@@ -503,10 +503,11 @@ def test_skipped_object_is_no_gap_until_it_is_retried(failing, folder, start):
     assert (twice.returncode, f"not open: {number}\n" in twice.stderr) == (1, True)
     failing.answer("/A", Answer(b"thing A"))
     undone = do("retry", str(number), folder=folder)
-    assert (undone.returncode, undone.stdout) == (0, "1 task is tried again now\n")
+    assert (undone.returncode, undone.stdout) == (0, "1 task will be retried now\n")
     kept = json.loads(do("task", str(number), "--format", "json", folder=folder).stdout)["task"]
     assert kept["detected_at"] == "2025-10-09T08:53:20Z"  # the same task, with its age
     wait_until((folder / "lake/things/A").exists, SOON)
+    assert "things/A" in do("task", str(number), folder=folder).stdout  # the same, with its age
     assert rows(folder, "select count(*) from skipped") == [(0,)]
 
 
@@ -540,11 +541,11 @@ def test_skipping_a_running_task_lets_it_end_and_wants_it_no_more(folder, start)
     assert do("skip", number, folder=folder).returncode == 0
     assert states(folder) == ["running"]
     (folder / "go").touch()
-    wait_until(lambda: states(folder) == ["skipped"], SOON)
+    wait_until(lambda: states(folder) == [], SOON)
     assert rows(folder, "select count(*) from gaps") == [(0,)]
     assert rows(folder, "select key from skipped") == [("things/A",)]
     assert do("retry", number, folder=folder).returncode == 0
-    wait_until(lambda: states(folder) == ["present"], SOON)
+    wait_until(lambda: present(folder) == 1, SOON)
 
 
 def test_coverage_shows_a_dataset_of_which_everything_is_skipped(failing, folder):
@@ -568,7 +569,7 @@ def test_reconcile_beside_a_runner_is_done_by_the_runner(folder, start):
     assert time.monotonic() - begun < SOON
     told = json.loads(done.stdout)
     assert (done.returncode, told["cycle_id"], told["present"], told["missing"]) == (3, before + 1, 1, 1)
-    assert f"The runner (process {holder(folder)}) does it" in done.stderr
+    assert f"The runner (process {holder(folder)}) runs it" in done.stderr
     assert rows(folder, "select wanted_cycle from facts") == [(None,)]
 
 
@@ -581,10 +582,10 @@ def test_believed_loss_beside_a_runner_opens_its_gaps(folder, start):
     doubted = do("reconcile", "--full", "--format", "json", folder=folder)
     assert (doubted.returncode, "vanished at once" in doubted.stdout) == (1, True)
     assert rows(folder, "select count(*) from gaps") == [(0,)]
-    believed = do("reconcile", "--full", "--believe", "things", folder=folder)
+    believed = do("reconcile", "--full", "--accept-loss", "things", folder=folder)
     assert believed.returncode == 3, believed.stdout
     assert rows(folder, "select missing from cycles order by cycle_id desc limit 1") == [(12,)]
-    misspelt = do("reconcile", "--believe", "thing", folder=folder)
+    misspelt = do("reconcile", "--accept-loss", "thing", folder=folder)
     assert (misspelt.returncode, 'did you mean "things"?' in misspelt.stderr) == (1, True)
 
 
@@ -620,7 +621,7 @@ def test_reconcile_tells_when_the_runner_crashes_meanwhile(folder, start):
         runner.kill()
         out, err = asking.communicate(timeout=20)
     assert (asking.returncode, out) == (1, "")
-    assert "the runner has ended before the cycle did" in err
+    assert "the runner exited before the cycle ended" in err
 
 
 def test_reconcile_beside_a_reconcile(folder):

@@ -161,7 +161,7 @@ def test_page_does_not_call_complete_what_nobody_could_look_at(own, configure, d
     adce.run_cycle(adce.reconcile(database, configuration, adce.FolderStore(tmp_path / "gone"), clock))
     with database.transaction() as sql:
         sql.execute("update objects set state = 'present'")
-        sql.execute("insert into alerts values (1, 'cycles fail', 'lake', '', 1, 1, 1, null)")
+        sql.execute("insert into alerts values ('cycles fail', 'lake', 1, '', 1, 1, null, '[]')")
     assert "<h1>ADCE: not known: the last cycle could not look at everything, 1 alert</h1>" in get(f"{own}/").text
 
 

@@ -26,7 +26,15 @@ SHOWING = [
     "coverage --by-day",
     "check",
 ]
-TEXTS = ["example systemd", "example cron", "example alerts", "example grafana", "--help", "run --help"]
+TEXTS = [
+    "example systemd",
+    "example cron",
+    "example alerts",
+    "example grafana",
+    "example launchd",
+    "--help",
+    "run --help",
+]
 
 
 @pytest.fixture(scope="module")

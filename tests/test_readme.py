@@ -24,7 +24,7 @@ def test_every_key_is_in_the_guide_or_in_the_shipped_configuration():
 
 
 def test_every_command_view_and_exit_code_is_in_the_guide():
-    missing = [command.name for command in adce.COMMANDS if f"`{command.name}" not in README]
+    missing = [command.name for command in adce.commands() if f"`{command.name}" not in README]
     views = re.findall(r"create view (\w+)", adce.VIEWS)
     missing += [view for view in views if f"| `{view}` |" not in README]
     missing += [str(code.value) for code in adce.ExitCode if f"| {code.value} |" not in README]
@@ -32,7 +32,7 @@ def test_every_command_view_and_exit_code_is_in_the_guide():
 
 
 def test_every_option_of_a_command_is_in_the_guide():
-    names = [name for command in adce.COMMANDS for option in command.options for name in option.names]
+    names = [name for command in adce.commands() for names, _ in command.options for name in names]
     assert [name for name in names if name.startswith("--") and name not in README] == []
 
 

@@ -183,7 +183,7 @@ def test_lock_of_another_process_is_not_taken_for_the_last_run(database, tmp_pat
             "insert into runner (only_row, pid, version, started_at, beat_at) values (1, 4711, '0.9', 100, 200)"
         )
     lock = adce.RunnerLock(tmp_path / "adce.db")
-    assert adce.runner_state(database, lock, 300)["note"] == "ended without a word"
+    assert adce.runner_state(database, lock, 300)["note"] == "exited unexpectedly"
     lock.acquire()
     state = adce.runner_state(database, adce.RunnerLock(tmp_path / "adce.db"), 300)
     assert (state["runner"], state["pid"]) == ("running", int((tmp_path / "adce.db.lock").read_text()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from test_queue import Desk
 
 import adce
 
@@ -23,15 +24,10 @@ datasets:
 def paint(configure, database, clock, monkeypatch):
     """Paint once on a terminal of so many lines; what it shows."""
     configuration = configure(TEXT)
-    with database.transaction() as sql:
-        adce.declare_limits(sql, configuration, clock)
-        adce.declare_datasets(sql, configuration)
-        ledger = adce.Ledger(sql, configuration, clock.wall())
-        sql.execute(adce.WANTED)
-        for dataset in configuration.datasets.values():
-            adce.expect(ledger, dataset, [adce.Partition({"n": number}) for number in "12"])
-        for row in ledger.objects("true", {}):
-            ledger.note(row, proven=1)
+    desk = Desk(configuration, database, clock)
+    for name in configuration.datasets:
+        for number in "12":
+            desk.expect(name, n=number)
 
     def paint_on(lines: int) -> list[str]:
         monkeypatch.setenv("LINES", str(lines))
@@ -58,13 +54,11 @@ def test_low_terminal_cuts_the_datasets_and_keeps_what_is_done_now(paint):
     assert not any("more" in line for line in paint(8))
 
 
-def test_pace_tells_how_long_the_open_tasks_last(paint, configure, database, clock):
-    with database.transaction() as sql:
-        ledger = adce.Ledger(sql, configure(TEXT), clock.wall())
-        for row in ledger.objects("o.object_id <= 10", {}):
-            ledger.note(row, etag="e", modified_at=int(clock.wall()), read_etag="e")
-            begun = "insert into attempts (object_id, started_at, outcome, requests) values (?, ?, 'ok', 1)"
-            sql.execute(begun, (row.object_id, clock.wall() - 30))
+def test_pace_tells_how_long_the_open_tasks_last(paint, database, clock, tmp_path):
+    desk = Desk(adce.load_configuration(tmp_path / "adce.yaml"), database, clock)
+    for _ in range(10):
+        desk.end(desk.claim(), adce.Outcome.OK)
+    clock.advance(30)
     assert paint(50)[2] == "tasks   30 open, 10 ended in the last minute, 3 min left"
 
 

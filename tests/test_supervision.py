@@ -362,11 +362,11 @@ def filled_log(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(adce, "LOG_BYTES", 4096)
     old = os.umask(0o022)
     path = tmp_path / "events.log"
-    stream = adce.LogFile(path)
-    journal = adce.Journal(stream)
+    log = adce.log_file(path)
+    journal = adce.Journal(log)
     for number in range(1000):
         journal.write("INFO", "event", number=number, text="x" * 40)
-    stream._handler.close()
+    log.close()
     os.umask(old)
     return path
 
@@ -389,7 +389,7 @@ def test_full_disk_under_the_log_stops_nothing(tmp_path):
     write_box(tmp_path, names="A")
     done = do("run", "--once", "--log", "/dev/full", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert rows(tmp_path, "select state from objects_now") == [("present",)]
+    assert rows(tmp_path, "select present from coverage") == [(1,)]
 
 
 def test_log_that_cannot_be_written_is_told(tmp_path):
