@@ -332,7 +332,7 @@ def test_check_finds_a_page_that_is_damaged(folder, tmp_path):
     path = tmp_path / "copy/adce.db"
     with contextlib.closing(sqlite3.connect(path)) as connection:
         size = connection.execute("pragma page_size").fetchone()[0]
-        page = connection.execute("select rootpage from sqlite_schema where name = 'objects_by_state'").fetchone()[0]
+        roots = [row[0] for row in connection.execute("select rootpage from sqlite_schema where type = 'index'")]
         connection.execute("pragma wal_checkpoint(truncate)")
     written = path.read_bytes()
     cells = {root: int.from_bytes(written[(root - 1) * size :][3:5], "big") for root in roots}

@@ -7,7 +7,6 @@ import io
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import replace
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
