@@ -51,8 +51,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Executions                  what one execution is, and what it leaves
     Requests                    one HTTP request
     Sessions                    the limits for programs that use requests
-    Processes                   a program of the user's, from start to end
-    Scrapers                    a command or a call instead
+    Programs                    a command or a call instead
     Fetch                       does one execution
     Tables                      rows as text
     Coverage                    what is expected and what is there
@@ -85,7 +84,6 @@ import array
 import bisect
 import collections
 import contextlib
-import contextvars
 import csv
 import dataclasses
 import datetime
@@ -112,7 +110,6 @@ import queue
 import random
 import re
 import secrets
-import select
 import selectors
 import shlex
 import shutil
@@ -125,6 +122,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import unicodedata
 import urllib.parse
 import weakref
@@ -134,7 +132,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import IO, Any, ClassVar, Protocol, TextIO, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TextIO, TypeVar, cast
 
 __version__ = "1.0.0"
 __all__ = [
@@ -306,6 +304,7 @@ class OutOfOrderError(StoreError):
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 NEWS_SECONDS = 0.1
+PROC = Path("/proc")  # where there is one
 DURATION_UNITS = {"s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
 
 
@@ -402,8 +401,7 @@ create table runner (
     note         text,               -- why it stopped
     address      text,               -- where it answers over HTTP, if it does
     unit         text,               -- of systemd, if that started it
-    log          text,               -- the file that it writes its events to, if it does
-    lost_workers integer not null default 0 -- functions that have not returned in time, and may never
+    log          text                -- the file that it writes its events to, if it does
 ) strict;
 
 create table orders (
@@ -759,7 +757,6 @@ MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 t
     alter table runner add column address text;
     alter table runner add column unit text;
     alter table runner add column log text;
-    alter table runner add column lost_workers integer not null default 0;
     create table orders (
         order_id     integer primary key,
         asked_at     integer not null,
@@ -3857,13 +3854,11 @@ RUNNER = "runner"  # the owner of the main loop's places in line
 LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
 LATE_SECONDS = 2  # whoever stands in line and has not looked again by then has gone
 KEEP_ALIVE_SECONDS = 5
-# source and tasks of the attempt for which this thread calls a function; a command has them in its environment
-SERVED = contextvars.ContextVar("served", default=("", ""))
 
 
 def served() -> tuple[str, str]:
-    """The source, and the tasks, for which a runner has started what asks; else empty."""
-    return SERVED.get() if SERVED.get()[0] else (os.environ.get("ADCE_SOURCE", ""), os.environ.get("ADCE_TASK", ""))
+    """The source and the tasks for which a runner has started this program; else empty."""
+    return os.environ.get("ADCE_SOURCE", ""), os.environ.get("ADCE_TASK", "")
 
 
 def count_request(sql: sqlite3.Connection, tasks: str) -> None:
@@ -6251,16 +6246,17 @@ def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractCon
     pool._make_request, pool.adce_source = make_limited_request, source  # noqa: SLF001
 
 
-# ---------------------------------------------------------------- Processes
-# A program of the user's, in a process group of its own: however it behaves, it ends in time, it fills no
-# memory and no disk with what it prints, and nothing of it is left. Headlines: run_program(),
-# end_processes().
+# ---------------------------------------------------------------- Programs
+# A command or a call brings its objects as a program in a process group of its own: it ends in time, what it prints
+# fills neither memory nor disk, and no process of it is left. Headlines: run_command(), call_function().
 
-TAIL_BYTES = 2000  # of what a program printed, kept with its attempt
+TAIL_BYTES = 2000  # of the output, kept with the attempt
 PIPE_BLOCKS = 16  # a pipe holds no more
 TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
+POLL_SECONDS = 0.1  # between looks at a silent program, since an escaped child may hold its output open
 KILLING_ROUNDS = 100
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
+FAILURE = "failure"  # the file in which a call reports an exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -6271,7 +6267,7 @@ class Program:
     folder: Path
     environment: Mapping[str, str]
     seconds: float  # for all of it
-    max_bytes: int | None = None  # its standard output is wanted, if it is not longer
+    max_bytes: int | None = None  # its standard output is wanted, up to this length
 
 
 @dataclass(frozen=True, slots=True)
@@ -6279,50 +6275,38 @@ class ProgramEnd:
     """How a program ended."""
 
     text: str  # exit 1, killed by SIGSEGV, timed out, printed more than 10 bytes
-    tail: bytes  # the end of what it printed
+    tail: bytes  # the end of its output
     body: bytes = b""  # its standard output, when that was wanted
 
     def is_good(self) -> bool:
-        """It has said itself that it succeeded."""
+        """Its exit code was 0."""
         return self.text == "exit 0"
 
-    def is_late(self) -> bool:
-        """It was ended because its time was over."""
-        return self.text == "timed out"
 
+@dataclass(slots=True)
+class _Output:
+    """One pipe of a program: the end of the output, or with a limit all of it."""
 
-class _Pipe:
-    """What comes out of a program: the end of it, or all of it up to a limit."""
-
-    def __init__(self, pipe: IO[bytes], limit: int | None = None) -> None:
-        self.pipe, self.limit = pipe, limit
-        self.kept = bytearray()
-        os.set_blocking(pipe.fileno(), False)
+    pipe: Any
+    limit: int | None = None
+    kept: bytearray = field(default_factory=bytearray)
 
     def read(self) -> bool:
-        """Take a block; False when there is none, or no more ever."""
-        try:
+        """Read one block. False at EOF, when no data is ready, or beyond the limit."""
+        with contextlib.suppress(BlockingIOError):
             block = os.read(self.pipe.fileno(), BLOCK_BYTES)
-        except BlockingIOError:
-            return False
-        self.kept += block
-        if self.limit is None:
-            del self.kept[:-TAIL_BYTES]
-        return bool(block)
+            self.kept += block
+            if self.limit is None:
+                del self.kept[:-TAIL_BYTES]
+            return bool(block) and not self.is_too_long()
+        return False
 
     def is_too_long(self) -> bool:
         return self.limit is not None and len(self.kept) > self.limit
 
-    def close(self) -> None:
-        """Take what is in it still. Nobody waits for one who has escaped and holds it open."""
-        for _ in range(PIPE_BLOCKS):
-            if self.is_too_long() or not self.read():
-                break
-        self.pipe.close()
-
 
 def run_program(program: Program, clock: Clock) -> ProgramEnd:
-    """Run a program to its end, or end it. Raises OSError when it cannot be started."""
+    """Run a program to its end, or end it. Raises OSError or ValueError when it cannot be started."""
     is_wanted = program.max_bytes is not None
     process = subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
         program.words,
@@ -6333,124 +6317,114 @@ def run_program(program: Program, clock: Clock) -> ProgramEnd:
         cwd=program.folder,
         start_new_session=True,
     )
-    printed = _Pipe(cast(IO[bytes], process.stdout), program.max_bytes)
-    pipes = [printed, _Pipe(cast(IO[bytes], process.stderr))] if is_wanted else [printed]
+    printed = _Output(process.stdout, program.max_bytes)
+    outputs = [printed, _Output(process.stderr)] if is_wanted else [printed]
+    for output in outputs:
+        os.set_blocking(output.pipe.fileno(), False)
     try:
-        text = _watch(process, pipes, program.seconds, clock) or "timed out"
+        is_over = _watch(process, outputs, program.seconds, clock)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-            os.killpg(process.pid, signal.SIGCONT)  # one that stands still cannot hear it
-            _watch(process, pipes, TERMINATE_SECONDS, clock)
-        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGCONT)  # a stopped process cannot handle SIGTERM
+            _watch(process, outputs, TERMINATE_SECONDS, clock)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: only zombies are left
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        code = process.wait()
         end_processes(program.environment["ADCE_DB"], program.environment["ADCE_TASK"])
-        for pipe in pipes:
-            pipe.close()
+        for output in outputs:
+            for _ in range(PIPE_BLOCKS):  # no further: a detached child may keep the pipe open and go on printing
+                if not output.read():
+                    break
+            output.pipe.close()
+    text = f"exit {code}" if code >= 0 else f"killed by {_signal_name(-code)}"
     if printed.is_too_long():
         text = f"printed more than {program.max_bytes} bytes"
-    return ProgramEnd(text, bytes(pipes[-1].kept), bytes(printed.kept) if is_wanted else b"")
+    elif not is_over:
+        text = "timed out"
+    return ProgramEnd(text, bytes(outputs[-1].kept), bytes(printed.kept) if is_wanted else b"")
 
 
-def _watch(process: subprocess.Popen[bytes], pipes: Sequence[_Pipe], seconds: float, clock: Clock) -> str | None:
-    """Read what a program prints until it ends, and tell how. None: its time is over, or it printed too much."""
+def _watch(process: subprocess.Popen[bytes], outputs: Iterable[_Output], seconds: float, clock: Clock) -> bool:
+    """Read the output of a program until it ends. False when the time is over or the output too long."""
     until = clock.boot() + seconds
-    ended = os.pidfd_open(process.pid)
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(ended, selectors.EVENT_READ)
-            for pipe in pipes:
-                selector.register(pipe.pipe, selectors.EVENT_READ, pipe)
-            while (left := until - clock.boot()) > 0:
-                for key, _ in selector.select(left):
-                    if key.data is None:
-                        return _end_of(process.wait())
-                    if key.data.is_too_long():
-                        return None
-                    if not key.data.read():
-                        selector.unregister(key.fileobj)
-    finally:
-        os.close(ended)
-    return None
-
-
-def _end_of(code: int) -> str:
-    if code >= 0:
-        return f"exit {code}"
-    names = {member.value: member.name for member in signal.Signals}
-    return f"killed by {names.get(-code, f'signal {-code}')}"
-
-
-def end_processes(database: str, tasks: str = "") -> int:
-    """Kill what commands have left behind, those for these tasks or all of this database, in whatever group it is:
-    each process of this user that began with their variables. Returns how many there were."""
-    marks = [f"\0ADCE_DB={database}\0".encode(), f"\0ADCE_TASK={tasks}{tasks and chr(0)}".encode()]
-    ended: set[int] = set()
-    for _ in range(KILLING_ROUNDS):  # one that forks meanwhile has left a child
-        found = {number for number in _processes() if _kill_marked(number, marks)}
-        if not found:
-            break
-        ended |= found
-    return len(ended)
-
-
-def _processes() -> list[int]:
-    with contextlib.suppress(OSError):  # no descriptor is left: the next start does it
-        return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]  # noqa: PTH208
-    return []
-
-
-def _kill_marked(number: int, marks: Sequence[bytes]) -> bool:
-    """Kill a living process whose first environment holds all marks, and wait until it is dead."""
-    try:
-        handle = os.pidfd_open(number)  # now the number cannot become another's
-    except OSError:
-        return False
-    try:
-        environment = b"\0" + Path(f"/proc/{number}/environ").read_bytes()
-        if not all(mark in environment for mark in marks):
-            return False
-        signal.pidfd_send_signal(handle, signal.SIGKILL)
-        poller = select.poll()
-        poller.register(handle, select.POLLIN)
-        poller.poll(1000)
-    except OSError:  # it has ended, or is another user's
-        return False
-    finally:
-        os.close(handle)
+    with selectors.DefaultSelector() as selector:
+        for output in outputs:
+            selector.register(output.pipe, selectors.EVENT_READ, output)
+        while process.poll() is None:
+            if (left := until - clock.boot()) <= 0:
+                return False
+            if not selector.get_map():  # it has closed its output, most probably to end
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(left)
+                continue
+            for key, _ in selector.select(min(left, POLL_SECONDS)):
+                if not key.data.read():
+                    selector.unregister(key.fileobj)
+                if key.data.is_too_long():
+                    return False
     return True
 
 
-# ---------------------------------------------------------------- Scrapers
-# Other ways to bring an object: a program in any language, or a function. Headlines: run_command(),
-# call_function().
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def end_processes(database: str, tasks: str = "") -> int:
+    """Kill each process of this user that began with the variables of a program of this database, or of these tasks
+    only, in whatever group it is. Returns how many there were."""
+    marks = [f" ADCE_DB={os.path.realpath(database)} ", f" ADCE_TASK={tasks}{tasks and ' '}"]
+    ended: set[int] = set()
+    for _ in range(KILLING_ROUNDS):  # a process that forks meanwhile leaves a child for the next round
+        found = {number for number, text in _environments() if all(mark in text for mark in marks)} - {os.getpid()}
+        if not found:
+            break
+        for number in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(number, signal.SIGKILL)
+        ended |= found
+        time.sleep(0.002)  # until they are dead
+    return len(ended)
+
+
+def _environments() -> Iterator[tuple[int, str]]:
+    """The processes of this machine, with a space around each variable that they began with."""
+    with contextlib.suppress(OSError):  # no descriptor is left: the next start repeats it
+        if (PROC / "self/environ").exists():
+            for name in filter(str.isdigit, os.listdir(PROC)):  # noqa: PTH208  # names only
+                with contextlib.suppress(OSError):  # it has ended, or is another user's
+                    variables = os.fsdecode((PROC / name / "environ").read_bytes())
+                    yield int(name), f" {variables} ".replace("\0", " ")
+            return
+        words = ["ps", "-axEww" if sys.platform == "darwin" else "axeww", "-o", "pid=,command="]
+        for line in subprocess.run(words, capture_output=True, check=False).stdout.splitlines():  # noqa: S603
+            number, _, text = os.fsdecode(line.strip()).partition(" ")
+            yield int(number), f"{text} "
 
 
 def output_folder(database: Path) -> Path:
-    """Where commands may leave objects for ADCE to store; what a crash left in it is swept at each start."""
+    """The folder in which programs leave objects for ADCE to store; swept at each start."""
     return database.with_name(f"{database.name}-output")
 
 
 def run_command(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
-    """Run a program; it has succeeded for each object that is whole in the store afterwards.
+    """Run the program of a command or a call; it has succeeded for each object that is whole in the store afterwards.
 
-    What it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is put there for it, if it exits with 0: a part
+    A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
-    database = Path(spec.environment["ADCE_DB"])
-    output_folder(database).mkdir(mode=0o700, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_folder(database), ignore_cleanup_errors=True) as folder:
+    outputs, most = output_folder(Path(spec.environment["ADCE_DB"])), spec.dataset.validate.max_bytes
+    outputs.mkdir(mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
         place = Path(folder) if spec.dataset.batch else Path(folder, "object")
         program = Program(
-            words=_command_words(spec),
+            words=_call_words(spec) if spec.dataset.call else _command_words(spec),
             folder=Path(spec.environment["ADCE_CONFIG"]).parent,
-            environment={
-                **{name: os.environ[name] for name in spec.dataset.environment if name in os.environ},
-                **spec.environment,
-                "ADCE_OUTPUT": str(place),
-            },
+            environment=_environment(spec) | {"ADCE_OUTPUT": str(place)},
             seconds=spec.dataset.timeout_seconds,
-            max_bytes=spec.dataset.validate.max_bytes if spec.dataset.output == "stdout" else None,
+            max_bytes=most if spec.dataset.output == "stdout" else None,
         )
         try:
             end = run_program(program, clock)
@@ -6458,12 +6432,21 @@ def run_command(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
             text = f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}"
             return [Result(Outcome.ERROR, text)] * len(spec.targets)
         results = []
+        failure = _read_file(Path(folder, FAILURE), BLOCK_BYTES) if spec.dataset.call else None
         for target in spec.targets:
             handed = place / target.key if spec.dataset.batch else place
-            body = end.body if spec.dataset.output == "stdout" else _read_file(handed, spec.dataset.validate.max_bytes)
-            result = _judge_end(spec, target, end, body, store)
+            body = end.body if spec.dataset.output == "stdout" else _read_file(handed, most)
+            result = _reported(failure) if failure else _judge_end(spec, target, end, body, store)
             results.append(dataclasses.replace(result, output=end.tail.decode("utf-8", "replace")))
         return results
+
+
+def _environment(spec: FetchSpec) -> dict[str, str]:
+    """A command gets the variables that its dataset names; a call all of them, as a function of this program."""
+    if spec.dataset.call:
+        limits = {"ADCE_MAX_BYTES": spec.dataset.validate.max_bytes, "ADCE_WAIT": spec.dataset.timeout_seconds}
+        return {**os.environ, **spec.environment, **{name: str(limit) for name, limit in limits.items()}}
+    return {name: os.environ[name] for name in spec.dataset.environment if name in os.environ} | dict(spec.environment)
 
 
 def _command_words(spec: FetchSpec) -> tuple[str, ...]:
@@ -6473,19 +6456,31 @@ def _command_words(spec: FetchSpec) -> tuple[str, ...]:
     return tuple(word.render(fields, str) for word in spec.dataset.command)
 
 
+def _call_words(spec: FetchSpec) -> tuple[str, ...]:
+    """Without a buffer, so that the output of a call that is killed is complete."""
+    fields = (f"{name}={text}" for name, text in spec.targets[0].fields.items())
+    return (sys.executable, "-u", str(Path(__file__).resolve()), "call", cast(str, spec.dataset.call), *fields)
+
+
+def _reported(failure: bytes) -> Result:
+    """The result of a call that raised; a permit that was refused counts against neither task nor source."""
+    text, retry_after = json.loads(failure)
+    return Result(Outcome.ERROR if retry_after is None else Outcome.LOST, text, retry_after=retry_after)
+
+
 def _judge_end(spec: FetchSpec, target: Target, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
-    """What a program has done for one object."""
-    outcome = Outcome.TIMEOUT if end.is_late() else Outcome.ERROR
-    told = f"({end.text}): {excerpt(end.tail[-120:])}"
-    if body and end.is_good():
+    """The result of a program for one object."""
+    ending = f"({end.text}): {excerpt(end.tail[-120:])}"
+    outcome = Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR
+    if end.is_good() and (body or (spec.dataset.call and body is not None)):
         return keep(spec, target, body, store)
     if body:
-        return Result(outcome, f"handed over {len(body)} bytes, which are not taken {told}")
-    return _look_again(spec, target, store, Result(outcome, told))
+        return Result(outcome, f"handed over {len(body)} bytes, which are not taken {ending}")
+    return _look_again(spec, target, store, Result(outcome, ending))
 
 
 def _look_again(spec: FetchSpec, target: Target, store: Store, otherwise: Result) -> Result:
-    """What a scraper that writes to the store has left there; what was there before does not count."""
+    """The object that a program has left in the store; one that was there before does not count."""
     found = look(spec, target, store)
     if found is None:
         return dataclasses.replace(otherwise, error=f"left no object {otherwise.error}")
@@ -6495,69 +6490,59 @@ def _look_again(spec: FetchSpec, target: Target, store: Store, otherwise: Result
 
 
 def _read_file(place: Path, most: int) -> bytes | None:
-    """A plain file that a program has left, one byte more than `most` at most. Anything else is none."""
+    """A plain file that a program has left, one byte more than `most` at most. None for anything else."""
+
+    def open_plainly(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
     try:
-        with open(place, "rb", opener=_open_plainly) as file:  # closes also what it refuses
+        with open(place, "rb", opener=open_plainly) as file:  # closes also what it refuses
             return file.read(most + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
     except OSError:
         return None
 
 
-def _open_plainly(place: str, flags: int) -> int:
-    return os.open(place, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+def call_function(words: Sequence[str]) -> int:
+    """The program of a call: MODULE:FUNCTION FIELD=VALUE... Calls the function with the fields that it names, and with
+    `session` if it names that: a session under the limits of its source. Returns an exit code.
 
-
-def call_function(spec: FetchSpec, store: Store) -> Result:
-    """Call module:function with the fields that it names, and `session` if it does: a session under its source's
-    limits. It returns the object's bytes, their iterator or a path to them, or None when it has stored the
-    object itself. The module may lie beside adce.yaml."""
-    module, _, name = (spec.dataset.call or "").partition(":")
-    target, most = spec.targets[0], spec.dataset.validate.max_bytes
-    folder = str(Path(spec.environment["ADCE_CONFIG"]).parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    function = getattr(importlib.import_module(module), name)
-    arguments: dict[str, Any] = {name: text for name, text in target.fields.items() if _taken_by(function, name)}
-    if _taken_by(function, "session"):
-        config = spec.environment["ADCE_CONFIG"]
-        arguments["session"] = session(spec.source.name, config, spec.dataset.timeout_seconds)
-    serving = SERVED.set((spec.environment["ADCE_SOURCE"], spec.environment["ADCE_TASK"]))
+    The bytes, the iterator of bytes or the file that it returns go to $ADCE_OUTPUT, an exception beside it."""
+    place, most = Path(os.environ["ADCE_OUTPUT"]), int(os.environ["ADCE_MAX_BYTES"])
+    sys.path.append(str(Path(os.environ["ADCE_CONFIG"]).parent))
+    module, _, name = words[0].partition(":")
+    fields: dict[str, Any] = {field: text for field, _, text in (word.partition("=") for word in words[1:])}
     try:
-        value = function(**arguments)
-        if value is None:
-            return _look_again(spec, target, store, Result(Outcome.ERROR, "(returned None)"))
-        body = _body_of(value, most)
-    except RateLimitedError as error:
-        return Result(Outcome.LOST, str(error), retry_after=error.seconds)  # nobody's fault
-    finally:
-        SERVED.reset(serving)
-    if body is None:
-        text = f"{spec.dataset.call} returned {type(value).__name__}: not bytes, an iterator of bytes or a path"
-        return Result(Outcome.ERROR, text)
-    return keep(spec, target, body, store)
+        function = getattr(importlib.import_module(module), name)
+        parameters = signature(function).parameters.values()
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        taken = {parameter.name for parameter in parameters} | ({"session", *fields} if takes_any else set())
+        if "session" in taken:
+            fields["session"] = session(os.environ["ADCE_SOURCE"], wait=float(os.environ["ADCE_WAIT"]))
+        value = function(**{field: value for field, value in fields.items() if field in taken})
+        if value is not None:
+            with place.open("xb") as file:
+                for block in _returned_blocks(value):
+                    if file.write(block) and file.tell() > most:
+                        break
+    except BaseException as error:  # noqa: BLE001  # SystemExit too is the attempt's error
+        traceback.print_exc()
+        report = (str(error), error.seconds) if isinstance(error, RateLimitedError) else (describe(error), None)
+        place.with_name(FAILURE).write_text(json.dumps(report), encoding="utf-8")
+        return ExitCode.ERROR
+    return ExitCode.DONE
 
 
-def _taken_by(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function has an argument of this name, or takes any."""
-    parameters = signature(function).parameters
-    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-
-
-def _body_of(value: Any, most: int) -> bytes | None:
-    """The bytes that a function has returned, one block more than `most` at most; None: it returned none."""
+def _returned_blocks(value: Any) -> Iterator[bytes]:
+    """The bytes that a function has returned. Raises TypeError when it has returned anything else."""
     if isinstance(value, str | Path):
         with Path(value).open("rb") as file:
-            return file.read(most + 1)
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value)
-    if not isinstance(value, Iterator):
-        return None
-    body = bytearray()
-    for block in value:
-        body += block
-        if len(body) > most:
-            break
-    return bytes(body)
+            yield from iter(functools.partial(file.read, BLOCK_BYTES), b"")
+    elif isinstance(value, bytes | bytearray | memoryview):
+        yield bytes(value)
+    elif isinstance(value, Iterator):
+        yield from value
+    else:
+        raise TypeError(f"returned {type(value).__name__}, not bytes, an iterator of bytes or a path")
 
 
 # ---------------------------------------------------------------- Fetch
@@ -6573,10 +6558,8 @@ def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
             found = look(spec, spec.targets[0], store)
             if found and found.outcome is Outcome.OK:
                 return [found]
-        if spec.dataset.command:
+        if spec.dataset.command or spec.dataset.call:
             return run_command(spec, store, clock)
-        if spec.dataset.call:
-            return [call_function(spec, store)]
         if not spec.url:
             return [Result(Outcome.ERROR, "its fields are those of an older adce.yaml, see `reconcile`")]
         return [request(spec, store, clock)]
@@ -6946,7 +6929,6 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
             "started_at": utc_text(row["started_at"]),
             "last_sign_of_life": utc_text(row["beat_at"]),
             "uptime": format_duration(now - row["started_at"]),
-            "lost_workers": row["lost_workers"] or None,
             "address": row["address"],
             "unit": row["unit"],
             "log": row["log"],
@@ -8388,8 +8370,7 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
 
 
 # ---------------------------------------------------------------- Workers
-# Who does the executions: a pool of a few. A program always ends in time; a function that never returns costs
-# its worker, which is replaced. Headline: Workers.
+# A pool of a few threads for the executions, each of which ends in time. Headline: Workers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -8398,7 +8379,6 @@ class Execution:
 
     claimed: Claim
     spec: FetchSpec
-    overdue_at: float = math.inf  # boot; nothing can end a function that never returns
 
 
 class Workers:
@@ -8408,7 +8388,6 @@ class Workers:
         self.count, self.store, self.clock, self.wake = configuration.max_concurrent_scrapers, store, clock, wake
         self.pool: Executor = ThreadPoolExecutor(self.count, "adce-worker")
         self.running: dict[Future[list[Result]], Execution] = {}
-        self.lost: dict[Future[list[Result]], Execution] = {}
 
     def free(self) -> int:
         """How many have nothing to do, and may have."""
@@ -8421,43 +8400,24 @@ class Workers:
         return [execution.claimed.tasks[0].target.key for execution in self.running.values()]
 
     def at_work(self) -> collections.Counter[str]:
-        """How many executions there are of each dataset, those that never return included."""
-        executions = [*self.running.values(), *self.lost.values()]
-        return collections.Counter(execution.claimed.dataset.name for execution in executions)
+        """How many executions there are of each dataset."""
+        return collections.Counter(execution.claimed.dataset.name for execution in self.running.values())
 
     def submit(self, execution: Execution) -> None:
         """Have it done."""
         future = self.pool.submit(fetch, execution.spec, self.store, self.clock)
-        if execution.spec.dataset.call:
-            overdue_at = self.clock.boot() + execution.spec.dataset.timeout_seconds
-            execution = dataclasses.replace(execution, overdue_at=overdue_at)
         self.running[future] = execution
         future.add_done_callback(lambda _: self.wake())
 
     def finished(self) -> Iterator[tuple[Execution, list[Result]]]:
-        """What has ended since this was last asked, or should have."""
-        self.lost = {future: execution for future, execution in self.lost.items() if not future.done()}
+        """The executions that have ended since the last call."""
         for future, execution in list(self.running.items()):
-            if future.done() or self.clock.boot() >= execution.overdue_at:
+            if future.done():
                 del self.running[future]
-                yield execution, self._results(future, execution)
-
-    def _results(self, future: Future[list[Result]], execution: Execution) -> list[Result]:
-        dataset = execution.spec.dataset
-        try:
-            return future.result(0)
-        except TimeoutError:  # others take over, and its source has one fewer until it returns
-            self.lost[future] = execution
-            self.pool.shutdown(wait=False)
-            self.pool = ThreadPoolExecutor(self.count, "adce-worker")
-            text = f"{dataset.call} did not return within {dataset.timeout_seconds:g} s"
-            return [Result(Outcome.TIMEOUT, f"{text}; its worker was replaced")]
-        except BaseException as error:  # noqa: BLE001  # a broken pool
-            return [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
-
-    def next_overdue_at(self) -> float:
-        """The instant in boot time at which the first of them is too late."""
-        return min((execution.overdue_at for execution in self.running.values()), default=math.inf)
+                try:
+                    yield execution, future.result()
+                except BaseException as error:  # noqa: BLE001  # a broken pool
+                    yield execution, [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
 
     def stop(self) -> list[Execution]:
         """Take no more. Returns what has not ended."""
@@ -8788,8 +8748,7 @@ class Runner:
             announce_progress(self.journal, self.database, self.configuration)
             self.journal.tell_resumed(self.database)
             with self.database.transaction() as sql:
-                beat = "update runner set beat_at = ?, lost_workers = ?"
-                sql.execute(beat, (int(self.clock.wall()), len(self.workers.lost)))
+                sql.execute("update runner set beat_at = ?", (int(self.clock.wall()),))
                 sql.execute("update boot set wall_offset = ?", (self.clock.wall() - now,))
                 forget(sql, self.clock.wall() - self.configuration.retention_seconds)
             notify(*sign_of_life(), f"STATUS={status_line(self.database)}")
@@ -8802,7 +8761,6 @@ class Runner:
         now, wall = self.clock.boot(), self.clock.wall()
         instants = [self.next_cycle_at, self.next_beat_at, self.stop_at, now + self.configuration.queue_check_seconds]
         instants += [opening.at for opening in openings.values()]
-        instants.append(self.workers.next_overdue_at())
         if self.journal.screen:
             instants.append(self.journal.next_paint_at)
         if self.unrecorded:
@@ -10082,7 +10040,10 @@ def _configuration_for(arguments: Arguments) -> Configuration:
 def main(words: Sequence[str] | None = None) -> int:
     """Obey one command line and return its exit code."""
     _open_standard_files()
-    arguments = parse_arguments(sys.argv[1:] if words is None else words)
+    words = sys.argv[1:] if words is None else words
+    if words[:1] == ["call"]:  # internal: the program of a dataset's call
+        return call_function(words[1:])
+    arguments = parse_arguments(words)
     try:
         configuration = _configuration_for(arguments)
         set_foreign_log_aside(configuration.database)
@@ -10109,4 +10070,4 @@ def main(words: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     status = main()
     sys.stderr.flush()
-    os._exit(status)  # sys.exit would wait for a function that never returns
+    os._exit(status)  # sys.exit would wait for requests that outlast the grace time
