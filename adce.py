@@ -1173,18 +1173,6 @@ class Database:
             self._reader.backup(memory)
         return Database(self.path, memory, memory)
 
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """The reader, which sees all as of one moment, whatever others write meanwhile."""
-        self._check_process()
-        with self._reading, self._translation:
-            self._reader.execute("begin")
-            try:
-                self._reader.execute("select count(*) from sqlite_schema").fetchone()
-                yield self._reader
-            finally:
-                self._reader.execute("rollback")
-
     def close(self) -> None:
         """Close both connections, when no other thread is at work with them: SQLite would crash."""
         with self._reading, self._writing:
@@ -1295,13 +1283,11 @@ def _create_file(path: Path) -> None:
         raise DatabaseError(f"cannot create {path}: {error.strerror}", "see `database:` in adce.yaml") from error
 
 
-def set_foreign_log_aside(path: Path) -> None:
-    """What a runner has written last may still lie in its write-ahead log. SQLite would play that into a backup
-    that was put in the database's place, and damage it. For a process that has not opened the database yet:
-    closing the file would drop its locks.
-
-    A backup says of itself that it has no such log (https://sqlite.org/fileformat2.html, 1.3.3); one that is newer
-    than the file may be another program's, which has just begun to use it."""
+def quarantine_stale_wal(path: Path) -> None:
+    """Rename a write-ahead log that does not belong to the database file, before this process opens it: closing the
+    file later would drop its locks."""
+    # A WAL left by a killed process would be replayed into a restored backup. The header of a backup says that it has
+    # none (https://sqlite.org/fileformat2.html, 1.3.3); a WAL newer than the file is in use by another process.
     log = path.with_name(f"{path.name}-wal")
     with _alone_in(path.parent), contextlib.suppress(OSError), path.open("rb") as file:
         has_log = file.read(20)[18:] != b"\x01\x01"
@@ -1410,50 +1396,44 @@ class RunnerLock:
 
 
 # ---------------------------------------------------------------- Backups
-# A copy of the database while others work on it, and what a copy cannot know. Headline: back_up().
+# A copy of the database while others work on it, and the pauses that a restored copy needs. Headline: back_up().
 
-BACKUP_PAGES = 1000  # copied at a time
+MARK_BACKUP = "insert or replace into settings values ('is a backup', '1')"
 
 
-def back_up(database: Database, path: Path, progress: Callable[[int, int], None]) -> None:
-    """Write all that is committed now into a new file, mode 0600. It is checked, and it is there whole or not at
-    all. `progress` is told the pages left and all. Raises DatabaseError, also when something is at `path` already."""
-    if path.exists() or path.is_symlink():
-        raise DatabaseError(f"{path} exists already", "name a new file; nothing was written")
-    if not path.parent.is_dir():  # it may be a disk that is not mounted
-        raise DatabaseError(f"there is no folder {path.parent}", "make it first; nothing was written")
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+def back_up(path: Path, copy: Path) -> None:
+    """Copy the database at `path`, as of one moment, into a new file, mode 0600. The copy is checked, on the disk, and
+    there whole or not at all. Raises DatabaseError, also when there is something at `copy` already."""
+    if copy.exists() or copy.is_symlink():
+        raise DatabaseError(f"{copy} exists already", "name a new file; nothing was written")
+    if not copy.parent.is_dir():  # it may be a disk that is not mounted
+        raise DatabaseError(f"there is no folder {copy.parent}", "make it first; nothing was written")
+    draft = copy.with_name(f"{copy.name}.{os.getpid()}.part")
     _create_file(draft)
     try:
-        with _Translation(str(draft)), contextlib.closing(_connect(str(draft))) as copy:
-            with database.snapshot() as source:  # or else each write of others would begin it anew
-                try:
-                    source.backup(copy, pages=BACKUP_PAGES, progress=lambda _, left, total: progress(left, total))
-                except sqlite3.DatabaseError as error:
-                    is_source = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-                    raise _translated(database.path if is_source else str(draft), error) from error
-            copy.execute("pragma journal_mode = delete")
-            copy.execute("insert or replace into settings values ('is a backup', '1')")
-            if copy.execute("pragma integrity_check").fetchone()[0] != "ok":
-                raise DatabaseError(f"the copy of {database.path} is damaged", "adce.py check")
-        _publish(draft, path)
+        with _Translation(f"cannot copy {path}"):
+            with contextlib.closing(_connect(str(path))) as source:
+                source.execute("vacuum into ?", (str(draft),))
+            with contextlib.closing(_connect(str(draft))) as made:
+                made.execute(MARK_BACKUP)
+                if made.execute("pragma integrity_check").fetchone()[0] != "ok":
+                    raise DatabaseError(f"the copy of {path} is damaged", "adce.py check")
+        _sync(draft)  # which SQLite does not do here
+        os.link(draft, copy)  # unlike a rename, never over a file that has come meanwhile
+        _sync(copy.parent)
     except OSError as error:
-        raise DatabaseError(f"cannot write {path}: {error.strerror}", "name another file") from error
+        raise DatabaseError(f"cannot write {copy}: {error.strerror}", "name another file") from error
     finally:
-        with contextlib.suppress(OSError):  # what failed first is what is told
+        with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
 
 
-def _publish(draft: Path, path: Path) -> None:
-    """Give a finished file its name for good, unless somebody has taken that name meanwhile."""
-    for place in (draft, path.parent):
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if place == draft:
-            os.link(draft, path)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def distrust_backup(sql: sqlite3.Connection, now: float) -> None:
@@ -9560,13 +9540,8 @@ def _cycle_of_runner(database: Database, configuration: Configuration, lock: Run
 
 def command_backup(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Copy the database while others work on it."""
-    is_shown = sys.stderr.isatty() and not arguments.quiet
-
-    def show(left: int, total: int) -> None:
-        if is_shown:
-            print(f"\r{100 * (total - left) // max(total, 1)}%", end="" if left else "\n", file=sys.stderr, flush=True)
-
-    back_up(_existing(configuration), arguments.file, show)
+    with contextlib.closing(_existing(configuration)):
+        back_up(configuration.database, arguments.file)
     size = arguments.file.stat().st_size
     _tell(arguments, f"{arguments.file} holds {size:,} bytes and was checked", file=str(arguments.file), bytes=size)
     return ExitCode.DONE
@@ -10036,7 +10011,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(words)
     try:
         configuration = _configuration_for(arguments)
-        set_foreign_log_aside(configuration.database)
+        quarantine_stale_wal(configuration.database)
         code: int = arguments.act(arguments, configuration)
         sys.stdout.flush()
     except Error as error:
