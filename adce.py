@@ -316,12 +316,20 @@ class Clock:
         return time.time()
 
     def boot(self) -> float:
-        """Seconds since the machine started, suspended time included. Never steps."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
+        """Seconds since the machine started, the same for all of its processes. Never steps.
+
+        Suspended time is included on Linux. Elsewhere it may not be: then a limit lasts longer, never shorter."""
+        number = getattr(time, "CLOCK_BOOTTIME", None)
+        return time.monotonic() if number is None else time.clock_gettime(number)
 
     def boot_id(self) -> str:
-        """The name of this boot: boot times of two boots must not be compared."""
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        """The name of this boot, since boot times of two boots must not be compared; "unknown" where there is none.
+
+        A name made from wall time would change when the clock is set, and all requests so far would be forgotten.
+        Without a name only a boot time that is smaller than before proves another boot."""
+        with contextlib.suppress(OSError):
+            return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return "unknown"
 
     def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_news: Callable[[], bool] | None = None) -> None:
         """Sleep until something is put into `wakeups`, until there are news, or for `seconds`; empties `wakeups`.
@@ -3484,7 +3492,7 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
     """Make the stored limits those of the configuration. What was asked before keeps counting."""
     boot_id, offset = clock.boot_id(), clock.wall() - clock.boot()
     known = sql.execute("select boot_id, wall_offset from boot").fetchone()
-    if known and known["boot_id"] != boot_id:
+    if known and (known["boot_id"] != boot_id or _has_gone_back(sql, clock.boot())):
         _carry_over_reboot(sql, known["wall_offset"] - offset)
     sql.execute("insert or replace into boot values (1, ?, ?)", (boot_id, offset))
     sql.execute("delete from windows")
@@ -3504,6 +3512,18 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
             [(scope, limit.seconds, limit.max_requests) for limit in limits.windows],
         )
     distrust_backup(sql, clock.boot())
+
+
+def _has_gone_back(sql: sqlite3.Connection, now: float) -> bool:
+    """Whether a grant or a pause lies in the future, as after a reboot of a machine whose boots have no names. One that
+    is not noticed makes limits last longer."""
+    begun = """
+        select max(instant) from (
+            select granted_at as instant from requests
+            union all
+            select max(granted_at, paused_until - paused_for) from scopes)
+    """
+    return cast(float, sql.execute(begun).fetchone()[0] or 0) > now + 1  # a second: more than rounding
 
 
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
@@ -8439,7 +8459,7 @@ def systemd_unit() -> str | None:
     if os.environ.get("SYSTEMD_EXEC_PID") != str(os.getpid()):
         return None
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        for line in (PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
             if line.startswith(("0::", "1:name=systemd:")):
                 return line.rpartition(":")[2]
     return None
@@ -8998,6 +9018,7 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
         "runner": _check_runner,
         "alerts": _check_alerts,
         "scrapers": _check_scrapers,
+        "system": _check_system,
     }
     rows = [_check(what, functools.partial(check, configuration)) for what, check in checks.items()]
     if online:
@@ -9043,7 +9064,7 @@ def _file_system_of(folder: Path) -> str:
     """The type of the file system that holds a folder (proc(5), mountinfo)."""
     found, longest = "unknown file system", -1
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in (PROC / "self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             left, _, right = line.partition(" - ")
             place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
             if folder.resolve().is_relative_to(place) and len(place) >= longest:
@@ -9092,6 +9113,17 @@ def _check_scrapers(configuration: Configuration) -> str:
     if wrong:
         raise Error("; ".join(wrong), "see `command` and `call` in adce.yaml")
     return f"{count} datasets have their own"
+
+
+def _check_system(_: Configuration) -> str:
+    """Which facilities of Linux are replaced here, and how well."""
+    substitutes = {
+        "limits do not see suspended time and last longer": hasattr(time, "CLOCK_BOOTTIME"),
+        "a reboot is noticed by its boot time only": (PROC / "sys/kernel/random/boot_id").exists(),
+        "programs left behind are found by ps": (PROC / "self/environ").exists(),
+        "file systems are not known": (PROC / "self/mountinfo").exists(),
+    }
+    return "; ".join([sys.platform, *(text for text, is_native in substitutes.items() if not is_native)])
 
 
 def _check_database(configuration: Configuration) -> str:
