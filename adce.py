@@ -1295,12 +1295,15 @@ def quarantine_stale_wal(path: Path) -> None:
     """Rename a write-ahead log that does not belong to the database file, before this process opens it: closing the
     file later would drop its locks."""
     # A WAL left by a killed process would be replayed into a restored backup. The header of a backup says that it has
-    # none (https://sqlite.org/fileformat2.html, 1.3.3); a WAL newer than the file is in use by another process.
-    log = path.with_name(f"{path.name}-wal")
-    with _alone_in(path.parent), contextlib.suppress(OSError), path.open("rb") as file:
-        has_log = file.read(20)[18:] != b"\x01\x01"
-        if not has_log and log.stat().st_size and log.stat().st_mtime_ns <= os.fstat(file.fileno()).st_ctime_ns:
-            log.rename(f"{log}.{int(log.stat().st_mtime)}")
+    # none (https://sqlite.org/fileformat2.html, 1.3.3). It is read last: another process that starts now changes the
+    # header before it makes a WAL of its own.
+    wal = path.with_name(f"{path.name}-wal")
+    with _alone_in(path.parent), contextlib.suppress(OSError):
+        left = wal.stat()
+        with path.open("rb") as file:
+            has_wal = file.read(20)[18:] != b"\x01\x01"
+            if not has_wal and left.st_size and left.st_mtime_ns <= os.fstat(file.fileno()).st_ctime_ns:
+                wal.rename(f"{wal}.{int(left.st_mtime)}")
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ sources: {{box: {{blocked_when: {{failures_in_a_row: 1000000}}}}}}
 datasets:
   few: {{source: box, key: "few/{{a}}/{{b}}", COMMAND, partitions: {{values: {{a: {few}, b: {b}}}}}}}
   more: {{source: box, key: "more/{{a}}/{{b}}", COMMAND, partitions: {{values: {{a: {more}, b: {b}}}}}}}
-""".replace("COMMAND", 'command: [/bin/sh, -c, "[ $((({a} + {b}) % 4)) != 0 ] && echo x"], output: stdout')
+""".replace("COMMAND", 'command: [/bin/sh, -c, "[ $((({{a}} + {{b}}) % 4)) != 0 ] && echo x"], output: stdout')
 
 
 def no_count_is_lost(folder: Path, tens: int) -> None:
