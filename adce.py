@@ -110,7 +110,6 @@ import queue
 import random
 import re
 import secrets
-import selectors
 import shlex
 import shutil
 import signal
@@ -6246,9 +6245,10 @@ def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractCon
 TAIL_BYTES = 2000  # of the output, kept with the attempt
 PIPE_BLOCKS = 16  # a pipe holds no more
 TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
-POLL_SECONDS = 0.1  # between looks at a silent program, since an escaped child may hold its output open
+LONGEST_STEP_SECONDS = 0.2  # between reads: one that has escaped may hold the output open, so EOF says nothing
 KILLING_ROUNDS = 100
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
+SIGNALS = {member.value: member.name for member in signal.Signals}
 FAILURE = "failure"  # the file in which a call reports an exception
 
 
@@ -6276,23 +6276,22 @@ class ProgramEnd:
         return self.text == "exit 0"
 
 
-@dataclass(slots=True)
 class _Output:
     """One pipe of a program: the end of the output, or with a limit all of it."""
 
-    pipe: Any
-    limit: int | None = None
-    kept: bytearray = field(default_factory=bytearray)
+    def __init__(self, pipe: Any, limit: int | None = None) -> None:
+        self.pipe, self.limit, self.kept = pipe, limit, bytearray()
+        os.set_blocking(pipe.fileno(), False)
 
     def read(self) -> bool:
         """Read one block. False at EOF, when no data is ready, or beyond the limit."""
+        block = b""
         with contextlib.suppress(BlockingIOError):
             block = os.read(self.pipe.fileno(), BLOCK_BYTES)
-            self.kept += block
-            if self.limit is None:
-                del self.kept[:-TAIL_BYTES]
-            return bool(block) and not self.is_too_long()
-        return False
+        self.kept += block
+        if self.limit is None:
+            del self.kept[:-TAIL_BYTES]
+        return bool(block) and not self.is_too_long()
 
     def is_too_long(self) -> bool:
         return self.limit is not None and len(self.kept) > self.limit
@@ -6301,7 +6300,7 @@ class _Output:
 def run_program(program: Program, clock: Clock) -> ProgramEnd:
     """Run a program to its end, or end it. Raises OSError or ValueError when it cannot be started."""
     is_wanted = program.max_bytes is not None
-    process = subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
+    with subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
         program.words,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -6309,61 +6308,41 @@ def run_program(program: Program, clock: Clock) -> ProgramEnd:
         env={name: os.environ[name] for name in INHERITED if name in os.environ} | dict(program.environment),
         cwd=program.folder,
         start_new_session=True,
-    )
-    printed = _Output(process.stdout, program.max_bytes)
-    outputs = [printed, _Output(process.stderr)] if is_wanted else [printed]
-    for output in outputs:
-        os.set_blocking(output.pipe.fileno(), False)
-    try:
-        is_over = _watch(process, outputs, program.seconds, clock)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            os.killpg(process.pid, signal.SIGCONT)  # a stopped process cannot handle SIGTERM
-            _watch(process, outputs, TERMINATE_SECONDS, clock)
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: only zombies are left
-            os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait()
-        end_processes(program.environment["ADCE_DB"], program.environment["ADCE_TASK"])
+    ) as process:
+        printed = _Output(process.stdout, program.max_bytes)
+        outputs = [printed, _Output(process.stderr)] if is_wanted else [printed]
+        try:
+            is_over = _watch(process, outputs, program.seconds, clock)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGCONT)  # a stopped process cannot handle SIGTERM
+                _watch(process, outputs, TERMINATE_SECONDS, clock)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing but zombies is left
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+            end_processes(program.environment["ADCE_DB"], program.environment["ADCE_TASK"])
         for output in outputs:
-            for _ in range(PIPE_BLOCKS):  # no further: a detached child may keep the pipe open and go on printing
-                if not output.read():
-                    break
-            output.pipe.close()
-    text = f"exit {code}" if code >= 0 else f"killed by {_signal_name(-code)}"
-    if printed.is_too_long():
-        text = f"printed more than {program.max_bytes} bytes"
-    elif not is_over:
-        text = "timed out"
+            any(not output.read() for _ in range(PIPE_BLOCKS))  # one that has escaped may print for ever
+    text = f"exit {code}" if code >= 0 else f"killed by {SIGNALS.get(-code, f'signal {-code}')}"
+    text = text if is_over else "timed out"
+    text = f"printed more than {program.max_bytes} bytes" if printed.is_too_long() else text
     return ProgramEnd(text, bytes(outputs[-1].kept), bytes(printed.kept) if is_wanted else b"")
 
 
-def _watch(process: subprocess.Popen[bytes], outputs: Iterable[_Output], seconds: float, clock: Clock) -> bool:
+def _watch(process: subprocess.Popen[bytes], outputs: Sequence[_Output], seconds: float, clock: Clock) -> bool:
     """Read the output of a program until it ends. False when the time is over or the output too long."""
-    until = clock.boot() + seconds
-    with selectors.DefaultSelector() as selector:
-        for output in outputs:
-            selector.register(output.pipe, selectors.EVENT_READ, output)
-        while process.poll() is None:
-            if (left := until - clock.boot()) <= 0:
-                return False
-            if not selector.get_map():  # it has closed its output, most probably to end
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(left)
-                continue
-            for key, _ in selector.select(min(left, POLL_SECONDS)):
-                if not key.data.read():
-                    selector.unregister(key.fileobj)
-                if key.data.is_too_long():
-                    return False
+    until, step = clock.boot() + seconds, 0.0
+    while process.poll() is None:
+        if clock.boot() >= until or outputs[0].is_too_long():
+            return False
+        if any([output.read() for output in outputs]):  # noqa: C419  # each of them, or one would wait for the other
+            step = 0.0
+        else:
+            step = min(2 * step + 0.0001, LONGEST_STEP_SECONDS, until - clock.boot())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(step)
     return True
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
 
 
 def end_processes(database: str, tasks: str = "") -> int:
@@ -6412,106 +6391,95 @@ def run_command(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
         place = Path(folder) if spec.dataset.batch else Path(folder, "object")
-        program = Program(
-            words=_call_words(spec) if spec.dataset.call else _command_words(spec),
-            folder=Path(spec.environment["ADCE_CONFIG"]).parent,
-            environment=_environment(spec) | {"ADCE_OUTPUT": str(place)},
-            seconds=spec.dataset.timeout_seconds,
-            max_bytes=most if spec.dataset.output == "stdout" else None,
-        )
+        program = _program(spec, place)
         try:
             end = run_program(program, clock)
         except (OSError, ValueError) as error:
             text = f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}"
             return [Result(Outcome.ERROR, text)] * len(spec.targets)
+        output = end.tail.decode("utf-8", "replace")
+        if spec.dataset.call and (failure := _read_file(Path(folder, FAILURE), BLOCK_BYTES)):
+            outcome, text, retry_after = json.loads(failure)
+            return [Result(Outcome(outcome), text, retry_after=retry_after, output=output)]
         results = []
-        failure = _read_file(Path(folder, FAILURE), BLOCK_BYTES) if spec.dataset.call else None
         for target in spec.targets:
             handed = place / target.key if spec.dataset.batch else place
             body = end.body if spec.dataset.output == "stdout" else _read_file(handed, most)
-            result = _reported(failure) if failure else _judge_end(spec, target, end, body, store)
-            results.append(dataclasses.replace(result, output=end.tail.decode("utf-8", "replace")))
+            results.append(dataclasses.replace(_judge_end(spec, target, end, body, store), output=output))
         return results
 
 
-def _environment(spec: FetchSpec) -> dict[str, str]:
-    """A command gets the variables that its dataset names; a call all of them, as a function of this program."""
-    if spec.dataset.call:
-        limits = {"ADCE_MAX_BYTES": spec.dataset.validate.max_bytes, "ADCE_WAIT": spec.dataset.timeout_seconds}
-        return {**os.environ, **spec.environment, **{name: str(limit) for name, limit in limits.items()}}
-    return {name: os.environ[name] for name in spec.dataset.environment if name in os.environ} | dict(spec.environment)
-
-
-def _command_words(spec: FetchSpec) -> tuple[str, ...]:
-    fields: dict[str, str] = dict(spec.targets[0].fields)
-    for name in spec.dataset.partitions.own_fields():
-        fields[f"{name}s"] = ",".join(target.fields[name] for target in spec.targets)
-    return tuple(word.render(fields, str) for word in spec.dataset.command)
-
-
-def _call_words(spec: FetchSpec) -> tuple[str, ...]:
-    """Without a buffer, so that the output of a call that is killed is complete."""
-    fields = (f"{name}={text}" for name, text in spec.targets[0].fields.items())
-    return (sys.executable, "-u", str(Path(__file__).resolve()), "call", cast(str, spec.dataset.call), *fields)
-
-
-def _reported(failure: bytes) -> Result:
-    """The result of a call that raised; a permit that was refused counts against neither task nor source."""
-    text, retry_after = json.loads(failure)
-    return Result(Outcome.ERROR if retry_after is None else Outcome.LOST, text, retry_after=retry_after)
+def _program(spec: FetchSpec, place: Path) -> Program:
+    """A command gets the variables that its dataset names; a call all of them, as a part of this program."""
+    dataset, fields, environment = spec.dataset, dict(spec.targets[0].fields), dict(spec.environment)
+    if dataset.call:  # -u: the output of one that is killed is complete
+        words = [sys.executable, "-u", str(Path(__file__).resolve()), "call", dataset.call]
+        words += [f"{name}={text}" for name, text in fields.items()]
+        limits = {"ADCE_MAX_BYTES": str(dataset.validate.max_bytes), "ADCE_WAIT": str(dataset.timeout_seconds)}
+        environment = {**os.environ, **limits, **environment}
+    else:
+        for name in dataset.partitions.own_fields():
+            fields[f"{name}s"] = ",".join(target.fields[name] for target in spec.targets)
+        words = [word.render(fields, str) for word in dataset.command]
+        environment = {name: os.environ[name] for name in dataset.environment if name in os.environ} | environment
+    return Program(
+        words=tuple(words),
+        folder=Path(environment["ADCE_CONFIG"]).parent,
+        environment={**environment, "ADCE_OUTPUT": str(place)},
+        seconds=dataset.timeout_seconds,
+        max_bytes=dataset.validate.max_bytes if dataset.output == "stdout" else None,
+    )
 
 
 def _judge_end(spec: FetchSpec, target: Target, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
-    """The result of a program for one object."""
-    ending = f"({end.text}): {excerpt(end.tail[-120:])}"
-    outcome = Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR
-    if end.is_good() and (body or (spec.dataset.call and body is not None)):
+    """The result of a program for one object. A command that leaves no bytes has brought nothing."""
+    if end.is_good() and body is not None and (body or spec.dataset.call):
         return keep(spec, target, body, store)
+    failed = Result(
+        outcome=Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR,
+        error=f"({end.text}): {excerpt(end.tail[-120:])}",
+    )
     if body:
-        return Result(outcome, f"handed over {len(body)} bytes, which are not taken {ending}")
-    return _look_again(spec, target, store, Result(outcome, ending))
+        text = f"handed over {len(body)} bytes, which are not taken {failed.error}"
+        return dataclasses.replace(failed, error=text)
+    return _look_again(spec, target, store, failed)
 
 
 def _look_again(spec: FetchSpec, target: Target, store: Store, otherwise: Result) -> Result:
     """The object that a program has left in the store; one that was there before does not count."""
     found = look(spec, target, store)
-    if found is None:
-        return dataclasses.replace(otherwise, error=f"left no object {otherwise.error}")
-    if found.stored and (found.stored.etag, found.stored.modified_at) == target.version:
-        return dataclasses.replace(otherwise, error=f"left the object as it was {otherwise.error}")
-    return found
+    if found and found.stored and (found.stored.etag, found.stored.modified_at) != target.version:
+        return found
+    done = "left the object as it was" if found else "left no object"
+    return dataclasses.replace(otherwise, error=f"{done} {otherwise.error}")
 
 
 def _read_file(place: Path, most: int) -> bytes | None:
     """A plain file that a program has left, one byte more than `most` at most. None for anything else."""
-
-    def open_plainly(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-
     try:
-        with open(place, "rb", opener=open_plainly) as file:  # closes also what it refuses
+        with open(place, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             return file.read(most + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
     except OSError:
         return None
 
 
-def call_function(words: Sequence[str]) -> int:
+def call_function(words: Sequence[str]) -> ExitCode:
     """The program of a call: MODULE:FUNCTION FIELD=VALUE... Calls the function with the fields that it names, and with
-    `session` if it names that: a session under the limits of its source. Returns an exit code.
+    `session` if it names that: a session under the limits of its source.
 
     The bytes, the iterator of bytes or the file that it returns go to $ADCE_OUTPUT, an exception beside it."""
     place, most = Path(os.environ["ADCE_OUTPUT"]), int(os.environ["ADCE_MAX_BYTES"])
     sys.path.append(str(Path(os.environ["ADCE_CONFIG"]).parent))
     module, _, name = words[0].partition(":")
-    fields: dict[str, Any] = {field: text for field, _, text in (word.partition("=") for word in words[1:])}
     try:
         function = getattr(importlib.import_module(module), name)
-        parameters = signature(function).parameters.values()
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        taken = {parameter.name for parameter in parameters} | ({"session", *fields} if takes_any else set())
-        if "session" in taken:
+        parameters = signature(function).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        fields: dict[str, Any] = {field: text for field, _, text in (word.partition("=") for word in words[1:])}
+        fields = {field: text for field, text in fields.items() if takes_all or field in parameters}
+        if takes_all or "session" in parameters:
             fields["session"] = session(os.environ["ADCE_SOURCE"], wait=float(os.environ["ADCE_WAIT"]))
-        value = function(**{field: value for field, value in fields.items() if field in taken})
+        value = function(**fields)
         if value is not None:
             with place.open("xb") as file:
                 for block in _returned_blocks(value):
@@ -6519,8 +6487,10 @@ def call_function(words: Sequence[str]) -> int:
                         break
     except BaseException as error:  # noqa: BLE001  # SystemExit too is the attempt's error
         traceback.print_exc()
-        report = (str(error), error.seconds) if isinstance(error, RateLimitedError) else (describe(error), None)
-        place.with_name(FAILURE).write_text(json.dumps(report), encoding="utf-8")
+        failure: tuple[Outcome, str, float | None] = (Outcome.ERROR, describe(error), None)
+        if isinstance(error, RateLimitedError):  # neither the task nor the source has failed
+            failure = (Outcome.LOST, str(error), error.seconds)
+        place.with_name(FAILURE).write_text(json.dumps(failure), encoding="utf-8")
         return ExitCode.ERROR
     return ExitCode.DONE
 
