@@ -10011,7 +10011,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Obey one command line and return its exit code."""
     _open_standard_files()
     words = sys.argv[1:] if words is None else words
-    if words[:1] == ["call"]:  # internal: the program of a dataset's call
+    if words[:1] == ["call"] and "ADCE_OUTPUT" in os.environ:  # internal: the program of a dataset's call
         return call_function(words[1:])
     arguments = parse_arguments(words)
     try:

@@ -649,6 +649,17 @@ def test_traceback_of_a_call_is_kept_with_its_attempt(scrapers, store, tmp_path)
     assert re.search(r'File ".*a_scraper.py", line 3, in fail', result.output)
 
 
+def test_call_that_is_refused_a_permit_has_lost_nothing_but_time(scrapers, store, tmp_path):
+    scrapers.write_text("import adce\ndef ask(): raise adce.RateLimitedError('espn cannot be asked', 90.5)\n")
+    (result,) = adce.fetch(call_spec(tmp_path, Scraper("", O.LOST), "a_scraper:ask"), store, adce.Clock())
+    assert (result.outcome, result.error, result.retry_after) == (O.LOST, "espn cannot be asked", 90.5)
+
+
+def test_call_is_no_command_for_a_terminal(tmp_path):
+    done = run_adce("call", "os:getcwd", folder=tmp_path)
+    assert (done.returncode, "invalid choice: 'call'" in done.stderr) == (2, True)
+
+
 def test_call_that_never_returns_is_killed_with_all_that_it_began(scrapers, store, tmp_path):
     hang = "subprocess.Popen(['sleep', '300'], start_new_session=True); print('begun'); threading.Event().wait()"
     scrapers.write_text(f"import subprocess, threading\ndef hang(): {hang}\n")
