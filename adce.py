@@ -3344,9 +3344,10 @@ class S3Store:
         try:
             with self._translated(f"look for {key} in"):
                 head = self._client.head_object(Bucket=self.bucket, Key=self.above + key)
+                modified_at = _http_instant(head["LastModified"])
         except KeyError:
             return None
-        return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), _http_instant(head["LastModified"]))
+        return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), modified_at)
 
     def read(self, key: str) -> bytes:
         """The content of an object. Raises KeyError when there is none."""
