@@ -14,11 +14,9 @@ with a few workers, never asking a source more often than it allows, through cra
 All state is one SQLite file and the lake itself. The module reads from top to bottom; each room below
 rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they are):
 
-    Words                       the vocabulary: states, outcomes, exit codes, errors
+    Vocabulary                  states, outcomes, exit codes, errors
     Time                        instants and durations; the only reader of the clock
     Schema                      the tables: the centre of the design
-    Side tables                 what the limits, the runner and the alerts remember
-    Migrations                  to it, from those of older versions
     Views                       what people read of them
     Database                    one safe door to the SQLite file
     Opening                     how it is made and opened
@@ -35,18 +33,17 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Folder                      on a disk
     Bucket                      or in S3
     Limits                      what may be asked, and when
-    Pauses                      what the answers of a source say about it
+    Responses                   what a response means, for the task and for its source
     Permits                     the limits for other threads and processes
     Score                       which gap matters most
-    Ledger                      objects and their tasks, kept in step
-    Children                    objects that others name
-    Upkeep                      what a new configuration and passing days change
+    Object states               facts, and the state and task that follow
+    Expectations                the expected objects, as one computed set
     Queue                       what is to be done, and in which order
-    Endings                     what becomes of a task when an attempt ends
+    Results                     the end of an attempt
     Listing                     the store, page by page
     Ranges                      which of it to look at
     Cycles                      one reconciliation as it goes on
-    Contents                    what objects say that something else wrote
+    Content inspection          contents that other programs stored
     Reconcile                   notices: expected against present
     Executions                  what one execution is, and what it leaves
     Requests                    one HTTP request
@@ -63,7 +60,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Screen                      what a person sees while it runs
     Conditions                  what people should look at
     Alerts                      what people are told, once, wherever they are
-    Interventions               what a person changes by hand
+    Operator actions            pause, resume, retry, skip
     Workers                     who does the executions
     Supervision                 who has started the runner, and is told
     Runner                      keeps going until told to stop
@@ -131,7 +128,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TextIO, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TextIO, TypeVar, cast
 
 __version__ = "1.0.0"
 __all__ = [
@@ -157,37 +154,39 @@ __all__ = [
 sys.modules.setdefault("adce", sys.modules[__name__])
 
 
-# ---------------------------------------------------------------- Words
-# The vocabulary. Every state and outcome is stored as the word that people read. Headline: Error.
+# ---------------------------------------------------------------- Vocabulary
+# States, outcomes, priorities, exit codes and errors. Every word is stored as it is shown. Headline: Error.
 
 
 class ObjectState(enum.StrEnum):
-    """What is known of an object. Missing, stale and suspect are gaps."""
+    """The state of an object. Missing, stale and suspect are gaps."""
 
-    AWAITED = "awaited"  # not expected yet: its `available_after` has not come
+    AWAITED = "awaited"  # `available_after` is still to come, or the store was not searched yet
     MISSING = "missing"
     STALE = "stale"  # older than its freshness allows, or not final yet
-    SUSPECT = "suspect"  # there, but fails its validation
+    SUSPECT = "suspect"  # present, but fails its validation
     PRESENT = "present"
-    DROPPED = "dropped"  # no longer expected; what lies in the store is left alone
+    SKIPPED = "skipped"  # excluded by the operator
+    DROPPED = "dropped"  # no longer expected; the stored object is left alone
 
 
 GAPS = (ObjectState.MISSING, ObjectState.STALE, ObjectState.SUSPECT)
 
 
 class TaskState(enum.StrEnum):
-    """The life of a task. Only `gave_up` is a final bad state."""
+    """The state of the open work on a gap. Only `gave_up` is a final bad state."""
 
-    PENDING = "pending"  # may be claimed
+    PENDING = "pending"  # can be claimed
     RETRY = "retry"  # waits until next_at
     RUNNING = "running"
-    DONE = "done"
     GAVE_UP = "gave_up"
-    CANCELLED = "cancelled"  # its object is no longer expected
+    # A closed task leaves no row; these two are only logged.
+    DONE = "done"
+    CANCELLED = "cancelled"  # the object is no longer expected
 
 
 class Priority(enum.StrEnum):
-    """How much a gap matters, from most to least."""
+    """The weight of a gap, from highest to lowest."""
 
     CRITICAL = "CRITICAL"
     HIGH = "HIGH"
@@ -195,33 +194,43 @@ class Priority(enum.StrEnum):
     LOW = "LOW"
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """The consequences of an outcome."""
+
+    counts: bool = False  # towards `retry.max_attempts`, unless the source is to blame
+    rated: bool = False  # in the success rate of the dataset
+    passing: bool = False  # the request says nothing about the source
+    source_after: int = 0  # so many in a row mean that the source is down; 0: never
+    setting: str = ""  # the key of `blocked_when` that holds that number instead
+
+
 class Outcome(enum.StrEnum):
-    """How an attempt ended."""
+    """The result of an attempt, with its consequences."""
+
+    traits: Traits
+
+    def __new__(cls, word: str, traits: Traits = Traits()) -> Self:
+        member = str.__new__(cls, word)
+        member._value_, member.traits = word, traits
+        return member
 
     RUNNING = "running"
-    OK = "ok"
-    NOT_YET = "not_yet"  # the source says there is no such thing (yet)
-    INVALID = "invalid"  # an answer that is not the object
-    HTTP_ERROR = "http_error"
+    OK = "ok", Traits(rated=True)
+    NOT_YET = "not_yet"  # the source has no such object (yet)
+    INVALID = "invalid", Traits(counts=True, rated=True)  # the response is not the object
+    HTTP_ERROR = "http_error", Traits(counts=True, rated=True)
     THROTTLED = "throttled"  # 429, 503, or a status that means blocked: the source is paused
-    TIMEOUT = "timeout"
-    UNREACHABLE = "unreachable"  # no connection could be made
-    BROKEN = "broken"  # the connection broke before the whole answer was there
-    STORE_ERROR = "store_error"  # fetched, but the store would not take it
-    ERROR = "error"  # a scraper failed
-    LOST = "lost"  # the runner stopped or died before the end
-
-
-# An attempt counts towards `retry.max_attempts` only when the task itself is to blame.
-COUNTED_FAILURES = (Outcome.INVALID, Outcome.HTTP_ERROR, Outcome.ERROR)
-# What tells how reliable a dataset is; a pause, an outage or a stop says nothing about it.
-RELIABILITY = (Outcome.OK, *COUNTED_FAILURES)
-# So many of these in a row mean that the source itself is away; for others see blocked_when.
-SOURCE_FAILURES = {Outcome.UNREACHABLE: 2, Outcome.BROKEN: 5}
+    TIMEOUT = "timeout", Traits(counts=True, setting="timeouts_in_a_row")
+    UNREACHABLE = "unreachable", Traits(counts=True, source_after=2)  # no connection
+    BROKEN = "broken", Traits(counts=True, source_after=5)  # the response ended early
+    STORE_ERROR = "store_error", Traits(passing=True)  # fetched, but not stored
+    ERROR = "error", Traits(counts=True, rated=True, setting="failures_in_a_row")  # a command or call failed
+    LOST = "lost", Traits(passing=True)  # the runner stopped or crashed before the end
 
 
 class ExitCode(enum.IntEnum):
-    """What a command's exit status means. Treat an unknown one as a failure."""
+    """The exit status of a command. Treat an unknown one as a failure."""
 
     DONE = 0
     ERROR = 1
@@ -236,7 +245,7 @@ class ExitCode(enum.IntEnum):
 
 
 class Error(Exception):
-    """Something the user can act on: what is wrong, and what to try."""
+    """A problem that the user can solve, and a hint how."""
 
     exit_code: int = ExitCode.ERROR
 
@@ -251,26 +260,22 @@ class ConfigurationError(Error):
     exit_code = ExitCode.BAD_CONFIGURATION
 
 
-class MassDropError(ConfigurationError):
-    """adce.yaml expects far less than before, and nobody has said that this is meant."""
-
-
 class DatabaseError(Error):
     """The database is unusable, or not ADCE's."""
 
 
 class DatabaseTroubleError(DatabaseError):
-    """The database cannot be used now and may be later: it is locked, or its disk is full."""
+    """The database cannot be used now but may be later: it is locked, or its disk is full."""
 
 
 class NoDatabaseError(DatabaseError):
-    """There is no database where one is needed."""
+    """The database does not exist."""
 
     exit_code = ExitCode.NO_DATABASE
 
 
 class RateLimitedError(Error):
-    """A source cannot be asked within the time that was given, but `seconds` from now."""
+    """A source cannot be asked within the time given; it can be in `seconds`."""
 
     def __init__(self, message: str, seconds: float) -> None:
         super().__init__(message)
@@ -294,7 +299,7 @@ class UnusablePlaceError(StoreError):
 
 
 class OutOfOrderError(StoreError):
-    """A store listed its objects in another order than that of their keys."""
+    """A store did not list its objects in key order."""
 
 
 # ---------------------------------------------------------------- Time
@@ -386,38 +391,41 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 
 
 # ---------------------------------------------------------------- Schema
-# The centre of the design: what ADCE remembers. Instants are whole seconds since 1970 (UTC) unless the
-# remark says boot: those count from the start of the machine. Headline: LAKE_TABLES.
+# The tables: the centre of the design. One row of `objects` is an object and its open task. Instants are
+# seconds since 1970 (UTC); boot times, so marked, are seconds since the machine started. Headline: TABLES.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-LAKE_TABLES = """
-create table settings (
-    -- Small facts about the file itself and about the last run.
-    name         text    primary key,
-    value        text    not null
-) strict, without rowid;
+SCHEMA_VERSION = 10
+TABLES = """
+create table facts (
+    -- Facts about this file and the last cycles, in one row.
+    only_row     integer primary key check (only_row = 1),
+    views        text,               -- digest of the views
+    store        text,               -- that the database belongs to
+    store_error  text,               -- that ended the last cycles
+    is_backup    integer not null default 0,
+    boot_id      text,               -- of the boot times below
+    wall_offset  real    not null default 0, -- wall time minus boot time, for display
+    declaration  text,               -- digest of the datasets that all objects were compared with
+    priorities   text,               -- digest of the day and the weights of the stored ranks
+    ordered      text    not null default '{}', -- JSON: prefixes that the store lists in key order
+    looked_up_to text    not null default '',   -- key where the next share of a cycle begins
+    wanted_cycle text,               -- JSON: options of a cycle that another process requested
+    cycle_sent   integer             -- the last cycle that was reported to `ping` and CloudWatch
+) strict;
 
 create table runner (
-    -- The one process that works on this database: the last one that did, when none runs.
+    -- The process that works on this database, or the last one that did.
     only_row     integer primary key check (only_row = 1),
     pid          integer not null,
     version      text    not null,
     started_at   integer not null,
-    beat_at      integer not null,   -- the loop's last sign of life
+    beat_at      integer not null,   -- last heartbeat of the main loop
     stopped_at   integer,
     note         text,               -- why it stopped
-    address      text,               -- where it answers over HTTP, if it does
-    unit         text,               -- of systemd, if that started it
-    log          text                -- the file that it writes its events to, if it does
-) strict;
-
-create table orders (
-    -- What other processes ask the runner for: a cycle.
-    order_id     integer primary key,
-    asked_at     integer not null,
-    is_full      integer not null,   -- 1: it looks at everything
-    may_lose     text    not null,   -- JSON: the datasets whose mass loss is real
-    cycle_id     integer             -- the cycle that obeyed; null: not yet begun
+    address      text,               -- of its HTTP server
+    unit         text,               -- of systemd
+    log          text                -- its log file
 ) strict;
 
 create table datasets (
@@ -426,132 +434,120 @@ create table datasets (
     dataset      text    not null unique,
     source       text    not null,
     active       integer not null,   -- 0: no longer declared
-    definition   text    not null,   -- digest of its declaration
-    expansion    text    not null,   -- digest of what its expected objects were derived from
-    success_rate real    not null,   -- 0 to 1, recent attempts weigh more
-    bonus        real    not null    -- points of score for it
+    expansion    text    not null default '', -- digest of the inputs of its expected objects; '': to be computed
+    reading      text    not null default '', -- digest of the rules by which contents were judged
+    changed      integer not null default 0,  -- grows with every change of its objects or of their mentions
+    success_rate real    not null default 1,  -- 0 to 1, moving average
+    bonus        real    not null default 0   -- points of score for it
 ) strict;
 
 create table objects (
-    -- One row for each object that should exist, with what is known of it. Objects that exist but
-    -- that nobody expects have no row.
+    -- One row for each expected object, and its open task. Objects in the store that no dataset expects have no row.
     object_id    integer primary key,
     dataset_id   integer not null references datasets,
     key          text    not null unique,
     fields       text    not null,   -- JSON: the values of its partition
-    season       text,               -- label of its season
-    day          text,               -- its date
-    state        text    not null
-                 check (state in ('awaited', 'missing', 'stale', 'suspect', 'present', 'dropped')),
-    reason       text,               -- of a gap
-    since        integer not null,   -- when it came into this state
-    due_at       integer,            -- when time alone will change the state
+    season       text,
+    day          text,
     available_at integer,            -- not expected before
-    seen_at      integer,            -- first known to exist
-    size         integer,            -- bytes; null: not in the store
-    etag         text,
+    parent_id    integer,            -- the first object that names it
+    state        text    not null
+                 check (state in ('awaited', 'missing', 'stale', 'suspect', 'present', 'skipped', 'dropped')),
+    reason       text,               -- of a gap
+    since        integer not null,   -- start of this state
+    next_at      integer,            -- when time alone will change the state or the task
+    proven       integer not null,   -- 0: the store was not searched for it yet
+    cycle_id     integer,            -- the cycle in or after which ADCE last stored it
+    seen_at      integer,            -- first seen in the store
+    etag         text,               -- null: not in the store
+    size         integer,            -- bytes
     modified_at  integer,
-    read_etag    text,               -- the version whose content was looked at; what was found:
-    valid        integer,            -- 1: passes its validation
-    settled      integer,            -- 1: final, its `until` holds
-    live         integer,            -- 1: it changes all the time, its `live.while` holds
-    verdict      text,               -- why it is not valid
-    skipped      text,               -- why nobody wants it, in the words of who said so
-    proven       integer not null,   -- 0: nobody has looked for it in the store yet
-    cycle_id     integer             -- the cycle in or after which ADCE last wrote it
+    read_etag    text,               -- the version whose content was judged, and the verdict:
+    verdict      text,               -- why it is invalid; null: valid
+    settled      integer,            -- 1: final, `until` holds
+    live         integer,            -- 1: `live.while` holds
+    skipped      text,               -- reason given when the operator excluded it
+    task         text check (task in ('pending', 'retry', 'running', 'gave_up')), -- null: nothing to do
+    priority     text check (priority in ('CRITICAL', 'HIGH', 'MEDIUM', 'LOW')),
+    detected_at  integer,            -- age counts from here
+    gap_size     integer,            -- objects that one execution would bring
+    rank         real,               -- the score in 1970, without the bonus of the dataset
+    slope        real,               -- points gained in an hour
+    attempts     integer not null default 0,
+    failures     integer not null default 0, -- that count towards retry.max_attempts
+    fruitless    integer not null default 0, -- attempts since the last good one, lost ones excluded
+    crashes      integer not null default 0, -- of runners in a row, during its attempts
+    attempt_id   integer,            -- the running attempt
+    last_error   text
 ) strict;
--- the objects of a dataset in a state, by day
 create index objects_by_state on objects (dataset_id, season, state, day);
--- what time alone has changed
-create index objects_due on objects (due_at) where due_at is not null;
--- what is in the store but was never looked at
+create index objects_in_time on objects (next_at) where next_at is not null;
 create index objects_unread on objects (dataset_id, key) where etag is not read_etag;
--- what each cycle looks for
-create index objects_open on objects (key)
-where state in ('missing', 'stale', 'suspect') or (proven = 0 and state != 'dropped');
--- what people do not want
-create index objects_skipped on objects (dataset_id, season) where skipped is not null;
+create index objects_to_find on objects (key) where (task is not null or proven = 0) and state != 'dropped';
+create index objects_dropped on objects (since) where state = 'dropped';
+create index objects_pending on objects (dataset_id, rank desc, object_id) where task = 'pending';
+create index objects_by_task on objects (task, dataset_id) where task in ('retry', 'running', 'gave_up');
+create index objects_by_age on objects (priority, detected_at) where task is not null;
 
 create table counts (
-    -- How many objects are in each state: kept by the triggers below, because counting takes long.
+    -- Objects by state and task, kept by the triggers below: counting them would take long.
     dataset_id   integer not null references datasets,
-    season       text    not null,   -- '': of no season
+    season       text    not null,   -- '': none
     state        text    not null,
+    task         text    not null,   -- '': none, and so is its priority
+    priority     text    not null,
     objects      integer not null,
-    primary key (dataset_id, season, state)
+    primary key (dataset_id, season, state, task, priority)
 ) strict, without rowid;
 create trigger objects_counted_in after insert on objects begin
-    insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
+    insert into counts
+    values (new.dataset_id, coalesce(new.season, ''), new.state, coalesce(new.task, ''),
+            iif(new.task is null, '', new.priority), 1)
     on conflict do update set objects = objects + 1;
 end;
 create trigger objects_counted_out after delete on objects begin
     update counts set objects = objects - 1
-    where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
+    where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state
+      and task = coalesce(old.task, '') and priority = iif(old.task is null, '', old.priority);
 end;
-create trigger objects_recounted after update of state, season, dataset_id on objects
-when (old.state, old.season, old.dataset_id) is not (new.state, new.season, new.dataset_id) begin
+create trigger objects_recounted after update of dataset_id, season, state, task, priority on objects
+when (old.state, old.task, old.priority, old.season, old.dataset_id)
+     is not (new.state, new.task, new.priority, new.season, new.dataset_id) begin
     update counts set objects = objects - 1
-    where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
-    insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
+    where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state
+      and task = coalesce(old.task, '') and priority = iif(old.task is null, '', old.priority);
+    insert into counts
+    values (new.dataset_id, coalesce(new.season, ''), new.state, coalesce(new.task, ''),
+            iif(new.task is null, '', new.priority), 1)
     on conflict do update set objects = objects + 1;
 end;
 
-create table links (
-    -- Which parent object names which child object.
-    parent_id    integer not null references objects,
-    child_id     integer not null references objects,
-    primary key (parent_id, child_id)
-) strict, without rowid;
-create index links_by_child on links (child_id);
-
-create table tasks (
-    -- The work that closes one gap. A gap that persists keeps its task, and so its age.
-    task_id      integer primary key,
+create table mentions (
+    -- The ids that the content of an object names: facts, from which expected objects are computed.
     object_id    integer not null references objects,
-    dataset_id   integer not null references datasets,
-    state        text    not null
-                 check (state in ('pending', 'retry', 'running', 'done', 'gave_up', 'cancelled')),
-    priority     text    not null check (priority in ('CRITICAL', 'HIGH', 'MEDIUM', 'LOW')),
-    detected_at  integer not null,   -- age counts from here
-    gap_size     integer not null,   -- objects that one execution would bring
-    rank         real    not null,   -- the score it would have had in 1970, without its dataset's bonus
-    slope        real    not null,   -- points that it gains in an hour
-    next_at      integer,            -- retry: not before
-    attempts     integer not null,   -- all of them
-    failures     integer not null,   -- those that count towards retry.max_attempts
-    attempt_id   integer,            -- the one that is running
-    last_error   text,
-    closed_at    integer,
-    deaths       integer not null default 0  -- of runners in a row, while they worked at it
-) strict;
--- one live task for an object
-create unique index live_tasks on tasks (object_id) where state in ('pending', 'retry', 'running', 'gave_up');
--- the head of each dataset's queue
-create index pending_tasks on tasks (dataset_id, rank desc, task_id) where state = 'pending';
--- retries that are due
-create index waiting_tasks on tasks (next_at) where state = 'retry';
--- what may be forgotten
-create index closed_tasks on tasks (closed_at) where closed_at is not null;
--- what is running, what gave up
-create index tasks_by_state on tasks (state, dataset_id) where state in ('running', 'gave_up', 'retry');
+    expression   text    not null,   -- that found it
+    value        text    not null,
+    primary key (object_id, expression, value)
+) strict, without rowid;
 
 create table attempts (
-    -- One execution of a task. A retry adds a row and never edits one.
+    -- One execution of a task. A retry is a new row.
     attempt_id   integer primary key,
-    task_id      integer not null references tasks,
+    object_id    integer not null references objects,
     started_at   real    not null,
     seconds      real,
     outcome      text    not null,
     http_status  integer,
     bytes        integer,
-    requests     integer not null,   -- HTTP requests made, redirects included
+    requests     integer not null,   -- HTTP requests, redirects included
+    url          text,
     error        text,
-    output       text                -- the end of what a command printed
+    output       text                -- the end of the output of a command
 ) strict;
-create index attempts_by_task on attempts (task_id);
+create index attempts_by_object on attempts (object_id);
 
 create table daily_totals (
-    -- Sums of attempts by day, kept when old attempts are removed.
+    -- Attempts by day, kept when old attempts are removed.
     day          text    not null,
     dataset_id   integer not null references datasets,
     priority     text    not null,
@@ -563,49 +559,37 @@ create table daily_totals (
 ) strict, without rowid;
 
 create table reconciliations (
-    -- One row for each cycle: what it looked at, what it found, what it did.
+    -- One row for each cycle.
     cycle_id     integer primary key,
     started_at   real    not null,
     seconds      real,               -- null: not finished
-    listed       integer not null,   -- objects seen in the store
-    looked       integer not null default 0, -- expected objects that were looked for: all, or a share of them
-    unexpected   integer not null,   -- of them, objects that no dataset expects
-    list_calls   integer not null,
-    expected     integer not null,
-    present      integer not null,
-    missing      integer not null,
-    stale        integer not null,
-    suspect      integer not null,
-    created      integer not null,   -- tasks opened
-    closed       integer not null,   -- tasks closed because their gap was gone
-    error        text                -- what was not proven, and why
-) strict;
-"""
-
-
-# ---------------------------------------------------------------- Side tables
-# What the runner, the limits and the alerts remember, and counts that triggers keep. Headline: SIDE_TABLES.
-
-SIDE_TABLES = """
-create table boot (
-    -- The boot that the boot times below belong to.
-    only_row     integer primary key check (only_row = 1),
-    boot_id      text    not null,
-    wall_offset  real    not null    -- wall time minus boot time, for display only
+    listed       integer not null default 0, -- objects listed by the store
+    looked       integer not null default 0, -- expected objects compared with that: all, or a share
+    unexpected   integer not null default 0, -- listed objects that no dataset expects
+    list_calls   integer not null default 0,
+    expected     integer not null default 0,
+    present      integer not null default 0,
+    missing      integer not null default 0,
+    stale        integer not null default 0,
+    suspect      integer not null default 0,
+    created      integer not null default 0, -- tasks opened
+    closed       integer not null default 0, -- tasks closed because their gap was gone
+    dropped      integer not null default 0, -- objects no longer expected
+    error        text
 ) strict;
 
 create table scopes (
-    -- One row for each source, and one named global: what its limits remember.
+    -- The limiter's state: one row for each source, and one named global. Boot times.
     scope        text    primary key,
-    granted_at   real    not null,   -- boot: the last grant
-    tokens       real    not null,   -- in the bucket, at tokens_at
-    tokens_at    real    not null,   -- boot
-    paused_until real    not null,   -- boot
-    paused_for   real    not null,   -- seconds, as first asked
+    granted_at   real    not null default 0, -- the last permit
+    tokens       real    not null default 0, -- in the bucket at tokens_at
+    tokens_at    real    not null default 0,
+    paused_until real    not null default 0,
+    paused_for   real    not null default 0, -- seconds, as requested
     reason       text,               -- of the pause
-    failures     integer not null,   -- failures in a row that blame the source
-    throttles    integer not null,   -- pauses in a row without a good answer
-    burst_size   integer,            -- tokens that its bucket can hold; null: it has none
+    failures     integer not null default 0, -- in a row that blame the source
+    throttles    integer not null default 0, -- pauses in a row without a good response
+    burst_size   integer,            -- capacity of the bucket; null: no bucket
     refill_per_second real not null default 0
 ) strict, without rowid;
 
@@ -614,16 +598,17 @@ create table windows (
     scope          text    not null references scopes,
     window_seconds real    not null,
     max_requests   integer not null,
+    slow_from      integer,          -- requests in the window at which backoff begins; null: never
     primary key (scope, window_seconds)
 ) strict, without rowid;
 
 create table requests (
-    -- Every HTTP request that still matters to a window. One row serves all windows of both scopes.
+    -- Every HTTP request that still counts in a window of its source or of global. Boot times.
     request_id    integer primary key,
     source        text    not null references scopes,
-    granted_at    real    not null,  -- boot
-    deadline      real    not null,  -- boot: over by then, whatever became of its owner
-    finished_at   real,              -- boot; null: in flight
+    granted_at    real    not null,
+    deadline      real    not null,  -- counts as finished then, whatever became of its client
+    finished_at   real,              -- null: in flight
     source_number integer,           -- the n-th finished of its source
     global_number integer            -- the n-th finished of all
 ) strict;
@@ -632,44 +617,16 @@ create unique index requests_by_source on requests (source, source_number) where
 create unique index requests_by_number on requests (global_number) where global_number is not null;
 
 create table waiters (
-    -- Who waits for a permit, the longest first. Boot times.
+    -- Clients that wait for a permit, in order of arrival. Boot times.
     waiter_id    integer primary key,
     source       text    not null references scopes,
     owner        text    not null,   -- the runner, or a thread of another process
-    ready_at     real    not null,   -- its source's own limits are no longer in the way
-    opens_at     real    not null,   -- nothing is
-    reason       text    not null,   -- what is in the way until then
-    expires_at   real    not null,   -- gone, if it has not looked again by then
+    waits_for    text    not null,   -- the scope that is in the way: the source, or global
+    opens_at     real    not null,   -- the next look is worth it then
+    reason       text    not null,
+    expires_at   real    not null,   -- gone unless it looks again by then
     unique (source, owner)
 ) strict;
-
-create index open_tasks on tasks (priority, detected_at)
-where state in ('pending', 'retry', 'running', 'gave_up');
-create index gave_up_tasks on tasks (dataset_id) where state = 'gave_up';
-
-create table task_counts (
-    -- How many tasks there are, kept by triggers.
-    dataset_id   integer not null references datasets,
-    priority     text    not null,
-    state        text    not null,
-    tasks        integer not null,
-    primary key (dataset_id, priority, state)
-) strict, without rowid;
-create trigger tasks_counted_in after insert on tasks begin
-    insert into task_counts values (new.dataset_id, new.priority, new.state, 1)
-    on conflict do update set tasks = tasks + 1;
-end;
-create trigger tasks_counted_out after delete on tasks begin
-    update task_counts set tasks = tasks - 1
-    where dataset_id = old.dataset_id and priority = old.priority and state = old.state;
-end;
-create trigger tasks_recounted after update of state, priority, dataset_id on tasks
-when (old.state, old.priority, old.dataset_id) is not (new.state, new.priority, new.dataset_id) begin
-    update task_counts set tasks = tasks - 1
-    where dataset_id = old.dataset_id and priority = old.priority and state = old.state;
-    insert into task_counts values (new.dataset_id, new.priority, new.state, 1)
-    on conflict do update set tasks = tasks + 1;
-end;
 
 create table alerts (
     -- What people were told of; one row for each time that it lasted.
@@ -704,164 +661,34 @@ create table channels (
     error        text    not null,
     since        integer not null
 ) strict, without rowid;
+
+insert into facts (only_row) values (1);
 """
 
 
-# ---------------------------------------------------------------- Migrations
-# From the schemas of older versions to this one, as they were written then. Only ever appended to.
-
-MIGRATIONS: tuple[str, ...] = (  # MIGRATIONS[n] leads from user_version n + 1 to n + 2
-    """
-    alter table scopes drop column finished;
-    alter table scopes add column burst_size integer;
-    alter table scopes add column refill_per_second real not null default 0;
-    create table waiters (
-        waiter_id    integer primary key,
-        source       text    not null references scopes,
-        owner        text    not null,
-        ready_at     real    not null,
-        opens_at     real    not null,
-        reason       text    not null,
-        expires_at   real    not null,
-        unique (source, owner)
-    ) strict;
-    """,
-    """
-    create table counts (
-        dataset_id   integer not null references datasets,
-        season       text    not null,
-        state        text    not null,
-        objects      integer not null,
-        primary key (dataset_id, season, state)
-    ) strict, without rowid;
-    create trigger objects_counted_in after insert on objects begin
-        insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
-        on conflict do update set objects = objects + 1;
-    end;
-    create trigger objects_counted_out after delete on objects begin
-        update counts set objects = objects - 1
-        where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
-    end;
-    create trigger objects_recounted after update of state, season, dataset_id on objects
-    when (old.state, old.season, old.dataset_id) is not (new.state, new.season, new.dataset_id) begin
-        update counts set objects = objects - 1
-        where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state;
-        insert into counts values (new.dataset_id, coalesce(new.season, ''), new.state, 1)
-        on conflict do update set objects = objects + 1;
-    end;
-    insert into counts
-    select dataset_id, coalesce(season, ''), state, count(*) from objects group by 1, 2, 3;
-    alter table objects add column live integer;
-    alter table reconciliations add column looked integer not null default 0;
-    create index objects_open on objects (key)
-    where state in ('missing', 'stale', 'suspect') or (proven = 0 and state != 'dropped');
-    """,
-    """
-    alter table attempts add column output text;
-    alter table objects add column skipped text;
-    create index objects_skipped on objects (dataset_id, season) where skipped is not null;
-    create index closed_tasks on tasks (closed_at) where closed_at is not null;
-    alter table runner add column address text;
-    alter table runner add column unit text;
-    alter table runner add column log text;
-    create table orders (
-        order_id     integer primary key,
-        asked_at     integer not null,
-        is_full      integer not null,
-        may_lose     text    not null,
-        cycle_id     integer
-    ) strict;
-    """,
-    """
-    alter table tasks add column deaths integer not null default 0;
-    create table task_counts (
-        dataset_id   integer not null references datasets,
-        priority     text    not null,
-        state        text    not null,
-        tasks        integer not null,
-        primary key (dataset_id, priority, state)
-    ) strict, without rowid;
-    create trigger tasks_counted_in after insert on tasks begin
-        insert into task_counts values (new.dataset_id, new.priority, new.state, 1)
-        on conflict do update set tasks = tasks + 1;
-    end;
-    create trigger tasks_counted_out after delete on tasks begin
-        update task_counts set tasks = tasks - 1
-        where dataset_id = old.dataset_id and priority = old.priority and state = old.state;
-    end;
-    create trigger tasks_recounted after update of state, priority, dataset_id on tasks
-    when (old.state, old.priority, old.dataset_id) is not (new.state, new.priority, new.dataset_id) begin
-        update task_counts set tasks = tasks - 1
-        where dataset_id = old.dataset_id and priority = old.priority and state = old.state;
-        insert into task_counts values (new.dataset_id, new.priority, new.state, 1)
-        on conflict do update set tasks = tasks + 1;
-    end;
-    insert into task_counts select dataset_id, priority, state, count(*) from tasks group by 1, 2, 3;
-    create index open_tasks on tasks (priority, detected_at)
-    where state in ('pending', 'retry', 'running', 'gave_up');
-    create index gave_up_tasks on tasks (dataset_id) where state = 'gave_up';
-    create index objects_by_day on objects (day, dataset_id, state) where day is not null;
-    create table alerts (
-        alert_id     integer primary key,
-        condition    text    not null,
-        about        text    not null,
-        text         text    not null,
-        since        integer not null,
-        seen_at      integer not null,
-        told_at      integer not null,
-        ended_at     integer
-    ) strict;
-    create unique index open_alert on alerts (condition, about) where ended_at is null;
-    create table notices (
-        notice_id    integer primary key,
-        alert_id     integer references alerts,
-        channel      text    not null,
-        subject      text    not null,
-        text         text    not null,
-        made_at      integer not null,
-        try_at       integer not null,
-        tries        integer not null default 0,
-        sent_at      integer
-    ) strict;
-    create index unsent_notices on notices (notice_id) where sent_at is null;
-    create table channels (
-        channel      text    primary key,
-        error        text    not null,
-        since        integer not null
-    ) strict, without rowid;
-    """,
-    """
-    drop index objects_by_day;
-    drop index objects_by_state;
-    create index objects_by_state on objects (dataset_id, season, state, day);
-    """,
-)
-
-
 # ---------------------------------------------------------------- Views
-# What people read, with plain names and UTC times as text; the score is live. Made anew in a database
-# whenever this text changes. Headline: VIEWS.
+# The contract for readers: plain names, UTC times as text, live scores. Created anew whenever this text
+# changes. Headline: VIEWS.
 
 VIEWS = """
 create view queue as
-    -- Every task that is not closed. The score is live.
-    select t.task_id,
-           t.state,
-           round(t.rank + t.slope * unixepoch() / 3600.0 + d.bonus, 2) as score,
-           t.priority,
+    -- Every open task.
+    select o.object_id as task_id,
+           o.task as state,
+           round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 2) as score,
+           o.priority,
            d.source,
            d.dataset,
            o.key,
-           t.gap_size,
-           round((unixepoch() - t.detected_at) / 3600.0, 2) as age_hours,
+           o.gap_size,
+           round((unixepoch() - o.detected_at) / 3600.0, 2) as age_hours,
            coalesce(o.state || ': ' || o.reason, o.state) as reason,
-           t.attempts,
-           strftime('%Y-%m-%dT%H:%M:%SZ', t.next_at, 'unixepoch') as next_at,
-           t.last_error
-    from tasks t
+           o.attempts,
+           strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as next_at,
+           o.last_error
+    from objects o
     join datasets d using (dataset_id)
-    join objects o using (object_id)
-    where t.state in ('pending', 'retry', 'running', 'gave_up');
+    where o.task is not null;
 
 create view gaps as
     -- Every expected object that is missing, stale or suspect.
@@ -869,71 +696,49 @@ create view gaps as
            o.key,
            o.state as kind,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.since, 'unixepoch') as since,
-           t.priority,
+           o.priority,
            o.season,
            o.reason,
-           t.state as task_state,
-           t.task_id
+           o.task as task_state,
+           o.object_id as task_id
     from objects o
     join datasets d using (dataset_id)
-    left join tasks t on t.object_id = o.object_id and t.state in ('pending', 'retry', 'running', 'gave_up')
     where o.state in ('missing', 'stale', 'suspect');
 
 create view coverage as
-    -- What is expected and what is there, by dataset and season. 100 percent means all of it.
-    with summed as (
-        select dataset_id,
-               nullif(season, '') as season,
-               coalesce(sum(objects) filter (where state in ('present', 'missing', 'stale', 'suspect')), 0) as expected,
-               coalesce(sum(objects) filter (where state = 'present'), 0) as present,
-               coalesce(sum(objects) filter (where state = 'missing'), 0) as missing,
-               coalesce(sum(objects) filter (where state = 'stale'), 0) as stale,
-               coalesce(sum(objects) filter (where state = 'suspect'), 0) as suspect
-        from counts
-        group by dataset_id, season
-    ), lost as (
-        select t.dataset_id, o.season, count(*) as gave_up
-        from tasks t
-        join objects o using (object_id)
-        where t.state = 'gave_up'
-        group by t.dataset_id, o.season
-    ), unwanted as (
-        select dataset_id, season, count(*) as skipped
-        from objects
-        where skipped is not null and reason is not null
-        group by dataset_id, season
-    )
+    -- Expected and present objects by dataset and season. 100 percent means all of them.
     select d.source,
            d.dataset,
-           c.season,
-           c.expected,
-           c.present,
-           c.missing,
-           c.stale,
-           c.suspect,
-           coalesce(l.gave_up, 0) as gave_up,
-           c.present * 10000 / nullif(c.expected, 0) / 100.0 as percent,
-           coalesce(u.skipped, 0) as skipped
-    from summed c
+           nullif(c.season, '') as season,
+           sum(iif(c.state in ('present', 'missing', 'stale', 'suspect'), c.objects, 0)) as expected,
+           sum(iif(c.state = 'present', c.objects, 0)) as present,
+           sum(iif(c.state = 'missing', c.objects, 0)) as missing,
+           sum(iif(c.state = 'stale', c.objects, 0)) as stale,
+           sum(iif(c.state = 'suspect', c.objects, 0)) as suspect,
+           sum(iif(c.task = 'gave_up', c.objects, 0)) as gave_up,
+           sum(iif(c.state = 'present', c.objects, 0)) * 10000
+               / nullif(sum(iif(c.state in ('present', 'missing', 'stale', 'suspect'), c.objects, 0)), 0) / 100.0
+               as percent,
+           sum(iif(c.state = 'skipped', c.objects, 0)) as skipped
+    from counts c
     join datasets d using (dataset_id)
-    left join lost l on l.dataset_id = c.dataset_id and l.season is c.season
-    left join unwanted u on u.dataset_id = c.dataset_id and u.season is c.season
-    where c.expected > 0 or u.skipped > 0;
+    group by d.source, d.dataset, c.season
+    having expected > 0 or skipped > 0;
 
 create view skipped as
-    -- What nobody wants any more: `retry ID` of its task wants it again.
+    -- Objects that the operator excluded; `retry ID` includes one again.
     select d.dataset,
            o.key,
            o.skipped as reason,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.since, 'unixepoch') as since,
            o.season,
-           (select max(t.task_id) from tasks t where t.object_id = o.object_id) as task_id
+           o.object_id as task_id
     from objects o
     join datasets d using (dataset_id)
-    where o.skipped is not null and o.reason is not null;
+    where o.state = 'skipped';
 
 create view coverage_by_day as
-    -- The same of what has a day, by day.
+    -- The same for objects with a day, by day.
     select d.source,
            d.dataset,
            o.day,
@@ -947,81 +752,69 @@ create view coverage_by_day as
     where o.state in ('present', 'missing', 'stale', 'suspect') and o.day is not null
     group by d.source, d.dataset, o.day;
 
+create view objects_now as
+    -- Every object that is expected, or once was and is still remembered.
+    select d.dataset,
+           o.key,
+           o.state,
+           o.size,
+           strftime('%Y-%m-%dT%H:%M:%SZ', o.modified_at, 'unixepoch') as fetched_at,
+           strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as due_at,
+           p.key as parent,
+           o.season,
+           o.day,
+           o.fields,
+           o.etag,
+           o.reason
+    from objects o
+    join datasets d using (dataset_id)
+    left join objects p on p.object_id = o.parent_id;
+
 create view rates as
-    -- Each limit and how much of it is used now. The next request is granted at free_at, null for now, and not
-    -- before because of why. A scope without limits has one row, for its pauses.
+    -- Each limit and its use. A client that waits sees why, and at free_at the next permit is possible; null: now.
+    -- A scope without limits has one row, for its pauses.
     with now as (
-        select (julianday('now') - 2440587.5) * 86400.0 - wall_offset as at, wall_offset from boot
-    ), counted as (
-        select s.*,
-               w.window_seconds,
-               w.max_requests,
-               n.at,
-               n.wall_offset,
-               (select count(*) from requests r
-                 where (s.scope = 'global' or r.source = s.scope)
-                   and (r.finished_at is null or r.finished_at > n.at - w.window_seconds)) as used,
-               (select count(*) from requests r
-                 where r.finished_at is null and (s.scope = 'global' or r.source = s.scope)) as in_flight,
-               (select count(*) from waiters l
-                 where l.expires_at >= n.at and (s.scope = 'global' or l.source = s.scope)) as waiting,
-               (select max(iif(s.scope = 'global', r.global_number, r.source_number)) from requests r
-                 where s.scope = 'global' or r.source = s.scope) as finished,
-               (select min(l.waiter_id) from waiters l
-                 where l.expires_at >= n.at and l.opens_at > n.at and l.source = s.scope) as first_waiter
-        from scopes s
-        join now n
-        left join windows w using (scope)
-    ), judged as (
-        select c.*,
-               -- the place that comes free next is that of the (max_requests - in_flight)-th last to finish
-               case when c.used < c.max_requests then null
-                    when c.in_flight >= c.max_requests then c.at + c.window_seconds
-                    when c.scope = 'global' then c.window_seconds + (
-                        select finished_at from requests
-                        where global_number = c.finished - c.max_requests + c.in_flight + 1)
-                    else c.window_seconds + (
-                        select finished_at from requests
-                        where source = c.scope
-                          and source_number = c.finished - c.max_requests + c.in_flight + 1)
-               end as window_at,
-               iif(c.burst_size > 0, c.tokens_at + (1 - c.tokens) / c.refill_per_second, null) as bucket_at
-        from counted c
-    ), explained as (
-        select j.*,
-               iif(j.paused_until > j.at, j.reason, null) as pause_reason,
-               case when j.paused_until > j.at then j.paused_until
-                    when l.waiter_id then l.opens_at
-                    when j.window_at > j.at then j.window_at
-                    when j.bucket_at > j.at then j.bucket_at end as opens_at,
-               case when j.paused_until > j.at then 'paused: ' || j.reason
-                    when l.waiter_id then l.reason
-                    when j.window_at > j.at then 'used up'
-                    when j.bucket_at > j.at then 'bucket of ' || j.burst_size || ' empty' end as why
-        from judged j
-        left join waiters l on l.waiter_id = j.first_waiter
+        select (julianday('now') - 2440587.5) * 86400.0 - wall_offset as at, wall_offset from facts
+    ), waiting as (
+        select scope,
+               count(*) as waiting,
+               min(iif(opens_at > at and source = scope, waiter_id, null)) as first
+        from now
+        join waiters on expires_at >= at
+        join scopes on scope in (source, 'global')
+        group by scope
     )
-    select scope,
-           window_seconds,
-           max_requests,
-           used,
-           in_flight,
-           waiting,
-           strftime('%Y-%m-%dT%H:%M:%SZ', iif(paused_until > at, paused_until + wall_offset, null), 'unixepoch')
-               as blocked_until,
-           pause_reason as reason,
-           -- the second in which it is free, and the next one if that began before
-           strftime('%Y-%m-%dT%H:%M:%SZ', cast(opens_at + wall_offset + 0.999 as integer), 'unixepoch') as free_at,
-           why
-    from explained;
+    select s.scope,
+           w.window_seconds,
+           w.max_requests,
+           (select count(*) from requests r
+             where (s.scope = 'global' or r.source = s.scope)
+               and (r.finished_at is null or r.finished_at > n.at - w.window_seconds)) as used,
+           (select count(*) from requests r
+             where r.finished_at is null and (s.scope = 'global' or r.source = s.scope)) as in_flight,
+           coalesce(a.waiting, 0) as waiting,
+           strftime('%Y-%m-%dT%H:%M:%SZ', iif(s.paused_until > n.at, s.paused_until + n.wall_offset, null),
+                    'unixepoch') as blocked_until,
+           iif(s.paused_until > n.at, s.reason, null) as reason,
+           -- rounded up to a whole second
+           strftime('%Y-%m-%dT%H:%M:%SZ', cast(
+               iif(s.paused_until > n.at, s.paused_until, l.opens_at) + n.wall_offset + 0.999 as integer), 'unixepoch')
+               as free_at,
+           iif(s.paused_until > n.at, 'paused: ' || s.reason, l.reason) as why
+    from scopes s
+    join now n
+    left join windows w using (scope)
+    left join waiting a using (scope)
+    left join waiters l on l.waiter_id = a.first;
 
 create view recent_attempts as
     -- Every attempt that is still kept, the latest first.
     select a.attempt_id,
-           a.task_id,
+           a.object_id as task_id,
            d.source,
            d.dataset,
            o.key,
+           a.url,
            strftime('%Y-%m-%dT%H:%M:%SZ', a.started_at, 'unixepoch') as started_at,
            round(a.seconds, 3) as seconds,
            a.outcome,
@@ -1029,9 +822,8 @@ create view recent_attempts as
            a.bytes,
            a.error
     from attempts a
-    join tasks t using (task_id)
-    join datasets d using (dataset_id)
     join objects o using (object_id)
+    join datasets d using (dataset_id)
     order by a.attempt_id desc;
 
 create view open_alerts as
@@ -1061,9 +853,10 @@ create view cycles as
     select cycle_id,
            strftime('%Y-%m-%dT%H:%M:%SZ', started_at, 'unixepoch') as started_at,
            round(seconds, 3) as seconds,
-           listed, looked, expected, present, missing, stale, suspect, created, closed, list_calls, error
+           listed, looked, expected, present, missing, stale, suspect, created, closed, dropped, list_calls, error
     from reconciliations;
 """
+
 
 # ---------------------------------------------------------------- Database
 # One safe door to the file: one writing connection behind a lock, one that can only read. Nothing slow
@@ -1250,7 +1043,7 @@ def _connect(path: str) -> sqlite3.Connection:
 
 
 def open_database(path: Path, *, must_exist: bool = False) -> Database:
-    """Open the database, make or migrate its schema.
+    """Open the database; create its schema in a new file.
 
     Raises NoDatabaseError when `must_exist` and it does not, DatabaseError when it is not usable."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -1261,9 +1054,8 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
         _create_file(path)
     writer = None
     try:
-        with _alone_in(path.parent):
-            writer = _connect(str(path))
-            _migrate(writer, path)
+        writer = _connect(str(path))
+        _prepare(writer, path)
         reader = _connect(str(path))
         reader.execute("pragma query_only = on")
     except SQLITE_ERRORS as error:
@@ -1276,7 +1068,7 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
 def memory_database() -> Database:
     """An empty database that is gone when it is closed."""
     connection = _connect(":memory:")
-    _migrate(connection, Path(":memory:"))
+    _prepare(connection, Path(":memory:"))
     return Database(":memory:", connection, connection)
 
 
@@ -1294,10 +1086,13 @@ def quarantine_stale_wal(path: Path) -> None:
     """Rename a write-ahead log that does not belong to the database file, before this process opens it: closing the
     file later would drop its locks."""
     # A WAL left by a killed process would be replayed into a restored backup. The header of a backup says that it has
-    # none (https://sqlite.org/fileformat2.html, 1.3.3). It is read last: another process that starts now changes the
-    # header before it makes a WAL of its own.
+    # none (https://sqlite.org/fileformat2.html, 1.3.3). One process at a time looks, at the header last: whatever else
+    # starts now has looked already, and changes the header before it makes a WAL of its own.
     wal = path.with_name(f"{path.name}-wal")
-    with _alone_in(path.parent), contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, folder)
+        fcntl.flock(folder, fcntl.LOCK_EX)
         left = wal.stat()
         with path.open("rb") as file:
             has_wal = file.read(20)[18:] != b"\x01\x01"
@@ -1305,53 +1100,48 @@ def quarantine_stale_wal(path: Path) -> None:
                 wal.rename(f"{wal}.{int(left.st_mtime)}")
 
 
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Of all processes that open a database in a folder, one at a time makes or changes a schema."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a folder that cannot be listed, a file system without locks
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-
-
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    application_id = connection.execute("pragma application_id").fetchone()[0]
-    version = connection.execute("pragma user_version").fetchone()[0]
-    newest = len(MIGRATIONS) + 1
-    is_empty = connection.execute("select count(*) from sqlite_schema").fetchone()[0] == 0
-    if application_id != APPLICATION_ID and not is_empty:
-        raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
-    if version > newest:
-        raise DatabaseError(
-            f"{path} was written by a newer ADCE (schema {version}, this one knows {newest})", "update adce.py"
-        )
-    connection.execute("pragma journal_mode = wal")
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """Create the schema in an empty file. Raises DatabaseError for a file with another one: there are no migrations,
+    because a new database finds everything but its history in the store."""
+    if not _has_schema(connection, path):
+        create = f"begin immediate; {TABLES} pragma application_id = {APPLICATION_ID};"
+        try:
+            connection.executescript(f"{create} pragma user_version = {SCHEMA_VERSION}; commit;")
+        except sqlite3.OperationalError:
+            if connection.in_transaction:
+                connection.execute("rollback")
+            if not _has_schema(connection, path):  # else another process has just created it
+                raise
     connection.execute("pragma synchronous = full")
     connection.execute(f"pragma journal_size_limit = {8 << 20}")
     digest = hashlib.sha256(VIEWS.encode()).hexdigest()
-    if version == newest:
-        known = connection.execute("select value from settings where name = 'views'").fetchone()
-        if known and known[0] == digest:
-            return
-    steps = "".join(MIGRATIONS[version - 1 :]) if version else LAKE_TABLES + SIDE_TABLES
-    old_views = connection.execute("select name from sqlite_schema where type = 'view'").fetchall()
-    script = [
-        "begin immediate;",
-        *(f"drop view {name};" for (name,) in old_views),
-        steps,
-        VIEWS,
-        f"insert or replace into settings values ('views', '{digest}');",  # noqa: S608  # hexadecimal digits
-        f"pragma application_id = {APPLICATION_ID}; pragma user_version = {newest};",
-        "commit;",
-    ]
-    try:
-        connection.executescript("\n".join(script))
-    except sqlite3.Error:
-        if connection.in_transaction:
-            connection.execute("rollback")
-        raise
+    if connection.execute("select views from facts").fetchone()[0] != digest:
+        connection.execute("begin immediate")
+        try:
+            for (name,) in connection.execute("select name from sqlite_schema where type = 'view'").fetchall():
+                connection.execute(f'drop view "{name}"')
+            for view in VIEWS.split(";\n")[:-1]:
+                connection.execute(view)
+            connection.execute("update facts set views = ?", (digest,))
+            connection.execute("commit")
+        finally:
+            if connection.in_transaction:
+                connection.execute("rollback")
+
+
+def _has_schema(connection: sqlite3.Connection, path: Path) -> bool:
+    application_id = connection.execute("pragma application_id").fetchone()[0]
+    version = connection.execute("pragma user_version").fetchone()[0]
+    is_empty = connection.execute("select count(*) from sqlite_schema").fetchone()[0] == 0
+    if application_id != APPLICATION_ID and not is_empty:
+        raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
+    if version not in (0, SCHEMA_VERSION):
+        raise DatabaseError(
+            f"{path} has schema {version}, this ADCE needs {SCHEMA_VERSION}",
+            f"move {path} away: the next run rebuilds it from the store, without its history",
+        )
+    connection.execute("pragma journal_mode = wal")
+    return not is_empty
 
 
 class RunnerLock:
@@ -1408,7 +1198,7 @@ class RunnerLock:
 # ---------------------------------------------------------------- Backups
 # A copy of the database while others work on it, and the pauses that a restored copy needs. Headline: back_up().
 
-MARK_BACKUP = "insert or replace into settings values ('is a backup', '1')"
+MARK_BACKUP = "update facts set is_backup = 1"
 
 
 def back_up(path: Path, copy: Path) -> None:
@@ -1444,22 +1234,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def distrust_backup(sql: sqlite3.Connection, now: float) -> None:
-    """A backup does not know what was asked since it was made: at its first use each source is left alone until
-    that has left its windows. `now` is boot time."""
-    if sql.execute("delete from settings where name = 'is a backup'").rowcount:
-        sql.execute(
-            """
-            update scopes
-            set paused_until = max(paused_until, :now + longest), paused_for = max(paused_for, longest),
-                reason = 'restored from a backup: what was asked since it was made is not known'
-            from (select scope as limited, max(window_seconds) as longest from windows group by scope)
-            where scope = limited
-            """,
-            {"now": now},
-        )
 
 
 # ---------------------------------------------------------------- Templates
@@ -1605,8 +1379,8 @@ class Retry:
     initial_delay_seconds: float = 60
     max_delay_seconds: float = 21600
 
-    def deadly(self) -> int:
-        """A task that has seen so many runners die will be given one more chance, alone."""
+    def crash_limit(self) -> int:
+        """Crashes of runners after which a task gets one more attempt, alone."""
         return max(1, self.max_attempts - 1)
 
 
@@ -2739,7 +2513,7 @@ FIELDS_AS_JSON = json.JSONEncoder(sort_keys=True)  # json.dumps would make one f
 
 @dataclass(frozen=True, slots=True)
 class ExpectedObject:
-    """One object that a dataset wants in the store."""
+    """One object that a dataset expects in the store."""
 
     key: str
     fields: Fields
@@ -2750,41 +2524,67 @@ class ExpectedObject:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What the content of an object says."""
+    """The findings in the content of an object."""
 
     valid: bool
-    verdict: str | None  # why it is not valid
+    verdict: str | None  # why it is invalid
     settled: bool  # final: its `until` holds
     live: bool  # its `live.while` holds
-    children: Mapping[str, tuple[str, ...]]  # ids by dataset
-    no_ids: tuple[str, ...] = ()  # what was found in their place, and is none
+    mentions: Mapping[str, tuple[str, ...]]  # ids by expression
+    problems: tuple[str, ...] = ()  # values in the place of ids that can be none
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What is known of an expected object. Instants in seconds since 1970."""
+class ObjectRow(NamedTuple):
+    """A row of objects: the facts, the state that follows from them, and the open task. Instants are seconds since
+    1970."""
 
+    object_id: int = 0
+    dataset: str = ""
+    key: str = ""
+    fields_json: str = "{}"
+    season: str | None = None
+    day: str | None = None
     available_at: int | None = None
-    proven: bool = True  # False: nobody has looked in the store
+    state: str = ObjectState.AWAITED
+    reason: str | None = None
+    since: int = 0
+    next_at: int | None = None
+    proven: int = 1  # 0: the store was not searched yet
+    cycle_id: int | None = None
     seen_at: int | None = None
-    size: int | None = None
     etag: str | None = None  # None: not in the store
+    size: int | None = None
     modified_at: int | None = None
-    valid: bool | None = None  # None: its content was not looked at
-    settled: bool | None = None
-    live: bool | None = None
-    verdict: str | None = None
-    skipped: str | None = None  # why nobody wants it
+    read_etag: str | None = None
+    verdict: str | None = None  # why the content is invalid
+    settled: int | None = None  # None: the content was not judged
+    live: int | None = None
+    skipped: str | None = None
+    task: str | None = None
+    priority: str | None = None
+    detected_at: int | None = None
+    gap_size: int | None = None
+    rank: float | None = None
+    slope: float | None = None
+    attempts: int = 0
+    failures: int = 0
+    fruitless: int = 0
+    crashes: int = 0
+    attempt_id: int | None = None
+    last_error: str | None = None
+
+    @property
+    def fields(self) -> Fields:
+        """The values of its partition."""
+        return cast(Fields, json.loads(self.fields_json))
 
 
-@dataclass(frozen=True, slots=True)
-class Appraisal:
-    """What follows from the facts now."""
+class Appraisal(NamedTuple):
+    """The state that follows from the facts now."""
 
     state: ObjectState
     reason: str | None = None
-    due_at: int | None = None  # when time alone will change it
-    ask_at: int | None = None  # of a gap: no use to ask before
+    next_at: int | None = None  # when time alone changes it; of a gap: when the next request is worth it
 
 
 @functools.lru_cache(4096)  # a date is a part of many keys
@@ -2808,9 +2608,8 @@ def season_at(seasons: Sequence[Season], day: datetime.date) -> Season | None:
 def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season]) -> ExpectedObject:
     """The object of one partition. Raises ValueError when its values make no usable key."""
     for name in dataset.partitions.own_fields():
-        is_step = bool(dataset.url) and fields[name] in (".", "..")  # which no url can hold, quoted or not (RFC 3986)
-        if not fields[name].strip() or not fields[name].isprintable() or is_step:
-            raise ValueError(f"{dataset.name}: {name} {fields[name]!r} makes no key")
+        if problem := _part_problem(dataset, name, fields[name]):
+            raise ValueError(problem)
     key = dataset.key.render(fields, quote_for_key)
     size = len(key.encode())
     if size > MAX_KEY_BYTES or (size > 255 and any(len(part.encode()) > 255 for part in key.split("/"))):
@@ -2821,12 +2620,6 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
         found = season_at(seasons, datetime.date.fromisoformat(day))
         season = found.label if found and day <= found.finish.isoformat() else None
     return ExpectedObject(key, fields, season, day, _available_at(dataset, day))
-
-
-def makes_key(dataset: Dataset, fields: Fields, key: str) -> bool:
-    """Whether these fields make this key, as the dataset is declared now."""
-    needed = {*dataset.partitions.own_fields(), *dataset.key.fields()}
-    return needed <= fields.keys() and dataset.key.render(fields, quote_for_key) == key
 
 
 def _available_at(dataset: Dataset, day: str | None) -> int | None:
@@ -2888,8 +2681,13 @@ def children_of_parent(child: Dataset, parent_fields: Fields, ids: Iterable[str]
         yield from multiply({**parent_fields, child.partitions.names: identity}, child.partitions)
 
 
+def expression_of(child: Dataset) -> str:
+    """The expression that finds the ids of a dataset in the content of its parents."""
+    return child.partitions.ids or f"regex {child.partitions.regex}"
+
+
 def inspect(dataset: Dataset, fields: Fields, body: bytes, children: Sequence[Dataset] = ()) -> Inspection:
-    """Look at the content of an object: is it whole, is it final, and which children does it name?"""
+    """Judge the content of an object: whether it is whole and final, and which ids of `children` it names."""
     freshness = dataset.freshness
     is_asked = bool(freshness.until or freshness.live or any(child.partitions.ids for child in children))
     document, verdict = _verdict(dataset.validate, fields, body, is_json=is_asked)
@@ -2897,14 +2695,14 @@ def inspect(dataset: Dataset, fields: Fields, body: bytes, children: Sequence[Da
         return Inspection(False, verdict, False, False, {})
     settled = freshness.until is None or holds(freshness.until, fields, document)
     live = freshness.live is not None and holds(freshness.live.expression, fields, document)
-    found = {child.name: _ids(child, document, body) for child in children}
-    ids = {
-        name: tuple(dict.fromkeys(str(value) for value in values if _is_id(value))) for name, values in found.items()
-    }
-    odd = [(name, value) for name, values in found.items() for value in values if not _is_id(value)]
-    return Inspection(
-        True, None, settled, live, ids, tuple(f"{name}: {str(value)[:60]} is no id" for name, value in odd)
-    )
+    mentions, problems = dict[str, tuple[str, ...]](), list[str]()
+    for child in children:
+        found = _ids(child, fields, document, body)
+        wrong = [_id_problem(child, value) for value in found]
+        ids = (str(value) for value, problem in zip(found, wrong, strict=True) if not problem)
+        mentions[expression_of(child)] = tuple(dict.fromkeys(ids))
+        problems += filter(None, wrong)
+    return Inspection(True, None, settled, live, mentions, tuple(problems))
 
 
 def _verdict(validation: Validation, fields: Fields, body: bytes, *, is_json: bool) -> tuple[Any, str | None]:
@@ -2940,76 +2738,86 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _ids(child: Dataset, document: Any, body: bytes) -> list[Any]:
-    """What a parent's body has where ids of a dataset are looked for; null and an empty text are nothing."""
+def _ids(child: Dataset, fields: Fields, document: Any, body: bytes) -> list[Any]:
+    """The values in a parent's body where the ids of a dataset are; null and empty texts are none."""
     partitions = child.partitions
     if partitions.regex:
         found: Any = re.findall(partitions.regex, body.decode("utf-8", "replace"))
     else:
-        found = search(partitions.ids or "", {}, document)
+        found = search(partitions.ids or "", fields, document)
     return [value for value in (found if isinstance(found, list) else [found]) if value not in (None, "")]
 
 
-def _is_id(value: Any) -> bool:
-    """Texts and whole numbers are; numbers become text."""
-    return isinstance(value, str | int) and not isinstance(value, bool)
+def _id_problem(child: Dataset, value: Any) -> str | None:
+    """Why a value can be no id of a dataset, or None. Texts and whole numbers can."""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return f"{child.name}: {str(value)[:60]} is no id"
+    return _part_problem(child, child.partitions.names, str(value))
 
 
-def appraise(dataset: Dataset, season: Season | None, day: str | None, facts: Facts, now: float) -> Appraisal:
-    """The state of an object, from the facts alone."""
-    if facts.skipped is not None:
-        return Appraisal(ObjectState.DROPPED, f"skipped: {facts.skipped}")
-    if facts.etag is None:
-        if not facts.proven:
+def _part_problem(dataset: Dataset, name: str, value: str) -> str | None:
+    """Why a value can be no part of a key, or None. No url can hold a dot segment, quoted or not (RFC 3986)."""
+    is_step = bool(dataset.url) and value in (".", "..")
+    if not value.strip() or not value.isprintable() or is_step:
+        return f"{dataset.name}: {name} {value!r} makes no key"
+    return None
+
+
+def appraise(dataset: Dataset, season: Season | None, known: ObjectRow, now: float) -> Appraisal:
+    """The state of an object, from its facts alone."""
+    if known.skipped is not None:
+        return Appraisal(ObjectState.SKIPPED)
+    if known.etag is None:
+        if not known.proven:
             return Appraisal(ObjectState.AWAITED)
-        if facts.available_at is not None and now < facts.available_at:
-            return Appraisal(ObjectState.AWAITED, due_at=facts.available_at)
+        if known.available_at is not None and now < known.available_at:
+            return Appraisal(ObjectState.AWAITED, next_at=known.available_at)
         return Appraisal(ObjectState.MISSING)
-    if facts.valid is False:
-        return Appraisal(ObjectState.SUSPECT, facts.verdict)
-    if facts.size is not None and facts.size < dataset.validate.min_bytes:
-        return Appraisal(ObjectState.SUSPECT, f"{facts.size} bytes, fewer than {dataset.validate.min_bytes}")
-    if facts.size is not None and facts.size > dataset.validate.max_bytes:
-        return Appraisal(ObjectState.SUSPECT, f"{facts.size} bytes, more than {dataset.validate.max_bytes}")
-    freshness, modified = dataset.freshness, facts.modified_at or 0
+    if known.verdict is not None:
+        return Appraisal(ObjectState.SUSPECT, known.verdict)
+    if known.size is not None and known.size < dataset.validate.min_bytes:
+        return Appraisal(ObjectState.SUSPECT, f"{known.size} bytes, fewer than {dataset.validate.min_bytes}")
+    if known.size is not None and known.size > dataset.validate.max_bytes:
+        return Appraisal(ObjectState.SUSPECT, f"{known.size} bytes, more than {dataset.validate.max_bytes}")
+    freshness, modified = dataset.freshness, known.modified_at or 0
     if freshness.until:
-        if facts.settled is not False:
+        if known.settled != 0:  # settled, or not judged yet
             return Appraisal(ObjectState.PRESENT)
-        if freshness.live and facts.live:
-            return Appraisal(ObjectState.STALE, "live", ask_at=modified + freshness.live.every)
-        return Appraisal(ObjectState.STALE, "not final yet", ask_at=modified + (freshness.refetch_every or HOUR))
-    due_at = min(_refetch_instants(dataset, season, day, facts), default=None)
+        if freshness.live and known.live:
+            return Appraisal(ObjectState.STALE, "live", modified + freshness.live.every)
+        return Appraisal(ObjectState.STALE, "not final yet", modified + (freshness.refetch_every or HOUR))
+    due_at = min(_refetch_instants(dataset, season, known), default=None)
     if due_at is not None and due_at <= now:
-        return Appraisal(ObjectState.STALE, f"last fetched {utc_text(modified)}", ask_at=due_at)
-    return Appraisal(ObjectState.PRESENT, due_at=due_at)
+        return Appraisal(ObjectState.STALE, f"last fetched {utc_text(modified)}", due_at)
+    return Appraisal(ObjectState.PRESENT, next_at=due_at)
 
 
-def _refetch_instants(dataset: Dataset, season: Season | None, day: str | None, facts: Facts) -> Iterator[int]:
-    """When an object that is there and valid must be fetched again. A rule that is met gives no instant."""
-    freshness, modified = dataset.freshness, facts.modified_at or 0
-    if freshness.live and facts.live:
+def _refetch_instants(dataset: Dataset, season: Season | None, known: ObjectRow) -> Iterator[int]:
+    """When a present, valid object must be fetched again. A rule that is met gives no instant."""
+    freshness, modified = dataset.freshness, known.modified_at or 0
+    if freshness.live and known.live:
         yield modified + freshness.live.every
     if freshness.refetch_every:
         yield modified + freshness.refetch_every
     if freshness.refetch_once_after:
-        if day:
-            following = datetime.date.fromisoformat(day) + datetime.timedelta(days=1)
+        if known.day:
+            following = datetime.date.fromisoformat(known.day) + datetime.timedelta(days=1)
             once = instant_of(following, datetime.time(), timezone_of(dataset)) + freshness.refetch_once_after
         else:
-            once = (facts.seen_at or modified) + freshness.refetch_once_after
+            once = (known.seen_at or modified) + freshness.refetch_once_after
         if modified < once:
             yield once
     if season and (freshness.current or freshness.past):
         over = instant_of(season.finish + datetime.timedelta(days=1), datetime.time(), "UTC")
-        if modified < over:  # fetched while its season went on: not before the season's end for good
+        if modified < over:  # fetched during its season: refetched once more when that is over
             yield min(modified + freshness.current, over) if freshness.current else over
         elif freshness.past:
             yield modified + freshness.past
 
 
 def may_still_appear(season: Season | None, day: str | None, now: float) -> bool:
-    """Whether a source that does not have an object today may have it tomorrow: its season goes on, or
-    its day is less than a week ago, or nothing tells its age."""
+    """Whether a source may have an object tomorrow that it does not have today: its season goes on, its day is less
+    than a week ago, or nothing tells its age."""
     today = day_of(now)
     if day:
         return (today - datetime.date.fromisoformat(day)).days <= 7
@@ -3387,7 +3195,7 @@ class S3Store:
 
 def is_store_known(database: Database, configuration: Configuration) -> bool:
     """Whether this database has been kept for this store before."""
-    return bool(database.value("select value from settings where name = 'store'") == configuration.store)
+    return bool(database.value("select store from facts") == configuration.store)
 
 
 def prepare_store(database: Database, configuration: Configuration, store: Store) -> None:
@@ -3395,7 +3203,7 @@ def prepare_store(database: Database, configuration: Configuration, store: Store
     database.check_place()
     store.sweep(is_known=is_store_known(database, configuration))
     with database.transaction() as sql:
-        sql.execute("insert or replace into settings values ('store', ?)", (configuration.store,))
+        sql.execute("update facts set store = ?", (configuration.store,))
 
 
 def open_store(address: str) -> Store:
@@ -3407,19 +3215,18 @@ def open_store(address: str) -> Store:
 
 
 # ---------------------------------------------------------------- Limits
-# What may be asked, and when. A request is granted only if, in every window of its source and of all
-# together, (in flight) + (finished less than W ago) < N. A request reaches the server between its grant
-# and its finish, so no server sees N + 1 of them inside W, whatever the latency. Whoever cannot be granted
-# at once stands in line, and later ones are granted only what is left when all before them had theirs.
-# Nothing here sleeps, and every function works inside the caller's transaction with a boot time read after
-# the transaction began. Headlines: opening(), grant(), release().
+# A request is granted only if, in every window of its source and of global, (in flight) + (finished less
+# than W ago) < N. It reaches the server between grant and finish, so no server sees N + 1 requests inside
+# W, whatever the latency. Clients are served in order of arrival by one rule: earlier waiters count as in
+# flight. Nothing here sleeps; every function works inside the caller's transaction, with a boot time read
+# after it began. Headlines: opening(), grant(), release().
 
 GLOBAL = "global"
-SEND_WITHIN_SECONDS = 10  # a permit that is not used by then is void
-RELEASE_WITHIN_SECONDS = 10  # after the end of the request, before its owner counts as dead
-EXPIRE_EVERY = 4  # grants
+SEND_WITHIN_SECONDS = 10  # an unused permit is void then
+RELEASE_WITHIN_SECONDS = 10  # after the end of a request; then its client counts as dead
+EXPIRE_EVERY = 4  # permits
 EXPIRED_AT_ONCE = 16
-SETTLING_ROUNDS = 64  # of asking whether at the instant when one limit opens another is in the way
+LATE_SECONDS = 2  # a waiter that does not look again by then is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -3429,92 +3236,88 @@ class Permit:
     request_id: int
     source: str
     send_before: float
-    deadline: float  # counts as finished by then
+    deadline: float  # counts as finished then
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """The first instant at which a source can be asked, and what it waits for."""
+    """The instant at which asking for a permit is worth it, and what is in the way until then."""
 
     at: float  # boot
     reason: str = ""
+    scope: str = ""  # that is in the way
     is_pause: bool = False
-    ready_at: float = field(default=0.0, compare=False)  # boot: its own limits are no longer in the way
 
 
-# What a source, and all together, have under way, and how many wait longer for it: they are served first.
+# One row for each window of a source and of global. With k requests in flight or ahead, the (N - k)-th last finish
+# must be W ago (freed_by); if the (slow_from - k)-th last is not, backoff applies (slowed_by).
 OBSERVATION = """
-    select s.*,
-           iif(s.scope = 'global',
-               (select coalesce(max(global_number), 0) from requests where global_number is not null),
-               (select coalesce(max(source_number), 0) from requests
-                 where source = s.scope and source_number is not null)) as finished,
-           (select count(*)
-              from requests indexed by requests_in_flight
-             where finished_at is null and (s.scope = 'global' or source = s.scope)) as in_flight,
-           (select min(deadline)
-              from requests indexed by requests_in_flight
-             where finished_at is null and (s.scope = 'global' or source = s.scope)) as deadline,
-           (select count(*)
-              from waiters
-             where expires_at >= :now
-               and iif(s.scope = 'global', ready_at <= :now, source = s.scope)
-               and waiter_id < coalesce(
-                   (select waiter_id from waiters where source = :source and owner = :owner),
-                   9223372036854775807)) as ahead
-    from scopes s
-    where s.scope in (:source, 'global')
+    with observed as materialized (
+        select s.*,
+               iif(s.scope = 'global',
+                   (select coalesce(max(global_number), 0) from requests where global_number is not null),
+                   (select coalesce(max(source_number), 0) from requests
+                     where source = s.scope and source_number is not null)) as finished,
+               (select count(*)
+                  from requests indexed by requests_in_flight
+                 where finished_at is null and (s.scope = 'global' or source = s.scope)) as in_flight,
+               (select min(deadline)
+                  from requests indexed by requests_in_flight
+                 where finished_at is null and (s.scope = 'global' or source = s.scope)) as deadline,
+               (select count(*)
+                  from waiters
+                 where expires_at >= :now
+                   and iif(s.scope = 'global', waits_for = 'global', source = s.scope)
+                   and waiter_id < coalesce(
+                       (select waiter_id from waiters where source = :source and owner = :owner),
+                       9223372036854775807)) as ahead
+        from scopes s
+        where s.scope in (:source, 'global')
+    )
+    select o.*, w.window_seconds, w.max_requests, w.slow_from,
+           iif(o.scope = 'global',
+               (select finished_at from requests
+                 where global_number = o.finished + o.in_flight + o.ahead + 1 - w.max_requests),
+               (select finished_at from requests
+                 where source = o.scope and source_number = o.finished + o.in_flight + o.ahead + 1 - w.max_requests)
+           ) as freed_by,
+           iif(o.scope = 'global',
+               (select finished_at from requests
+                 where global_number = o.finished + o.in_flight + o.ahead + 1 - w.slow_from),
+               (select finished_at from requests
+                 where source = o.scope and source_number = o.finished + o.in_flight + o.ahead + 1 - w.slow_from)
+           ) as slowed_by
+    from observed o
+    left join windows w using (scope)
 """
 
 
-@dataclass(frozen=True, slots=True)
-class _Scope:
-    """A source, or all together: its limits, and its row of OBSERVATION."""
-
-    name: str
-    limits: ScopeLimits
-    row: sqlite3.Row
-
-    def finished_at(self, sql: sqlite3.Connection, number: int) -> float:
-        """Boot time at which its n-th finished request finished; long ago if its row is gone."""
-        if self.name == GLOBAL:
-            row = sql.execute("select finished_at from requests where global_number = ?", (number,)).fetchone()
-        else:
-            row = sql.execute(
-                "select finished_at from requests where source = ? and source_number = ?", (self.name, number)
-            ).fetchone()
-        return cast(float, row[0]) if row else -math.inf
-
-    def tokens(self, now: float) -> float:
-        """What is in its bucket."""
-        refilled: float = self.row["tokens"] + (now - self.row["tokens_at"]) * self.limits.refill_per_second
-        return min(float(self.limits.burst_size or 0), refilled)
-
-
 def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock: Clock) -> None:
-    """Make the stored limits those of the configuration. What was asked before keeps counting."""
+    """Make the stored limits those of the configuration. Earlier requests keep counting."""
     boot_id, offset = clock.boot_id(), clock.wall() - clock.boot()
-    known = sql.execute("select boot_id, wall_offset from boot").fetchone()
-    if known and (known["boot_id"] != boot_id or _has_gone_back(sql, clock.boot())):
+    known = sql.execute("select boot_id, wall_offset from facts").fetchone()
+    if known["boot_id"] is not None and (known["boot_id"] != boot_id or _has_gone_back(sql, clock.boot())):
         _carry_over_reboot(sql, known["wall_offset"] - offset)
-    sql.execute("insert or replace into boot values (1, ?, ?)", (boot_id, offset))
+    sql.execute("update facts set boot_id = ?, wall_offset = ?", (boot_id, offset))
     sql.execute("delete from windows")
+    backoff = configuration.rate_limiting.backoff
     for scope in (*configuration.sources, GLOBAL):
         limits = configuration.rate_limiting.scopes.get(scope, ScopeLimits())
         sql.execute(
             """
-            insert into scopes (scope, granted_at, tokens, tokens_at, paused_until, paused_for, failures, throttles,
-                                burst_size, refill_per_second)
-            values (?1, 0, coalesce(?2, 0), ?4, 0, 0, 0, 0, ?2, ?3)
+            insert into scopes (scope, tokens, tokens_at, burst_size, refill_per_second)
+            values (?1, coalesce(?2, 0), ?4, ?2, ?3)
             on conflict do update set burst_size = ?2, refill_per_second = ?3
             """,
             (scope, limits.burst_size, limits.refill_per_second, clock.boot()),
         )
-        sql.executemany(
-            "insert into windows values (?, ?, ?)",
-            [(scope, limit.seconds, limit.max_requests) for limit in limits.windows],
-        )
-    distrust_backup(sql, clock.boot())
+        for limit in limits.windows:
+            slow_from = None
+            if backoff and limit.max_requests > 1:
+                slow_from = math.ceil(limit.max_requests * backoff.threshold_percent / 100)
+            row = (scope, limit.seconds, limit.max_requests, slow_from)
+            sql.execute("insert into windows values (?, ?, ?, ?)", row)
+    hold_sources_after_restore(sql, clock.boot())
 
 
 def _has_gone_back(sql: sqlite3.Connection, now: float) -> bool:
@@ -3530,8 +3333,8 @@ def _has_gone_back(sql: sqlite3.Connection, now: float) -> bool:
 
 
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
-    """Boot times start again at 0: all that was asked before counts as finished at that instant, which
-    is later than the truth and so never grants too early. `shift` is the old wall offset less the new one."""
+    """Boot times start again at 0. All earlier requests count as finished at that instant, which is later than the
+    truth and so never grants too early. `shift` is the old wall offset less the new one."""
     in_flight = sql.execute("select request_id, source from requests where finished_at is null").fetchall()
     for request_id, source in in_flight:
         _finish(sql, request_id, source, 0.0)
@@ -3548,102 +3351,87 @@ def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
 
 
 def opening(sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: float, owner: str = "") -> Opening:
-    """When this source can be asked: `at <= now` means now. Nothing makes it earlier but that a permit is given
-    back unused, a place in line given up, or a limit or a pause changed. O(log n) in the stored requests.
+    """When this source can be asked: `at <= now` means now. O(log n) in the stored requests.
 
-    Whoever stood in line before `owner` comes first, and everybody who stands there if `owner` does not."""
-    scopes = _observe(sql, limiting, source, now, owner)
-    latest, ready_at = Opening(now), now
-    for _ in range(SETTLING_ROUNDS):
-        at = latest.at
-        for scope in scopes:
-            for candidate in _openings(sql, scope, limiting.backoff, now, at):
-                latest = candidate if candidate.at > latest.at else latest
-                ready_at = candidate.at if candidate.at > ready_at and scope.name == source else ready_at
-        if latest.at <= at or any(scope.row["ahead"] for scope in scopes):
-            break  # by then nothing else is in the way, or nobody knows what the others will have done
-    return Opening(latest.at, latest.reason, latest.is_pause, ready_at)
-
-
-def _observe(
-    sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: float, owner: str
-) -> tuple[_Scope, ...]:
-    """The source and the global scope as they are."""
+    Waiters that arrived before `owner` come first, and all of them if `owner` does not wait yet."""
     rows = sql.execute(OBSERVATION, {"source": source, "owner": owner, "now": now}).fetchall()
     if any((row["deadline"] or now) < now for row in rows):
         _reap(sql, now)
-        return _observe(sql, limiting, source, now, owner)
-    return tuple(_Scope(row["scope"], limiting.scopes.get(row["scope"], ScopeLimits()), row) for row in rows)
+        return opening(sql, limiting, source, now, owner)
+    candidates = (candidate for row in rows for candidate in _openings(sql, row, limiting.backoff, now))
+    return max(candidates, key=lambda candidate: candidate.at, default=Opening(now))
 
 
-def _openings(
-    sql: sqlite3.Connection, scope: _Scope, backoff: Backoff | None, now: float, at: float
-) -> Iterator[Opening]:
-    """What a scope has against a request at the instant `at`, as far as can be known `now`."""
-    if scope.row["paused_until"] > at:
-        yield Opening(scope.row["paused_until"], scope.row["reason"] or "paused", is_pause=True)
-    if scope.row["throttles"] and scope.row["in_flight"] + scope.row["ahead"]:
-        yield Opening(now + 1, "waits for the answer that tells whether it is back")
-    for limit in scope.limits.windows:
-        name = f"{scope.name}: {limit.max_requests} in {limit.seconds:g} s"
-        yield Opening(_window_opens_at(sql, scope, limit, now), f"{name} used up")
-        if backoff and limit.max_requests > 1:
-            yield Opening(_backoff_ends_at(sql, scope, limit, backoff, now, at), f"{name} nearly used up")
-    if scope.limits.burst_size:
-        lacking = 1 + scope.row["ahead"] - scope.tokens(now)
-        opens_at = now if lacking <= 1e-9 else now + lacking / scope.limits.refill_per_second
-        yield Opening(opens_at, f"{scope.name}: bucket of {scope.limits.burst_size} empty")
+def _openings(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff | None, now: float) -> Iterator[Opening]:
+    """The obstacles that one window and its scope put in the way now."""
+    scope, ahead = row["scope"], row["ahead"]
+    if row["paused_until"] > now:
+        yield Opening(row["paused_until"], row["reason"] or "paused", scope, is_pause=True)
+    if row["throttles"] and row["in_flight"] + ahead:
+        yield Opening(now + 1, "waits for the response that shows whether it is back", scope)
+    if row["burst_size"]:
+        tokens = row["tokens"] + (now - row["tokens_at"]) * row["refill_per_second"]
+        lacking = 1 + ahead - min(float(row["burst_size"]), tokens)
+        if lacking > 1e-9:
+            opens_at = now + lacking / row["refill_per_second"]
+            yield Opening(opens_at, f"{scope}: bucket of {row['burst_size']} empty", scope)
+    if row["max_requests"] is None:
+        return
+    name = f"{scope}: {row['max_requests']} in {row['window_seconds']:g} s"
+    opens_at = _window_opens_at(row, now)
+    if opens_at > now:
+        yield Opening(opens_at, f"{name} used up", scope)
+    elif backoff and row["slow_from"] is not None:
+        slowed_until = _backoff_ends_at(sql, row, backoff, now)
+        if slowed_until > now:
+            yield Opening(slowed_until, f"{name} nearly used up", scope)
 
 
-def _window_opens_at(sql: sqlite3.Connection, scope: _Scope, limit: WindowLimit, now: float) -> float:
-    """The rule. With u in flight and k ahead, the (N - u - k)-th last finish must be W ago.
-
-    Some of them may still be to come. The first u of those come now at the earliest, each other one only W
-    after the N-th before it, because that is when the rule lets it begin."""
-    most, in_flight, finished = limit.max_requests, scope.row["in_flight"], scope.row["finished"]
-    to_come: int = in_flight + scope.row["ahead"] - most + 1
-    if to_come <= 0:
-        return scope.finished_at(sql, finished + to_come) + limit.seconds
-    rounds, place = divmod(to_come - 1, most)
-    first = now
-    if place >= in_flight:
-        first = max(now, scope.finished_at(sql, finished + place + 1 - most) + limit.seconds)
-    return first + (rounds + 1) * limit.seconds
+def _window_opens_at(row: sqlite3.Row, now: float) -> float:
+    """The rule. Requests that are still to finish take one window for each N of them, at the least."""
+    unfinished = row["in_flight"] + row["ahead"]
+    if unfinished >= row["max_requests"]:
+        return now + float(row["window_seconds"] * (unfinished // row["max_requests"]))
+    return now if row["freed_by"] is None else float(row["freed_by"] + row["window_seconds"])
 
 
-def _backoff_ends_at(
-    sql: sqlite3.Connection, scope: _Scope, limit: WindowLimit, backoff: Backoff, now: float, at: float
-) -> float:
-    """Past the threshold the delay since the last grant grows with each further request of the window, but
-    unless it is strict it is never longer than spreading the rest of the quota evenly over the rest of the
-    window asks for: the plain rule leaves 10 to 20% of the quota unused."""
-    most, ahead, finished = limit.max_requests, scope.row["ahead"], scope.row["finished"]
-    in_flight = scope.row["in_flight"] if at < now + limit.seconds else 0  # by then they may have gone
-    numbers = range(max(1, finished - most + 1), finished + 1)
-    threshold = math.ceil(most * backoff.threshold_percent / 100)
-    if in_flight + len(numbers) + ahead < threshold:
-        return at
-    position = bisect.bisect_right(numbers, at - limit.seconds, key=lambda number: scope.finished_at(sql, number))
-    used = in_flight + len(numbers) - position
-    if not threshold <= used + ahead < most:  # nothing to slow down, or nothing left
-        return at
-    last: float = scope.row["granted_at"] if used >= threshold else at  # those before the threshold go at once
-    slowed_ahead = ahead - max(0, threshold - used)
-    used = max(used, threshold)
-    makes_room_at: float = (
-        scope.finished_at(sql, numbers[position]) if position < len(numbers) else now
-    ) + limit.seconds
-    delay = backoff.initial_delay_seconds * backoff.exponential_factor ** min(used - threshold, 64)
+def _backoff_ends_at(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff, now: float) -> float:
+    """Past the threshold the delay since the last permit grows with each further request of the window. Unless it is
+    strict, it is never longer than spreading the rest of the quota evenly over the rest of the window: the plain rule
+    leaves 10 to 20% of the quota unused."""
+    ahead, most, slow_from = row["ahead"], row["max_requests"], row["slow_from"]
+    window_began = now - row["window_seconds"]
+    if row["in_flight"] + ahead < slow_from and (row["slowed_by"] is None or row["slowed_by"] <= window_began):
+        return now
+    numbers = range(max(1, row["finished"] - most + 1), row["finished"] + 1)
+    position = bisect.bisect_right(numbers, window_began, key=lambda number: _finished_at(sql, row["scope"], number))
+    used = row["in_flight"] + len(numbers) - position
+    oldest = _finished_at(sql, row["scope"], numbers[position]) if position < len(numbers) else now
+    leaves_at: float = oldest + row["window_seconds"]
+    last: float = row["granted_at"] if used >= slow_from else now  # requests up to the threshold go at once
+    slowed_ahead = ahead - max(0, slow_from - used)
+    used = max(used, slow_from)
+    delay = backoff.initial_delay_seconds * backoff.exponential_factor ** min(used - slow_from, 64)
     delay = min(delay, backoff.max_delay_seconds)
     if not backoff.strict:
-        delay = min(delay, max(0.0, makes_room_at - last) / (most - used + 1))
-    # when the oldest leaves the window there may be less to slow down
-    slowed_until: float = max(last + delay, at) + delay * slowed_ahead
-    return min(slowed_until, makes_room_at)
+        delay = min(delay, max(0.0, leaves_at - last) / (most - used + 1))
+    # when the oldest request leaves the window there may be less to slow down
+    slowed_until: float = max(last + delay, now) + delay * slowed_ahead
+    return min(slowed_until, leaves_at)
+
+
+def _finished_at(sql: sqlite3.Connection, scope: str, number: int) -> float:
+    """Boot time at which the n-th finished request finished; long ago if its row is gone."""
+    if scope == GLOBAL:
+        row = sql.execute("select finished_at from requests where global_number = ?", (number,)).fetchone()
+    else:
+        of_source = "select finished_at from requests where source = ? and source_number = ?"
+        row = sql.execute(of_source, (scope, number)).fetchone()
+    return cast(float, row[0]) if row else -math.inf
 
 
 def grant(sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_seconds: float, now: float) -> Permit:
-    """Take the permit that `opening` has promised in this transaction."""
+    """Take a permit. `opening` has just said, in this transaction, that it is possible now."""
     send_before = now + SEND_WITHIN_SECONDS
     deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
     if limiting.backoff or any(limits.burst_size for limits in limiting.scopes.values()):
@@ -3676,7 +3464,7 @@ def release(sql: sqlite3.Connection, permit: Permit, now: float, *, used: bool =
 
 
 def _reap(sql: sqlite3.Connection, now: float) -> None:
-    """Requests past their deadline have lost their owner: they finish now, not when they were granted."""
+    """The client of an overdue request is dead. The request finishes now, not when it was granted."""
     overdue = "select * from requests indexed by requests_in_flight where finished_at is null and deadline < ?"
     for request_id, source, *_ in sql.execute(overdue, (now,)).fetchall():
         _finish(sql, request_id, source, now)
@@ -3699,8 +3487,8 @@ def _finish(sql: sqlite3.Connection, request_id: int, source: str, now: float) -
 
 
 def _expire(sql: sqlite3.Connection, limiting: RateLimiting, now: float) -> None:
-    """Remove a few of the oldest finished requests that no window can count any more. An hour is always kept,
-    for limits that are declared, or switched on again, later."""
+    """Remove a few of the oldest finished requests that no window counts any more. An hour is always kept, for limits
+    that are declared or enabled later."""
     horizon = max([HOUR, *(limit.seconds for limits in limiting.scopes.values() for limit in limits.windows)])
     sql.execute(
         """
@@ -3718,37 +3506,99 @@ def _expire(sql: sqlite3.Connection, limiting: RateLimiting, now: float) -> None
     )
 
 
-# ---------------------------------------------------------------- Pauses
-# What the answers of a source say about the source itself. A pause is a pause, whoever asked for it: a
-# Retry-After, a block, failures in a row, a person. Headlines: pause(), learn().
+def enqueue_waiter(sql: sqlite3.Connection, source: str, owner: str, opens: Opening, looks_at: float) -> None:
+    """Join the end of the queue for a source, or keep the place in it, until the next look at `looks_at`."""
+    sql.execute(
+        """
+        insert into waiters (source, owner, waits_for, opens_at, reason, expires_at)
+        values (:source, :owner, :waits_for, :opens_at, :reason, :expires_at)
+        on conflict do update set
+            waits_for = :waits_for, opens_at = :opens_at, reason = :reason, expires_at = :expires_at
+        """,
+        {
+            "source": source,
+            "owner": owner,
+            "waits_for": opens.scope,
+            "opens_at": opens.at,
+            "reason": opens.reason,
+            "expires_at": looks_at + LATE_SECONDS,
+        },
+    )
+
+
+def remove_waiter(sql: sqlite3.Connection, owner: str, now: float, keep: Iterable[str] = ()) -> None:
+    """Give up the places of an owner, except those for the sources in `keep`; remove waiters that are long gone."""
+    sql.execute(
+        """
+        delete from waiters
+        where (owner = :owner and source not in (select value from json_each(:keep)))
+           or expires_at < :long_ago
+        """,
+        {"owner": owner, "keep": json.dumps(list(keep)), "long_ago": now - MINUTE},
+    )
+
+
+def hold_sources_after_restore(sql: sqlite3.Connection, now: float) -> None:
+    """A backup does not know the requests since it was made. At its first use each source is paused for its longest
+    window. `now` is boot time."""
+    if sql.execute("update facts set is_backup = 0 where is_backup").rowcount:
+        sql.execute(
+            """
+            update scopes
+            set paused_until = max(paused_until, :now + longest), paused_for = max(paused_for, longest),
+                reason = 'restored from a backup: what was asked since it was made is not known'
+            from (select scope as limited, max(window_seconds) as longest from windows group by scope)
+            where scope = limited
+            """,
+            {"now": now},
+        )
+
+
+# ---------------------------------------------------------------- Responses
+# The meaning of a response: one function turns it into an outcome, one records what it says about the
+# source. A pause is a pause, whatever its cause. Headlines: classify(), record_response().
 
 LONGEST_RETRY_AFTER = DAY
 FIRST_PAUSE_SECONDS = 60
-STORE_TROUBLE = "store: "  # how the reason of a pause begins that the store has caused
+STORE_TROUBLE = "store: "  # prefix of the reason of a pause that the store caused
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """A source is left alone for some time."""
+    """A source is not asked for some time."""
 
     source: str
     seconds: float
     reason: str
 
 
-def is_throttling(source: Source, status: int) -> bool:
-    """This HTTP status asks to be left alone."""
-    return status in (429, 503) or status in source.blocked_when.status
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The result of one request."""
+
+    outcome: Outcome
+    text: str = ""
+    http_status: int | None = None
+    retry_after: float | None = None  # seconds; None: the source did not say
 
 
-def asked_pause(source: Source, status: int, headers: Mapping[str, str]) -> float | None:
-    """Seconds for which such an answer asks; None when it does not say."""
-    seconds = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
-    return source.blocked_when.pause_seconds if seconds is None and status in source.blocked_when.status else seconds
+@dataclass(frozen=True, slots=True)
+class SourceHealth:
+    """The consequences of a response for its source."""
+
+    is_source: bool = False  # the source is to blame, not the task
+    pause: Pause | None = None
+
+
+def excerpt(body: bytes, most: int = 120) -> str:
+    """The start of a body in one line of at most `most` characters."""
+    text = body[: 3 * most].decode("utf-8", "replace")
+    plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in plain)[:most] or "empty"
 
 
 def parse_retry_after(text: str | None, date: str | None) -> float | None:
-    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date less the answer's own Date,
+    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date less the response's own Date,
     which needs no agreement of clocks. None when it says nothing usable."""
     if text is None:
         return None
@@ -3762,8 +3612,32 @@ def parse_retry_after(text: str | None, date: str | None) -> float | None:
         return None
 
 
+def classify(source: Source, status: int, headers: Mapping[str, str], body: bytes = b"") -> Answer:
+    """The meaning of an HTTP response. OK: the body may be the object. Errors can come with status 200, and a missing
+    object with 403."""
+    if status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000]):
+        return Answer(Outcome.NOT_YET, "HTTP 403: no such object", status)
+    text = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}"
+    if status in (429, 503) or status in source.blocked_when.status:
+        seconds = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
+        if seconds is None and status in source.blocked_when.status:
+            seconds = source.blocked_when.pause_seconds
+        return Answer(Outcome.THROTTLED, text, status, seconds)
+    document: Any = None
+    if source.error_when and body:
+        with contextlib.suppress(ValueError, RecursionError):
+            document = json.loads(body)
+    is_error = document is not None and holds(cast(str, source.error_when), {}, document)
+    code = document.get("code") if is_error and isinstance(document, dict) else None
+    if status in (404, 410) or (is_error and code in (404, "404")):
+        return Answer(Outcome.NOT_YET, text, status)
+    if is_error and status < 500:
+        return Answer(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)
+    return Answer(Outcome.OK if status == 200 else Outcome.HTTP_ERROR, text, status)
+
+
 def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now: float) -> None:
-    """Leave a source alone; an earlier, longer pause stays."""
+    """Pause a source; an earlier, longer pause stays."""
     sql.execute(
         """
         update scopes
@@ -3774,66 +3648,49 @@ def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """How asking a source ended."""
-
-    outcome: Outcome
-    text: str = ""
-    http_status: int | None = None
-    retry_after: float | None = None  # seconds, when it named them
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What an answer says about its source."""
-
-    is_source: bool = False  # the source is to blame, and not what it was asked for
-    pause: Pause | None = None
-
-
-def _patience(source: Source, answer: Answer) -> int | None:
-    """After how many such answers in a row a source is taken to be away; None: it tells nothing of the kind."""
-    if answer.outcome is Outcome.TIMEOUT:
-        return source.blocked_when.timeouts_in_a_row
-    if answer.outcome is Outcome.ERROR or (answer.outcome is Outcome.HTTP_ERROR and (answer.http_status or 0) >= 500):
+def failure_threshold(source: Source, answer: Answer) -> int:
+    """The number of such responses in a row that means the source is down; 0: none does."""
+    traits = answer.outcome.traits
+    if answer.outcome is Outcome.HTTP_ERROR and (answer.http_status or 0) >= 500:
         return source.blocked_when.failures_in_a_row
-    return SOURCE_FAILURES.get(answer.outcome)
+    return getattr(source.blocked_when, traits.setting) if traits.setting else traits.source_after
 
 
-def learn(sql: sqlite3.Connection, source: Source, answer: Answer, now: float) -> Lesson:
-    """Note what an answer says about its source; pause it when it is away or asks for that.
+def record_response(sql: sqlite3.Connection, source: Source, answer: Answer, now: float) -> SourceHealth:
+    """Record what a response says about its source; pause it when it is down or asks for a pause.
 
-    A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until the
-    source gives a good answer; meanwhile one request at a time asks whether it is back."""
-    scope = sql.execute(
-        "select failures, throttles, paused_until from scopes where scope = ?", (source.name,)
-    ).fetchone()
-    failures, throttles, longest = scope["failures"], scope["throttles"], source.blocked_when.pause_seconds
+    A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
+    Meanwhile one request at a time probes the source."""
+    threshold = failure_threshold(source, answer)
+    if answer.outcome.traits.passing:
+        return SourceHealth()
+    if not threshold and answer.outcome is not Outcome.THROTTLED:  # a request from before a pause shows nothing new
+        works = "update scopes set failures = 0, throttles = 0 where scope = ? and paused_until <= ?"
+        sql.execute(f"{works} and (failures or throttles)", (source.name, now))
+        return SourceHealth()
+    state = "select failures, throttles, paused_until from scopes where scope = ?"
+    failures, throttles, paused_until = sql.execute(state, (source.name,)).fetchone()
+    longest, is_paused = source.blocked_when.pause_seconds, paused_until > now
     growing = min(FIRST_PAUSE_SECONDS * 2.0 ** min(throttles, 30), max(longest, FIRST_PAUSE_SECONDS))
-    is_paused = scope["paused_until"] > now  # then this request was granted before that and tells nothing new
-    patience, seconds = _patience(source, answer), None
+    seconds = None
     if answer.outcome is Outcome.THROTTLED:
-        seconds, failures = growing, 0
+        failures, seconds = 0, growing
         if answer.retry_after is not None:
             seconds = min(max(answer.retry_after, 0.0), LONGEST_RETRY_AFTER)
-    elif patience is not None:
+    else:
         failures += 1
-        if failures >= patience:
+        if failures >= threshold:
             seconds = longest if answer.outcome is Outcome.TIMEOUT else growing
-    elif answer.outcome not in (Outcome.LOST, Outcome.STORE_ERROR) and not is_paused:
-        failures = throttles = 0
     if answer.retry_after is None and is_paused:
         seconds = None
     if seconds is not None:
         throttles += not (is_paused and throttles)
         pause(sql, source.name, seconds, answer.text, now)
-    if (failures, throttles) != (scope["failures"], scope["throttles"]):
-        sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
-    # a scraper or a page that fails may be to blame itself; no answer at all twice in a row is not its fault
-    doubt = patience if answer.outcome in COUNTED_FAILURES else 2
-    return Lesson(
-        is_source=patience is not None and failures >= cast(int, doubt),
+    sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
+    # a scraper or a page that fails may be to blame itself; twice in a row no response at all is not its fault
+    doubt = threshold if answer.outcome.traits.rated else 2
+    return SourceHealth(
+        is_source=answer.outcome is not Outcome.THROTTLED and failures >= doubt,
         pause=None if seconds is None else Pause(source.name, seconds, answer.text),
     )
 
@@ -3843,9 +3700,7 @@ def learn(sql: sqlite3.Connection, source: Source, answer: Answer, now: float) -
 # must wait computes the instant, takes a place in line and sleeps until then, outside every lock.
 # Headlines: Limiter, permit().
 
-RUNNER = "runner"  # the owner of the main loop's places in line
 LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
-LATE_SECONDS = 2  # whoever stands in line and has not looked again by then has gone
 KEEP_ALIVE_SECONDS = 5
 
 
@@ -3855,41 +3710,9 @@ def served() -> tuple[str, str]:
 
 
 def count_request(sql: sqlite3.Connection, tasks: str) -> None:
-    """Another request of the attempt that is running; of a batch, of its first."""
-    running = "update attempts set requests = requests + 1 where task_id = cast(? as integer) and outcome = 'running'"
+    """Count another request of the running attempt; of a batch, of its first."""
+    running = "update attempts set requests = requests + 1 where object_id = cast(? as integer) and outcome = 'running'"
     sql.execute(running, (tasks.partition(",")[0],))
-
-
-def stand_in_line(sql: sqlite3.Connection, source: str, owner: str, opens: Opening, looks_at: float) -> None:
-    """Take a place at the end of the line, or keep the one there is, until its owner looks again."""
-    sql.execute(
-        """
-        insert into waiters (source, owner, ready_at, opens_at, reason, expires_at)
-        values (:source, :owner, :ready_at, :opens_at, :reason, :expires_at)
-        on conflict do update set
-            ready_at = :ready_at, opens_at = :opens_at, reason = :reason, expires_at = :expires_at
-        """,
-        {
-            "source": source,
-            "owner": owner,
-            "ready_at": opens.ready_at,
-            "opens_at": opens.at,
-            "reason": opens.reason,
-            "expires_at": looks_at + LATE_SECONDS,
-        },
-    )
-
-
-def leave_line(sql: sqlite3.Connection, owner: str, now: float, stay: Iterable[str] = ()) -> None:
-    """Give up the owner's places, but those for the sources in `stay`; forget who has long gone."""
-    sql.execute(
-        """
-        delete from waiters
-        where (owner = :owner and source not in (select value from json_each(:stay)))
-           or expires_at < :long_ago
-        """,
-        {"owner": owner, "stay": json.dumps(list(stay)), "long_ago": now - MINUTE},
-    )
 
 
 def extend(sql: sqlite3.Connection, permit: Permit, deadline: float) -> None:
@@ -3899,8 +3722,8 @@ def extend(sql: sqlite3.Connection, permit: Permit, deadline: float) -> None:
     )
 
 
-class Held:
-    """A permit in use. Tell it how the request ended, and a 429 pauses the source for everybody."""
+class ActivePermit:
+    """A permit in use. Report how the request ended, and a 429 pauses the source for every client."""
 
     def __init__(self, permit: Permit, source: Source) -> None:
         self.permit, self.source = permit, source
@@ -3908,13 +3731,10 @@ class Held:
 
     def answered(self, status: int, headers: Mapping[str, str]) -> None:
         """The source answered with this HTTP status and these headers."""
-        outcome, retry_after = Outcome.HTTP_ERROR if status >= 500 else Outcome.OK, None
-        if is_throttling(self.source, status):
-            outcome, retry_after = Outcome.THROTTLED, asked_pause(self.source, status, headers)
-        self.answer = Answer(outcome, f"HTTP {status}", status, retry_after)
+        self.answer = classify(self.source, status, headers)
 
     def failed(self, outcome: Outcome, text: str) -> None:
-        """No answer came: TIMEOUT, UNREACHABLE or BROKEN, and why."""
+        """No response came: TIMEOUT, UNREACHABLE or BROKEN, and why."""
         self.answer = Answer(outcome, text)
 
 
@@ -3935,7 +3755,7 @@ class Limiter:
         self._guard = threading.Lock()  # guards what follows
         self._sleepers: set[queue.SimpleQueue[str]] = set()
         # with its deadline; one that its owner has lost, interrupted, is not kept alive for ever
-        self._held: weakref.WeakKeyDictionary[Held, float] = weakref.WeakKeyDictionary()
+        self._held: weakref.WeakKeyDictionary[ActivePermit, float] = weakref.WeakKeyDictionary()
         self._keeper: threading.Thread | None = None
         self._closed = threading.Event()
         with database.transaction() as sql:
@@ -3948,7 +3768,7 @@ class Limiter:
         return self.configuration.sources[name]
 
     @contextlib.contextmanager
-    def permit(self, source: str, wait: float | None = None) -> Iterator[Held]:
+    def permit(self, source: str, wait: float | None = None) -> Iterator[ActivePermit]:
         """The right to send one HTTP request: waits until the source can be asked, `wait` seconds at most.
 
         The request counts as under way until the block ends, however it ends. A block that ends without an
@@ -3962,7 +3782,7 @@ class Limiter:
         finally:
             self.release(held)
 
-    def acquire(self, source: str, wait: float | None = None) -> Held:
+    def acquire(self, source: str, wait: float | None = None) -> ActivePermit:
         """The same without a block: the caller must release() what it gets."""
         described = self.source(source)
         owner = ""  # of a place in line
@@ -3974,12 +3794,12 @@ class Limiter:
                     owner = granted.owner
                     self._sleep(granted.looks_at)
                 elif self.clock.boot() <= granted.send_before:
-                    return self._hold(Held(granted, described))
+                    return self._hold(ActivePermit(granted, described))
                 else:  # this process was suspended, or the disk took very long
-                    self.release(Held(granted, described), used=False)
+                    self.release(ActivePermit(granted, described), used=False)
         except BaseException:
             with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
-                leave_line(sql, owner, self.clock.boot())
+                remove_waiter(sql, owner, self.clock.boot())
             raise
 
     def _try(self, source: Source, owner: str, give_up_at: float) -> Permit | _Place:
@@ -3991,14 +3811,14 @@ class Limiter:
             opens = opening(sql, limiting, source.name, now, owner)
             if opens.at <= now:
                 if owner:
-                    leave_line(sql, owner, now)
+                    remove_waiter(sql, owner, now)
                 return grant(sql, limiting, source.name, source.timeout_seconds, now)
             if opens.at > give_up_at:
                 wait = format_duration(opens.at - now)
                 text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
                 raise RateLimitedError(text, opens.at - now)
             place = _Place(owner or f"{self._name}.{next(self._places)}", min(opens.at, now + LOOK_AGAIN_SECONDS))
-            stand_in_line(sql, source.name, place.owner, opens, place.looks_at)
+            enqueue_waiter(sql, source.name, place.owner, opens, place.looks_at)
             return place
 
     def _sleep(self, until: float) -> None:
@@ -4012,7 +3832,7 @@ class Limiter:
         if self._closed.is_set():
             raise Error("the limiter was closed")
 
-    def _hold(self, held: Held) -> Held:
+    def _hold(self, held: ActivePermit) -> ActivePermit:
         with self._guard:
             self._held[held] = held.permit.deadline
             if self._keeper is None:
@@ -4037,7 +3857,7 @@ class Limiter:
             with self._guard:
                 self._held.update({held: later for held in due if held in self._held})
 
-    def release(self, held: Held, *, used: bool = True) -> None:
+    def release(self, held: ActivePermit, *, used: bool = True) -> None:
         """The request is over, or was never sent. What cannot be written now counts until its deadline: that
         is safe.
 
@@ -4052,8 +3872,9 @@ class Limiter:
             if used and tasks:
                 count_request(sql, tasks)
             is_judged_later = held.source.name == source
-            if held.answer and not (is_judged_later and held.answer.outcome in (Outcome.OK, Outcome.HTTP_ERROR)):
-                learn(sql, held.source, held.answer, now)
+            responses = (Outcome.OK, Outcome.HTTP_ERROR, Outcome.NOT_YET)
+            if held.answer and not (is_judged_later and held.answer.outcome in responses):
+                record_response(sql, held.source, held.answer, now)
 
     def close(self) -> None:
         """Whoever waits for a permit gets an Error at once. The database stays open."""
@@ -4081,7 +3902,7 @@ def shared_limiter(config: str | os.PathLike[str] | None = None) -> Limiter:
 
 def permit(
     source: str, config: str | os.PathLike[str] | None = None, wait: float | None = None
-) -> contextlib.AbstractContextManager[Held]:
+) -> contextlib.AbstractContextManager[ActivePermit]:
     """`with adce.permit("espn"): ...` around one HTTP request by any means. See Limiter.permit()."""
     return shared_limiter(config).permit(source, wait)
 
@@ -4132,689 +3953,418 @@ def priority_of(
     return Priority.MEDIUM if season in labels[-2:] else Priority.LOW
 
 
-# ---------------------------------------------------------------- Ledger
-# Objects and their tasks, kept in step: whoever learns something of an object notes it here, and its task
-# opens, stays or closes in the same transaction. Headline: Ledger.
+# ---------------------------------------------------------------- Object states
+# The one way in which the state of an object and its task change: facts go in, the row that follows from
+# them is written. Headline: Ledger.
 
-
-@dataclass(frozen=True, slots=True)
-class KnownObject:
-    """A row of objects."""
-
-    object_id: int
-    dataset: str
-    key: str
-    fields_json: str
-    season: str | None
-    day: str | None
-    state: ObjectState
-    reason: str | None
-    facts: Facts
-    read_etag: str | None
-    cycle_id: int | None
-
-    @property
-    def fields(self) -> Fields:
-        """The values of its partition."""
-        return cast(Fields, json.loads(self.fields_json))
+# An object whose content is not known.
+UNREAD: Mapping[str, Any] = {"read_etag": None, "verdict": None, "settled": None, "live": None}
+# An object that is not in the store.
+GONE: Mapping[str, Any] = {"etag": None, "size": None, "modified_at": None, **UNREAD}
+SELECT_OBJECTS = f"""
+    select o.object_id, d.dataset, o.key, o.fields, {", ".join(f"o.{name}" for name in ObjectRow._fields[4:])}
+    from objects o
+    join datasets d using (dataset_id)
+"""  # noqa: S608  # names of columns
+WRITTEN_FROM = ObjectRow._fields.index("state")  # the columns before that belong to its declaration
+UPDATE_OBJECT = f"""
+    update objects
+    set ({", ".join(ObjectRow._fields[WRITTEN_FROM:])}) = ({", ".join("?" for _ in ObjectRow._fields[WRITTEN_FROM:])})
+    where object_id = ?
+"""  # noqa: S608  # names of columns
 
 
 class Ledger:
-    """Objects and tasks as one transaction sees and changes them: no state without its task."""
+    """The rows of objects as one transaction sees and changes them: no gap without a task."""
 
     def __init__(
         self, sql: sqlite3.Connection, configuration: Configuration, now: float, cycle_id: int | None = None
     ) -> None:
         self.sql, self.configuration, self.now, self.cycle_id = sql, configuration, now, cycle_id
-        self.created = self.closed = 0
-        self.problems: list[str] = []  # what was named, and cannot be expected
-        self.differing: set[int] = set()  # children that may have other fields now; see inherit_fields()
-        self.ids: dict[str, int] = dict(sql.execute("select dataset, dataset_id from datasets").fetchall())
-        self._names = {number: name for name, number in self.ids.items()}
+        self.created = self.closed = self.dropped = 0
+        self.problems: list[str] = []
+        self.today = day_of(now)
         self._seasons = {season.label: season for season in configuration.seasons}
 
-    def objects(self, condition: str, parameters: Mapping[str, Any]) -> list[KnownObject]:
-        """The objects that meet a condition in SQL."""
-        rows = self.sql.execute(f"select * from objects where {condition}", parameters).fetchall()  # noqa: S608
-        return [self._known(row) for row in rows]
+    def objects(self, condition: str, parameters: Mapping[str, Any]) -> list[ObjectRow]:
+        """The objects `o` that meet a condition in SQL."""
+        cursor = self.sql.cursor()
+        cursor.row_factory = None
+        return list(map(ObjectRow._make, cursor.execute(f"{SELECT_OBJECTS} where {condition}", parameters)))
 
-    def _known(self, row: sqlite3.Row) -> KnownObject:
-        facts = Facts(
-            available_at=row["available_at"],
-            proven=bool(row["proven"]),
-            seen_at=row["seen_at"],
-            size=row["size"],
-            etag=row["etag"],
-            modified_at=row["modified_at"],
-            valid=None if row["valid"] is None else bool(row["valid"]),
-            settled=None if row["settled"] is None else bool(row["settled"]),
-            live=None if row["live"] is None else bool(row["live"]),
-            verdict=row["verdict"],
-            skipped=row["skipped"],
-        )
-        return KnownObject(
-            object_id=row["object_id"],
-            dataset=self._names[row["dataset_id"]],
-            key=row["key"],
-            fields_json=row["fields"],
-            season=row["season"],
-            day=row["day"],
-            state=ObjectState(row["state"]),
-            reason=row["reason"],
-            facts=facts,
-            read_etag=row["read_etag"],
-            cycle_id=row["cycle_id"],
-        )
+    def some(self, object_ids: Iterable[int]) -> list[ObjectRow]:
+        """The objects with these ids that are expected."""
+        condition = "o.object_id in (select value from json_each(:ids)) and o.state != 'dropped'"
+        return self.objects(condition, {"ids": json.dumps(list(object_ids))})
 
-    def expect(self, dataset: Dataset, wanted: ExpectedObject, *, proven: bool) -> int:
-        """Note that an object should exist, and return its id. Raises ValueError when another has its key."""
-        object_id = self._expect_first(dataset, wanted, proven=proven)
-        if object_id is not None:
-            return object_id
-        known = self.objects("key = :key", {"key": wanted.key})[0]
-        fields, own = known.fields, dataset.partitions.own_fields()
-        is_other = known.dataset != dataset.name or any(fields.get(name) != wanted.fields[name] for name in own)
-        if known.state is not ObjectState.DROPPED:
-            owner = self.configuration.datasets.get(known.dataset)
-            if is_other and owner and makes_key(owner, fields, known.key):
-                text = f"{wanted.key} is already the key of another object of {known.dataset}"
-                raise ValueError(f"{dataset.name}: {text}; give each a key of its own")
-            if not is_other and known.facts.available_at == wanted.available_at and (known.facts.proven or not proven):
-                if fields != wanted.fields:
-                    self.differing.add(known.object_id)
-                return known.object_id
-        facts = dataclasses.replace(known.facts, available_at=wanted.available_at, proven=known.facts.proven or proven)
-        if known.dataset != dataset.name:  # that has been declared otherwise since
-            self.hand_over(known.object_id, dataset.name)
-            facts = dataclasses.replace(facts, valid=None, settled=None, live=None, verdict=None)
-        self.expect_otherwise(known, dataset, wanted, facts)
-        return known.object_id
+    def appraised(self, known: ObjectRow, *, is_fetched: bool = False) -> ObjectRow:
+        """The row that follows from the facts now; `known.state` is the state until now.
 
-    def expect_otherwise(self, known: KnownObject, dataset: Dataset, wanted: ExpectedObject, facts: Facts) -> None:
-        """An object is expected otherwise than before."""
-        self.sql.execute(
-            "update objects set fields = ?, season = ?, day = ? where object_id = ?",
-            (FIELDS_AS_JSON.encode(wanted.fields), wanted.season, wanted.day, known.object_id),
-        )
-        self.note(dataclasses.replace(known, dataset=dataset.name, season=wanted.season, day=wanted.day), facts)
-
-    def _expect_first(self, dataset: Dataset, wanted: ExpectedObject, *, proven: bool) -> int | None:
-        """The id of an object that nobody has expected before, or None."""
-        facts = Facts(available_at=wanted.available_at, proven=proven)
-        verdict = appraise(dataset, self._seasons.get(wanted.season or ""), wanted.day, facts, self.now)
-        inserted = self.sql.execute(
-            """
-            insert into objects (dataset_id, key, fields, season, day, state, reason, since, due_at, available_at,
-                                 proven)
-            values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-            on conflict do nothing
-            """,
-            (
-                self.ids[dataset.name],
-                wanted.key,
-                FIELDS_AS_JSON.encode(wanted.fields),
-                wanted.season,
-                wanted.day,
-                verdict.state,
-                verdict.reason,
-                int(self.now),
-                verdict.due_at,
-                wanted.available_at,
-                proven,
-            ),
-        )
-        if not inserted.rowcount:
-            return None
-        object_id = cast(int, inserted.lastrowid)
-        if verdict.state in GAPS:
-            known = self.objects("object_id = :object_id", {"object_id": object_id})[0]
-            self._open_task(known, dataset, verdict)
-        return object_id
-
-    def hand_over(self, object_id: int, dataset: str) -> None:
-        """Note that an object and its task are those of another dataset, which may judge its content otherwise."""
-        self.sql.execute(
-            """
-            update objects
-            set dataset_id = ?, read_etag = null, valid = null, settled = null, live = null, verdict = null,
-                due_at = iif(etag is null or state = 'dropped', due_at, 0)
-            where object_id = ?
-            """,
-            (self.ids[dataset], object_id),
-        )
-        self.sql.execute(
-            """
-            update tasks set dataset_id = ?
-            where object_id = ? and state in ('pending', 'retry', 'running', 'gave_up')
-            """,
-            (self.ids[dataset], object_id),
-        )
-        relatives = {child.name for child in self.configuration.children_of(dataset)}
-        relatives.add(self.configuration.datasets[dataset].partitions.parent or "")
-        links = """
-            select parent_id, child_id, dataset
-            from links
-            join objects on object_id = iif(parent_id = :one, child_id, parent_id)
-            join datasets using (dataset_id)
-            where parent_id = :one or child_id = :one
-        """
-        for parent_id, child_id, name in self.sql.execute(links, {"one": object_id}).fetchall():
-            if name in self.configuration.datasets and name not in relatives:  # else it may be handed over, too
-                self.unlink(parent_id, child_id, keeps=object_id)
-
-    def unlink(self, parent_id: int, child_id: int, keeps: int = 0) -> None:
-        """Note that a parent names a child no longer, which is dropped unless another does or it `keeps` its place."""
-        self.sql.execute("delete from links where parent_id = ? and child_id = ?", (parent_id, child_id))
-        others = """
-            select 1
-            from links join objects parent on parent.object_id = parent_id
-            where child_id = ? and (parent.state != 'dropped' or parent.reason is not null)
-        """
-        if child_id == keeps or self.sql.execute(others, (child_id,)).fetchone():
-            self.differing.add(child_id)
-        else:
-            self.drop(child_id)
-
-    def drop(self, object_id: int) -> None:
-        """Note that an object is no longer expected, nor what it alone has named; what lies in the store is
-        left alone. Expected again, it is read again, and skipped if it was."""
-        self.sql.execute(
-            """
-            update objects
-            set state = 'dropped', reason = null, due_at = null, read_etag = null, proven = 0, since = ?
-            where object_id = ?
-            """,
-            (int(self.now), object_id),
-        )
-        self.close_task(object_id, TaskState.CANCELLED)
-        orphans = """
-            select l.child_id
-            from links l
-            join objects child on child.object_id = l.child_id
-            where l.parent_id = ?
-              and (child.state != 'dropped' or child.reason is not null)
-              and not exists (
-                  select 1
-                  from links other
-                  join objects parent on parent.object_id = other.parent_id
-                  where other.child_id = l.child_id and (parent.state != 'dropped' or parent.reason is not null))
-        """
-        for (child_id,) in self.sql.execute(orphans, (object_id,)).fetchall():
-            self.drop(child_id)
-        shared = (
-            "select child_id from links join objects on object_id = child_id where parent_id = ? and state != 'dropped'"
-        )
-        self.differing |= {row[0] for row in self.sql.execute(shared, (object_id,))}
-
-    def note(self, known: KnownObject, facts: Facts, read_etag: str | None = None) -> Appraisal:
-        """Write what is now known of an object; open, keep or close its task accordingly."""
+        A gap that persists keeps its task, and so its age. A task waits as long as its freshness says when the gap is
+        new, when the object has just been fetched, or when a gap without failures has become one of another kind."""
         dataset = self.configuration.datasets[known.dataset]
-        verdict = appraise(dataset, self._seasons.get(known.season or ""), known.day, facts, self.now)
-        self.sql.execute(
+        state, reason, next_at = appraise(dataset, self._seasons.get(known.season or ""), known, self.now)
+        since, task = known.since if state == known.state else int(self.now), known.task
+        if task == TaskState.RUNNING:
+            return known._replace(state=state, reason=reason, since=since, next_at=None)
+        if state not in GAPS:
+            self.closed += task is not None
+            return known._replace(state=state, reason=reason, since=since, next_at=next_at, task=None)
+        waits = next_at is not None and (is_fetched or next_at > self.now)
+        has_changed = task == TaskState.RETRY and not known.failures and state != known.state and not waits
+        row = known._replace(state=state, reason=reason, since=since)
+        if task is None or is_fetched or has_changed:
+            row = row._replace(task=TaskState.RETRY if waits else TaskState.PENDING, next_at=next_at if waits else None)
+        return row if task is not None else self._opened(row, dataset)
+
+    def _opened(self, row: ObjectRow, dataset: Dataset) -> ObjectRow:
+        self.created += 1
+        priority, rank, slope = self.rank_of(row, dataset, 1, int(self.now))
+        return row._replace(
+            priority=priority,
+            detected_at=int(self.now),
+            gap_size=1,
+            rank=rank,
+            slope=slope,
+            attempts=0,
+            failures=0,
+            fruitless=0,
+            crashes=0,
+            last_error=None,
+        )
+
+    def rank_of(self, row: ObjectRow, dataset: Dataset, size: int, detected_at: int) -> tuple[str, float, float]:
+        """Priority, rank and slope of a task as of today."""
+        priority = priority_of(dataset, row.season, row.day, self.today, self.configuration)
+        weighting = self.configuration.priority_weighting
+        return priority, *rank_of(weighting, dataset.source, priority, size, detected_at)
+
+    def write(self, rows: Iterable[ObjectRow]) -> None:
+        """Store rows as they are."""
+        self.sql.executemany(UPDATE_OBJECT, [(*row[WRITTEN_FROM:], row.object_id) for row in rows])
+
+    def note(self, known: ObjectRow, **facts: Any) -> ObjectRow:
+        """Store facts, and the state and task that follow from them. Returns the new row."""
+        row = self.appraised(known._replace(**facts))
+        self.write([row])
+        return row
+
+    def drop(self, condition: str, parameters: Mapping[str, Any]) -> int:
+        """Expect objects `o` no longer. All that is known of them is kept; if they are expected again, the store is
+        searched for them. Returns their number."""
+        rows = self.objects(f"({condition}) and o.state != 'dropped'", parameters)
+        for row in rows:
+            self.closed += row.task not in (None, TaskState.RUNNING)
+        self.sql.executemany(
             """
             update objects
-            set state = :state, reason = :reason, due_at = :due_at,
-                since = case when state = :state then since else :now end,
-                available_at = :available_at, proven = :proven, seen_at = coalesce(seen_at, :seen_at),
-                size = :size, etag = :etag, modified_at = :modified_at,
-                read_etag = coalesce(:read_etag, read_etag), valid = :valid, settled = :settled, live = :live,
-                verdict = :verdict, skipped = :skipped,
-                cycle_id = coalesce(:cycle_id, cycle_id)
-            where object_id = :object_id
+            set state = 'dropped', reason = null, next_at = null, proven = 0, since = ?,
+                task = iif(task = 'running', task, null)
+            where object_id = ?
             """,
-            {
-                **{name: getattr(facts, name) for name in Facts.__dataclass_fields__},
-                "state": verdict.state,
-                "reason": verdict.reason,
-                "due_at": verdict.due_at,
-                "now": int(self.now),
-                "seen_at": None if facts.etag is None else int(self.now),
-                "read_etag": read_etag,
-                "cycle_id": self.cycle_id if read_etag else None,
-                "object_id": known.object_id,
-            },
+            [(int(self.now), row.object_id) for row in rows],
         )
-        if verdict.state in GAPS:
-            self._open_task(known, dataset, verdict)
-        elif known.state in GAPS:
-            is_dropped = verdict.state is ObjectState.DROPPED
-            self.close_task(known.object_id, TaskState.CANCELLED if is_dropped else TaskState.DONE)
-        return verdict
+        for name in {row.dataset for row in rows}:
+            self.touch(name)
+        self.dropped += len(rows)
+        return len(rows)
 
-    def count_as_unread(self, object_id: int) -> None:
-        """Let a cycle look at the content of an object once more."""
-        self.sql.execute("update objects set read_etag = null where object_id = ?", (object_id,))
+    def touch(self, dataset: str) -> None:
+        """Objects of this dataset, or their mentions, have changed: the next cycle computes their children anew."""
+        self.sql.execute("update datasets set changed = changed + 1 where dataset = ?", (dataset,))
 
-    def _open_task(self, known: KnownObject, dataset: Dataset, verdict: Appraisal) -> None:
-        """A gap that has a live task keeps it; only one that changed its kind may be tried at once."""
-        waits = verdict.ask_at is not None and verdict.ask_at > self.now
-        priority = priority_of(dataset, known.season, known.day, day_of(self.now), self.configuration)
-        rank, slope = rank_of(self.configuration.priority_weighting, dataset.source, priority, 1, int(self.now))
-        opened = self.sql.execute(
-            """
-            insert into tasks (object_id, dataset_id, state, priority, detected_at, gap_size, rank, slope, next_at,
-                               attempts, failures)
-            values (?, ?, ?, ?, ?, 1, ?, ?, ?, 0, 0)
-            on conflict do nothing
-            """,
-            (
-                known.object_id,
-                self.ids[dataset.name],
-                TaskState.RETRY if waits else TaskState.PENDING,
-                priority,
-                int(self.now),
-                rank,
-                slope,
-                verdict.ask_at if waits else None,
-            ),
+    def stored(self, known: ObjectRow, entry: StoredObject, found: Inspection) -> ObjectRow:
+        """The row of an object that ADCE has just stored, before its appraisal."""
+        return known._replace(
+            proven=1,
+            cycle_id=self.cycle_id or known.cycle_id,
+            seen_at=known.seen_at or int(self.now),
+            etag=entry.etag,
+            size=entry.size,
+            modified_at=entry.modified_at,
+            read_etag=None if found.problems else entry.etag,
+            verdict=found.verdict,
+            settled=found.settled,
+            live=found.live,
         )
-        self.created += opened.rowcount
-        if not opened.rowcount and known.state in GAPS and known.state is not verdict.state and not waits:
-            self.sql.execute(
-                """
-                update tasks set state = 'pending', next_at = null
-                where object_id = ? and state in ('pending', 'retry', 'running', 'gave_up')
-                  and state = 'retry' and failures = 0
-                """,
-                (known.object_id,),
-            )
-
-    def close_task(self, object_id: int, state: TaskState) -> None:
-        """The live task of an object, unless it is running, has nothing left to do."""
-        closed = self.sql.execute(
-            """
-            update tasks
-            set state = ?, closed_at = ?, next_at = null
-            where object_id = ? and state in ('pending', 'retry', 'running', 'gave_up') and state != 'running'
-            """,  # with the very words of the index live_tasks, which else is not used
-            (state, int(self.now), object_id),
-        )
-        self.closed += closed.rowcount
 
 
-# ---------------------------------------------------------------- Children
-# Which objects are expected because others name them. Headlines: add_children(), drop_children().
+# ---------------------------------------------------------------- Expectations
+# The expected objects are computed as one set and compared with the known ones by key: what is new, renamed
+# or changed is one upsert, the rest is one drop. Mentions are facts; which objects they make follows from
+# adce.yaml. Headlines: declare_datasets(), expect(), note_mentions().
 
-
-def add_children(ledger: Ledger, parent: KnownObject, found: Inspection, *, proven: bool) -> set[int]:
-    """Expect what the body of a parent names. Returns which of its children it names no longer: none, as long as
-    it names something that cannot be expected, and may stand for one of them."""
-    named, problems = set(), list(found.no_ids)
-    for name, identities in found.children.items():
-        dataset = ledger.configuration.datasets[name]
-        for fields in children_of_parent(dataset, parent.fields, identities):
-            try:
-                wanted = expected_object(dataset, fields, ledger.configuration.seasons)
-                named.add(ledger.expect(dataset, wanted, proven=proven))
-            except ValueError as error:
-                problems.append(str(error))
-    ledger.problems += [f"{parent.key}: {problem}" for problem in problems]
-    linked = {
-        row[0] for row in ledger.sql.execute("select child_id from links where parent_id = ?", (parent.object_id,))
-    }
-    ledger.sql.executemany("insert into links values (?, ?)", [(parent.object_id, child) for child in named - linked])
-    shared = """
-        select child_id
-        from links
-        where child_id in (select value from json_each(?))
-        group by child_id
-        having count(*) > 1
-    """
-    ledger.differing |= {row[0] for row in ledger.sql.execute(shared, (json.dumps(list(named - linked)),))}
-    inherit_fields(ledger)
-    return set() if problems else linked - named
-
-
-def drop_children(ledger: Ledger, parent_id: int, children: Iterable[int]) -> None:
-    """A parent names these no longer: drop those that no other names."""
-    for child in children:
-        ledger.unlink(parent_id, child)
-    inherit_fields(ledger)
-
-
-def inherit_fields(ledger: Ledger) -> None:
-    """Give children whose parents have changed the fields of those that they have now."""
-    while ledger.differing:
-        _inherit(ledger, ledger.differing.pop())
-
-
-def _inherit(ledger: Ledger, child_id: int) -> None:
-    """Give a child, and its children, the fields, such as the day, of the first of the parents that name it."""
-    child = ledger.objects("object_id = :child", {"child": child_id})[0]
-    dataset = ledger.configuration.datasets.get(child.dataset)
-    first = """
-        object_id in (select parent_id from links where child_id = :child)
-        and (state != 'dropped' or reason is not null)
-        order by key limit 1
-    """
-    parents = ledger.objects(first, {"child": child_id})
-    if parents and dataset:
-        own = child.fields.keys() & dataset.partitions.own_fields()
-        fields = {**parents[0].fields, **{name: child.fields[name] for name in own}}
-        if makes_key(dataset, fields, child.key) and fields != child.fields:
-            wanted = expected_object(dataset, fields, ledger.configuration.seasons)
-            ledger.expect_otherwise(child, dataset, wanted, child.facts)
-            for (heir,) in ledger.sql.execute("select child_id from links where parent_id = ?", (child_id,)).fetchall():
-                _inherit(ledger, heir)
-
-
-# ---------------------------------------------------------------- Upkeep
-# What a changed configuration, and time alone, mean for what is stored. Headlines: declare_datasets(),
-# note_due_objects().
-
-
-DROPPED_OBJECTS, DROPPED_SHARE = 100, 0.5  # more than both at once needs a word of the operator
-
-
-def is_mass_drop(before: int, after: int) -> bool:
-    """Whether so much less is expected than before that an error in adce.yaml is more likely than a wish."""
-    return before - after > max(DROPPED_OBJECTS, DROPPED_SHARE * before)
-
-
-EXPECTED = """
-    select coalesce(sum(objects), 0)
-           + (select count(*) from objects where skipped is not null and reason is not null)
-    from counts
-    where state != 'dropped'
+EXPECTED_AT_ONCE = 500  # objects, in one transaction
+SCANNED_AT_ONCE = 2000  # rows, in one transaction
+LAST_KEY = "\U0010ffff"  # sorts after every key
+WANTED = """
+create temp table if not exists wanted (
+    -- The keys that the datasets under expansion expect. The first dataset to expect a key has it.
+    key          text    primary key,
+    dataset_id   integer not null
+) strict, without rowid
 """
-NOT_EXPECTED = """
-    select coalesce(sum(objects), 0)
-           - (select count(*) from objects where skipped is not null and reason is not null)
-    from counts
-    where state = 'dropped'
+UPSERT_OBJECT = """
+    insert into objects (dataset_id, key, fields, season, day, available_at, parent_id, state, since, proven)
+    values (:dataset_id, :key, :fields, :season, :day, :available_at, :parent_id, 'awaited', :now, 0)
+    on conflict (key) do update set
+        dataset_id = excluded.dataset_id,
+        fields = excluded.fields,
+        season = excluded.season,
+        day = excluded.day,
+        available_at = excluded.available_at,
+        parent_id = excluded.parent_id,
+        -- the content is judged by the rules of its new dataset
+        read_etag = iif(
+            (select reading from datasets d where d.dataset_id = objects.dataset_id)
+                = (select reading from datasets d where d.dataset_id = excluded.dataset_id), read_etag, null),
+        state = iif(state = 'dropped', 'awaited', state),
+        since = iif(state = 'dropped', excluded.since, since),
+        proven = 0
+    where (dataset_id, fields, season, day, available_at, parent_id, state = 'dropped')
+          is not (excluded.dataset_id, excluded.fields, excluded.season, excluded.day, excluded.available_at,
+                  excluded.parent_id, 0)
+      -- an object of a dataset that is not expanded now stays where it is
+      and (state = 'dropped'
+           or dataset_id = excluded.dataset_id
+           or exists (
+               select 1 from datasets d
+               where d.dataset_id = objects.dataset_id and (d.active = 0 or d.expansion = '')))
 """
-DECLARED = "select group_concat(definition, ' ') from (select definition from datasets where active order by dataset)"
-IS_CHANGED = f"select coalesce((select value from settings where name = 'declared'), '') is not ({DECLARED})"  # noqa: S608
 
 
-def note_good_cycle(sql: sqlite3.Connection) -> None:
-    """What is declared, expected and not expected now is what later changes are measured by."""
-    for name, query in (("declared", DECLARED), ("expected", EXPECTED), ("not expected", NOT_EXPECTED)):
-        value = sql.execute(query).fetchone()[0]
-        sql.execute("insert or replace into settings values (?, ?)", (name, str(value)))
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def is_changed(sql: sqlite3.Connection) -> bool:
-    """Whether the datasets are declared otherwise than at the last good cycle."""
-    return bool(sql.execute(IS_CHANGED).fetchone()[0])
+def reading_rules(configuration: Configuration, dataset: Dataset) -> str:
+    """A digest of the rules by which the contents of a dataset are judged, and of the ids looked for in them."""
+    expressions = sorted(expression_of(child) for child in configuration.children_of(dataset.name))
+    return _digest(dataset.validate, dataset.freshness.until, dataset.freshness.live, expressions)
 
 
-@contextlib.contextmanager
-def guarded_drops(sql: sqlite3.Connection, *, consents: bool) -> Iterator[None]:
-    """Raises MassDropError, so that all is rolled back, when a changed configuration expects far less after the block
-    than at the last good cycle, or before the block: a change may take several steps."""
-
-    def noted(name: str, query: str) -> int:
-        last = sql.execute("select cast(value as integer) from settings where name = ?", (name,)).fetchone()
-        return cast(int, (last or sql.execute(query).fetchone())[0])
-
-    before, not_expected = noted("expected", EXPECTED), noted("not expected", NOT_EXPECTED)
-    yield
-    if not is_changed(sql):
-        return  # days have passed, or the source names other things: adce.yaml is not to blame
-    dropped = sql.execute(NOT_EXPECTED).fetchone()[0] - not_expected
-    if is_mass_drop(before, before - dropped) and not consents:
-        raise MassDropError(
-            f"adce.yaml no longer expects {dropped:,} of the {before:,} objects that it did",
-            "see the difference with: adce.py plan; if it is meant, say --yes",
-        )
+def appraisal_rules(configuration: Configuration) -> str:
+    """A digest of the rules by which states and ranks follow from facts, the day excepted."""
+    rules = [
+        (one.name, one.source, one.priority, one.batch, one.freshness, one.validate)
+        for one in configuration.datasets.values()
+    ]
+    return _digest(rules, configuration.priority_weighting, configuration.seasons)
 
 
-def may_be_refused(database: Database) -> bool:
-    """Whether the first cycle with a changed configuration has yet to see how much that drops, and what fields its
-    objects have now."""
-    has_been_good = database.value("select exists (select 1 from settings where name = 'declared')")
-    return bool(has_been_good and database.value(IS_CHANGED))
-
-
-def declare_datasets(
-    sql: sqlite3.Connection, configuration: Configuration, now: float, *, consents: bool = False
-) -> None:
-    """Make the stored datasets those of the configuration; cancel what is no longer declared.
-
-    Raises MassDropError when that is most of what was expected, and the operator has not consented."""
-    weighting = configuration.priority_weighting
-    were_active = {row[0] for row in sql.execute("select dataset from datasets where active").fetchall()}
-    changed: list[Dataset] = []
+def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> None:
+    """Make the stored datasets those of the configuration. The next cycle follows with their objects; until it has
+    expanded a dataset anew, no task of that is claimed."""
     sql.execute("update datasets set active = 0")
     for dataset in configuration.datasets.values():
-        parts: tuple[Any, ...] = (dataset.key.text, dataset.partitions, dataset.freshness, dataset.validate)
-        parts += (dataset.available_after, configuration.seasons)
-        definition = hashlib.sha256(repr(parts).encode()).hexdigest()
-        known = sql.execute("select * from datasets where dataset = ?", (dataset.name,)).fetchone()
-        if known is None:
-            sql.execute(
-                "insert into datasets values (null, ?, ?, 1, ?, '', 1.0, 0)", (dataset.name, dataset.source, definition)
-            )
-        if known is None or known["definition"] != definition or dataset.name not in were_active:
-            _forget_readings(sql, dataset)
-            changed.append(dataset)
         sql.execute(
-            "update datasets set active = 1, source = ?, definition = ? where dataset = ?",
-            (dataset.source, definition, dataset.name),
+            """
+            insert into datasets (dataset, source, active) values (?1, ?2, 1)
+            on conflict (dataset) do update set source = ?2, active = 1
+            """,
+            (dataset.name, dataset.source),
         )
-    for row in sql.execute("select dataset_id, success_rate from datasets").fetchall():
-        sql.execute("update datasets set bonus = ? where dataset_id = ?", (bonus_of(weighting, row[1]), row[0]))
-    heirs = [dataset for dataset in configuration.datasets.values() if dataset.name not in were_active]
-    ledger = Ledger(sql, configuration, now)
-    with guarded_drops(sql, consents=consents):
-        _dissolve_datasets(ledger, heirs)
-        _unlink_strangers(ledger, changed)
-        inherit_fields(ledger)
+    for dataset_id, rate in sql.execute("select dataset_id, success_rate from datasets").fetchall():
+        bonus = bonus_of(configuration.priority_weighting, rate)
+        sql.execute("update datasets set bonus = ? where dataset_id = ?", (bonus, dataset_id))
+    declaration = _digest(
+        [(one.name, one.key.text, one.partitions, one.available_after) for one in configuration.datasets.values()],
+        configuration.seasons,
+    )
+    changed = "update facts set declaration = ?1 where declaration is not ?1"
+    if sql.execute(changed, (declaration,)).rowcount:
+        sql.execute("update datasets set expansion = ''")
+    # in a new database there is nothing to appraise anew
+    sql.execute("update facts set priorities = coalesce(priorities, ?)", (f" {appraisal_rules(configuration)}",))
 
 
-def _dissolve_datasets(ledger: Ledger, heirs: Sequence[Dataset]) -> None:
-    """What is left of datasets that are declared no longer goes to those that make the same keys, as when only the
-    name has changed, or is dropped."""
-    rows = ledger.sql.execute(
+def expansion_digest(sql: sqlite3.Connection, configuration: Configuration, dataset: Dataset, now: float) -> str:
+    """A digest of everything that the expected objects of a dataset follow from."""
+    changed = sql.execute("select changed from datasets where dataset = ?", (dataset.partitions.parent,)).fetchone()
+    today = None if changed else day_of(now, timezone_of(dataset))
+    return _digest(dataset.key.text, dataset.partitions, configuration.seasons, today, tuple(changed or ()))
+
+
+def children_of_parents(ledger: Ledger, child: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
+    """A page of the ids that the parents of a dataset name, in the order of the parents' keys."""
+    parent = ledger.configuration.datasets[cast(str, child.partitions.parent)]
+    prefix = parent.key.text.partition("{")[0]
+    return ledger.sql.execute(
         """
-        select object_id, key, fields, exists (select 1 from links where child_id = object_id) as is_child
-        from objects join datasets using (dataset_id)
-        where not active and (state != 'dropped' or reason is not null)
-        """
+        select p.object_id, p.key, p.fields, m.value
+        from objects p
+        cross join mentions m using (object_id)
+        where p.key >= :key and p.key >= :low and p.key <= :high and (p.key > :key or m.value > :value)
+          and p.dataset_id = (select dataset_id from datasets where dataset = :parent) and p.state != 'dropped'
+          and m.expression = :expression
+        order by p.key, m.value
+        limit :page
+        """,
+        {
+            "key": after[0],
+            "value": after[1],
+            "low": prefix,
+            "high": prefix + LAST_KEY,
+            "parent": parent.name,
+            "expression": expression_of(child),
+            "page": EXPECTED_AT_ONCE,
+        },
     ).fetchall()
-    without_heir = []
-    for object_id, key, fields_json, is_child in rows:
-        fields = json.loads(fields_json)
-        alike = (heir for heir in heirs if is_child == bool(heir.partitions.parent) and makes_key(heir, fields, key))
-        if heir := next(alike, None):
-            ledger.hand_over(object_id, heir.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The values that make one object, and the parent that names it."""
+
+    fields: Fields
+    parent_id: int | None = None
+
+
+def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -> list[dict[str, Any]]:
+    """The rows of UPSERT_OBJECT for these partitions. Values that make no key are noted as problems."""
+    rows, seasons = [], ledger.configuration.seasons
+    number = ledger.sql.execute("select dataset_id from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
+    for partition in partitions:
+        try:
+            wanted = expected_object(dataset, partition.fields, seasons)
+        except ValueError as error:
+            ledger.problems.append(str(error))
+            continue
+        rows.append(
+            {
+                "dataset_id": number,
+                "key": wanted.key,
+                "fields": FIELDS_AS_JSON.encode(wanted.fields),
+                "season": wanted.season,
+                "day": wanted.day,
+                "available_at": wanted.available_at,
+                "parent_id": partition.parent_id,
+                "now": int(ledger.now),
+            }
+        )
+    return rows
+
+
+def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -> int:
+    """Expect objects of a dataset under expansion. Returns how many keys are its own now.
+
+    A key that an earlier dataset expects too is a problem; one that several parents name is the first one's."""
+    sql, own = ledger.sql, []
+    for row in rows_of(ledger, dataset, partitions):
+        if sql.execute("insert or ignore into wanted values (:key, :dataset_id)", row).rowcount:
+            own.append(row)
         else:
-            without_heir.append(object_id)
-    for object_id in without_heir:
-        ledger.drop(object_id)
-
-
-def _unlink_strangers(ledger: Ledger, changed: Iterable[Dataset]) -> None:
-    """What was named by the objects of another dataset than the one that names it now."""
-    strange = """
-        select parent_id, child_id
-        from objects child
-        join links on child_id = child.object_id
-        join objects parent on parent.object_id = parent_id
-        where child.dataset_id = ? and parent.dataset_id is not ?
-    """
-    for dataset in changed:
-        parent = ledger.ids.get(dataset.partitions.parent or "")
-        for link in ledger.sql.execute(strange, (ledger.ids[dataset.name], parent)).fetchall():
-            ledger.unlink(*link)
-
-
-def _forget_readings(sql: sqlite3.Connection, dataset: Dataset) -> None:
-    """A new or changed declaration: look at its objects, and at the parents that name them, once more."""
-    sql.execute("update datasets set expansion = '' where dataset = ?", (dataset.name,))
-    sql.execute(
-        """
-        update objects
-        set read_etag = null, valid = null, settled = null, live = null,
-            due_at = iif(etag is null or state = 'dropped', due_at, 0)
-        where dataset_id = (select dataset_id from datasets where dataset = ?)
-        """,
-        (dataset.name,),
-    )
-    sql.execute(
-        "update objects set read_etag = null where dataset_id = (select dataset_id from datasets where dataset = ?)",
-        (dataset.partitions.parent,),
-    )
-
-
-class Ids:
-    """A set of ids, a bit for each: those of ten million objects take little more than a megabyte."""
-
-    def __init__(self) -> None:
-        self._bits = bytearray()
-
-    def update(self, numbers: Sequence[int]) -> None:
-        """Put some in."""
-        self._bits.extend(bytes(max(0, (max(numbers, default=-1) >> 3) + 1 - len(self._bits))))
-        for number in numbers:
-            self._bits[number >> 3] |= 1 << (number & 7)
-
-    def __contains__(self, number: int) -> bool:
-        return number >> 3 < len(self._bits) and bool(self._bits[number >> 3] >> (number & 7) & 1)
-
-    def __len__(self) -> int:
-        return int.from_bytes(self._bits, "little").bit_count()
-
-
-def no_longer_expected(database: Database, dataset: str, wanted: Ids) -> Iterator[int]:
-    """The objects of a dataset that are not `wanted`."""
-    known = database.value(
-        """
-        select (
-            select coalesce(sum(objects), 0)
-            from counts
-            where counts.dataset_id = datasets.dataset_id and state != 'dropped')
-        + (
-            select count(*)
-            from objects
-            where objects.dataset_id = datasets.dataset_id and skipped is not null and reason is not null)
-        from datasets
-        where dataset = ?
-        """,
-        (dataset,),
-    )
-    if known == len(wanted):
-        return  # all of them
-    after = 0
-    page = """
-        select object_id
+            taken = "select dataset from wanted join datasets d using (dataset_id) where key = ? and dataset != ?"
+            for (other,) in sql.execute(taken, (row["key"], dataset.name)):
+                _report_conflict(ledger, dataset, row["key"], other)
+    before = sql.total_changes
+    sql.executemany(UPSERT_OBJECT, own)
+    if sql.total_changes > before:
+        ledger.touch(dataset.name)
+    others = """
+        select key, dataset
         from objects join datasets using (dataset_id)
-        where dataset = ? and (state != 'dropped' or reason is not null) and object_id > ?
-        order by object_id
-        limit ?
+        where key in (select value from json_each(?)) and dataset != ? and state != 'dropped'
     """
-    while rows := database.read(page, (dataset, after, PAGE)):
-        after = rows[-1][0]
-        yield from (row[0] for row in rows if row[0] not in wanted)
+    for key, other in sql.execute(others, (json.dumps([row["key"] for row in own]), dataset.name)):
+        _report_conflict(ledger, dataset, key, other)
+    return len(own)
 
 
-def reprioritise(sql: sqlite3.Connection, configuration: Configuration, now: float) -> None:
-    """Priority and rank of every live task, as of now: days pass, weights and batches change."""
-    rows = sql.execute(
+def _report_conflict(ledger: Ledger, dataset: Dataset, key: str, other: str) -> None:
+    text = f"{dataset.name}: {key} is already the key of another object of {other}"
+    ledger.problems.append(f"{text}; give each a key of its own")
+
+
+def note_mentions(ledger: Ledger, parent: ObjectRow, found: Inspection) -> set[tuple[str, str]]:
+    """Store the ids that the content of an object names, by expression. Returns those it did not name before.
+
+    Content with an unusable id may stand for any other, so it removes none."""
+    sql = ledger.sql
+    known = set(map(tuple, sql.execute("select expression, value from mentions where object_id = ?", parent[:1])))
+    named = {(expression, value) for expression, values in found.mentions.items() for value in values}
+    removed = set() if found.problems else known - named
+    put = "insert into mentions values (?, ?, ?)"
+    sql.executemany(put, [(parent.object_id, *mention) for mention in named - known])
+    cut_out = "delete from mentions where object_id = ? and expression = ? and value = ?"
+    sql.executemany(cut_out, [(parent.object_id, *mention) for mention in removed])
+    ledger.problems += [f"{parent.key}: {problem}" for problem in found.problems]
+    if removed:
+        ledger.touch(parent.dataset)
+    return named - known
+
+
+def expect_children(ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str]]) -> None:
+    """Expect the objects that a parent, just fetched, names for the first time. If another parent names one too, or
+    none does any more, the next cycle decides."""
+    for child in ledger.configuration.children_of(parent.dataset):
+        values = sorted(value for expression, value in named if expression == expression_of(child))
+        fields = children_of_parent(child, parent.fields, values)
+        before = len(ledger.problems)
+        rows = rows_of(ledger, child, (Partition(one, parent.object_id) for one in fields))
+        keys = json.dumps([row["key"] for row in rows])
+        known = """
+            select key from objects
+            where key in (select value from json_each(?)) and state != 'dropped'
         """
-        select t.task_id, t.priority, t.detected_at, t.gap_size, t.rank, t.slope, o.season, o.day, o.fields, d.dataset
-        from tasks t
-        join objects o using (object_id)
-        join datasets d on d.dataset_id = t.dataset_id
-        where t.state in ('pending', 'retry', 'running', 'gave_up') and d.active
+        taken = {row[0] for row in ledger.sql.execute(known, (keys,))}
+        if taken or len(ledger.problems) > before:
+            ledger.touch(parent.dataset)
+        ledger.sql.executemany(UPSERT_OBJECT, [row for row in rows if row["key"] not in taken])
+        fresh = "o.key in (select value from json_each(:keys)) and o.proven = 0 and o.state = 'awaited'"
+        for row in ledger.objects(fresh, {"keys": keys}):
+            ledger.note(row, proven=1)
+
+
+def drop_unexpected(ledger: Ledger, datasets: Iterable[str], after: int) -> int | None:
+    """Drop objects of expanded datasets that are not wanted, within a range of ids. Returns where the next range
+    begins; None: this was the last one."""
+    last = ledger.sql.execute("select max(object_id) from objects").fetchone()[0] or 0
+    ledger.drop(
         """
-    ).fetchall()
-    groups: dict[tuple[str, str], int] = {}
-    for row in rows:
-        if batch := configuration.datasets[row["dataset"]].batch:
-            group = (row["dataset"], json.loads(row["fields"])[batch.by])
-            groups[group] = min(groups.get(group, 0) + 1, batch.max)
-    changes = []
-    for row in rows:
-        dataset = configuration.datasets[row["dataset"]]
-        size = groups[row["dataset"], json.loads(row["fields"])[dataset.batch.by]] if dataset.batch else 1
-        priority = priority_of(dataset, row["season"], row["day"], day_of(now), configuration)
-        rank, slope = rank_of(configuration.priority_weighting, dataset.source, priority, size, row["detected_at"])
-        if (priority, size, rank, slope) != (row["priority"], row["gap_size"], row["rank"], row["slope"]):
-            changes.append((priority, size, rank, slope, row["task_id"]))
-    sql.executemany("update tasks set priority = ?, gap_size = ?, rank = ?, slope = ? where task_id = ?", changes)
-
-
-FORGOTTEN_AT_ONCE = 500  # rows of a kind
-
-
-def forget(sql: sqlite3.Connection, before: float) -> int:
-    """Remove some of the attempts, closed tasks and cycles from before an instant; the sums of the days stay, and
-    so does the last cycle. Returns how many rows: FORGOTTEN_AT_ONCE or more mean that there may be more."""
-    oldest = "select attempt_id, started_at, outcome from attempts order by attempt_id limit ?"
-    attempts = itertools.takewhile(
-        lambda row: row["started_at"] < before, sql.execute(oldest, (FORGOTTEN_AT_ONCE,)).fetchall()
+        o.object_id > :after and o.object_id <= :last
+        and d.dataset in (select value from json_each(:datasets))
+        and not exists (select 1 from wanted w where w.key = o.key)
+        """,
+        {"after": after, "last": after + SCANNED_AT_ONCE, "datasets": json.dumps(list(datasets))},
     )
-    ended = [(row["attempt_id"],) for row in attempts if row["outcome"] != Outcome.RUNNING]
-    sql.executemany("delete from attempts where attempt_id = ?", ended)
-    tasks = """
-        delete from tasks where task_id in (
-            select task_id from tasks t
-            where closed_at < :before
-              and not exists (select 1 from attempts a where a.task_id = t.task_id)
-              and object_id not in (select object_id from objects where skipped is not null)
-            limit :most)
-    """
-    cycles = """
-        delete from reconciliations where cycle_id in (
-            select cycle_id from reconciliations
-            where started_at < :before and cycle_id < (select max(cycle_id) from reconciliations)
-            order by cycle_id limit :most)
-    """
-    limits = {"before": int(before), "most": FORGOTTEN_AT_ONCE}
-    sql.execute("delete from orders where asked_at < ? and cycle_id is not null", (int(before),))
-    sql.execute("delete from notices where made_at < ?", (int(before),))
-    sql.execute(
-        "delete from alerts where ended_at < ? and alert_id not in (select alert_id from notices)", (int(before),)
-    )
-    return len(ended) + sql.execute(tasks, limits).rowcount + sql.execute(cycles, limits).rowcount
-
-
-def note_due_objects(database: Database, configuration: Configuration, clock: Clock) -> int:
-    """Appraise up to a page of objects whose instant has come. Returns how many."""
-    with database.transaction() as sql:
-        ledger = Ledger(sql, configuration, clock.wall())
-        due = ledger.objects(
-            "due_at is not null and due_at <= :now order by due_at limit :page",
-            {"now": int(clock.wall()), "page": PAGE},
-        )
-        for target in due:
-            ledger.note(target, target.facts)
-    return len(due)
+    return after + SCANNED_AT_ONCE if after + SCANNED_AT_ONCE < last else None
 
 
 # ---------------------------------------------------------------- Queue
-# What is to be done, and in which order: the best task whose source can be asked now is taken together
-# with its permit. Headline: claim().
+# The best task whose source can be asked now is claimed together with its permit. Headline: claim().
 
-SUCCESS_MEMORY = 0.1  # weight of the latest attempt in a dataset's success rate
+RUNNER = "runner"  # the owner of the main loop's places among the waiters
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimedTask:
-    """One task of a claim, and the attempt at it."""
+    """A task of a claim, and the attempt at it."""
 
-    task_id: int
     attempt_id: int
-    priority: str
-    target: KnownObject
+    target: ObjectRow
+
+    @property
+    def task_id(self) -> int:
+        """The number of its object."""
+        return self.target.object_id
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one execution has to do: one task, or several for a batch."""
+    """The work of one execution: one task, or several for a batch."""
 
     dataset: Dataset
     source: Source
     tasks: tuple[ClaimedTask, ...]
-    permit: Permit | None  # commands and calls ask for their own
-    is_alone: bool = False  # nothing else may run beside it
+    url: str = ""
+    permit: Permit | None = None  # commands and calls ask for their own
+    runs_exclusively: bool = False  # nothing else may run beside it
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How the attempt at one object ended."""
+    """The result of an attempt at one object."""
 
     outcome: Outcome
     error: str | None = None
@@ -4822,14 +4372,14 @@ class Result:
     stored: StoredObject | None = None
     inspection: Inspection | None = None
     requests: int = 0
-    retry_after: float | None = None  # seconds, when a throttling source named them, or a permit was refused
-    redirect: str | None = None  # the answer was: ask there
-    output: str | None = None  # the end of what a command printed
+    retry_after: float | None = None  # seconds; from the source, or until a refused permit is possible
+    redirect: str | None = None  # the url to ask instead
+    output: str | None = None  # the end of the output of a command
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What became of a task."""
+    """The new state of a task after an attempt."""
 
     task: ClaimedTask
     result: Result
@@ -4839,263 +4389,265 @@ class Ending:
     counted: bool  # the attempt counts towards retry.max_attempts
 
 
-def wake_retries(sql: sqlite3.Connection, before: float) -> None:
-    """Retries whose instant has come may be claimed again."""
-    sql.execute(
-        "update tasks set state = 'pending', next_at = null where state = 'retry' and next_at <= ?", (int(before),)
-    )
+HEADS = f"""
+    select head.*, d.bonus, d.source, s.throttles > 0 as is_probed, s.paused_until > ? as is_paused
+    from datasets d
+    join ({SELECT_OBJECTS}) head on head.object_id = (
+        select object_id from objects
+        where dataset_id = d.dataset_id and task = 'pending'
+        order by rank desc, object_id
+        limit 1)
+    join scopes s on s.scope = d.source
+    where d.active and d.expansion != ''
+"""  # noqa: S608  # a constant
 
 
 def claim(
-    sql: sqlite3.Connection,
-    configuration: Configuration,
-    clock: Clock,
-    busy: Mapping[str, int],
-    free: int,
+    sql: sqlite3.Connection, configuration: Configuration, clock: Clock, busy: Mapping[str, int], free: int
 ) -> tuple[Claim | None, dict[str, Opening]]:
-    """Take the best task whose source can be asked now, with its permit; else, what each source waits for.
+    """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for.
 
-    One head per dataset is compared, so the cost does not grow with the queue. `busy` counts what runs
-    now, by dataset; `free` are the workers that have nothing to do.
+    One head per dataset is compared, so the cost does not grow with the queue. `busy` counts running executions by
+    dataset; `free` is the number of idle workers.
 
-    A task that has seen nearly `max_attempts` runners die may be what kills them, or may only have been at
-    work beside that one: it waits until nothing else runs, and runs alone."""
-    now, workers = clock.boot(), configuration.max_concurrent_scrapers
-    heads = sql.execute(
-        """
-        select t.task_id, t.rank, t.slope, t.detected_at, t.deaths, d.dataset, d.dataset_id, d.source, d.bonus,
-               s.throttles > 0 as is_probed, s.paused_until > ? as is_paused
-        from datasets d
-        join tasks t on t.task_id = (
-            select task_id from tasks
-            where dataset_id = d.dataset_id and state = 'pending'
-            order by rank desc, task_id
-            limit 1)
-        join scopes s on s.scope = d.source
-        where d.active
-        """,
-        (now,),
-    ).fetchall()
-    wall = clock.wall()
-    heads.sort(key=lambda h: (-score_at(h["rank"], h["slope"], h["bonus"], wall), h["detected_at"], h["task_id"]))
-    wanted = {head["source"] for head in heads if not head["is_paused"]}
+    A task during which nearly `max_attempts` runners have crashed may be the cause, or may only have run beside the
+    cause: it waits until nothing else runs, and runs alone."""
+    now, wall = clock.boot(), clock.wall()
+    heads = sql.execute(HEADS, (now,)).fetchall()
+    heads.sort(key=lambda h: (-score_at(h["rank"], h["slope"], h["bonus"], wall), h["detected_at"], h["object_id"]))
+    with_work = {head["source"] for head in heads if not head["is_paused"]}
     held = collections.Counter[str]()  # workers, by source
     for name, count in busy.items():
         held[configuration.datasets[name].source] += count
     openings: dict[str, Opening] = {}
-    claimed = None
     for head in heads:
         source, dataset = configuration.sources[head["source"]], configuration.datasets[head["dataset"]]
         most = 1 if head["is_probed"] else source.max_concurrent
         if held[source.name] >= most or busy.get(dataset.name, 0) >= (dataset.max_concurrent or most):
             continue
-        if held[source.name] and free <= _workers_for_others(dataset, wanted, held):
+        if held[source.name] and free <= _workers_for_others(dataset, with_work, held):
             continue
         if source.name not in openings:
             openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now, RUNNER)
-        if openings[source.name].at <= now:
-            is_alone = head["deaths"] >= configuration.retry.deadly()
-            if is_alone and free < workers:
-                del openings[source.name]
-                break
-            granted = None
-            if dataset.url:
-                granted = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now)
-            claimed = Claim(dataset, source, _take(sql, configuration, dataset, head, wall), granted, is_alone)
+        if openings[source.name].at > now:
+            continue
+        is_exclusive = head["crashes"] >= configuration.retry.crash_limit()
+        if is_exclusive and free < configuration.max_concurrent_scrapers:
+            del openings[source.name]
             break
-    await_openings(sql, configuration, openings, now)
-    return claimed, openings
+        granted = None
+        if dataset.url:
+            granted = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now)
+        first = ObjectRow._make(head[: len(ObjectRow._fields)])
+        tasks = [first]
+        if dataset.batch and not is_exclusive:
+            tasks += _others_in_batch(sql, configuration, first, dataset.batch)
+        url = url_of(dataset, source, first.fields)
+        begun = tuple(_begin(sql, row, url, wall) for row in tasks)
+        return Claim(dataset, source, begun, url, granted, is_exclusive), openings
+    return None, openings
 
 
-def _workers_for_others(dataset: Dataset, wanted: set[str], held: Mapping[str, int]) -> int:
-    """How many workers are left to other sources that have work and none: one, and one for each by programs and
-    functions, because what has died holds its workers until a timeout, and theirs are long."""
-    rivals = sum(not held[name] for name in wanted - {dataset.source})
+def _workers_for_others(dataset: Dataset, with_work: set[str], held: Mapping[str, int]) -> int:
+    """The number of workers left to other sources that have work and no worker: one, and one for each beside programs,
+    because a source that is down holds its workers until a timeout, and those of programs are long."""
+    rivals = sum(not held[name] for name in with_work - {dataset.source})
     return min(rivals, 1) if dataset.url else rivals
 
 
-def await_openings(
-    sql: sqlite3.Connection, configuration: Configuration, openings: Mapping[str, Opening], now: float
-) -> None:
-    """The runner stands in line, among other processes, for the sources that it waits for and for no others."""
-    awaited = {source: opens for source, opens in openings.items() if opens.at > now}
-    for source, opens in awaited.items():
-        stand_in_line(sql, source, RUNNER, opens, min(opens.at, now + configuration.queue_check_seconds))
-    leave_line(sql, RUNNER, now, awaited)
+def url_of(dataset: Dataset, source: Source, fields: Fields) -> str:
+    """The url of an object; empty for commands and calls."""
+    return source.base_url + dataset.url.render(fields, quote_for_url) if dataset.url else ""
 
 
-def _take(
-    sql: sqlite3.Connection, configuration: Configuration, dataset: Dataset, head: sqlite3.Row, wall: float
-) -> tuple[ClaimedTask, ...]:
-    """Start an attempt at the head of a dataset's queue, and at those that go with it in a batch."""
-    by, most = (dataset.batch.by, dataset.batch.max) if dataset.batch else ("", 1)
-    deadly = configuration.retry.deadly()
-    if head["deaths"] >= deadly:
-        most = 1
-    rows = sql.execute(
+def _others_in_batch(
+    sql: sqlite3.Connection, configuration: Configuration, first: ObjectRow, batch: Batch
+) -> list[ObjectRow]:
+    """The best pending tasks that share the field of the batch with the first."""
+    return Ledger(sql, configuration, 0).objects(
         """
-        select t.task_id, t.priority, t.object_id
-        from tasks t join objects o using (object_id)
-        where t.dataset_id = :dataset_id and t.state = 'pending'
-          and (t.task_id = :head
-               or (t.deaths < :deadly and o.fields ->> :by = (
-                   select h.fields ->> :by from objects h join tasks using (object_id) where task_id = :head)))
-        order by t.task_id != :head, t.rank desc, t.task_id
+        d.dataset = :dataset and o.task = 'pending' and o.object_id != :first and o.crashes < :crash_limit
+        and o.fields ->> :by = :value
+        order by o.rank desc, o.object_id
         limit :most
-        """
-        if most > 1
-        else "select task_id, priority, object_id from tasks where task_id = :head",
-        {"dataset_id": head["dataset_id"], "head": head["task_id"], "by": by, "most": most, "deadly": deadly},
-    ).fetchall()
-    ledger, taken = Ledger(sql, configuration, wall), []
-    for row in rows:
-        begin = "insert into attempts (task_id, started_at, outcome, requests) values (?, ?, 'running', 0)"
-        attempt_id = cast(int, sql.execute(begin, (row["task_id"], wall)).lastrowid)
-        sql.execute(
-            """
-            update tasks set state = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null
-            where task_id = ?
-            """,
-            (attempt_id, row["task_id"]),
-        )
-        target = ledger.objects("object_id = :object_id", {"object_id": row["object_id"]})[0]
-        taken.append(ClaimedTask(row["task_id"], attempt_id, row["priority"], target))
-    return tuple(taken)
+        """,
+        {
+            "dataset": first.dataset,
+            "first": first.object_id,
+            "crash_limit": configuration.retry.crash_limit(),
+            "by": batch.by,
+            "value": first.fields[batch.by],
+            "most": batch.max - 1,
+        },
+    )
 
 
-# ---------------------------------------------------------------- Endings
-# What becomes of a task when an attempt at it ends: its next state, its attempt, the sums of its day.
-# Headlines: finish(), requeue_orphans().
+def _begin(sql: sqlite3.Connection, row: ObjectRow, url: str, wall: float) -> ClaimedTask:
+    begin = "insert into attempts (object_id, started_at, outcome, requests, url) values (?, ?, 'running', 0, ?)"
+    attempt_id = cast(int, sql.execute(begin, (row.object_id, wall, without_secrets(url) or None)).lastrowid)
+    run = """
+        update objects set task = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null
+        where object_id = ?
+    """
+    sql.execute(run, (attempt_id, row.object_id))
+    return ClaimedTask(attempt_id, row._replace(task=TaskState.RUNNING, attempt_id=attempt_id))
 
 
-def retry_delay(policy: Retry, times: int, dice: random.Random) -> float:
-    """Seconds before the next attempt, after so many: doubled each time, a quarter more or less by chance."""
+def without_secrets(url: str) -> str:
+    """A url without a user name and a password."""
+    return re.sub(r"^(https?://)[^/?#]*@", r"\1", url)
+
+
+def keep_places(sql: sqlite3.Connection, openings: Mapping[str, Opening], now: float, seconds: float) -> bool:
+    """Keep the runner's places among the waiters for the sources it waits for, and no others. Returns whether it has
+    any. It looks again after `seconds` at the latest."""
+    waiting = {source: opens for source, opens in openings.items() if opens.at > now}
+    for source, opens in waiting.items():
+        enqueue_waiter(sql, source, RUNNER, opens, min(opens.at, now + seconds))
+    remove_waiter(sql, RUNNER, now, waiting)
+    return bool(waiting)
+
+
+def wake_retries(sql: sqlite3.Connection, before: float) -> int:
+    """Up to a page of the retries whose time has come are pending. Returns how many."""
+    woken = """
+        update objects set task = 'pending', next_at = null
+        where object_id in (
+            select object_id from objects
+            where task = 'retry' and next_at is not null and next_at <= ?
+            limit ?)
+    """
+    return sql.execute(woken, (int(before), PAGE)).rowcount
+
+
+def appraise_due(ledger: Ledger) -> int:
+    """Appraise up to a page of the objects whose time has come. Returns how many."""
+    due = ledger.objects(
+        "o.next_at is not null and o.next_at <= :now and o.task is null order by o.next_at limit :page",
+        {"now": int(ledger.now), "page": PAGE},
+    )
+    declared = ledger.configuration.datasets
+    ledger.write(ledger.appraised(row) if row.dataset in declared else row._replace(next_at=None) for row in due)
+    return len(due)
+
+
+# ---------------------------------------------------------------- Results
+# The end of an attempt: the next state of the task, the attempt itself, the totals of the day. Headlines:
+# finish(), requeue_orphans().
+
+SUCCESS_MEMORY = 0.1  # weight of the latest attempt in the success rate of a dataset
+RUNNER_CRASHED = "the runner crashed"
+FORGOTTEN_AT_ONCE = 500  # rows of a kind
+
+
+def retry_delay(policy: Retry, times: int, rng: random.Random) -> float:
+    """Seconds before the next attempt after so many: doubled each time, varied by a quarter."""
     growing = policy.initial_delay_seconds * 2.0 ** min(times - 1, 40)
-    return min(growing * dice.uniform(0.75, 1.25), policy.max_delay_seconds)
+    return min(growing * rng.uniform(0.75, 1.25), policy.max_delay_seconds)
 
 
 def finish(
-    ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clock, dice: random.Random
+    ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clock, rng: random.Random
 ) -> tuple[list[Ending], Pause | None]:
-    """Record how a claim ended: requests, attempts, objects, tasks, all in the caller's transaction.
+    """Record the results of a claim: requests, attempts, objects and tasks, in the caller's transaction.
 
-    An attempt that is no longer the one its task waits for changes nothing but its own row."""
-    now = clock.boot()
-    sql, lesson = ledger.sql, Lesson()
-    telling = min(results, key=_news)  # of a batch
+    An attempt that is no longer the running one of its task changes nothing but its own row."""
+    now, sql, health = clock.boot(), ledger.sql, SourceHealth()
+    telling = min(results, key=_weight)  # of a batch
+    was_sent = any(result.requests for result in results)
     if claimed.permit:
-        release(sql, claimed.permit, now, used=any(result.requests for result in results))
-    if not claimed.dataset.url or any(result.requests for result in results):
+        release(sql, claimed.permit, now, used=was_sent)
+    if was_sent or not claimed.dataset.url:
         text = telling.error or telling.outcome
         answer = Answer(telling.outcome, text, telling.http_status, telling.retry_after)
-        lesson = learn(sql, claimed.source, answer, now)
-    pausing = lesson.pause
+        health = record_response(sql, claimed.source, answer, now)
+    pausing = health.pause
     if telling.outcome is Outcome.STORE_ERROR:
         pausing = Pause(GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{telling.error}")
         pause(sql, GLOBAL, pausing.seconds, pausing.reason, now)
     least = pausing.seconds if pausing else 0.0
 
     def delay(times: int) -> float:
-        return max(least, retry_delay(ledger.configuration.retry, times, dice))
+        return max(least, retry_delay(ledger.configuration.retry, times, rng))
 
-    endings = []
+    endings: list[Ending] = []
     for task, result in zip(claimed.tasks, results, strict=True):
         _record_attempt(ledger, claimed.dataset, task, result)
-        row = sql.execute(
-            "select * from tasks where task_id = ? and state = 'running' and attempt_id = ?",
-            (task.task_id, task.attempt_id),
-        ).fetchone()
-        if row is not None:
-            endings.append(_settle(ledger, task, result, row, lesson, delay))
+        running = "o.object_id = :object_id and o.task = 'running' and o.attempt_id = :attempt_id"
+        rows = ledger.objects(running, {"object_id": task.task_id, "attempt_id": task.attempt_id})
+        endings += [_settle(ledger, task, row, result, (health, delay)) for row in rows]
     return endings, pausing
 
 
-def _news(result: Result) -> int:
-    """What one result of a batch tells of all: that the store fails, that the source works, anything else."""
+def _weight(result: Result) -> int:
+    """The result of a batch that stands for all: a failing store, a working source, any other."""
     return (Outcome.STORE_ERROR, Outcome.OK, result.outcome).index(result.outcome)
 
 
 def _settle(
     ledger: Ledger,
     task: ClaimedTask,
+    row: ObjectRow,
     result: Result,
-    row: sqlite3.Row,
-    lesson: Lesson,
-    delay: Callable[[int], float],
+    context: tuple[SourceHealth, Callable[[int], float]],
 ) -> Ending:
-    """The next state of a task. It is done only when its object is whole in the store and no longer a gap."""
-    sql = ledger.sql
-    known = ledger.objects("object_id = :object_id", {"object_id": task.target.object_id})[0]
-    season = next((season for season in ledger.configuration.seasons if season.label == known.season), None)
-    counted = (not lesson.is_source and result.outcome in (*COUNTED_FAILURES, *SOURCE_FAILURES, Outcome.TIMEOUT)) or (
-        result.outcome is Outcome.NOT_YET and not may_still_appear(season, known.day, ledger.now)
+    """The next state of a task. It is done only when its object is whole in the store and no gap any more."""
+    (health, delay), outcome = context, result.outcome
+    season = next((season for season in ledger.configuration.seasons if season.label == row.season), None)
+    counted = (outcome.traits.counts and not health.is_source) or (
+        outcome is Outcome.NOT_YET and not may_still_appear(season, row.day, ledger.now)
     )
-    failures = 0 if result.outcome is Outcome.OK else row["failures"] + counted
-    next_at: int | None = None
-    if known.state is ObjectState.DROPPED:
-        state = TaskState.CANCELLED
-    elif result.retry_after is not None and result.outcome is Outcome.LOST:
-        state, next_at = TaskState.RETRY, int(ledger.now + result.retry_after) + 1
-    elif result.outcome is Outcome.OK or result.outcome is Outcome.LOST:
-        state = TaskState.PENDING
-    elif failures >= ledger.configuration.retry.max_attempts:
-        state = TaskState.GAVE_UP
+    failures = 0 if outcome is Outcome.OK else row.failures + counted
+    fruitless = 0 if outcome is Outcome.OK else row.fruitless + (outcome is not Outcome.LOST)
+    row = row._replace(
+        task=TaskState.PENDING,
+        attempt_id=None,
+        failures=failures,
+        fruitless=fruitless,
+        crashes=0,
+        last_error=result.error,
+    )
+    if row.state == ObjectState.DROPPED:
+        row = row._replace(task=None)
+        ledger.write([row])
+        return Ending(task, result, TaskState.CANCELLED, failures, None, counted)
+    if outcome is Outcome.OK:
+        row = _stored(ledger, row, result)
+    elif row.state not in GAPS:  # the gap was closed, or excluded, meanwhile
+        row = ledger.note(row)
     else:
-        state = TaskState.RETRY
-        next_at = int(ledger.now + delay(failures if counted else _fruitless(sql, task) - failures)) + 1
-    closed_at = int(ledger.now) if state is TaskState.CANCELLED else None
-    sql.execute(
-        """
-        update tasks
-        set state = ?, failures = ?, deaths = 0, next_at = ?, last_error = ?, attempt_id = null, closed_at = ?
-        where task_id = ?
-        """,
-        (state, failures, next_at, result.error, closed_at, task.task_id),
-    )
-    if result.outcome is Outcome.OK and result.stored and state is TaskState.PENDING:
-        state, next_at = _note_stored(ledger, known, result, task.task_id)
-    return Ending(task, result, state, failures, next_at, counted)
+        row = _tried_in_vain(ledger, row, result, delay, counted=counted)
+    closed = TaskState.CANCELLED if row.state == ObjectState.SKIPPED else TaskState.DONE
+    state = closed if row.task is None else TaskState(row.task)
+    return Ending(task, result, state, failures, row.next_at if row.task else None, counted)
 
 
-def _fruitless(sql: sqlite3.Connection, task: ClaimedTask) -> int:
-    """How many attempts at a task have failed since one last brought its object; a stop is no failure."""
-    query = """
-        select count(*) from attempts
-        where task_id = :id and outcome != 'lost'
-          and attempt_id > (select coalesce(max(attempt_id), 0) from attempts where task_id = :id and outcome = 'ok')
-    """
-    return cast(int, sql.execute(query, {"id": task.task_id}).fetchone()[0])
+def _tried_in_vain(
+    ledger: Ledger, row: ObjectRow, result: Result, delay: Callable[[int], float], *, counted: bool
+) -> ObjectRow:
+    if result.outcome is Outcome.LOST and result.retry_after is not None:  # a permit was refused
+        row = row._replace(task=TaskState.RETRY, next_at=int(ledger.now + result.retry_after) + 1)
+    elif result.outcome is not Outcome.LOST and row.failures >= ledger.configuration.retry.max_attempts:
+        row = row._replace(task=TaskState.GAVE_UP)
+    elif result.outcome is not Outcome.LOST:
+        times = row.failures if counted else row.fruitless - row.failures
+        row = row._replace(task=TaskState.RETRY, next_at=int(ledger.now + delay(times)) + 1)
+    ledger.write([row])
+    return row
 
 
-def _note_stored(ledger: Ledger, known: KnownObject, result: Result, task_id: int) -> tuple[TaskState, int | None]:
-    """The object is in the store. The task closes, or waits when the object is not final yet."""
-    stored, inspection = result.stored, result.inspection
-    assert stored and inspection
-    facts = dataclasses.replace(
-        known.facts,
-        proven=True,
-        size=stored.size,
-        etag=stored.etag,
-        modified_at=stored.modified_at,
-        valid=inspection.valid,
-        settled=inspection.settled,
-        live=inspection.live,
-        verdict=inspection.verdict,
-    )
-    verdict = ledger.note(known, facts, read_etag=stored.etag)
-    told = len(ledger.problems)
-    if add_children(ledger, known, inspection, proven=True) or len(ledger.problems) > told:
-        ledger.count_as_unread(known.object_id)  # a cycle drops what is named no longer, if that can be believed
-    if verdict.state not in GAPS:
-        ledger.close_task(known.object_id, TaskState.DONE)  # also when it was no gap any more before
-        return TaskState.DONE, None
-    ledger.sql.execute("update tasks set state = 'retry', next_at = ? where task_id = ?", (verdict.ask_at, task_id))
-    return TaskState.RETRY, verdict.ask_at
+def _stored(ledger: Ledger, row: ObjectRow, result: Result) -> ObjectRow:
+    """The object is in the store. Its task closes, or waits when the object is not final yet."""
+    assert result.stored and result.inspection
+    row = ledger.appraised(ledger.stored(row, result.stored, result.inspection), is_fetched=True)
+    ledger.write([row])
+    if ledger.configuration.children_of(row.dataset):
+        expect_children(ledger, row, note_mentions(ledger, row, result.inspection))
+    return row
 
 
 def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result: Result) -> None:
     sql = ledger.sql
-    size = result.stored.size if result.stored else None
     ended = sql.execute(
         """
         update attempts
@@ -5107,7 +4659,7 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result:
             "outcome": result.outcome,
             "now": ledger.now,
             "http_status": result.http_status,
-            "bytes": size,
+            "bytes": result.stored.size if result.stored else None,
             "requests": result.requests,
             "error": result.error,
             "output": result.output or None,
@@ -5117,20 +4669,32 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result:
     if not ended.rowcount:
         return
     _add_to_totals(sql, task.attempt_id)
-    if result.outcome in RELIABILITY:
-        rate = sql.execute("select success_rate from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
-        rate += SUCCESS_MEMORY * ((result.outcome is Outcome.OK) - rate)
-        bonus = bonus_of(ledger.configuration.priority_weighting, rate)
-        sql.execute("update datasets set success_rate = ?, bonus = ? where dataset = ?", (rate, bonus, dataset.name))
+    if result.outcome.traits.rated:
+        weighting = ledger.configuration.priority_weighting
+        sql.execute(
+            """
+            update datasets
+            set success_rate = success_rate + :memory * (:success - success_rate),
+                bonus = :weight * (success_rate + :memory * (:success - success_rate))
+            where dataset = :dataset
+            """,
+            {
+                "memory": SUCCESS_MEMORY,
+                "success": result.outcome is Outcome.OK,
+                "weight": bonus_of(weighting, 1.0),
+                "dataset": dataset.name,
+            },
+        )
 
 
 def _add_to_totals(sql: sqlite3.Connection, attempt_id: int) -> None:
-    """An attempt has ended: add it to the sums of its day."""
+    """Add an attempt that has ended to the totals of its day."""
     sql.execute(
         """
         insert into daily_totals
-        select date(started_at + seconds, 'unixepoch'), dataset_id, priority, outcome, 1, seconds, coalesce(bytes, 0)
-        from attempts a join tasks using (task_id)
+        select date(started_at + seconds, 'unixepoch'), dataset_id, coalesce(priority, 'LOW'), outcome, 1, seconds,
+               coalesce(bytes, 0)
+        from attempts a join objects using (object_id)
         where a.attempt_id = ?
         on conflict do update set
             attempts = attempts + 1, seconds = seconds + excluded.seconds, bytes = bytes + excluded.bytes
@@ -5139,29 +4703,60 @@ def _add_to_totals(sql: sqlite3.Connection, attempt_id: int) -> None:
     )
 
 
-RUNNER_DIED = "the runner died"
+def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
+    """After a crash: running tasks are pending again, and their attempts are lost. Returns how many.
 
-
-def requeue_orphans(sql: sqlite3.Connection, policy: Retry, now: float) -> int:
-    """After a crash: what was running is pending again, and its attempt is lost. Returns how many.
-
-    A task that has seen `max_attempts` runners die in a row may be what kills them, and has given up."""
+    A task during which `max_attempts` runners in a row have crashed may be the cause, and gave up."""
     lose = "update attempts set outcome = 'lost', seconds = 0, error = ? where outcome = 'running' returning attempt_id"
-    for row in sql.execute(lose, (RUNNER_DIED,)).fetchall():
+    for row in sql.execute(lose, (RUNNER_CRASHED,)).fetchall():
         _add_to_totals(sql, row[0])
     requeue = """
-        update tasks
+        update objects
         set attempt_id = null,
-            deaths = deaths + 1,
-            state = case
-                when object_id in (select object_id from objects where state = 'dropped') then 'cancelled'
-                when deaths + 1 >= :most then 'gave_up'
+            crashes = crashes + 1,
+            last_error = :crashed,
+            task = case
+                when state not in ('missing', 'stale', 'suspect') then null
+                when crashes + 1 >= :most then 'gave_up'
                 else 'pending' end,
-            closed_at = iif(object_id in (select object_id from objects where state = 'dropped'), :now, null),
-            last_error = :died
-        where state = 'running'
+            -- to be appraised anew
+            next_at = iif(state in ('awaited', 'present'), 0, null)
+        where task = 'running'
     """
-    return sql.execute(requeue, {"most": policy.max_attempts, "died": RUNNER_DIED, "now": int(now)}).rowcount
+    return sql.execute(requeue, {"most": policy.max_attempts, "crashed": RUNNER_CRASHED}).rowcount
+
+
+def forget(sql: sqlite3.Connection, before: float) -> int:
+    """Remove some of the attempts and cycles from before an instant, and objects that were no longer expected then; the
+    totals of the days stay, and so does the last cycle. Returns how many rows: FORGOTTEN_AT_ONCE or more mean that
+    there may be more."""
+    oldest = "select attempt_id, started_at, outcome from attempts order by attempt_id limit ?"
+    attempts = itertools.takewhile(
+        lambda row: row["started_at"] < before, sql.execute(oldest, (FORGOTTEN_AT_ONCE,)).fetchall()
+    )
+    ended = [(row["attempt_id"],) for row in attempts if row["outcome"] != Outcome.RUNNING]
+    sql.executemany("delete from attempts where attempt_id = ?", ended)
+    limits = {"before": int(before), "most": FORGOTTEN_AT_ONCE}
+    dropped = """
+        select object_id from objects o
+        where state = 'dropped' and since < :before and task is null
+          and not exists (select 1 from attempts a where a.object_id = o.object_id)
+        limit :most
+    """
+    objects = [tuple(row) for row in sql.execute(dropped, limits).fetchall()]
+    sql.executemany("delete from mentions where object_id = ?", objects)
+    sql.executemany("delete from objects where object_id = ?", objects)
+    cycles = """
+        delete from reconciliations where cycle_id in (
+            select cycle_id from reconciliations
+            where started_at < :before and cycle_id < (select max(cycle_id) from reconciliations)
+            order by cycle_id limit :most)
+    """
+    sql.execute("delete from notices where made_at < ?", (int(before),))
+    sql.execute(
+        "delete from alerts where ended_at < ? and alert_id not in (select alert_id from notices)", (int(before),)
+    )
+    return len(ended) + len(objects) + sql.execute(cycles, limits).rowcount
 
 
 # ---------------------------------------------------------------- Listing
@@ -5177,7 +4772,6 @@ class KeyRange:
     high: str
 
 
-LAST_KEY = "\U0010ffff"  # sorts after every key
 ALL_KEYS, NO_KEYS = KeyRange("", LAST_KEY), KeyRange(LAST_KEY, "")
 
 
@@ -5269,7 +4863,7 @@ def share_of_keys(database: Database, configuration: Configuration, now: float) 
     size = max(LEAST_SHARE, math.ceil(total * min(1.0, elapsed / configuration.full_seconds)))
     if size >= total:
         return ALL_KEYS
-    looked_up_to = database.value("select value from settings where name = 'looked up to'") or ""
+    looked_up_to = database.value("select looked_up_to from facts")
     last_of_share = "select key from objects where key > ? and state != 'dropped' order by key limit 1 offset ?"
     high = database.value(last_of_share, (looked_up_to, size - 1)) or LAST_KEY
     return KeyRange(looked_up_to + "\0" if looked_up_to else "", high)
@@ -5282,9 +4876,9 @@ def ranges_to_list(database: Database, prefix: str, share: KeyRange) -> list[Key
     open_keys = database.read(
         """
         select key
-        from objects indexed by objects_open
+        from objects indexed by objects_to_find
         where key >= ? and key <= ?
-          and (state in ('missing', 'stale', 'suspect') or (proven = 0 and state != 'dropped'))
+          and (task is not null or proven = 0) and state != 'dropped'
         order by key
         limit ?
         """,
@@ -5309,121 +4903,123 @@ def _are_near(database: Database, low: str, high: str) -> bool:
 
 
 # ---------------------------------------------------------------- Cycles
-# One reconciliation as it goes on: what it has seen, done and could not prove. Headline: Cycle.
+# One reconciliation in progress: what it has seen, done and could not prove. Headline: Cycle.
 
-MOST_PROBLEMS = 5  # told of one cycle
+MOST_PROBLEMS = 5  # reported of one cycle
 STOPPED_EARLY = "stopped before its end"
-VANISHED = "vanished at once"  # by which a mass loss is known
-STORE_FAILS = "store fails"  # a setting: what ended the last cycles
+VANISHED = "vanished at once"  # marks a mass loss
 SAVED_EVERY_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
-    """What the operator has said of a cycle."""
+class CycleOptions:
+    """The operator's options for a cycle."""
 
     is_full: bool = False  # list everything
-    may_drop: bool = False  # that far less is expected than before is meant
-    may_lose: frozenset[str] = frozenset()  # the mass loss of these datasets is real
-    order_id: int = 0  # the last of the orders of other processes among them
+    accept_loss: frozenset[str] = frozenset()  # the mass loss of these datasets is real
+
+    def merged(self, wanted: str | None) -> CycleOptions:
+        """These options and those of a requested cycle, in JSON."""
+        other = json.loads(wanted or "{}")
+        losses = self.accept_loss | set(other.get("accept_loss", ()))
+        return CycleOptions(self.is_full or bool(other.get("is_full")), losses)
+
+    def as_json(self) -> str:
+        """The form in which another process requests a cycle."""
+        return json.dumps({"is_full": self.is_full, "accept_loss": sorted(self.accept_loss)})
+
+
+def request_cycle(sql: sqlite3.Connection, options: CycleOptions) -> int:
+    """Request a cycle from the runner. Returns the id that it will have: the next cycle follows every request."""
+    wanted, last = sql.execute(
+        "select wanted_cycle, (select coalesce(max(cycle_id), 0) from reconciliations) from facts"
+    ).fetchone()
+    sql.execute("update facts set wanted_cycle = ?", (options.merged(wanted).as_json(),))
+    return cast(int, last) + 1
 
 
 def expected_by_dataset(database: Database) -> dict[str, int]:
-    """How many objects each dataset expects now, or will when they are available."""
+    """The number of objects that each dataset expects now, or will when they are available."""
     sql = """
         select dataset, sum(objects)
         from counts join datasets using (dataset_id)
-        where state != 'dropped'
+        where state not in ('dropped', 'skipped')
         group by dataset
     """
     return dict(map(tuple, database.read(sql)))
 
 
 class Cycle:
-    """What one cycle has seen and done so far; its row in the database."""
+    """The progress of one cycle, and its row in the database."""
 
     def __init__(
-        self, database: Database, configuration: Configuration, store: Store, clock: Clock, orders: Orders
+        self, database: Database, configuration: Configuration, store: Store, clock: Clock, options: CycleOptions
     ) -> None:
-        self.database, self.configuration, self.store = database, configuration, store
-        self.clock, self.orders = clock, orders
-        self.share = ALL_KEYS if orders.is_full else share_of_keys(database, configuration, clock.wall())
-        self.listed = self.looked = self.unexpected = self.created = self.closed = 0
+        self.database, self.configuration, self.store, self.clock = database, configuration, store, clock
+        self.listed = self.looked = self.unexpected = self.created = self.closed = self.dropped = 0
         self.is_braked = False
-        self.there: collections.Counter[int] = collections.Counter()  # objects that were known to be, by dataset
+        self.there: collections.Counter[int] = collections.Counter()  # objects that were present, by dataset
         self.ahead: ReadAhead | None = None
         self.compared: set[str] = set()  # prefixes
-        self.losses: dict[int, array.array[int]] = {}  # objects that were there, by dataset
-        self.expected = expected_by_dataset(database)  # by dataset, at its beginning
-        self.unnamed: dict[int, tuple[str | None, set[int]]] = {}  # by parent: its etag, whom it names no longer
+        self.losses: dict[int, array.array[int]] = {}  # objects that were present, by dataset
         self.problems: list[str] = []
         self.started, self.calls_before = clock.boot(), store.calls
         self.saves_at = self.started + SAVED_EVERY_SECONDS
         with database.transaction() as sql:
-            sql.execute("update reconciliations set error = 'the runner died', seconds = 0 where seconds is null")
-            begun = sql.execute(
-                """
-                insert into reconciliations (started_at, listed, looked, unexpected, list_calls, expected, present,
-                                             missing, stale, suspect, created, closed)
-                values (?, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-                """,
-                (clock.wall(),),
-            )
+            sql.execute("update reconciliations set error = ?, seconds = 0 where seconds is null", (RUNNER_CRASHED,))
+            begun = sql.execute("insert into reconciliations (started_at) values (?)", (clock.wall(),))
             self.cycle_id = cast(int, begun.lastrowid)
-            obey = "update orders set cycle_id = ? where cycle_id is null and order_id <= ?"
-            sql.execute(obey, (self.cycle_id, orders.order_id))
+            self.options = options.merged(sql.execute("select wanted_cycle from facts").fetchone()[0])
+            sql.execute("update facts set wanted_cycle = null")
+            sql.execute(WANTED)
+            sql.execute("delete from wanted")
+        self.share = ALL_KEYS if self.options.is_full else share_of_keys(database, configuration, clock.wall())
 
     @contextlib.contextmanager
     def ledger(self) -> Iterator[Ledger]:
-        """A transaction, whose opened and closed tasks count for this cycle. What a power cut undoes of it, the next
-        cycle finds again."""
+        """A transaction whose changes count for this cycle. Whatever a power cut undoes of it, the next cycle finds
+        again."""
         with self.database.transaction(durable=False) as sql:
             ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
             yield ledger
-            inherit_fields(ledger)
         self.problems += ledger.problems
         self.created += ledger.created
         self.closed += ledger.closed
+        self.dropped += ledger.dropped
 
     def save_progress(self) -> None:
-        """Now and then, what was looked at so far."""
+        """Store what was compared so far, now and then."""
         if self.clock.boot() >= self.saves_at:
             self.saves_at = self.clock.boot() + SAVED_EVERY_SECONDS
             with self.database.transaction(durable=False) as sql:
                 progress = (self.listed, self.looked, self.cycle_id)
                 sql.execute("update reconciliations set listed = ?, looked = ? where cycle_id = ?", progress)
 
-    def remember(self, name: str, value: str) -> None:
-        """A small fact for later cycles."""
-        with self.database.transaction() as sql:
-            sql.execute("insert or replace into settings values (?, ?)", (name, value))
-
-    def note_store_failure(self, text: str) -> None:
-        """A store that ends two cycles in a row is unusable, and no longer so after the next that it does not."""
+    def note_store(self, error: str | None) -> None:
+        """A store that ends two cycles in a row is unusable, until the next that it does not end."""
         before = "select error from reconciliations where cycle_id < ? order by cycle_id desc limit 1"
-        if self.database.value(before, (self.cycle_id,)):
-            self.remember(STORE_FAILS, text)
+        if error is None or self.database.value(before, (self.cycle_id,)):
+            with self.database.transaction() as sql:
+                sql.execute("update facts set store_error = ?1 where store_error is not ?1", (error,))
 
     def end(self) -> None:
         """Record the cycle."""
-        counts = {
-            row[0]: row[1]
-            for row in self.database.read(
-                "select state, sum(objects) from counts where state not in ('awaited', 'dropped') group by state"
-            )
-        }
+        by_state = "select state, sum(objects) from counts group by state"
+        counts = {row[0]: row[1] for row in self.database.read(by_state)}
+        found = {str(state): counts.get(state, 0) for state in (ObjectState.PRESENT, *GAPS)}
         with self.database.transaction() as sql:
             sql.execute(
                 """
                 update reconciliations
-                set seconds = :seconds, listed = :listed, unexpected = :unexpected, list_calls = :list_calls,
-                    expected = :expected, present = :present, missing = :missing, stale = :stale, suspect = :suspect,
-                    created = :created, closed = :closed, error = :error, looked = :looked
+                set seconds = :seconds, listed = :listed, looked = :looked, unexpected = :unexpected,
+                    list_calls = :list_calls, expected = :expected, present = :present, missing = :missing,
+                    stale = :stale, suspect = :suspect, created = :created, closed = :closed, dropped = :dropped,
+                    error = :error
                 where cycle_id = :cycle_id
                 """,
                 {
-                    **{str(state): counts.get(state, 0) for state in (ObjectState.PRESENT, *GAPS)},
-                    "expected": sum(counts.values()),
+                    **found,
+                    "expected": sum(found.values()),
                     "seconds": self.clock.boot() - self.started,
                     "listed": self.listed,
                     "looked": self.looked,
@@ -5431,30 +5027,61 @@ class Cycle:
                     "list_calls": self.store.calls - self.calls_before,
                     "created": self.created,
                     "closed": self.closed,
+                    "dropped": self.dropped,
                     "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
                     "cycle_id": self.cycle_id,
                 },
             )
 
 
-# ---------------------------------------------------------------- Contents
-# What the objects say that something else wrote: whether they are valid and final, and which others they name. Each
-# version of one is read once. Headline: read_contents().
+# ---------------------------------------------------------------- Content inspection
+# The contents of objects that another program stored: are they valid and final, and which others do they
+# name? Each version is read once. Headline: read_contents().
 
 READS_IN_A_TRANSACTION = 20
-READS_IN_A_CYCLE = 1000  # of objects that name no others and that something else wrote
-STILL_UNREAD = "object_id = :object_id and etag = :etag and etag is not read_etag and state != 'dropped'"
+READS_IN_A_CYCLE = 1000  # of a dataset whose contents are only validated
+
+
+def must_be_read(configuration: Configuration, dataset: Dataset) -> bool:
+    """Whether the content of an object says more than its size."""
+    freshness = dataset.freshness
+    return bool(
+        freshness.until or freshness.live or dataset.validate.needs_content() or configuration.children_of(dataset.name)
+    )
+
+
+def forget_readings(cycle: Cycle) -> Iterator[None]:
+    """Contents that were judged by other rules are read once more."""
+    with cycle.ledger() as ledger:
+        known = dict(ledger.sql.execute("select dataset, reading from datasets").fetchall())
+    rules = {name: reading_rules(cycle.configuration, one) for name, one in cycle.configuration.datasets.items()}
+    changed = {name: digest for name, digest in rules.items() if known[name] != digest}
+    last = cycle.database.value("select max(object_id) from objects") or 0
+    for after in range(0, last if changed else 0, SCANNED_AT_ONCE):
+        with cycle.ledger() as ledger:
+            ledger.sql.execute(
+                """
+                update objects set read_etag = null
+                where object_id > ? and object_id <= ? and read_etag is not null and dataset_id in (
+                    select dataset_id from datasets where dataset in (select value from json_each(?)))
+                """,
+                (after, after + SCANNED_AT_ONCE, json.dumps(list(changed))),
+            )
+        yield
+    with cycle.ledger() as ledger:
+        ledger.sql.executemany(
+            "update datasets set reading = ? where dataset = ?", [(digest, name) for name, digest in changed.items()]
+        )
 
 
 def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
-    """Look once at the content of each version of an object that something else wrote: is it valid, is
-    it final, which children does it name? Yields True when it waits for the store."""
+    """Read each version of an object that another program stored. Yields True while it waits for the store."""
     for dataset in level:
+        if not must_be_read(cycle.configuration, dataset):
+            continue
         children = cycle.configuration.children_of(dataset.name)
         says_more = children or dataset.freshness.until or dataset.freshness.live
-        if not (says_more or dataset.validate.needs_content()):
-            continue
-        left = math.inf if says_more or cycle.orders.is_full else READS_IN_A_CYCLE
+        left = math.inf if says_more or cycle.options.is_full else READS_IN_A_CYCLE
         after = ""
         while left > 0 and (unread := _unread(cycle, dataset, after)):
             look = functools.partial(_inspect, cycle, children=children)
@@ -5468,28 +5095,25 @@ def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | Non
             with cycle.ledger() as ledger:
                 for target, inspection in zip(unread, found, strict=True):
                     if inspection:
-                        _note_content(cycle, ledger, target, inspection)
+                        _note_content(ledger, target, inspection)
             after = unread[-1].key
             left -= len(unread)
             yield None
 
 
-def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[KnownObject]:
+def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[ObjectRow]:
     with cycle.database.transaction() as sql:
         return Ledger(sql, cycle.configuration, 0).objects(
             """
-            dataset_id = (select dataset_id from datasets where dataset = :dataset)
-            and etag is not read_etag and etag is not null and key > :after and state != 'dropped'
-            order by key limit :few
+            o.dataset_id = (select dataset_id from datasets where dataset = :dataset)
+            and o.etag is not o.read_etag and o.etag is not null and o.key > :after and o.state != 'dropped'
+            order by o.key limit :few
             """,
             {"dataset": dataset.name, "after": after, "few": READS_IN_A_TRANSACTION},
         )
 
 
-def _inspect(cycle: Cycle, target: KnownObject, children: Sequence[Dataset]) -> Inspection | None:
-    dataset = cycle.configuration.datasets[target.dataset]
-    if not makes_key(dataset, target.fields, target.key):
-        return None  # of an older declaration, which this cycle will find
+def _inspect(cycle: Cycle, target: ObjectRow, children: Sequence[Dataset]) -> Inspection | None:
     try:
         body = cycle.store.read(target.key)
     except KeyError:
@@ -5497,68 +5121,27 @@ def _inspect(cycle: Cycle, target: KnownObject, children: Sequence[Dataset]) -> 
     except UnusablePlaceError as error:
         cycle.problems.append(str(error))
         return None
-    return inspect(dataset, target.fields, body, children)
+    return inspect(cycle.configuration.datasets[target.dataset], target.fields, body, children)
 
 
-def _note_content(cycle: Cycle, ledger: Ledger, target: KnownObject, found: Inspection) -> None:
-    """What names fewer than before counts as unread until they are dropped: a cycle may end before that. So does what
-    names something that cannot be expected, as far as it is told: it is told again."""
-    if not ledger.objects(STILL_UNREAD, {"object_id": target.object_id, "etag": target.facts.etag}):
+def _note_content(ledger: Ledger, target: ObjectRow, found: Inspection) -> None:
+    """Content with unusable ids counts as unread, so that every cycle reports it."""
+    known = next(iter(ledger.some([target.object_id])), None)
+    if known is None or known.etag != target.etag or known.read_etag == known.etag:
         return  # fetched anew, or dropped, while it was read
-    facts = dataclasses.replace(
-        target.facts, valid=found.valid, settled=found.settled, live=found.live, verdict=found.verdict
-    )
-    told = len(ledger.problems)
-    unnamed = add_children(ledger, target, found, proven=False) if found.valid else set()
-    if unnamed:
-        cycle.unnamed[target.object_id] = target.facts.etag, unnamed
-    is_told_again = len(ledger.problems) > told and len(cycle.problems) + told < MOST_PROBLEMS
-    ledger.note(target, facts, read_etag=None if unnamed or is_told_again else target.facts.etag)
-
-
-def drop_unnamed(cycle: Cycle) -> Iterator[None]:
-    """What parents name no longer is not expected any more; unless that is so much that adce.yaml or, if that is
-    unchanged, whoever wrote the parents is more likely at fault."""
-    if not cycle.unnamed:
-        return
-    with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
-        doubtful = set() if is_changed(ledger.sql) else _doubtful(cycle, ledger)
-        for parent_id, (etag, children) in cycle.unnamed.items():
-            if ledger.objects(STILL_UNREAD, {"object_id": parent_id, "etag": etag}):  # else it was fetched anew
-                drop_children(ledger, parent_id, children - doubtful)
-                if not children & doubtful:  # else it counts as unread, and is read again
-                    ledger.sql.execute("update objects set read_etag = etag where object_id = ?", (parent_id,))
-    yield
-
-
-def _doubtful(cycle: Cycle, ledger: Ledger) -> set[int]:
-    """Those that are named no longer, of datasets of which that is too much to be believed."""
-    doubtful: set[int] = set()
-    by_dataset: dict[str, set[int]] = {}
-    unnamed = sorted(set().union(*(children for _, children in cycle.unnamed.values())))
-    of_dataset = """
-        select dataset, object_id from objects join datasets using (dataset_id)
-        where object_id in (select value from json_each(?))
-    """
-    for name, object_id in ledger.sql.execute(of_dataset, (json.dumps(unnamed),)).fetchall():
-        by_dataset.setdefault(name, set()).add(object_id)
-    for name, ids in by_dataset.items():
-        expected = cycle.expected.get(name, 0)
-        if is_mass_drop(expected, expected - len(ids)) and name not in cycle.orders.may_lose:
-            doubtful |= ids
-            cycle.is_braked = True
-            text = f"{name}: the names of {len(ids)} of {expected} objects {VANISHED}, none is dropped"
-            cycle.problems.append(f"{text}; if that is real: adce.py reconcile --believe {name}")
-    return doubtful
+    if found.valid and note_mentions(ledger, known, found):
+        ledger.touch(known.dataset)
+    read_etag = None if found.problems else known.etag
+    ledger.note(known, verdict=found.verdict, settled=found.settled, live=found.live, read_etag=read_etag)
 
 
 # ---------------------------------------------------------------- Reconcile
-# Notices: expected against present. A cycle is a row of short steps, so that the runner keeps claiming in
-# between: expand what should exist, list what does, read what names other objects, note the differences.
-# It derives everything from state, so a missed event costs nothing. Headline: reconcile().
+# Expected against present. A cycle is a row of short steps, so that the runner can claim in between: compute
+# the expected objects, list the store, note the differences, read contents. It derives everything from
+# state, so a missed event costs nothing. Headline: reconcile().
 
 LISTED_AT_ONCE = 4  # prefixes
-NOTED_AT_ONCE = 300  # objects, in one transaction: claims wait no longer than that takes
+NOTED_AT_ONCE = 500  # objects, in one transaction: a claim waits no longer than that takes
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
 
 
@@ -5567,33 +5150,33 @@ def reconcile(
     configuration: Configuration,
     store: Store,
     clock: Clock,
-    orders: Orders = Orders(),
+    options: CycleOptions = CycleOptions(),
     ahead: ReadAhead | None = None,
 ) -> Iterator[int]:
-    """One cycle, as steps: each `next()` does a little and yields the cycle's id, or 0 when it waits for the
-    store; the last step records what was found. Errors of the store end the cycle and stand in its row.
-    Raises MassDropError when far less is expected than before, without the operator's consent."""
-    cycle = Cycle(database, configuration, store, clock, orders)
+    """One cycle, as steps: each `next()` does a little and yields the cycle's id, or 0 while it waits for the store;
+    the last step records the result. An error of the store ends the cycle and is recorded in its row."""
+    cycle = Cycle(database, configuration, store, clock, options)
     cycle.ahead = ahead
     try:
         yield cycle.cycle_id
+        for _ in forget_readings(cycle):
+            yield cycle.cycle_id
         for level in configuration.levels():
             for waits in itertools.chain(_expand(cycle, level), _compare(cycle, level), read_contents(cycle, level)):
                 cycle.save_progress()
                 yield 0 if waits else cycle.cycle_id
-        for _ in itertools.chain(drop_unnamed(cycle), _apply_losses(cycle), _age(cycle)):
+        for _ in itertools.chain(_drop_undeclared(cycle), _apply_losses(cycle), _age(cycle)):
             yield cycle.cycle_id
-        if not cycle.is_braked:  # else the same is looked at, and told, once more
-            cycle.remember("looked up to", "" if cycle.share.high == LAST_KEY else cycle.share.high)
-        with database.transaction() as sql:
-            note_good_cycle(sql)
-        if database.value("select value from settings where name = ?", (STORE_FAILS,)):
-            cycle.remember(STORE_FAILS, "")
+        if not cycle.is_braked:  # else the same keys are listed, and the loss is reported, once more
+            with database.transaction() as sql:
+                following = "" if cycle.share.high == LAST_KEY else cycle.share.high
+                sql.execute("update facts set looked_up_to = ?", (following,))
+        cycle.note_store(None)
     except StoreError as error:
         cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
-        cycle.note_store_failure(str(error))
-    except BaseException as error:  # refused, stopped, interrupted, or an error of the program's own
-        cycle.problems.append(str(error) if isinstance(error, MassDropError) else STOPPED_EARLY)
+        cycle.note_store(str(error))
+    except BaseException:  # stopped, interrupted, or an error of the program's own
+        cycle.problems.append(STOPPED_EARLY)
         raise
     finally:
         cycle.end()
@@ -5605,51 +5188,82 @@ def run_cycle(steps: Iterator[int]) -> int:
 
 
 def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
-    """Make the expected objects of datasets that depend on no others those of today."""
-    dropped: list[int] = []
-    digests: list[tuple[str, str]] = []
-    expanded: dict[str, Ids] = {}
-    for dataset in level:
-        now = cycle.clock.wall()
-        today = day_of(now, timezone_of(dataset))
-        inputs = (dataset.partitions, dataset.key.text, cycle.configuration.seasons, today)
-        digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
-        known = "select expansion from datasets where dataset = ?"
-        if dataset.partitions.parent or cycle.database.value(known, (dataset.name,)) == digest:
-            continue
-        wanted, problems_before = Ids(), len(cycle.problems)
-        for chunk in chunks(expand(dataset, cycle.configuration.seasons, now), NOTED_AT_ONCE):
-            found = []
+    """Make the expected objects of datasets those of now. A dataset whose inputs are unchanged is skipped."""
+    with cycle.ledger() as ledger:
+        known = dict(ledger.sql.execute("select dataset, expansion from datasets").fetchall())
+        digests = {one: expansion_digest(ledger.sql, cycle.configuration, one, ledger.now) for one in level}
+        stale = {one: digest for one, digest in digests.items() if known[one.name] != digest}
+        begin = "update datasets set expansion = '' where dataset = ?"
+        ledger.sql.executemany(begin, [(one.name,) for one in stale])
+    counts = dict.fromkeys(stale, 0)
+    for dataset in stale:
+        problems_before = len(cycle.problems)
+        pages = _pages_of_children(cycle, dataset) if dataset.partitions.parent else _pages(cycle, dataset)
+        for page in pages:
             with cycle.ledger() as ledger:
-                for fields in chunk:
-                    try:
-                        expected = expected_object(dataset, fields, cycle.configuration.seasons)
-                        found.append(ledger.expect(dataset, expected, proven=False))
-                    except ValueError as error:
-                        cycle.problems.append(str(error))
-            wanted.update(found)
+                counts[dataset] += expect(ledger, dataset, page)
             yield
-        if len(cycle.problems) == problems_before:  # else it is tried, and told, again
-            digests.append((digest, dataset.name))
-        expanded[dataset.name] = wanted
-    for name, wanted in expanded.items():  # when each has what is its own now
-        dropped += no_longer_expected(cycle.database, name, wanted)
-    if dropped or digests:
-        with cycle.ledger() as ledger, guarded_drops(ledger.sql, consents=cycle.orders.may_drop):
-            for object_id in dropped:
-                ledger.drop(object_id)
-            ledger.sql.executemany("update datasets set expansion = ? where dataset = ?", digests)
-    yield
+        if len(cycle.problems) > problems_before:
+            stale[dataset] = "with problems"  # the next cycle expands it, and reports them, again
+    live = "select sum(objects) from counts join datasets using (dataset_id) where dataset = ? and state != 'dropped'"
+    shrunk = [one.name for one, count in counts.items() if (cycle.database.value(live, (one.name,)) or 0) != count]
+    after: int | None = 0 if shrunk else None
+    while after is not None:
+        with cycle.ledger() as ledger:
+            after = drop_unexpected(ledger, shrunk, after)
+        yield
+    with cycle.ledger() as ledger:
+        done = "update datasets set expansion = ? where dataset = ?"
+        ledger.sql.executemany(done, [(digest, one.name) for one, digest in stale.items()])
+
+
+def _pages(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
+    """The partitions of a dataset that depends on no other, a page at a time."""
+    fields = expand(dataset, cycle.configuration.seasons, cycle.clock.wall())
+    for page in chunks(fields, EXPECTED_AT_ONCE):
+        yield map(Partition, page)
+
+
+def _pages_of_children(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
+    """The partitions that the parents of a dataset name, a page at a time."""
+    after = ("", "")
+    while True:
+        with cycle.ledger() as ledger:
+            rows = children_of_parents(ledger, dataset, after)
+        if not rows:
+            return
+        yield (
+            Partition(fields, row["object_id"])
+            for row in rows
+            for fields in children_of_parent(dataset, json.loads(row["fields"]), [row["value"]])
+        )
+        after = rows[-1]["key"], rows[-1]["value"]
+
+
+def _drop_undeclared(cycle: Cycle) -> Iterator[None]:
+    """Drop the objects of datasets that are no longer declared and that no other dataset has taken over."""
+    undeclared = """
+        select dataset from counts join datasets using (dataset_id)
+        where not active and state != 'dropped'
+        group by dataset
+        having sum(objects) > 0
+    """
+    names = [row[0] for row in cycle.database.read(undeclared)]
+    after: int | None = 0 if names else None
+    while after is not None:
+        with cycle.ledger() as ledger:
+            after = drop_unexpected(ledger, names, after)
+        yield
 
 
 def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
     """List the store and note what differs from what is known. Each page proves its own range of keys
-    and nothing beyond it; below a prefix that was compared before only what is open is looked for again. Yields True
-    when it waits for the store."""
-    ordered = "select 1 from settings where name = ? and value = 'ascending'"
+    and nothing beyond it; below a prefix that was compared before only open objects are searched again. Yields True
+    while it waits for the store."""
+    ordered = json.loads(cycle.database.value("select ordered from facts"))
     listings, failed = list[Listing](), set[str]()
     for prefix in prefixes(level):
-        is_ordered = cycle.database.value(ordered, (f"order of {prefix}",)) == 1
+        is_ordered = prefix in ordered
         share = NO_KEYS if prefix.startswith(tuple(cycle.compared)) else cycle.share
         ranges = ranges_to_list(cycle.database, prefix, share) if is_ordered else [range_of(prefix)]
         listings += [Listing(cycle.store, prefix, keys, cycle.ahead, is_ordered=is_ordered) for keys in ranges]
@@ -5684,12 +5298,18 @@ def _compare_listing(cycle: Cycle, listing: Listing) -> Iterator[bool | None]:
 
 
 def _remember_order(cycle: Cycle, listing: Listing) -> None:
-    if listing.was_ascending is not listing.is_ordered:
-        cycle.remember(f"order of {listing.prefix}", "ascending" if listing.was_ascending else "out of order")
+    if listing.was_ascending is listing.is_ordered:
+        return
+    with cycle.database.transaction() as sql:
+        ordered = dict.fromkeys(json.loads(sql.execute("select ordered from facts").fetchone()[0]), 1)
+        ordered[listing.prefix] = 1
+        if not listing.was_ascending:
+            del ordered[listing.prefix]
+        sql.execute("update facts set ordered = ?", (json.dumps(ordered),))
 
 
 def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -> Iterator[None]:
-    """What is listed of a range of keys against what is known of it, which may be much more."""
+    """Compare the listed part of a range of keys with the known objects there, which may be many more."""
     listed, low = {entry.key: entry for entry in page}, keys.low
     cycle.listed += len(page)
     cycle.unexpected += len(page)
@@ -5710,7 +5330,7 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
             cycle.unexpected -= entry is not None
             cycle.there[dataset_id] += etag is not None
             if is_news:
-                continue  # written since this listing may have begun
+                continue  # stored since this listing may have begun
             if entry is None and etag is not None:
                 cycle.losses.setdefault(dataset_id, array.array("q")).append(object_id)
             elif not proven or (entry is not None and entry.etag != etag):
@@ -5724,70 +5344,122 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
 
 
 def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[str, StoredObject]) -> Iterator[None]:
+    readers = {one.name for one in cycle.configuration.datasets.values() if must_be_read(cycle.configuration, one)}
     for chunk in chunks(iter(object_ids), NOTED_AT_ONCE):
         with cycle.ledger() as ledger:
-            for target in ledger.objects(
-                "object_id in (select value from json_each(:ids)) and state != 'dropped'", {"ids": json.dumps(chunk)}
-            ):
-                if target.cycle_id == cycle.cycle_id:
-                    continue  # fetched since it was compared
+            rows = []
+            for target in ledger.some(chunk):
+                if target.cycle_id == cycle.cycle_id or target.dataset not in cycle.configuration.datasets:
+                    continue  # stored since it was compared, or to be dropped
                 entry = listed.get(target.key)
-                facts = _seen(target, entry, ledger.now) if entry else dataclasses.replace(target.facts, proven=True)
-                ledger.note(target, facts)
+                seen = _seen(target, entry, ledger.now, is_read=target.dataset not in readers) if entry else target
+                rows.append(ledger.appraised(seen._replace(proven=1)))
+            ledger.write(rows)
         yield
 
 
+def _seen(target: ObjectRow, entry: StoredObject, now: float, *, is_read: bool) -> ObjectRow:
+    """The row of an object that is listed with another etag: its content counts as unread. No clock but ours says how
+    old it is: one that is ahead would keep it fresh for longer."""
+    if is_read:
+        target = target._replace(**{**UNREAD, "read_etag": entry.etag})
+    elif target.read_etag != entry.etag and target.state not in GAPS:  # a gap stays one until it is read
+        target = target._replace(verdict=None, settled=None, live=None)
+    return target._replace(
+        seen_at=target.seen_at or int(now),
+        etag=entry.etag,
+        size=entry.size,
+        modified_at=min(entry.modified_at, int(now)),
+    )
+
+
 def _apply_losses(cycle: Cycle) -> Iterator[None]:
-    """What was there and is no longer listed is missing, unless so much is gone that the listing or the
+    """An object that was present and is no longer listed is missing, unless so many are gone that the listing or the
     mount is more likely at fault."""
     total = sum(map(len, cycle.losses.values()))
-    names = {row[0]: row[1] for row in cycle.database.read("select dataset_id, dataset from datasets")}
-    for dataset_id, lost in cycle.losses.items():
-        there = cycle.there[dataset_id]
+    names = {row[0]: row[1] for row in cycle.database.read("select dataset_id, dataset from datasets where active")}
+    for dataset_id in cycle.losses.keys() & names.keys():
+        lost, there, name = cycle.losses[dataset_id], cycle.there[dataset_id], names[dataset_id]
         many = len(lost) > BRAKE_OBJECTS and len(lost) > BRAKE_SHARE * there
         everything = (len(lost) == there and there > BRAKE_EMPTY) or (cycle.listed == 0 and total > BRAKE_EMPTY)
-        name = names[dataset_id]
-        if name not in cycle.orders.may_lose and (many or everything):
+        if name not in cycle.options.accept_loss and (many or everything):
             cycle.is_braked = True
             text = f"{name}: {len(lost)} of {there} objects {VANISHED}, none is taken for missing"
-            cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --believe {name}")
+            cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --accept-loss {name}")
             continue
         for chunk in chunks(iter(lost), NOTED_AT_ONCE):
             with cycle.ledger() as ledger:
-                for target in ledger.objects(
-                    "object_id in (select value from json_each(:ids)) and state != 'dropped'",
-                    {"ids": json.dumps(chunk)},
-                ):
-                    if target.cycle_id != cycle.cycle_id:
-                        ledger.note(target, Facts(available_at=target.facts.available_at, seen_at=target.facts.seen_at))
-                        ledger.count_as_unread(target.object_id)
+                rows = [row for row in ledger.some(chunk) if row.cycle_id != cycle.cycle_id]
+                ledger.write([ledger.appraised(row._replace(proven=1, **GONE)) for row in rows])
             yield
 
 
 def _age(cycle: Cycle) -> Iterator[None]:
-    """What time alone has changed; and once a day, or when the weights did, the priorities."""
-    while note_due_objects(cycle.database, cycle.configuration, cycle.clock):
+    """Note what time alone has changed. Once a day, or when the rules have changed, appraise and rank anew."""
+    configuration, count = cycle.configuration, PAGE
+    while count >= PAGE:
+        with cycle.ledger() as ledger:
+            count = max(wake_retries(ledger.sql, ledger.now), appraise_due(ledger))
         yield
-    today, wishes = day_of(cycle.clock.wall()), cycle.configuration
-    datasets = [(one.name, one.source, one.priority, one.batch) for one in wishes.datasets.values()]
-    inputs = repr((today, wishes.priority_weighting, wishes.seasons, datasets))
+    rules = appraisal_rules(configuration)
+    inputs = f"{day_of(cycle.clock.wall())} {rules}"
+    known = cycle.database.value("select priorities from facts")
+    has_batches = any(one.batch for one in configuration.datasets.values())
+    if known == inputs and not has_batches:
+        return
+    is_everything = not known.endswith(rules)
+    last, sizes = cycle.database.value("select max(object_id) from objects") or 0, _gap_sizes(cycle)
+    condition = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped'"
+    condition += "" if is_everything else " and o.task is not null"
+    for after in range(0, last, SCANNED_AT_ONCE):
+        with cycle.ledger() as ledger:
+            for rows in chunks(
+                iter(ledger.objects(condition, {"after": after, "last": after + SCANNED_AT_ONCE})), NOTED_AT_ONCE
+            ):
+                ledger.write(_reviewed(ledger, rows, sizes, is_everything=is_everything))
+        yield
     with cycle.database.transaction() as sql:
-        known = sql.execute("select value from settings where name = 'priorities'").fetchone()
-        if any(batch for *_, batch in datasets) or not known or known[0] != inputs:
-            reprioritise(sql, cycle.configuration, cycle.clock.wall())
-            sql.execute("insert or replace into settings values ('priorities', ?)", (inputs,))
-    yield
+        sql.execute("update facts set priorities = ?", (inputs,))
 
 
-def _seen(target: KnownObject, entry: StoredObject, now: float) -> Facts:
-    """The facts of an object that is listed with an etag not known yet: its content counts as unread. No clock but
-    ours says how old it is: one that is ahead would keep it fresh for longer."""
-    is_read = target.read_etag == entry.etag or target.state in GAPS  # a gap stays one until it is read
-    unread = {} if is_read else {"valid": None, "settled": None, "live": None, "verdict": None}
-    modified_at = min(entry.modified_at, int(now))
-    return dataclasses.replace(
-        target.facts, proven=True, size=entry.size, etag=entry.etag, modified_at=modified_at, **unread
-    )
+def _reviewed(
+    ledger: Ledger, rows: Iterable[ObjectRow], sizes: Mapping[tuple[str, str], int], *, is_everything: bool
+) -> list[ObjectRow]:
+    """The rows that are others by the rules of today."""
+    changed = []
+    for row in rows:
+        dataset = ledger.configuration.datasets.get(row.dataset)
+        if dataset is None:
+            continue
+        now = row
+        if is_everything and not must_be_read(ledger.configuration, dataset) and row.etag is not None:
+            now = row._replace(**{**UNREAD, "read_etag": row.etag})
+        now = ledger.appraised(now) if is_everything else now
+        if now.task is not None:
+            size = sizes.get((dataset.name, row.fields[dataset.batch.by]), 1) if dataset.batch else 1
+            priority, rank, slope = ledger.rank_of(now, dataset, size, now.detected_at or 0)
+            now = now._replace(priority=priority, gap_size=size, rank=rank, slope=slope)
+        if now != row:
+            changed.append(now)
+    return changed
+
+
+def _gap_sizes(cycle: Cycle) -> dict[tuple[str, str], int]:
+    """The number of objects that one batch would bring, by dataset and value of the batch's field."""
+    sizes = {}
+    for dataset in cycle.configuration.datasets.values():
+        if dataset.batch:
+            rows = cycle.database.read(
+                """
+                select fields ->> ?, count(*)
+                from objects
+                where dataset_id = (select dataset_id from datasets where dataset = ?) and task is not null
+                group by 1
+                """,
+                (dataset.batch.by, dataset.name),
+            )
+            sizes.update({(dataset.name, value): min(count, dataset.batch.max) for value, count in rows})
+    return sizes
 
 
 # ---------------------------------------------------------------- Executions
@@ -5826,14 +5498,11 @@ def specify(configuration: Configuration, claimed: Claim) -> FetchSpec:
         Target(
             key=task.target.key,
             fields=task.target.fields,
-            is_missing=task.target.state is ObjectState.MISSING,
-            version=(task.target.facts.etag, task.target.facts.modified_at),
+            is_missing=task.target.state == ObjectState.MISSING,
+            version=(task.target.etag, task.target.modified_at),
         )
         for task in claimed.tasks
     )
-    url = ""
-    if dataset.url and set(dataset.url.fields()) <= targets[0].fields.keys():
-        url = claimed.source.base_url + dataset.url.render(targets[0].fields, quote_for_url)
     environment = {
         "ADCE_CONFIG": str(configuration.path),
         "ADCE_DB": str(configuration.database.resolve()),  # the next start may come by another path
@@ -5845,7 +5514,7 @@ def specify(configuration: Configuration, claimed: Claim) -> FetchSpec:
         source=claimed.source,
         children=tuple(configuration.children_of(dataset.name)),
         targets=targets,
-        url=url,
+        url=claimed.url,
         send_before=claimed.permit.send_before if claimed.permit else math.inf,
         environment=environment,
     )
@@ -5886,13 +5555,6 @@ def keep(spec: FetchSpec, target: Target, body: bytes, store: Store, http_status
     except StoreError as error:
         return dataclasses.replace(_refused(error), http_status=http_status, requests=requests)
     return Result(Outcome.OK, None, http_status, stored, inspection, requests)
-
-
-def excerpt(body: bytes, most: int = 120) -> str:
-    """The start of a body, fit for one line of at most so many letters."""
-    text = body[: 3 * most].decode("utf-8", "replace")
-    plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
-    return "".join(letter if letter.isprintable() else "?" for letter in plain)[:most] or "empty"
 
 
 def describe(error: BaseException) -> str:
@@ -6084,12 +5746,10 @@ def _judge(spec: FetchSpec, response: Any, body: bytes, store: Store) -> Result:
     status = response.status_code
     if status in REDIRECTS and "location" in response.headers:
         return _redirected(spec, response)
-    failure = classify(spec.source, status, body)
-    if failure is None:
+    answer = classify(spec.source, status, response.headers, body)
+    if answer.outcome is Outcome.OK:
         return keep(spec, spec.targets[0], body, store, status)
-    outcome, error = failure
-    retry_after = asked_pause(spec.source, status, response.headers) if outcome is Outcome.THROTTLED else None
-    return Result(outcome, error, status, requests=1, retry_after=retry_after)
+    return Result(answer.outcome, answer.text, status, requests=1, retry_after=answer.retry_after)
 
 
 def _redirected(spec: FetchSpec, response: Any) -> Result:
@@ -6102,27 +5762,6 @@ def _redirected(spec: FetchSpec, response: Any) -> Result:
             Outcome.HTTP_ERROR, f"redirected to {parts.scheme}://{parts.hostname}, which is refused", status, requests=1
         )
     return Result(Outcome.RUNNING, None, status, requests=1, redirect=target)
-
-
-def classify(source: Source, status: int, body: bytes) -> tuple[Outcome, str] | None:
-    """Why an answer is no object, or None when it may be one."""
-    if status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000]):
-        return Outcome.NOT_YET, "HTTP 403: no such object"
-    if is_throttling(source, status):
-        return Outcome.THROTTLED, f"HTTP {status}: {excerpt(body)}"
-    document: Any = None
-    if source.error_when:
-        with contextlib.suppress(ValueError, RecursionError):
-            document = json.loads(body)
-    is_error = source.error_when is not None and document is not None and holds(source.error_when, {}, document)
-    code = document.get("code") if is_error and isinstance(document, dict) else None
-    if status in (404, 410) or (is_error and code in (404, "404")):
-        return Outcome.NOT_YET, f"HTTP {status}: {excerpt(body)}"
-    if is_error and status < 500:
-        return Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}"
-    if status != 200:
-        return Outcome.HTTP_ERROR, f"HTTP {status}: {excerpt(body)}"
-    return None
 
 
 # ---------------------------------------------------------------- Sessions
@@ -6166,7 +5805,7 @@ def limit(session: Any, source: str, config: str | os.PathLike[str] | None = Non
     limiter = shared_limiter(config)
     limiter.source(source)
 
-    def ask() -> contextlib.AbstractContextManager[Held]:
+    def ask() -> contextlib.AbstractContextManager[ActivePermit]:
         return limiter.permit(source, wait)
 
     for prefix, adapter in session.adapters.items():
@@ -6174,7 +5813,7 @@ def limit(session: Any, source: str, config: str | os.PathLike[str] | None = Non
     return session
 
 
-def _limited(adapter: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[Held]]) -> Any:
+def _limited(adapter: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]) -> Any:
     """An adapter whose every HTTP request has a permit."""
     import requests.adapters
 
@@ -6214,7 +5853,7 @@ def _limited(adapter: Any, source: str, ask: Callable[[], contextlib.AbstractCon
     return LimitedAdapter()
 
 
-def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[Held]]) -> None:
+def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]) -> None:
     """urllib3 retries and redirects inside one call; this is the place where each of its requests passes."""
     import urllib3
 
@@ -6524,8 +6163,6 @@ def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
                 return [found]
         if spec.dataset.command or spec.dataset.call:
             return run_command(spec, store, clock)
-        if not spec.url:
-            return [Result(Outcome.ERROR, "its fields are those of an older adce.yaml, see `reconcile`")]
         return [request(spec, store, clock)]
     except StoreError as error:
         return [_refused(error)] * len(spec.targets)
@@ -6693,6 +6330,7 @@ CALENDAR = """
     where c.state in ('present', 'missing', 'stale', 'suspect') and c.objects > 0 and o.day between :first and :last
     group by d.dataset, o.day
 """
+EXPECTED = "state in ('present', 'missing', 'stale', 'suspect')"
 COVERAGE_BY_DATASET = """
     select source, dataset, sum(expected) as expected, sum(present) as present, sum(missing) as missing,
            sum(stale) as stale, sum(suspect) as suspect, sum(gave_up) as gave_up,
@@ -6772,27 +6410,26 @@ def by_scraper(attempts: Rows, scrapers: Mapping[str, str]) -> Rows:
 
 QUEUE_BY_PRIORITY = """
     select priority,
-           coalesce(sum(tasks) filter (where state = 'pending'), 0) as pending,
-           coalesce(sum(tasks) filter (where state = 'retry'), 0) as retry,
-           coalesce(sum(tasks) filter (where state = 'running'), 0) as running,
-           coalesce(sum(tasks) filter (where state = 'gave_up'), 0) as gave_up,
+           sum(iif(task = 'pending', objects, 0)) as pending,
+           sum(iif(task = 'retry', objects, 0)) as retry,
+           sum(iif(task = 'running', objects, 0)) as running,
+           sum(iif(task = 'gave_up', objects, 0)) as gave_up,
            round((unixepoch() - (
-               select min(detected_at)
-               from tasks t
-               where t.priority = c.priority and t.state in ('pending', 'retry', 'running', 'gave_up'))) / 3600.0, 2
-           ) as oldest_hours
-    from task_counts c
+               select min(detected_at) from objects o where o.priority = c.priority and o.task is not null
+           )) / 3600.0, 2) as oldest_hours
+    from counts c
+    where task != ''
     group by priority
-    having oldest_hours is not null
-    order by min(case priority when 'CRITICAL' then 1 when 'HIGH' then 2 when 'MEDIUM' then 3 else 4 end)
+    having sum(objects) > 0
+    order by min(instr('CRITICAL HIGH MEDIUM LOW', priority))
 """
 GAPS_BY_REASON = """
     with reasons as (
-        select t.dataset_id, o.state as kind, t.state as task, count(*) as objects,
-               coalesce(max(t.last_error), max(o.reason)) as example, min(o.since) as oldest
-        from tasks t cross join objects o using (object_id)
-        where t.state in ('pending', 'retry', 'running', 'gave_up')
-        group by t.dataset_id, o.state, t.state, substr(coalesce(t.last_error, o.reason), 1, 24)
+        select dataset_id, state as kind, task, count(*) as objects,
+               coalesce(max(last_error), max(reason)) as example, min(since) as oldest
+        from objects indexed by objects_by_age
+        where task is not null
+        group by dataset_id, state, task, substr(coalesce(last_error, reason), 1, 24)
     )
     select dataset, kind, task, objects, example, strftime('%Y-%m-%dT%H:%M:%SZ', oldest, 'unixepoch') as oldest
     from reasons join datasets using (dataset_id)
@@ -6803,7 +6440,7 @@ ATTEMPTS_BY_OUTCOME = """
     select d.dataset, a.outcome, count(*) as attempts, sum(a.requests) as requests,
            round(avg(a.seconds), 3) as mean_seconds, round(max(a.seconds), 3) as longest, sum(a.bytes) as bytes
     from attempts a
-    join tasks t using (task_id)
+    join objects o using (object_id)
     join datasets d using (dataset_id)
     where a.started_at >= :since
     group by d.dataset, a.outcome
@@ -6812,10 +6449,10 @@ ATTEMPTS_BY_OUTCOME = """
 ATTEMPTS_BY_DATASET = """
     with ended as (
         select d.source, d.dataset, a.outcome, a.seconds, a.requests, a.bytes,
-               row_number() over (partition by t.dataset_id order by a.seconds) as place,
-               count(*) over (partition by t.dataset_id) as attempts
+               row_number() over (partition by o.dataset_id order by a.seconds) as place,
+               count(*) over (partition by o.dataset_id) as attempts
         from attempts a
-        join tasks t using (task_id)
+        join objects o using (object_id)
         join datasets d using (dataset_id)
         where a.started_at >= :since and a.outcome != 'running'
     )
@@ -6852,11 +6489,11 @@ RATES = """
 # how long the tasks of each source take at its limits, with a request for each
 WAITING_BY_SOURCE = """
     with waiting as (
-        select source, sum(tasks) as tasks
-        from task_counts join datasets using (dataset_id)
-        where state = 'pending' and active
+        select source, sum(objects) as tasks
+        from counts join datasets using (dataset_id)
+        where task = 'pending' and active
         group by source
-        having sum(tasks) > 0
+        having sum(objects) > 0
     )
     select source, tasks, round(max(tasks * window_seconds / max_requests) / 60, 1) as least_minutes
     from waiting left join windows on scope = source
@@ -6867,9 +6504,9 @@ WAITING_BY_SOURCE = """
 def next_steps(database: Database) -> list[str]:
     """Commands that answer the questions which the figures raise."""
     steps = []
-    if database.value("select 1 from tasks where state = 'gave_up' limit 1"):
+    if database.value("select 1 from counts where task = 'gave_up' and objects > 0 limit 1"):
         steps.append("adce.py tasks --state gave_up     what gave up, and why")
-    if database.value("select 1 from objects where state in ('missing', 'stale', 'suspect') limit 1"):
+    if database.value("select 1 from counts where task != '' and objects > 0 limit 1"):
         steps.append("adce.py plan                      what the next run would do")
     if database.value("select error from cycles order by cycle_id desc limit 1"):
         steps.append("adce.py check                     is everything in order?")
@@ -6908,20 +6545,18 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
 def status_sections(database: Database, configuration: Configuration, lock: RunnerLock, now: float) -> list[Section]:
     """In one screen: is it running, is the lake complete, what is under way, which sources can be asked."""
     cycle = query(database, "select * from cycles order by cycle_id desc limit 1")
-    counts = query(
-        database, "select state, sum(objects) as n from counts where state not in ('awaited', 'dropped') group by state"
-    )
+    counts = query(database, f"select state, sum(objects) as n from counts where {EXPECTED} group by state")  # noqa: S608
     by_state = {row["state"]: row["n"] for row in counts}
     tasks = query(
         database,
         """
-        select coalesce(sum(tasks) filter (where state = 'pending'), 0) as pending,
-               coalesce(sum(tasks) filter (where state = 'running'), 0) as running,
-               coalesce(sum(tasks) filter (where state = 'retry'), 0) as retry,
-               coalesce(sum(tasks) filter (where state = 'gave_up'), 0) as gave_up,
+        select coalesce(sum(iif(task = 'pending', objects, 0)), 0) as pending,
+               coalesce(sum(iif(task = 'running', objects, 0)), 0) as running,
+               coalesce(sum(iif(task = 'retry', objects, 0)), 0) as retry,
+               coalesce(sum(iif(task = 'gave_up', objects, 0)), 0) as gave_up,
                (select strftime('%Y-%m-%dT%H:%M:%SZ', min(next_at), 'unixepoch')
-                from tasks where state = 'retry') as next_retry
-        from task_counts
+                from objects where task = 'retry' and next_at is not null) as next_retry
+        from counts
         """,
     )
     expected = sum(by_state.values())
@@ -6970,28 +6605,28 @@ def tasks_sections(database: Database, filters: Mapping[str, str | None], most: 
 def task_sections(database: Database, task_id: int) -> list[Section]:
     """One task with all that is known of it. Raises Error when there is none."""
     sql = """
-        select t.task_id, t.state, t.priority, d.source, d.dataset, o.key, o.state as object, o.reason, o.fields,
-               strftime('%Y-%m-%dT%H:%M:%SZ', t.detected_at, 'unixepoch') as detected_at,
-               round(t.rank + t.slope * unixepoch() / 3600.0 + d.bonus, 2) as score,
-               t.gap_size, t.attempts, t.failures,
-               strftime('%Y-%m-%dT%H:%M:%SZ', t.next_at, 'unixepoch') as next_at,
-               strftime('%Y-%m-%dT%H:%M:%SZ', t.closed_at, 'unixepoch') as closed_at,
-               t.last_error, o.size, o.etag
-        from tasks t join datasets d using (dataset_id) join objects o using (object_id)
-        where t.task_id = ?
+        select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
+               o.state as object, coalesce(o.skipped, o.reason) as reason, o.fields,
+               strftime('%Y-%m-%dT%H:%M:%SZ', o.detected_at, 'unixepoch') as detected_at,
+               iif(o.task is null, null, round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 2)) as score,
+               o.gap_size, o.attempts, o.failures,
+               strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as next_at,
+               o.last_error, o.size, o.etag
+        from objects o join datasets d using (dataset_id)
+        where o.object_id = ?
     """
     rows = query(database, sql, (task_id,))
     if not rows:
         raise Error(f"there is no task {task_id}", "see: adce.py tasks")
     attempts = """
-        select attempt_id, started_at, seconds, outcome, http_status, bytes, error
+        select attempt_id, started_at, seconds, outcome, http_status, bytes, url, error
         from recent_attempts where task_id = ?
     """
     output = query(
         database,
         """
         select attempt_id, output from attempts
-        where task_id = ? and output is not null
+        where object_id = ? and output is not null
         order by attempt_id desc limit 1
         """,
         (task_id,),
@@ -7078,33 +6713,32 @@ th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; bo
 """
 QUEUE_HEAD = """
     -- the score in its parts: what it was when the gap was found, what it has gained by age, and its dataset's bonus
-    select o.key, t.priority, d.source,
-           round(t.rank + t.slope * t.detected_at / 3600.0, 1) as at_first,
-           round(t.slope * (unixepoch() - t.detected_at) / 3600.0, 1) as for_age,
+    select o.key, o.priority, d.source,
+           round(o.rank + o.slope * o.detected_at / 3600.0, 1) as at_first,
+           round(o.slope * (unixepoch() - o.detected_at) / 3600.0, 1) as for_age,
            round(d.bonus, 1) as for_reliability,
-           round(t.rank + t.slope * unixepoch() / 3600.0 + d.bonus, 1) as score,
-           coalesce(t.last_error, o.reason, o.state) as reason
+           round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 1) as score,
+           coalesce(o.last_error, o.reason, o.state) as reason
     from datasets d
-    join tasks t on t.task_id in (
-        select task_id from tasks
-        where dataset_id = d.dataset_id and state = 'pending'
-        order by rank desc, task_id
+    join objects o on o.object_id in (
+        select object_id from objects
+        where dataset_id = d.dataset_id and task = 'pending'
+        order by rank desc, object_id
         limit 10)
-    join objects o using (object_id)
     where d.active
     order by score desc
     limit 10
 """
 RUNNING = """
-    select o.key, d.source, t.attempts as attempt,
+    select o.key, d.source, o.attempts as attempt,
            round(max(0, (julianday('now') - 2440587.5) * 86400 - a.started_at), 1) as seconds
-    from attempts a join tasks t using (attempt_id) join datasets d using (dataset_id) join objects o using (object_id)
-    where a.outcome = 'running'
+    from objects o join attempts a using (attempt_id) join datasets d using (dataset_id)
+    where o.task = 'running'
 """
 PRIORITIES = """
-    select priority, sum(tasks) as open
-    from task_counts
-    where state in ('pending', 'retry', 'running', 'gave_up')
+    select priority, sum(objects) as open
+    from counts
+    where task != ''
     group by priority
     having open > 0
 """
@@ -7256,7 +6890,7 @@ METRICS = (
         """
         select dataset, state, sum(objects) as value
         from counts join datasets using (dataset_id)
-        where state not in ('awaited', 'dropped')
+        where state in ('present', 'missing', 'stale', 'suspect')
         group by dataset, state
         having value > 0
         """,
@@ -7266,10 +6900,10 @@ METRICS = (
         "gauge",
         "Open tasks.",
         """
-        select dataset, state, sum(tasks) as value
-        from task_counts join datasets using (dataset_id)
-        where state in ('pending', 'retry', 'running', 'gave_up')
-        group by dataset, state
+        select dataset, task as state, sum(objects) as value
+        from counts join datasets using (dataset_id)
+        where task != ''
+        group by dataset, task
         having value > 0
         """,
     ),
@@ -7322,7 +6956,7 @@ METRICS = (
         "When a paused source may be asked again.",
         """
         select scope, paused_until + wall_offset as value
-        from scopes, boot
+        from scopes, facts
         where paused_until + wall_offset > unixepoch()
         """,
     ),
@@ -7378,7 +7012,7 @@ def problems(
         reason = database.value(
             "select reason from rates where scope = 'global' and glob(?, reason)", (f"{STORE_TROUBLE}*",)
         )
-        fails = database.value("select value from settings where name = ?", (STORE_FAILS,))
+        fails = database.value("select store_error from facts")
         store = open_store(configuration.store)
         if isinstance(store, FolderStore) and is_store_known(database, configuration):
             store.require_mark()
@@ -7395,11 +7029,11 @@ def problems(
 
 
 OPEN_BY_SOURCE = """
-    select source, sum(tasks) as tasks
-    from task_counts join datasets using (dataset_id)
-    where state in ('pending', 'retry', 'running', 'gave_up') and active
+    select source, sum(objects) as tasks
+    from counts join datasets using (dataset_id)
+    where task != '' and active
     group by source
-    having sum(tasks) > 0
+    having sum(objects) > 0
 """
 
 
@@ -7687,7 +7321,7 @@ def announce_cycle(journal: Journal, database: Database) -> None:
     )
 
 
-def announce_progress(journal: Journal, database: Database, configuration: Configuration) -> None:
+def announce_progress(journal: Journal, database: Database) -> None:
     """One line for a cycle that takes long: what it has looked for, and what it has still to read."""
     rows = database.read(
         "select cycle_id, looked, started_at from reconciliations where seconds is null and started_at <= ?",
@@ -7696,19 +7330,7 @@ def announce_progress(journal: Journal, database: Database, configuration: Confi
     for cycle_id, looked, started_at in rows[-1:]:
         known = _known_objects(database)
         left = _seconds_left(looked, known, journal.clock.wall() - started_at)
-        readers = [
-            dataset.name
-            for dataset in configuration.datasets.values()
-            if configuration.children_of(dataset.name) or dataset.freshness.until or dataset.freshness.live
-        ]
-        to_read = database.value(
-            """
-            select count(*)
-            from objects join datasets using (dataset_id)
-            where etag is not read_etag and etag is not null and dataset in (select value from json_each(?))
-            """,
-            (json.dumps(readers),),
-        )
+        to_read = database.value("select count(*) from objects where etag is not read_etag and etag is not null")
         journal.write(
             "INFO",
             "progress",
@@ -7750,9 +7372,9 @@ def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attemp
 
 def status_line(database: Database) -> str:
     """How things are, in a line for the service manager."""
-    rows = database.read("select state, sum(objects) from counts where state not in ('awaited', 'dropped') group by 1")
+    rows = database.read(f"select state, sum(objects) from counts where {EXPECTED} group by 1")  # noqa: S608
     counts = {row[0]: row[1] for row in rows if row[1]}
-    running = database.value("select coalesce(sum(tasks), 0) from task_counts where state = 'running'")
+    running = database.value("select coalesce(sum(objects), 0) from counts where task = 'running'")
     gaps = ", ".join(f"{counts[gap]} {gap}" for gap in GAPS if gap in counts)
     return (
         f"{counts.get('present', 0)} of {sum(counts.values())} objects{', ' if gaps else ''}{gaps}, {running} running"
@@ -7849,9 +7471,9 @@ def _tasks_now(database: Database, now: float) -> str:
     """How many are open, how many ended in the last minute, and how long they last at that rate."""
     begun = database.value("select started_at from runner") or 0
     span = min(MINUTE, max(1, now - begun))
-    ended = database.value("select count(*) from tasks where closed_at > ?", (now - span,))
+    ended = database.value("select count(*) from attempts where outcome = 'ok' and started_at > ?", (now - span,))
     waiting = database.value(
-        "select coalesce(sum(tasks), 0) from task_counts where state in ('pending', 'retry', 'running')"
+        "select coalesce(sum(objects), 0) from counts where task in ('pending', 'retry', 'running')"
     )
     rate = f", {ended:,} ended in the last {'minute' if span == MINUTE else format_duration(span)}" if ended else ""
     return f"{waiting:,} open{rate}" + (
@@ -7864,6 +7486,7 @@ def _tasks_now(database: Database, now: float) -> str:
 # is told by that alone. Headline: CONDITIONS.
 
 BLOCKED_PAUSES, BLOCKED_SECONDS = 3, 30 * MINUTE  # in a row, or so long: then a source is blocked
+DROPPED_OBJECTS, DROPPED_PERCENT = 100, 10  # more than both in one cycle
 LAST_ATTEMPTS, FEW_ATTEMPTS = 200, 20  # whose errors count, and how few tell nothing
 # what a blocked source has held up counts from the end of that
 BLOCKS = """
@@ -7879,21 +7502,21 @@ CONDITIONS = {
     "source blocked": """
         select scope as about, 'left alone until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset,
                'unixepoch') || ': ' || reason as text
-        from scopes, boot
+        from scopes, facts
         where scope != 'global'
           and (throttles >= :blocked_pauses or (throttles > 0 and paused_for >= :blocked_seconds))
     """,
     "gave up": """
         select dataset as about, count(*) || ' objects gave up, the last error was: ' || max(last_error) as text
-        from tasks join datasets using (dataset_id)
-        where state = 'gave_up'
+        from objects join datasets using (dataset_id)
+        where task = 'gave_up'
         group by dataset
     """,
     "critical gap": """
         select dataset as about, 'a CRITICAL object has been missing since '
                || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text
-        from tasks indexed by open_tasks join datasets using (dataset_id) left join blocks using (source)
-        where priority = 'CRITICAL' and state in ('pending', 'retry', 'running', 'gave_up') and state != 'gave_up'
+        from objects indexed by objects_by_age join datasets using (dataset_id) left join blocks using (source)
+        where priority = 'CRITICAL' and task is not null and task != 'gave_up'
           and detected_at < :now - :critical_gap_seconds
           and coalesce(over_at, 0) < :now - :critical_gap_seconds
         group by dataset
@@ -7904,7 +7527,7 @@ CONDITIONS = {
             select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
                    a.attempt_id > (select max(attempt_id) from attempts) - :few_attempts as is_late
             from attempts a
-            join tasks using (task_id)
+            join objects using (object_id)
             join datasets using (dataset_id)
             join scopes s on s.scope = source and s.failures = 0 and s.throttles = 0  -- else it may be away
             left join blocks using (source)
@@ -7922,16 +7545,16 @@ CONDITIONS = {
         )
         cross join datasets d
         join scopes on scope = d.source
-        join boot
+        join facts
         left join blocks using (source)
         where cycles = :quiet_cycles and coalesce(over_at, 0) < began
           and max(paused_until, (select paused_until from scopes where scope = 'global')) + wall_offset < began
           -- what waits for its time alone, such as a day that is not final, has not failed
-          and (exists (select 1 from tasks t
-                       where t.dataset_id = d.dataset_id and t.state = 'pending' and t.detected_at < began)
-               or exists (select 1 from tasks t
-                          where t.dataset_id = d.dataset_id and t.state = 'retry' and t.failures > 0
-                            and t.detected_at < began))
+          and (exists (select 1 from objects o
+                       where o.dataset_id = d.dataset_id and o.task = 'pending' and o.detected_at < began)
+               or exists (select 1 from objects o
+                          where o.dataset_id = d.dataset_id and o.task = 'retry' and o.failures > 0
+                            and o.detected_at < began))
           and not exists (
               select 1 from attempts
               where outcome = 'ok' and started_at + seconds > began
@@ -7942,6 +7565,12 @@ CONDITIONS = {
         select 'lake' as about, error as text
         from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
         where instr(error, :vanished)
+    """,
+    "expected objects shrank": """
+        select 'lake' as about, dropped || ' of ' || (expected + dropped) || ' objects are no longer expected; if '
+               || 'that is a mistake in adce.yaml, correct it: the next cycle expects them again' as text
+        from (select * from reconciliations where seconds is not null order by cycle_id desc limit 1)
+        where dropped > :dropped_objects and dropped * 100 > (expected + dropped) * :dropped_percent
     """,
     "cycles fail": """
         select 'lake' as about, max(error) as text
@@ -8017,6 +7646,8 @@ class Alerter:
             "last_attempts": LAST_ATTEMPTS,
             "few_attempts": FEW_ATTEMPTS,
             "vanished": VANISHED,
+            "dropped_objects": DROPPED_OBJECTS,
+            "dropped_percent": DROPPED_PERCENT,
         }
         troubles = problems(self.database, self.configuration, now, self.started_at, self.journal.trouble)
         found = {(name, "runner"): text for name, text in troubles.items()}
@@ -8116,15 +7747,15 @@ class Alerter:
         rows = self.database.read(
             "select * from reconciliations where seconds is not null order by cycle_id desc limit 1"
         )
-        told = self.database.value("select value from settings where name = 'cycle told'")
-        if not rows or str(rows[0]["cycle_id"]) == told or not (self.wishes.ping or self.wishes.cloudwatch):
+        sent = self.database.value("select cycle_sent from facts")
+        if not rows or rows[0]["cycle_id"] == sent or not (self.wishes.ping or self.wishes.cloudwatch):
             return
         if self.wishes.cloudwatch:
             self._try("cloudwatch", functools.partial(put_metrics, self.wishes.cloudwatch, self.database, rows[0]))
         if self.wishes.ping and rows[0]["error"] is None:
             self._try("ping", functools.partial(_http, "GET", self.wishes.ping))
         with self.database.transaction(durable=False) as sql:
-            sql.execute("insert or replace into settings values ('cycle told', ?)", (str(rows[0]["cycle_id"]),))
+            sql.execute("update facts set cycle_sent = ?", (rows[0]["cycle_id"],))
 
     def _try(self, channel: str, send: Callable[[], None]) -> str | None:
         """Use a channel. Returns what went wrong, which is kept until it works again."""
@@ -8222,34 +7853,34 @@ def put_metrics(namespace: str, database: Database, cycle: sqlite3.Row) -> None:
     _aws_client("cloudwatch").put_metric_data(Namespace=namespace, MetricData=metrics)
 
 
-# ---------------------------------------------------------------- Interventions
-# What a person changes by hand, also while the runner works: it finds it in the database. Headlines:
+# ---------------------------------------------------------------- Operator actions
+# Changes that an operator makes, also while the runner works: it finds them in the database. Headlines:
 # pause_source(), resume_source(), retry_tasks(), skip_tasks().
 
 UNTIL_RESUMED = 3650 * DAY
-BY_HAND = "by hand"
+BY_OPERATOR = "by hand"
 
 
 def pause_source(sql: sqlite3.Connection, scope: str, seconds: float | None, reason: str, now: float) -> None:
-    """Leave a source alone for some seconds, or until it is resumed, instead of an earlier pause by hand. A longer one
-    that the source has caused stays."""
+    """Pause a source for some seconds, or until it is resumed, in place of an earlier pause by the operator. A longer
+    one that the source has caused stays."""
     is_endless = seconds is None or seconds >= UNTIL_RESUMED
-    told = f"{BY_HAND}{', until it is resumed' * is_endless}" + (f": {reason}" if reason else "")
-    sql.execute("update scopes set paused_until = 0 where scope = ? and reason glob ?", (scope, f"{BY_HAND}*"))
-    pause(sql, scope, UNTIL_RESUMED if seconds is None or is_endless else seconds, told, now)
+    text = f"{BY_OPERATOR}{', until it is resumed' * is_endless}" + (f": {reason}" if reason else "")
+    sql.execute("update scopes set paused_until = 0 where scope = ? and reason glob ?", (scope, f"{BY_OPERATOR}*"))
+    pause(sql, scope, UNTIL_RESUMED if seconds is None or is_endless else seconds, text, now)
 
 
 def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool, int]:
-    """Lift a pause, whoever asked for it, and try again at once what has failed and not given up. Returns whether there
-    was a pause, and how many tasks that are."""
+    """End a pause, whatever its cause, and retry at once what has failed and not given up. Returns whether there was a
+    pause, and the number of tasks."""
     was_paused = sql.execute("select paused_until > ? from scopes where scope = ?", (now, scope)).fetchone()[0]
     sql.execute(
         "update scopes set paused_until = 0, reason = null, failures = 0, throttles = 0 where scope = ?", (scope,)
     )
     woken = sql.execute(
         """
-        update tasks set state = 'pending', next_at = null
-        where state = 'retry' and last_error is not null
+        update objects set task = 'pending', next_at = null
+        where task = 'retry' and last_error is not null
           and dataset_id in (select dataset_id from datasets where :scope in (source, 'global'))
         """,
         {"scope": scope},
@@ -8258,79 +7889,62 @@ def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool
 
 
 def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]) -> list[int]:
-    """The tasks that wait or gave up and meet the filters; those that were skipped only by their ids."""
+    """The tasks that wait or gave up and match the filters; skipped ones only by their ids."""
     rows = database.read(
         """
-        select t.task_id
-        from tasks t
+        select o.object_id
+        from objects o
         join datasets d using (dataset_id)
-        join objects o using (object_id)
-        where (
-              t.state in ('retry', 'gave_up')
-              or (t.state = 'cancelled' and o.skipped is not null and :has_ids))
-          and (not :has_ids or t.task_id in (select value from json_each(:ids)))
-          and (:state is null or t.state = :state)
+        where (o.task in ('retry', 'gave_up') or (o.task is null and o.skipped is not null and :has_ids))
+          and (not :has_ids or o.object_id in (select value from json_each(:ids)))
+          and (:state is null or o.task = :state)
           and (:source is null or d.source = :source)
           and (:dataset is null or d.dataset = :dataset)
-          and (:error is null or instr(lower(t.last_error), lower(:error)))
-        order by t.task_id
+          and (:error is null or instr(lower(o.last_error), lower(:error)))
+        order by o.object_id
         """,
         {**filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
     )
-    return [row["task_id"] for row in rows]
+    return [row[0] for row in rows]
 
 
 def rows_of_tasks(database: Database, task_ids: Sequence[int]) -> Rows:
-    """What to show of some tasks."""
+    """The columns shown for some tasks."""
     sql = """
-        select t.task_id, t.state, t.priority, d.source, d.dataset, o.key, t.attempts, t.last_error
-        from tasks t join datasets d using (dataset_id) join objects o using (object_id)
-        where t.task_id in (select value from json_each(?))
-        order by t.task_id
+        select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
+               o.attempts, o.last_error
+        from objects o join datasets d using (dataset_id)
+        where o.object_id in (select value from json_each(?))
+        order by o.object_id
     """
     return query(database, sql, (json.dumps(task_ids),))
 
 
 def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
-    """Try tasks again at once, with all their attempts before them; want again what was skipped. Returns how many."""
+    """Retry tasks at once, with all their attempts before them; include skipped objects again. Returns how many."""
     ids = json.dumps(list(task_ids))
     woken = """
-        update tasks set state = 'pending', next_at = null, failures = 0
-        where state in ('retry', 'gave_up') and task_id in (select value from json_each(?))
+        update objects set task = 'pending', next_at = null, failures = 0
+        where task in ('retry', 'gave_up') and object_id in (select value from json_each(?))
     """
     count = ledger.sql.execute(woken, (ids,)).rowcount
-    skipped = """
-        skipped is not null and object_id in (
-            select object_id from tasks where task_id in (select value from json_each(:ids)))
-    """
-    reopened = """
-        update tasks set state = 'pending', closed_at = null, failures = 0
-        where task_id = (select max(task_id) from tasks where object_id = ?) and state = 'cancelled'
-    """
-    for known in ledger.objects(skipped, {"ids": ids}):
+    skipped = "o.skipped is not null and o.object_id in (select value from json_each(:ids))"
+    for row in ledger.objects(skipped, {"ids": ids}):
         count += 1
-        if known.reason is None:  # not expected now, but wanted when it is
-            ledger.sql.execute("update objects set skipped = null where object_id = ?", (known.object_id,))
-            continue
-        ledger.sql.execute(reopened, (known.object_id,))
-        if ledger.note(known, dataclasses.replace(known.facts, skipped=None)).state not in GAPS:
-            ledger.close_task(known.object_id, TaskState.CANCELLED)
+        if row.state == ObjectState.DROPPED:  # not expected now, but included when it is
+            ledger.write([row._replace(skipped=None)])
+        else:  # its task has kept its age
+            task = row.task or (TaskState.PENDING if row.detected_at else None)
+            ledger.note(row._replace(task=task, failures=0), skipped=None)
     return count
 
 
 def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int]:
-    """Want the objects of open tasks no more, until they are retried. Returns which tasks were open."""
-    are_open = """
-        select task_id, object_id
-        from tasks t join objects o using (object_id)
-        where t.state in ('pending', 'retry', 'running', 'gave_up') and o.state != 'dropped'
-          and task_id in (select value from json_each(?))
-    """
-    found = dict(ledger.sql.execute(are_open, (json.dumps(list(task_ids)),)).fetchall())
-    is_theirs = "object_id in (select value from json_each(:ids))"
-    for known in ledger.objects(is_theirs, {"ids": json.dumps(list(found.values()))}):
-        ledger.note(known, dataclasses.replace(known.facts, skipped=reason))
-    return list(found)
+    """Exclude the objects of open tasks until they are retried. Returns which tasks were open."""
+    rows = [row for row in ledger.some(task_ids) if row.task is not None and row.skipped is None]
+    for row in rows:
+        ledger.note(row, skipped=reason)
+    return [row.object_id for row in rows]
 
 
 # ---------------------------------------------------------------- Workers
@@ -8355,7 +7969,7 @@ class Workers:
 
     def free(self) -> int:
         """How many have nothing to do, and may have."""
-        if any(execution.claimed.is_alone for execution in self.running.values()):
+        if any(execution.claimed.runs_exclusively for execution in self.running.values()):
             return 0
         return self.count - len(self.running)
 
@@ -8458,25 +8072,6 @@ def register_runner(sql: sqlite3.Connection, presence: Presence, now: float) -> 
     )
 
 
-def ask_for_cycle(sql: sqlite3.Connection, orders: Orders, now: float) -> int:
-    """Ask the runner for a cycle. Returns the number of the order."""
-    order = "insert into orders (asked_at, is_full, may_lose) values (?, ?, ?)"
-    may_lose = json.dumps(sorted(orders.may_lose))
-    return cast(int, sql.execute(order, (int(now), orders.is_full, may_lose)).lastrowid)
-
-
-def next_orders(database: Database) -> Orders | None:
-    """What others have asked for since the last cycle began, in one."""
-    rows = database.read("select order_id, is_full, may_lose from orders where cycle_id is null")
-    if not rows:
-        return None
-    return Orders(
-        is_full=any(row["is_full"] for row in rows),
-        may_lose=frozenset(name for row in rows for name in json.loads(row["may_lose"])),
-        order_id=max(row["order_id"] for row in rows),
-    )
-
-
 # ---------------------------------------------------------------- Runner
 # Keeps going until told to stop. The main thread makes every decision (claim, finish, reconcile) and is
 # the only writer; workers run fetch() on plain data; health threads only read. It sleeps until the next
@@ -8496,7 +8091,7 @@ class Runner:
     ) -> None:
         self.configuration, self.database, self.store, self.journal = configuration, database, store, journal
         self.clock = clock or journal.clock
-        self.dice = random.Random()  # noqa: S311  # spreads retries, guards nothing
+        self.rng = random.Random()  # noqa: S311  # spreads retries, guards nothing
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.workers = Workers(configuration, store, self.clock, lambda: self.wakeups.put("finished"))
         self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
@@ -8506,9 +8101,9 @@ class Runner:
         self.steps: Iterator[int] | None = None
         self.cycle_id: int | None = None
         self.next_cycle_at = self.next_beat_at = -math.inf
-        self.orders, self.stop_at = Orders(), math.inf
+        self.options, self.stop_at = CycleOptions(), math.inf
         self.stop_reason: str | None = None
-        self.once = self.in_line = self.cycle_waits = False
+        self.once = self.is_waiting = self.cycle_waits = False
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end; safe from a signal handler and from other threads."""
@@ -8521,11 +8116,10 @@ class Runner:
         *,
         once: bool = False,
         max_seconds: float = math.inf,
-        orders: Orders = Orders(),
         presence: Presence = Presence(),
     ) -> ExitCode:
         """Work until stopped. With `once`: one cycle, then one attempt at every open task."""
-        self.once, self.orders, self.stop_at = once, orders, self.clock.boot() + max_seconds
+        self.once, self.stop_at = once, self.clock.boot() + max_seconds
         self._start(presence)
         try:
             while not self.stop_reason:
@@ -8547,7 +8141,7 @@ class Runner:
         trouble = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
         if trouble and trouble != STOPPED_EARLY:
             return ExitCode.ERROR
-        left = self.database.value("select count(*) from objects where state in ('missing', 'stale', 'suspect')")
+        left = self.database.value("select sum(objects) from counts where state in ('missing', 'stale', 'suspect')")
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
 
     def _start(self, presence: Presence) -> None:
@@ -8562,8 +8156,8 @@ class Runner:
         now = self.clock.wall()
         with self.database.transaction() as sql:
             declare_limits(sql, self.configuration, self.clock)
-            declare_datasets(sql, self.configuration, now, consents=self.orders.may_drop)
-            orphans = requeue_orphans(sql, self.configuration.retry, now)
+            declare_datasets(sql, self.configuration)
+            orphans = requeue_orphans(sql, self.configuration.retry)
             register_runner(sql, presence, now)
         self.journal.write(
             "INFO",
@@ -8585,33 +8179,29 @@ class Runner:
         return end_processes(str(self.configuration.database.resolve()))
 
     def _turn(self) -> None:
-        """One turn of the main loop."""
-        self._collect()
+        """One turn of the main loop. All that has finished and all that is claimed is one transaction."""
         self._advance_cycle()
-        openings = self._dispatch()
+        openings = self._work(may_claim=self.steps is None or not self.once)
         self._beat()
         wait = self._seconds_to_next_event(openings)
         is_idle = self.steps is None and not (self.workers.running or self.unrecorded)
         if self.clock.boot() >= self.stop_at:
             self.stop("its time was up")
         elif self.once and is_idle and all(opening.is_pause for opening in openings.values()):
-            self.stop("what is left belongs to paused sources" if openings else "all was attempted")
+            self.stop("the rest belongs to paused sources" if openings else "every task was attempted")
         if not self.stop_reason:
             self.clock.wait(self.wakeups, wait, self.database.has_news)
 
     def _advance_cycle(self) -> None:
         """Begin a cycle when it is time, or do the next step of the one that runs."""
         now = self.clock.boot()
-        asked = None if self.steps else next_orders(self.database)
-        if self.steps is None and (asked or now >= self.next_cycle_at):
+        if self.steps is None:
+            is_wanted = self.database.value("select wanted_cycle is not null from facts")
+            if not is_wanted and now < self.next_cycle_at:
+                return
             self.next_cycle_at = math.inf if self.once else now + self.configuration.interval_seconds
             ahead = ReadAhead(self.listers, lambda: self.wakeups.put("page"))
-            orders = dataclasses.replace(asked, may_drop=self.orders.may_drop) if asked else self.orders
-            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, orders, ahead)
-        if self.steps is None:
-            while not self.once and note_due_objects(self.database, self.configuration, self.clock):
-                pass  # once: what gets old while others are fetched is for the next run, or this would never end
-            return
+            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, self.options, ahead)
         try:
             step = next(self.steps)
             self.cycle_id, self.cycle_waits = step or self.cycle_id, step == 0
@@ -8619,101 +8209,111 @@ class Runner:
             self.steps, self.next_cycle_at = None, now
             raise
         except StopIteration:
-            self.steps = None
+            self.steps, self.cycle_waits = None, False
             announce_cycle(self.journal, self.database)
             if self.once:
                 with self.database.transaction() as sql:
-                    wake_retries(sql, sys.maxsize)
+                    while wake_retries(sql, sys.maxsize) >= PAGE:
+                        pass
 
-    def _dispatch(self) -> dict[str, Opening]:
-        """Give every free worker the best thing to do. Returns what the sources wait for, if any worker is free."""
-        if self.steps is not None and (self.once or may_be_refused(self.database)):
-            return {}
-        awaited = self._dispatch_hops()
-        while self.workers.free() > 0:
-            busy = self.workers.at_work()
-            busy.update(execution.claimed.dataset.name for execution in self.hops)
-            with self.database.transaction() as sql:
-                if not self.once:
-                    wake_retries(sql, self.clock.wall())
-                claimed, openings = claim(sql, self.configuration, self.clock, busy, self.workers.free())
-            self.in_line = any(opens.at > self.clock.boot() for opens in openings.values())
-            if claimed is None:
-                return awaited | openings
-            self.workers.submit(Execution(claimed, specify(self.configuration, claimed)))
-        if self.in_line:  # nobody shall wait for one who has no worker free
-            self.in_line = False
-            with self.database.transaction(durable=False) as sql:
-                await_openings(sql, self.configuration, {}, self.clock.boot())
-        return {}
-
-    def _dispatch_hops(self) -> dict[str, Opening]:
-        """A redirect is followed with a permit of its own, and holds no worker while it waits for that."""
-        awaited: dict[str, Opening] = {}
-        for execution in list(self.hops):
-            source, limiting = execution.claimed.source, self.configuration.rate_limiting
-            if self.workers.free() <= 0:
-                break
-            with self.database.transaction() as sql:
-                now = self.clock.boot()
-                opens = opening(sql, limiting, source.name, now, RUNNER)
-                if opens.at > now:
-                    awaited[source.name] = opens
-                    continue
-                granted = grant(sql, limiting, source.name, source.timeout_seconds, now)
-            self.hops.remove(execution)
-            spec = dataclasses.replace(execution.spec, send_before=granted.send_before)
-            self.workers.submit(Execution(dataclasses.replace(execution.claimed, permit=granted), spec))
-        return awaited
-
-    def _collect(self) -> None:
-        """Record what has finished. What the database will not take now is kept and tried again."""
+    def _work(self, *, may_claim: bool) -> dict[str, Opening]:
+        """Record what has finished and give every free worker the best task, in one transaction. Returns what the
+        sources wait for, if any worker is free. What the database does not take now is kept and recorded later."""
         self.unrecorded += self.workers.finished()
-        while self.unrecorded:
-            execution, results = self.unrecorded[0]
-            try:
-                self._record(execution, results)
-            except DatabaseError as error:
-                self.journal.tell_trouble(error)
-                return
-            del self.unrecorded[0]
+        if not (self.unrecorded or (may_claim and self.workers.free() > 0) or self.is_waiting):
+            return {}
+        log: list[Callable[[], None]] = []
+        hops, openings, begun = list(self.hops), dict[str, Opening](), list[Execution]()
+        with self.database.transaction() as sql:
+            for execution, results in self.unrecorded:
+                self._record(sql, execution, results, (hops, log))
+            if may_claim:
+                openings = self._claim(sql, hops, begun)
+            if openings or self.is_waiting:
+                now, seconds = self.clock.boot(), self.configuration.queue_check_seconds
+                self.is_waiting = keep_places(sql, openings, now, seconds)
+        self.unrecorded.clear()
+        self.hops = hops
+        for execution in begun:
+            self.workers.submit(execution)
+        for write in log:
+            write()
+        return openings
 
-    def _record(self, execution: Execution, results: list[Result]) -> None:
-        claimed, spec = execution.claimed, execution.spec
+    def _claim(self, sql: sqlite3.Connection, hops: list[Execution], begun: list[Execution]) -> dict[str, Opening]:
+        """Claim for every free worker: first the redirects that wait for permits of their own, then the best tasks."""
+        openings = dict[str, Opening]()
+        limiting, free = self.configuration.rate_limiting, self.workers.free()
+        for execution in list(hops):
+            source, now = execution.claimed.source, self.clock.boot()
+            opens = opening(sql, limiting, source.name, now, RUNNER)
+            if free <= len(begun) or opens.at > now:
+                openings |= {source.name: opens} if opens.at > now else {}
+                continue
+            granted = grant(sql, limiting, source.name, source.timeout_seconds, now)
+            hops.remove(execution)
+            spec = dataclasses.replace(execution.spec, send_before=granted.send_before)
+            begun.append(Execution(dataclasses.replace(execution.claimed, permit=granted), spec))
+        if not self.once:
+            wake_retries(sql, self.clock.wall())
+            if self.steps is None:  # else the cycle does that
+                appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
+        busy = self.workers.at_work()
+        busy.update(execution.claimed.dataset.name for execution in [*hops, *begun])
+        while free > len(begun) and not any(execution.claimed.runs_exclusively for execution in begun):
+            claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun))
+            if claimed is None:
+                return openings | waits
+            busy[claimed.dataset.name] += 1
+            begun.append(Execution(claimed, specify(self.configuration, claimed)))
+        return openings if free > len(begun) else {}
+
+    def _record(
+        self,
+        sql: sqlite3.Connection,
+        execution: Execution,
+        results: list[Result],
+        effects: tuple[list[Execution], list[Callable[[], None]]],
+    ) -> None:
+        """Record an execution that has finished. A redirect becomes a hop, which holds no worker while it waits for a
+        permit of its own. Log lines are written after the commit."""
+        (hops, log), claimed, spec = effects, execution.claimed, execution.spec
         if results[0].redirect and claimed.permit and not self.stop_reason:
-            with self.database.transaction() as sql:
-                release(sql, claimed.permit, self.clock.boot())
-            self.hops.append(
-                Execution(
-                    dataclasses.replace(claimed, permit=None),
-                    dataclasses.replace(spec, url=results[0].redirect, hops=spec.hops + 1),
-                )
-            )
+            release(sql, claimed.permit, self.clock.boot())
+            spec = dataclasses.replace(spec, url=results[0].redirect, hops=spec.hops + 1)
+            hops.append(Execution(dataclasses.replace(claimed, permit=None), spec))
             return
         results = [dataclasses.replace(result, requests=result.requests + spec.hops) for result in results]
         if results[0].redirect:
             results = [Result(Outcome.LOST, "stopped before the redirect was followed", requests=results[0].requests)]
-        with self.database.transaction() as sql:
-            ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
-            endings, pausing = finish(ledger, claimed, results, self.clock, self.dice)
+        ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
+        endings, pausing = finish(ledger, claimed, results, self.clock, self.rng)
         for problem in ledger.problems[:MOST_PROBLEMS]:
-            self.journal.write("WARN", "children", problem=problem)
-        for ending in endings:
-            announce_ending(self.journal, claimed, ending, self.configuration.retry.max_attempts)
+            log.append(functools.partial(self.journal.write, "WARN", "children", problem=problem))
+        most = self.configuration.retry.max_attempts
+        log += [functools.partial(announce_ending, self.journal, claimed, ending, most) for ending in endings]
         if pausing:
             until = utc_text(self.clock.wall() + pausing.seconds)
-            self.journal.write("WARN", "paused", source=pausing.source, until=until, reason=pausing.reason)
+            paused = {"source": pausing.source, "until": until, "reason": pausing.reason}
+            log.append(functools.partial(self.journal.write, "WARN", "paused", **paused))
+
+    def _collect(self) -> None:
+        """Record what has finished, if the database takes it now."""
+        try:
+            self._work(may_claim=False)
+        except DatabaseError as error:
+            self.journal.tell_trouble(error)
 
     def _beat(self) -> None:
         now = self.clock.boot()
         if now >= self.next_beat_at:
             self.next_beat_at = now + self.beat_seconds
             self.database.check_place()
-            announce_progress(self.journal, self.database, self.configuration)
+            announce_progress(self.journal, self.database)
             self.journal.tell_resumed(self.database)
             with self.database.transaction() as sql:
                 sql.execute("update runner set beat_at = ?", (int(self.clock.wall()),))
-                sql.execute("update boot set wall_offset = ?", (self.clock.wall() - now,))
+                sql.execute("update facts set wall_offset = ?", (self.clock.wall() - now,))
                 forget(sql, self.clock.wall() - self.configuration.retention_seconds)
             notify(*sign_of_life(), f"STATUS={status_line(self.database)}")
         self.journal.paint(self.workers.keys(), self.next_cycle_at)
@@ -8729,16 +8329,15 @@ class Runner:
             instants.append(self.journal.next_paint_at)
         if self.unrecorded:
             instants.append(now + 1)
-        due = retry = None
-        if self.steps is None and not self.once:  # else it is noted after the cycle
-            due = self.database.value("select min(due_at) from objects where due_at is not null")
-        if self.workers.free() and not self.once:  # else it is for the next who is
-            retry = self.database.value("select min(next_at) from tasks where state = 'retry'")
-        instants += [now + instant - wall for instant in (due, retry) if instant is not None]
+        if self.workers.free() and not self.once:  # else the next free worker looks
+            due = "select min(next_at) from objects where next_at is not null and (? or task = 'retry')"
+            next_at = self.database.value(due, (self.steps is None,))
+            instants += [] if next_at is None else [now + next_at - wall]
         return max(0.0, min(instants) - now)
 
     def _finish_running(self) -> None:
         """Let running attempts finish within the grace time; the rest return to the queue."""
+        self.stop_reason = self.stop_reason or "an error"
         limit = self.clock.boot() + self.configuration.grace_seconds
         notify("STOPPING=1")
         if self.steps is not None:
@@ -8760,7 +8359,7 @@ class Runner:
         self._collect()
 
     def _say_goodbye(self) -> None:
-        reason, left = self.stop_reason or "an error", dict[str, int]()
+        reason, left = self.stop_reason, dict[str, int]()
         with contextlib.suppress(DatabaseError):
             with self.database.transaction() as sql:
                 sql.execute("update runner set stopped_at = ?, note = ?", (int(self.clock.wall()), reason))
@@ -8943,39 +8542,29 @@ def quote_for_cron(word: str) -> str:
 # What must hold in every database, and how many times it does not.
 CONSISTENCY = {
     "gaps without a task": """
-        select count(*) from objects o
-        where state in ('missing', 'stale', 'suspect') and not exists (
-            select 1 from tasks t
-            where t.object_id = o.object_id and t.state in ('pending', 'retry', 'running', 'gave_up'))
+        select count(*) from objects where state in ('missing', 'stale', 'suspect') and task is null
     """,
     "open tasks without a gap": """
-        select count(*) from tasks t join objects o using (object_id)
-        where t.state in ('pending', 'retry', 'gave_up') and o.state not in ('missing', 'stale', 'suspect')
+        select count(*) from objects
+        where task in ('pending', 'retry', 'gave_up') and state not in ('missing', 'stale', 'suspect')
     """,
     "running tasks without an attempt": """
-        select count(*) from tasks t left join attempts a using (attempt_id)
-        where t.state = 'running' and a.outcome is not 'running'
+        select count(*) from objects o left join attempts a using (attempt_id)
+        where o.task = 'running' and a.outcome is not 'running'
     """,
     "running attempts without a task": """
         select count(*) from attempts a
-        where a.outcome = 'running' and not exists (select 1 from tasks t where t.attempt_id = a.attempt_id)
-    """,
-    "tasks counted wrongly": """
-        select coalesce(sum(abs(n)), 0) from (
-            select sum(n) as n from (
-                select dataset_id, priority, state, count(*) as n from tasks group by 1, 2, 3
-                union all
-                select dataset_id, priority, state, -tasks from task_counts)
-            group by dataset_id, priority, state)
+        where a.outcome = 'running' and not exists (select 1 from objects o where o.attempt_id = a.attempt_id)
     """,
     "objects counted wrongly": """
         select coalesce(sum(abs(n)), 0) from (
             select sum(n) as n from (
-                select dataset_id, coalesce(season, '') as season, state, count(*) as n
-                from objects group by 1, 2, 3
+                select dataset_id, coalesce(season, '') as season, state, coalesce(task, '') as task,
+                       iif(task is null, '', priority) as priority, count(*) as n
+                from objects group by 1, 2, 3, 4, 5
                 union all
-                select dataset_id, season, state, -objects from counts)
-            group by dataset_id, season, state)
+                select dataset_id, season, state, task, priority, -objects from counts)
+            group by dataset_id, season, state, task, priority)
     """,
 }
 NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "glusterfs", "sshfs")
@@ -9189,12 +8778,11 @@ def start_runner(configuration: Configuration, words: Sequence[str], log: Path) 
 
 
 def _is_at_work(configuration: Configuration, number: int) -> bool:
-    """Whether this process has begun its work on the database, and does not refuse a changed configuration."""
+    """Whether this process has begun its work on the database."""
     if RunnerLock(configuration.database).holder() != number:
         return False
     with contextlib.closing(open_database(configuration.database)) as database:
-        has_begun = database.value("select pid = ? from runner where stopped_at is null", (number,))
-        return bool(has_begun) and not may_be_refused(database)
+        return bool(database.value("select pid = ? from runner where stopped_at is null", (number,)))
 
 
 def stop_runner(lock: RunnerLock, seconds: float) -> int | None:
@@ -9258,24 +8846,11 @@ def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
         yield database, store
 
 
-def declare(database: Database, configuration: Configuration, clock: Clock, orders: Orders) -> None:
-    """Make the limits and datasets of a database those of the configuration. Raises MassDropError."""
+def declare(database: Database, configuration: Configuration, clock: Clock) -> None:
+    """Make the limits and datasets of a database those of the configuration."""
     with database.transaction() as sql:
         declare_limits(sql, configuration, clock)
-        declare_datasets(sql, configuration, clock.wall(), consents=orders.may_drop)
-
-
-def rehearse(configuration: Configuration) -> None:
-    """Raises MassDropError when a changed configuration would be refused, and StoreError when its store would be."""
-    with trial(configuration) as (database, store):
-        clock, orders = Clock(), Orders()
-        if not is_store_known(database, configuration):
-            open_store(configuration.store).sweep()  # makes it, as the next start would
-        declare(database, configuration, clock, orders)
-        with database.transaction() as sql:
-            has_changed = is_changed(sql)
-        if has_changed:
-            run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
+        declare_datasets(sql, configuration)
 
 
 # ---------------------------------------------------------------- Answers
@@ -9319,24 +8894,18 @@ def _tell(arguments: Arguments, text: str, **facts: Any) -> None:
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
     notes = ["", "Nothing was written and nothing was asked; the store was only listed and read."]
-    try:
-        return _show_plan(arguments, configuration, Orders(is_full=True), notes)
-    except MassDropError as error:
-        refused = ["", f"{error}: run and reconcile refuse it unless they are told --yes, and would do this then."]
-        return _show_plan(arguments, configuration, Orders(is_full=True, may_drop=True), refused + notes)
-
-
-def _show_plan(arguments: Arguments, configuration: Configuration, orders: Orders, notes: Sequence[str]) -> ExitCode:
     clock = Clock()
     with trial(configuration) as (database, store):
         before = expected_by_dataset(database)
-        declare(database, configuration, clock, orders)
-        cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
+        declare(database, configuration, clock)
+        options = CycleOptions(is_full=True)
+        cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, options), database, clock))
         is_once = getattr(arguments, "once", False)  # that does not wait for retries, it tries them all
         with database.transaction() as sql:
             if RunnerLock(configuration.database).holder() is None:
-                requeue_orphans(sql, configuration.retry, clock.wall())
-            wake_retries(sql, sys.maxsize if is_once else clock.wall())
+                requeue_orphans(sql, configuration.retry)
+            while wake_retries(sql, sys.maxsize if is_once else clock.wall()) >= PAGE:
+                pass
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, plan_sections(database, before, arguments.most), notes)
     if error:
@@ -9459,7 +9028,6 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         code = runner.run(
             once=arguments.once,
             max_seconds=(arguments.max_minutes or math.inf) * MINUTE,
-            orders=Orders(may_drop=arguments.yes),
             presence=Presence(address, arguments.log),
         )
     database.close()
@@ -9502,14 +9070,14 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     for name in arguments.believe:
         _known("dataset", name, configuration.datasets)
     database, lock = open_database(configuration.database), RunnerLock(configuration.database)
-    orders = Orders(arguments.full, arguments.yes, frozenset(arguments.believe))
+    options = CycleOptions(arguments.full, frozenset(arguments.believe))
     try:
         lock.acquire()
-        cycle_id = _own_cycle(database, configuration, orders)
+        cycle_id = _own_cycle(database, configuration, options)
     except LockedError:
         if lock.holder() != database.value("select pid from runner where stopped_at is null"):
             raise  # another reconcile
-        cycle_id = _cycle_of_runner(database, configuration, lock, orders)
+        cycle_id = _cycle_of_runner(database, configuration, lock, options)
     rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], next_steps(database))
     if rows[0]["error"]:
@@ -9517,31 +9085,28 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
 
 
-def _own_cycle(database: Database, configuration: Configuration, orders: Orders) -> int:
+def _own_cycle(database: Database, configuration: Configuration, options: CycleOptions) -> int:
     clock, store = Clock(), open_store(configuration.store)
     prepare_store(database, configuration, store)
-    declare(database, configuration, clock, orders)
-    return run_cycle(show_progress(reconcile(database, configuration, store, clock, orders), database, clock))
+    declare(database, configuration, clock)
+    return run_cycle(show_progress(reconcile(database, configuration, store, clock, options), database, clock))
 
 
-def _cycle_of_runner(database: Database, configuration: Configuration, lock: RunnerLock, orders: Orders) -> int:
+def _cycle_of_runner(database: Database, configuration: Configuration, lock: RunnerLock, options: CycleOptions) -> int:
     """Ask the runner for a cycle and wait for its end. Raises Error when the runner ends before, or is stuck."""
     clock, holder = Clock(), lock.holder()
     since = clock.wall()
     with database.transaction() as sql:
-        order_id = ask_for_cycle(sql, orders, clock.wall())
+        cycle_id = request_cycle(sql, options)
     print(f"The runner (process {holder}) does it, with the configuration it has started with.", file=sys.stderr)
-    ended = """
-        select cycle_id from orders join reconciliations using (cycle_id)
-        where order_id = ? and seconds is not null
-    """
-    while (cycle_id := database.value(ended, (order_id,))) is None:
+    ended = "select 1 from reconciliations where cycle_id = ? and seconds is not null"
+    while database.value(ended, (cycle_id,)) is None:
         if lock.holder() is None:
             raise Error("the runner has ended before the cycle did", "ask again; the next runner begins with a cycle")
         if stuck := problems(database, configuration, clock.wall(), since).get("loop stuck"):
             raise Error(stuck, "look into it with: adce.py logs")
         clock.wait(queue.SimpleQueue(), 1, database.has_news)
-    return cast(int, cycle_id)
+    return cycle_id
 
 
 def command_backup(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -9561,7 +9126,7 @@ def command_start(arguments: Arguments, configuration: Configuration) -> ExitCod
 
 def _report_start(arguments: Arguments, configuration: Configuration) -> None:
     log = configuration.database.with_name(f"{configuration.database.name}.log")
-    words = [word for word, given in (("--yes", arguments.yes), ("--verbose", arguments.verbose)) if given]
+    words = ["--verbose"] if arguments.verbose else []
     number = start_runner(configuration, words, log)
     address = _existing(configuration).value("select address from runner")
     text = f"started process {number}, which writes to {log}" + (f" and answers at {address}" if address else "")
@@ -9591,8 +9156,6 @@ def command_restart(arguments: Arguments, configuration: Configuration) -> ExitC
         if unit:
             name = unit.rpartition("/")[2]
             raise Error(f"the runner belongs to the unit {name} of systemd", f"systemctl restart {name}")
-        if not arguments.yes:
-            rehearse(configuration)
         stop_runner(lock, _patience_of(arguments, configuration))
     _report_start(arguments, configuration)
     return ExitCode.DONE
@@ -9697,7 +9260,7 @@ def command_acquire(arguments: Arguments, configuration: Configuration) -> int:
     return _run_held(limiter, held, arguments.words)
 
 
-def _run_held(limiter: Limiter, held: Held, words: Sequence[str]) -> int:
+def _run_held(limiter: Limiter, held: ActivePermit, words: Sequence[str]) -> int:
     """Run a command that uses a permit. SIGTERM and SIGHUP are passed on to it, SIGINT reaches it anyhow."""
     early: list[int] = []  # signals that came before there was anybody to pass them on to
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -9782,7 +9345,6 @@ def _duration(text: str) -> float:
 FILTERS = (_option("--source", help="only this source"), _option("--dataset", help="only this dataset"))
 SOURCE = _option("source", metavar="SOURCE", help="a source, or global for all")
 TIMEOUT = _option("--timeout", type=_duration, metavar="45s", help="how long to wait for its end (grace_seconds + 15)")
-YES = _option("--yes", action="store_true", help="adce.yaml is meant to expect far less than before")
 MOST = _option("--most", type=_count, default=20, metavar="N", help="at most so many rows (20)")
 COMMANDS = (
     Command(
@@ -9803,7 +9365,6 @@ COMMANDS = (
                 "--if-locked", choices=("fail", "skip"), default="fail", help="skip: exit 0, silent, while another runs"
             ),
             _option("--log", type=_path, metavar="FILE", help="write events there, 20 MB at most, not to stderr"),
-            YES,
             MOST,
         ),
     ),
@@ -9817,7 +9378,6 @@ COMMANDS = (
             _option(
                 "--believe", action="append", default=[], metavar="DATASET", help="its mass loss is real: open its gaps"
             ),
-            YES,
         ),
     ),
     Command(
@@ -9855,9 +9415,9 @@ COMMANDS = (
         (_option("file", type=_path, metavar="FILE", help="a file that does not exist yet"),),
         needs_declarations=False,
     ),
-    Command("start", "start the runner in the background", command_start, (YES,)),
+    Command("start", "start the runner in the background", command_start),
     Command("stop", "stop the runner and wait until it has ended", command_stop, (TIMEOUT,), needs_declarations=False),
-    Command("restart", "stop the runner and start it anew", command_restart, (TIMEOUT, YES)),
+    Command("restart", "stop the runner and start it anew", command_restart, (TIMEOUT,)),
     Command(
         "pause",
         "ask a source no more, for some time or until it is resumed",

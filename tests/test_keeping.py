@@ -47,16 +47,28 @@ def sums(desk: Desk) -> int:
     return desk.database.value("select sum(attempts) from stats")
 
 
-def test_old_attempts_and_closed_tasks_go_and_their_sums_stay(desk):
+def test_old_attempts_go_and_their_sums_stay(desk):
     for team in "AB":
         desk.expect("teams", team=team)
     desk.end(desk.claim(), adce.Outcome.OK)
     desk.end(desk.claim(), adce.Outcome.INVALID)
     assert (forget(desk, 10), attempts(desk), sums(desk)) == (0, ["ok", "invalid"], 2)
     desk.clock.advance(11 * DAY)
-    assert forget(desk, 10) == 3  # two attempts and the closed task
-    assert (attempts(desk), sums(desk), desk.states()) == ([], 2, {"retry": 1})
+    assert forget(desk, 10) == 2
+    assert (attempts(desk), sums(desk), desk.states()) == ([], 2, {"done": 1, "retry": 1})
     assert desk.end(desk.claim(), adce.Outcome.OK).state == "done"
+
+
+def test_objects_that_are_no_longer_expected_are_forgotten_after_a_while(desk):
+    first, second = (desk.expect("teams", team=team) for team in "AB")
+    desk.end(desk.claim(), adce.Outcome.INVALID)
+    desk.drop(first)
+    desk.clock.advance(9 * DAY)
+    desk.drop(second)
+    assert (forget(desk, 10), desk.states()) == (0, {"cancelled": 2})
+    desk.clock.advance(2 * DAY)
+    assert (forget(desk, 10), desk.states()) == (2, {"cancelled": 1})  # with its attempt
+    assert desk.database.value("select key from objects_now") == "teams/B.json"
 
 
 def test_attempt_that_still_runs_and_what_is_younger_stay(desk):
@@ -101,11 +113,11 @@ def test_backup_of_a_busy_database_is_whole_and_nobody_elses(desk, tmp_path):
 
     def write() -> None:
         with adce.open_database(tmp_path / "adce.db").transaction() as sql:
-            sql.execute("insert into settings values ('n', '0')")
+            sql.execute("update facts set looked_up_to = 0")
         other = adce.open_database(tmp_path / "adce.db")
         while not is_over.is_set():
             with other.transaction(durable=False) as sql:
-                sql.execute("update settings set value = value + 1 where name = 'n'")
+                sql.execute("update facts set looked_up_to = looked_up_to + 1")
         other.close()
 
     writer = threading.Thread(target=write)
@@ -180,12 +192,12 @@ def test_restored_database_asks_nobody_until_what_it_does_not_know_has_left_the_
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("delete from tasks where task_id = 1", "1 gaps without a task"),
+        ("update objects set task = null where object_id = 1", "1 gaps without a task"),
         ("update objects set state = 'present' where object_id = 2", "1 open tasks without a gap"),
         ("update counts set objects = objects + 2 where state = 'missing'", "2 objects counted wrongly"),
-        ("update tasks set state = 'running' where task_id = 1", "1 running tasks without an attempt"),
-        ("drop index live_tasks", "the index live_tasks is gone"),
-        ("create trigger t after insert on tasks begin select 1; end", "the trigger t is not ADCE's"),
+        ("update objects set task = 'running' where object_id = 1", "1 running tasks without an attempt"),
+        ("drop index objects_pending", "the index objects_pending is gone"),
+        ("create trigger t after insert on objects begin select 1; end", "the trigger t is not ADCE's"),
         ("pragma foreign_keys = off; delete from datasets", "names a row of datasets that is gone"),
     ],
 )

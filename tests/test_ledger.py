@@ -6,7 +6,6 @@ import datetime
 from pathlib import Path
 
 import pytest
-from conftest import ManualClock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,10 +80,22 @@ def configuration(configure) -> adce.Configuration:
 def expect(database: adce.Database, configuration: adce.Configuration, now: float, day: str = "2025-10-09") -> int:
     """One expected object that is not in the store."""
     with database.transaction() as sql:
-        adce.declare_datasets(sql, configuration, now)
-        dataset = configuration.datasets["days"]
-        wanted = adce.expected_object(dataset, {"date": day}, configuration.seasons)
-        return adce.Ledger(sql, configuration, now).expect(dataset, wanted, proven=True)
+        adce.declare_datasets(sql, configuration)
+        sql.execute(adce.WANTED)
+        sql.execute("delete from wanted")
+        ledger = adce.Ledger(sql, configuration, now)
+        adce.expect(ledger, configuration.datasets["days"], [adce.Partition({"date": day})])
+        row = ledger.objects("o.key = :key", {"key": f"days/{day}.json"})[0]
+        return ledger.note(row, proven=1).object_id
+
+
+def note(
+    database: adce.Database, configuration: adce.Configuration, now: float, object_id: int, **facts
+) -> adce.Ledger:
+    with database.transaction() as sql:
+        ledger = adce.Ledger(sql, configuration, now)
+        ledger.note(ledger.some([object_id])[0], **facts)
+    return ledger
 
 
 def test_critical_gap_of_two_hours_has_the_score_of_the_example(database, configuration):
@@ -107,64 +118,41 @@ def test_view_shows_the_score_of_the_formula(weighting, age_seconds, rate):
     expect(database, configuration, now - age_seconds)
     with database.transaction() as sql:
         sql.execute("update datasets set success_rate = ?", (rate,))
-        adce.declare_datasets(sql, configuration, now)
+        adce.declare_datasets(sql, configuration)
     seen = database.value("select score from queue")
     assert seen == pytest.approx(formula(weighting, "HIGH", age_seconds / HOUR, 1, rate), rel=1e-6, abs=0.1)
 
 
 def test_gap_that_persists_keeps_its_task_and_its_age(database, configuration):
-    now = 1_760_000_000
-    object_id = expect(database, configuration, now)
-    with database.transaction() as sql:
-        ledger = adce.Ledger(sql, configuration, now + 5 * HOUR)
-        known = ledger.objects("object_id = :id", {"id": object_id})[0]
-        ledger.note(known, known.facts)
-    rows = database.read("select task_id, detected_at, state from tasks")
-    assert [tuple(row) for row in rows] == [(1, now, "pending")]
+    now = int(adce.Clock().wall())
+    object_id = expect(database, configuration, now - 5 * HOUR)
+    assert note(database, configuration, now, object_id).created == 0
+    rows = database.read("select task_id, age_hours, state from queue")
+    assert [tuple(row) for row in rows] == [(object_id, 5, "pending")]
 
 
 def test_object_that_is_there_closes_its_task(database, configuration):
     object_id = expect(database, configuration, 1_760_000_000)
+    ledger = note(database, configuration, 1_760_000_100, object_id, size=9, etag="a", modified_at=1_760_000_050)
+    assert ledger.closed == 1
+    assert [database.value(f"select count(*) from {view}") for view in ("queue", "gaps")] == [0, 0]
+
+
+def test_dropped_object_loses_its_task_and_returns_with_a_new_one(database, configuration):
+    now = int(adce.Clock().wall())
+    object_id = expect(database, configuration, now - 5 * HOUR)
     with database.transaction() as sql:
-        ledger = adce.Ledger(sql, configuration, 1_760_000_100)
-        known = ledger.objects("object_id = :id", {"id": object_id})[0]
-        ledger.note(known, adce.Facts(size=9, etag="a", modified_at=1_760_000_050))
-        assert ledger.closed == 1
-    assert database.value("select state from tasks") == "done"
-    assert database.value("select count(*) from gaps") == 0
+        adce.Ledger(sql, configuration, now).drop("o.object_id = :id", {"id": object_id})
+    assert database.read("select * from queue") == []
+    assert expect(database, configuration, now - HOUR) == object_id
+    assert [tuple(row) for row in database.read("select age_hours, attempts from queue")] == [(1, 0)]
 
 
-def test_dropped_object_cancels_its_task_and_returns_with_a_new_one(database, configuration):
-    object_id = expect(database, configuration, 1_760_000_000)
-    with database.transaction() as sql:
-        adce.Ledger(sql, configuration, 1_760_000_100).drop(object_id)
-    assert expect(database, configuration, 1_760_000_200) == object_id
-    assert [row[0] for row in database.read("select state from tasks order by task_id")] == ["cancelled", "pending"]
-
-
-def test_key_of_another_object_is_refused(database, configuration):
-    expect(database, configuration, 1_760_000_000)
-    dataset = configuration.datasets["days"]
-    twin = adce.ExpectedObject("days/2025-10-09.json", {"date": "2025-10-10"}, None, None, None)
-    with database.transaction() as sql, pytest.raises(ValueError, match="already the key of another object"):
-        adce.Ledger(sql, configuration, 1_760_000_000).expect(dataset, twin, proven=True)
-
-
-def test_priority_of_an_open_task_falls_as_days_pass(database, configure, clock: ManualClock):
-    configuration = configure(TEXT.replace("    priority: CRITICAL\n", ""))
-    expect(database, configuration, clock.wall())
-    seen = []
-    for days in (0, 10, 400):
-        with database.transaction() as sql:
-            adce.reprioritise(sql, configuration, clock.wall() + days * 86400)
-        seen.append(tuple(database.read("select priority, slope from tasks")[0]))
-    assert seen == [("CRITICAL", 0.75), ("HIGH", 0.75), ("HIGH", 0.75)]
-
-
-def test_dataset_that_is_no_longer_declared_is_cancelled(database, configuration, configure):
-    expect(database, configuration, 1_760_000_000)
-    smaller = configure(TEXT.replace("  days:", "  nights:").replace("days/", "nights/"))
-    with database.transaction() as sql:
-        adce.declare_datasets(sql, smaller, 1_760_000_100)
-    assert database.value("select state from tasks") == "cancelled"
-    assert database.value("select state from objects") == "dropped"
+def test_only_the_season_before_the_current_one_is_of_medium_priority(database, configure):
+    row = '{{label: "{}-{}", end: 20{}, start: {}-10-20, finish: 20{}-06-20}}'
+    seasons = [row.format(year, year - 1999, year - 1999, year, year - 1999) for year in (2022, 2023, 2024)]
+    text = TEXT.replace("seasons: [", f"seasons: [{', '.join(seasons)}, ").replace("    priority: CRITICAL\n", "")
+    for year in (2023, 2024, 2025):
+        expect(database, configure(text.replace("2025-09-01", "2022-10-20")), 1_770_000_000, f"{year}-01-15")
+    found = database.read("select priority from queue order by key")
+    assert [row["priority"] for row in found] == ["LOW", "LOW", "MEDIUM"]

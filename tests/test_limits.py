@@ -72,11 +72,13 @@ class Desk:
             self.release(permit)
         return permit is not None
 
-    def learn(self, outcome: adce.Outcome, retry_after: float | None = None, **source) -> adce.Pause | None:
+    def respond(
+        self, outcome: adce.Outcome, retry_after: float | None = None, status: int | None = None, **source
+    ) -> adce.Pause | None:
         with self.database.transaction() as sql:
             described = adce.Source("espn", **source)
-            answer = adce.Answer(outcome, "told so", retry_after=retry_after)
-            return adce.learn(sql, described, answer, self.clock.boot()).pause
+            answer = adce.Answer(outcome, "told so", status, retry_after)
+            return adce.record_response(sql, described, answer, self.clock.boot()).pause
 
 
 def test_window_opens_when_a_finished_request_leaves_it():
@@ -214,7 +216,7 @@ def test_boot_without_a_name_that_is_not_noticed_grants_nothing_too_early():
 
 def test_pause_survives_a_boot_without_a_name():
     desk = Desk(limiting(espn=windows((1, 60))))
-    desk.learn(adce.Outcome.THROTTLED, retry_after=3000)
+    desk.respond(adce.Outcome.THROTTLED, retry_after=3000)
     desk.clock.reboot(name=desk.clock.boot_id(), uptime=20)
     desk.declare()
     assert 2900 <= desk.opening().at <= 3000
@@ -223,7 +225,7 @@ def test_pause_survives_a_boot_without_a_name():
 @pytest.mark.parametrize("step", [-36000, -1, 1, 36000])
 def test_clock_that_is_set_forgets_nothing_of_a_boot_without_a_name(step):
     desk = Desk(limiting(espn=windows((1, 60))))
-    desk.learn(adce.Outcome.THROTTLED, retry_after=3000)
+    desk.respond(adce.Outcome.THROTTLED, retry_after=3000)
     assert desk.ask_and_release("nba")
     before = desk.opening().at
     desk.clock.step_wall(step)
@@ -231,10 +233,20 @@ def test_clock_that_is_set_forgets_nothing_of_a_boot_without_a_name(step):
     assert desk.opening().at == before
 
 
+def test_bucket_is_empty_when_the_machine_starts_and_fills_from_then_on():
+    desk = Desk(limiting(espn=windows((60, 60), burst_size=2, refill_per_second=1)))
+    assert desk.ask_and_release()
+    desk.clock.reboot(uptime=0.25)
+    desk.declare()
+    assert desk.opening().at == pytest.approx(1)
+    desk.clock.seconds = 2
+    assert [desk.ask_and_release() for _ in range(3)] == [True, True, False]
+
+
 @pytest.mark.parametrize(("step", "left"), [(0, 60), (-36000, 100), (36000, 0)])
 def test_pause_survives_a_reboot_but_grows_no_longer_whatever_the_wall_clock_says(step, left):
     desk = Desk(limiting())
-    desk.learn(adce.Outcome.THROTTLED, retry_after=100)
+    desk.respond(adce.Outcome.THROTTLED, retry_after=100)
     desk.clock.advance(40)
     desk.clock.reboot(uptime=0)
     desk.clock.step_wall(step)
@@ -246,13 +258,13 @@ def test_pauses_are_merged_to_the_longest():
     desk = Desk(limiting())
     start = desk.clock.boot()
     for seconds in (100, 30, 300, 10):
-        desk.learn(adce.Outcome.THROTTLED, retry_after=seconds)
-    assert desk.opening() == adce.Opening(start + 300, "told so", is_pause=True)
+        desk.respond(adce.Outcome.THROTTLED, retry_after=seconds)
+    assert desk.opening() == adce.Opening(start + 300, "told so", "espn", is_pause=True)
 
 
 @pytest.mark.parametrize(("asked", "paused"), [(-5, 0), (0, 0), (30, 30), (10 * 365 * 86400, 86400)])
 def test_retry_after_is_obeyed_for_a_day_at_most(asked, paused):
-    pause = Desk(limiting()).learn(adce.Outcome.THROTTLED, retry_after=asked)
+    pause = Desk(limiting()).respond(adce.Outcome.THROTTLED, retry_after=asked)
     assert pause
     assert pause.seconds == paused
 
@@ -260,7 +272,7 @@ def test_retry_after_is_obeyed_for_a_day_at_most(asked, paused):
 def test_pause_without_retry_after_doubles_until_a_good_answer():
     desk, lengths = Desk(limiting()), []
     for outcome in [adce.Outcome.THROTTLED] * 3 + [adce.Outcome.OK, adce.Outcome.THROTTLED]:
-        pause = desk.learn(outcome)
+        pause = desk.respond(outcome)
         lengths.append(pause.seconds if pause else None)
         desk.clock.advance(10_000)
     assert lengths == [60, 120, 240, None, 60]
@@ -268,15 +280,15 @@ def test_pause_without_retry_after_doubles_until_a_good_answer():
 
 def test_answers_to_requests_from_before_a_pause_do_not_lengthen_it():
     desk = Desk(limiting())
-    pauses = [desk.learn(adce.Outcome.UNREACHABLE) for _ in range(4)]
+    pauses = [desk.respond(adce.Outcome.UNREACHABLE) for _ in range(4)]
     assert [bool(pause) for pause in pauses] == [False, True, False, False]
 
 
 def test_good_answer_to_a_request_from_before_a_pause_does_not_say_that_the_source_is_back():
     desk, lengths = Desk(limiting()), []
     for _ in range(3):
-        pause = desk.learn(adce.Outcome.THROTTLED)
-        desk.learn(adce.Outcome.OK)
+        pause = desk.respond(adce.Outcome.THROTTLED)
+        desk.respond(adce.Outcome.OK)
         lengths.append(pause and pause.seconds)
         desk.clock.advance(1000)
     assert lengths == [60, 120, 240]
@@ -285,41 +297,55 @@ def test_good_answer_to_a_request_from_before_a_pause_does_not_say_that_the_sour
 def test_five_workers_that_are_told_to_wait_at_once_make_one_pause():
     desk = Desk(limiting())
     for _ in range(5):
-        desk.learn(adce.Outcome.THROTTLED, retry_after=5)
+        desk.respond(adce.Outcome.THROTTLED, retry_after=5)
     desk.clock.advance(6)
-    pause = desk.learn(adce.Outcome.THROTTLED)
+    pause = desk.respond(adce.Outcome.THROTTLED)
     assert pause and pause.seconds == 120
 
 
 @pytest.mark.parametrize(
-    ("outcome", "times"), [*adce.SOURCE_FAILURES.items(), (adce.Outcome.TIMEOUT, 3), (adce.Outcome.ERROR, 10)]
+    ("outcome", "times"),
+    [
+        (adce.Outcome.UNREACHABLE, 2),
+        (adce.Outcome.BROKEN, 5),
+        (adce.Outcome.TIMEOUT, 3),
+        (adce.Outcome.ERROR, 10),
+    ],
 )
 def test_so_many_failures_in_a_row_pause_a_source_and_a_good_answer_between_them_prevents_it(outcome, times):
     desk = Desk(limiting())
     for _ in range(3):
-        assert [desk.learn(outcome) for _ in range(times - 1)] == [None] * (times - 1)
-        desk.learn(adce.Outcome.OK)
-    assert [bool(desk.learn(outcome)) for _ in range(times)] == [False] * (times - 1) + [True]
+        assert [desk.respond(outcome) for _ in range(times - 1)] == [None] * (times - 1)
+        desk.respond(adce.Outcome.OK)
+    assert [bool(desk.respond(outcome)) for _ in range(times)] == [False] * (times - 1) + [True]
+
+
+@pytest.mark.parametrize(("status", "is_away"), [(500, True), (599, True), (499, False), (404, False), (None, False)])
+@pytest.mark.parametrize("times", [10, 3])
+def test_so_many_server_errors_in_a_row_pause_a_source_and_no_other_status_does(status, is_away, times):
+    desk, blocked = Desk(limiting()), adce.BlockedWhen(failures_in_a_row=times)
+    pauses = [desk.respond(adce.Outcome.HTTP_ERROR, status=status, blocked_when=blocked) for _ in range(times)]
+    assert [pause and pause.seconds for pause in pauses] == [None] * (times - 1) + [60 if is_away else None]
 
 
 @pytest.mark.parametrize("outcome", [adce.Outcome.LOST, adce.Outcome.STORE_ERROR])
 def test_what_says_nothing_of_the_source_changes_nothing_of_it(outcome):
     desk = Desk(limiting())
-    desk.learn(adce.Outcome.UNREACHABLE)
-    assert desk.learn(outcome) is None
-    assert desk.learn(adce.Outcome.UNREACHABLE)
+    desk.respond(adce.Outcome.UNREACHABLE)
+    assert desk.respond(outcome) is None
+    assert desk.respond(adce.Outcome.UNREACHABLE)
 
 
 def test_failures_in_a_row_pause_a_source_and_one_request_at_a_time_asks_whether_it_is_back():
     desk = Desk(limiting())
-    pauses = [desk.learn(adce.Outcome.BROKEN) for _ in range(5)]
+    pauses = [desk.respond(adce.Outcome.BROKEN) for _ in range(5)]
     assert [bool(pause) for pause in pauses] == [False, False, False, False, True]
     desk.clock.advance(60)
     probe = desk.ask()
     assert probe
     assert not desk.ask()
     desk.release(probe)
-    desk.learn(adce.Outcome.OK)
+    desk.respond(adce.Outcome.OK)
     assert desk.ask()
     assert desk.ask()
 

@@ -7,7 +7,6 @@ import io
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import replace
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -127,17 +126,17 @@ def test_each_game_is_in_the_lake_within_a_minute_of_its_end(tmp_path, upstream)
     for most, seconds in ((30, 60), (400, 3600)):
         pairs = zip(evening.asked, evening.asked[most:], strict=False)
         assert all(later - earlier >= seconds for earlier, later in pairs)
-    assert database.value("select state from objects where key = 'schedules/20260115.json'") == "present"
+    assert database.value("select state from objects_now where key = 'schedules/20260115.json'") == "present"
     database.close()
 
 
 def test_day_that_is_not_live_is_asked_again_as_rarely_as_ever(configure, database, clock):
     text = CONFIGURATION.format(address="http://127.0.0.1:9")
     dataset = configure(text).datasets["schedules"]
-    facts = adce.Facts(etag="e", modified_at=int(clock.wall()), settled=False, live=False, valid=True)
-    assert adce.appraise(dataset, None, None, facts, clock.wall()).ask_at == int(clock.wall()) + 6 * 3600
-    live = adce.appraise(dataset, None, None, replace(facts, live=True), clock.wall())
-    assert (live.reason, live.ask_at) == ("live", int(clock.wall()) + 45)
+    facts = adce.ObjectRow(etag="e", modified_at=int(clock.wall()), settled=False, live=False)
+    assert adce.appraise(dataset, None, facts, clock.wall()).next_at == int(clock.wall()) + 6 * 3600
+    live = adce.appraise(dataset, None, facts._replace(live=True), clock.wall())
+    assert (live.reason, live.next_at) == ("live", int(clock.wall()) + 45)
 
 
 def test_live_object_without_an_end_is_stale_on_its_cadence_and_fresh_afterwards(configure, clock):
@@ -146,8 +145,8 @@ def test_live_object_without_an_end_is_stale_on_its_cadence_and_fresh_afterwards
     text = text.replace("      refetch_every: 6h\n", "")
     dataset = configure(text).datasets["schedules"]
     now = int(clock.wall())
-    facts = adce.Facts(etag="e", modified_at=now, settled=True, live=True, valid=True)
-    assert adce.appraise(dataset, None, None, facts, now) == adce.Appraisal(adce.ObjectState.PRESENT, due_at=now + 45)
-    assert adce.appraise(dataset, None, None, facts, now + 45).state is adce.ObjectState.STALE
-    over = replace(facts, live=False)
-    assert adce.appraise(dataset, None, None, over, now + 10**6) == adce.Appraisal(adce.ObjectState.PRESENT)
+    facts = adce.ObjectRow(etag="e", modified_at=now, settled=True, live=True)
+    assert adce.appraise(dataset, None, facts, now) == adce.Appraisal(adce.ObjectState.PRESENT, next_at=now + 45)
+    assert adce.appraise(dataset, None, facts, now + 45).state is adce.ObjectState.STALE
+    over = facts._replace(live=False)
+    assert adce.appraise(dataset, None, over, now + 10**6) == adce.Appraisal(adce.ObjectState.PRESENT)

@@ -211,48 +211,48 @@ def test_body_is_settled_when_its_until_holds():
 def test_ids_are_texts_without_repeats_and_nothing_else():
     body = json.dumps({"ids": ["7", 8, "7", "", None, True, 1.5, {}, ["9"], "0022400561"]}).encode()
     found = adce.inspect(dataset(), {}, body, [child(ids="ids")])
-    assert found.children == {"games": ("7", "8", "0022400561")}
+    assert list(found.mentions.values()) == [("7", "8", "0022400561")]
 
 
 def test_ids_may_come_from_a_pattern_over_the_text():
     body = b'<a href="/box/201701010ATL.html"><a href="/box/201701010ATL.html"><a href="/other">'
     found = adce.inspect(dataset(), {}, body, [child(regex=r"/box/(\d{9}[A-Z]{3})\.html")])
-    assert found.children == {"games": ("201701010ATL",)}
+    assert list(found.mentions.values()) == [("201701010ATL",)]
 
 
 def test_body_that_is_not_valid_names_no_children():
     rules = adce.Validation(json=True, require=("final",))
-    assert adce.inspect(dataset(validate=rules), {}, b'{"ids": ["7"]}', [child(ids="ids")]).children == {}
+    assert adce.inspect(dataset(validate=rules), {}, b'{"ids": ["7"]}', [child(ids="ids")]).mentions == {}
 
 
-def facts(**changes) -> adce.Facts:
-    return adce.Facts(**{"size": 500, "etag": "a", "modified_at": int(NOON), "valid": True, **changes})
+def facts(**changes) -> adce.ObjectRow:
+    return adce.ObjectRow(**{"size": 500, "etag": "a", "modified_at": int(NOON), "day": "2025-01-14", **changes})
 
 
-def state(one: adce.Dataset, known: adce.Facts, now: float = NOON, day: str | None = "2025-01-14") -> adce.Appraisal:
-    return adce.appraise(one, SEASONS[1], day, known, now)
+def state(one: adce.Dataset, known: adce.ObjectRow, now: float = NOON) -> adce.Appraisal:
+    return adce.appraise(one, SEASONS[1], known, now)
 
 
 def test_object_that_is_not_there_is_missing_once_it_is_available():
-    known = adce.Facts(available_at=int(NOON) + 60)
-    assert state(dataset(), known) == adce.Appraisal(adce.ObjectState.AWAITED, due_at=int(NOON) + 60)
+    known = adce.ObjectRow(available_at=int(NOON) + 60)
+    assert state(dataset(), known) == adce.Appraisal(adce.ObjectState.AWAITED, next_at=int(NOON) + 60)
     assert state(dataset(), known, NOON + 60).state == "missing"
 
 
 def test_object_that_nobody_looked_for_is_awaited():
-    assert state(dataset(), adce.Facts(proven=False)).state == "awaited"
+    assert state(dataset(), adce.ObjectRow(proven=False)).state == "awaited"
 
 
 def test_object_that_fails_its_validation_is_suspect_with_the_reason():
-    known = facts(valid=False, verdict="not JSON")
+    known = facts(verdict="not JSON")
     assert (state(dataset(), known).state, state(dataset(), known).reason) == ("suspect", "not JSON")
-    assert state(dataset(validate=adce.Validation(min_bytes=501)), facts(valid=None)).state == "suspect"
+    assert state(dataset(validate=adce.Validation(min_bytes=501)), facts()).state == "suspect"
 
 
 def test_object_that_is_not_final_is_stale_until_it_is():
     one = dataset(freshness=adce.Freshness(refetch_every=6 * HOUR, until="done"))
     waiting = state(one, facts(settled=False))
-    assert (waiting.state, waiting.ask_at) == ("stale", int(NOON) + 6 * HOUR)
+    assert (waiting.state, waiting.next_at) == ("stale", int(NOON) + 6 * HOUR)
     assert state(one, facts(settled=True), NOON + 1000 * DAY).state == "present"
 
 
@@ -261,13 +261,13 @@ def test_object_is_stale_from_the_very_second_its_refetch_is_due(age):
     one = dataset(freshness=adce.Freshness(refetch_every=7 * DAY))
     verdict = state(one, facts(), NOON + age)
     assert verdict.state == ("stale" if age >= 7 * DAY else "present")
-    assert verdict.due_at == (None if age >= 7 * DAY else int(NOON) + 7 * DAY)
+    assert verdict.next_at == int(NOON) + 7 * DAY
 
 
 def test_refetch_once_happens_once_so_long_after_the_end_of_its_day():
     one = dataset(freshness=adce.Freshness(refetch_once_after=36 * HOUR))
     due = adce.instant_of(datetime.date(2025, 1, 15), datetime.time(), "UTC") + 36 * HOUR
-    assert state(one, facts()).due_at == due
+    assert state(one, facts()).next_at == due
     assert state(one, facts(), due).state == "stale"
     assert state(one, facts(modified_at=due), due + 1) == adce.Appraisal(adce.ObjectState.PRESENT)
 
@@ -277,6 +277,12 @@ def test_object_of_a_past_season_that_was_fetched_before_its_end_is_fetched_agai
     over = adce.instant_of(datetime.date(2025, 6, 23), datetime.time(), "UTC")
     assert state(one, facts(modified_at=over - 1), over).state == "stale"
     assert state(one, facts(modified_at=over), over + 1000 * DAY).state == "present"
+
+
+def test_object_without_season_and_day_is_not_refetched_by_the_season():
+    one = dataset(freshness=adce.Freshness(current=DAY, past=7 * DAY))
+    verdict = adce.appraise(one, None, facts(day=None), NOON + 1000 * DAY)
+    assert verdict == adce.Appraisal(adce.ObjectState.PRESENT)
 
 
 @pytest.mark.parametrize(

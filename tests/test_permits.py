@@ -44,6 +44,12 @@ def limiter(tmp_path):
         limiter.close()
 
 
+def lift_limits(limiter: adce.Limiter) -> None:
+    limiter.configuration = configuration(adce.RateLimiting())
+    with limiter.database.transaction() as sql:
+        adce.declare_limits(sql, limiter.configuration, limiter.clock)
+
+
 # --------------------------------------------------------------- one limiter
 
 
@@ -150,7 +156,7 @@ def test_permit_of_a_process_that_was_suspended_is_not_used(limiter):
     [(200, {}, 0), (404, {}, 0), (429, {"Retry-After": "30"}, 30), (503, {}, 60), (403, {}, 900)],
 )
 def test_answer_that_asks_for_a_pause_makes_everybody_wait(limiter, status, headers, paused):
-    limiter.configuration = configuration(adce.RateLimiting())
+    lift_limits(limiter)
     blocked = adce.BlockedWhen(status=(403,), timeouts_in_a_row=3, pause_seconds=900)
     limiter.configuration.sources["espn"] = adce.Source("espn", blocked_when=blocked)
     with limiter.permit("espn") as held:
@@ -196,13 +202,13 @@ class Crowd:
         self.looks += 1
         opens = adce.opening(sql, self.rates, source, now, owner)
         if opens.at <= now:
-            adce.leave_line(sql, owner, now)
+            adce.remove_waiter(sql, owner, now)
             permit = adce.grant(sql, self.rates, source, 30, now)
             self.served.append((source, owner, now))
             self.events.append((now + latency, owner, source, permit))
             return
         looks_at = min(opens.at, now + adce.LOOK_AGAIN_SECONDS)
-        adce.stand_in_line(sql, source, owner, opens, looks_at)
+        adce.enqueue_waiter(sql, source, owner, opens, looks_at)
         if owner != dies:
             self.events.append((looks_at, owner, source, None))
 
@@ -264,15 +270,17 @@ def test_source_that_waits_for_itself_holds_no_place_of_another():
 
 def test_runner_stands_in_line_like_anybody_else_and_only_for_what_it_waits_for(limiter):
     held = limiter.acquire("espn")
-    opens = adce.Opening(limiter.clock.boot() + 60, "used up", ready_at=limiter.clock.boot() + 60)
+    opens = adce.Opening(limiter.clock.boot() + 60, "used up", "espn")
     with limiter.database.transaction() as sql:
-        adce.await_openings(sql, limiter.configuration, {"espn": opens}, limiter.clock.boot())
+        assert adce.keep_places(sql, {"espn": opens}, limiter.clock.boot(), 60)
     limiter.release(held)
-    with pytest.raises(adce.RateLimitedError, match="another 2 min"):  # the runner's minute comes first
-        limiter.acquire("espn", 90)
+    limiter.clock.advance(60)
     with limiter.database.transaction() as sql:
-        adce.await_openings(sql, limiter.configuration, {}, limiter.clock.boot())
-    with limiter.permit("espn", 60):
+        now, rates = limiter.clock.boot(), limiter.configuration.rate_limiting
+        assert adce.opening(sql, rates, "espn", now, adce.RUNNER).at == now
+        assert adce.opening(sql, rates, "espn", now).at > now  # the runner comes first
+        assert not adce.keep_places(sql, {}, now, 60)
+    with limiter.permit("espn", 0):
         pass
 
 
@@ -552,7 +560,7 @@ def test_database_that_was_replaced_is_told(limiter):
 
 
 def test_good_end_of_a_block_is_a_good_answer(limiter):
-    limiter.configuration = configuration(adce.RateLimiting())
+    lift_limits(limiter)
     with limiter.permit("espn") as held:
         held.answered(429, {"Retry-After": "1"})
     with limiter.permit("espn"):

@@ -80,7 +80,7 @@ def test_signal_lets_running_attempts_finish_and_ends_with_0(number, upstream, l
     process.send_signal(number)
     _, err = end(process)
     assert (process.returncode, "Traceback" in err) == (0, False)
-    assert rows(tmp_path, "select count(*) from tasks where state = 'running'") == [(0,)]
+    assert rows(tmp_path, "select count(*) from queue where state = 'running'") == [(0,)]
     assert rows(tmp_path, "select count(*) from attempts where outcome != 'ok'") == [(0,)]
     assert rows(tmp_path, "select note from runner") == [(number.name,)]
 
@@ -95,8 +95,8 @@ def test_attempt_that_outlasts_the_grace_time_goes_back_to_the_queue(upstream, l
     end(process)
     assert process.returncode == 0
     assert time.monotonic() - started < 4
-    lost = "select t.failures, t.state, a.outcome from tasks t join attempts a using (task_id) where a.outcome = 'lost'"
-    assert rows(tmp_path, lost) == [(0, "pending", "lost")]
+    lost = "select state, outcome from recent_attempts join queue using (task_id) where outcome = 'lost'"
+    assert rows(tmp_path, lost) == [("pending", "lost")]
 
 
 STUCK = """
@@ -112,7 +112,7 @@ def test_function_that_never_returns_does_not_hold_the_program(tmp_path, start):
     (tmp_path / "adce.yaml").write_text(STUCK)
     process = start("run", "--max-minutes", "0.01", PYTHONPATH=str(tmp_path))
     assert process.wait(20) == 0
-    assert rows(tmp_path, "select state, failures, last_error from tasks") == [("pending", 0, "the runner stopped")]
+    assert rows(tmp_path, "select state, last_error from queue") == [("pending", "the runner stopped")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -125,7 +125,7 @@ def test_second_signal_ends_it_at_once_and_the_next_start_requeues(number, upstr
     wait_until(lambda: "stopping" in process.stderr.readline())
     process.send_signal(number)
     assert process.wait(5) == 130
-    assert rows(tmp_path, "select count(*) > 0 from tasks where state = 'running'") == [(1,)]
+    assert rows(tmp_path, "select count(*) > 0 from queue where state = 'running'") == [(1,)]
     done = run_adce("run", "--once", folder=tmp_path)
     assert (done.returncode, rows(tmp_path, "select count(*) from gaps")) == (0, [(0,)])
 
@@ -166,7 +166,7 @@ def kill_rounds(folder: Path, count: int, seed: int) -> None:
         wanted |= {f"days/{day:%Y%m%d}.json": league.scoreboard(f"{day:%Y%m%d}").body for day in league.games}
         assert objects == wanted
     assert rows(folder, "pragma integrity_check") == [("ok",)]
-    assert rows(folder, "select distinct state from tasks") == [("done",)]
+    assert rows(folder, "select count(*) from queue") == [(0,)]
     assert rows(folder, "select count(*), sum(outcome = 'running') from attempts")[0][1] == 0
 
 
@@ -218,7 +218,7 @@ def test_unreachable_sources_are_told_and_paused_and_their_tasks_kept(unreachabl
     assert (unreachable.returncode, time.monotonic() - started < 2) == (0, True)
     assert re.search(r'paused source=league until=\S+ reason="127.0.0.1 cannot be reached: Connection refused"', err)
     assert re.search(r'paused source=other until=\S+ reason="no.invalid cannot be reached: ', err)
-    assert rows(tmp_path, "select count(*), max(failures) from tasks where state in ('pending', 'retry')") == [(9, 1)]
+    assert rows(tmp_path, "select count(*) from queue where state in ('pending', 'retry')") == [(9,)]
     assert run_adce("run", "--once", folder=tmp_path).returncode == 3
 
 

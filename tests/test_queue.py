@@ -43,7 +43,7 @@ datasets:
     partitions: {values: {season: [S1, S2], name: [a, b, c, d]}}
     priority: MEDIUM
 """
-HELD = adce.Inspection(valid=True, verdict=None, settled=True, live=False, children={})
+HELD = adce.Inspection(valid=True, verdict=None, settled=True, live=False, mentions={})
 
 
 class Desk:
@@ -55,14 +55,24 @@ class Desk:
         self.busy: Counter[str] = Counter()
         with database.transaction() as sql:
             adce.declare_limits(sql, configuration, clock)
-            adce.declare_datasets(sql, configuration, clock.wall())
+            adce.declare_datasets(sql, configuration)
+            sql.execute(adce.WANTED)
+            sql.execute("update datasets set expansion = 'by hand'")
 
     def expect(self, name: str, /, **fields: str) -> int:
+        """Expect an object that is not in the store; returns the number of its task."""
         dataset = self.configuration.datasets[name]
+        key = adce.expected_object(dataset, fields, self.configuration.seasons).key
         with self.database.transaction() as sql:
+            sql.execute("delete from wanted")
             ledger = adce.Ledger(sql, self.configuration, self.clock.wall())
-            wanted = adce.expected_object(dataset, fields, self.configuration.seasons)
-            return ledger.expect(dataset, wanted, proven=True)
+            adce.expect(ledger, dataset, [adce.Partition(fields)])
+            row = ledger.objects("o.key = :key", {"key": key})[0]
+            return ledger.note(row, proven=1).object_id
+
+    def drop(self, object_id: int) -> None:
+        with self.database.transaction() as sql:
+            adce.Ledger(sql, self.configuration, self.clock.wall()).drop("o.object_id = :id", {"id": object_id})
 
     def claim(self) -> adce.Claim | None:
         with self.database.transaction() as sql:
@@ -84,7 +94,11 @@ class Desk:
         return self.finish(claimed, result(claimed.tasks[0], outcome, self.clock))[0]
 
     def states(self) -> dict[str, int]:
-        return dict(Counter(row[0] for row in self.database.read("select state from tasks")))
+        """How many objects there are by the state of their task, or by what has become of it."""
+        closed = {"present": "done", "dropped": "cancelled", "skipped": "cancelled"}
+        tasks = dict(map(tuple, self.database.read("select key, state from queue")))
+        objects = self.database.read("select key, state from objects_now")
+        return dict(Counter(tasks.get(row["key"]) or closed[row["state"]] for row in objects))
 
 
 def result(task: adce.ClaimedTask, outcome: adce.Outcome, clock: ManualClock) -> adce.Result:
@@ -127,7 +141,7 @@ def test_source_that_is_paused_holds_nobody_up(desk):
         adce.pause(sql, "espn", 300, "asked to", desk.clock.boot())
         claimed, openings = adce.claim(sql, desk.configuration, desk.clock, {}, 5)
     assert claimed and claimed.source.name == "nba"
-    assert openings["espn"] == adce.Opening(desk.clock.boot() + 300, "asked to", is_pause=True)
+    assert openings["espn"] == adce.Opening(desk.clock.boot() + 300, "asked to", "espn", is_pause=True)
 
 
 def test_source_has_at_most_its_own_number_of_workers(desk):
@@ -138,6 +152,50 @@ def test_source_has_at_most_its_own_number_of_workers(desk):
     assert desk.claim() is None
     desk.end(first, adce.Outcome.OK)
     assert desk.claim()
+
+
+def test_dataset_has_at_most_its_own_number_of_workers(configure, database, clock):
+    desk = Desk(configure(TEXT.replace('url: "/{team}"', 'url: "/{team}"\n    max_concurrent: 2')), database, clock)
+    for team in "ABC":
+        desk.expect("teams", team=team)
+    first, second = desk.claim(), desk.claim()
+    assert first and second
+    assert desk.claim() is None
+    desk.end(first, adce.Outcome.OK)
+    assert desk.claim()
+
+
+def test_last_worker_is_left_to_a_source_that_has_none_whatever_matters_more(configure, database, clock):
+    text = TEXT.replace("priority: LOW", "priority: CRITICAL").replace("priority: HIGH", "priority: LOW")
+    desk = Desk(configure(text), database, clock)
+    for team in "ABCDEF":
+        desk.expect("teams", team=team)
+    desk.expect("days", date="2025-10-01")
+    assert [desk.claim().dataset.name for _ in range(5)] == ["teams"] * 4 + ["days"]
+
+
+def test_task_that_has_seen_runners_die_waits_until_it_is_alone_and_nothing_overtakes_it(desk):
+    desk.expect("files", season="S1", name="a")
+    for _ in range(2):
+        assert desk.claim()
+        lose_all(desk)
+    desk.expect("days", date="2025-10-01")
+    desk.expect("teams", team="A")
+    other = desk.claim()
+    assert other.dataset.name == "days"
+    assert desk.claim() is None
+    desk.end(other, adce.Outcome.OK)
+    suspect = desk.claim()
+    assert (suspect.dataset.name, suspect.runs_exclusively) == ("files", True)
+    desk.end(suspect, adce.Outcome.OK)
+    assert desk.claim().dataset.name == "teams"
+
+
+def lose_all(desk: Desk) -> None:
+    """The runner dies and starts again."""
+    with desk.database.transaction() as sql:
+        adce.requeue_orphans(sql, desk.configuration.retry)
+    desk.busy.clear()
 
 
 def test_among_equals_the_oldest_goes_first(desk):
@@ -223,6 +281,19 @@ def test_object_that_is_not_final_waits_and_its_good_attempts_do_not_lengthen_a_
     assert 45 <= ending.next_at - desk.clock.wall() <= 77
 
 
+def test_object_that_is_not_final_is_claimed_again_when_it_is_due_and_not_before(desk):
+    desk.expect("days", date="2025-10-01")
+    claimed = desk.claim()
+    stored = result(claimed.tasks[0], adce.Outcome.OK, desk.clock)
+    desk.finish(claimed, dataclasses.replace(stored, inspection=dataclasses.replace(HELD, settled=False)))
+    due = adce.utc_text(desk.clock.wall() + 6 * adce.HOUR)
+    assert [tuple(row) for row in desk.database.read("select state, next_at from queue")] == [("retry", due)]
+    desk.clock.advance(6 * adce.HOUR - 1)
+    assert desk.claim() is None
+    desk.clock.advance(1)
+    assert desk.claim()
+
+
 def test_good_attempt_clears_the_failures_before_it(desk):
     desk.expect("days", date="2025-10-01")
     desk.end(desk.claim(), adce.Outcome.HTTP_ERROR)
@@ -232,7 +303,8 @@ def test_good_attempt_clears_the_failures_before_it(desk):
         result(claimed.tasks[0], adce.Outcome.OK, desk.clock), inspection=dataclasses.replace(HELD, settled=False)
     )
     assert desk.finish(claimed, good)[0].failures == 0
-    assert desk.database.value("select failures from tasks") == 0
+    desk.clock.advance(6 * adce.HOUR)
+    assert desk.end(desk.claim(), adce.Outcome.HTTP_ERROR).failures == 1
 
 
 def test_task_of_a_paused_source_waits_at_least_as_long_as_its_source(desk):
@@ -241,6 +313,20 @@ def test_task_of_a_paused_source_waits_at_least_as_long_as_its_source(desk):
     told = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.THROTTLED, desk.clock), retry_after=500.0)
     ending = desk.finish(claimed, told)[0]
     assert 500 <= ending.next_at - desk.clock.wall() <= 501
+
+
+def test_wait_of_a_task_grows_with_its_own_attempts_and_not_with_those_of_others(desk):
+    def wait_of(team: str) -> float:
+        claimed = desk.claim()
+        assert claimed.tasks[0].target.fields["team"] == team
+        told = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.THROTTLED, desk.clock), retry_after=0.0)
+        return desk.finish(claimed, told)[0].next_at - desk.clock.wall()
+
+    for team in "ABCD":
+        desk.expect("teams", team=team)
+        assert 45 <= wait_of(team) <= 77
+    desk.clock.advance(adce.HOUR)
+    assert 89 <= wait_of("A") <= 152
 
 
 @pytest.mark.parametrize("outcome", [adce.Outcome.THROTTLED, adce.Outcome.STORE_ERROR])
@@ -262,6 +348,36 @@ def test_second_failure_in_a_row_of_a_source_blames_the_source_and_not_the_task(
     assert desk.database.value("select reason from scopes where scope = 'nba'") == "it was unreachable"
 
 
+def test_attempts_that_sent_no_request_are_failures_of_their_tasks_and_never_of_the_source(desk):
+    for number in range(11):
+        desk.expect("teams", team=str(number))
+        claimed = desk.claim()
+        ending = desk.finish(claimed, adce.Result(adce.Outcome.ERROR, "its fields make no address", requests=0))[0]
+        assert (ending.counted, ending.failures) == (True, 1)
+
+
+def test_ten_answers_in_a_row_that_say_server_error_pause_the_source(desk):
+    for number in range(11):
+        desk.expect("teams", team=str(number))
+    for _ in range(10):
+        claimed = desk.claim()
+        broken = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.HTTP_ERROR, desk.clock), http_status=500)
+        desk.finish(claimed, broken)
+    assert desk.claim() is None
+    desk.clock.advance(59.9)
+    assert desk.claim() is None
+    desk.clock.advance(0.1)
+    assert desk.claim()
+
+
+def test_claim_that_is_given_back_unasked_uses_up_no_limit(desk):
+    desk.expect("days", date="2025-10-01")
+    for _ in range(5):  # of 3 a minute
+        claimed = desk.claim()
+        assert claimed
+        desk.finish(claimed, adce.Result(adce.Outcome.LOST, requests=0))
+
+
 def test_store_failure_pauses_everything(desk):
     desk.expect("teams", team="A")
     desk.expect("days", date="2025-10-01")
@@ -275,7 +391,7 @@ def test_late_finish_of_a_lost_attempt_changes_nothing(desk):
     desk.expect("teams", team="A")
     lost = desk.claim()
     with desk.database.transaction() as sql:
-        assert adce.requeue_orphans(sql, desk.configuration.retry, desk.clock.wall()) == 1
+        assert adce.requeue_orphans(sql, desk.configuration.retry) == 1
     again = desk.claim()
     assert lost and again
     assert desk.finish(lost, result(lost.tasks[0], adce.Outcome.OK, desk.clock)) == []
@@ -288,8 +404,7 @@ def test_late_finish_of_a_lost_attempt_changes_nothing(desk):
 def test_object_that_was_dropped_meanwhile_cancels_its_task(desk):
     object_id = desk.expect("teams", team="A")
     claimed = desk.claim()
-    with desk.database.transaction() as sql:
-        adce.Ledger(sql, desk.configuration, desk.clock.wall()).drop(object_id)
+    desk.drop(object_id)
     assert desk.end(claimed, adce.Outcome.OK).state == "cancelled"
 
 
@@ -302,12 +417,12 @@ def test_batch_takes_the_tasks_that_share_a_field(desk):
     assert all(len({key.split("/")[1] for key in keys}) == 1 for keys in sizes)
 
 
-def test_gap_size_of_a_batch_is_its_number(desk):
-    for name in "abcd":
-        desk.expect("files", season="S1", name=name)
-    with desk.database.transaction() as sql:
-        adce.reprioritise(sql, desk.configuration, desk.clock.wall())
-    assert {row[0] for row in desk.database.read("select gap_size from tasks")} == {3}
+def test_gap_size_of_a_batch_is_its_number(desk, tmp_path):
+    store = adce.FolderStore(tmp_path / "lake")
+    store.sweep()
+    adce.run_cycle(adce.reconcile(desk.database, desk.configuration, store, desk.clock))
+    sizes = desk.database.read("select distinct gap_size from queue where dataset = 'files'")
+    assert [row[0] for row in sizes] == [3]
 
 
 @given(st.integers(1, 100), st.integers(0, 1000))
@@ -337,7 +452,7 @@ def test_daily_totals_are_the_sums_of_the_attempts_lost_ones_included(desk):
     desk.claim()
     desk.claim()
     with desk.database.transaction() as sql:
-        adce.requeue_orphans(sql, desk.configuration.retry, desk.clock.wall())
+        adce.requeue_orphans(sql, desk.configuration.retry)
     totals = {row["outcome"]: (row["attempts"], row["seconds"]) for row in desk.database.read("select * from stats")}
     assert totals == {"ok": (2, 4.0), "invalid": (1, 2.0), "lost": (3, 2.0)}
 
@@ -348,18 +463,12 @@ def fill(desk: Desk, count: int) -> None:
         sql.execute(
             """
             with recursive n(i) as (select 1 union all select i + 1 from n where i < ?)
-            insert into objects (dataset_id, key, fields, state, since, proven)
-            select dataset_id, 'teams/' || i, '{"team": "x"}', 'missing', 0, 1
+            insert into objects (dataset_id, key, fields, state, since, proven, task, priority, detected_at, gap_size,
+                                 rank, slope)
+            select dataset_id, 'teams/' || i, '{"team": "x"}', 'missing', 0, 1, 'pending', 'LOW', 0, 1, i, 0
             from n, datasets where dataset = 'teams'
             """,
             (count,),
-        )
-        sql.execute(
-            """
-            insert into tasks (object_id, dataset_id, state, priority, detected_at, gap_size, rank, slope,
-                               attempts, failures)
-            select object_id, dataset_id, 'pending', 'LOW', 0, 1, object_id, 0, 0, 0 from objects
-            """
         )
 
 
@@ -373,7 +482,7 @@ def test_claim_and_finish_are_served_by_indexes_whatever_the_size(desk):
     assert claimed.tasks[0].target.key == "teams/100000"
     texts = {text for text in statements if text.split()[0] in ("select", "update", "insert", "delete")}
     plans = {row[3] for text in texts for row in desk.database.read(f"explain query plan {text}")}
-    assert any("pending_tasks" in plan for plan in plans)
+    assert any("objects_pending" in plan for plan in plans)
     # datasets and sources are few, as are requests in flight, those that one grant removes, and who waits
     scans = {plan.split()[1] for plan in plans if plan.startswith("SCAN") and "requests_in_flight" not in plan}
     assert scans <= {"d", "datasets", "(subquery-1)", "waiters", "json_each"}
@@ -437,7 +546,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def crash(self) -> None:
         with self.desk.database.transaction() as sql:
-            assert adce.requeue_orphans(sql, self.configuration.retry, self.desk.clock.wall()) == len(self.claims)
+            assert adce.requeue_orphans(sql, self.configuration.retry) == len(self.claims)
         self.claims.clear()
         self.desk.busy.clear()
 
@@ -454,18 +563,14 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(team=st.sampled_from("ABCDEF"))
     def drop(self, team: str) -> None:
         if team in self.ids:
-            with self.desk.database.transaction() as sql:
-                adce.Ledger(sql, self.configuration, self.desk.clock.wall()).drop(self.ids[team])
+            self.desk.drop(self.ids[team])
             self.dropped.add(team)
 
     @invariant()
     def every_gap_has_one_live_task_and_nothing_else_has(self) -> None:
         if not hasattr(self, "desk"):
             return
-        live = "('pending', 'retry', 'running', 'gave_up')"
-        rows = self.desk.database.read(
-            f"select o.fields ->> 'team', t.state from tasks t join objects o using (object_id) where t.state in {live}"
-        )
+        rows = self.desk.database.read("select key, state from queue")
         working = {claimed.tasks[0].target.fields["team"] for claimed in self.claims}
         wanted = set(self.ids) - self.dropped - self.whole
         assert sorted(row[0] for row in rows) == sorted(wanted | working)

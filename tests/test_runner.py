@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import queue
 import random
 import re
@@ -285,6 +286,92 @@ def test_one_command_closes_the_gaps_of_a_batch(configure, database, tmp_path):
     assert code == adce.ExitCode.DONE
     assert sorted((tmp_path / "calls").read_text().split()) == ["A,B,C", "A,B,C"]
     assert len(list((tmp_path / "lake" / "others").iterdir())) == 6
+
+
+TEAMS = """\
+max_concurrent_scrapers: 1
+sources: {{league: {{base_url: '{address}'}}}}
+datasets:
+  teams: {{source: league, key: 'teams/{{team}}', {way}, partitions: {{values: {{team: [A, B, C]}}}}}}
+"""
+
+
+def test_each_object_is_asked_for_by_its_own_fields_and_kept_under_its_own_key(configure, database, upstream, tmp_path):
+    upstream.route("/team", lambda _, query: Answer(f"team {query['name']}".encode()))
+    code, _ = run_once(configure(TEAMS.format(address=upstream.address, way="url: '/team?name={team}'")), database)
+    assert (code, upstream.count()) == (adce.ExitCode.DONE, 3)
+    found = {place.name: place.read_text() for place in (tmp_path / "lake/teams").iterdir()}
+    assert found == {team: f"team {team}" for team in "ABC"}
+
+
+def test_object_that_somebody_else_wrote_since_the_cycle_is_not_asked_for(configure, database, upstream, tmp_path):
+    def fill(*_: object) -> Answer:
+        for team in "ABC":
+            (tmp_path / "lake/teams").mkdir(exist_ok=True)
+            (tmp_path / "lake/teams" / team).write_text("written by another")
+        return Answer(b"asked for")
+
+    upstream.route("/team", fill)
+    code, _ = run_once(configure(TEAMS.format(address=upstream.address, way="url: '/team?name={team}'")), database)
+    assert (code, upstream.count()) == (adce.ExitCode.DONE, 1)
+    assert outcomes(database) == {"ok": 3}
+
+
+def test_program_is_told_its_task_and_its_object(configure, database, tmp_path):
+    script = 'mkdir -p lake/teams; echo "$ADCE_SOURCE $ADCE_TASK $ADCE_CONFIG $ADCE_DB" > lake/teams/{team}'
+    way = f"command: [/bin/sh, -c, '{script}']"
+    code, _ = run_once(configure(TEAMS.format(address="http://localhost", way=way)), database)
+    assert code == adce.ExitCode.DONE
+    told = {place.name: place.read_text().split() for place in (tmp_path / "lake/teams").iterdir()}
+    tasks = {row["key"]: str(row["task_id"]) for row in database.read("select key, task_id from recent_attempts")}
+    paths = [str(tmp_path / "adce.yaml"), str(tmp_path / "adce.db")]
+    assert told == {team: ["league", tasks[f"teams/{team}"], *paths] for team in "ABC"}
+
+
+def test_program_that_leaves_a_stale_object_as_it_was_has_not_fetched_it(configure, database, tmp_path):
+    (tmp_path / "lake/teams").mkdir(parents=True)
+    for team in "ABC":
+        (tmp_path / "lake/teams" / team).write_text("old")
+        os.utime(tmp_path / "lake/teams" / team, (1_700_000_000,) * 2)
+    way = "command: [/bin/sh, -c, '[ {team} = A ] || touch lake/teams/{team}'], freshness: {refetch_every: 1h}"
+    assert (
+        run_once(configure(TEAMS.format(address="http://localhost", way=way)), database)[0] == adce.ExitCode.GAPS_LEFT
+    )
+    assert gaps(database) == {"teams/A": "stale"}
+    errors = [row["error"] for row in database.read("select error from recent_attempts where error is not null")]
+    assert errors == ["left the object as it was (exit 0): empty"]
+
+
+DAYS = """\
+sources: {{league: {{base_url: '{address}'}}}}
+datasets:
+  days:
+    source: league
+    key: 'days/{{date}}'
+    url: '/{{date}}'
+    partitions: {{dates: {{from: {first}, to: 2025-01-03}}}}
+  games:
+    source: league
+    key: 'games/{{game}}'
+    url: '/games/{{game}}?day={{date}}'
+    partitions: {{from: days, ids: games, as: game}}
+"""
+
+
+@pytest.mark.parametrize("others_are_lost", [False, True])
+def test_game_whose_first_day_is_no_longer_expected_is_asked_for_by_the_next_that_names_it(
+    others_are_lost, configure, database, upstream, tmp_path
+):
+    """Also when that has vanished, and cannot be fetched: it names what it named."""
+    (tmp_path / "lake/days").mkdir(parents=True)
+    for day in (1, 2, 3):
+        (tmp_path / f"lake/days/2025-01-0{day}").write_text('{"games": ["7"]}')
+    for day in (1, 2):
+        run_once(configure(DAYS.format(address=upstream.address, first=f"2025-01-0{day}")), database)
+        games = [arrival.path for arrival in upstream.arrivals if arrival.path.startswith("/games")]
+        assert (len(games), games[-1]) == (day, f"/games/7?day=2025-01-0{day}")
+        for place in (tmp_path / "lake/days").iterdir() if others_are_lost else ():
+            place.unlink()
 
 
 def damage(value: object, dice: random.Random) -> object:

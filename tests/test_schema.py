@@ -26,12 +26,13 @@ COLUMNS = {
     "coverage": "source dataset season expected present missing stale suspect gave_up percent",
     "coverage_by_day": "source dataset day expected present missing stale suspect",
     "rates": "scope window_seconds max_requests used in_flight blocked_until",
-    "recent_attempts": "attempt_id task_id source dataset key started_at seconds outcome http_status bytes error",
+    "recent_attempts": "attempt_id task_id source dataset key url started_at seconds outcome http_status bytes error",
     "stats": "day source dataset priority outcome attempts seconds bytes",
-    "cycles": "cycle_id started_at seconds listed expected present missing stale suspect created closed list_calls "
-    "error",
+    "cycles": "cycle_id started_at seconds listed expected present missing stale suspect created closed dropped "
+    "list_calls error",
+    "objects_now": "dataset key state size fetched_at due_at parent",
 }
-TIMES = ("since", "next_at", "blocked_until", "started_at")
+TIMES = ("since", "next_at", "blocked_until", "started_at", "fetched_at", "due_at")
 LIMITS = "rate_limiting: {global_limits: {requests_per_hour: 500}, source_limits: {league: {requests_per_minute: 100}}}"
 
 
@@ -83,8 +84,8 @@ def test_coverage_sums_to_the_objects(lived):
     counts = lived.read(
         """
         select count(*), sum(state = 'present'), sum(state = 'missing'), sum(state = 'stale'), sum(state = 'suspect'),
-               (select count(*) from tasks where state = 'gave_up')
-        from objects where state not in ('awaited', 'dropped')
+               (select count(*) from queue where state = 'gave_up')
+        from objects_now where state in ('present', 'missing', 'stale', 'suspect')
         """
     )
     assert tuple(totals[0]) == tuple(counts[0])
@@ -103,7 +104,7 @@ def test_coverage_by_day_sums_to_the_same(lived):
 def test_percent_is_100_only_when_nothing_is_missing(missing, percent):
     with contextlib.closing(adce.memory_database()) as database:
         with database.transaction() as sql:
-            sql.execute("insert into datasets values (1, 'd', 's', 1, '', '', 1, 0)")
+            sql.execute("insert into datasets (dataset_id, dataset, source, active) values (1, 'd', 's', 1)")
             sql.execute(
                 """
                 with recursive n(i) as (select 1 union all select i + 1 from n where i < 30000)
@@ -175,7 +176,7 @@ def test_source_without_limits_is_shown_for_its_pauses():
 def test_score_of_the_view_is_the_formula(lived):
     weighting, now = adce.PriorityWeighting(), time.time()
     rows = lived.read(
-        "select q.*, t.detected_at, d.bonus from queue q join tasks t using (task_id) join datasets d using (dataset)"
+        "select q.*, o.detected_at, d.bonus from queue q join objects o using (key) join datasets d using (dataset)"
     )
     for row in rows:
         age = (now - row["detected_at"]) / adce.HOUR

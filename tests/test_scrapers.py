@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -73,6 +74,18 @@ def test_verdict_is_what_the_store_holds_afterwards(script, outcome, reason, sto
     assert (result.outcome, result.requests) == (outcome, 0)
     assert (reason or "") in (result.error or "")
     assert time.monotonic() - started < 10
+
+
+def test_object_counts_although_the_folder_of_its_program_cannot_be_removed(store, tmp_path, monkeypatch):
+    def refuse(path: object, *_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        result = run(specification(tmp_path, *shell(f"echo '{WHOLE}' > $ADCE_OUTPUT")), store)[0]
+    assert (result.outcome, result.error) == (O.OK, None)
+    assert [stored.key for stored in store.list("")] == ["games/7.json"]
+    assert list(adce.output_folder(tmp_path / "adce.db").iterdir()) != []  # it was there indeed
 
 
 def test_program_that_is_not_there_is_named(store, tmp_path):

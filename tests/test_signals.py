@@ -117,7 +117,7 @@ def what_is_left(folder: Path) -> dict[str, object]:
     """Everything that a clean stop must not leave."""
     wait_until(lambda: not processes_of(folder), seconds=5)
     return {
-        "running tasks": rows(folder, "select count(*) from tasks where state = 'running'")[0][0],
+        "running tasks": rows(folder, "select count(*) from queue where state = 'running'")[0][0],
         "running attempts": rows(folder, "select count(*) from attempts where outcome = 'running'")[0][0],
         "open requests": rows(folder, "select count(*) from requests where finished_at is null")[0][0],
         "open cycles": rows(folder, "select count(*) from reconciliations where seconds is null")[0][0],
@@ -157,8 +157,8 @@ def test_first_signal_stops_cleanly_within_the_grace_time(phase, number, tmp_pat
         assert what_is_left(tmp_path) == NOTHING
         assert rows(tmp_path, "select note, stopped_at >= started_at from runner") == [(number.name, 1)]
         if phase in BUSY:  # the stop is nobody's failure
-            told = "select t.state, t.failures, a.outcome from tasks t join attempts a using (task_id)"
-            assert rows(tmp_path, told) == [("pending", 0, "lost")]
+            assert rows(tmp_path, "select state from queue") == [("pending",)]
+            assert rows(tmp_path, "select outcome from recent_attempts") == [("lost",)]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_second_signal_ends_it_at_once(phase, number, tmp_path):
         assert process.wait(MARGIN) == 130
         wait_until(lambda: not processes_of(tmp_path), MARGIN)
         assert holder(tmp_path) is None
-        assert rows(tmp_path, "select state from tasks") == [("running",)]  # until the next start
+        assert rows(tmp_path, "select state from queue") == [("running",)]  # until the next start
 
 
 def test_signals_of_two_kinds_count_as_two(tmp_path):
@@ -200,7 +200,7 @@ def test_after_kill_the_next_start_requeues(phase, tmp_path):
             assert ("requeued=1" in line) == (phase in BUSY)
             assert ("ended=" in line) == bool(left)
             wait_until(lambda: not set(left) & set(processes_of(tmp_path)))
-            lost = [("lost", "the runner died")] if phase in BUSY else []
+            lost = [("lost", "the runner crashed")] if phase in BUSY else []
             assert rows(tmp_path, "select outcome, error from attempts where outcome != 'running'") == lost
             wait_until(lambda: rows(tmp_path, "select count(*) > 1 from reconciliations") == [(1,)])
             second.terminate()
@@ -233,7 +233,7 @@ def test_attempt_that_ends_in_the_grace_time_is_kept(tmp_path):
         wait_until((tmp_path / "running").exists)
         process.terminate()
         assert stopped(process)[0] == 0
-        assert rows(tmp_path, "select state from tasks") == [("done",)]
+        assert rows(tmp_path, "select present, missing from coverage") == [(1, 0)]
         assert (tmp_path / "lake/things/A").read_text() == "thing\n"
         assert what_is_left(tmp_path) == NOTHING
     finally:
@@ -294,7 +294,7 @@ def test_first_signal_after_the_time_was_up_still_lets_attempts_finish(tmp_path)
         wait_until(lambda: " stopping " in process.stderr.readline())
         process.terminate()
         assert process.wait(20) == 0
-        assert rows(tmp_path, "select state from tasks") == [("done",)]
+        assert rows(tmp_path, "select present, missing from coverage") == [(1, 0)]
     finally:
         clear_away(tmp_path)
         process.communicate()

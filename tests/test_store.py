@@ -17,6 +17,7 @@ import pytest
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from conftest import ROOT
 from s3_server import ACCESS_KEY, S3Server
+from upstream import Answer
 
 import adce
 
@@ -121,6 +122,16 @@ def test_missing_bucket_and_missing_server_are_told(bucket, monkeypatch):
         adce.open_store("s3://lake").sweep()
 
 
+def test_page_of_a_proxy_is_no_empty_listing(upstream, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", upstream.address)
+    upstream.route("/lake", lambda *_: Answer(b"<html/>"))
+    with pytest.raises(adce.StoreError, match=r"cannot list s3://lake/.*the answer is no listing"):
+        list(adce.open_store("s3://lake").list(""))
+
+
 def test_prefix_of_the_address_stays_out_of_the_keys(bucket, s3_server):
     adce.open_store(bucket).write("a/b.json", b"x")
     name = bucket.removeprefix("s3://lake/")
@@ -188,6 +199,13 @@ def test_file_where_a_folder_is_needed_is_told(folder):
     folder.write("days", b"a file")
     with pytest.raises(adce.StoreError, match=r"cannot write days/1\.json"):
         folder.write("days/1.json", b"x")
+    assert list((folder.root / adce.STAGING).iterdir()) == []
+
+
+def test_write_that_fails_at_its_end_leaves_no_unfinished_file(folder):
+    (folder.root / "a.json").mkdir()
+    with pytest.raises(adce.StoreError, match=r"cannot write a\.json: Is a directory"):
+        folder.write("a.json", b"x")
     assert list((folder.root / adce.STAGING).iterdir()) == []
 
 

@@ -111,12 +111,13 @@ def no_count_is_lost(folder: Path, tens: int) -> None:
         done = run_adce("run", "--once", "-q", folder=folder, seconds=500)
         assert done.returncode == 3, done.stderr
     total = 10 * tens * 20
-    states = dict(rows(folder, "select state, count(*) from tasks group by 1"))
+    states = dict(rows(folder, "select state, count(*) from queue group by 1"))
+    states["done"] = rows(folder, "select sum(present) from coverage")[0][0]
     assert states == {"done": total * 3 // 4, "gave_up": tens * 5 + 5, "retry": 9 * tens * 5 - 5}
     outcomes = dict(rows(folder, "select outcome, count(*) from attempts group by 1"))
     assert outcomes == {"ok": total * 3 // 4, "error": states["retry"] + 2 * states["gave_up"]}
     assert dict(rows(folder, "select outcome, sum(attempts) from daily_totals group by 1")) == outcomes
-    assert rows(folder, "select count(*) from tasks where attempts != failures + (state = 'done')") == [(0,)]
+    assert rows(folder, "select distinct state, attempts from queue order by 1") == [("gave_up", 2), ("retry", 1)]
     report = json.loads(run_adce("report", "--format", "json", folder=folder).stdout)
     told = Counter()
     for row in report["attempts"]:
@@ -333,7 +334,7 @@ def test_stop_past_the_grace_time_leaves_no_process(stubborn, tmp_path):
     stubborn.communicate(timeout=15)
     assert (stubborn.returncode, time.monotonic() - started < 10) == (0, True)
     wait_until(lambda: living(tmp_path) == [], 3)
-    assert rows(tmp_path, "select state, failures from tasks") == [("pending", 0)] * 2
+    assert rows(tmp_path, "select state from queue") == [("pending",)] * 2
 
 
 def test_second_signal_leaves_no_process(stubborn, tmp_path):
@@ -362,6 +363,7 @@ datasets:
     source: box
     key: "killer/{n}"
     command: [/bin/sh, scraper, kill]
+    output: stdout
     priority: CRITICAL
     partitions: {values: {n: ["1"]}}
   good:
@@ -402,13 +404,13 @@ def test_task_that_kills_its_runner_gives_up_and_the_others_proceed(tmp_path):
     (tmp_path / "scraper").write_text(KILL)
     (tmp_path / "adce.yaml").write_text(KILLER)
     assert killed_runs(tmp_path) == 3
-    tasks = rows(tmp_path, "select priority, state, attempts, last_error from tasks order by 1, 2")
-    assert tasks[0] == ("CRITICAL", "gave_up", 3, "the runner died")
-    assert [task[1] for task in tasks[1:]] == ["done"] * 4
-    died = rows(tmp_path, "select distinct outcome from attempts where error = 'the runner died'")
+    tasks = rows(tmp_path, "select priority, state, attempts, last_error from queue")
+    assert tasks == [("CRITICAL", "gave_up", 3, "the runner crashed")]
+    assert rows(tmp_path, "select sum(present) from coverage") == [(4,)]
+    died = rows(tmp_path, "select distinct outcome from attempts where error = 'the runner crashed'")
     assert died == [("lost",)]
     shown = run_adce("tasks", "--state", "gave_up", folder=tmp_path).stdout
-    assert "killer" in shown and "the runner died" in shown
+    assert "killer" in shown and "the runner crashed" in shown
 
 
 def test_tasks_beside_one_that_kills_its_runner_do_not_give_up_with_it(tmp_path):
@@ -421,7 +423,27 @@ def test_tasks_beside_one_that_kills_its_runner_do_not_give_up_with_it(tmp_path)
     (tmp_path / "calm").touch()
     assert run_adce("run", "--once", folder=tmp_path).returncode == -signal.SIGKILL, "it is tried alone once more"
     assert run_adce("run", "--once", folder=tmp_path).returncode == 3
-    assert rows(tmp_path, "select state, count(*) from tasks group by 1") == [("done", 4), ("gave_up", 1)]
+    assert rows(tmp_path, "select sum(present), sum(gave_up) from coverage") == [(4, 1)]
+
+
+BESIDE = """
+[ $1 = kill ] || { touch other; echo x; exit; }
+[ -e calm ] || kill -9 $PPID
+sleep 1
+[ -e other ] && printf 'beside another' || printf alone
+"""
+
+
+def test_nothing_is_begun_beside_a_task_that_has_seen_runners_die(tmp_path):
+    (tmp_path / "scraper").write_text(BESIDE)
+    (tmp_path / "adce.yaml").write_text(KILLER.partition("  good:")[0])
+    for _ in range(2):
+        assert run_adce("run", "--once", folder=tmp_path).returncode == -signal.SIGKILL
+    (tmp_path / "calm").touch()
+    (tmp_path / "adce.yaml").write_text(KILLER)
+    assert run_adce("run", "--once", folder=tmp_path).returncode == 0
+    assert (tmp_path / "lake/killer/1").read_text() == "alone"
+    assert len(list((tmp_path / "lake/good").iterdir())) == 4
 
 
 AWAY = """
@@ -443,12 +465,11 @@ def test_ten_failures_in_a_row_pause_their_source_and_say_why(tmp_path, start):
     process = start("run")
     why = "left no object (exit 1): the line is cut"
     wait_until(lambda: rows(tmp_path, "select why from rates where blocked_until is not null") == [(f"paused: {why}",)])
-    wait_until(lambda: rows(tmp_path, "select count(*) from tasks where state = 'running'") == [(0,)])
+    wait_until(lambda: rows(tmp_path, "select count(*) from queue where state = 'running'") == [(0,)])
     assert why in run_adce("status", folder=tmp_path).stdout
     attempts = rows(tmp_path, "select count(*) from attempts")[0][0]
     assert 10 <= attempts <= 14  # those that were at work when the tenth failed
-    assert rows(tmp_path, "select sum(failures), max(failures) from tasks") == [(9, 1)]
-    assert rows(tmp_path, "select count(*) from tasks where state in ('pending', 'retry')") == [(30,)]
+    assert rows(tmp_path, "select count(*) from queue where state in ('pending', 'retry')") == [(30,)]
     process.terminate()
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0
@@ -588,7 +609,7 @@ def test_refetch_that_leaves_the_object_as_it_was_is_an_error_and_gives_up(tmp_p
     wait_until(
         lambda: (
             ("gave_up", 3, "left the object as it was (exit 0): empty")
-            in rows(tmp_path, "select state, failures, last_error from tasks")
+            in rows(tmp_path, "select state, attempts, last_error from queue")
         )
     )
     assert rows(tmp_path, "select outcome, count(*) from attempts group by 1 order by 1") == [("error", 3), ("ok", 1)]

@@ -7,8 +7,11 @@ import fcntl
 import os
 import random
 import shutil
+import signal
+import sqlite3
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +22,15 @@ from battery.scene import LAUNCHERS, Scene, poll
 
 SHUT_DOWN = 0x8004587D  # the ioctl that cuts a file system off from its disk
 WITHOUT_FLUSH = struct.pack("I", 2)
+WRITER = """
+import sqlite3, sys
+sql = sqlite3.connect(sys.argv[1], isolation_level=None)
+sql.execute("pragma journal_mode = wal")
+sql.execute("pragma synchronous = " + sys.argv[2])
+sql.execute("create table told (number integer primary key)")
+while True:
+    print(sql.execute("insert into told default values").lastrowid, flush=True)
+"""
 FORMATS = {"ext4": (64, ["mkfs.ext4", "-q", "-F"]), "xfs": (400, ["mkfs.xfs", "-q", "-f"])}
 
 
@@ -60,13 +72,25 @@ class Disk:
             obey("umount", self.root)
         self.is_mounted = False
 
-    def cut(self) -> None:
-        """From now on nothing reaches the disk, and what is only in memory is lost."""
+    def cut(self, process: subprocess.Popen[str]) -> None:
+        """From now on nothing reaches the disk, and what is only in memory is lost. The program that writes to it
+        stands still by then: an fsync that such a cut meets on its way succeeds, and has saved nothing."""
+        process.send_signal(signal.SIGSTOP)
+        poll(lambda: thread_states(process.pid) <= {"T"}, what="the stop of each thread")
         place = os.open(self.root, os.O_RDONLY)
         try:
             fcntl.ioctl(place, SHUT_DOWN, WITHOUT_FLUSH)
         finally:
             os.close(place)
+
+
+def thread_states(number: int) -> set[str]:
+    """T is stopped: a thread in the middle of an fsync is so only after it. None of a process that has ended."""
+    found = set()
+    for place in Path(f"/proc/{number}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # this thread has ended
+            found.add(place.read_text().rpartition(")")[2].split()[0])
+    return found - {"X", "Z"}
 
 
 @pytest.fixture
@@ -91,7 +115,7 @@ def cut_power_often(disk: Disk, folder: Path, cuts: int, seed: int, launcher: Se
             process = scene.start("-v", "run", launcher=launcher)
             wait_for_told(scene, process, dice.randint(0, 14))
             time.sleep(dice.uniform(0, 0.05))  # the power fails at any moment
-            disk.cut()
+            disk.cut(process)
             scene.end(process)
             disk.unmount()
             disk.mount()
@@ -117,6 +141,39 @@ def check_disk_after_cut(scene: Scene) -> None:
     assert not empty, f"empty objects: {empty}"
     if scene.told():
         scene.judge()
+
+
+def lost_commits(disk: Disk, log: Path, synchronous: str, seed: int) -> int:
+    """How many of the commits that a program has told of, which does nothing else, one power cut takes."""
+    dice, database = random.Random(seed), disk.root / f"{seed}.db"
+    os.sync()
+    with log.open("w", encoding="utf-8") as out:
+        words = [sys.executable, "-c", WRITER, str(database), synchronous]
+        process = subprocess.Popen(words, stdout=out, text=True)
+    try:
+        poll(log.read_text)
+        time.sleep(dice.uniform(0, 0.05))
+        disk.cut(process)
+    finally:
+        process.kill()
+        process.wait()
+    disk.unmount()
+    disk.mount()
+    told = int(log.read_text().split()[-1])
+    return max(0, told - last_commit(database))  # there may be one that is not told yet
+
+
+def last_commit(database: Path) -> int:
+    with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(sqlite3.connect(database)) as sql:
+        return sql.execute("select max(number) from told").fetchone()[0] or 0
+    return 0
+
+
+@pytest.mark.parametrize("disk", FORMATS, indirect=True)
+def test_power_cut_as_it_is_made_here_takes_only_what_is_not_synced(disk, tmp_path):
+    """Without the program: where this fails, the other tests of this file prove nothing."""
+    assert [lost_commits(disk, tmp_path / "told", "full", seed) for seed in range(10)] == [0] * 10
+    assert lost_commits(disk, tmp_path / "told", "off", seed=10) > 0
 
 
 @pytest.mark.parametrize("disk", FORMATS, indirect=True)
