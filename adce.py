@@ -48,8 +48,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Executions                  what one execution is, and what it leaves
     Requests                    one HTTP request
     Sessions                    the limits for programs that use requests
-    Processes                   a program of the user's, from start to end
-    Scrapers                    a command or a call instead
+    Programs                    a command or a call instead
     Fetch                       does one execution
     Tables                      rows as text
     Coverage                    what is expected and what is there
@@ -80,7 +79,6 @@ import array
 import bisect
 import collections
 import contextlib
-import contextvars
 import csv
 import dataclasses
 import datetime
@@ -108,8 +106,6 @@ import queue
 import random
 import re
 import secrets
-import select
-import selectors
 import shlex
 import shutil
 import signal
@@ -121,6 +117,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import unicodedata
 import urllib.parse
 import weakref
@@ -130,7 +127,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple, Protocol, Self, TextIO, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TextIO, TypeVar, cast
 
 __version__ = "1.0.0"
 __all__ = [
@@ -310,6 +307,7 @@ class OutOfOrderError(StoreError):
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 NEWS_SECONDS = 0.1
+PROC = Path("/proc")  # where there is one
 DURATION_UNITS = {"s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
 
 
@@ -321,12 +319,20 @@ class Clock:
         return time.time()
 
     def boot(self) -> float:
-        """Seconds since the machine started, suspended time included. Never steps."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
+        """Seconds since the machine started, the same for all of its processes. Never steps.
+
+        Suspended time is included on Linux. Elsewhere it may not be: then a limit lasts longer, never shorter."""
+        number = getattr(time, "CLOCK_BOOTTIME", None)
+        return time.monotonic() if number is None else time.clock_gettime(number)
 
     def boot_id(self) -> str:
-        """The name of this boot: boot times of two boots must not be compared."""
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        """The name of this boot, since boot times of two boots must not be compared; "unknown" where there is none.
+
+        A name made from wall time would change when the clock is set, and all requests so far would be forgotten.
+        Without a name only a boot time that is smaller than before proves another boot."""
+        with contextlib.suppress(OSError):
+            return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return "unknown"
 
     def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_news: Callable[[], bool] | None = None) -> None:
         """Sleep until something is put into `wakeups`, until there are news, or for `seconds`; empties `wakeups`.
@@ -417,8 +423,7 @@ create table runner (
     note         text,               -- why it stopped
     address      text,               -- of its HTTP server
     unit         text,               -- of systemd
-    log          text,               -- its log file
-    lost_workers integer not null default 0 -- functions that did not return in time
+    log          text                -- its log file
 ) strict;
 
 create table datasets (
@@ -947,18 +952,6 @@ class Database:
             self._reader.backup(memory)
         return Database(self.path, memory, memory)
 
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """The reader, which sees all as of one moment, whatever others write meanwhile."""
-        self._check_process()
-        with self._reading, self._translation:
-            self._reader.execute("begin")
-            try:
-                self._reader.execute("select count(*) from sqlite_schema").fetchone()
-                yield self._reader
-            finally:
-                self._reader.execute("rollback")
-
     def close(self) -> None:
         """Close both connections, when no other thread is at work with them: SQLite would crash."""
         with self._reading, self._writing:
@@ -1068,18 +1061,22 @@ def _create_file(path: Path) -> None:
         raise DatabaseError(f"cannot create {path}: {error.strerror}", "see `database:` in adce.yaml") from error
 
 
-def set_foreign_log_aside(path: Path) -> None:
-    """What a runner has written last may still lie in its write-ahead log. SQLite would play that into a backup
-    that was put in the database's place, and damage it. For a process that has not opened the database yet:
-    closing the file would drop its locks.
-
-    A backup says of itself that it has no such log (https://sqlite.org/fileformat2.html, 1.3.3); one that is newer
-    than the file may be another program's, which has just begun to use it."""
-    log = path.with_name(f"{path.name}-wal")
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        has_log = file.read(20)[18:] != b"\x01\x01"
-        if not has_log and log.stat().st_size and log.stat().st_mtime_ns <= os.fstat(file.fileno()).st_ctime_ns:
-            log.rename(f"{log}.{int(log.stat().st_mtime)}")
+def quarantine_stale_wal(path: Path) -> None:
+    """Rename a write-ahead log that does not belong to the database file, before this process opens it: closing the
+    file later would drop its locks."""
+    # A WAL left by a killed process would be replayed into a restored backup. The header of a backup says that it has
+    # none (https://sqlite.org/fileformat2.html, 1.3.3). One process at a time looks, at the header last: whatever else
+    # starts now has looked already, and changes the header before it makes a WAL of its own.
+    wal = path.with_name(f"{path.name}-wal")
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, folder)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        left = wal.stat()
+        with path.open("rb") as file:
+            has_wal = file.read(20)[18:] != b"\x01\x01"
+            if not has_wal and left.st_size and left.st_mtime_ns <= os.fstat(file.fileno()).st_ctime_ns:
+                wal.rename(f"{wal}.{int(left.st_mtime)}")
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
@@ -1178,50 +1175,44 @@ class RunnerLock:
 
 
 # ---------------------------------------------------------------- Backups
-# A copy of the database while others work on it, and what a copy cannot know. Headline: back_up().
+# A copy of the database while others work on it, and the pauses that a restored copy needs. Headline: back_up().
 
-BACKUP_PAGES = 1000  # copied at a time
+MARK_BACKUP = "update facts set is_backup = 1"
 
 
-def back_up(database: Database, path: Path, progress: Callable[[int, int], None]) -> None:
-    """Write all that is committed now into a new file, mode 0600. It is checked, and it is there whole or not at
-    all. `progress` is told the pages left and all. Raises DatabaseError, also when something is at `path` already."""
-    if path.exists() or path.is_symlink():
-        raise DatabaseError(f"{path} exists already", "name a new file; nothing was written")
-    if not path.parent.is_dir():  # it may be a disk that is not mounted
-        raise DatabaseError(f"there is no folder {path.parent}", "make it first; nothing was written")
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+def back_up(path: Path, copy: Path) -> None:
+    """Copy the database at `path`, as of one moment, into a new file, mode 0600. The copy is checked, on the disk, and
+    there whole or not at all. Raises DatabaseError, also when there is something at `copy` already."""
+    if copy.exists() or copy.is_symlink():
+        raise DatabaseError(f"{copy} exists already", "name a new file; nothing was written")
+    if not copy.parent.is_dir():  # it may be a disk that is not mounted
+        raise DatabaseError(f"there is no folder {copy.parent}", "make it first; nothing was written")
+    draft = copy.with_name(f"{copy.name}.{os.getpid()}.part")
     _create_file(draft)
     try:
-        with _Translation(str(draft)), contextlib.closing(_connect(str(draft))) as copy:
-            with database.snapshot() as source:  # or else each write of others would begin it anew
-                try:
-                    source.backup(copy, pages=BACKUP_PAGES, progress=lambda _, left, total: progress(left, total))
-                except sqlite3.DatabaseError as error:
-                    is_source = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-                    raise _translated(database.path if is_source else str(draft), error) from error
-            copy.execute("pragma journal_mode = delete")
-            copy.execute("update facts set is_backup = 1")
-            if copy.execute("pragma integrity_check").fetchone()[0] != "ok":
-                raise DatabaseError(f"the copy of {database.path} is damaged", "adce.py check")
-        _publish(draft, path)
+        with _Translation(f"cannot copy {path}"):
+            with contextlib.closing(_connect(str(path))) as source:
+                source.execute("vacuum into ?", (str(draft),))
+            with contextlib.closing(_connect(str(draft))) as made:
+                made.execute(MARK_BACKUP)
+                if made.execute("pragma integrity_check").fetchone()[0] != "ok":
+                    raise DatabaseError(f"the copy of {path} is damaged", "adce.py check")
+        _sync(draft)  # which SQLite does not do here
+        os.link(draft, copy)  # unlike a rename, never over a file that has come meanwhile
+        _sync(copy.parent)
     except OSError as error:
-        raise DatabaseError(f"cannot write {path}: {error.strerror}", "name another file") from error
+        raise DatabaseError(f"cannot write {copy}: {error.strerror}", "name another file") from error
     finally:
-        with contextlib.suppress(OSError):  # what failed first is what is told
+        with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
 
 
-def _publish(draft: Path, path: Path) -> None:
-    """Give a finished file its name for good, unless somebody has taken that name meanwhile."""
-    for place in (draft, path.parent):
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if place == draft:
-            os.link(draft, path)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- Templates
@@ -3073,33 +3064,9 @@ class FolderStore:
 # ---------------------------------------------------------------- Bucket
 # A store in S3, and the choice between the two. Headlines: S3Store, open_store().
 
-S3_ENTRY = re.compile(rb"<Contents>(.*?)</Contents>", re.DOTALL)
-S3_FIELDS = ("Key", "Size", "ETag", "LastModified")
-S3_FIELD = re.compile(f"<({'|'.join(S3_FIELDS)})>([^<]*)</".encode())
 
-
-def _take_entries(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-    """Take the entries out of a page before botocore parses it: most of its time went into dates. Keys come
-    quoted as for a url when the server obeys boto3's wish for that."""
-    body = response_dict["body"]
-    if response_dict.get("status_code") == 200 and b"ListBucketResult" not in body:
-        raise ValueError("the answer is no listing")
-    unquote = urllib.parse.unquote_plus if b"<EncodingType>url</EncodingType>" in body else str
-    entries = []
-    for match in S3_ENTRY.finditer(body):
-        found = dict(S3_FIELD.findall(match[1]))
-        if len(found) < len(S3_FIELDS):
-            raise ValueError(f"a listed object without {' or '.join(S3_FIELDS)}")
-        entries.append(
-            StoredObject(
-                unquote(html.unescape(found[b"Key"].decode())),
-                int(found[b"Size"]),
-                html.unescape(found[b"ETag"].decode()).strip('"'),
-                int(datetime.datetime.fromisoformat(found[b"LastModified"].decode()).timestamp()),
-            )
-        )
-    customized_response_dict["Entries"] = entries
-    response_dict["body"] = S3_ENTRY.sub(b"", body)
+def _http_instant(text: str) -> int:
+    return int(email.utils.parsedate_to_datetime(text).timestamp())
 
 
 class S3Store:
@@ -3114,14 +3081,16 @@ class S3Store:
     def _client(self) -> Any:
         import boto3
         import botocore.config
+        import botocore.session
 
         timeouts = botocore.config.Config(
             connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 3}
         )
         with self._translated("use"):
-            client = boto3.session.Session().client("s3", config=timeouts)
-        client.meta.events.register("before-parse.s3.ListObjectsV2", _take_entries)
-        return client
+            session = botocore.session.get_session()
+            parsers = session.get_component("response_parser_factory")
+            parsers.set_parser_defaults(timestamp_parser=lambda text: text)  # its own takes most of a listing's time
+            return boto3.session.Session(botocore_session=session).client("s3", config=timeouts)
 
     def sweep(self, *, is_known: bool = False) -> None:  # noqa: ARG002  # a bucket is never made
         """See that the bucket is there. S3 keeps nothing half written."""
@@ -3131,28 +3100,41 @@ class S3Store:
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """Page by page, a thousand keys a request."""
         more: dict[str, str] = {"StartAfter": self.above + after} if after > prefix else {}
+        token = None
         while True:
             with self._counting:
                 self.calls += 1
                 client = self._client
             with self._translated("list"):
                 page = client.list_objects_v2(Bucket=self.bucket, Prefix=self.above + prefix, **more)
-            for entry in page["Entries"]:
-                yield StoredObject(entry.key.removeprefix(self.above), entry.size, entry.etag, entry.modified_at)
-            if not page.get("IsTruncated"):
+                entries = [self._entry(item) for item in page.get("Contents", ())]
+                if "IsTruncated" not in page:
+                    raise ValueError("the answer is no listing")
+            yield from entries
+            if not page["IsTruncated"]:
                 return
-            if "NextContinuationToken" not in page:
+            if page.get("NextContinuationToken") in (None, token):
                 raise StoreError(f"s3://{self.bucket} says that its listing goes on, and not where", "try again")
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+            token = page["NextContinuationToken"]
+            more = {"ContinuationToken": token}
+
+    def _entry(self, item: Mapping[str, Any]) -> StoredObject:
+        try:
+            modified_at = int(datetime.datetime.fromisoformat(item["LastModified"]).timestamp())
+            key = item["Key"].removeprefix(self.above)
+            return StoredObject(key, item["Size"], item["ETag"].strip('"'), modified_at)
+        except KeyError as error:
+            raise ValueError(f"a listed object without {error.args[0]}") from None
 
     def find(self, key: str) -> StoredObject | None:
         """One object as it would be listed."""
         try:
             with self._translated(f"look for {key} in"):
                 head = self._client.head_object(Bucket=self.bucket, Key=self.above + key)
+                modified_at = _http_instant(head["LastModified"])
         except KeyError:
             return None
-        return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), int(head["LastModified"].timestamp()))
+        return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), modified_at)
 
     def read(self, key: str) -> bytes:
         """The content of an object. Raises KeyError when there is none."""
@@ -3165,8 +3147,8 @@ class S3Store:
             answer = self._client.put_object(
                 Bucket=self.bucket, Key=self.above + key, Body=body, ChecksumAlgorithm="SHA256"
             )
-        modified = email.utils.parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return StoredObject(key, len(body), answer["ETag"].strip('"'), int(modified.timestamp()))
+        modified_at = _http_instant(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return StoredObject(key, len(body), answer["ETag"].strip('"'), modified_at)
 
     @contextlib.contextmanager
     def _translated(self, action: str) -> Iterator[None]:
@@ -3293,7 +3275,7 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
     """Make the stored limits those of the configuration. Earlier requests keep counting."""
     boot_id, offset = clock.boot_id(), clock.wall() - clock.boot()
     known = sql.execute("select boot_id, wall_offset from facts").fetchone()
-    if known["boot_id"] not in (None, boot_id):
+    if known["boot_id"] is not None and (known["boot_id"] != boot_id or _has_gone_back(sql, clock.boot())):
         _carry_over_reboot(sql, known["wall_offset"] - offset)
     sql.execute("update facts set boot_id = ?, wall_offset = ?", (boot_id, offset))
     sql.execute("delete from windows")
@@ -3315,6 +3297,18 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
             row = (scope, limit.seconds, limit.max_requests, slow_from)
             sql.execute("insert into windows values (?, ?, ?, ?)", row)
     hold_sources_after_restore(sql, clock.boot())
+
+
+def _has_gone_back(sql: sqlite3.Connection, now: float) -> bool:
+    """Whether a grant or a pause lies in the future, as after a reboot of a machine whose boots have no names. One that
+    is not noticed makes limits last longer."""
+    begun = """
+        select max(instant) from (
+            select granted_at as instant from requests
+            union all
+            select max(granted_at, paused_until - paused_for) from scopes)
+    """
+    return cast(float, sql.execute(begun).fetchone()[0] or 0) > now + 1  # a second: more than rounding
 
 
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
@@ -3687,13 +3681,11 @@ def record_response(sql: sqlite3.Connection, source: Source, answer: Answer, now
 
 LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
 KEEP_ALIVE_SECONDS = 5
-# source and tasks of the attempt for which this thread calls a function; a command has them in its environment
-SERVED = contextvars.ContextVar("served", default=("", ""))
 
 
 def served() -> tuple[str, str]:
-    """The source, and the tasks, for which a runner has started what asks; else empty."""
-    return SERVED.get() if SERVED.get()[0] else (os.environ.get("ADCE_SOURCE", ""), os.environ.get("ADCE_TASK", ""))
+    """The source and the tasks for which a runner has started this program; else empty."""
+    return os.environ.get("ADCE_SOURCE", ""), os.environ.get("ADCE_TASK", "")
 
 
 def count_request(sql: sqlite3.Connection, tasks: str) -> None:
@@ -4243,11 +4235,12 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
 
     A key that an earlier dataset expects too is a problem; one that several parents name is the first one's."""
     sql, rows = ledger.sql, rows_of(ledger, dataset, partitions)
-    declared = "select key, dataset_id, fields, season, day, available_at, parent_id, state != 'dropped' from objects"
+    declared = """
+        select key, dataset_id, fields, season, day, available_at, parent_id, state != 'dropped'
+        from objects where key in (select value from json_each(?))
+    """
     page = json.dumps([row.key for row in rows])
-    known = {
-        row[0]: tuple(row) for row in sql.execute(f"{declared} where key in (select value from json_each(?))", (page,))
-    }
+    known = {row[0]: tuple(row) for row in sql.execute(declared, (page,))}
     can_move = "select dataset_id from datasets where not active or expansion = ''"
     movable = {row[0] for row in sql.execute(can_move)}
     changed, counts = [], [0, 0]
@@ -5938,16 +5931,18 @@ def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractCon
     pool._make_request, pool.adce_source = make_limited_request, source  # noqa: SLF001
 
 
-# ---------------------------------------------------------------- Processes
-# A program of the user's, in a process group of its own: however it behaves, it ends in time, it fills no
-# memory and no disk with what it prints, and nothing of it is left. Headlines: run_program(),
-# end_processes().
+# ---------------------------------------------------------------- Programs
+# A command or a call brings its objects as a program in a process group of its own: it ends in time, what it prints
+# fills neither memory nor disk, and no process of it is left. Headlines: run_command(), call_function().
 
-TAIL_BYTES = 2000  # of what a program printed, kept with its attempt
+TAIL_BYTES = 2000  # of the output, kept with the attempt
 PIPE_BLOCKS = 16  # a pipe holds no more
 TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
+LONGEST_STEP_SECONDS = 0.2  # between reads: one that has escaped may hold the output open, so EOF says nothing
 KILLING_ROUNDS = 100
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
+SIGNALS = {member.value: member.name for member in signal.Signals}
+FAILURE = "failure"  # the file in which a call reports an exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -5958,7 +5953,7 @@ class Program:
     folder: Path
     environment: Mapping[str, str]
     seconds: float  # for all of it
-    max_bytes: int | None = None  # its standard output is wanted, if it is not longer
+    max_bytes: int | None = None  # its standard output is wanted, up to this length
 
 
 @dataclass(frozen=True, slots=True)
@@ -5966,52 +5961,39 @@ class ProgramEnd:
     """How a program ended."""
 
     text: str  # exit 1, killed by SIGSEGV, timed out, printed more than 10 bytes
-    tail: bytes  # the end of what it printed
+    tail: bytes  # the end of its output
     body: bytes = b""  # its standard output, when that was wanted
 
     def is_good(self) -> bool:
-        """It has said itself that it succeeded."""
+        """Its exit code was 0."""
         return self.text == "exit 0"
 
-    def is_late(self) -> bool:
-        """It was ended because its time was over."""
-        return self.text == "timed out"
 
+class _Output:
+    """One pipe of a program: the end of the output, or with a limit all of it."""
 
-class _Pipe:
-    """What comes out of a program: the end of it, or all of it up to a limit."""
-
-    def __init__(self, pipe: IO[bytes], limit: int | None = None) -> None:
-        self.pipe, self.limit = pipe, limit
-        self.kept = bytearray()
+    def __init__(self, pipe: Any, limit: int | None = None) -> None:
+        self.pipe, self.limit, self.kept = pipe, limit, bytearray()
         os.set_blocking(pipe.fileno(), False)
 
     def read(self) -> bool:
-        """Take a block; False when there is none, or no more ever."""
-        try:
+        """Read one block. False at EOF, when no data is ready, or beyond the limit."""
+        block = b""
+        with contextlib.suppress(BlockingIOError):
             block = os.read(self.pipe.fileno(), BLOCK_BYTES)
-        except BlockingIOError:
-            return False
         self.kept += block
         if self.limit is None:
             del self.kept[:-TAIL_BYTES]
-        return bool(block)
+        return bool(block) and not self.is_too_long()
 
     def is_too_long(self) -> bool:
         return self.limit is not None and len(self.kept) > self.limit
 
-    def close(self) -> None:
-        """Take what is in it still. Nobody waits for one who has escaped and holds it open."""
-        for _ in range(PIPE_BLOCKS):
-            if self.is_too_long() or not self.read():
-                break
-        self.pipe.close()
-
 
 def run_program(program: Program, clock: Clock) -> ProgramEnd:
-    """Run a program to its end, or end it. Raises OSError when it cannot be started."""
+    """Run a program to its end, or end it. Raises OSError or ValueError when it cannot be started."""
     is_wanted = program.max_bytes is not None
-    process = subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
+    with subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
         program.words,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -6019,232 +6001,204 @@ def run_program(program: Program, clock: Clock) -> ProgramEnd:
         env={name: os.environ[name] for name in INHERITED if name in os.environ} | dict(program.environment),
         cwd=program.folder,
         start_new_session=True,
-    )
-    printed = _Pipe(cast(IO[bytes], process.stdout), program.max_bytes)
-    pipes = [printed, _Pipe(cast(IO[bytes], process.stderr))] if is_wanted else [printed]
-    try:
-        text = _watch(process, pipes, program.seconds, clock) or "timed out"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            os.killpg(process.pid, signal.SIGCONT)  # one that stands still cannot hear it
-            _watch(process, pipes, TERMINATE_SECONDS, clock)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        end_processes(program.environment["ADCE_DB"], program.environment["ADCE_TASK"])
-        for pipe in pipes:
-            pipe.close()
-    if printed.is_too_long():
-        text = f"printed more than {program.max_bytes} bytes"
-    return ProgramEnd(text, bytes(pipes[-1].kept), bytes(printed.kept) if is_wanted else b"")
+    ) as process:
+        printed = _Output(process.stdout, program.max_bytes)
+        outputs = [printed, _Output(process.stderr)] if is_wanted else [printed]
+        try:
+            is_over = _watch(process, outputs, program.seconds, clock)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGCONT)  # a stopped process cannot handle SIGTERM
+                _watch(process, outputs, TERMINATE_SECONDS, clock)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing but zombies is left
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+            end_processes(program.environment["ADCE_DB"], program.environment["ADCE_TASK"])
+        for output in outputs:
+            any(not output.read() for _ in range(PIPE_BLOCKS))  # one that has escaped may print for ever
+    text = f"exit {code}" if code >= 0 else f"killed by {SIGNALS.get(-code, f'signal {-code}')}"
+    text = text if is_over else "timed out"
+    text = f"printed more than {program.max_bytes} bytes" if printed.is_too_long() else text
+    return ProgramEnd(text, bytes(outputs[-1].kept), bytes(printed.kept) if is_wanted else b"")
 
 
-def _watch(process: subprocess.Popen[bytes], pipes: Sequence[_Pipe], seconds: float, clock: Clock) -> str | None:
-    """Read what a program prints until it ends, and tell how. None: its time is over, or it printed too much."""
-    until = clock.boot() + seconds
-    ended = os.pidfd_open(process.pid)
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(ended, selectors.EVENT_READ)
-            for pipe in pipes:
-                selector.register(pipe.pipe, selectors.EVENT_READ, pipe)
-            while (left := until - clock.boot()) > 0:
-                for key, _ in selector.select(left):
-                    if key.data is None:
-                        return _end_of(process.wait())
-                    if key.data.is_too_long():
-                        return None
-                    if not key.data.read():
-                        selector.unregister(key.fileobj)
-    finally:
-        os.close(ended)
-    return None
-
-
-def _end_of(code: int) -> str:
-    if code >= 0:
-        return f"exit {code}"
-    names = {member.value: member.name for member in signal.Signals}
-    return f"killed by {names.get(-code, f'signal {-code}')}"
-
-
-def end_processes(database: str, tasks: str = "") -> int:
-    """Kill what commands have left behind, those for these tasks or all of this database, in whatever group it is:
-    each process of this user that began with their variables. Returns how many there were."""
-    marks = [f"\0ADCE_DB={database}\0".encode(), f"\0ADCE_TASK={tasks}{tasks and chr(0)}".encode()]
-    ended: set[int] = set()
-    for _ in range(KILLING_ROUNDS):  # one that forks meanwhile has left a child
-        found = {number for number in _processes() if _kill_marked(number, marks)}
-        if not found:
-            break
-        ended |= found
-    return len(ended)
-
-
-def _processes() -> list[int]:
-    with contextlib.suppress(OSError):  # no descriptor is left: the next start does it
-        return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]  # noqa: PTH208
-    return []
-
-
-def _kill_marked(number: int, marks: Sequence[bytes]) -> bool:
-    """Kill a living process whose first environment holds all marks, and wait until it is dead."""
-    try:
-        handle = os.pidfd_open(number)  # now the number cannot become another's
-    except OSError:
-        return False
-    try:
-        environment = b"\0" + Path(f"/proc/{number}/environ").read_bytes()
-        if not all(mark in environment for mark in marks):
+def _watch(process: subprocess.Popen[bytes], outputs: Sequence[_Output], seconds: float, clock: Clock) -> bool:
+    """Read the output of a program until it ends. False when the time is over or the output too long."""
+    until, step = clock.boot() + seconds, 0.0
+    while process.poll() is None:
+        if clock.boot() >= until or outputs[0].is_too_long():
             return False
-        signal.pidfd_send_signal(handle, signal.SIGKILL)
-        poller = select.poll()
-        poller.register(handle, select.POLLIN)
-        poller.poll(1000)
-    except OSError:  # it has ended, or is another user's
-        return False
-    finally:
-        os.close(handle)
+        if any([output.read() for output in outputs]):  # noqa: C419  # each of them, or one would wait for the other
+            step = 0.0
+        else:
+            step = min(2 * step + 0.0001, LONGEST_STEP_SECONDS, until - clock.boot())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(step)
     return True
 
 
-# ---------------------------------------------------------------- Scrapers
-# Other ways to bring an object: a program in any language, or a function. Headlines: run_command(),
-# call_function().
+def end_processes(database: str, tasks: str = "") -> int:
+    """Kill each process of this user that began with the variables of a program of this database, or of these tasks
+    only, in whatever group it is. Returns how many there were."""
+    marks = [f" ADCE_DB={os.path.realpath(database)} ", f" ADCE_TASK={tasks}{tasks and ' '}"]
+    ended: set[int] = set()
+    for _ in range(KILLING_ROUNDS):  # a process that forks meanwhile leaves a child for the next round
+        found = {number for number, text in _environments() if all(mark in text for mark in marks)} - {os.getpid()}
+        if not found:
+            break
+        for number in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(number, signal.SIGKILL)
+        ended |= found
+        time.sleep(0.002)  # until they are dead
+    return len(ended)
+
+
+def _environments() -> Iterator[tuple[int, str]]:
+    """The processes of this machine, with a space around each variable that they began with."""
+    with contextlib.suppress(OSError):  # no descriptor is left: the next start repeats it
+        if (PROC / "self/environ").exists():
+            for name in filter(str.isdigit, os.listdir(PROC)):  # noqa: PTH208  # names only
+                with contextlib.suppress(OSError):  # it has ended, or is another user's
+                    variables = os.fsdecode((PROC / name / "environ").read_bytes())
+                    yield int(name), f" {variables} ".replace("\0", " ")
+            return
+        words = ["ps", "-axEww" if sys.platform == "darwin" else "axeww", "-o", "pid=,command="]
+        for line in subprocess.run(words, capture_output=True, check=False).stdout.splitlines():  # noqa: S603
+            number, _, text = os.fsdecode(line.strip()).partition(" ")
+            yield int(number), f"{text} "
 
 
 def output_folder(database: Path) -> Path:
-    """Where commands may leave objects for ADCE to store; what a crash left in it is swept at each start."""
+    """The folder in which programs leave objects for ADCE to store; swept at each start."""
     return database.with_name(f"{database.name}-output")
 
 
 def run_command(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
-    """Run a program; it has succeeded for each object that is whole in the store afterwards.
+    """Run the program of a command or a call; it has succeeded for each object that is whole in the store afterwards.
 
-    What it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is put there for it, if it exits with 0: a part
+    A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
-    database = Path(spec.environment["ADCE_DB"])
-    output_folder(database).mkdir(mode=0o700, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_folder(database), ignore_cleanup_errors=True) as folder:
+    outputs, most = output_folder(Path(spec.environment["ADCE_DB"])), spec.dataset.validate.max_bytes
+    outputs.mkdir(mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
         place = Path(folder) if spec.dataset.batch else Path(folder, "object")
-        program = Program(
-            words=_command_words(spec),
-            folder=Path(spec.environment["ADCE_CONFIG"]).parent,
-            environment={
-                **{name: os.environ[name] for name in spec.dataset.environment if name in os.environ},
-                **spec.environment,
-                "ADCE_OUTPUT": str(place),
-            },
-            seconds=spec.dataset.timeout_seconds,
-            max_bytes=spec.dataset.validate.max_bytes if spec.dataset.output == "stdout" else None,
-        )
+        program = _program(spec, place)
         try:
             end = run_program(program, clock)
         except (OSError, ValueError) as error:
             text = f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}"
             return [Result(Outcome.ERROR, text)] * len(spec.targets)
+        output = end.tail.decode("utf-8", "replace")
+        if spec.dataset.call and (failure := _read_file(Path(folder, FAILURE), BLOCK_BYTES)):
+            outcome, text, retry_after = json.loads(failure)
+            return [Result(Outcome(outcome), text, retry_after=retry_after, output=output)]
         results = []
         for target in spec.targets:
             handed = place / target.key if spec.dataset.batch else place
-            body = end.body if spec.dataset.output == "stdout" else _read_file(handed, spec.dataset.validate.max_bytes)
-            result = _judge_end(spec, target, end, body, store)
-            results.append(dataclasses.replace(result, output=end.tail.decode("utf-8", "replace")))
+            body = end.body if spec.dataset.output == "stdout" else _read_file(handed, most)
+            results.append(dataclasses.replace(_judge_end(spec, target, end, body, store), output=output))
         return results
 
 
-def _command_words(spec: FetchSpec) -> tuple[str, ...]:
-    fields: dict[str, str] = dict(spec.targets[0].fields)
-    for name in spec.dataset.partitions.own_fields():
-        fields[f"{name}s"] = ",".join(target.fields[name] for target in spec.targets)
-    return tuple(word.render(fields, str) for word in spec.dataset.command)
+def _program(spec: FetchSpec, place: Path) -> Program:
+    """A command gets the variables that its dataset names; a call all of them, as a part of this program."""
+    dataset, fields, environment = spec.dataset, dict(spec.targets[0].fields), dict(spec.environment)
+    if dataset.call:  # -u: the output of one that is killed is complete
+        words = [sys.executable, "-u", str(Path(__file__).resolve()), "call", dataset.call]
+        words += [f"{name}={text}" for name, text in fields.items()]
+        limits = {"ADCE_MAX_BYTES": str(dataset.validate.max_bytes), "ADCE_WAIT": str(dataset.timeout_seconds)}
+        environment = {**os.environ, **limits, **environment}
+    else:
+        for name in dataset.partitions.own_fields():
+            fields[f"{name}s"] = ",".join(target.fields[name] for target in spec.targets)
+        words = [word.render(fields, str) for word in dataset.command]
+        environment = {name: os.environ[name] for name in dataset.environment if name in os.environ} | environment
+    return Program(
+        words=tuple(words),
+        folder=Path(environment["ADCE_CONFIG"]).parent,
+        environment={**environment, "ADCE_OUTPUT": str(place)},
+        seconds=dataset.timeout_seconds,
+        max_bytes=dataset.validate.max_bytes if dataset.output == "stdout" else None,
+    )
 
 
 def _judge_end(spec: FetchSpec, target: Target, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
-    """What a program has done for one object."""
-    outcome = Outcome.TIMEOUT if end.is_late() else Outcome.ERROR
-    told = f"({end.text}): {excerpt(end.tail[-120:])}"
-    if body and end.is_good():
+    """The result of a program for one object. A command that leaves no bytes has brought nothing."""
+    if end.is_good() and body is not None and (body or spec.dataset.call):
         return keep(spec, target, body, store)
+    failed = Result(
+        outcome=Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR,
+        error=f"({end.text}): {excerpt(end.tail[-120:])}",
+    )
     if body:
-        return Result(outcome, f"handed over {len(body)} bytes, which are not taken {told}")
-    return _look_again(spec, target, store, Result(outcome, told))
+        text = f"handed over {len(body)} bytes, which are not taken {failed.error}"
+        return dataclasses.replace(failed, error=text)
+    return _look_again(spec, target, store, failed)
 
 
 def _look_again(spec: FetchSpec, target: Target, store: Store, otherwise: Result) -> Result:
-    """What a scraper that writes to the store has left there; what was there before does not count."""
+    """The object that a program has left in the store; one that was there before does not count."""
     found = look(spec, target, store)
-    if found is None:
-        return dataclasses.replace(otherwise, error=f"left no object {otherwise.error}")
-    if found.stored and (found.stored.etag, found.stored.modified_at) == target.version:
-        return dataclasses.replace(otherwise, error=f"left the object as it was {otherwise.error}")
-    return found
+    if found and found.stored and (found.stored.etag, found.stored.modified_at) != target.version:
+        return found
+    done = "left the object as it was" if found else "left no object"
+    return dataclasses.replace(otherwise, error=f"{done} {otherwise.error}")
 
 
 def _read_file(place: Path, most: int) -> bytes | None:
-    """A plain file that a program has left, one byte more than `most` at most. Anything else is none."""
+    """A plain file that a program has left, one byte more than `most` at most. None for anything else."""
     try:
-        with open(place, "rb", opener=_open_plainly) as file:  # closes also what it refuses
+        with open(place, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             return file.read(most + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
     except OSError:
         return None
 
 
-def _open_plainly(place: str, flags: int) -> int:
-    return os.open(place, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+def call_function(words: Sequence[str]) -> ExitCode:
+    """The program of a call: MODULE:FUNCTION FIELD=VALUE... Calls the function with the fields that it names, and with
+    `session` if it names that: a session under the limits of its source.
 
-
-def call_function(spec: FetchSpec, store: Store) -> Result:
-    """Call module:function with the fields that it names, and `session` if it does: a session under its source's
-    limits. It returns the object's bytes, their iterator or a path to them, or None when it has stored the
-    object itself. The module may lie beside adce.yaml."""
-    module, _, name = (spec.dataset.call or "").partition(":")
-    target, most = spec.targets[0], spec.dataset.validate.max_bytes
-    folder = str(Path(spec.environment["ADCE_CONFIG"]).parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    function = getattr(importlib.import_module(module), name)
-    arguments: dict[str, Any] = {name: text for name, text in target.fields.items() if _taken_by(function, name)}
-    if _taken_by(function, "session"):
-        config = spec.environment["ADCE_CONFIG"]
-        arguments["session"] = session(spec.source.name, config, spec.dataset.timeout_seconds)
-    serving = SERVED.set((spec.environment["ADCE_SOURCE"], spec.environment["ADCE_TASK"]))
+    The bytes, the iterator of bytes or the file that it returns go to $ADCE_OUTPUT, an exception beside it."""
+    place, most = Path(os.environ["ADCE_OUTPUT"]), int(os.environ["ADCE_MAX_BYTES"])
+    sys.path.append(str(Path(os.environ["ADCE_CONFIG"]).parent))
+    module, _, name = words[0].partition(":")
     try:
-        value = function(**arguments)
-        if value is None:
-            return _look_again(spec, target, store, Result(Outcome.ERROR, "(returned None)"))
-        body = _body_of(value, most)
-    except RateLimitedError as error:
-        return Result(Outcome.LOST, str(error), retry_after=error.seconds)  # nobody's fault
-    finally:
-        SERVED.reset(serving)
-    if body is None:
-        text = f"{spec.dataset.call} returned {type(value).__name__}: not bytes, an iterator of bytes or a path"
-        return Result(Outcome.ERROR, text)
-    return keep(spec, target, body, store)
+        function = getattr(importlib.import_module(module), name)
+        parameters = signature(function).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        fields: dict[str, Any] = {field: text for field, _, text in (word.partition("=") for word in words[1:])}
+        fields = {field: text for field, text in fields.items() if takes_all or field in parameters}
+        if takes_all or "session" in parameters:
+            fields["session"] = session(os.environ["ADCE_SOURCE"], wait=float(os.environ["ADCE_WAIT"]))
+        value = function(**fields)
+        if value is not None:
+            with place.open("xb") as file:
+                for block in _returned_blocks(value):
+                    if file.write(block) and file.tell() > most:
+                        break
+    except BaseException as error:  # noqa: BLE001  # SystemExit too is the attempt's error
+        traceback.print_exc()
+        failure: tuple[Outcome, str, float | None] = (Outcome.ERROR, describe(error), None)
+        if isinstance(error, RateLimitedError):  # neither the task nor the source has failed
+            failure = (Outcome.LOST, str(error), error.seconds)
+        place.with_name(FAILURE).write_text(json.dumps(failure), encoding="utf-8")
+        return ExitCode.ERROR
+    return ExitCode.DONE
 
 
-def _taken_by(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function has an argument of this name, or takes any."""
-    parameters = signature(function).parameters
-    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-
-
-def _body_of(value: Any, most: int) -> bytes | None:
-    """The bytes that a function has returned, one block more than `most` at most; None: it returned none."""
+def _returned_blocks(value: Any) -> Iterator[bytes]:
+    """The bytes that a function has returned. Raises TypeError when it has returned anything else."""
     if isinstance(value, str | Path):
         with Path(value).open("rb") as file:
-            return file.read(most + 1)
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value)
-    if not isinstance(value, Iterator):
-        return None
-    body = bytearray()
-    for block in value:
-        body += block
-        if len(body) > most:
-            break
-    return bytes(body)
+            yield from iter(functools.partial(file.read, BLOCK_BYTES), b"")
+    elif isinstance(value, bytes | bytearray | memoryview):
+        yield bytes(value)
+    elif isinstance(value, Iterator):
+        yield from value
+    else:
+        raise TypeError(f"returned {type(value).__name__}, not bytes, an iterator of bytes or a path")
 
 
 # ---------------------------------------------------------------- Fetch
@@ -6260,10 +6214,8 @@ def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
             found = look(spec, spec.targets[0], store)
             if found and found.outcome is Outcome.OK:
                 return [found]
-        if spec.dataset.command:
+        if spec.dataset.command or spec.dataset.call:
             return run_command(spec, store, clock)
-        if spec.dataset.call:
-            return [call_function(spec, store)]
         return [request(spec, store, clock)]
     except StoreError as error:
         return [_refused(error)] * len(spec.targets)
@@ -6631,7 +6583,6 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
             "started_at": utc_text(row["started_at"]),
             "last_sign_of_life": utc_text(row["beat_at"]),
             "uptime": format_duration(now - row["started_at"]),
-            "lost_workers": row["lost_workers"] or None,
             "address": row["address"],
             "unit": row["unit"],
             "log": row["log"],
@@ -8022,8 +7973,7 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
 
 
 # ---------------------------------------------------------------- Workers
-# Who does the executions: a pool of a few. A program always ends in time; a function that never returns costs
-# its worker, which is replaced. Headline: Workers.
+# A pool of a few threads for the executions, each of which ends in time. Headline: Workers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -8032,7 +7982,6 @@ class Execution:
 
     claimed: Claim
     spec: FetchSpec
-    overdue_at: float = math.inf  # boot; nothing can end a function that never returns
 
 
 class Workers:
@@ -8042,7 +7991,6 @@ class Workers:
         self.count, self.store, self.clock, self.wake = configuration.max_concurrent_scrapers, store, clock, wake
         self.pool: Executor = ThreadPoolExecutor(self.count, "adce-worker")
         self.running: dict[Future[list[Result]], Execution] = {}
-        self.lost: dict[Future[list[Result]], Execution] = {}
 
     def free(self) -> int:
         """How many have nothing to do, and may have."""
@@ -8055,43 +8003,24 @@ class Workers:
         return [execution.claimed.tasks[0].target.key for execution in self.running.values()]
 
     def at_work(self) -> collections.Counter[str]:
-        """How many executions there are of each dataset, those that never return included."""
-        executions = [*self.running.values(), *self.lost.values()]
-        return collections.Counter(execution.claimed.dataset.name for execution in executions)
+        """How many executions there are of each dataset."""
+        return collections.Counter(execution.claimed.dataset.name for execution in self.running.values())
 
     def submit(self, execution: Execution) -> None:
         """Have it done."""
         future = self.pool.submit(fetch, execution.spec, self.store, self.clock)
-        if execution.spec.dataset.call:
-            overdue_at = self.clock.boot() + execution.spec.dataset.timeout_seconds
-            execution = dataclasses.replace(execution, overdue_at=overdue_at)
         self.running[future] = execution
         future.add_done_callback(lambda _: self.wake())
 
     def finished(self) -> Iterator[tuple[Execution, list[Result]]]:
-        """What has ended since this was last asked, or should have."""
-        self.lost = {future: execution for future, execution in self.lost.items() if not future.done()}
+        """The executions that have ended since the last call."""
         for future, execution in list(self.running.items()):
-            if future.done() or self.clock.boot() >= execution.overdue_at:
+            if future.done():
                 del self.running[future]
-                yield execution, self._results(future, execution)
-
-    def _results(self, future: Future[list[Result]], execution: Execution) -> list[Result]:
-        dataset = execution.spec.dataset
-        try:
-            return future.result(0)
-        except TimeoutError:  # others take over, and its source has one fewer until it returns
-            self.lost[future] = execution
-            self.pool.shutdown(wait=False)
-            self.pool = ThreadPoolExecutor(self.count, "adce-worker")
-            text = f"{dataset.call} did not return within {dataset.timeout_seconds:g} s"
-            return [Result(Outcome.TIMEOUT, f"{text}; its worker was replaced")]
-        except BaseException as error:  # noqa: BLE001  # a broken pool
-            return [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
-
-    def next_overdue_at(self) -> float:
-        """The instant in boot time at which the first of them is too late."""
-        return min((execution.overdue_at for execution in self.running.values()), default=math.inf)
+                try:
+                    yield execution, future.result()
+                except BaseException as error:  # noqa: BLE001  # a broken pool
+                    yield execution, [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
 
     def stop(self) -> list[Execution]:
         """Take no more. Returns what has not ended."""
@@ -8143,7 +8072,7 @@ def systemd_unit() -> str | None:
     if os.environ.get("SYSTEMD_EXEC_PID") != str(os.getpid()):
         return None
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        for line in (PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
             if line.startswith(("0::", "1:name=systemd:")):
                 return line.rpartition(":")[2]
     return None
@@ -8408,8 +8337,7 @@ class Runner:
             announce_progress(self.journal, self.database)
             self.journal.report_resumed(self.database)
             with self.database.transaction() as sql:
-                beat = "update runner set beat_at = ?, lost_workers = ?"
-                sql.execute(beat, (int(self.clock.wall()), len(self.workers.lost)))
+                sql.execute("update runner set beat_at = ?", (int(self.clock.wall()),))
                 sql.execute("update facts set wall_offset = ?", (self.clock.wall() - now,))
                 forget(sql, self.clock.wall() - self.configuration.retention_seconds)
             notify(*sign_of_life(), f"STATUS={status_line(self.database)}")
@@ -8422,7 +8350,6 @@ class Runner:
         now, wall = self.clock.boot(), self.clock.wall()
         instants = [self.next_cycle_at, self.next_beat_at, self.stop_at, now + self.configuration.queue_check_seconds]
         instants += [opening.at for opening in openings.values()]
-        instants.append(self.workers.next_overdue_at())
         if self.journal.screen:
             instants.append(self.journal.next_paint_at)
         if self.unrecorded:
@@ -8702,6 +8629,7 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
         "runner": _check_runner,
         "alerts": _check_alerts,
         "scrapers": _check_scrapers,
+        "system": _check_system,
     }
     rows = [_check(what, functools.partial(check, configuration)) for what, check in checks.items()]
     if online:
@@ -8745,7 +8673,7 @@ def _file_system_of(folder: Path) -> str:
     """The type of the file system that holds a folder (proc(5), mountinfo)."""
     found, longest = "unknown file system", -1
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in (PROC / "self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             left, _, right = line.partition(" - ")
             place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
             if folder.resolve().is_relative_to(place) and len(place) >= longest:
@@ -8795,6 +8723,17 @@ def _check_scrapers(configuration: Configuration) -> str:
     if wrong:
         raise Error("; ".join(wrong), "see `command` and `call` in adce.yaml")
     return f"{count} datasets with a command or call"
+
+
+def _check_system(_: Configuration) -> str:
+    """Which facilities of Linux are replaced here, and how well."""
+    substitutes = {
+        "limits do not see suspended time and last longer": hasattr(time, "CLOCK_BOOTTIME"),
+        "a reboot is noticed by its boot time only": (PROC / "sys/kernel/random/boot_id").exists(),
+        "programs left behind are found by ps": (PROC / "self/environ").exists(),
+        "file systems are not known": (PROC / "self/mountinfo").exists(),
+    }
+    return "; ".join([sys.platform, *(text for text, is_native in substitutes.items() if not is_native)])
 
 
 def _check_database(configuration: Configuration) -> str:
@@ -9183,10 +9122,13 @@ def _check_names(arguments: Arguments, configuration: Configuration) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     _open_standard_files()
-    arguments = parse_arguments(sys.argv[1:] if words is None else words)
+    words = sys.argv[1:] if words is None else words
+    if words[:1] == ["call"] and "ADCE_OUTPUT" in os.environ:  # internal: the program of a dataset's call
+        return call_function(words[1:])
+    arguments = parse_arguments(words)
     try:
         configuration = _configuration_for(arguments)
-        set_foreign_log_aside(configuration.database)
+        quarantine_stale_wal(configuration.database)
         _check_names(arguments, configuration)
         code = arguments.chosen.act(arguments, configuration) or ExitCode.DONE
         sys.stdout.flush()
@@ -9341,13 +9283,8 @@ def _cycle_of_runner(database: Database, configuration: Configuration, lock: Run
 @command(option("file", type=PATH, metavar="FILE", help="a new file"), needs_declarations=False)
 def command_backup(arguments: Arguments, configuration: Configuration) -> None:
     """Copy the database, also while the runner works."""
-    is_shown = sys.stderr.isatty() and not arguments.quiet
-
-    def show(left: int, total: int) -> None:
-        if is_shown:
-            print(f"\r{100 * (total - left) // max(total, 1)}%", end="" if left else "\n", file=sys.stderr, flush=True)
-
-    back_up(_existing(configuration), arguments.file, show)
+    with contextlib.closing(_existing(configuration)):
+        back_up(configuration.database, arguments.file)
     size = arguments.file.stat().st_size
     print_result(
         arguments, f"{arguments.file} holds {size:,} bytes and was checked", file=str(arguments.file), bytes=size
@@ -9582,4 +9519,4 @@ def command_example(arguments: Arguments, configuration: Configuration) -> None:
 if __name__ == "__main__":
     status = main()
     sys.stderr.flush()
-    os._exit(status)  # sys.exit would wait for a function that never returns
+    os._exit(status)  # sys.exit would wait for requests that outlast the grace time

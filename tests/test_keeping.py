@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 from conftest import run_adce
@@ -35,10 +37,6 @@ def desk(configure, database, clock) -> Desk:
 def forget(desk: Desk, days: float) -> int:
     with desk.database.transaction() as sql:
         return adce.forget(sql, desk.clock.wall() - days * DAY)
-
-
-def ignore(left: int, total: int) -> None:
-    pass
 
 
 def attempts(desk: Desk) -> list[str]:
@@ -124,15 +122,14 @@ def test_backup_of_a_busy_database_is_whole_and_nobody_elses(desk, tmp_path):
 
     writer = threading.Thread(target=write)
     writer.start()
-    seen: list[tuple[int, int]] = []
     for number in range(20):
-        adce.back_up(desk.database, tmp_path / f"{number}.db", lambda left, total: seen.append((left, total)))
+        adce.back_up(tmp_path / "adce.db", tmp_path / f"{number}.db")
     is_over.set()
     writer.join()
-    assert seen[-1][0] == 0
     for number in range(20):
         path = tmp_path / f"{number}.db"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert path.read_bytes()[18:20] == b"\x01\x01"  # it has no write-ahead log
         copy = adce.open_database(path, must_exist=True)
         assert (copy.check(), copy.value("select count(*) from queue")) == ([], 4)
         copy.close()
@@ -144,13 +141,44 @@ def test_backup_overwrites_nothing_and_leaves_nothing_when_it_fails(desk, tmp_pa
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "there", tmp_path / "file" / "x.db"):
         with pytest.raises(adce.DatabaseError):
-            adce.back_up(desk.database, path, ignore)
+            adce.back_up(tmp_path / "adce.db", path)
     assert (tmp_path / "there").read_text() == "precious"
     assert not list(tmp_path.rglob("*.part*"))
 
 
+def test_backup_is_on_the_disk_before_it_has_its_name(desk, tmp_path, monkeypatch):
+    synced, fsync, link = [], os.fsync, os.link
+
+    def note_fsync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def note_link(draft: Path, path: Path) -> None:
+        synced.append("link")
+        link(draft, path)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "link", note_link)
+    adce.back_up(tmp_path / "adce.db", tmp_path / "copy.db")
+    assert synced == [(tmp_path / "copy.db").stat().st_ino, "link", tmp_path.stat().st_ino]
+
+
+def test_file_that_comes_during_a_backup_is_not_replaced(desk, tmp_path, monkeypatch):
+    link = os.link
+
+    def come_first(draft: Path, path: Path) -> None:
+        path.write_text("precious")
+        link(draft, path)
+
+    monkeypatch.setattr(os, "link", come_first)
+    with pytest.raises(adce.DatabaseError, match="File exists"):
+        adce.back_up(tmp_path / "adce.db", tmp_path / "copy.db")
+    assert (tmp_path / "copy.db").read_text() == "precious"
+    assert not list(tmp_path.glob("*.part*"))
+
+
 def test_restored_database_asks_nobody_until_what_it_does_not_know_has_left_the_windows(desk, tmp_path):
-    adce.back_up(desk.database, tmp_path / "copy.db", ignore)
+    adce.back_up(tmp_path / "adce.db", tmp_path / "copy.db")
     copy = adce.open_database(tmp_path / "copy.db")
     for _ in range(2):  # at the first start only
         with copy.transaction() as sql:

@@ -195,6 +195,44 @@ def test_reboot_makes_old_requests_count_from_the_new_start():
     assert desk.ask()
 
 
+def test_boot_without_a_name_is_noticed_when_its_time_has_gone_back():
+    desk = Desk(limiting(espn=windows((2, 60))))
+    assert desk.ask_and_release()
+    assert desk.ask()
+    desk.clock.reboot(name=desk.clock.boot_id(), uptime=5)
+    desk.declare()
+    assert desk.opening().at == 60
+
+
+def test_boot_without_a_name_that_is_not_noticed_grants_nothing_too_early():
+    """The machine has been up for longer than before its reboot: the old request ends in the new time, so later."""
+    desk = Desk(limiting(espn=windows((1, 60))))
+    assert desk.ask_and_release()
+    finished_at = desk.clock.boot()
+    desk.clock.reboot(name=desk.clock.boot_id(), uptime=finished_at + 10)
+    desk.declare()
+    assert desk.opening().at == finished_at + 60
+
+
+def test_pause_survives_a_boot_without_a_name():
+    desk = Desk(limiting(espn=windows((1, 60))))
+    desk.respond(adce.Outcome.THROTTLED, retry_after=3000)
+    desk.clock.reboot(name=desk.clock.boot_id(), uptime=20)
+    desk.declare()
+    assert 2900 <= desk.opening().at <= 3000
+
+
+@pytest.mark.parametrize("step", [-36000, -1, 1, 36000])
+def test_clock_that_is_set_forgets_nothing_of_a_boot_without_a_name(step):
+    desk = Desk(limiting(espn=windows((1, 60))))
+    desk.respond(adce.Outcome.THROTTLED, retry_after=3000)
+    assert desk.ask_and_release("nba")
+    before = desk.opening().at
+    desk.clock.step_wall(step)
+    desk.declare()
+    assert desk.opening().at == before
+
+
 def test_bucket_is_empty_when_the_machine_starts_and_fills_from_then_on():
     desk = Desk(limiting(espn=windows((60, 60), burst_size=2, refill_per_second=1)))
     assert desk.ask_and_release()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from urllib.parse import unquote_plus
 
 import boto3
 import botocore.parsers
 import pytest
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from conftest import ROOT
 from s3_server import ACCESS_KEY, S3Server
 from upstream import Answer
@@ -266,32 +269,68 @@ PAGE = b"""<?xml version="1.0" encoding="UTF-8"?>
 </Contents></ListBucketResult>"""
 
 
+@pytest.fixture
+def answered(monkeypatch) -> Callable[..., adce.S3Store]:
+    """A bucket whose server answers each listing with the next of these bodies."""
+    for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+
+    def bucket_of(*bodies: bytes) -> adce.S3Store:
+        store, left = adce.S3Store("lake", ""), list(bodies)
+
+        def answer(request: AWSPreparedRequest, **_: object) -> AWSResponse:
+            raw = io.BytesIO(left.pop(0) if len(left) > 1 else left[0])  # again when it is retried
+            raw.stream = lambda **_: iter([raw.read()])
+            return AWSResponse(request.url, 200, {}, raw)
+
+        store._client.meta.events.register("before-send.s3.ListObjectsV2", answer)
+        return store
+
+    return bucket_of
+
+
+LAST = PAGE.replace(b"<IsTruncated>true</IsTruncated>", b"<IsTruncated>false</IsTruncated>")
+
+
 @pytest.mark.parametrize("quoted", [True, False])
-def test_entries_of_a_page_are_those_that_botocore_would_parse(quoted):
+def test_entries_of_a_page_are_those_that_botocore_would_parse(quoted, answered):
     """Entities, quoting, any order of fields, no quoting at all."""
-    body = PAGE if quoted else PAGE.replace(b"<EncodingType>url</EncodingType>", b"")
-    client = boto3.client("s3", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x")
-    operation = client.meta.service_model.operation_model("ListObjectsV2")
+    body = LAST if quoted else LAST.replace(b"<EncodingType>url</EncodingType>", b"")
+    store = answered(body)
     stock = botocore.parsers.create_parser("rest-xml").parse(
-        {"body": body, "headers": {}, "status_code": 200}, operation.output_shape
+        {"body": body, "headers": {}, "status_code": 200},
+        store._client.meta.service_model.operation_model("ListObjectsV2").output_shape,
     )
     unquote = unquote_plus if quoted else str
-    taken: dict = {}
-    response = {"body": body, "headers": {}, "status_code": 200}
-    adce._take_entries(response, taken)
-    assert [(one.key, one.size, one.etag, one.modified_at) for one in taken["Entries"]] == [
+    assert [(one.key, one.size, one.etag, one.modified_at) for one in store.list("")] == [
         (unquote(one["Key"]), one["Size"], one["ETag"].strip('"'), int(one["LastModified"].timestamp()))
         for one in stock["Contents"]
     ]
-    rest = botocore.parsers.create_parser("rest-xml").parse(response, operation.output_shape)
-    assert (rest["IsTruncated"], rest["NextContinuationToken"]) == (True, "more")
-    assert "Contents" not in rest
 
 
-def test_page_with_an_entry_that_lacks_something_is_an_error_and_not_a_smaller_lake():
-    body = PAGE.replace(b"<Size>12</Size>", b"")
-    with pytest.raises(ValueError, match="a listed object without Key or Size"):
-        adce._take_entries({"body": body}, {})
+def test_listing_goes_on_where_its_page_says(answered):
+    assert len(list(answered(PAGE, PAGE.replace(b">more<", b">still more<"), LAST).list(""))) == 9
+
+
+@pytest.mark.parametrize(
+    ("bodies", "words"),
+    [
+        pytest.param([PAGE, PAGE], "goes on, and not where", id="same-token-twice"),
+        pytest.param([PAGE.replace(b"NextContinuationToken", b"Next")], "goes on, and not where", id="no-token"),
+        pytest.param([b"<html><body>Welcome</body></html>"], "the answer is no listing", id="a-page"),
+        pytest.param([b""], "the answer is no listing", id="nothing"),
+        pytest.param([b"<!doctype html><p>Welcome"], "cannot list", id="no-xml"),
+        pytest.param([PAGE[:700]], "cannot list", id="half-a-page"),
+        pytest.param([b"<Contents>" * 20_000], "cannot list", id="entries-that-never-close"),
+        pytest.param([PAGE.replace(b"<Size>12</Size>", b"")], "a listed object without Size", id="entry-without-size"),
+        pytest.param([PAGE.replace(b"<Size>12<", b"<Size>many<")], "cannot list", id="size-is-no-number"),
+        pytest.param([PAGE.replace(b"2026-01-02T03:04:06Z", b"now")], "cannot list", id="instant-is-none"),
+    ],
+)
+def test_page_that_is_no_whole_listing_is_an_error_and_not_a_smaller_lake(bodies, words, answered):
+    with pytest.raises(adce.StoreError, match=words):
+        list(answered(*bodies).list(""))
 
 
 def test_known_store_that_has_lost_its_mark_is_not_made_anew(folder):

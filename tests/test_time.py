@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import queue
+import subprocess
+import sys
 import time
 
 import pytest
@@ -66,3 +68,24 @@ def test_boot_time_is_shared_and_does_not_go_back():
     first, second = clock.boot(), clock.boot()
     assert first <= second
     assert len(clock.boot_id()) > 10
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> adce.Clock:
+    """A clock on a system that has neither CLOCK_BOOTTIME nor /proc."""
+    monkeypatch.delattr(time, "CLOCK_BOOTTIME")
+    monkeypatch.setattr(adce, "PROC", tmp_path / "no proc")
+    return adce.Clock()
+
+
+def test_boot_time_without_the_clock_of_linux_goes_on_and_is_that_of_all_processes(elsewhere):
+    first = elsewhere.boot()
+    words = [sys.executable, "-c", "import time; print(time.monotonic())"]
+    other = float(subprocess.run(words, capture_output=True, check=True).stdout)
+    assert first <= other <= elsewhere.boot()
+
+
+def test_boot_without_a_name_has_the_same_one_whatever_the_wall_clock_says(elsewhere, monkeypatch):
+    before = elsewhere.boot_id()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert elsewhere.boot_id() == before

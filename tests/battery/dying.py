@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import adce
 
 DIED = 99
-COMMANDS = ("begin", "commit", "rollback")
+COMMANDS = ("begin", "commit", "rollback", "vacuum")
 
 
 class Points:
@@ -81,18 +81,6 @@ def connection_class(point: Points) -> type[sqlite3.Connection]:
                 super().execute(statement).fetchall()
                 point(f"after {statement[:60]!r}")
             return cursor
-
-        def backup(self, target: sqlite3.Connection, **options: Any) -> None:
-            point("before backup")
-            told = options.pop("progress", None)
-
-            def progress(*figures: int) -> None:
-                point("within backup")
-                if told:
-                    told(*figures)
-
-            super().backup(target, progress=progress, **{**options, "pages": 5})
-            point("after backup")
 
     return Connection
 

@@ -35,7 +35,6 @@ drop table orders;
 alter table runner drop column address;
 alter table runner drop column unit;
 alter table runner drop column log;
-alter table runner drop column lost_workers;
 alter table reconciliations drop column looked;
 drop table waiters;
 alter table scopes add column finished integer not null default 7;
