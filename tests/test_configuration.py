@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from datetime import date, time
 from pathlib import Path
 
@@ -488,15 +487,6 @@ def test_which_file_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("ADCE_CONFIG", "by/environment.yaml")
     assert adce.find_configuration(None) == tmp_path / "by/environment.yaml"
     assert adce.find_configuration("given.yaml") == tmp_path / "given.yaml"
-
-
-def test_every_key_is_read_into_a_record():
-    records = {"retry": adce.Retry, "rate_limiting.backoff": adce.Backoff, "sources.*.blocked_when": adce.BlockedWhen}
-    records |= {"health_check": adce.HealthCheck, "datasets.*.validate": adce.Validation}
-    records |= {"datasets.*.freshness": adce.Freshness, "datasets.*.batch": adce.Batch}
-    for path, record in records.items():
-        keys = {key.path.rpartition(".")[2] for key in adce.KEYS if key.path.rpartition(".")[0] == path}
-        assert keys == {field.name for field in fields(record)}, path
 
 
 def test_seasons_are_sorted_and_dates_are_dates(configure):
