@@ -2131,7 +2131,7 @@ class Dates:
             if self.first and isinstance(end, datetime.date) and end < self.first:
                 yield name, f"{end} is before from: {self.first}"
         if self.last and isinstance(self.until, datetime.date):
-            yield "until", 'a second end beside "to"; give one of them'
+            yield "until", 'is a second end beside "to"; give one of them'
 
 
 @dataclass(frozen=True, slots=True)
@@ -2362,7 +2362,8 @@ FORMER = {
     "rate_limiting.backoff.enabled": "without backoff there is none",
     "retry_delay_seconds": "retry.initial_delay_seconds",
     "scheduled_tasks": "declare datasets",
-    "task_queue_file": "database",
+    "task_processing": "the score orders all open tasks",
+    "task_queue_file": "the queue is in the database",
     "test_mode": 'use "adce.py run --once"',
     **dict.fromkeys(("enabled", "last_updated", "metadata", "version"), "it had no effect"),
     **dict.fromkeys(("fallback_to_sample", "use_aws_inventory"), "the store itself is listed"),
@@ -2389,11 +2390,11 @@ def _walk(kind: Kind, path: str) -> Iterator[tuple[str, Setting]]:
 def _hint(path: str, node: Any, known: Iterable[str]) -> str:
     """The end of the message about an unknown key: where it belongs, or what it may mean."""
     name, paths = path.rpartition(".")[2], all_settings()
-    if advice := FORMER.get(path):
-        return f', did you mean "{advice}"?' if advice in paths else f"; remove it: {advice}"
     inner = [key.value for key, _ in node.value if str(key.value) in paths] if node.id == "mapping" else []
     if inner and "." not in path:
         return f"; {' and '.join(inner)} in it {'belong' if inner[1:] else 'belongs'} at the top level"
+    if advice := FORMER.get(path):
+        return f', did you mean "{advice}"?' if advice in paths else f"; remove it: {advice}"
     homes = [join_path(*one.split(".")[:-1]) for one in paths if one.rpartition(".")[2] == name]
     if 0 < len(homes) <= 2:
         return f" here; it belongs {' or '.join(f'in {home}' if home else 'at the top level' for home in homes)}"
@@ -2437,7 +2438,7 @@ def _name_problems(configuration: Configuration) -> Problems:
             elif name not in configuration.sources and (hint := suggest(name, unused)):
                 yield f"{path}.{name}", f'source "{name}" is not defined{hint}'
             elif name == "default" not in configuration.sources:
-                yield f"{path}.{name}", "has no effect: names are those of sources"
+                yield f"{path}.{name}", 'has no effect: no source is named "default"'
 
 
 def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
@@ -2468,7 +2469,7 @@ def _effect_problems(configuration: Configuration, dataset: Dataset) -> Problems
     if dataset.batch and dataset.batch.by not in declared:
         yield "batch.by", f'no field "{dataset.batch.by}"{suggest(dataset.batch.by, declared)}'
     elif dataset.batch and dataset.command and own == (dataset.batch.by,):
-        yield "batch.by", f"has no effect: each object has another {dataset.batch.by}, so that a batch holds one"
+        yield "batch.by", f"has no effect: no two objects share a {dataset.batch.by}"
 
 
 def _template_problems(path: str, template: Template, declared: set[str]) -> Problems:
