@@ -25,9 +25,10 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Backups                     a copy while others work
     Templates                   texts with fields in them
     Kinds                       what a value in adce.yaml can be
+    Reader                      YAML to records, all mistakes at once
     Settings                    every key of adce.yaml, declared once
     Datasets                    those of datasets
-    Reading                     from YAML to settings, all mistakes at once
+    Reading                     what must hold between them
     Expressions                 JMESPath over the bodies of objects
     Objects                     what should exist, and what a whole object is
     Store                       what does exist
@@ -124,6 +125,8 @@ import sys
 import tempfile
 import threading
 import time
+import types
+import typing
 import unicodedata
 import urllib.parse
 import weakref
@@ -133,7 +136,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import IO, Any, ClassVar, Protocol, TextIO, TypeVar, cast
+from typing import IO, Annotated, Any, ClassVar, Protocol, TextIO, TypeVar, cast
 
 __version__ = "1.0.0"
 __all__ = [
@@ -1518,248 +1521,22 @@ def _split(pattern: re.Pattern[str], text: str) -> list[str]:
 
 # ---------------------------------------------------------------- Kinds
 # The kinds of values in adce.yaml: how a YAML node becomes a value, and what messages and the reference call it.
-# YAML's own traps (12:30, no, 010) are named. Headlines: Reader, Scalar, Block, setting().
-
-MAX_NODES = 20_000
-WRONG: Any = object()  # read from a node that is not of its kind; also the default of a required key
-Problems = Iterator[tuple[str, str]]  # the key, and what is wrong with it
-Kind = Any  # a Scalar, ListOf, MapOf or Block: parse(node, path, reader) makes the value, or notes a problem
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Problem:
-    """One mistake and its place; lines and columns count from 1."""
-
-    line: int
-    column: int
-    path: str
-    text: str
+# YAML's own traps (12:30, no, 010) are named. A kind stands in the annotation of a field: Annotated[int, Kind(...)].
+# Headline: Kind.
 
 
 class MistakeError(ValueError):
     """Why a value is not of its kind."""
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`, did you mean "x"?`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f', did you mean "{near[0]}"?' if near else ""
-
-
-def join_path(*names: str) -> str:
-    """The path of a key in a block; an empty name stands for the block itself."""
-    return ".".join(filter(None, names))
-
-
-def _tag(node: Any) -> str:
-    return node.tag.rpartition(":")[2] if node.id == "scalar" else cast(str, node.id)
-
-
-def _describe(node: Any) -> str:
-    kinds = {"sequence": "a list", "mapping": "a mapping", "null": "nothing"}
-    texts = {"str": "text", "int": "a number", "float": "a number", "bool": "yes or no"}
-    return kinds.get(_tag(node)) or f"{node.value!r} ({texts.get(_tag(node), 'a date')})"
-
-
-class Reader:
-    """Collects the problems of one file and the place of every path in it."""
-
-    def __init__(self, hint: Callable[[str, Any, Iterable[str]], str]) -> None:
-        """`hint` completes the message about an unknown key: of its path, its value and the keys known beside it."""
-        self.problems: list[Problem] = []
-        self.places: dict[str, tuple[int, int]] = {}
-        self.hint = hint
-        self._nodes_left = MAX_NODES
-
-    def complain(self, path: str, text: str) -> None:
-        """Note a problem at the place of `path`, or of the nearest block around it."""
-        place = path
-        while place not in self.places and place:
-            place = place.rpartition(".")[0]
-        self.problems.append(Problem(*self.places.get(place, (1, 1)), path, text))
-
-    def enter(self, node: Any, path: str) -> None:
-        """Note the place of a value. Raises ConfigurationError after MAX_NODES values."""
-        self.places[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
-        self._nodes_left -= 1
-        if self._nodes_left < 0:
-            raise ConfigurationError(f"more than {MAX_NODES:,} values", "is an alias repeated?")
-
-    def pairs(self, node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-        """The keys of a mapping, with their paths and values; none, and a problem, for anything else."""
-        self.enter(node, path)
-        if node.id != "mapping":
-            self.complain(path, f"expected a mapping, found {_describe(node)}")
-        for key, value in node.value if node.id == "mapping" else ():
-            name = key.value if key.id == "scalar" else "?"
-            here, place = join_path(path, name), (key.start_mark.line + 1, key.start_mark.column + 1)
-            if here in self.places:
-                text = f"duplicate key, first set at line {self.places[here][0]}"
-                self.problems.append(Problem(*place, here, text))
-            else:
-                self.places[here] = place
-                yield name, here, value
-
-    def is_sound(self, path: str, *apart: str) -> bool:
-        """Whether nothing is wrong in a block, apart from some of its keys."""
-        wrong = {problem.path for problem in self.problems if f"{problem.path}.".startswith(f"{path}.")}
-        return wrong <= {f"{path}.{name}" for name in apart}
-
-
 @dataclass(frozen=True, slots=True)
-class Scalar:
-    """A single value. `convert` makes it of a node or raises ValueError."""
+class Kind:
+    """A kind of single values. `convert` makes one of a node or raises ValueError."""
 
     expected: str
     convert: Callable[[Any], Any]
     json: str = '{"type": "string"}'  # its JSON Schema
-
-    def parse(self, node: Any, path: str, reader: Reader) -> Any:
-        """The value of a node; WRONG, and a problem, when it is not of this kind."""
-        reader.enter(node, path)
-        try:
-            return self.convert(node)
-        except MistakeError as error:
-            reader.complain(path, str(error))
-        except (ValueError, TypeError, AttributeError):  # also of a list or a mapping
-            reader.complain(path, f"expected {self.expected}, found {_describe(node)}")
-        return WRONG
-
-
-@dataclass(frozen=True, slots=True)
-class ListOf:
-    """A list that is not empty."""
-
-    item: Kind
-    is_distinct: bool = True
-
-    def parse(self, node: Any, path: str, reader: Reader) -> Any:
-        """The items that are good."""
-        reader.enter(node, path)
-        if node.id != "sequence" or not node.value:
-            found = "an empty one" if node.id == "sequence" else _describe(node)
-            reader.complain(path, f"expected a list, found {found}")
-            return WRONG
-        values = [self.item.parse(item, f"{path}.{number}", reader) for number, item in enumerate(node.value)]
-        good = tuple(value for value in values if value is not WRONG)
-        if self.is_distinct and len(set(map(str, good))) < len(good):
-            reader.complain(path, "the same value stands twice")
-        return good
-
-
-@dataclass(frozen=True, slots=True)
-class MapOf:
-    """A mapping of names, any or only certain ones, to values of one kind."""
-
-    item: Kind
-    names: tuple[str, ...] = ()
-    make: Callable[[list[tuple[str, Any]]], Any] = dict
-
-    def parse(self, node: Any, path: str, reader: Reader) -> Any:
-        """The values that are good, by name."""
-        values = []
-        for name, here, value_node in reader.pairs(node, path):
-            if self.names and name not in self.names:
-                reader.complain(here, f"unknown key{suggest(name, self.names)}")
-            elif (value := self.item.parse(value_node, here, reader)) is not WRONG:
-                values.append((name, value))
-        return self.make(values) if node.id == "mapping" else WRONG
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One key of a block."""
-
-    name: str
-    kind: Kind
-    meaning: str
-    beside: tuple[str, ...] = ()  # it has an effect only beside one of these keys
-    against: tuple[str, ...] = ()  # and none beside one of these
-    reason: str = ""  # why, where that needs other words
-    unit: int = 1  # the record has the value in a unit that is so much smaller
-    attribute: str = ""  # of the record
-    default: Any = WRONG
-
-
-def setting(kind: Kind, meaning: str, default: Any = WRONG, **more: Any) -> Any:
-    """A field of a record that a key of adce.yaml sets. `more`: its `name` where the key has another than the field,
-    `beside`, `against` and `reason` as in Setting, and `older`: further keys for the same field."""
-    older: tuple[Setting, ...] = more.pop("older", ())
-    about = {"settings": (Setting(more.pop("name", ""), kind, meaning, **more), *older)}
-    if default is WRONG:
-        return field(metadata=about)
-    return (
-        field(default_factory=default, metadata=about) if callable(default) else field(default=default, metadata=about)
-    )
-
-
-@functools.cache
-def settings_of(record: Any) -> Mapping[str, Setting]:
-    """The keys of a block by name."""
-    found = {}
-    for part in dataclasses.fields(record):
-        default = part.default if part.default_factory is dataclasses.MISSING else part.default_factory()
-        for one in part.metadata.get("settings", ()):
-            name = one.name or part.name
-            found[name] = dataclasses.replace(
-                one, name=name, attribute=part.name, default=WRONG if default is dataclasses.MISSING else default
-            )
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A mapping of settings, which becomes a record. The record may have `problems()`: which of its keys do not
-    fit together, and why; `of(**values)`, where its shape differs; and ONE_OF: pairs of a key, or an empty text, and
-    of a group of which exactly one must stand in the block when that key does."""
-
-    record: Any
-
-    def parse(self, node: Any, path: str, reader: Reader) -> Any:
-        """The record. A value that is wrong has its default; without a required one it is WRONG."""
-        known, given = settings_of(self.record), list[str]()
-        values: dict[str, Any] = {"name": path.rpartition(".")[2]} if "name" in self.record.__slots__ else {}
-        for name, here, value_node in reader.pairs(node, path):
-            if name not in known:
-                reader.complain(here, f"unknown key{reader.hint(here, value_node, known)}")
-                continue
-            given.append(name)
-            if (value := known[name].kind.parse(value_node, here, reader)) is not WRONG:
-                values[known[name].attribute] = value * known[name].unit if known[name].unit > 1 else value
-        if node.id != "mapping":
-            return WRONG
-        required = [one for one in known.values() if one.default is WRONG]
-        for one in required:
-            if one.name not in given:
-                reader.complain(path, f'"{one.name}" is missing')
-        problems = list(self._conflicts(given))
-        record = WRONG
-        if all(one.attribute in values for one in required):
-            record = getattr(self.record, "of", self.record)(**values)
-            problems += record.problems() if hasattr(record, "problems") else ()
-        for name, text in problems:
-            if not name or name.partition(".")[0] in given:  # else it is no mistake of the file's
-                reader.complain(join_path(path, name), text)
-        return record
-
-    def _conflicts(self, given: Sequence[str]) -> Problems:
-        """Keys that exclude one another, and keys without effect beside the others."""
-        known = settings_of(self.record)
-        for when, names in getattr(self.record, "ONE_OF", ()):
-            has = [name for name in names if name in given]
-            if len(has) != 1 and (not when or when in given):
-                listed = f"{', '.join(names[:-1])} and {names[-1]}"
-                yield "", f"needs exactly one of {listed}, has {' and '.join(has) or 'none'}"
-        for number, name in enumerate(given):
-            beside = known[name].beside
-            if beside and not set(beside) & set(given):
-                others = " or ".join(f'"{other}"' for other in beside)
-                yield name, known[name].reason or f"has no effect without {others}"
-            for other in set(known[name].against) & set(given):
-                yield name, f'has no effect beside "{other}"'
-            for other in given[:number]:
-                if known[other].attribute == known[name].attribute:
-                    yield name, f'sets the same as "{other}"; give one of them'
+    may_repeat: bool = False  # in a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -1768,6 +1545,10 @@ class AvailableAfter:
 
     time: datetime.time | None = None
     seconds: int = 0
+
+
+def _tag(node: Any) -> str:
+    return node.tag.rpartition(":")[2] if node.id == "scalar" else cast(str, node.id)
 
 
 def _plain(node: Any, *tags: str) -> str:
@@ -1849,7 +1630,7 @@ def _day(text: str) -> datetime.date:
         raise MistakeError(f"{text} is no day of the calendar") from None
 
 
-def _numbers(expected: str, bounds: str = "", *, is_whole: bool = False) -> Scalar:
+def _numbers(expected: str, bounds: str = "", *, is_whole: bool = False) -> Kind:
     """Numbers within bounds, which are written as in a JSON Schema."""
     limits = json.loads(f"{{{bounds}}}")
 
@@ -1860,10 +1641,10 @@ def _numbers(expected: str, bounds: str = "", *, is_whole: bool = False) -> Scal
             return number
         raise ValueError(expected) if "maximum" in limits else MistakeError(f"{node.value} is not {expected}")
 
-    return Scalar(expected, convert, json.dumps({"type": "integer" if is_whole else "number", **limits}))
+    return Kind(expected, convert, json.dumps({"type": "integer" if is_whole else "number", **limits}))
 
 
-def _matching(expected: str, pattern: str, convert: Callable[[str], Any] = str, *tags: str) -> Scalar:
+def _matching(expected: str, pattern: str, convert: Callable[[str], Any] = str, *tags: str) -> Kind:
     """Texts that match a pattern as a whole."""
 
     def convert_node(node: Any) -> Any:
@@ -1871,48 +1652,268 @@ def _matching(expected: str, pattern: str, convert: Callable[[str], Any] = str, 
             raise ValueError(text)
         return convert(text)
 
-    return Scalar(expected, convert_node, json.dumps({"type": "string", "pattern": f"^({pattern})$"}))
+    return Kind(expected, convert_node, json.dumps({"type": "string", "pattern": f"^({pattern})$"}))
 
 
-def _one_of(expected: str, *words: str) -> Scalar:
-    return Scalar(expected, lambda node: words[words.index(_plain(node))], json.dumps({"enum": words}))
+def _one_of(expected: str, *words: str) -> Kind:
+    return Kind(expected, lambda node: words[words.index(_plain(node))], json.dumps({"enum": words}))
 
 
-def _durations(never: float | None) -> Scalar:
+def _durations(never: float | None) -> Kind:
     """Seconds, with a value of its own for `never`."""
     expected, pattern = "a duration like 90s, 15m, 6h or 1d (or never)", r"never|\s*\d*[1-9]\d*\s*[smhd]\s*"
     return _matching(expected, pattern, lambda text: never if text == "never" else parse_duration(text))
 
 
 ISO_DATE, TRUE = r"\d{4}-\d\d-\d\d", ("true", "yes", "on")
-TEXT = Scalar("text", _text)
-FILE = Scalar("the path of a file", lambda node: Path(_text(node)))
-STORE = Scalar("a folder or s3://bucket/prefix", _store)
-ADDRESS = Scalar("an http or https address", lambda node: _text(node).rstrip("/"))
-TEMPLATE = Scalar("text with {fields}", lambda node: Template(_text(node)))
-EXPRESSION = Scalar("a JMESPath expression", _expression)
-REGEX = Scalar("a regular expression with one group", _regex)
-CALLABLE = _matching("module:function", r"[\w.]+:\w+")
-BOOLEAN = Scalar("true or false", lambda node: _plain(node, "bool").lower() in TRUE, '{"type": "boolean"}')
-NUMBER = _numbers("a number")
-POSITIVE = _numbers("a number above 0", '"exclusiveMinimum": 0')
-PERCENT = _numbers("a number from 0 to 100", '"minimum": 0, "maximum": 100')
-COUNT = _numbers("a whole number of 1 or more", '"minimum": 1', is_whole=True)
-PORT = _numbers("a port from 0 to 65535", '"minimum": 0, "maximum": 65535', is_whole=True)
-STATUS = _numbers("an HTTP status", '"minimum": 100, "maximum": 599', is_whole=True)
-DATE = _matching("a date like 2024-10-22", ISO_DATE, _day)
-ALL = _one_of("the word all", "all")
-DURATION, PERIOD = _durations(None), _durations(math.inf)
-TIMEZONE = Scalar("a time zone like America/New_York", _timezone)
-URGENCY = _one_of("auto, CRITICAL, HIGH, MEDIUM or LOW", "auto", *Priority)
-OUTPUT = _one_of("store or stdout", "store", "stdout")
-HEX = _matching("bytes in hexadecimal, in quotes", r"\s*([0-9A-Fa-f]{2}\s*)+", str, "str")
-AVAILABLE = Scalar('"HH:MM" or {hours: N}', _available, '{"type": ["string", "object"]}')
-UNTIL = _matching(
-    "yesterday, today or a date like 2024-10-22",
-    rf"yesterday|today|{ISO_DATE}",
-    lambda text: text if text[0] in "yt" else _day(text),
-)
+Text = Annotated[str, Kind("text", _text)]
+Word = Annotated[str, Kind("text", _text, may_repeat=True)]
+File = Annotated[Path, Kind("the path of a file", lambda node: Path(_text(node)))]
+Lake = Annotated[str, Kind("a folder or s3://bucket/prefix", _store)]
+Address = Annotated[str, Kind("an http or https address", lambda node: _text(node).rstrip("/"))]
+FieldText = Annotated[Template, Kind("text with {fields}", lambda node: Template(_text(node)), may_repeat=True)]
+Expression = Annotated[str, Kind("a JMESPath expression", _expression)]
+Regex = Annotated[str, Kind("a regular expression with one group", _regex)]
+Callee = Annotated[str, _matching("module:function", r"[\w.]+:\w+")]
+Switch = Annotated[
+    bool, Kind("true or false", lambda node: _plain(node, "bool").lower() in TRUE, '{"type": "boolean"}')
+]
+Number = Annotated[float, _numbers("a number")]
+Positive = Annotated[float, _numbers("a number above 0", '"exclusiveMinimum": 0')]
+Percent = Annotated[float, _numbers("a number from 0 to 100", '"minimum": 0, "maximum": 100')]
+Count = Annotated[int, _numbers("a whole number of 1 or more", '"minimum": 1', is_whole=True)]
+Port = Annotated[int, _numbers("a port from 0 to 65535", '"minimum": 0, "maximum": 65535', is_whole=True)]
+Status = Annotated[int, _numbers("an HTTP status", '"minimum": 100, "maximum": 599', is_whole=True)]
+Date = Annotated[datetime.date, _matching("a date like 2024-10-22", ISO_DATE, _day)]
+LastDay = Annotated[
+    str | datetime.date,
+    _matching(
+        "yesterday, today or a date like 2024-10-22",
+        rf"yesterday|today|{ISO_DATE}",
+        lambda text: text if text[0] in "yt" else _day(text),
+    ),
+]
+All = Annotated[bool, _one_of("the word all", "all")]
+Duration = Annotated[int, _durations(None)]
+Period = Annotated[float, _durations(math.inf)]
+Timezone = Annotated[str, Kind("a time zone like America/New_York", _timezone)]
+Urgency = Annotated[str, _one_of("auto, CRITICAL, HIGH, MEDIUM or LOW", "auto", *Priority)]
+Output = Annotated[str, _one_of("store or stdout", "store", "stdout")]
+Hex = Annotated[str, _matching("bytes in hexadecimal, in quotes", r"\s*([0-9A-Fa-f]{2}\s*)+", str, "str")]
+Available = Annotated[AvailableAfter, Kind('"HH:MM" or {hours: N}', _available, '{"type": ["string", "object"]}')]
+
+
+# ---------------------------------------------------------------- Reader
+# Declares the keys of a block as the fields of a record, and reads a YAML mapping into one. Problems are collected,
+# each with its place, so that all are reported at once. Headlines: setting(), Reader.
+
+MAX_NODES = 20_000
+NEEDED = dataclasses.MISSING  # the default of a required key, and the value of a node that is not of its kind
+Problems = Iterator[tuple[str, str]]  # the key, and what is wrong with it
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key of a block."""
+
+    name: str
+    meaning: str
+    beside: tuple[str, ...] = ()  # it has an effect only beside one of these keys
+    against: tuple[str, ...] = ()  # and none beside one of these
+    reason: str = ""  # why, where that needs other words
+    unit: int = 1  # the record has the value in a unit that is so much smaller
+    attribute: str = ""  # of the record
+    declared: Any = None  # the annotation of the field
+    default: Any = None
+
+
+def setting(meaning: str, default: Any = NEEDED, **more: Any) -> Any:
+    """A field of a record that a key of adce.yaml sets; its annotation says which values it takes. `more`: as of
+    Setting, its `name` where the key has another than the field, and `older`: a second key for the field."""
+    older = more.pop("older", ())
+    given = {"default_factory" if callable(default) else "default": default} if default is not NEEDED else {}
+    return field(metadata={"settings": (Setting(more.pop("name", ""), meaning, **more), *older)}, **given)
+
+
+@functools.cache
+def settings_of(record: type) -> Mapping[str, Setting]:
+    """The keys of a block by name."""
+    found, annotations = {}, typing.get_type_hints(record, include_extras=True)
+    for part in dataclasses.fields(record):
+        default = part.default if part.default_factory is NEEDED else part.default_factory()
+        for one in part.metadata.get("settings", ()):
+            about = {"attribute": part.name, "declared": annotations[part.name], "default": default}
+            found[one.name or part.name] = dataclasses.replace(one, name=one.name or part.name, **about)
+    return found
+
+
+def shape_of(declared: Any) -> tuple[str, Any]:
+    """What an annotation declares: a block of a record, a list of an item, a mapping of a name and an item, or a value
+    of a Kind. What a record changes after it was read is Annotated with that as it is read."""
+    while typing.get_origin(declared) in (types.UnionType, typing.Union):
+        declared = typing.get_args(declared)[0]  # the other one is None
+    if dataclasses.is_dataclass(declared):
+        return "block", declared
+    if typing.get_origin(declared) is Annotated:
+        (inner,) = declared.__metadata__
+        return ("value", inner) if isinstance(inner, Kind) else shape_of(inner)
+    parts = typing.get_args(declared)
+    return ("list", parts[0]) if typing.get_origin(declared) is tuple else ("mapping", parts)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean "x"?`, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f', did you mean "{near[0]}"?' if near else ""
+
+
+def join_path(path: str, name: str) -> str:
+    """The path of a key in a block; an empty name stands for the block itself."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _describe(node: Any) -> str:
+    kinds = {"sequence": "a list", "mapping": "a mapping", "null": "nothing"}
+    texts = {"str": "text", "int": "a number", "float": "a number", "bool": "yes or no"}
+    return kinds.get(_tag(node)) or f"{node.value!r} ({texts.get(_tag(node), 'a date')})"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """One mistake and its place; lines and columns count from 1."""
+
+    line: int
+    column: int
+    path: str
+    text: str
+
+
+class Reader:
+    """The problems of one file, and the place of every path in it."""
+
+    def __init__(self, hint: Callable[[str, Any, Iterable[str]], str]) -> None:
+        """`hint` completes the message about an unknown key: of its path, its value and the keys known beside it."""
+        self.problems: list[Problem] = []
+        self.places: dict[str, tuple[int, int]] = {}
+        self.hint = hint
+        self._nodes_left = MAX_NODES
+
+    def complain(self, path: str, text: str) -> None:
+        """Note a problem at the place of `path`, or of the nearest block around it."""
+        place = path
+        while place not in self.places and place:
+            place = place.rpartition(".")[0]
+        self.problems.append(Problem(*self.places.get(place, (1, 1)), path, text))
+
+    def is_sound(self, path: str, *apart: str) -> bool:
+        """Whether nothing is wrong in a block, apart from some of its keys."""
+        wrong = {problem.path for problem in self.problems if f"{problem.path}.".startswith(f"{path}.")}
+        return wrong <= {f"{path}.{name}" for name in apart}
+
+    def parse(self, declared: Any, node: Any, path: str) -> Any:
+        """The value of a node as it is declared; NEEDED, and a problem, when it is not of its kind.
+
+        Raises ConfigurationError after MAX_NODES values."""
+        self.places[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
+        self._nodes_left -= 1
+        if self._nodes_left < 0:
+            raise ConfigurationError(f"more than {MAX_NODES:,} values", "is an alias repeated?")
+        shape, inner = shape_of(declared)
+        if shape == "value":
+            return self._scalar(inner, node, path)
+        if shape == "list":
+            return self._list(inner, node, path)
+        if node.id != "mapping":
+            self.complain(path, f"expected a mapping, found {_describe(node)}")
+            return NEEDED
+        return self._record(inner, node, path) if shape == "block" else self._mapping(inner, node, path)
+
+    def _scalar(self, kind: Kind, node: Any, path: str) -> Any:
+        try:
+            return kind.convert(node)
+        except MistakeError as error:
+            self.complain(path, str(error))
+        except (ValueError, TypeError, AttributeError):  # also of a list or a mapping
+            self.complain(path, f"expected {kind.expected}, found {_describe(node)}")
+        return NEEDED
+
+    def _list(self, item: Any, node: Any, path: str) -> Any:
+        if node.id != "sequence" or not node.value:
+            found = "an empty one" if node.id == "sequence" else _describe(node)
+            self.complain(path, f"expected a list, found {found}")
+            return NEEDED
+        values = [self.parse(item, one, f"{path}.{number}") for number, one in enumerate(node.value)]
+        good = tuple(value for value in values if value is not NEEDED)
+        if len(set(map(str, good))) < len(good) and not getattr(shape_of(item)[1], "may_repeat", False):
+            self.complain(path, "the same value stands twice")
+        return good
+
+    def _pairs(self, node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+        """The keys of a mapping, with their paths and values."""
+        for name_node, value_node in node.value:
+            name = name_node.value if name_node.id == "scalar" else "?"
+            here, place = join_path(path, name), (name_node.start_mark.line + 1, name_node.start_mark.column + 1)
+            if here in self.places:
+                text = f"duplicate key, first set at line {self.places[here][0]}"
+                self.problems.append(Problem(*place, here, text))
+            else:
+                self.places[here] = place
+                yield name, here, value_node
+
+    def _mapping(self, declared: tuple[Any, Any], node: Any, path: str) -> Any:
+        (names, item), values = declared, {}
+        for name, here, value_node in self._pairs(node, path):
+            if names is not str and name not in list(names):
+                self.complain(here, f"unknown key{suggest(name, names)}")
+            elif (value := self.parse(item, value_node, here)) is not NEEDED:
+                values[name] = value
+        return values
+
+    def _record(self, record: Any, node: Any, path: str) -> Any:
+        """A wrong value has its default; without a required one there is no record.
+
+        A record may have `problems()`: which of its keys do not fit together, and why; and `of(**values)`, where its
+        shape is not that of its block."""
+        known, given = settings_of(record), list[str]()
+        values: dict[str, Any] = {"name": path.rpartition(".")[2]} if "name" in record.__slots__ else {}
+        for name, here, value_node in self._pairs(node, path):
+            if name not in known:
+                self.complain(here, f"unknown key{self.hint(here, value_node, known)}")
+                continue
+            given.append(name)
+            if (value := self.parse(known[name].declared, value_node, here)) is not NEEDED:
+                values[known[name].attribute] = value * known[name].unit if known[name].unit > 1 else value
+        for name, text in conflicts(record, given):
+            self.complain(join_path(path, name), text)
+        if any(one.default is NEEDED and one.attribute not in values for one in known.values()):
+            return NEEDED
+        made = getattr(record, "of", record)(**values)
+        for name, text in made.problems() if hasattr(made, "problems") else ():
+            if not name or name.partition(".")[0] in given:  # else it is no mistake of the file's
+                self.complain(join_path(path, name), text)
+        return made
+
+
+def conflicts(record: type, given: Sequence[str]) -> Problems:
+    """Keys that are missing, that exclude one another, or that have no effect beside the others.
+
+    A record may have ONE_OF: pairs of a key, or an empty text, and of a group of which exactly one must stand in the
+    block when that key does."""
+    known = settings_of(record)
+    yield from (("", f'"{name}" is missing') for name in known if known[name].default is NEEDED and name not in given)
+    for when, names in getattr(record, "ONE_OF", ()):
+        has = [name for name in names if name in given]
+        if len(has) != 1 and (not when or when in given):
+            listed = f"{', '.join(names[:-1])} and {names[-1]}"
+            yield "", f"needs exactly one of {listed}, has {' and '.join(has) or 'none'}"
+    for number, name in enumerate(given):
+        one = known[name]
+        if one.beside and not set(one.beside) & set(given):
+            others = " or ".join(f'"{other}"' for other in one.beside)
+            yield name, one.reason or f"has no effect without {others}"
+        yield from ((name, f'has no effect beside "{other}"') for other in one.against if other in given)
+        twins = (other for other in given[:number] if known[other].attribute == one.attribute)
+        yield from ((name, f'sets the same as "{other}"; give one of them') for other in twins)
 
 
 # ---------------------------------------------------------------- Settings
@@ -1930,10 +1931,10 @@ LIMIT_SECONDS = {
 class Season:
     """A span of days with a name."""
 
-    label: str = setting(TEXT, "its name, such as 2024-25")
-    end: int = setting(COUNT, "the year in which it ends")
-    start: datetime.date = setting(DATE, "its first day")
-    finish: datetime.date = setting(DATE, "its last day")
+    label: Text = setting("its name, such as 2024-25")
+    end: Count = setting("the year in which it ends")
+    start: Date = setting("its first day")
+    finish: Date = setting("its last day")
 
     def problems(self) -> Problems:
         """A season ends after it has begun."""
@@ -1962,12 +1963,12 @@ class ScopeLimits:
 class Limits:
     """The limits of a source, or of all sources together, as adce.yaml declares them."""
 
-    requests_per_second: int | None = setting(COUNT, "at most so many requests in any second", None)
-    requests_per_minute: int | None = setting(COUNT, "at most so many requests in any 60 seconds", None)
-    requests_per_hour: int | None = setting(COUNT, "at most so many requests in any 60 minutes", None)
-    requests_per_day: int | None = setting(COUNT, "at most so many requests in any 24 hours", None)
-    burst_size: int | None = setting(COUNT, "so many requests may follow at once; refilled by the limit a minute", None)
-    min_delay_seconds: float | None = setting(POSITIVE, 'between two requests, as "1 in so many seconds"', None)
+    requests_per_second: Count | None = setting("at most so many requests in any second", None)
+    requests_per_minute: Count | None = setting("at most so many requests in any 60 seconds", None)
+    requests_per_hour: Count | None = setting("at most so many requests in any 60 minutes", None)
+    requests_per_day: Count | None = setting("at most so many requests in any 24 hours", None)
+    burst_size: Count | None = setting("so many requests may follow at once; refilled by the limit a minute", None)
+    min_delay_seconds: Positive | None = setting('between two requests, as "1 in so many seconds"', None)
 
     def scope(self) -> ScopeLimits:
         """The windows, and the rate of the bucket: that of the limit a minute, else of the shortest."""
@@ -1989,22 +1990,22 @@ class Limits:
 class Backoff:
     """How a source slows down when a window is nearly used up."""
 
-    threshold_percent: float = setting(PERCENT, "past this share of a window the delay between requests grows", 80)
-    initial_delay_seconds: float = setting(NUMBER, "the first delay", 1)
-    max_delay_seconds: float = setting(NUMBER, "the longest delay", 30)
-    exponential_factor: float = setting(POSITIVE, "each delay is so many times the one before", 2)
-    strict: bool = setting(BOOLEAN, "delays to the letter, though 10 to 20% of the quota is never used", False)
+    threshold_percent: Percent = setting("past this share of a window the delay between requests grows", 80)
+    initial_delay_seconds: Number = setting("the first delay", 1)
+    max_delay_seconds: Number = setting("the longest delay", 30)
+    exponential_factor: Positive = setting("each delay is so many times the one before", 2)
+    strict: Switch = setting("delays to the letter, though 10 to 20% of the quota is never used", False)
 
 
 @dataclass(frozen=True, slots=True)
 class RateLimiting:
     """How often sources may be asked."""
 
-    enabled: bool = setting(BOOLEAN, "false: no limits; pauses still hold", True)
+    enabled: Switch = setting("false: no limits; pauses still hold", True)
     scopes: Mapping[str, ScopeLimits] = field(default_factory=dict)  # by source, and `global`
-    backoff: Backoff | None = setting(Block(Backoff), "slowing down before a window is full", None)
-    global_limits: Limits = setting(Block(Limits), "of all sources together", Limits())
-    source_limits: Mapping[str, Limits] = setting(MapOf(Block(Limits)), "of each source, by its name", dict)
+    backoff: Backoff | None = setting("slowing down before a window is full", None)
+    global_limits: Limits = setting("of all sources together", Limits())
+    source_limits: Mapping[str, Limits] = setting("of each source, by its name", dict)
 
     @classmethod
     def of(cls, **values: Any) -> RateLimiting:
@@ -2022,46 +2023,46 @@ def _base_scores() -> dict[str, float]:
 class PriorityWeighting:
     """What makes one gap matter more than another."""
 
-    enabled: bool = setting(BOOLEAN, "false: by priority alone, oldest first", True)
-    base_scores: Mapping[str, float] = setting(MapOf(NUMBER, tuple(Priority)), "points by priority", _base_scores)
-    age_weight: float = setting(NUMBER, "points an hour since the gap was found", 0.5)
-    source_multipliers: Mapping[str, float] = setting(MapOf(NUMBER), "of base score and age, by source; else 1", dict)
-    gap_size_weight: float = setting(NUMBER, "points for each object that one attempt brings", -0.1)
-    max_gap_size_penalty: float = setting(NUMBER, "the most points that the gap size takes away", 10)
-    success_rate_weight: float = setting(NUMBER, "points for a dataset whose attempts always succeed", 20)
-    critical_within_days: int = setting(COUNT, "with `priority: auto`, an object this young is CRITICAL", 7)
+    enabled: Switch = setting("false: by priority alone, oldest first", True)
+    base_scores: Annotated[Mapping[str, float], Mapping[Priority, Number]] = setting("points by priority", _base_scores)
+    age_weight: Number = setting("points an hour since the gap was found", 0.5)
+    source_multipliers: Mapping[str, Number] = setting("of base score and age, by source; else 1", dict)
+    gap_size_weight: Number = setting("points for each object that one attempt brings", -0.1)
+    max_gap_size_penalty: Number = setting("the most points that the gap size takes away", 10)
+    success_rate_weight: Number = setting("points for a dataset whose attempts always succeed", 20)
+    critical_within_days: Count = setting("with `priority: auto`, an object this young is CRITICAL", 7)
 
 
 @dataclass(frozen=True, slots=True)
 class HealthCheck:
     """Whether the runner answers over HTTP, and where."""
 
-    enabled: bool = setting(BOOLEAN, "whether the runner answers over HTTP on 127.0.0.1", True)
-    port: int = setting(PORT, "0: any free one", 8080)
+    enabled: Switch = setting("whether the runner answers over HTTP on 127.0.0.1", True)
+    port: Port = setting("0: any free one", 8080)
 
 
 @dataclass(frozen=True, slots=True)
 class Alerts:
     """Where alerts go, and what is worth one. An address may be $NAME, a variable of the environment."""
 
-    webhook: str | None = setting(TEXT, "a url that takes what Slack takes, or $NAME", None)
-    sns_topic: str | None = setting(TEXT, "the ARN of a topic, or $NAME", None)
-    command: tuple[str, ...] = setting(ListOf(TEXT, is_distinct=False), "a program; subject and text are added", ())
-    ping: str | None = setting(TEXT, "a url that is asked after each good cycle, or $NAME", None)
-    cloudwatch: str | None = setting(TEXT, "the namespace for the figures of each cycle", None)
-    remind_seconds: float = setting(PERIOD, "how often an alert is repeated while it lasts", DAY, name="remind_every")
-    error_percent: float = setting(PERCENT, "an alert when more of the last 200 attempts fail", 10)
-    quiet_cycles: int = setting(COUNT, "an alert when no attempt is good in so many cycles, though tasks are due", 8)
-    critical_gap_hours: float = setting(POSITIVE, "an alert when a CRITICAL gap is open for longer", 24)
+    webhook: Text | None = setting("a url that takes what Slack takes, or $NAME", None)
+    sns_topic: Text | None = setting("the ARN of a topic, or $NAME", None)
+    command: tuple[Word, ...] = setting("a program; subject and text are added", ())
+    ping: Text | None = setting("a url that is asked after each good cycle, or $NAME", None)
+    cloudwatch: Text | None = setting("the namespace for the figures of each cycle", None)
+    remind_seconds: Period = setting("how often an alert is repeated while it lasts", DAY, name="remind_every")
+    error_percent: Percent = setting("an alert when more of the last 200 attempts fail", 10)
+    quiet_cycles: Count = setting("an alert when no attempt is good in so many cycles, though tasks are due", 8)
+    critical_gap_hours: Positive = setting("an alert when a CRITICAL gap is open for longer", 24)
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
     """How often, and after how long, a task is tried again."""
 
-    max_attempts: int = setting(COUNT, "a task gives up after so many failures", 5)
-    initial_delay_seconds: float = setting(POSITIVE, "after the first failure; doubled after each further one", 60)
-    max_delay_seconds: float = setting(POSITIVE, "the longest delay", 21600)
+    max_attempts: Count = setting("a task gives up after so many failures", 5)
+    initial_delay_seconds: Positive = setting("after the first failure; doubled after each further one", 60)
+    max_delay_seconds: Positive = setting("the longest delay", 21600)
 
     def deadly(self) -> int:
         """A task that has seen so many runners die will be given one more chance, alone."""
@@ -2077,10 +2078,10 @@ class Retry:
 class BlockedWhen:
     """What means that a source wants to be left alone, and for how long."""
 
-    status: tuple[int, ...] = setting(ListOf(STATUS), "an answer with one of these statuses", ())
-    timeouts_in_a_row: int = setting(COUNT, "so many requests in a row without an answer", 3)
-    failures_in_a_row: int = setting(COUNT, "so many answers 5xx in a row, or scrapers that fail", 10)
-    pause_seconds: float = setting(POSITIVE, "how long the source is not asked then", 900)
+    status: tuple[Status, ...] = setting("an answer with one of these statuses", ())
+    timeouts_in_a_row: Count = setting("so many requests in a row without an answer", 3)
+    failures_in_a_row: Count = setting("so many answers 5xx in a row, or scrapers that fail", 10)
+    pause_seconds: Positive = setting("how long the source is not asked then", 900)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2088,13 +2089,13 @@ class Source:
     """An upstream with limits of its own."""
 
     name: str
-    base_url: str = setting(ADDRESS, "the `url` of each of its datasets is appended to it", "")
-    headers: Mapping[str, str] = setting(MapOf(TEXT), "sent with each request; few go to another host", dict)
-    timeout_seconds: float = setting(POSITIVE, "for a whole request, body included", 30)
-    max_concurrent: int = setting(COUNT, "at most so many workers on this source at once", 5)
-    error_when: str | None = setting(EXPRESSION, "when true of a body, that is an error, whatever the status", None)
-    blocked_when: BlockedWhen = setting(Block(BlockedWhen), "when the source is left alone", BlockedWhen())
-    trust_env: bool = setting(BOOLEAN, "proxies, netrc and certificates from the environment", False)
+    base_url: Address = setting("the `url` of each of its datasets is appended to it", "")
+    headers: Mapping[str, Text] = setting("sent with each request; few go to another host", dict)
+    timeout_seconds: Positive = setting("for a whole request, body included", 30)
+    max_concurrent: Count = setting("at most so many workers on this source at once", 5)
+    error_when: Expression | None = setting("when true of a body, that is an error, whatever the status", None)
+    blocked_when: BlockedWhen = setting("when the source is left alone", BlockedWhen())
+    trust_env: Switch = setting("proxies, netrc and certificates from the environment", False)
 
     def problems(self) -> Problems:
         """Its address and headers can be sent."""
@@ -2110,7 +2111,7 @@ class Source:
 # ---------------------------------------------------------------- Datasets
 # The same for the datasets, and for all of adce.yaml. Headlines: Dataset, Configuration.
 
-NamedValues = tuple[tuple[str, tuple[str, ...]], ...]
+NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -2119,11 +2120,11 @@ class Dates:
 
     ONE_OF: ClassVar = (("", ("seasons", "from")),)
 
-    seasons: bool = setting(ALL, "the days of all seasons", False)
-    first: datetime.date | None = setting(DATE, "the days from this one", None, name="from")
-    last: datetime.date | None = setting(DATE, "the days to this one", None, name="to", beside=("from",))
-    until: str | datetime.date = setting(UNTIL, "no days after this one", "yesterday")
-    timezone: str = setting(TIMEZONE, "where a day begins and ends", "UTC")
+    seasons: All = setting("the days of all seasons", False)
+    first: Date | None = setting("the days from this one", None, name="from")
+    last: Date | None = setting("the days to this one", None, name="to", beside=("from",))
+    until: LastDay = setting("no days after this one", "yesterday")
+    timezone: Timezone = setting("where a day begins and ends", "UTC")
 
     def problems(self) -> Problems:
         """A range begins before it ends, and has one end."""
@@ -2141,19 +2142,20 @@ class Partitions:
     BASES: ClassVar = ("dates", "seasons", "values", "from")
     ONE_OF: ClassVar = (("", (*BASES, "same_as")), ("from", ("ids", "regex")))
 
-    dates: Dates | None = setting(Block(Dates), "one object a day", None)
-    seasons_as: str | None = setting(ALL, "one object for each season that has begun", None, name="seasons")
-    values: NamedValues = setting(MapOf(ListOf(TEXT), make=tuple), "one object for each combination of fields", ())
-    parent: str | None = setting(TEXT, "one object for each id in the objects of this dataset", None, name="from")
-    ids: str | None = setting(EXPRESSION, "finds ids in JSON; {field} is one of the parent's", None, beside=("from",))
-    regex: str | None = setting(REGEX, "finds ids in other texts", None, beside=("from",))
-    names: str = setting(TEXT, "of seasons: label or end; of ids: a field", "", name="as", beside=("from", "seasons"))
-    times: NamedValues = setting(MapOf(ListOf(TEXT), make=tuple), "multiplied by these fields", (), beside=BASES)
-    same_as: str | None = setting(TEXT, "the partitions of this dataset", None)
+    dates: Dates | None = setting("one object a day", None)
+    seasons_as: Annotated[str, All] | None = setting("one object for each season that has begun", None, name="seasons")
+    values: NamedValues = setting("one object for each combination of fields", ())
+    parent: Text | None = setting("one object for each id in the objects of this dataset", None, name="from")
+    ids: Expression | None = setting("finds ids in JSON; {field} is one of the parent's", None, beside=("from",))
+    regex: Regex | None = setting("finds ids in other texts", None, beside=("from",))
+    names: Text = setting("of seasons: label or end; of ids: a field", "", name="as", beside=("from", "seasons"))
+    times: NamedValues = setting("multiplied by these fields", (), beside=BASES)
+    same_as: Text | None = setting("the partitions of this dataset", None)
 
     @classmethod
     def of(cls, **values: Any) -> Partitions:
-        """`as` beside `seasons` is the form of a season."""
+        """`as` beside `seasons` is the form of a season; named values are pairs."""
+        values.update({name: tuple(values[name].items()) for name in ("values", "times") if name in values})
         if "seasons_as" in values:
             values["seasons_as"] = values.pop("names", "label")
         return cls(**values)
@@ -2175,8 +2177,8 @@ class Partitions:
 class Live:
     """An object that changes all the time for a while, such as a day with games in progress."""
 
-    expression: str = setting(EXPRESSION, "when true of a body, that changes all the time", name="while")
-    every: int = setting(PERIOD, "how often it is fetched then")
+    expression: Expression = setting("when true of a body, that changes all the time", name="while")
+    every: Annotated[int, Period] = setting("how often it is fetched then")
 
     def problems(self) -> Problems:
         """It is fetched."""
@@ -2188,33 +2190,32 @@ class Live:
 class Freshness:
     """When an object that is there must be fetched again. Durations in seconds; None is never."""
 
-    refetch_every: int | None = setting(DURATION, "stale when older; beside `until`, 1h if not given", None)
-    until: str | None = setting(EXPRESSION, "stale until this is true of its body, then final", None)
-    refetch_once_after: int | None = setting(DURATION, "once more, so long after its day", None, against=("until",))
-    current: int | None = setting(DURATION, "stale when older, while its season goes on", None, against=("until",))
-    past: int | None = setting(DURATION, "stale when older, after its season", None, against=("until",))
-    live: Live | None = setting(Block(Live), "for a time in which it changes all the time", None)
+    refetch_every: Duration | None = setting("stale when older; beside `until`, 1h if not given", None)
+    until: Expression | None = setting("stale until this is true of its body, then final", None)
+    refetch_once_after: Duration | None = setting("once more, so long after its day", None, against=("until",))
+    current: Duration | None = setting("stale when older, while its season goes on", None, against=("until",))
+    past: Duration | None = setting("stale when older, after its season", None, against=("until",))
+    live: Live | None = setting("for a time in which it changes all the time", None)
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
     """What makes bytes the object. JMESPath expressions may name fields."""
 
-    json: bool = setting(BOOLEAN, "must parse as JSON", False)
-    min_bytes: int = setting(COUNT, "the least size", 1)
-    max_bytes: int = setting(COUNT, "the largest size", 256 << 20)
-    require: tuple[str, ...] = setting(ListOf(EXPRESSION), "all true: not null, false or empty", ())
-    alternatives: tuple[str, ...] = setting(
-        ListOf(EXPRESSION),
+    json: Switch = setting("must parse as JSON", False)
+    min_bytes: Count = setting("the least size", 1)
+    max_bytes: Count = setting("the largest size", 256 << 20)
+    require: tuple[Expression, ...] = setting("all true: not null, false or empty", ())
+    alternatives: tuple[Expression, ...] = setting(
         "any of them does instead of `require`",
         (),
         beside=("require",),
         reason='they are alternatives to "require", which is missing',
     )
-    contains: tuple[str, ...] = setting(ListOf(TEXT), "all in the text; they may name {fields}", ())
-    not_contains: tuple[str, ...] = setting(ListOf(TEXT), "none in the text; they may name {fields}", ())
-    starts_with_hex: str = setting(HEX, "the first bytes", "")
-    ends_with_hex: str = setting(HEX, "the last bytes", "")
+    contains: tuple[Text, ...] = setting("all in the text; they may name {fields}", ())
+    not_contains: tuple[Text, ...] = setting("none in the text; they may name {fields}", ())
+    starts_with_hex: Hex = setting("the first bytes", "")
+    ends_with_hex: Hex = setting("the last bytes", "")
 
     def needs_content(self) -> bool:
         """Whether a size alone cannot settle it."""
@@ -2231,13 +2232,8 @@ class Validation:
 class Batch:
     """How many objects one command may bring: those that share the field `by`."""
 
-    by: str = setting(TEXT, "the field that the objects of a batch share")
-    max: int = setting(COUNT, "at most so many objects", 50)
-
-    def problems(self) -> Problems:
-        """A batch holds several objects."""
-        if self.max == 1:
-            yield "max", "has no effect: a batch holds more than 1 object"
+    by: Text = setting("the field that the objects of a batch share")
+    max: Count = setting("at most so many objects", 50)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2248,33 +2244,32 @@ class Dataset:
     PROGRAM: ClassVar = ("command", "call")
 
     name: str
-    source: str = setting(TEXT, "the source that is asked, and whose limits hold")
-    key: Template = setting(TEMPLATE, "the name of an object in the store, with every field of its partitions")
-    partitions: Partitions = setting(Block(Partitions), "which objects there are")
-    url: Template | None = setting(TEMPLATE, "of a GET request, after the base_url of the source", None)
-    command: tuple[Template, ...] = setting(ListOf(TEMPLATE, is_distinct=False), "a program that brings objects", ())
-    call: str | None = setting(CALLABLE, "a Python function that brings an object", None)
-    output: str = setting(OUTPUT, "stdout: the command prints the object", "store", beside=("command",))
-    environment: tuple[str, ...] = setting(ListOf(TEXT), "more variables that a program sees", (), beside=PROGRAM)
+    source: Text = setting("the source that is asked, and whose limits hold")
+    key: FieldText = setting("the name of an object in the store, with every field of its partitions")
+    partitions: Partitions = setting("which objects there are")
+    url: FieldText | None = setting("of a GET request, after the base_url of the source", None)
+    command: tuple[FieldText, ...] = setting("a program that brings objects", ())
+    call: Callee | None = setting("a Python function that brings an object", None)
+    output: Output = setting("stdout: the command prints the object", "store", beside=("command",))
+    environment: tuple[Text, ...] = setting("more variables that a program sees", (), beside=PROGRAM)
     batch: Batch | None = setting(
-        Block(Batch),
         "one command for several objects; {game_ids} in it are all their game_id, with commas",
         None,
         beside=("command",),
         reason="only a command can bring many objects",
     )
-    timeout_seconds: float = setting(POSITIVE, "for a command or a call", 600, beside=PROGRAM)
-    max_concurrent: int | None = setting(COUNT, "at most so many workers on this dataset at once", None)
-    freshness: Freshness = setting(Block(Freshness), "when an object is fetched again", Freshness())
-    validate: Validation = setting(Block(Validation), "what makes bytes the object", Validation())
-    available_after: AvailableAfter | None = setting(
-        AVAILABLE, "expected from this time of its day on, or so long after the end of its day", None
-    )
-    priority: str = setting(URGENCY, "auto: by the age of its date or season", "auto")
+    timeout_seconds: Positive = setting("for a command or a call", 600, beside=PROGRAM)
+    max_concurrent: Count | None = setting("at most so many workers on this dataset at once", None)
+    freshness: Freshness = setting("when an object is fetched again", Freshness())
+    validate: Validation = setting("what makes bytes the object", Validation())
+    available_after: Available | None = setting("expected from this time of its day on, or so long after it", None)
+    priority: Urgency = setting("auto: by the age of its date or season", "auto")
 
     def problems(self) -> Problems:
-        """A command prints one object."""
-        if self.output == "stdout" and self.batch:
+        """A batch holds several objects, and a command prints one."""
+        if self.batch and self.batch.max == 1:
+            yield "batch.max", "has no effect: a batch holds more than 1 object"
+        if self.batch and self.output == "stdout":
             yield "output", "only a command for one object can print it"
 
 
@@ -2283,35 +2278,32 @@ class Configuration:
     """All of adce.yaml. Paths are absolute."""
 
     path: Path = Path("adce.yaml")
-    database: Path = setting(FILE, "the SQLite file that holds all state", Path("adce.db"))
-    store: str = setting(STORE, "where the lake is", "lake")
-    interval_seconds: float = setting(
-        POSITIVE,
+    database: File = setting("the SQLite file that holds all state", Path("adce.db"))
+    store: Lake = setting("where the lake is", "lake")
+    interval_seconds: Positive = setting(
         "between the starts of two cycles",
         15 * MINUTE,
         name="reconciliation_interval_minutes",
         unit=MINUTE,
-        older=(Setting("reconciliation_interval_hours", POSITIVE, "the older form of the same", unit=HOUR),),
+        older=(Setting("reconciliation_interval_hours", "the older form of the same", unit=HOUR),),
     )
-    full_seconds: float = setting(
-        POSITIVE, "the whole store is looked at once in so long", DAY, name="full_reconciliation_hours", unit=HOUR
+    full_seconds: Positive = setting(
+        "for one look at the whole store", DAY, name="full_reconciliation_hours", unit=HOUR
     )
-    queue_check_seconds: float = setting(POSITIVE, "the longest sleep of the main loop", 10)
-    max_concurrent_scrapers: int = setting(COUNT, "workers", 5)
-    grace_seconds: float = setting(NUMBER, "how long a stop waits for running attempts", 30)
-    retention_seconds: float = setting(
-        POSITIVE, "how long attempts and cycles are kept; totals stay", 90 * DAY, name="retention_days", unit=DAY
+    queue_check_seconds: Positive = setting("the longest sleep of the main loop", 10)
+    max_concurrent_scrapers: Count = setting("workers", 5)
+    grace_seconds: Number = setting("how long a stop waits for running attempts", 30)
+    retention_seconds: Positive = setting(
+        "of attempts and cycles; totals stay", 90 * DAY, name="retention_days", unit=DAY
     )
-    priority_weighting: PriorityWeighting = setting(Block(PriorityWeighting), "the order of work", PriorityWeighting())
-    rate_limiting: RateLimiting = setting(
-        Block(RateLimiting), "how often sources may be asked; without it, no limits", RateLimiting(enabled=False)
-    )
-    health_check: HealthCheck = setting(Block(HealthCheck), "answers over HTTP; else none", HealthCheck(enabled=False))
-    alerts: Alerts = setting(Block(Alerts), "where alerts go, and what is worth one", Alerts())
-    retry: Retry = setting(Block(Retry), "what follows a failed attempt", Retry())
-    seasons: tuple[Season, ...] = setting(ListOf(Block(Season)), "the seasons of `seasons: all`", ())
-    sources: Mapping[str, Source] = setting(MapOf(Block(Source)), "upstreams with limits of their own, by name", dict)
-    datasets: Mapping[str, Dataset] = setting(MapOf(Block(Dataset)), "families of objects, by name", dict)
+    priority_weighting: PriorityWeighting = setting("the order of work", PriorityWeighting())
+    rate_limiting: RateLimiting = setting("how often sources may be asked; else no limits", RateLimiting(enabled=False))
+    health_check: HealthCheck = setting("answers over HTTP; else none", HealthCheck(enabled=False))
+    alerts: Alerts = setting("where alerts go, and what is worth one", Alerts())
+    retry: Retry = setting("what follows a failed attempt", Retry())
+    seasons: tuple[Season, ...] = setting("the seasons of `seasons: all`", ())
+    sources: Mapping[str, Source] = setting("upstreams with limits of their own, by name", dict)
+    datasets: Mapping[str, Dataset] = setting("families of objects, by name", dict)
 
     def children_of(self, name: str) -> list[Dataset]:
         """The datasets whose partitions come from the bodies of this one."""
@@ -2375,16 +2367,16 @@ FORMER = {
 @functools.cache
 def all_settings() -> Mapping[str, Setting]:
     """Every key of adce.yaml by its path, in which `*` is any name or number."""
-    return dict(_walk(Block(Configuration), ""))
+    return dict(_walk(Configuration, ""))
 
 
-def _walk(kind: Kind, path: str) -> Iterator[tuple[str, Setting]]:
-    if isinstance(kind, ListOf | MapOf):
-        yield from _walk(kind.item, f"{path}.*")
-    if isinstance(kind, Block):
-        for name, one in settings_of(kind.record).items():
-            yield join_path(path, name), one
-            yield from _walk(one.kind, join_path(path, name))
+def _walk(declared: Any, path: str) -> Iterator[tuple[str, Setting]]:
+    shape, inner = shape_of(declared)
+    if shape in ("list", "mapping"):
+        yield from _walk(inner if shape == "list" else inner[1], f"{path}.*")
+    for name, one in settings_of(inner).items() if shape == "block" else ():
+        yield join_path(path, name), one
+        yield from _walk(one.declared, join_path(path, name))
 
 
 def _hint(path: str, node: Any, known: Iterable[str]) -> str:
@@ -2395,7 +2387,7 @@ def _hint(path: str, node: Any, known: Iterable[str]) -> str:
         return f"; {' and '.join(inner)} in it {'belong' if inner[1:] else 'belongs'} at the top level"
     if advice := FORMER.get(path):
         return f', did you mean "{advice}"?' if advice in paths else f"; remove it: {advice}"
-    homes = [join_path(*one.split(".")[:-1]) for one in paths if one.rpartition(".")[2] == name]
+    homes = [one.rpartition(".")[0] for one in paths if one.rpartition(".")[2] == name]
     if 0 < len(homes) <= 2:
         return f" here; it belongs {' or '.join(f'in {home}' if home else 'at the top level' for home in homes)}"
     return suggest(name, known)
@@ -2437,7 +2429,7 @@ def _name_problems(configuration: Configuration) -> Problems:
                 yield f"{path}.{name}", "a source cannot be named global; use global_limits"
             elif name not in configuration.sources and (hint := suggest(name, unused)):
                 yield f"{path}.{name}", f'source "{name}" is not defined{hint}'
-            elif name == "default" not in configuration.sources:
+            elif name == "default" and name not in configuration.sources:
                 yield f"{path}.{name}", 'has no effect: no source is named "default"'
 
 
@@ -2553,14 +2545,9 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
             reader.complain(f"datasets.{line[-1]}.partitions.same_as", text)
         if not other and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line[1:]):
             datasets[name] = dataclasses.replace(dataset, partitions=partitions)
-    store = read.store if read.store.startswith("s3://") else str(folder / Path(read.store).expanduser())
-    return dataclasses.replace(
-        read,
-        database=folder / read.database,
-        store=store.rstrip("/") if store.startswith("s3://") else store,
-        datasets=datasets,
-        seasons=tuple(sorted(read.seasons, key=lambda season: season.start)),
-    )
+    store = read.store.rstrip("/") if "://" in read.store else str(folder / Path(read.store).expanduser())
+    seasons = tuple(sorted(read.seasons, key=lambda season: season.start))
+    return dataclasses.replace(read, database=folder / read.database, store=store, datasets=datasets, seasons=seasons)
 
 
 def find_configuration(given: str | None) -> Path:
@@ -2577,8 +2564,8 @@ def load_configuration(path: Path) -> Configuration:
     text, reader, configuration = _read_text_file(path), Reader(_hint), None
     try:
         node = _compose(text, reader)
-        read = WRONG if node is None else Block(Configuration).parse(node, "", reader)
-        if read is not WRONG:
+        read = NEEDED if node is None else reader.parse(Configuration, node, "")
+        if read is not NEEDED:
             _check_seasons(reader, read.seasons)
             configuration = _resolve(reader, dataclasses.replace(read, path=path.absolute()))
             _check_all(reader, configuration)
@@ -2644,16 +2631,18 @@ def _compose(text: str, reader: Reader) -> Any:
 
 
 def explain(wanted: str | None) -> list[dict[str, Any]]:
-    """A row for each key in the block or key that `wanted` names, by its path or the end of one; else for each block.
+    """A row for the key that `wanted` names, by its path or the end of it, and for each key in it; else for each block.
 
     Raises Error for an unknown key."""
-    settings, words = all_settings(), wanted.split(".") if wanted else ["*"]
-    depth = len(words)
-    found = [path for path in settings if all(map(_is_same, path.split("."), words)) and path.count(".") >= depth - 1]
-    if not wanted:
-        found = [path for path in settings if "." not in path]
+    settings, words = all_settings(), (wanted or "").split(".")
+
+    def is_in(path: str) -> bool:
+        parts = path.split(".")[: len(words)]
+        return all(part in ("*", word) for part, word in itertools.zip_longest(parts, words))
+
+    found = [path for path in settings if (is_in(path) if wanted else "." not in path)]
     if not found:
-        ends = tuple(f"{path}." for path in settings if f".{path}".endswith(f".{wanted}"))
+        ends = tuple(f"{path}." for path in settings if path.endswith(f".{wanted}"))
         found = [path for path in settings if f"{path}.".startswith(ends)]
     if not found:
         names = [*settings, *(path.rpartition(".")[2] for path in settings)]
@@ -2661,34 +2650,27 @@ def explain(wanted: str | None) -> list[dict[str, Any]]:
     return [_explained(path, settings[path]) for path in found]
 
 
-def _kind_name(kind: Kind) -> str:
-    if isinstance(kind, ListOf | MapOf):
-        return f"a {'list' if isinstance(kind, ListOf) else 'mapping'}, each {_kind_name(kind.item)}"
-    return kind.expected if isinstance(kind, Scalar) else "a mapping"
-
-
-def _is_same(part: str, word: str) -> bool:
-    return "*" in (part, word) or part == word
-
-
 def _explained(path: str, one: Setting) -> dict[str, Any]:
-    default = one.default
-    if one.kind is PERIOD and default is not WRONG:
-        default = f"{default // DAY}d"
-    elif isinstance(default, int | float) and not isinstance(default, bool):
-        default = default / one.unit if default % one.unit else default // one.unit
-    is_shown = isinstance(default, str | int | float | Path | dict) and default not in ("", {})
-    return {
-        "key": path,
-        "kind": _kind_name(one.kind),
-        "default": "required"
-        if default is WRONG
-        else json.dumps(default, default=str).strip('"')
-        if is_shown
-        else None,
-        "beside": " or ".join(one.beside),
-        "meaning": one.meaning,
-    }
+    default, text = one.default, None
+    if default is NEEDED:
+        text = "required"
+    elif one.declared == Period:
+        text = f"{default // DAY}d"
+    elif isinstance(default, int | float) and one.unit > 1:
+        text = f"{default / one.unit:g}"
+    elif isinstance(default, int | float | str | Path | dict) and default not in ("", {}):
+        text = json.dumps(default, default=str).strip('"')
+    beside = " or ".join(one.beside)
+    return {"key": path, "kind": _kind_name(one.declared), "default": text, "beside": beside, "meaning": one.meaning}
+
+
+def _kind_name(declared: Any) -> str:
+    shape, inner = shape_of(declared)
+    if shape == "value":
+        return cast(str, inner.expected)
+    if shape == "list":
+        return f"a list, each {_kind_name(inner)}"
+    return f"a mapping, each {_kind_name(inner[1])}" if shape == "mapping" else "a mapping"
 
 
 def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -2701,39 +2683,40 @@ def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema (Draft 2020-12) of adce.yaml. What must hold between blocks is left to `check`."""
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "adce.yaml"}
-    return {**head, **_schema(Block(Configuration))}
+def json_schema(declared: Any = Configuration) -> dict[str, Any]:
+    """The JSON Schema (Draft 2020-12) of adce.yaml, or of a part of it. What must hold between blocks is not in it."""
+    shape, inner = shape_of(declared)
+    if shape == "value":
+        return cast(dict[str, Any], json.loads(inner.json))
+    if shape == "list":
+        is_unique = not getattr(shape_of(inner)[1], "may_repeat", False)
+        return {"type": "array", "minItems": 1, "uniqueItems": is_unique, "items": json_schema(inner)}
+    if shape == "mapping":
+        names = {} if inner[0] is str else {"propertyNames": {"enum": list(inner[0])}}
+        return {"type": "object", "additionalProperties": json_schema(inner[1]), **names}
+    known = settings_of(inner)
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"} if inner is Configuration else {}
+    return {
+        **head,
+        "type": "object",
+        "additionalProperties": False,
+        "required": [name for name, one in known.items() if one.default is NEEDED],
+        "properties": {name: {"description": one.meaning, **json_schema(one.declared)} for name, one in known.items()},
+        "allOf": [{}, *_schema_rules(inner, known)],
+    }
 
 
-def _schema(kind: Kind) -> dict[str, Any]:
-    if isinstance(kind, Scalar):
-        return cast(dict[str, Any], json.loads(kind.json))
-    if isinstance(kind, ListOf):
-        return {"type": "array", "minItems": 1, "uniqueItems": kind.is_distinct, "items": _schema(kind.item)}
-    if isinstance(kind, MapOf):
-        names = {"propertyNames": {"enum": kind.names}} if kind.names else {}
-        return {"type": "object", "additionalProperties": _schema(kind.item), **names}
-    known, rules = settings_of(kind.record), list[dict[str, Any]]()
-    for when, group in getattr(kind.record, "ONE_OF", ()):
+def _schema_rules(record: Any, known: Mapping[str, Setting]) -> Iterator[dict[str, Any]]:
+    """As conflicts()."""
+    for when, group in getattr(record, "ONE_OF", ()):
         exactly = {"oneOf": [{"required": [name]} for name in group]}
-        rules.append({"if": {"required": [when]}, "then": exactly} if when else exactly)
-    for name, other in itertools.combinations(known, 2):
-        if known[name].attribute == known[other].attribute:
-            rules.append({"not": {"required": [name, other]}})
+        yield {"if": {"required": [when]}, "then": exactly} if when else exactly
     for name, one in known.items():
         if one.beside:
             others = {"anyOf": [{"required": [other]} for other in one.beside]}
-            rules.append({"if": {"required": [name]}, "then": others})
-        rules += [{"not": {"required": [name, other]}} for other in one.against]
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "required": [name for name, one in known.items() if one.default is WRONG],
-        "properties": {name: {"description": one.meaning, **_schema(one.kind)} for name, one in known.items()},
-        **({"allOf": rules} if rules else {}),
-    }
+            yield {"if": {"required": [name]}, "then": others}
+        twins = [other for other in known if other < name and known[other].attribute == one.attribute]
+        yield from ({"not": {"required": [name, other]}} for other in (*one.against, *twins))
 
 
 # ---------------------------------------------------------------- Expressions
