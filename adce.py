@@ -1609,7 +1609,7 @@ def _timezone(node: Any) -> str:
 
 def _number(node: Any) -> float:
     text = _plain(node, "int", "float")
-    if not re.fullmatch(r"[-+]?(0|[1-9]\d*)(\.\d+)?", text):
+    if not re.fullmatch(r"[-+]?(0|[1-9]\d{0,14})(\.\d+)?", text):  # more digits overflow a float
         raise ValueError(text)
     return float(text) if "." in text else int(text)
 
@@ -1693,7 +1693,7 @@ LastDay = Annotated[
         lambda text: text if text[0] in "yt" else _day(text),
     ),
 ]
-All = Annotated[bool, _one_of("the word all", "all")]
+All = Annotated[bool, _matching("the word all", "all", bool)]
 Duration = Annotated[int, _durations(None)]
 Period = Annotated[float, _durations(math.inf)]
 Timezone = Annotated[str, Kind("a time zone like America/New_York", _timezone)]
@@ -1963,12 +1963,12 @@ class ScopeLimits:
 class Limits:
     """The limits of a source, or of all sources together, as adce.yaml declares them."""
 
-    requests_per_second: Count | None = setting("at most so many requests in any second", None)
-    requests_per_minute: Count | None = setting("at most so many requests in any 60 seconds", None)
-    requests_per_hour: Count | None = setting("at most so many requests in any 60 minutes", None)
-    requests_per_day: Count | None = setting("at most so many requests in any 24 hours", None)
-    burst_size: Count | None = setting("so many requests may follow at once; refilled by the limit a minute", None)
-    min_delay_seconds: Positive | None = setting('between two requests, as "1 in so many seconds"', None)
+    requests_per_second: Count | None = setting("maximum requests in any second", None)
+    requests_per_minute: Count | None = setting("maximum requests in any 60 seconds", None)
+    requests_per_hour: Count | None = setting("maximum requests in any 60 minutes", None)
+    requests_per_day: Count | None = setting("maximum requests in any 24 hours", None)
+    burst_size: Count | None = setting("maximum requests in a burst; refilled at the rate of the minute limit", None)
+    min_delay_seconds: Positive | None = setting("minimum delay between two requests", None)
 
     def scope(self) -> ScopeLimits:
         """The windows, and the rate of the bucket: that of the limit a minute, else of the shortest."""
@@ -1988,28 +1988,28 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How a source slows down when a window is nearly used up."""
+    """Delays between requests when a window is nearly full."""
 
-    threshold_percent: Percent = setting("past this share of a window the delay between requests grows", 80)
+    threshold_percent: Percent = setting("share of a window from which delays grow", 80)
     initial_delay_seconds: Number = setting("the first delay", 1)
     max_delay_seconds: Number = setting("the longest delay", 30)
-    exponential_factor: Positive = setting("each delay is so many times the one before", 2)
-    strict: Switch = setting("delays to the letter, though 10 to 20% of the quota is never used", False)
+    exponential_factor: Positive = setting("growth of each further delay", 2)
+    strict: Switch = setting("exact delays, at the price of 10 to 20% of the quota", False)
 
 
 @dataclass(frozen=True, slots=True)
 class RateLimiting:
-    """How often sources may be asked."""
+    """Rate limits of all sources."""
 
     enabled: Switch = setting("false: no limits; pauses still hold", True)
     scopes: Mapping[str, ScopeLimits] = field(default_factory=dict)  # by source, and `global`
-    backoff: Backoff | None = setting("slowing down before a window is full", None)
-    global_limits: Limits = setting("of all sources together", Limits())
-    source_limits: Mapping[str, Limits] = setting("of each source, by its name", dict)
+    backoff: Backoff | None = setting("delays before a window is full", None)
+    global_limits: Limits = setting("limits of all sources together", Limits())
+    source_limits: Mapping[str, Limits] = setting("limits by source", dict)
 
     @classmethod
     def of(cls, **values: Any) -> RateLimiting:
-        """With the scopes that the limits make; without any when they are switched off."""
+        """With the scopes of the limits; none when they are disabled."""
         made = cls(**values) if values.get("enabled", True) else cls(enabled=False)
         limits = {**made.source_limits, "global": made.global_limits} if made.enabled else {}
         return dataclasses.replace(made, scopes={name: one.scope() for name, one in limits.items()})
@@ -2021,47 +2021,47 @@ def _base_scores() -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class PriorityWeighting:
-    """What makes one gap matter more than another."""
+    """Weights of the score, which orders the queue."""
 
     enabled: Switch = setting("false: by priority alone, oldest first", True)
     base_scores: Annotated[Mapping[str, float], Mapping[Priority, Number]] = setting("points by priority", _base_scores)
     age_weight: Number = setting("points an hour since the gap was found", 0.5)
-    source_multipliers: Mapping[str, Number] = setting("of base score and age, by source; else 1", dict)
-    gap_size_weight: Number = setting("points for each object that one attempt brings", -0.1)
-    max_gap_size_penalty: Number = setting("the most points that the gap size takes away", 10)
-    success_rate_weight: Number = setting("points for a dataset whose attempts always succeed", 20)
-    critical_within_days: Count = setting("with `priority: auto`, an object this young is CRITICAL", 7)
+    source_multipliers: Mapping[str, Number] = setting("factors for base score and age by source; default 1", dict)
+    gap_size_weight: Number = setting("points for each object of the task", -0.1)
+    max_gap_size_penalty: Number = setting("maximum points deducted for gap size", 10)
+    success_rate_weight: Number = setting("points at a success rate of 100%", 20)
+    critical_within_days: Count = setting("age up to which `priority: auto` means CRITICAL", 7)
 
 
 @dataclass(frozen=True, slots=True)
 class HealthCheck:
-    """Whether the runner answers over HTTP, and where."""
+    """The HTTP server of the runner."""
 
-    enabled: Switch = setting("whether the runner answers over HTTP on 127.0.0.1", True)
-    port: Port = setting("0: any free one", 8080)
+    enabled: Switch = setting("serve status and metrics on 127.0.0.1", True)
+    port: Port = setting("TCP port; 0 for any free one", 8080)
 
 
 @dataclass(frozen=True, slots=True)
 class Alerts:
-    """Where alerts go, and what is worth one. An address may be $NAME, a variable of the environment."""
+    """Alert channels and thresholds. An address may be $NAME, a variable of the environment."""
 
-    webhook: Text | None = setting("a url that takes what Slack takes, or $NAME", None)
-    sns_topic: Text | None = setting("the ARN of a topic, or $NAME", None)
-    command: tuple[Word, ...] = setting("a program; subject and text are added", ())
-    ping: Text | None = setting("a url that is asked after each good cycle, or $NAME", None)
-    cloudwatch: Text | None = setting("the namespace for the figures of each cycle", None)
-    remind_seconds: Period = setting("how often an alert is repeated while it lasts", DAY, name="remind_every")
-    error_percent: Percent = setting("an alert when more of the last 200 attempts fail", 10)
-    quiet_cycles: Count = setting("an alert when no attempt is good in so many cycles, though tasks are due", 8)
-    critical_gap_hours: Positive = setting("an alert when a CRITICAL gap is open for longer", 24)
+    webhook: Text | None = setting("URL of a Slack-compatible webhook, or $NAME", None)
+    sns_topic: Text | None = setting("ARN of an SNS topic, or $NAME", None)
+    command: tuple[Word, ...] = setting("program to run; subject and text become its last arguments", ())
+    ping: Text | None = setting("URL requested after each good cycle, or $NAME", None)
+    cloudwatch: Text | None = setting("CloudWatch namespace for the figures of each cycle", None)
+    remind_seconds: Period = setting("interval of reminders while a condition lasts", DAY, name="remind_every")
+    error_percent: Percent = setting("maximum share of failures in the last 200 attempts", 10)
+    quiet_cycles: Count = setting("cycles without a good attempt, though tasks are due, before an alert", 8)
+    critical_gap_hours: Positive = setting("age of a CRITICAL gap that raises an alert", 24)
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often, and after how long, a task is tried again."""
+    """Retries of a failed task."""
 
-    max_attempts: Count = setting("a task gives up after so many failures", 5)
-    initial_delay_seconds: Positive = setting("after the first failure; doubled after each further one", 60)
+    max_attempts: Count = setting("failures after which a task gives up", 5)
+    initial_delay_seconds: Positive = setting("delay after the first failure, doubled after each further one", 60)
     max_delay_seconds: Positive = setting("the longest delay", 21600)
 
     def deadly(self) -> int:
@@ -2076,12 +2076,12 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class BlockedWhen:
-    """What means that a source wants to be left alone, and for how long."""
+    """Signs that a source blocks its clients, and the length of the pause."""
 
-    status: tuple[Status, ...] = setting("an answer with one of these statuses", ())
-    timeouts_in_a_row: Count = setting("so many requests in a row without an answer", 3)
-    failures_in_a_row: Count = setting("so many answers 5xx in a row, or scrapers that fail", 10)
-    pause_seconds: Positive = setting("how long the source is not asked then", 900)
+    status: tuple[Status, ...] = setting("HTTP statuses that mean a block", ())
+    timeouts_in_a_row: Count = setting("consecutive timeouts that mean a block", 3)
+    failures_in_a_row: Count = setting("consecutive 5xx responses or scraper failures that mean a block", 10)
+    pause_seconds: Positive = setting("length of the pause, in seconds", 900)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2089,13 +2089,13 @@ class Source:
     """An upstream with limits of its own."""
 
     name: str
-    base_url: Address = setting("the `url` of each of its datasets is appended to it", "")
-    headers: Mapping[str, Text] = setting("sent with each request; few go to another host", dict)
-    timeout_seconds: Positive = setting("for a whole request, body included", 30)
-    max_concurrent: Count = setting("at most so many workers on this source at once", 5)
-    error_when: Expression | None = setting("when true of a body, that is an error, whatever the status", None)
-    blocked_when: BlockedWhen = setting("when the source is left alone", BlockedWhen())
-    trust_env: Switch = setting("proxies, netrc and certificates from the environment", False)
+    base_url: Address = setting("prefix of the `url` of each dataset", "")
+    headers: Mapping[str, Text] = setting("request headers; only harmless ones follow a redirect to another host", dict)
+    timeout_seconds: Positive = setting("limit for a whole request, body included", 30)
+    max_concurrent: Count = setting("maximum workers on this source", 5)
+    error_when: Expression | None = setting("condition on a body that makes it an error, whatever the status", None)
+    blocked_when: BlockedWhen = setting("signs of a block, and the pause that follows", BlockedWhen())
+    trust_env: Switch = setting("use proxies, netrc and certificates of the environment", False)
 
     def problems(self) -> Problems:
         """Its address and headers can be sent."""
@@ -2120,11 +2120,11 @@ class Dates:
 
     ONE_OF: ClassVar = (("", ("seasons", "from")),)
 
-    seasons: All = setting("the days of all seasons", False)
-    first: Date | None = setting("the days from this one", None, name="from")
-    last: Date | None = setting("the days to this one", None, name="to", beside=("from",))
-    until: LastDay = setting("no days after this one", "yesterday")
-    timezone: Timezone = setting("where a day begins and ends", "UTC")
+    seasons: All = setting("the word all: the days of all seasons", False)
+    first: Date | None = setting("first day of a range", None, name="from")
+    last: Date | None = setting("last day of a range", None, name="to", beside=("from",))
+    until: LastDay = setting("last day to expect now", "yesterday")
+    timezone: Timezone = setting("time zone of the days", "UTC")
 
     def problems(self) -> Problems:
         """A range begins before it ends, and has one end."""
@@ -2137,20 +2137,22 @@ class Dates:
 
 @dataclass(frozen=True, slots=True)
 class Partitions:
-    """What multiplies a dataset into objects. One of dates, seasons_as, values or parent is set."""
+    """The partitions of a dataset: one object each. One of dates, seasons_as, values or parent is set."""
 
     BASES: ClassVar = ("dates", "seasons", "values", "from")
     ONE_OF: ClassVar = (("", (*BASES, "same_as")), ("from", ("ids", "regex")))
 
     dates: Dates | None = setting("one object a day", None)
     seasons_as: Annotated[str, All] | None = setting("one object for each season that has begun", None, name="seasons")
-    values: NamedValues = setting("one object for each combination of fields", ())
-    parent: Text | None = setting("one object for each id in the objects of this dataset", None, name="from")
-    ids: Expression | None = setting("finds ids in JSON; {field} is one of the parent's", None, beside=("from",))
-    regex: Regex | None = setting("finds ids in other texts", None, beside=("from",))
-    names: Text = setting("of seasons: label or end; of ids: a field", "", name="as", beside=("from", "seasons"))
-    times: NamedValues = setting("multiplied by these fields", (), beside=BASES)
-    same_as: Text | None = setting("the partitions of this dataset", None)
+    values: NamedValues = setting("one object for each combination of field values", ())
+    parent: Text | None = setting("one object for each id in the objects of this parent dataset", None, name="from")
+    ids: Expression | None = setting("finds ids in JSON; {field} is a field of the parent", None, beside=("from",))
+    regex: Regex | None = setting("finds ids in any text", None, beside=("from",))
+    names: Text = setting(
+        "with from: the field of an id; with seasons: label or end", "", name="as", beside=("from", "seasons")
+    )
+    times: NamedValues = setting("further fields, as in values", (), beside=BASES)
+    same_as: Text | None = setting("use the partitions of this dataset", None)
 
     @classmethod
     def of(cls, **values: Any) -> Partitions:
@@ -2177,45 +2179,47 @@ class Partitions:
 class Live:
     """An object that changes all the time for a while, such as a day with games in progress."""
 
-    expression: Expression = setting("when true of a body, that changes all the time", name="while")
-    every: Annotated[int, Period] = setting("how often it is fetched then")
+    expression: Expression = setting("condition on the body of an object in progress", name="while")
+    every: Annotated[int, Period] = setting("refetch interval while the condition holds")
 
     def problems(self) -> Problems:
-        """It is fetched."""
+        """The interval is finite."""
         if self.every == math.inf:
             yield "every", "how often? give a duration"
 
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
-    """When an object that is there must be fetched again. Durations in seconds; None is never."""
+    """Refetch rules of objects in the store. Durations in seconds; None is never."""
 
-    refetch_every: Duration | None = setting("stale when older; beside `until`, 1h if not given", None)
-    until: Expression | None = setting("stale until this is true of its body, then final", None)
-    refetch_once_after: Duration | None = setting("once more, so long after its day", None, against=("until",))
-    current: Duration | None = setting("stale when older, while its season goes on", None, against=("until",))
-    past: Duration | None = setting("stale when older, after its season", None, against=("until",))
-    live: Live | None = setting("for a time in which it changes all the time", None)
+    refetch_every: Duration | None = setting("maximum age; with `until`, the interval until it holds (1h)", None)
+    until: Expression | None = setting("condition on the body that makes an object final", None)
+    refetch_once_after: Duration | None = setting(
+        "one refetch, this long after the end of its day", None, against=("until",)
+    )
+    current: Duration | None = setting("maximum age during its season", None, against=("until",))
+    past: Duration | None = setting("maximum age after its season", None, against=("until",))
+    live: Live | None = setting("short intervals while an object changes", None)
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What makes bytes the object. JMESPath expressions may name fields."""
+    """Rules that a body must pass. JMESPath expressions may name fields."""
 
-    json: Switch = setting("must parse as JSON", False)
-    min_bytes: Count = setting("the least size", 1)
-    max_bytes: Count = setting("the largest size", 256 << 20)
-    require: tuple[Expression, ...] = setting("all true: not null, false or empty", ())
+    json: Switch = setting("the body must be JSON", False)
+    min_bytes: Count = setting("minimum size", 1)
+    max_bytes: Count = setting("maximum size", 256 << 20)
+    require: tuple[Expression, ...] = setting("conditions, all of which must hold: not null, false or empty", ())
     alternatives: tuple[Expression, ...] = setting(
-        "any of them does instead of `require`",
+        "conditions, one of which is enough instead of `require`",
         (),
         beside=("require",),
         reason='they are alternatives to "require", which is missing',
     )
-    contains: tuple[Text, ...] = setting("all in the text; they may name {fields}", ())
-    not_contains: tuple[Text, ...] = setting("none in the text; they may name {fields}", ())
-    starts_with_hex: Hex = setting("the first bytes", "")
-    ends_with_hex: Hex = setting("the last bytes", "")
+    contains: tuple[Text, ...] = setting("texts that must be in the body; {field} is allowed", ())
+    not_contains: tuple[Text, ...] = setting("texts that must not be in the body; {field} is allowed", ())
+    starts_with_hex: Hex = setting("first bytes of the body", "")
+    ends_with_hex: Hex = setting("last bytes of the body", "")
 
     def needs_content(self) -> bool:
         """Whether a size alone cannot settle it."""
@@ -2223,17 +2227,17 @@ class Validation:
         return self.json or bool(texts or self.starts_with_hex or self.ends_with_hex)
 
     def problems(self) -> Problems:
-        """Something can be valid."""
+        """The sizes allow a body."""
         if self.max_bytes < self.min_bytes:
             yield "max_bytes", f"{self.max_bytes} is less than min_bytes"
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """How many objects one command may bring: those that share the field `by`."""
+    """Objects that one command fetches together: they share the field `by`."""
 
     by: Text = setting("the field that the objects of a batch share")
-    max: Count = setting("at most so many objects", 50)
+    max: Count = setting("maximum objects of a batch", 50)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2244,29 +2248,29 @@ class Dataset:
     PROGRAM: ClassVar = ("command", "call")
 
     name: str
-    source: Text = setting("the source that is asked, and whose limits hold")
-    key: FieldText = setting("the name of an object in the store, with every field of its partitions")
-    partitions: Partitions = setting("which objects there are")
-    url: FieldText | None = setting("of a GET request, after the base_url of the source", None)
-    command: tuple[FieldText, ...] = setting("a program that brings objects", ())
-    call: Callee | None = setting("a Python function that brings an object", None)
-    output: Output = setting("stdout: the command prints the object", "store", beside=("command",))
-    environment: tuple[Text, ...] = setting("more variables that a program sees", (), beside=PROGRAM)
+    source: Text = setting("name of the source")
+    key: FieldText = setting("name of an object in the store; it names each field of the partitions")
+    partitions: Partitions = setting("the objects of the dataset")
+    url: FieldText | None = setting("URL of a GET request, relative to base_url", None)
+    command: tuple[FieldText, ...] = setting("program that fetches objects", ())
+    call: Callee | None = setting("Python function that fetches an object", None)
+    output: Output = setting("stdout: the command prints the object; store: it writes it", "store", beside=("command",))
+    environment: tuple[Text, ...] = setting("further environment variables of the program", (), beside=PROGRAM)
     batch: Batch | None = setting(
-        "one command for several objects; {game_ids} in it are all their game_id, with commas",
+        "one command for several objects; {game_ids} lists all values of game_id, with commas",
         None,
         beside=("command",),
         reason="only a command can bring many objects",
     )
-    timeout_seconds: Positive = setting("for a command or a call", 600, beside=PROGRAM)
-    max_concurrent: Count | None = setting("at most so many workers on this dataset at once", None)
-    freshness: Freshness = setting("when an object is fetched again", Freshness())
-    validate: Validation = setting("what makes bytes the object", Validation())
-    available_after: Available | None = setting("expected from this time of its day on, or so long after it", None)
-    priority: Urgency = setting("auto: by the age of its date or season", "auto")
+    timeout_seconds: Positive = setting("limit for a command or a call", 600, beside=PROGRAM)
+    max_concurrent: Count | None = setting("maximum workers on this dataset", None)
+    freshness: Freshness = setting("refetch rules", Freshness())
+    validate: Validation = setting("rules that a body must pass", Validation())
+    available_after: Available | None = setting("earliest time to expect an object: on its day, or after its end", None)
+    priority: Urgency = setting("auto: from the age of its date or season", "auto")
 
     def problems(self) -> Problems:
-        """A batch holds several objects, and a command prints one."""
+        """A batch has several objects; stdout holds one."""
         if self.batch and self.batch.max == 1:
             yield "batch.max", "has no effect: a batch holds more than 1 object"
         if self.batch and self.output == "stdout":
@@ -2278,31 +2282,31 @@ class Configuration:
     """All of adce.yaml. Paths are absolute."""
 
     path: Path = Path("adce.yaml")
-    database: File = setting("the SQLite file that holds all state", Path("adce.db"))
-    store: Lake = setting("where the lake is", "lake")
+    database: File = setting("SQLite file with all state", Path("adce.db"))
+    store: Lake = setting("location of the lake", "lake")
     interval_seconds: Positive = setting(
-        "between the starts of two cycles",
+        "time between the starts of two cycles",
         15 * MINUTE,
         name="reconciliation_interval_minutes",
         unit=MINUTE,
         older=(Setting("reconciliation_interval_hours", "the older form of the same", unit=HOUR),),
     )
     full_seconds: Positive = setting(
-        "for one look at the whole store", DAY, name="full_reconciliation_hours", unit=HOUR
+        "time to list the whole store once", DAY, name="full_reconciliation_hours", unit=HOUR
     )
-    queue_check_seconds: Positive = setting("the longest sleep of the main loop", 10)
-    max_concurrent_scrapers: Count = setting("workers", 5)
-    grace_seconds: Number = setting("how long a stop waits for running attempts", 30)
+    queue_check_seconds: Positive = setting("maximum sleep of the main loop", 10)
+    max_concurrent_scrapers: Count = setting("number of workers", 5)
+    grace_seconds: Number = setting("time that a stop grants running attempts", 30)
     retention_seconds: Positive = setting(
-        "of attempts and cycles; totals stay", 90 * DAY, name="retention_days", unit=DAY
+        "age of attempts and cycles to delete", 90 * DAY, name="retention_days", unit=DAY
     )
-    priority_weighting: PriorityWeighting = setting("the order of work", PriorityWeighting())
-    rate_limiting: RateLimiting = setting("how often sources may be asked; else no limits", RateLimiting(enabled=False))
-    health_check: HealthCheck = setting("answers over HTTP; else none", HealthCheck(enabled=False))
-    alerts: Alerts = setting("where alerts go, and what is worth one", Alerts())
-    retry: Retry = setting("what follows a failed attempt", Retry())
+    priority_weighting: PriorityWeighting = setting("the score, which orders the queue", PriorityWeighting())
+    rate_limiting: RateLimiting = setting("rate limits; absent: none", RateLimiting(enabled=False))
+    health_check: HealthCheck = setting("HTTP server; absent: none", HealthCheck(enabled=False))
+    alerts: Alerts = setting("alert channels and thresholds", Alerts())
+    retry: Retry = setting("retries of failed tasks", Retry())
     seasons: tuple[Season, ...] = setting("the seasons of `seasons: all`", ())
-    sources: Mapping[str, Source] = setting("upstreams with limits of their own, by name", dict)
+    sources: Mapping[str, Source] = setting("upstreams with their own limits, by name", dict)
     datasets: Mapping[str, Dataset] = setting("families of objects, by name", dict)
 
     def children_of(self, name: str) -> list[Dataset]:

@@ -104,6 +104,10 @@ BROKEN = {
         "rate_limiting: {source_limits: {epsn: {requests_per_minute: 5}}}\n" + BASE,
         ['1:39: rate_limiting.source_limits.epsn: source "epsn" is not defined, did you mean "espn"?'],
     ),
+    "a number that is too long": (
+        "max_concurrent_scrapers: " + "9" * 400 + "\n" + BASE,
+        [f"1:26: max_concurrent_scrapers: expected a whole number of 1 or more, found '{'9' * 400}' (a number)"],
+    ),
     "a percentage above 100": (
         "rate_limiting: {backoff: {threshold_percent: 180}}\n" + BASE,
         ["1:46: rate_limiting.backoff.threshold_percent: expected a number from 0 to 100, found '180' (a number)"],
@@ -695,7 +699,7 @@ SchemaLoader.yaml_implicit_resolvers = {
 # What only the reader can see: the text of YAML, what a name or an expression refers to, two keys' values.
 UNSEEN = """
     duplicate key, two datasets of one name, an open quote, a tab, an empty file, brackets without end, YAML reads 010
-    as 8, a bucket that nothing refills, a limit for a misspelt source, never as often, undefined source, undefined
+    as 8, a number that is too long, a bucket that nothing refills, a limit for a misspelt source, never as often, undefined source, undefined
     parent, undefined same_as, a dataset below itself, the same as each other, bad JMESPath, bad regular expression,
     regular expression without a group, undeclared field in a url, undeclared field in an expression, format of a field
     that is no date, attribute access in a template, dates that end before they start, a day that does not exist, a
@@ -787,10 +791,10 @@ def test_explain_prints_a_block_with_the_keys_in_it():
     assert done.stdout.splitlines()[:6] == [
         "retry",
         "    a mapping",
-        "    what follows a failed attempt",
+        "    retries of failed tasks",
         "retry.max_attempts",
         "    a whole number of 1 or more; default 5",
-        "    a task gives up after so many failures",
+        "    failures after which a task gives up",
     ]
     assert [row["key"] for row in adce.explain("sources.espn")][:2] == ["sources.*.base_url", "sources.*.headers"]
 
