@@ -2163,7 +2163,7 @@ class Partitions:
         return cls(**values)
 
     def own_fields(self) -> tuple[str, ...]:
-        """The fields that tell its objects apart."""
+        """The fields whose values distinguish its objects."""
         own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons_as) + [self.names] * bool(self.parent)
         return (*own, *(name for name, _ in self.values + self.times))
 
