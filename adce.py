@@ -2120,7 +2120,7 @@ class Dates:
 
     ONE_OF: ClassVar = (("", ("seasons", "from")),)
 
-    seasons: All = setting("the word all: the days of all seasons", False)
+    seasons: All | None = setting("the days of all seasons", None)
     first: Date | None = setting("first day of a range", None, name="from")
     last: Date | None = setting("last day of a range", None, name="to", beside=("from",))
     until: LastDay = setting("last day to expect now", "yesterday")
