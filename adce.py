@@ -22,11 +22,11 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Opening                     how it is made and opened
     Backups                     a copy while others work
     Templates                   texts with fields in them
-    Configuration               the shape of what the user declares
-    Keys                        everything that may stand in adce.yaml
-    Reading the configuration   YAML to values, all mistakes at once
-    Building the configuration  values to records
-    Checking the configuration  what must hold between them
+    Kinds                       what a value in adce.yaml can be
+    Reader                      YAML to records, all mistakes at once
+    Settings                    every key of adce.yaml, declared once
+    Datasets                    those of datasets
+    Reading                     what must hold between them
     Expressions                 JMESPath over the bodies of objects
     Objects                     what should exist, and what a whole object is
     Store                       what does exist
@@ -58,18 +58,18 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Metrics                     the figures for Prometheus
     Health                      serves the same answers over HTTP
     Screen                      what a person sees while it runs
-    Conditions                  what needs attention
-    Alerts                      reports each condition once, by every channel
+    Conditions                  what people should look at
+    Alerts                      what people are told, once, wherever they are
     Operator actions            pause, resume, retry, skip
     Workers                     who does the executions
     Supervision                 who has started the runner, and is told
     Runner                      keeps going until told to stop
-    Examples                    texts for other programs
+    Examples                    texts for the programs around ADCE
     Checks                      is everything in order?
     Background                  the runner as a process
     Trials                      what a new configuration would change
-    Command line                from words to a command and an exit code
-    Commands                    one function for each
+    Command line                from words to an exit code
+    Commands                    obeys: one function for each that does
 """
 
 from __future__ import annotations
@@ -118,6 +118,8 @@ import tempfile
 import threading
 import time
 import traceback
+import types
+import typing
 import unicodedata
 import urllib.parse
 import weakref
@@ -127,7 +129,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, TextIO, TypeVar, cast
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TextIO, TypeVar, cast
 
 __version__ = "1.0.0"
 __all__ = [
@@ -1259,190 +1261,24 @@ def _format_day(day: str, form: str) -> list[str]:
     return datetime.date.fromisoformat(day).strftime(form).split("/")
 
 
-# ---------------------------------------------------------------- Configuration
-# The shape of what the user declares, with every default. Records only: reading them from YAML comes
-# later. Headline: Configuration.
+# ---------------------------------------------------------------- Kinds
+# The kinds of values in adce.yaml: how a YAML node becomes a value, and what messages and the reference call it.
+# YAML's own traps (12:30, no, 010) are named. A kind stands in the annotation of a field: Annotated[int, Kind(...)].
+# Headline: Kind.
 
-STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
 
-
-@dataclass(frozen=True, slots=True)
-class Season:
-    """A span of days with a name."""
-
-    label: str  # 2024-25
-    end: int  # the year it ends in
-    start: datetime.date
-    finish: datetime.date
+class MistakeError(ValueError):
+    """Why a value is not of its kind."""
 
 
 @dataclass(frozen=True, slots=True)
-class WindowLimit:
-    """At most max_requests in any `seconds`."""
+class Kind:
+    """A kind of single values. `convert` makes one of a node or raises ValueError."""
 
-    max_requests: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class ScopeLimits:
-    """The limits of a source, or of all together."""
-
-    windows: tuple[WindowLimit, ...] = ()  # min_delay_seconds is the window "1 in that many seconds"
-    burst_size: int | None = None
-    refill_per_second: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """How a source slows down when a window is nearly used up."""
-
-    threshold_percent: float = 80
-    initial_delay_seconds: float = 1
-    max_delay_seconds: float = 30
-    exponential_factor: float = 2
-    strict: bool = False  # the delays to the letter, at the price of 10 to 20% of the quota
-
-
-@dataclass(frozen=True, slots=True)
-class RateLimiting:
-    """How often sources may be asked."""
-
-    enabled: bool = True
-    scopes: Mapping[str, ScopeLimits] = field(default_factory=dict)  # by source, and `global`
-    backoff: Backoff | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PriorityWeighting:
-    """What makes one gap matter more than another."""
-
-    enabled: bool = True
-    base_scores: Mapping[str, float] = field(
-        default_factory=lambda: {"CRITICAL": 1000, "HIGH": 100, "MEDIUM": 10, "LOW": 1}
-    )
-    age_weight: float = 0.5  # points an hour
-    source_multipliers: Mapping[str, float] = field(default_factory=dict)
-    gap_size_weight: float = -0.1  # points an object
-    max_gap_size_penalty: float = 10
-    success_rate_weight: float = 20
-    critical_within_days: int = 7  # of `priority: auto`
-
-
-@dataclass(frozen=True, slots=True)
-class HealthCheck:
-    """Whether the runner answers over HTTP, and where."""
-
-    enabled: bool = True
-    port: int = 8080
-
-
-@dataclass(frozen=True, slots=True)
-class Alerts:
-    """Where alerts go, and what is worth one. An address may be $NAME, a variable of the environment."""
-
-    webhook: str | None = None
-    sns_topic: str | None = None
-    command: tuple[str, ...] = ()
-    ping: str | None = None
-    cloudwatch: str | None = None  # a namespace
-    remind_seconds: float = DAY
-    error_percent: float = 10
-    quiet_cycles: int = 8
-    critical_gap_hours: float = 24
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """How often, and after how long, a task is tried again."""
-
-    max_attempts: int = 5
-    initial_delay_seconds: float = 60
-    max_delay_seconds: float = 21600
-
-    def crash_limit(self) -> int:
-        """Crashes of runners after which a task gets one more attempt, alone."""
-        return max(1, self.max_attempts - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockedWhen:
-    """What means that a source wants to be left alone, and for how long."""
-
-    status: tuple[int, ...] = ()
-    timeouts_in_a_row: int = 3
-    failures_in_a_row: int = 10  # HTTP 5xx, scrapers that fail
-    pause_seconds: float = 900
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """An upstream with limits of its own."""
-
-    name: str
-    base_url: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
-    timeout_seconds: float = 30  # for a whole request, body included
-    max_concurrent: int = 5
-    error_when: str | None = None  # JMESPath
-    blocked_when: BlockedWhen = BlockedWhen()
-    trust_env: bool = False  # proxies, netrc and certificates from the environment
-
-
-@dataclass(frozen=True, slots=True)
-class Dates:
-    """One object a day: the days of all seasons, or of a range."""
-
-    seasons: bool = False
-    first: datetime.date | None = None
-    last: datetime.date | None = None
-    until: str | datetime.date = "yesterday"  # or today, or a date
-    timezone: str = "UTC"
-
-
-@dataclass(frozen=True, slots=True)
-class Partitions:
-    """What multiplies a dataset into objects. One of dates, seasons_as, values or parent is set."""
-
-    dates: Dates | None = None
-    seasons_as: str | None = None  # label or end
-    values: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    parent: str | None = None
-    ids: str | None = None  # JMESPath over the parent's body
-    regex: str | None = None  # or a pattern with one group
-    names: str = ""  # the field that holds an id
-    times: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-    def own_fields(self) -> tuple[str, ...]:
-        """The fields that tell its objects apart."""
-        own: tuple[str, ...] = ()
-        if self.dates:
-            own = ("date",)
-        elif self.seasons_as:
-            own = ("season",)
-        elif self.parent:
-            own = (self.names,)
-        return own + tuple(name for name, _ in self.values + self.times)
-
-
-@dataclass(frozen=True, slots=True)
-class Live:
-    """An object that changes all the time for a while, such as a day with games in progress."""
-
-    expression: str  # JMESPath: true means that it does now
-    every: int  # seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Freshness:
-    """When an object that is there must be fetched again. Durations in seconds."""
-
-    refetch_every: int | None = None
-    until: str | None = None  # JMESPath: true means final
-    refetch_once_after: int | None = None
-    current: int | None = None  # for objects of a season that goes on
-    past: int | None = None  # of one that is over; None: never
-    live: Live | None = None
+    expected: str
+    convert: Callable[[Any], Any]
+    json: str = '{"type": "string"}'  # its JSON Schema
+    may_repeat: bool = False  # in a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -1453,275 +1289,235 @@ class AvailableAfter:
     seconds: int = 0
 
 
+def _tag(node: Any) -> str:
+    return node.tag.rpartition(":")[2] if node.id == "scalar" else cast(str, node.id)
+
+
+def _plain(node: Any, *tags: str) -> str:
+    if node.id != "scalar" or (tags and _tag(node) not in tags):
+        raise ValueError(node.id)
+    return cast(str, node.value)
+
+
+def _text(node: Any) -> str:
+    if _tag(node) in ("str", "null", "sequence", "mapping"):
+        return _plain(node, "str")
+    import yaml
+
+    read = yaml.safe_load(node.value)
+    number = "the number " if isinstance(read, int | float) and not isinstance(read, bool) else ""
+    raise MistakeError(f'{node.value} is read as {number}{json.dumps(read, default=str)}; write "{node.value}"')
+
+
+def _expression(node: Any) -> str:
+    import jmespath.exceptions
+
+    text = _text(node)
+    try:
+        jmespath.compile(FIELD_IN_EXPRESSION.sub("x", text))
+    except (jmespath.exceptions.JMESPathError, ValueError) as error:
+        column = getattr(error, "lex_position", None)
+        where = f" at its character {column + 1}" if column is not None and column >= 0 else ""
+        raise MistakeError(f"not a JMESPath expression{where}: {text}") from None
+    return text
+
+
+def _regex(node: Any) -> str:
+    text = _text(node)
+    try:
+        groups = re.compile(text).groups
+    except (re.error, OverflowError, RecursionError) as error:
+        raise MistakeError(f"not a regular expression: {error}") from None
+    if groups != 1:
+        raise MistakeError(f"needs one group ( ) for the id, has {groups}")
+    return text
+
+
+def _store(node: Any) -> str:
+    text = _text(node)
+    if text.lower().startswith("s3:") and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", text):
+        raise MistakeError(f"{text} is not s3://bucket/prefix")
+    if "://" in text and not text.startswith("s3://"):
+        raise MistakeError(f"{text}: a store is a folder or s3://bucket/prefix")
+    return text
+
+
+def _timezone(node: Any) -> str:
+    try:
+        return zoneinfo.ZoneInfo(_plain(node)).key
+    except (zoneinfo.ZoneInfoNotFoundError, OSError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _number(node: Any) -> float:
+    text = _plain(node, "int", "float")
+    if not re.fullmatch(r"[-+]?(0|[1-9]\d{0,14})(\.\d+)?", text):  # more digits overflow a float
+        raise ValueError(text)
+    return float(text) if "." in text else int(text)
+
+
+def _available(node: Any) -> AvailableAfter:
+    if node.id != "mapping":
+        return AvailableAfter(time=datetime.time.fromisoformat(_text(node)))
+    ((name, hours),) = [(key.value, _number(value)) for key, value in node.value]
+    if name != "hours" or hours < 0:
+        raise ValueError(name)
+    return AvailableAfter(seconds=round(hours * HOUR))
+
+
+def _day(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise MistakeError(f"{text} is no day of the calendar") from None
+
+
+def _numbers(expected: str, bounds: str = "", *, is_whole: bool = False) -> Kind:
+    """Numbers within bounds, which are written as in a JSON Schema."""
+    limits = json.loads(f"{{{bounds}}}")
+
+    def convert(node: Any) -> float:
+        number = _number(node)
+        least = limits.get("minimum", math.nextafter(limits.get("exclusiveMinimum", -math.inf), math.inf))
+        if least <= number <= limits.get("maximum", math.inf) and (isinstance(number, int) or not is_whole):
+            return number
+        raise ValueError(expected) if "maximum" in limits else MistakeError(f"{node.value} is not {expected}")
+
+    return Kind(expected, convert, json.dumps({"type": "integer" if is_whole else "number", **limits}))
+
+
+def _matching(expected: str, pattern: str, convert: Callable[[str], Any] = str, *tags: str) -> Kind:
+    """Texts that match a pattern as a whole."""
+
+    def convert_node(node: Any) -> Any:
+        if not re.fullmatch(pattern, text := _plain(node, *tags)):
+            raise ValueError(text)
+        return convert(text)
+
+    return Kind(expected, convert_node, json.dumps({"type": "string", "pattern": f"^({pattern})$"}))
+
+
+def _one_of(expected: str, *words: str) -> Kind:
+    return Kind(expected, lambda node: words[words.index(_plain(node))], json.dumps({"enum": words}))
+
+
+def _durations(never: float | None) -> Kind:
+    """Seconds, with a value of its own for `never`."""
+    expected, pattern = "a duration like 90s, 15m, 6h or 1d (or never)", r"never|\s*\d*[1-9]\d*\s*[smhd]\s*"
+    return _matching(expected, pattern, lambda text: never if text == "never" else parse_duration(text))
+
+
+ISO_DATE, TRUE = r"\d{4}-\d\d-\d\d", ("true", "yes", "on")
+Text = Annotated[str, Kind("text", _text)]
+Word = Annotated[str, Kind("text", _text, may_repeat=True)]
+File = Annotated[Path, Kind("the path of a file", lambda node: Path(_text(node)))]
+Lake = Annotated[str, Kind("a folder or s3://bucket/prefix", _store)]
+Address = Annotated[str, Kind("an http or https address", lambda node: _text(node).rstrip("/"))]
+FieldText = Annotated[Template, Kind("text with {fields}", lambda node: Template(_text(node)), may_repeat=True)]
+Expression = Annotated[str, Kind("a JMESPath expression", _expression)]
+Regex = Annotated[str, Kind("a regular expression with one group", _regex)]
+Callee = Annotated[str, _matching("module:function", r"[\w.]+:\w+")]
+Switch = Annotated[
+    bool, Kind("true or false", lambda node: _plain(node, "bool").lower() in TRUE, '{"type": "boolean"}')
+]
+Number = Annotated[float, _numbers("a number")]
+Positive = Annotated[float, _numbers("a number above 0", '"exclusiveMinimum": 0')]
+Percent = Annotated[float, _numbers("a number from 0 to 100", '"minimum": 0, "maximum": 100')]
+Count = Annotated[int, _numbers("a whole number of 1 or more", '"minimum": 1', is_whole=True)]
+Port = Annotated[int, _numbers("a port from 0 to 65535", '"minimum": 0, "maximum": 65535', is_whole=True)]
+Status = Annotated[int, _numbers("an HTTP status", '"minimum": 100, "maximum": 599', is_whole=True)]
+Date = Annotated[datetime.date, _matching("a date like 2024-10-22", ISO_DATE, _day)]
+LastDay = Annotated[
+    str | datetime.date,
+    _matching(
+        "yesterday, today or a date like 2024-10-22",
+        rf"yesterday|today|{ISO_DATE}",
+        lambda text: text if text[0] in "yt" else _day(text),
+    ),
+]
+All = Annotated[bool, _matching("the word all", "all", bool)]
+Duration = Annotated[int, _durations(None)]
+Period = Annotated[float, _durations(math.inf)]
+Timezone = Annotated[str, Kind("a time zone like America/New_York", _timezone)]
+Urgency = Annotated[str, _one_of("auto, CRITICAL, HIGH, MEDIUM or LOW", "auto", *Priority)]
+Output = Annotated[str, _one_of("store or stdout", "store", "stdout")]
+Hex = Annotated[str, _matching("bytes in hexadecimal, in quotes", r"\s*([0-9A-Fa-f]{2}\s*)+", str, "str")]
+Available = Annotated[AvailableAfter, Kind('"HH:MM" or {hours: N}', _available, '{"type": ["string", "object"]}')]
+
+
+# ---------------------------------------------------------------- Reader
+# Declares the keys of a block as the fields of a record, and reads a YAML mapping into one. Problems are collected,
+# each with its place, so that all are reported at once. Headlines: setting(), Reader.
+
+MAX_NODES = 20_000
+NEEDED = dataclasses.MISSING  # the default of a required key, and the value of a node that is not of its kind
+Problems = Iterator[tuple[str, str]]  # the key, and what is wrong with it
+
+
 @dataclass(frozen=True, slots=True)
-class Validation:
-    """What makes bytes the object. JMESPath expressions may name fields."""
-
-    json: bool = False
-    min_bytes: int = 1
-    max_bytes: int = 256 << 20
-    require: tuple[str, ...] = ()
-    alternatives: tuple[str, ...] = ()  # any of them does instead of `require`
-    contains: tuple[str, ...] = ()
-    not_contains: tuple[str, ...] = ()
-    starts_with_hex: str = ""
-    ends_with_hex: str = ""
-
-    def needs_content(self) -> bool:
-        """Whether a size alone cannot settle it."""
-        texts = (
-            self.require,
-            self.alternatives,
-            self.contains,
-            self.not_contains,
-            self.starts_with_hex,
-            self.ends_with_hex,
-        )
-        return self.json or any(texts)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """How many objects one command may bring: those that share the field `by`."""
-
-    by: str
-    max: int = 50
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """A family of objects of one source."""
+class Setting:
+    """One key of a block."""
 
     name: str
-    source: str
-    key: Template
-    partitions: Partitions
-    url: Template | None = None
-    command: tuple[Template, ...] = ()
-    call: str | None = None
-    output: str = "store"  # where a command leaves its object: store, or stdout
-    environment: tuple[str, ...] = ()  # variables that a command may see, besides INHERITED
-    batch: Batch | None = None
-    timeout_seconds: float = 600  # of a command or a call
-    max_concurrent: int | None = None
-    freshness: Freshness = Freshness()
-    validate: Validation = Validation()
-    available_after: AvailableAfter | None = None
-    priority: str = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class Configuration:
-    """All of adce.yaml. Paths are absolute."""
-
-    path: Path
-    database: Path
-    store: str  # a folder or s3://bucket/prefix
-    interval_seconds: float = 15 * MINUTE
-    full_seconds: float = DAY  # in which everything is looked at once
-    queue_check_seconds: float = 10
-    max_concurrent_scrapers: int = 5
-    grace_seconds: float = 30
-    retention_seconds: float = 90 * DAY  # of attempts, closed tasks and cycles
-    priority_weighting: PriorityWeighting = PriorityWeighting()
-    rate_limiting: RateLimiting = RateLimiting()
-    health_check: HealthCheck = HealthCheck()
-    alerts: Alerts = Alerts()
-    retry: Retry = Retry()
-    seasons: tuple[Season, ...] = ()
-    sources: Mapping[str, Source] = field(default_factory=dict)
-    datasets: Mapping[str, Dataset] = field(default_factory=dict)
-
-    def children_of(self, name: str) -> list[Dataset]:
-        """The datasets whose partitions come from the bodies of this one."""
-        return [dataset for dataset in self.datasets.values() if dataset.partitions.parent == name]
-
-    def levels(self) -> list[list[Dataset]]:
-        """The datasets in levels, parents before their children."""
-
-        def depth(dataset: Dataset) -> int:
-            parent = dataset.partitions.parent
-            return depth(self.datasets[parent]) + 1 if parent else 0
-
-        levels: dict[int, list[Dataset]] = {}
-        for dataset in self.datasets.values():
-            levels.setdefault(depth(dataset), []).append(dataset)
-        return [levels[number] for number in sorted(levels)]
-
-    def fields_of(self, name: str) -> set[str]:
-        """Every field that templates of this dataset may name."""
-        partitions = self.datasets[name].partitions
-        declared = set(partitions.own_fields())
-        if partitions.parent:
-            declared |= self.fields_of(partitions.parent)
-        if partitions.dates and partitions.dates.seasons:
-            declared |= {"season", "end"}
-        return declared
-
-
-# ---------------------------------------------------------------- Keys
-# Everything that may stand in adce.yaml: one line each. The reader, the messages and the tests of the
-# documentation use this table. Headline: KEYS.
-
-LIMIT_SECONDS = {
-    "requests_per_second": 1,
-    "requests_per_minute": MINUTE,
-    "requests_per_hour": HOUR,
-    "requests_per_day": DAY,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """One thing that may stand in adce.yaml: its path (`*` is any name), the kind of its value, its meaning."""
-
-    path: str
-    kind: str
     meaning: str
-    required: bool = False
+    beside: tuple[str, ...] = ()  # it has an effect only beside one of these keys
+    against: tuple[str, ...] = ()  # and none beside one of these
+    reason: str = ""  # why, where that needs other words
+    unit: int = 1  # the record has the value in a unit that is so much smaller
+    attribute: str = ""  # of the record
+    declared: Any = None  # the annotation of the field
+    default: Any = None
 
 
-def _limit_keys(path: str) -> list[Key]:
-    return [
-        *(Key(f"{path}.{name}", "count", "at most so many requests in any such span") for name in LIMIT_SECONDS),
-        Key(f"{path}.burst_size", "count", "requests that may follow one another at once"),
-        Key(f"{path}.min_delay_seconds", "positive", "between two requests"),
-    ]
+def setting(meaning: str, default: Any = NEEDED, **more: Any) -> Any:
+    """A field of a record that a key of adce.yaml sets; its annotation says which values it takes. `more`: as of
+    Setting, its `name` where the key has another than the field, and `older`: a second key for the field."""
+    older = more.pop("older", ())
+    given = {"default_factory" if callable(default) else "default": default} if default is not NEEDED else {}
+    return field(metadata={"settings": (Setting(more.pop("name", ""), meaning, **more), *older)}, **given)
 
 
-KEYS = (
-    Key("database", "text", "the SQLite file"),
-    Key("store", "text", "the lake: a folder, or s3://bucket/prefix"),
-    Key("reconciliation_interval_minutes", "positive", "between the starts of two cycles"),
-    Key("reconciliation_interval_hours", "positive", "the older form of the same"),
-    Key("full_reconciliation_hours", "positive", "in which the whole store is looked at once"),
-    Key("queue_check_seconds", "positive", "the longest sleep of the main loop"),
-    Key("max_concurrent_scrapers", "count", "workers"),
-    Key("grace_seconds", "number", "for running attempts at a stop"),
-    Key("retention_days", "positive", "how long attempts, closed tasks and cycles are kept; sums are kept for ever"),
-    Key("priority_weighting", "mapping", "the score"),
-    Key("priority_weighting.enabled", "boolean", "false: by priority alone, oldest first"),
-    Key("priority_weighting.base_scores", "mapping", "points by priority"),
-    *(Key(f"priority_weighting.base_scores.{priority}", "number", "points") for priority in Priority),
-    Key("priority_weighting.age_weight", "number", "points an hour since the gap was found"),
-    Key("priority_weighting.source_multipliers", "mapping", "by source"),
-    Key("priority_weighting.source_multipliers.*", "number", "multiplies points and age"),
-    Key("priority_weighting.gap_size_weight", "number", "points for each object of the task"),
-    Key("priority_weighting.max_gap_size_penalty", "number", "the most that gap size takes away"),
-    Key("priority_weighting.success_rate_weight", "number", "points for a dataset that always succeeds"),
-    Key("priority_weighting.critical_within_days", "count", "an object this young is CRITICAL under `priority: auto`"),
-    Key("rate_limiting", "mapping", "what may be asked, and how often"),
-    Key("rate_limiting.enabled", "boolean", "false: no limits but pauses"),
-    Key("rate_limiting.global_limits", "mapping", "over all sources together"),
-    *_limit_keys("rate_limiting.global_limits"),
-    Key("rate_limiting.source_limits", "mapping", "by source"),
-    Key("rate_limiting.source_limits.*", "mapping", "of one source"),
-    *_limit_keys("rate_limiting.source_limits.*"),
-    Key("rate_limiting.backoff", "mapping", "slowing down before a window is full"),
-    Key("rate_limiting.backoff.threshold_percent", "percent", "of a window, from where on"),
-    Key("rate_limiting.backoff.initial_delay_seconds", "number", "the first delay"),
-    Key("rate_limiting.backoff.max_delay_seconds", "number", "the longest delay"),
-    Key("rate_limiting.backoff.exponential_factor", "positive", "each delay is so many times the one before"),
-    Key("rate_limiting.backoff.strict", "boolean", "these delays to the letter, though 10 to 20% of the quota is lost"),
-    Key("health_check", "mapping", "answers over HTTP on 127.0.0.1"),
-    Key("health_check.enabled", "boolean", ""),
-    Key("health_check.port", "port", "0: any free one"),
-    Key("alerts", "mapping", "who is told, and of what"),
-    Key("alerts.webhook", "text", "takes what Slack takes"),
-    Key("alerts.sns_topic", "text", "its ARN"),
-    Key("alerts.command", "texts", "a program and its arguments"),
-    Key("alerts.ping", "text", "is asked after each good cycle"),
-    Key("alerts.cloudwatch", "text", "the namespace of the figures"),
-    Key("alerts.remind_every", "duration", "while it lasts"),
-    Key("alerts.error_percent", "percent", "of the last 200 attempts"),
-    Key("alerts.quiet_cycles", "count", "in which no attempt is good though tasks are due"),
-    Key("alerts.critical_gap_hours", "positive", "for which a CRITICAL gap is open"),
-    Key("retry", "mapping", "after a failed attempt"),
-    Key("retry.max_attempts", "count", "failures after which a task gave up"),
-    Key("retry.initial_delay_seconds", "positive", "doubled after each failure"),
-    Key("retry.max_delay_seconds", "positive", "the longest delay"),
-    Key("seasons", "seasons", "what `seasons: all` stands for"),
-    Key("seasons.*.label", "text", "", required=True),
-    Key("seasons.*.end", "count", "the year it ends in", required=True),
-    Key("seasons.*.start", "date", "its first day", required=True),
-    Key("seasons.*.finish", "date", "its last day", required=True),
-    Key("sources", "mapping", "upstreams with limits of their own"),
-    Key("sources.*", "mapping", "one upstream"),
-    Key("sources.*.base_url", "text", "what every url of its datasets starts with"),
-    Key("sources.*.headers", "mapping", "sent with every request"),
-    Key("sources.*.headers.*", "text", ""),
-    Key("sources.*.timeout_seconds", "positive", "for a whole request, body included"),
-    Key("sources.*.max_concurrent", "count", "of the workers on this source at once"),
-    Key("sources.*.error_when", "expression", "true: the body is an error, whatever the status"),
-    Key("sources.*.blocked_when", "mapping", "what means that it wants to be left alone"),
-    Key("sources.*.blocked_when.status", "statuses", "these statuses"),
-    Key("sources.*.blocked_when.timeouts_in_a_row", "count", "so many requests without an answer"),
-    Key("sources.*.blocked_when.failures_in_a_row", "count", "so many answers 5xx, or scrapers that fail"),
-    Key("sources.*.blocked_when.pause_seconds", "positive", "how long"),
-    Key("sources.*.trust_env", "boolean", "proxies and netrc of the environment"),
-    Key("datasets", "mapping", "families of objects"),
-    Key("datasets.*", "mapping", "one family"),
-    Key("datasets.*.source", "text", "", required=True),
-    Key("datasets.*.key", "text", "name of an object in the store", required=True),
-    Key("datasets.*.url", "text", "what to get, after the source's base_url"),
-    Key("datasets.*.command", "texts", "a program and its arguments that bring it"),
-    Key("datasets.*.call", "text", "module:function that brings it"),
-    Key("datasets.*.environment", "texts", "variables of the runner's that a command may see too"),
-    Key("datasets.*.output", "output", "stdout: what a command prints is the object"),
-    Key("datasets.*.timeout_seconds", "positive", "for a command or a call"),
-    Key("datasets.*.max_concurrent", "count", "of the workers on this dataset at once"),
-    Key("datasets.*.batch", "mapping", "one command for many objects"),
-    Key("datasets.*.batch.by", "text", "the field they share", required=True),
-    Key("datasets.*.batch.max", "count", "at most"),
-    Key("datasets.*.partitions", "mapping", "what objects there are", required=True),
-    Key("datasets.*.partitions.dates", "mapping", "one a day"),
-    Key("datasets.*.partitions.dates.seasons", "all", "the days of all seasons"),
-    Key("datasets.*.partitions.dates.from", "date", "or from this day"),
-    Key("datasets.*.partitions.dates.to", "date", "to this one"),
-    Key("datasets.*.partitions.dates.until", "until", "yesterday, today or a date"),
-    Key("datasets.*.partitions.dates.timezone", "timezone", "whose days"),
-    Key("datasets.*.partitions.seasons", "all", "one a season"),
-    Key("datasets.*.partitions.as", "text", "seasons: label or end; from: the name of the id"),
-    Key("datasets.*.partitions.values", "mapping", "one for each value"),
-    Key("datasets.*.partitions.values.*", "texts", ""),
-    Key("datasets.*.partitions.from", "text", "one for each id in the objects of another dataset"),
-    Key("datasets.*.partitions.ids", "expression", "where the ids are"),
-    Key("datasets.*.partitions.regex", "regex", "or a pattern with one group for an id"),
-    Key("datasets.*.partitions.same_as", "text", "the partitions of another dataset"),
-    Key("datasets.*.partitions.times", "mapping", "multiplied by fixed values"),
-    Key("datasets.*.partitions.times.*", "texts", ""),
-    Key("datasets.*.available_after", "available", "a time of its day, or {hours: N} after its end"),
-    Key("datasets.*.freshness", "mapping", "when to fetch again"),
-    Key("datasets.*.freshness.refetch_every", "duration", "so often"),
-    Key("datasets.*.freshness.until", "expression", "true: final, settled for ever"),
-    Key("datasets.*.freshness.refetch_once_after", "duration", "once more, so long after its day"),
-    Key("datasets.*.freshness.current", "duration", "so often while its season goes on"),
-    Key("datasets.*.freshness.past", "duration", "so often after its season, or never"),
-    Key("datasets.*.freshness.live", "mapping", "while it changes all the time"),
-    Key(
-        "datasets.*.freshness.live.while", "expression", "true: it does, as a day with games in progress", required=True
-    ),
-    Key("datasets.*.freshness.live.every", "duration", "fetched so often then", required=True),
-    Key("datasets.*.validate", "mapping", "what makes bytes the object"),
-    Key("datasets.*.validate.json", "boolean", "must parse as JSON"),
-    Key("datasets.*.validate.min_bytes", "count", ""),
-    Key("datasets.*.validate.max_bytes", "count", ""),
-    Key("datasets.*.validate.require", "expressions", "all true"),
-    Key("datasets.*.validate.alternatives", "expressions", "any of them does instead"),
-    Key("datasets.*.validate.contains", "texts", "all in the text"),
-    Key("datasets.*.validate.not_contains", "texts", "none in the text"),
-    Key("datasets.*.validate.starts_with_hex", "hex", "first bytes"),
-    Key("datasets.*.validate.ends_with_hex", "hex", "last bytes"),
-    Key("datasets.*.priority", "priority", "auto, CRITICAL, HIGH, MEDIUM or LOW"),
-)
+@functools.cache
+def settings_of(record: type) -> Mapping[str, Setting]:
+    """The keys of a block by name."""
+    found, annotations = {}, typing.get_type_hints(record, include_extras=True)
+    for part in dataclasses.fields(record):
+        default = part.default if part.default_factory is NEEDED else part.default_factory()
+        for one in part.metadata.get("settings", ()):
+            about = {"attribute": part.name, "declared": annotations[part.name], "default": default}
+            found[one.name or part.name] = dataclasses.replace(one, name=one.name or part.name, **about)
+    return found
 
 
-# ---------------------------------------------------------------- Reading the configuration
-# YAML nodes to values. A mistake is noted with its place and reading goes on, so that all mistakes are
-# told at once; YAML's own traps (12:30, no, 010) are named. Headline: NodeReader.
+def shape_of(declared: Any) -> tuple[str, Any]:
+    """What an annotation declares: a block of a record, a list of an item, a mapping of a name and an item, or a value
+    of a Kind. What a record changes after it was read is Annotated with that as it is read."""
+    while typing.get_origin(declared) in (types.UnionType, typing.Union):
+        declared = typing.get_args(declared)[0]  # the other one is None
+    if dataclasses.is_dataclass(declared):
+        return "block", declared
+    if typing.get_origin(declared) is Annotated:
+        (inner,) = declared.__metadata__
+        return ("value", inner) if isinstance(inner, Kind) else shape_of(inner)
+    parts = typing.get_args(declared)
+    return ("list", parts[0]) if typing.get_origin(declared) is tuple else ("mapping", parts)
 
-MAX_FILE_BYTES = 1 << 20
-MAX_NODES = 20_000
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean "x"?`, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f', did you mean "{near[0]}"?' if near else ""
+
+
+def join_path(path: str, name: str) -> str:
+    """The path of a key in a block; an empty name stands for the block itself."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _describe(node: Any) -> str:
+    kinds = {"sequence": "a list", "mapping": "a mapping", "null": "nothing"}
+    texts = {"str": "text", "int": "a number", "float": "a number", "bool": "yes or no"}
+    return kinds.get(_tag(node)) or f"{node.value!r} ({texts.get(_tag(node), 'a date')})"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -1734,624 +1530,770 @@ class Problem:
     text: str
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`, did you mean "x"?`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f', did you mean "{near[0]}"?' if near else ""
+class Reader:
+    """The problems of one file, and the place of every path in it."""
 
-
-def _is_scalar(node: Any, *tags: str) -> bool:
-    return node.id == "scalar" and node.tag.rpartition(":")[2] in tags
-
-
-def _describe(node: Any) -> str:
-    if node.id != "scalar":
-        return "a list" if node.id == "sequence" else "a mapping"
-    if _is_scalar(node, "null"):
-        return "nothing"
-    kinds = {"str": "text", "int": "a number", "float": "a number", "bool": "yes or no"}
-    return f"{node.value!r} ({kinds.get(node.tag.rpartition(':')[2], 'a date')})"
-
-
-def _number(node: Any) -> float | None:
-    if _is_scalar(node, "int", "float") and re.fullmatch(r"[-+]?(0|[1-9]\d*)(\.\d+)?", node.value):
-        return float(node.value) if "." in node.value else int(node.value)
-    return None
-
-
-def _check_expression(text: str) -> None:
-    import jmespath
-
-    jmespath.compile(FIELD_IN_EXPRESSION.sub("x", text))
-
-
-class NodeReader:
-    """Walks the nodes of a YAML file: values come out, problems are collected, places are remembered."""
-
-    def __init__(self) -> None:
+    def __init__(self, hint: Callable[[str, Any, Iterable[str]], str]) -> None:
+        """`hint` completes the message about an unknown key: of its path, its value and the keys known beside it."""
         self.problems: list[Problem] = []
         self.places: dict[str, tuple[int, int]] = {}
+        self.hint = hint
         self._nodes_left = MAX_NODES
-        self._children: dict[str, dict[str, Key]] = {}
-        for key in KEYS:
-            parent, _, name = key.path.rpartition(".")
-            self._children.setdefault(parent, {})[name] = key
 
     def complain(self, path: str, text: str) -> None:
-        """Note a problem at the place of `path`, or of the nearest thing around it."""
+        """Note a problem at the place of `path`, or of the nearest block around it."""
         place = path
         while place not in self.places and place:
             place = place.rpartition(".")[0]
         self.problems.append(Problem(*self.places.get(place, (1, 1)), path, text))
 
-    def mapping(self, node: Any, path: str, pattern: str) -> dict[str, Any]:
-        """The good values of a mapping by name."""
-        if node.id != "mapping":
-            self.complain(path, f"expected a mapping, found {_describe(node)}")
-            return {}
-        known = self._children[pattern]
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            name = key_node.value if key_node.id == "scalar" else "?"
-            here = f"{path}.{name}" if path else name
-            place = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
-            if here in self.places:
-                self.problems.append(Problem(*place, here, f"duplicate key, first set at line {self.places[here][0]}"))
-                continue
-            self.places[here] = place
-            key = known.get(name) or known.get("*")
-            if not key:
-                self.complain(here, f"unknown key{suggest(name, known)}")
-                continue
-            self.places[here] = (value_node.start_mark.line + 1, value_node.start_mark.column + 1)
-            value = self.value(value_node, here, key)
-            if value is not None:
-                values[name] = value
-        for name, key in known.items():
-            if key.required and f"{path}.{name}" not in self.places:
-                self.complain(path, f'"{name}" is missing')
-        return values
+    def is_sound(self, path: str, *apart: str) -> bool:
+        """Whether nothing is wrong in a block, apart from some of its keys."""
+        wrong = {problem.path for problem in self.problems if f"{problem.path}.".startswith(f"{path}.")}
+        return wrong <= {f"{path}.{name}" for name in apart}
 
-    def value(self, node: Any, path: str, key: Key) -> Any:
-        """The value of a node by its kind; None, and a problem, when it is not one."""
+    def parse(self, declared: Any, node: Any, path: str) -> Any:
+        """The value of a node as it is declared; NEEDED, and a problem, when it is not of its kind.
+
+        Raises ConfigurationError after MAX_NODES values."""
+        self.places[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
         self._nodes_left -= 1
         if self._nodes_left < 0:
             raise ConfigurationError(f"more than {MAX_NODES:,} values", "is an alias repeated?")
-        if key.kind == "mapping":
-            return self.mapping(node, path, key.path)
-        read = getattr(self, f"_read_{key.kind}", None)
-        return read(node, path) if read else self._read_scalar(node, path, key.kind)
+        shape, inner = shape_of(declared)
+        if shape == "value":
+            return self._scalar(inner, node, path)
+        if shape == "list":
+            return self._list(inner, node, path)
+        if node.id != "mapping":
+            self.complain(path, f"expected a mapping, found {_describe(node)}")
+            return NEEDED
+        return self._record(inner, node, path) if shape == "block" else self._mapping(inner, node, path)
 
-    def _read_scalar(self, node: Any, path: str, kind: str) -> Any:
-        expected, convert = SCALARS[kind]
-        if node.id == "scalar":
-            with contextlib.suppress(ValueError):
-                value = convert(node)
-                if value is not None:
-                    return value
-        if kind in ("count", "positive") and _number(node) is not None:
-            self.complain(path, f"{node.value} is not {expected}")
-        elif kind in ("date", "until") and re.fullmatch(ISO_DATE, str(node.value)):
-            self.complain(path, f"{node.value} is no day of the calendar")
-        else:
-            self.complain(path, f"expected {expected}, found {_describe(node)}")
-        return None
+    def _scalar(self, kind: Kind, node: Any, path: str) -> Any:
+        try:
+            return kind.convert(node)
+        except MistakeError as error:
+            self.complain(path, str(error))
+        except (ValueError, TypeError, AttributeError):  # also of a list or a mapping
+            self.complain(path, f"expected {kind.expected}, found {_describe(node)}")
+        return NEEDED
 
-    def _read_text(self, node: Any, path: str) -> str | None:
-        if _is_scalar(node, "str"):
-            return cast(str, node.value)
-        if node.id == "scalar" and not _is_scalar(node, "null"):
-            import yaml
-
-            read = yaml.safe_load(node.value)
-            kind = "the number " if isinstance(read, int | float) and not isinstance(read, bool) else ""
-            told = f"{kind}{json.dumps(read, default=str)}"
-            self.complain(path, f'{node.value} is read as {told}; write "{node.value}"')
-        else:
-            self.complain(path, f"expected text, found {_describe(node)}")
-        return None
-
-    def _read_list(self, node: Any, path: str, read: Callable[[Any, str], Any]) -> tuple[Any, ...] | None:
+    def _list(self, item: Any, node: Any, path: str) -> Any:
         if node.id != "sequence" or not node.value:
-            self.complain(path, f"expected a list, found {_describe(node) if node.value else 'an empty one'}")
-            return None
-        values = []
-        for number, item in enumerate(node.value):
-            here = f"{path}.{number}"
-            self.places[here] = (item.start_mark.line + 1, item.start_mark.column + 1)
-            values.append(read(item, here))
-        good = tuple(value for value in values if value is not None)
-        if len(set(map(str, good))) < len(good):
+            found = "an empty one" if node.id == "sequence" else _describe(node)
+            self.complain(path, f"expected a list, found {found}")
+            return NEEDED
+        values = [self.parse(item, one, f"{path}.{number}") for number, one in enumerate(node.value)]
+        good = tuple(value for value in values if value is not NEEDED)
+        if len(set(map(str, good))) < len(good) and not getattr(shape_of(item)[1], "may_repeat", False):
             self.complain(path, "the same value stands twice")
         return good
 
-    def _read_texts(self, node: Any, path: str) -> Any:
-        return self._read_list(node, path, self._read_text)
+    def _pairs(self, node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+        """The keys of a mapping, with their paths and values."""
+        for name_node, value_node in node.value:
+            name = name_node.value if name_node.id == "scalar" else "?"
+            here, place = join_path(path, name), (name_node.start_mark.line + 1, name_node.start_mark.column + 1)
+            if here in self.places:
+                text = f"duplicate key, first set at line {self.places[here][0]}"
+                self.problems.append(Problem(*place, here, text))
+            else:
+                self.places[here] = place
+                yield name, here, value_node
 
-    def _read_expressions(self, node: Any, path: str) -> Any:
-        return self._read_list(node, path, self._read_expression)
+    def _mapping(self, declared: tuple[Any, Any], node: Any, path: str) -> Any:
+        (names, item), values = declared, {}
+        for name, here, value_node in self._pairs(node, path):
+            if names is not str and name not in list(names):
+                self.complain(here, f"unknown key{suggest(name, names)}")
+            elif (value := self.parse(item, value_node, here)) is not NEEDED:
+                values[name] = value
+        return values
 
-    def _read_statuses(self, node: Any, path: str) -> Any:
-        return self._read_list(node, path, lambda item, here: self._read_scalar(item, here, "status"))
+    def _record(self, record: Any, node: Any, path: str) -> Any:
+        """A wrong value has its default; without a required one there is no record.
 
-    def _read_seasons(self, node: Any, path: str) -> Any:
-        return self._read_list(node, path, lambda item, here: self.mapping(item, here, "seasons.*"))
-
-    def _read_expression(self, node: Any, path: str) -> str | None:
-        import jmespath.exceptions
-
-        text = self._read_text(node, path)
-        if text is None:
-            return None
-        try:
-            _check_expression(text)
-        except (jmespath.exceptions.JMESPathError, ValueError) as error:
-            column = getattr(error, "lex_position", None)
-            where = f" at its character {column + 1}" if column is not None and column >= 0 else ""
-            self.complain(path, f"not a JMESPath expression{where}: {text}")
-            return None
-        return text
-
-    def _read_regex(self, node: Any, path: str) -> str | None:
-        text = self._read_text(node, path)
-        if text is None:
-            return None
-        try:
-            groups = re.compile(text).groups
-        except (re.error, OverflowError, RecursionError) as error:
-            self.complain(path, f"not a regular expression: {error}")
-            return None
-        if groups != 1:
-            self.complain(path, f"needs one group ( ) for the id, has {groups}")
-            return None
-        return text
-
-    def _read_available(self, node: Any, path: str) -> AvailableAfter | None:
-        if node.id == "mapping":
-            pairs = [(key.value, _number(value)) for key, value in node.value]
-            if len(pairs) == 1 and pairs[0][0] == "hours" and pairs[0][1] is not None and pairs[0][1] >= 0:
-                return AvailableAfter(seconds=round(pairs[0][1] * HOUR))
-            self.complain(path, 'expected "HH:MM" or {hours: N}')
-            return None
-        text = self._read_text(node, path)
-        if text is None:
-            return None
-        with contextlib.suppress(ValueError):
-            return AvailableAfter(time=datetime.time.fromisoformat(text))
-        self.complain(path, f'expected "HH:MM" or {{hours: N}}, found {text!r}')
-        return None
+        A record may have `problems()`: which of its keys do not fit together, and why; and `of(**values)`, where its
+        shape is not that of its block."""
+        known, given = settings_of(record), list[str]()
+        values: dict[str, Any] = {"name": path.rpartition(".")[2]} if "name" in record.__slots__ else {}
+        for name, here, value_node in self._pairs(node, path):
+            if name not in known:
+                self.complain(here, f"unknown key{self.hint(here, value_node, known)}")
+                continue
+            given.append(name)
+            if (value := self.parse(known[name].declared, value_node, here)) is not NEEDED:
+                values[known[name].attribute] = value * known[name].unit if known[name].unit > 1 else value
+        for name, text in conflicts(record, given):
+            self.complain(join_path(path, name), text)
+        if any(one.default is NEEDED and one.attribute not in values for one in known.values()):
+            return NEEDED
+        made = getattr(record, "of", record)(**values)
+        for name, text in made.problems() if hasattr(made, "problems") else ():
+            if not name or name.partition(".")[0] in given:  # else it is no mistake of the file's
+                self.complain(join_path(path, name), text)
+        return made
 
 
-ISO_DATE = r"\d{4}-\d\d-\d\d"
+def conflicts(record: type, given: Sequence[str]) -> Problems:
+    """Keys that are missing, that exclude one another, or that have no effect beside the others.
+
+    A record may have ONE_OF: pairs of a key, or an empty text, and of a group of which exactly one must stand in the
+    block when that key does."""
+    known = settings_of(record)
+    yield from (("", f'"{name}" is missing') for name in known if known[name].default is NEEDED and name not in given)
+    for when, names in getattr(record, "ONE_OF", ()):
+        has = [name for name in names if name in given]
+        if len(has) != 1 and (not when or when in given):
+            listed = f"{', '.join(names[:-1])} and {names[-1]}"
+            yield "", f"needs exactly one of {listed}, has {' and '.join(has) or 'none'}"
+    for number, name in enumerate(given):
+        one = known[name]
+        if one.beside and not set(one.beside) & set(given):
+            others = " or ".join(f'"{other}"' for other in one.beside)
+            yield name, one.reason or f"has no effect without {others}"
+        yield from ((name, f'has no effect beside "{other}"') for other in one.against if other in given)
+        twins = (other for other in given[:number] if known[other].attribute == one.attribute)
+        yield from ((name, f'sets the same as "{other}"; give one of them') for other in twins)
 
 
-def _date(node: Any) -> datetime.date | None:
-    return datetime.date.fromisoformat(node.value) if re.fullmatch(ISO_DATE, node.value) else None
+# ---------------------------------------------------------------- Settings
+# Everything that may stand in adce.yaml: a record for each block, a field for each key with its kind, its meaning
+# and its default. Records say what must hold between their fields. Headlines: RateLimiting, Source.
 
-
-def _word(*words: str) -> Callable[[Any], str | None]:
-    return lambda node: node.value if node.value in words else None
-
-
-def _whole(least: int, most: float = math.inf) -> Callable[[Any], int | None]:
-    def convert(node: Any) -> int | None:
-        number = _number(node)
-        return number if isinstance(number, int) and least <= number <= most else None
-
-    return convert
-
-
-def _real(least: float, most: float = math.inf, *, above: bool = False) -> Callable[[Any], float | None]:
-    def convert(node: Any) -> float | None:
-        number = _number(node)
-        return (
-            number if number is not None and (least < number if above else least <= number) and number <= most else None
-        )
-
-    return convert
-
-
-def _timezone(node: Any) -> str | None:
-    try:
-        return node.value if zoneinfo.ZoneInfo(node.value) else None
-    except (zoneinfo.ZoneInfoNotFoundError, OSError, ValueError):
-        return None
-
-
-# kind: what a message calls it, and how a scalar node becomes it (None or ValueError: it is not one)
-SCALARS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "boolean": (
-        "true or false",
-        lambda node: node.value.lower() in ("true", "yes", "on") if _is_scalar(node, "bool") else None,
-    ),
-    "number": ("a number", _real(-math.inf)),
-    "positive": ("a number above 0", _real(0, above=True)),
-    "percent": ("a number from 0 to 100", _real(0, 100)),
-    "count": ("a whole number of 1 or more", _whole(1)),
-    "port": ("a port from 0 to 65535", _whole(0, 65535)),
-    "status": ("an HTTP status", _whole(100, 599)),
-    "date": ("a date like 2024-10-22", _date),
-    "until": (
-        "yesterday, today or a date like 2024-10-22",
-        lambda node: _word("yesterday", "today")(node) or _date(node),
-    ),
-    "all": ("the word all", _word("all")),
-    "duration": (
-        "a duration like 90s, 15m, 6h or 1d (or never)",
-        lambda node: 0 if node.value == "never" else parse_duration(node.value) or None,
-    ),
-    "timezone": ("a time zone like America/New_York", _timezone),
-    "priority": ("auto, CRITICAL, HIGH, MEDIUM or LOW", _word("auto", *Priority)),
-    "output": ("store or stdout", _word("store", "stdout")),
-    "hex": (
-        "bytes in hexadecimal, in quotes",
-        lambda node: node.value if _is_scalar(node, "str") and bytes.fromhex(node.value) else None,
-    ),
+STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
+LIMIT_SECONDS = {
+    f"requests_per_{unit}": seconds
+    for unit, seconds in (("second", 1), ("minute", MINUTE), ("hour", HOUR), ("day", DAY))
 }
 
 
-# ---------------------------------------------------------------- Building the configuration
-# Values to records; what a value alone cannot be is noted at its place. Headline: Builder.
+@dataclass(frozen=True, slots=True)
+class Season:
+    """A span of days with a name."""
+
+    label: Text = setting("its name, such as 2024-25")
+    end: Count = setting("the year in which it ends")
+    start: Date = setting("its first day")
+    finish: Date = setting("its last day")
+
+    def problems(self) -> Problems:
+        """A season ends after it has begun."""
+        if self.finish < self.start:
+            yield "finish", f"{self.finish} is before its start {self.start}"
 
 
-class Builder:
-    """Makes the records out of the values of one file, and notes what does not fit together."""
+@dataclass(frozen=True, slots=True)
+class WindowLimit:
+    """At most max_requests in any `seconds`."""
 
-    def __init__(self, reader: NodeReader, values: dict[str, Any], path: Path) -> None:
-        self.reader, self.values, self.path = reader, values, path
-        self.complain = reader.complain
+    max_requests: int
+    seconds: float
 
-    def _named(self, path: str, *names: str) -> list[str]:
-        """Which of these keys stand in the file, whether their values are good or not."""
-        return [name for name in names if f"{path}.{name}" in self.reader.places]
 
-    def configuration(self) -> Configuration:
-        """The whole of it; what is broken is left out, and complained of."""
-        values = self.values
-        names = ("queue_check_seconds", "max_concurrent_scrapers", "grace_seconds")
-        interval = (
-            values.get("reconciliation_interval_minutes", 0) * MINUTE
-            or values.get("reconciliation_interval_hours", 0) * HOUR
-        )
-        seasons = self._seasons()
-        return Configuration(
-            path=self.path,
-            database=self.path.parent / values.get("database", DEFAULT_DATABASE),
-            store=self._store(values.get("store", "lake")),
-            interval_seconds=interval or 15 * MINUTE,
-            full_seconds=values.get("full_reconciliation_hours", 24) * HOUR,
-            retention_seconds=values.get("retention_days", 90) * DAY,
-            priority_weighting=PriorityWeighting(**values.get("priority_weighting", {})),
-            rate_limiting=self._rate_limiting(values.get("rate_limiting")),
-            health_check=HealthCheck(**values.get("health_check", {"enabled": False})),
-            alerts=self._alerts(values.get("alerts", {})),
-            retry=Retry(**values.get("retry", {})),
-            seasons=seasons,
-            sources=self._sources(),
-            datasets=self._datasets(),
-            **{name: values[name] for name in names if name in values},
-        )
+@dataclass(frozen=True, slots=True)
+class ScopeLimits:
+    """The limits of a source, or of all sources together, as the limiter uses them."""
 
-    def _alerts(self, values: dict[str, Any]) -> Alerts:
-        known = {name: value for name, value in values.items() if name != "remind_every"}
-        return Alerts(**known, remind_seconds=values.get("remind_every", DAY) or math.inf)
+    windows: tuple[WindowLimit, ...] = ()  # min_delay_seconds is the window "1 in that many seconds"
+    burst_size: int | None = None
+    refill_per_second: float = 0.0
 
-    def _store(self, text: str) -> str:
-        if text.startswith("s3://"):
-            if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", text):
-                self.complain("store", f"{text} is not s3://bucket/prefix")
-            return text.rstrip("/")
-        if "://" in text:
-            self.complain("store", f"{text}: a store is a folder or s3://bucket/prefix")
-        return str(self.path.parent / Path(text).expanduser())
 
-    def _seasons(self) -> tuple[Season, ...]:
-        seasons: list[Season] = []
-        for number, values in enumerate(self.values.get("seasons", ())):
-            if len(values) < 4:
-                continue
-            season = Season(**values)
-            if season.finish < season.start:
-                self.complain(f"seasons.{number}.finish", f"{season.finish} is before its start {season.start}")
-            for other in seasons:
-                if season.label == other.label or season.end == other.end:
-                    self.complain(f"seasons.{number}", f"season {other.label} is declared twice")
-                if season.start <= other.finish and other.start <= season.finish:
-                    self.complain(f"seasons.{number}.start", f"season {season.label} overlaps season {other.label}")
-            seasons.append(season)
-        return tuple(sorted(seasons, key=lambda season: season.start))
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of a source, or of all sources together, as adce.yaml declares them."""
 
-    def _rate_limiting(self, values: dict[str, Any] | None) -> RateLimiting:
-        if values is None or not values.get("enabled", True):
-            return RateLimiting(enabled=False)
-        scopes = {
-            name: self._limits(limits, f"rate_limiting.source_limits.{name}")
-            for name, limits in values.get("source_limits", {}).items()
-        }
-        if "global" in scopes:
-            self.complain("rate_limiting.source_limits.global", "a source cannot be named global; use global_limits")
-        scopes["global"] = self._limits(values.get("global_limits", {}), "rate_limiting.global_limits")
-        backoff = values.get("backoff")
-        return RateLimiting(scopes=scopes, backoff=None if backoff is None else Backoff(**backoff))
+    requests_per_second: Count | None = setting("maximum requests in any second", None)
+    requests_per_minute: Count | None = setting("maximum requests in any 60 seconds", None)
+    requests_per_hour: Count | None = setting("maximum requests in any 60 minutes", None)
+    requests_per_day: Count | None = setting("maximum requests in any 24 hours", None)
+    burst_size: Count | None = setting("maximum requests in a burst; refilled at the rate of the minute limit", None)
+    min_delay_seconds: Positive | None = setting("minimum delay between two requests", None)
 
-    def _limits(self, values: dict[str, Any], path: str) -> ScopeLimits:
-        windows = {LIMIT_SECONDS[name]: count for name, count in values.items() if name in LIMIT_SECONDS}
-        burst = values.get("burst_size")
-        if burst and not windows:
-            self.complain(path, "burst_size needs a limit such as requests_per_minute to refill it")
+    def scope(self) -> ScopeLimits:
+        """The windows, and the rate of the bucket: that of the limit a minute, else of the shortest."""
+        windows = {float(seconds): count for name, seconds in LIMIT_SECONDS.items() if (count := getattr(self, name))}
         span = MINUTE if MINUTE in windows else min(windows, default=1)
         refill = windows.get(span, 0) / span
-        delay = values.get("min_delay_seconds")
-        limits = [WindowLimit(count, float(seconds)) for seconds, count in sorted(windows.items()) if seconds != delay]
-        if delay:
-            limits.insert(0, WindowLimit(1, float(delay)))
-        return ScopeLimits(tuple(limits), burst, refill)
+        if self.min_delay_seconds:
+            delay = float(self.min_delay_seconds)
+            windows = {delay: 1, **{seconds: count for seconds, count in windows.items() if seconds != delay}}
+        return ScopeLimits(tuple(WindowLimit(n, seconds) for seconds, n in windows.items()), self.burst_size, refill)
 
-    def _sources(self) -> dict[str, Source]:
-        sources = {}
-        for name, given in self.values.get("sources", {}).items():
-            path = f"sources.{name}"
-            blocked = BlockedWhen(**given.pop("blocked_when", {}))
-            source = Source(name=name, blocked_when=blocked, **given)
-            if name == "global":
-                self.complain(path, "a source cannot be named global")
-            if source.base_url and not re.match(r"https?://[^/\s?#]+[^\s?#]*$", source.base_url):
-                self.complain(f"{path}.base_url", f"{source.base_url} is not an http or https address")
-            for header, text in source.headers.items():
-                if not re.fullmatch(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+", header) or not re.fullmatch(r"[\x20-\x7e]*", text):
-                    self.complain(
-                        f"{path}.headers.{header}",
-                        "not a header: names are letters and hyphens, values are plain ASCII",
-                    )
-            sources[name] = dataclasses.replace(source, base_url=source.base_url.rstrip("/"))
-        return sources
-
-    def _datasets(self) -> dict[str, Dataset]:
-        raw = self.values.get("datasets", {})
-        datasets = {}
-        for name, given in raw.items():
-            if not {"source", "key", "partitions"} <= set(given):
-                continue
-            path = f"datasets.{name}"
-            runners = self._named(path, "url", "command", "call")
-            if len(runners) != 1:
-                self.complain(
-                    path, f"needs exactly one of url, command and call, has {' and '.join(runners) or 'none'}"
-                )
-            partitions = self._partitions(name, raw)
-            if partitions is None:
-                continue
-            freshness = {key: value or None for key, value in given.get("freshness", {}).items() if key != "live"}
-            live = given.get("freshness", {}).get("live", {})
-            texts = {
-                key: given[key]
-                for key in (
-                    "source",
-                    "call",
-                    "output",
-                    "environment",
-                    "timeout_seconds",
-                    "max_concurrent",
-                    "available_after",
-                    "priority",
-                )
-                if key in given
-            }
-            datasets[name] = Dataset(
-                name=name,
-                key=Template(given["key"]),
-                partitions=partitions,
-                url=Template(given["url"]) if "url" in given else None,
-                command=tuple(Template(word) for word in given.get("command", ())),
-                batch=Batch(**given["batch"]) if "by" in given.get("batch", {}) else None,
-                freshness=Freshness(**freshness, live=Live(live["while"], live["every"]) if len(live) == 2 else None),
-                validate=Validation(**given.get("validate", {})),
-                **texts,
-            )
-        return datasets
-
-    def _partitions(self, name: str, raw: dict[str, Any]) -> Partitions | None:
-        """The partitions of a dataset; `same_as` is followed to where they are declared."""
-        path, seen = f"datasets.{name}.partitions", [name]
-        values = raw[name]["partitions"]
-        while "same_as" in values:
-            other = values["same_as"]
-            if len(values) > 1:
-                self.complain(f"datasets.{seen[-1]}.partitions", "same_as stands alone")
-            if other in seen or other not in raw or "partitions" not in raw[other]:
-                text = (
-                    "cycle: " + " -> ".join([*seen, other])
-                    if other in seen
-                    else f'dataset "{other}" is not defined{suggest(other, raw)}'
-                )
-                self.complain(f"{path}.same_as", text)
-                return None
-            seen.append(other)
-            values = raw[other]["partitions"]
-        path = f"datasets.{seen[-1]}.partitions"
-        kinds = self._named(path, "dates", "seasons", "values", "from")
-        if len(kinds) != 1:
-            self.complain(
-                path,
-                f"needs exactly one of dates, seasons, values, from and same_as, has {' and '.join(kinds) or 'none'}",
-            )
-            return None
-        if kinds[0] not in values:
-            return None
-        times = tuple((key, value) for key, value in values.get("times", {}).items())
-        if kinds == ["dates"]:
-            return Partitions(dates=self._dates(values["dates"], path), times=times)
-        if kinds == ["seasons"]:
-            return Partitions(seasons_as=self._season_form(values.get("as", "label"), path), times=times)
-        if kinds == ["values"]:
-            return Partitions(values=tuple(values["values"].items()), times=times)
-        return self._derived(values, times, path)
-
-    def _dates(self, values: dict[str, Any], path: str) -> Dates:
-        dates = Dates(
-            seasons="seasons" in values,
-            first=values.get("from"),
-            last=values.get("to"),
-            until=values.get("until", "yesterday"),
-            timezone=values.get("timezone", "UTC"),
-        )
-        if len(self._named(f"{path}.dates", "seasons", "from")) != 1:
-            self.complain(f"{path}.dates", "needs either seasons: all or from: DATE")
-        if dates.seasons and not self.values.get("seasons"):
-            self.complain(f"{path}.dates.seasons", "no seasons are declared")
-        if dates.first and dates.last and dates.last < dates.first:
-            self.complain(f"{path}.dates.to", f"{dates.last} is before from: {dates.first}")
-        if dates.first and isinstance(dates.until, datetime.date) and dates.until < dates.first:
-            self.complain(f"{path}.dates.until", f"{dates.until} is before from: {dates.first}")
-        return dates
-
-    def _season_form(self, form: str, path: str) -> str:
-        if form not in ("label", "end"):
-            self.complain(f"{path}.as", f"expected label or end, found {form!r}")
-        if not self.values.get("seasons"):
-            self.complain(f"{path}.seasons", "no seasons are declared")
-        return form
-
-    def _derived(self, values: dict[str, Any], times: tuple[Any, ...], path: str) -> Partitions:
-        if len(self._named(path, "ids", "regex")) != 1:
-            self.complain(path, "needs either ids or regex to find the ids")
-        name = values.get("as", "")
-        if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
-            self.complain(f"{path}.as" if "as" in values else path, "needs `as: NAME` with a name of small letters")
-        return Partitions(
-            parent=values["from"], ids=values.get("ids"), regex=values.get("regex"), names=name, times=times
-        )
+    def problems(self) -> Problems:
+        """A bucket is refilled by a limit."""
+        if self.burst_size and not any(getattr(self, name) for name in LIMIT_SECONDS):
+            yield "", "burst_size needs a limit such as requests_per_minute to refill it"
 
 
-# ---------------------------------------------------------------- Checking the configuration
-# All that must hold between the records: sources and datasets that exist, fields that are declared, keys
-# that keep objects apart. Here a file becomes a configuration. Headline: load_configuration().
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Delays between requests when a window is nearly full."""
 
-DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
+    threshold_percent: Percent = setting("share of a window from which delays grow", 80)
+    initial_delay_seconds: Number = setting("the first delay", 1)
+    max_delay_seconds: Number = setting("the longest delay", 30)
+    exponential_factor: Positive = setting("growth of each further delay", 2)
+    strict: Switch = setting("exact delays, at the price of 10 to 20% of the quota", False)
 
 
-class Checker:
-    """Notes what does not hold between the parts of a configuration."""
+@dataclass(frozen=True, slots=True)
+class RateLimiting:
+    """Rate limits of all sources."""
 
-    def __init__(self, reader: NodeReader, configuration: Configuration, values: dict[str, Any]) -> None:
-        self.configuration, self.values = configuration, values
-        self.complain = reader.complain
+    enabled: Switch = setting("false: no limits; pauses still hold", True)
+    scopes: Mapping[str, ScopeLimits] = field(default_factory=dict)  # by source, and `global`
+    backoff: Backoff | None = setting("delays before a window is full", None)
+    global_limits: Limits = setting("limits of all sources together", Limits())
+    source_limits: Mapping[str, Limits] = setting("limits by source", dict)
 
-    def check(self) -> None:
-        """Every dataset by itself and beside the others."""
-        for dataset in self.configuration.datasets.values():
-            self._check_dataset(dataset)
-        self._check_names()
+    @classmethod
+    def of(cls, **values: Any) -> RateLimiting:
+        """With the scopes of the limits; none when they are disabled."""
+        made = cls(**values) if values.get("enabled", True) else cls(enabled=False)
+        limits = {**made.source_limits, "global": made.global_limits} if made.enabled else {}
+        return dataclasses.replace(made, scopes={name: one.scope() for name, one in limits.items()})
 
-    def _check_dataset(self, dataset: Dataset) -> None:
-        path = f"datasets.{dataset.name}"
-        if dataset.source not in self.configuration.sources:
-            self.complain(
-                f"{path}.source",
-                f'source "{dataset.source}" is not defined{suggest(dataset.source, self.configuration.sources)}',
-            )
-        if dataset.batch and not dataset.command:
-            self.complain(f"{path}.batch", "only a command can bring many objects")
-        if dataset.output == "stdout" and (dataset.batch or not dataset.command):
-            self.complain(f"{path}.output", "only a command for one object can print it")
-        if dataset.call and not re.fullmatch(r"[\w.]+:\w+", dataset.call):
-            self.complain(f"{path}.call", f"{dataset.call} is not module:function")
-        if dataset.validate.max_bytes < dataset.validate.min_bytes:
-            self.complain(f"{path}.validate.max_bytes", f"{dataset.validate.max_bytes} is less than min_bytes")
-        if not self._has_ancestors(dataset):
-            return
-        declared = self.configuration.fields_of(dataset.name)
-        if dataset.batch:
-            if dataset.batch.by not in declared:
-                self.complain(f"{path}.batch.by", f'no field "{dataset.batch.by}"{suggest(dataset.batch.by, declared)}')
-            declared |= {f"{name}s" for name in dataset.partitions.own_fields()}
-        self._check_key(dataset, declared)
-        templates = [
-            ("url", dataset.url),
-            *((f"command.{number}", word) for number, word in enumerate(dataset.command)),
-        ]
-        for name, template in templates:
-            if template:
-                self._check_template(f"{path}.{name}", template, declared)
-        if dataset.url and dataset.source in self.configuration.sources:
-            address = self.configuration.sources[dataset.source].base_url + dataset.url.text
-            if not address.startswith(("http://", "https://")):
-                self.complain(f"{path}.url", f"{address} is no address: give source {dataset.source} a base_url")
-        if dataset.validate.alternatives and not dataset.validate.require:
-            self.complain(f"{path}.validate.alternatives", 'they are alternatives to "require", which is missing')
-        if dataset.freshness.live and not dataset.freshness.live.every:
-            self.complain(f"{path}.freshness.live.every", "how often? give a duration")
-        for name in ("require", "alternatives", "contains", "not_contains"):
-            for number, text in enumerate(getattr(dataset.validate, name)):
-                self._check_fields(f"{path}.validate.{name}.{number}", Template(text, FIELD_IN_EXPRESSION), declared)
 
-    def _has_ancestors(self, dataset: Dataset) -> bool:
-        path, seen = f"datasets.{dataset.name}.partitions.from", [dataset.name]
-        while (parent := self.configuration.datasets[seen[-1]].partitions.parent) is not None:
-            if parent in seen:
-                self.complain(path, "cycle: " + " -> ".join([*seen, parent]))
-                return False
-            if parent not in self.configuration.datasets:
-                if len(seen) == 1 and parent not in self.values["datasets"]:
-                    self.complain(path, f'dataset "{parent}" is not defined{suggest(parent, self.values["datasets"])}')
-                return False
-            seen.append(parent)
-        return True
+def _base_scores() -> dict[str, float]:
+    return dict(zip(map(str, Priority), (1000, 100, 10, 1), strict=True))
 
-    def _check_template(self, path: str, template: Template, declared: set[str]) -> bool:
-        if set("{}") & set(template.shape().replace("{}", "")):
-            self.complain(path, f"{template.text}: a brace that is no {{field}}; a field is a name in small letters")
-            return False
-        return self._check_fields(path, template, declared)
 
-    def _check_fields(self, path: str, template: Template, declared: set[str]) -> bool:
-        good = True
-        for match in template.pattern.finditer(template.text):
-            if match[1] not in declared:
-                self.complain(
-                    path,
-                    f'no field "{match[1]}"{suggest(match[1], declared)}'
-                    f" (there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})",
-                )
-                good = False
-            elif match[2] and (match[1] != "date" or not re.fullmatch(r"(%[A-Za-z]|[^%])+", match[2])):
-                self.complain(path, f"{match[0]}: only a date has a format, made of codes like %Y%m%d")
-                good = False
-        return good
+@dataclass(frozen=True, slots=True)
+class PriorityWeighting:
+    """Weights of the score, which orders the queue."""
 
-    def _check_key(self, dataset: Dataset, declared: set[str]) -> None:
-        path, template = f"datasets.{dataset.name}.key", dataset.key
-        if not self._check_template(path, template, declared):
-            return
-        example = template.render({**dict.fromkeys(declared, "1"), "date": "2024-01-01"}, str)
-        if any(part in ("", ".", "..", STAGING) for part in example.split("/")) or re.search(
-            r"[\x00-\x1f\x7f]", template.text
-        ):
-            self.complain(path, f"{template.text}: a key has no empty, . or .. parts and does not start or end with /")
-        missing = [name for name in dataset.partitions.own_fields() if name not in template.fields()]
-        for name in missing:
-            self.complain(path, f"does not name {{{name}}}: its objects would overwrite one another")
-        days = [
-            {**dict.fromkeys(declared, "1"), "date": day}
-            for day in ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
-        ]
-        if dataset.partitions.dates and not missing and len({template.render(day, str) for day in days}) < len(days):
-            self.complain(path, "its date format gives different days the same key")
-        for other in self.values["datasets"]:
-            if other == dataset.name:
+    enabled: Switch = setting("false: by priority alone, oldest first", True)
+    base_scores: Annotated[Mapping[str, float], Mapping[Priority, Number]] = setting("points by priority", _base_scores)
+    age_weight: Number = setting("points an hour since the gap was found", 0.5)
+    source_multipliers: Mapping[str, Number] = setting("factors for base score and age by source; default 1", dict)
+    gap_size_weight: Number = setting("points for each object of the task", -0.1)
+    max_gap_size_penalty: Number = setting("maximum points deducted for gap size", 10)
+    success_rate_weight: Number = setting("points at a success rate of 100%", 20)
+    critical_within_days: Count = setting("age up to which `priority: auto` means CRITICAL", 7)
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCheck:
+    """The HTTP server of the runner."""
+
+    enabled: Switch = setting("serve status and metrics on 127.0.0.1", True)
+    port: Port = setting("TCP port; 0 for any free one", 8080)
+
+
+@dataclass(frozen=True, slots=True)
+class Alerts:
+    """Alert channels and thresholds. An address may be $NAME, a variable of the environment."""
+
+    webhook: Text | None = setting("URL of a Slack-compatible webhook, or $NAME", None)
+    sns_topic: Text | None = setting("ARN of an SNS topic, or $NAME", None)
+    command: tuple[Word, ...] = setting("program to run; subject and text become its last arguments", ())
+    ping: Text | None = setting("URL requested after each good cycle, or $NAME", None)
+    cloudwatch: Text | None = setting("CloudWatch namespace for the figures of each cycle", None)
+    remind_seconds: Period = setting("interval of reminders while a condition lasts", DAY, name="remind_every")
+    error_percent: Percent = setting("maximum share of failures in the last 200 attempts", 10)
+    quiet_cycles: Count = setting("cycles without a good attempt, though tasks are due, before an alert", 8)
+    critical_gap_hours: Positive = setting("age of a CRITICAL gap that raises an alert", 24)
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Retries of a failed task."""
+
+    max_attempts: Count = setting("failures after which a task gives up", 5)
+    initial_delay_seconds: Positive = setting("delay after the first failure, doubled after each further one", 60)
+    max_delay_seconds: Positive = setting("the longest delay", 21600)
+
+    def crash_limit(self) -> int:
+        """Crashes of runners after which a task gets one more attempt, alone."""
+        return max(1, self.max_attempts - 1)
+
+    def problems(self) -> Problems:
+        """The first delay is no longer than the longest."""
+        if self.initial_delay_seconds > self.max_delay_seconds:
+            yield "initial_delay_seconds", f"{self.initial_delay_seconds} is more than max_delay_seconds"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockedWhen:
+    """Signs that a source blocks its clients, and the length of the pause."""
+
+    status: tuple[Status, ...] = setting("HTTP statuses that mean a block", ())
+    timeouts_in_a_row: Count = setting("consecutive timeouts that mean a block", 3)
+    failures_in_a_row: Count = setting("consecutive 5xx responses or scraper failures that mean a block", 10)
+    pause_seconds: Positive = setting("length of the pause, in seconds", 900)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An upstream with limits of its own."""
+
+    name: str
+    base_url: Address = setting("prefix of the `url` of each dataset", "")
+    headers: Mapping[str, Text] = setting("request headers; only harmless ones follow a redirect to another host", dict)
+    timeout_seconds: Positive = setting("limit for a whole request, body included", 30)
+    max_concurrent: Count = setting("maximum workers on this source", 5)
+    error_when: Expression | None = setting("condition on a body that makes it an error, whatever the status", None)
+    blocked_when: BlockedWhen = setting("signs of a block, and the pause that follows", BlockedWhen())
+    trust_env: Switch = setting("use proxies, netrc and certificates of the environment", False)
+
+    def problems(self) -> Problems:
+        """Its address and headers can be sent."""
+        if self.name == "global":
+            yield "", "a source cannot be named global"
+        if self.base_url and not re.match(r"https?://[^/\s?#]+[^\s?#]*$", self.base_url):
+            yield "base_url", f"{self.base_url} is not an http or https address"
+        for header, text in self.headers.items():
+            if not re.fullmatch(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+", header) or not re.fullmatch(r"[\x20-\x7e]*", text):
+                yield f"headers.{header}", "not a header: names are letters and hyphens, values are plain ASCII"
+
+
+# ---------------------------------------------------------------- Datasets
+# The same for the datasets, and for all of adce.yaml. Headlines: Dataset, Configuration.
+
+NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Dates:
+    """One object a day: the days of all seasons, or of a range."""
+
+    ONE_OF: ClassVar = (("", ("seasons", "from")),)
+
+    seasons: All | None = setting("the days of all seasons", None)
+    first: Date | None = setting("first day of a range", None, name="from")
+    last: Date | None = setting("last day of a range", None, name="to", beside=("from",))
+    until: LastDay = setting("last day to expect now", "yesterday")
+    timezone: Timezone = setting("time zone of the days", "UTC")
+
+    def problems(self) -> Problems:
+        """A range begins before it ends, and has one end."""
+        for name, end in (("to", self.last), ("until", self.until)):
+            if self.first and isinstance(end, datetime.date) and end < self.first:
+                yield name, f"{end} is before from: {self.first}"
+        if self.last and isinstance(self.until, datetime.date):
+            yield "until", 'is a second end beside "to"; give one of them'
+
+
+@dataclass(frozen=True, slots=True)
+class Partitions:
+    """The partitions of a dataset: one object each. One of dates, seasons_as, values or parent is set."""
+
+    BASES: ClassVar = ("dates", "seasons", "values", "from")
+    ONE_OF: ClassVar = (("", (*BASES, "same_as")), ("from", ("ids", "regex")))
+
+    dates: Dates | None = setting("one object a day", None)
+    seasons_as: Annotated[str, All] | None = setting("one object for each season that has begun", None, name="seasons")
+    values: NamedValues = setting("one object for each combination of field values", ())
+    parent: Text | None = setting("one object for each id in the objects of this parent dataset", None, name="from")
+    ids: Expression | None = setting("finds ids in JSON; {field} is a field of the parent", None, beside=("from",))
+    regex: Regex | None = setting("finds ids in any text", None, beside=("from",))
+    names: Text = setting(
+        "with from: the field of an id; with seasons: label or end", "", name="as", beside=("from", "seasons")
+    )
+    times: NamedValues = setting("further fields, as in values", (), beside=BASES)
+    same_as: Text | None = setting("use the partitions of this dataset", None)
+
+    @classmethod
+    def of(cls, **values: Any) -> Partitions:
+        """`as` beside `seasons` is the form of a season; named values are pairs."""
+        values.update({name: tuple(values[name].items()) for name in ("values", "times") if name in values})
+        if "seasons_as" in values:
+            values["seasons_as"] = values.pop("names", "label")
+        return cls(**values)
+
+    def own_fields(self) -> tuple[str, ...]:
+        """The fields whose values distinguish its objects."""
+        own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons_as) + [self.names] * bool(self.parent)
+        return (*own, *(name for name, _ in self.values + self.times))
+
+    def problems(self) -> Problems:
+        """A season has a form, an id has a name."""
+        if self.seasons_as not in (None, "label", "end"):
+            yield "as", f"expected label or end, found {self.seasons_as!r}"
+        if self.parent and not re.fullmatch(r"[a-z_][a-z0-9_]*", self.names):
+            yield "as" if self.names else "", "needs `as: NAME` with a name of small letters"
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """An object that changes all the time for a while, such as a day with games in progress."""
+
+    expression: Expression = setting("condition on the body of an object in progress", name="while")
+    every: Annotated[int, Period] = setting("refetch interval while the condition holds")
+
+    def problems(self) -> Problems:
+        """The interval is finite."""
+        if self.every == math.inf:
+            yield "every", "how often? give a duration"
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """Refetch rules of objects in the store. Durations in seconds; None is never."""
+
+    refetch_every: Duration | None = setting("maximum age; with `until`, the interval until it holds (1h)", None)
+    until: Expression | None = setting("condition on the body that makes an object final", None)
+    refetch_once_after: Duration | None = setting(
+        "one refetch, this long after the end of its day", None, against=("until",)
+    )
+    current: Duration | None = setting("maximum age during its season", None, against=("until",))
+    past: Duration | None = setting("maximum age after its season", None, against=("until",))
+    live: Live | None = setting("short intervals while an object changes", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Rules that a body must pass. JMESPath expressions may name fields."""
+
+    json: Switch = setting("the body must be JSON", False)
+    min_bytes: Count = setting("minimum size", 1)
+    max_bytes: Count = setting("maximum size", 256 << 20)
+    require: tuple[Expression, ...] = setting("conditions, all of which must hold: not null, false or empty", ())
+    alternatives: tuple[Expression, ...] = setting(
+        "conditions, one of which is enough instead of `require`",
+        (),
+        beside=("require",),
+        reason='they are alternatives to "require", which is missing',
+    )
+    contains: tuple[Text, ...] = setting("texts that must be in the body; {field} is allowed", ())
+    not_contains: tuple[Text, ...] = setting("texts that must not be in the body; {field} is allowed", ())
+    starts_with_hex: Hex = setting("first bytes of the body", "")
+    ends_with_hex: Hex = setting("last bytes of the body", "")
+
+    def needs_content(self) -> bool:
+        """Whether a size alone cannot settle it."""
+        texts = self.require + self.alternatives + self.contains + self.not_contains
+        return self.json or bool(texts or self.starts_with_hex or self.ends_with_hex)
+
+    def problems(self) -> Problems:
+        """The sizes allow a body."""
+        if self.max_bytes < self.min_bytes:
+            yield "max_bytes", f"{self.max_bytes} is less than min_bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Objects that one command fetches together: they share the field `by`."""
+
+    by: Text = setting("the field that the objects of a batch share")
+    max: Count = setting("maximum objects of a batch", 50)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A family of objects of one source."""
+
+    ONE_OF: ClassVar = (("", ("url", "command", "call")),)
+    PROGRAM: ClassVar = ("command", "call")
+
+    name: str
+    source: Text = setting("name of the source")
+    key: FieldText = setting("name of an object in the store; it names each field of the partitions")
+    partitions: Partitions = setting("the objects of the dataset")
+    url: FieldText | None = setting("URL of a GET request, relative to base_url", None)
+    command: tuple[FieldText, ...] = setting("program that fetches objects", ())
+    call: Callee | None = setting("Python function that fetches an object", None)
+    output: Output = setting("stdout: the command prints the object; store: it writes it", "store", beside=("command",))
+    environment: tuple[Text, ...] = setting("further environment variables of the program", (), beside=PROGRAM)
+    batch: Batch | None = setting(
+        "one command for several objects; {game_ids} lists all values of game_id, with commas",
+        None,
+        beside=("command",),
+        reason="only a command can bring many objects",
+    )
+    timeout_seconds: Positive = setting("limit for a command or a call", 600, beside=PROGRAM)
+    max_concurrent: Count | None = setting("maximum workers on this dataset", None)
+    freshness: Freshness = setting("refetch rules", Freshness())
+    validate: Validation = setting("rules that a body must pass", Validation())
+    available_after: Available | None = setting("earliest time to expect an object: on its day, or after its end", None)
+    priority: Urgency = setting("auto: from the age of its date or season", "auto")
+
+    def problems(self) -> Problems:
+        """A batch has several objects; stdout holds one."""
+        if self.batch and self.batch.max == 1:
+            yield "batch.max", "has no effect: a batch holds more than 1 object"
+        if self.batch and self.output == "stdout":
+            yield "output", "only a command for one object can print it"
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """All of adce.yaml. Paths are absolute."""
+
+    path: Path = Path("adce.yaml")
+    database: File = setting("SQLite file with all state", Path("adce.db"))
+    store: Lake = setting("location of the lake", "lake")
+    interval_seconds: Positive = setting(
+        "time between the starts of two cycles",
+        15 * MINUTE,
+        name="reconciliation_interval_minutes",
+        unit=MINUTE,
+        older=(Setting("reconciliation_interval_hours", "the older form of the same", unit=HOUR),),
+    )
+    full_seconds: Positive = setting(
+        "time to list the whole store once", DAY, name="full_reconciliation_hours", unit=HOUR
+    )
+    queue_check_seconds: Positive = setting("maximum sleep of the main loop", 10)
+    max_concurrent_scrapers: Count = setting("number of workers", 5)
+    grace_seconds: Number = setting("time that a stop grants running attempts", 30)
+    retention_seconds: Positive = setting(
+        "age of attempts and cycles to delete", 90 * DAY, name="retention_days", unit=DAY
+    )
+    priority_weighting: PriorityWeighting = setting("the score, which orders the queue", PriorityWeighting())
+    rate_limiting: RateLimiting = setting("rate limits; absent: none", RateLimiting(enabled=False))
+    health_check: HealthCheck = setting("HTTP server; absent: none", HealthCheck(enabled=False))
+    alerts: Alerts = setting("alert channels and thresholds", Alerts())
+    retry: Retry = setting("retries of failed tasks", Retry())
+    seasons: tuple[Season, ...] = setting("the seasons of `seasons: all`", ())
+    sources: Mapping[str, Source] = setting("upstreams with their own limits, by name", dict)
+    datasets: Mapping[str, Dataset] = setting("families of objects, by name", dict)
+
+    def children_of(self, name: str) -> list[Dataset]:
+        """The datasets whose partitions come from the bodies of this one."""
+        return [dataset for dataset in self.datasets.values() if dataset.partitions.parent == name]
+
+    def ancestors_of(self, name: str) -> list[str]:
+        """The datasets that it descends from, the nearest first, up to one that is not there or there again."""
+        line = [name]
+        while line[-1] in self.datasets and line[-1] not in line[:-1]:
+            if not (parent := self.datasets[line[-1]].partitions.parent):
                 break
-            if Template(self.values["datasets"][other].get("key", "")).shape() == template.shape():
-                self.complain(path, f'the same keys as dataset "{other}": two datasets cannot share objects')
+            line.append(parent)
+        return line[1:]
 
-    def _check_names(self) -> None:
-        """A limit or multiplier for an undeclared source is harmless, unless it is a slip of the pen."""
-        tables = (("priority_weighting", "source_multipliers"), ("rate_limiting", "source_limits"))
-        for block, table in tables:
-            names = self.values.get(block, {}).get(table, {})
-            unused = [source for source in self.configuration.sources if source not in names]
-            for name in names:
-                if name not in self.configuration.sources and (hint := suggest(name, unused)):
-                    self.complain(f"{block}.{table}.{name}", f'source "{name}" is not defined{hint}')
+    def levels(self) -> list[list[Dataset]]:
+        """The datasets in levels, parents before their children."""
+        levels: dict[int, list[Dataset]] = {}
+        for dataset in self.datasets.values():
+            levels.setdefault(len(self.ancestors_of(dataset.name)), []).append(dataset)
+        return [levels[number] for number in sorted(levels)]
+
+    def fields_of(self, name: str) -> set[str]:
+        """Every field that templates of this dataset may name."""
+        line = [self.datasets[one].partitions for one in (name, *self.ancestors_of(name))]
+        declared = {own for partitions in line for own in partitions.own_fields()}
+        return declared | ({"season", "end"} if any(one.dates and one.dates.seasons for one in line) else set())
+
+
+# ---------------------------------------------------------------- Reading
+# From a file to a configuration: all that must hold between the records, and every mistake with its line and a
+# hint. The reference of all keys. Headlines: load_configuration(), explain(), json_schema().
+
+MAX_FILE_BYTES = 1 << 20
+DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
+DATE_CODES = "aAbBcCdDeFgGhHIjmMpRSTuUVwWxXyY"  # of strftime: those that a date has and every platform knows
+# Keys of the system that ADCE replaces: the key that took their place, or what to do instead.
+FORMER = {
+    "alerts.alert_on": "each condition is an alert",
+    "alerts.channels": "set alerts.sns_topic and alerts.webhook",
+    "alerts.enabled": "without a channel nothing is sent",
+    "dry_run": 'use "adce.py plan"',
+    "exponential_backoff": "delays always grow",
+    "health_check.alert_thresholds": "set alerts.error_percent and alerts.critical_gap_hours",
+    "logging": 'use "adce.py run --log FILE"',
+    "maintenance": 'use "adce.py pause SOURCE --for 2h"',
+    "max_orchestrator_runtime_minutes": 'use "adce.py run --max-minutes N"',
+    "max_retries": "retry.max_attempts",
+    "rate_limiting.backoff.enabled": "without backoff there is none",
+    "retry_delay_seconds": "retry.initial_delay_seconds",
+    "scheduled_tasks": "declare datasets",
+    "task_processing": "the score orders all open tasks",
+    "task_queue_file": "the queue is in the database",
+    "test_mode": 'use "adce.py run --once"',
+    **dict.fromkeys(("enabled", "last_updated", "metadata", "version"), "it had no effect"),
+    **dict.fromkeys(("fallback_to_sample", "use_aws_inventory"), "the store itself is listed"),
+    **dict.fromkeys(("health_check.check_interval_seconds", "min_tasks_to_trigger"), "not needed"),
+    **dict.fromkeys(("integration", "performance", "resource_limits"), "not supported"),
+}
+
+
+@functools.cache
+def all_settings() -> Mapping[str, Setting]:
+    """Every key of adce.yaml by its path, in which `*` is any name or number."""
+    return dict(_walk(Configuration, ""))
+
+
+def _walk(declared: Any, path: str) -> Iterator[tuple[str, Setting]]:
+    shape, inner = shape_of(declared)
+    if shape in ("list", "mapping"):
+        yield from _walk(inner if shape == "list" else inner[1], f"{path}.*")
+    for name, one in settings_of(inner).items() if shape == "block" else ():
+        yield join_path(path, name), one
+        yield from _walk(one.declared, join_path(path, name))
+
+
+def _hint(path: str, node: Any, known: Iterable[str]) -> str:
+    """The end of the message about an unknown key: where it belongs, or what it may mean."""
+    name, paths = path.rpartition(".")[2], all_settings()
+    inner = [key.value for key, _ in node.value if str(key.value) in paths] if node.id == "mapping" else []
+    if inner and "." not in path:
+        return f"; {' and '.join(inner)} in it {'belong' if inner[1:] else 'belongs'} at the top level"
+    if advice := FORMER.get(path):
+        return f', did you mean "{advice}"?' if advice in paths else f"; remove it: {advice}"
+    homes = [one.rpartition(".")[0] for one in paths if one.rpartition(".")[2] == name]
+    if 0 < len(homes) <= 2:
+        return f" here; it belongs {' or '.join(f'in {home}' if home else 'at the top level' for home in homes)}"
+    return suggest(name, known)
+
+
+def _check_all(reader: Reader, configuration: Configuration) -> None:
+    """Note all that does not hold between the records."""
+    for path, text in _name_problems(configuration):
+        reader.complain(path, text)
+    for source in configuration.sources.values():
+        for _, text in _field_problems("", Template(source.error_when or "", FIELD_IN_EXPRESSION), set()):
+            reader.complain(f"sources.{source.name}.error_when", text)
+    for dataset in configuration.datasets.values():
+        for name, text in _dataset_problems(reader, configuration, dataset):
+            if (path := f"datasets.{dataset.name}.{name}") in reader.places:  # else `same_as` has it from another
+                reader.complain(path, text)
+
+
+def _check_seasons(reader: Reader, seasons: Sequence[Season]) -> None:
+    if not reader.is_sound("seasons"):  # one that is wrong is left out, so that the numbers are not those of the file
+        return
+    for (_, season), (number, other) in itertools.combinations(enumerate(seasons), 2):
+        if season.label == other.label or season.end == other.end:
+            reader.complain(f"seasons.{number}", f"season {season.label} is declared twice")
+        if season.start <= other.finish and other.start <= season.finish:
+            reader.complain(f"seasons.{number}.start", f"season {other.label} overlaps season {season.label}")
+
+
+def _name_problems(configuration: Configuration) -> Problems:
+    """A limit or multiplier of an undeclared source is harmless, unless it is a misspelt one."""
+    tables: dict[str, Mapping[str, Any]] = {
+        "priority_weighting.source_multipliers": configuration.priority_weighting.source_multipliers,
+        "rate_limiting.source_limits": configuration.rate_limiting.source_limits,
+    }
+    for path, names in tables.items():
+        unused = [source for source in configuration.sources if source not in names]
+        for name in names:
+            if name == "global":
+                yield f"{path}.{name}", "a source cannot be named global; use global_limits"
+            elif name not in configuration.sources and (hint := suggest(name, unused)):
+                yield f"{path}.{name}", f'source "{name}" is not defined{hint}'
+            elif name == "default" and name not in configuration.sources:
+                yield f"{path}.{name}", 'has no effect: no source is named "default"'
+
+
+def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
+    names, sources = configuration.datasets, configuration.sources
+    line = [dataset.name, *configuration.ancestors_of(dataset.name)]
+    if dataset.source not in sources and f"sources.{dataset.source}" not in reader.places:
+        yield "source", f'source "{dataset.source}" is not defined{suggest(dataset.source, sources)}'
+    if line[-1] in line[:-1]:
+        yield "partitions.from", "cycle: " + " -> ".join(line)
+    elif line[-1] not in names and len(line) == 2 and f"datasets.{line[-1]}" not in reader.places:
+        yield "partitions.from", f'dataset "{line[-1]}" is not defined{suggest(line[-1], names)}'
+    elif line[-1] in names and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line):
+        yield from _effect_problems(configuration, dataset)
+        yield from _key_problems(configuration, dataset)
+        yield from _request_problems(configuration, dataset)
+        yield from _expression_problems(configuration, dataset)
+
+
+def _effect_problems(configuration: Configuration, dataset: Dataset) -> Problems:
+    """Keys without effect for the objects that there are."""
+    declared, own = configuration.fields_of(dataset.name), dataset.partitions.own_fields()
+    if not configuration.seasons:
+        yield from ((f"partitions.{name}seasons", "no seasons are declared") for name in ("", "dates."))
+    if not declared & {"season", *(["date"] if configuration.seasons else [])}:
+        yield from ((f"freshness.{name}", "has no effect: its objects have no season") for name in ("current", "past"))
+    if "date" not in declared:
+        yield "available_after", "has no effect: its objects have no date"
+    if dataset.batch and dataset.batch.by not in declared:
+        yield "batch.by", f'no field "{dataset.batch.by}"{suggest(dataset.batch.by, declared)}'
+    elif dataset.batch and dataset.command and own == (dataset.batch.by,):
+        yield "batch.by", f"has no effect: no two objects share a {dataset.batch.by}"
+
+
+def _template_problems(path: str, template: Template, declared: set[str]) -> Problems:
+    if set("{}") & set(template.shape().replace("{}", "")):
+        yield path, f"{template.text}: a brace that is no {{field}}; a field is a name in small letters"
+    else:
+        yield from _field_problems(path, template, declared)
+
+
+def _field_problems(path: str, template: Template, declared: set[str]) -> Problems:
+    for match in template.pattern.finditer(template.text):
+        codes = re.findall(r"%(.?)", match[2] or "", re.DOTALL)
+        if match[1] not in declared:
+            there = f"(there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})"
+            yield path, f'no field "{match[1]}"{suggest(match[1], declared)} {there}'
+        elif match[2] and (match[1] != "date" or not all(map(str.isalpha, codes))):
+            yield path, f"{match[0]}: only a date has a format, made of codes like %Y%m%d"
+        elif unknown := [code for code in codes if code not in DATE_CODES]:
+            yield path, f"{match[0]}: unsupported format code %{unknown[0]}"
+
+
+def _key_problems(configuration: Configuration, dataset: Dataset) -> Problems:
+    template, declared = dataset.key, configuration.fields_of(dataset.name)
+    if broken := list(_template_problems("key", template, declared)):
+        yield from broken
+        return
+
+    def key_of(day: str) -> str:
+        return template.render({**dict.fromkeys(declared, "1"), "date": day}, str)
+
+    if {"", ".", "..", STAGING} & {*key_of("2024-01-01").split("/")} or re.search(r"[\x00-\x1f\x7f]", template.text):
+        yield "key", f"{template.text}: a key has no empty, . or .. parts and does not start or end with /"
+    missing = [name for name in dataset.partitions.own_fields() if name not in template.fields()]
+    for name in missing:
+        yield "key", f"does not name {{{name}}}: its objects would overwrite one another"
+    days = ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
+    if dataset.partitions.dates and not missing and len({*map(key_of, days)}) < len(days):
+        yield "key", "its date format gives different days the same key"
+    for other in itertools.takewhile(lambda one: one.name != dataset.name, configuration.datasets.values()):
+        if other.key.shape() == template.shape():
+            yield "key", f'the same keys as dataset "{other.name}": two datasets cannot share objects'
+
+
+def _request_problems(configuration: Configuration, dataset: Dataset) -> Problems:
+    declared = configuration.fields_of(dataset.name)
+    if dataset.url:
+        yield from _template_problems("url", dataset.url, declared)
+        source = configuration.sources.get(dataset.source)
+        if source and not (address := source.base_url + dataset.url.text).startswith(("http://", "https://")):
+            yield "url", f"{address} is no address: give source {dataset.source} a base_url"
+    if dataset.batch:
+        declared |= {f"{name}s" for name in dataset.partitions.own_fields()}
+    for number, word in enumerate(dataset.command):
+        yield from _template_problems(f"command.{number}", word, declared)
+
+
+def _expression_problems(configuration: Configuration, dataset: Dataset) -> Problems:
+    declared, partitions, freshness = configuration.fields_of(dataset.name), dataset.partitions, dataset.freshness
+    above = configuration.fields_of(partitions.parent) if partitions.parent else set()
+    texts = [("partitions.ids", partitions.ids, above), ("freshness.until", freshness.until, declared)]
+    texts.append(("freshness.live.while", freshness.live.expression if freshness.live else None, declared))
+    for name in ("require", "alternatives", "contains", "not_contains"):
+        rules = enumerate(getattr(dataset.validate, name))
+        texts += [(f"validate.{name}.{number}", text, declared) for number, text in rules]
+    for path, text, fields in texts:
+        yield from _field_problems(path, Template(text or "", FIELD_IN_EXPRESSION), fields)
+
+
+def _resolve(reader: Reader, read: Configuration) -> Configuration:
+    """With absolute paths, sorted seasons, and for `same_as` the partitions of the other dataset."""
+    folder, datasets = read.path.parent, {}
+    for name, dataset in read.datasets.items():
+        line, partitions = [name], dataset.partitions
+        while (other := partitions.same_as) and other in read.datasets and other not in line:
+            line.append(other)
+            partitions = read.datasets[other].partitions
+        if other in line:
+            reader.complain(f"datasets.{name}.partitions.same_as", "cycle: " + " -> ".join([*line, other]))
+        elif other and f"datasets.{other}" not in reader.places:
+            text = f'dataset "{other}" is not defined{suggest(other, read.datasets)}'
+            reader.complain(f"datasets.{line[-1]}.partitions.same_as", text)
+        if not other and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line[1:]):
+            datasets[name] = dataclasses.replace(dataset, partitions=partitions)
+    store = read.store.rstrip("/") if "://" in read.store else str(folder / Path(read.store).expanduser())
+    seasons = tuple(sorted(read.seasons, key=lambda season: season.start))
+    return dataclasses.replace(read, database=folder / read.database, store=store, datasets=datasets, seasons=seasons)
 
 
 def find_configuration(given: str | None) -> Path:
@@ -2364,16 +2306,15 @@ def find_configuration(given: str | None) -> Path:
 
 
 def load_configuration(path: Path) -> Configuration:
-    """Read adce.yaml. Raises ConfigurationError that tells every problem with its place."""
-    text = _read_text_file(path)
-    reader = NodeReader()
-    configuration = None
+    """Read adce.yaml. Raises ConfigurationError, which lists every problem with its place."""
+    text, reader, configuration = _read_text_file(path), Reader(_hint), None
     try:
         node = _compose(text, reader)
-        if node is not None:
-            values = reader.mapping(node, "", "")
-            configuration = Builder(reader, values, path.absolute()).configuration()
-            Checker(reader, configuration, values).check()
+        read = NEEDED if node is None else reader.parse(Configuration, node, "")
+        if read is not NEEDED:
+            _check_seasons(reader, read.seasons)
+            configuration = _resolve(reader, dataclasses.replace(read, path=path.absolute()))
+            _check_all(reader, configuration)
     except RecursionError:
         reader.complain("", "nested too deeply")
     if reader.problems or configuration is None:
@@ -2417,7 +2358,7 @@ def _read_text_file(path: Path) -> str:
         raise ConfigurationError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
 
 
-def _compose(text: str, reader: NodeReader) -> Any:
+def _compose(text: str, reader: Reader) -> Any:
     import yaml
 
     try:
@@ -2433,6 +2374,95 @@ def _compose(text: str, reader: NodeReader) -> Any:
     if node is None:
         reader.problems.append(Problem(1, 1, "", "the file is empty"))
     return node
+
+
+def explain(wanted: str | None) -> list[dict[str, Any]]:
+    """A row for the key that `wanted` names, by its path or the end of it, and for each key in it; else for each block.
+
+    Raises Error for an unknown key."""
+    settings, words = all_settings(), (wanted or "").split(".")
+
+    def is_in(path: str) -> bool:
+        parts = path.split(".")[: len(words)]
+        return all(part in ("*", word) for part, word in itertools.zip_longest(parts, words))
+
+    found = [path for path in settings if (is_in(path) if wanted else "." not in path)]
+    if not found:
+        ends = tuple(f"{path}." for path in settings if path.endswith(f".{wanted}"))
+        found = [path for path in settings if f"{path}.".startswith(ends)]
+    if not found:
+        names = [*settings, *(path.rpartition(".")[2] for path in settings)]
+        raise Error(f'unknown key "{wanted}"{suggest(wanted or "", names)}', '"adce.py explain" lists the blocks')
+    return [_explained(path, settings[path]) for path in found]
+
+
+def _explained(path: str, one: Setting) -> dict[str, Any]:
+    default, text = one.default, None
+    if default is NEEDED:
+        text = "required"
+    elif one.declared == Period:
+        text = f"{default // DAY}d"
+    elif isinstance(default, int | float) and one.unit > 1:
+        text = f"{default / one.unit:g}"
+    elif isinstance(default, int | float | str | Path | dict) and default not in ("", {}):
+        text = json.dumps(default, default=str).strip('"')
+    beside = " or ".join(one.beside)
+    return {"key": path, "kind": _kind_name(one.declared), "default": text, "beside": beside, "meaning": one.meaning}
+
+
+def _kind_name(declared: Any) -> str:
+    shape, inner = shape_of(declared)
+    if shape == "value":
+        return cast(str, inner.expected)
+    if shape == "list":
+        return f"a list, each {_kind_name(inner)}"
+    return f"a mapping, each {_kind_name(inner[1])}" if shape == "mapping" else "a mapping"
+
+
+def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of explain() for people."""
+    lines = []
+    for row in rows:
+        default = row["default"] and (row["default"] if row["default"] == "required" else f"default {row['default']}")
+        facts = [row["kind"], default, row["beside"] and f"only beside {row['beside']}"]
+        lines += [row["key"], f"    {'; '.join(filter(None, facts))}", f"    {row['meaning']}"]
+    return "\n".join(lines)
+
+
+def json_schema(declared: Any = Configuration) -> dict[str, Any]:
+    """The JSON Schema (Draft 2020-12) of adce.yaml, or of a part of it. What must hold between blocks is not in it."""
+    shape, inner = shape_of(declared)
+    if shape == "value":
+        return cast(dict[str, Any], json.loads(inner.json))
+    if shape == "list":
+        is_unique = not getattr(shape_of(inner)[1], "may_repeat", False)
+        return {"type": "array", "minItems": 1, "uniqueItems": is_unique, "items": json_schema(inner)}
+    if shape == "mapping":
+        names = {} if inner[0] is str else {"propertyNames": {"enum": list(inner[0])}}
+        return {"type": "object", "additionalProperties": json_schema(inner[1]), **names}
+    known = settings_of(inner)
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"} if inner is Configuration else {}
+    return {
+        **head,
+        "type": "object",
+        "additionalProperties": False,
+        "required": [name for name, one in known.items() if one.default is NEEDED],
+        "properties": {name: {"description": one.meaning, **json_schema(one.declared)} for name, one in known.items()},
+        "allOf": [{}, *_schema_rules(inner, known)],
+    }
+
+
+def _schema_rules(record: Any, known: Mapping[str, Setting]) -> Iterator[dict[str, Any]]:
+    """As conflicts()."""
+    for when, group in getattr(record, "ONE_OF", ()):
+        exactly = {"oneOf": [{"required": [name]} for name in group]}
+        yield {"if": {"required": [when]}, "then": exactly} if when else exactly
+    for name, one in known.items():
+        if one.beside:
+            others = {"anyOf": [{"required": [other]} for other in one.beside]}
+            yield {"if": {"required": [name]}, "then": others}
+        twins = [other for other in known if other < name and known[other].attribute == one.attribute]
+        yield from ({"not": {"required": [name, other]}} for other in (*one.against, *twins))
 
 
 # ---------------------------------------------------------------- Expressions
@@ -8958,6 +8988,7 @@ class Command:
     act: Callable[[Arguments, Configuration], int | None]
     options: tuple[Option, ...]
     needs_declarations: bool  # else the database is enough: it works in spite of a mistake in adce.yaml
+    needs_file: bool  # else not even that
 
 
 def option(*names: str, **settings: Any) -> Option:
@@ -8965,11 +8996,12 @@ def option(*names: str, **settings: Any) -> Option:
     return names, settings
 
 
-def command(*options: Option, needs_declarations: bool = True) -> Callable[[Act], Act]:
+def command(*options: Option, needs_declarations: bool = True, needs_file: bool = True) -> Callable[[Act], Act]:
     """Make a function `command_NAME` the command NAME; its docstring is the help."""
 
     def mark(act: Act) -> Act:
-        vars(act)["command"] = Command(act.__name__.removeprefix("command_"), act, options, needs_declarations)
+        name = act.__name__.removeprefix("command_")
+        vars(act)["command"] = Command(name, act, options, needs_declarations, needs_file)
         return act
 
     return mark
@@ -9091,6 +9123,8 @@ def _open_standard_files() -> None:
 
 
 def _configuration_for(arguments: Arguments) -> Configuration:
+    if not arguments.chosen.needs_file:
+        return Configuration()
     path, given = find_configuration(arguments.config), arguments.db or os.environ.get("ADCE_DB")
     database = Path(given).absolute() if given else None
     try:
@@ -9128,7 +9162,8 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(words)
     try:
         configuration = _configuration_for(arguments)
-        quarantine_stale_wal(configuration.database)
+        if arguments.chosen.needs_file:
+            quarantine_stale_wal(configuration.database)
         _check_names(arguments, configuration)
         code = arguments.chosen.act(arguments, configuration) or ExitCode.DONE
         sys.stdout.flush()
@@ -9508,6 +9543,23 @@ def command_check(arguments: Arguments, configuration: Configuration) -> ExitCod
     rows = check_rows(configuration, online=arguments.online)
     _print(arguments, [Section("checks", "", rows)])
     return ExitCode.ERROR if any(row["result"] == "FAIL" for row in rows) else ExitCode.DONE
+
+
+@command(
+    option("key", nargs="?", metavar="KEY", help="such as retry.max_attempts"),
+    option("--json-schema", action="store_true", help="a JSON Schema for editors instead"),
+    needs_file=False,
+)
+def command_explain(arguments: Arguments, _: Configuration) -> None:
+    """Print the meaning of the keys of adce.yaml, or a JSON Schema of them."""
+    if arguments.json_schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    rows = explain(arguments.key)
+    if arguments.format == "table":
+        print(explained_text(rows))
+    else:
+        _print(arguments, [Section("keys", "", rows)])
 
 
 @command(option("name", choices=sorted([*EXAMPLES, "grafana", "launchd"])))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+import re
 from datetime import date, time
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 from conftest import ROOT, run_adce
 
 import adce
@@ -28,6 +31,7 @@ CHILD = """\
     url: "/games/{game_id}"
     partitions: {from: days, ids: "ids", as: game_id}
 """
+SEASONS = 'seasons: [{label: "2023-24", end: 2024, start: 2023-10-24, finish: 2024-06-17}]\n'
 FOUR_BLOCKS = """\
 max_concurrent_scrapers: 5
 reconciliation_interval_minutes: 15
@@ -55,6 +59,10 @@ def edited(old: str, new: str) -> str:
     assert old in BASE
     return BASE.replace(old, new)
 
+
+COMMAND = edited('url: "/days/{date}"', 'command: [fetch, "{date}"]')
+CALL = edited('url: "/days/{date}"', "call: module:function")
+OF_SEASONS = SEASONS + COMMAND.replace("{from: 2024-01-01}", "{seasons: all}")
 
 # case: (text, the problem lines that must be told, all of them, in order)
 BROKEN = {
@@ -95,6 +103,10 @@ BROKEN = {
     "a limit for a misspelt source": (
         "rate_limiting: {source_limits: {epsn: {requests_per_minute: 5}}}\n" + BASE,
         ['1:39: rate_limiting.source_limits.epsn: source "epsn" is not defined, did you mean "espn"?'],
+    ),
+    "a number that is too long": (
+        "max_concurrent_scrapers: " + "9" * 400 + "\n" + BASE,
+        [f"1:26: max_concurrent_scrapers: expected a whole number of 1 or more, found '{'9' * 400}' (a number)"],
     ),
     "a percentage above 100": (
         "rate_limiting: {backoff: {threshold_percent: 180}}\n" + BASE,
@@ -319,6 +331,193 @@ BROKEN = {
 }
 
 
+# Keys that are known, and have no effect or no meaning where they stand.
+MISPLACED = {
+    "ids beside dates": (
+        edited("{dates: {from: 2024-01-01}}", '{dates: {from: 2024-01-01}, ids: "a"}'),
+        ['8:50: datasets.days.partitions.ids: has no effect without "from"'],
+    ),
+    "a regular expression beside values": (
+        edited("{dates: {from: 2024-01-01}}", '{values: {date: [a]}, regex: "(a)"}'),
+        ['8:46: datasets.days.partitions.regex: has no effect without "from"'],
+    ),
+    "a form of dates": (
+        edited("{dates: {from: 2024-01-01}}", "{dates: {from: 2024-01-01}, as: day}"),
+        ['8:49: datasets.days.partitions.as: has no effect without "from" or "seasons"'],
+    ),
+    "times beside same_as": (
+        BASE
+        + CHILD
+        + CHILD.replace("games", "boxes").replace(
+            '{from: days, ids: "ids", as: game_id}', "{same_as: games, times: {half: ['1', '2']}}"
+        ),
+        [
+            '18:41: datasets.boxes.partitions.times: has no effect without "dates" or "seasons" or "values" or "from"',
+        ],
+    ),
+    "ids and a regular expression": (
+        BASE + CHILD.replace('ids: "ids"', 'ids: "ids", regex: "(a)"'),
+        ["13:17: datasets.games.partitions: needs exactly one of ids and regex, has ids and regex"],
+    ),
+    "an end of all seasons": (
+        SEASONS + edited("{from: 2024-01-01}", "{seasons: all, to: 2024-03-01}"),
+        ['9:44: datasets.days.partitions.dates.to: has no effect without "from"'],
+    ),
+    "all seasons and a first day": (
+        SEASONS + edited("{from: 2024-01-01}", "{seasons: all, from: 2024-03-01}"),
+        ["9:25: datasets.days.partitions.dates: needs exactly one of seasons and from, has seasons and from"],
+    ),
+    "two ends": (
+        edited("{from: 2024-01-01}", "{from: 2024-01-01, to: 2024-03-01, until: 2024-02-01}"),
+        ['8:67: datasets.days.partitions.dates.until: is a second end beside "to"; give one of them'],
+    ),
+    "current without a season": (
+        BASE + "    freshness: {current: 1d}\n",
+        ["9:26: datasets.days.freshness.current: has no effect: its objects have no season"],
+    ),
+    "past without a season": (
+        BASE + "    freshness: {past: never}\n",
+        ["9:23: datasets.days.freshness.past: has no effect: its objects have no season"],
+    ),
+    "current beside until": (
+        SEASONS + BASE + '    freshness: {until: "done", current: 1d}\n',
+        ['10:41: datasets.days.freshness.current: has no effect beside "until"'],
+    ),
+    "once more after the end": (
+        BASE + '    freshness: {until: "done", refetch_once_after: 36h}\n',
+        ['9:52: datasets.days.freshness.refetch_once_after: has no effect beside "until"'],
+    ),
+    "available without a day": (
+        BASE
+        + CHILD.replace(
+            '{from: days, ids: "ids", as: game_id}',
+            '{values: {game_id: ["1"]}}\n    available_after: "9:30"'.replace("9:30", "09:30"),
+        ),
+        ["14:22: datasets.games.available_after: has no effect: its objects have no date"],
+    ),
+    "a timeout of a url": (
+        BASE + "    timeout_seconds: 5\n",
+        ['9:22: datasets.days.timeout_seconds: has no effect without "command" or "call"'],
+    ),
+    "an environment of a url": (
+        BASE + "    environment: [HOME]\n",
+        ['9:18: datasets.days.environment: has no effect without "command" or "call"'],
+    ),
+    "the output of a url": (
+        BASE + "    output: store\n",
+        ['9:13: datasets.days.output: has no effect without "command"'],
+    ),
+    "the output of a call": (
+        CALL + "    output: stdout\n",
+        ['9:13: datasets.days.output: has no effect without "command"'],
+    ),
+    "a batch of a call": (
+        CALL + "    batch: {by: date}\n",
+        ["9:12: datasets.days.batch: only a command can bring many objects"],
+    ),
+    "a batch that prints": (
+        OF_SEASONS + "    batch: {by: season}\n    output: stdout\n",
+        ["11:13: datasets.days.output: only a command for one object can print it"],
+    ),
+    "a batch by the field that differs": (
+        COMMAND + "    batch: {by: date}\n",
+        ["9:17: datasets.days.batch.by: has no effect: no two objects share a date"],
+    ),
+    "a batch of one": (
+        OF_SEASONS + "    batch: {by: season, max: 1}\n",
+        ["10:30: datasets.days.batch.max: has no effect: a batch holds more than 1 object"],
+    ),
+    "an unknown code in a date": (
+        edited("days/{date}.json", "days/{date:%Y-Q%Q-%m-%d}.json"),
+        ["6:10: datasets.days.key: {date:%Y-Q%Q-%m-%d}: unsupported format code %Q"],
+    ),
+    "a date in seconds": (
+        edited("/days/{date}", "/days/{date:%s}"),
+        ["7:10: datasets.days.url: {date:%s}: unsupported format code %s"],
+    ),
+    "an interval in minutes and in hours": (
+        "reconciliation_interval_minutes: 60\nreconciliation_interval_hours: 1\n" + BASE,
+        ['2:32: reconciliation_interval_hours: sets the same as "reconciliation_interval_minutes"; give one of them'],
+    ),
+    "a multiplier of all others": (
+        "priority_weighting: {source_multipliers: {default: 1.0}}\n" + BASE,
+        ['1:52: priority_weighting.source_multipliers.default: has no effect: no source is named "default"'],
+    ),
+    "a limit of all others": (
+        "rate_limiting: {source_limits: {default: {requests_per_minute: 5}}}\n" + BASE,
+        ['1:42: rate_limiting.source_limits.default: has no effect: no source is named "default"'],
+    ),
+    "a first delay beyond the longest": (
+        "retry: {initial_delay_seconds: 60, max_delay_seconds: 30}\n" + BASE,
+        ["1:32: retry.initial_delay_seconds: 60 is more than max_delay_seconds"],
+    ),
+    "a bucket with one slash": (
+        "store: s3:/bucket/x\n" + BASE,
+        ["1:8: store: s3:/bucket/x is not s3://bucket/prefix"],
+    ),
+    "a bucket without a name": (
+        "store: s3:///x\n" + BASE,
+        ["1:8: store: s3:///x is not s3://bucket/prefix"],
+    ),
+    "no worker for a source": (
+        edited("{base_url", "{max_concurrent: 0, base_url"),
+        ["2:26: sources.espn.max_concurrent: 0 is not a whole number of 1 or more"],
+    ),
+    "no worker for a dataset": (
+        BASE + "    max_concurrent: 0\n",
+        ["9:21: datasets.days.max_concurrent: 0 is not a whole number of 1 or more"],
+    ),
+    "a field in ids that the parent has not": (
+        BASE + CHILD.replace('"ids"', "\"games[?day == '{game_id}'].id\""),
+        ['13:35: datasets.games.partitions.ids: no field "game_id" (there are: date)'],
+    ),
+    "an undeclared field in until": (
+        BASE + """    freshness: {until: "day == '{day}'"}\n""",
+        ['9:24: datasets.days.freshness.until: no field "day" (there are: date)'],
+    ),
+    "an undeclared field in live": (
+        BASE + """    freshness: {live: {while: "day == '{dat}'", every: 1m}}\n""",
+        ['9:31: datasets.days.freshness.live.while: no field "dat", did you mean "date"? (there are: date)'],
+    ),
+    "a field in error_when": (
+        edited("{base_url", """{error_when: "id == '{date}'", base_url"""),
+        ['2:22: sources.espn.error_when: no field "date" (there is none)'],
+    ),
+    "blocks in a block": (
+        "task_processing: {priority_weighting: {age_weight: 1}, rate_limiting: {}}\n" + BASE,
+        ["1:1: task_processing: unknown key; priority_weighting and rate_limiting in it belong at the top level"],
+    ),
+    "keys of the replaced system": (
+        "retry_delay_seconds: 60\nmax_retries: 3\ndry_run: {enabled: false}\n" + BASE,
+        [
+            '1:1: retry_delay_seconds: unknown key, did you mean "retry.initial_delay_seconds"?',
+            '2:1: max_retries: unknown key, did you mean "retry.max_attempts"?',
+            '3:1: dry_run: unknown key; remove it: use "adce.py plan"',
+        ],
+    ),
+    "a switch of the backoff": (
+        "rate_limiting: {backoff: {enabled: true}}\n" + BASE,
+        ["1:27: rate_limiting.backoff.enabled: unknown key; remove it: without backoff there is none"],
+    ),
+    "limits of nothing": (
+        "rate_limiting: {requests_per_minute: 5}\n" + BASE,
+        [
+            "1:17: rate_limiting.requests_per_minute: unknown key here; "
+            "it belongs in rate_limiting.global_limits or in rate_limiting.source_limits.*"
+        ],
+    ),
+    "freshness of a dataset": (
+        BASE + "    refetch_every: 6h\n",
+        ["9:5: datasets.days.refetch_every: unknown key here; it belongs in datasets.*.freshness"],
+    ),
+    "retries of a source": (
+        edited("{base_url", "{retry: {max_attempts: 1}, base_url"),
+        ["2:10: sources.espn.retry: unknown key here; it belongs at the top level"],
+    ),
+}
+BROKEN |= MISPLACED
+
+
 def problems_of(text: str, folder: Path) -> list[str]:
     """The problem lines of the message, without the lines that quote the file."""
     path = folder / "adce.yaml"
@@ -463,10 +662,9 @@ def test_both_forms_of_available_after(text, expected, configure):
     ],
 )
 def test_every_kind_of_partition(partitions, own, configure):
-    seasons = 'seasons: [{label: "2023-24", end: 2024, start: 2023-10-24, finish: 2024-06-17}]\n'
     key = "days/" + "-".join(f"{{{name}}}" for name in own)
     text = edited("{dates: {from: 2024-01-01}}", partitions).replace("days/{date}.json", key)
-    assert configure(seasons + text).datasets["days"].partitions.own_fields() == own
+    assert configure(SEASONS + text).datasets["days"].partitions.own_fields() == own
 
 
 def test_child_inherits_the_fields_of_its_parent(configure):
@@ -498,13 +696,131 @@ def test_which_file_is_read(tmp_path, monkeypatch):
     assert adce.find_configuration("given.yaml") == tmp_path / "given.yaml"
 
 
-def test_every_key_is_read_into_a_record():
-    records = {"retry": adce.Retry, "rate_limiting.backoff": adce.Backoff, "sources.*.blocked_when": adce.BlockedWhen}
-    records |= {"health_check": adce.HealthCheck, "datasets.*.validate": adce.Validation}
-    records |= {"datasets.*.freshness": adce.Freshness, "datasets.*.batch": adce.Batch}
-    for path, record in records.items():
-        keys = {key.path.rpartition(".")[2] for key in adce.KEYS if key.path.rpartition(".")[0] == path}
-        assert keys == {field.name for field in fields(record)}, path
+class SchemaLoader(yaml.SafeLoader):
+    """Reads a date as text, as an editor does."""
+
+
+SchemaLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in found if not tag.endswith("timestamp")]
+    for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# Mistakes that no schema can see: duplicate keys, the letters of YAML, references, expressions, two keys' values.
+UNSEEN = """
+    duplicate key, YAML reads 010 as 8, a number that is too long, a bucket that nothing refills, a limit for a
+    misspelt source, never as often, undefined source, undefined parent, undefined same_as, a dataset below
+    itself, the same as each other, bad JMESPath, bad regular expression, regular expression without a group,
+    undeclared field in a url, undeclared field in an expression, format of a field that is no date, attribute
+    access in a template, dates that end before they start, a day that does not exist, a season that ends before
+    it starts, seasons that are not declared, two datasets with the same key, a key that does not tell its objects
+    apart, a date format that loses the day, a key that climbs out, a date format that leads out of the store, an
+    unknown time zone, an address that is none, a header that smuggles another, a source named global, a store
+    that is none, two ends, current without a season, past without a season, available without a day, a batch that
+    prints, a batch by the field that differs, a batch of one, an unknown code in a date, a date in seconds, a
+    multiplier of all others, a limit of all others, a first delay beyond the longest, a bucket with one slash, a
+    bucket without a name, a field in ids that the parent has not, an undeclared field in until, an undeclared
+    field in live, a field in error_when
+"""
+
+
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft202012Validator:
+    schema = json.loads(run_adce("explain", "--json-schema", folder=ROOT).stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("text", [(ROOT / "adce.yaml").read_text(encoding="utf-8"), FOUR_BLOCKS + BASE + CHILD])
+def test_schema_accepts_good_configurations(text, validator):
+    assert [error.message for error in validator.iter_errors(yaml.load(text, SchemaLoader))] == []
+
+
+@pytest.mark.parametrize("case", sorted(BROKEN.keys() - {"a tab", "an open quote", "brackets without end"}))
+def test_schema_refuses_what_a_schema_can_see(case, validator):
+    unseen = " ".join(UNSEEN.split()).split(", ")
+    assert validator.is_valid(yaml.load(BROKEN[case][0], SchemaLoader)) == (case in unseen)
+
+
+REPLACED = """\
+version: "1.0"
+reconciliation_interval_minutes: 15
+max_concurrent_scrapers: 5
+rate_limiting:
+  global_limits: {requests_per_minute: 100}
+  backoff: {enabled: true, threshold_percent: 80}
+task_queue_file: gaps.json
+task_processing:
+  max_tasks_per_run: 1000
+  priority_weighting:
+    base_scores: {CRITICAL: 1000, HIGH: 100, MEDIUM: 10, LOW: 1}
+    source_multipliers: {espn: 1.5, default: 1.0}
+health_check: {port: 8080, check_interval_seconds: 60}
+max_retries: 3
+retry_delay_seconds: 60
+alerts: {enabled: true, channels: {email: {enabled: true}}}
+"""
+
+
+def test_hints_lead_from_the_replaced_system_to_a_working_file(configure, tmp_path):
+    problems = problems_of(REPLACED, tmp_path)
+    assert len(problems) == 9
+    for problem in problems:
+        assert re.search(r"; remove it|did you mean \"retry\.|belongs at the top level", problem), problem
+    moved = REPLACED.replace("task_processing:\n  max_tasks_per_run: 1000\n", "").replace("  priority_w", "priority_w")
+    moved = re.sub(r"^(version|task_queue_file|max_retries|retry_delay).*\n", "", moved, flags=re.MULTILINE)
+    moved = re.sub(r"enabled: true, (threshold)|, check_interval_seconds: 60", r"\1", moved).partition("alerts:")[0]
+    moved += "retry: {max_attempts: 3, initial_delay_seconds: 60}\n"
+    assert problems_of(moved, tmp_path) == [
+        '8:46: priority_weighting.source_multipliers.default: has no effect: no source is named "default"'
+    ]
+    assert configure(moved.replace(", default: 1.0", "")).retry.max_attempts == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "default"),
+    [
+        ("datasets.*.freshness.live.every", "datasets.*.freshness.live.every", "required"),
+        ("datasets.days.batch.max", "datasets.*.batch.max", "50"),
+        ("full_reconciliation_hours", "full_reconciliation_hours", "24"),
+        ("remind_every", "alerts.remind_every", "1d"),
+        ("trust_env", "sources.*.trust_env", "false"),
+        ("base_scores", "priority_weighting.base_scores", '{"CRITICAL": 1000, "HIGH": 100, "MEDIUM": 10, "LOW": 1}'),
+        ("store", "store", "lake"),
+    ],
+)
+def test_explain_tells_the_default_of_a_key(words, key, default):
+    assert [(row["key"], row["default"]) for row in adce.explain(words)] == [(key, default)]
+
+
+def test_explain_prints_a_block_with_the_keys_in_it():
+    done = run_adce("explain", "retry", folder=ROOT)
+    assert done.stdout.splitlines()[:6] == [
+        "retry",
+        "    a mapping",
+        "    retries of failed tasks",
+        "retry.max_attempts",
+        "    a whole number of 1 or more; default 5",
+        "    failures after which a task gives up",
+    ]
+    assert [row["key"] for row in adce.explain("sources.espn")][:2] == ["sources.*.base_url", "sources.*.headers"]
+
+
+def test_explain_needs_no_configuration(tmp_path):
+    (tmp_path / "adce.yaml").write_text("databse: x\n")
+    overview = json.loads(run_adce("explain", "--format", "json", folder=tmp_path).stdout)
+    assert [row["key"] for row in overview][:2] == ["database", "store"]
+    done = run_adce("explain", "freshnes", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert 'unknown key "freshnes", did you mean "freshness"?' in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["adce.yaml"]
+
+
+def test_two_mistakes_of_one_dataset_are_told_at_once(tmp_path):
+    text = BASE + CHILD.replace('"ids"', '"a[?"').replace("/games/{game_id}", "/games/{game}") + "    priority: NONE\n"
+    assert [problem.split(": ")[1] for problem in problems_of(text, tmp_path)] == [
+        "datasets.games.url",
+        "datasets.games.partitions.ids",
+        "datasets.games.priority",
+    ]
 
 
 def test_seasons_are_sorted_and_dates_are_dates(configure):

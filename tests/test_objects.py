@@ -220,6 +220,16 @@ def test_ids_may_come_from_a_pattern_over_the_text():
     assert list(found.mentions.values()) == [("201701010ATL",)]
 
 
+def test_expressions_may_name_fields_of_their_object_and_ids_those_of_the_parent():
+    live = adce.Live("now == '{team}'", 60)
+    one = dataset(freshness=adce.Freshness(until="over == '{date}'", live=live))
+    body = b'{"now": "ATL", "over": "2024-12-15", "games": [{"day": "2024-12-15", "id": "7"}, {"day": "x", "id": "8"}]}'
+    found = adce.inspect(one, {"date": "2024-12-15", "team": "ATL"}, body, [child(ids="games[?day == '{date}'].id")])
+    assert (found.settled, found.live, found.children) == (True, True, {"games": ("7",)})
+    other = adce.inspect(one, {"date": "2024-12-16", "team": "BOS"}, body, [child(ids="games[?day == '{date}'].id")])
+    assert (other.settled, other.live, other.children) == (False, False, {"games": ()})
+
+
 def test_body_that_is_not_valid_names_no_children():
     rules = adce.Validation(json=True, require=("final",))
     assert adce.inspect(dataset(validate=rules), {}, b'{"ids": ["7"]}', [child(ids="ids")]).mentions == {}

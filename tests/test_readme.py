@@ -16,11 +16,32 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHIPPED = (ROOT / "adce.yaml").read_text(encoding="utf-8")
 
 
-def test_every_key_is_in_the_guide_or_in_the_shipped_configuration():
-    words = set(re.findall(r"[a-z_]+", README + SHIPPED))
-    shortened = {"requests_per_minute", "requests_per_hour", "requests_per_day"}  # written as _minute, _hour, _day
-    names = {key.path.rpartition(".")[2] for key in adce.KEYS} - {"*"} - {str(priority) for priority in adce.Priority}
-    assert names - words - shortened == set()
+def test_every_key_that_the_guide_names_exists():
+    paths = adce.all_settings()
+    names = {name for path in paths for name in path.split(".")} | {"_minute", "_hour", "_day"}
+    tables = re.findall(
+        r"^\| (?:key|freshness|validate|partitions)\b[^\n]*\n\| ---.*\n((?:\|.*\n)+)", README, re.MULTILINE
+    )
+    cells = [row.partition(" | ")[0] for table in tables for row in table.splitlines()]
+    named = [word for cell in cells for code in re.findall(r"`([^`]+)`", cell) for word in re.findall(r"^\w+", code)]
+    assert len(tables) == 8
+    assert [name for name in named if name not in names] == []
+    dotted = re.findall(r"`(\w+\.\w+)`", README)
+    assert [path for path in dotted if path.partition(".")[0] in paths and path not in paths] == []
+
+
+def test_every_key_has_a_kind_and_a_meaning():
+    rows = [row for path in adce.all_settings() for row in adce.explain(path)]
+    assert len(rows) > 100
+    assert [row["key"] for row in rows if not row["meaning"] or not row["kind"]] == []
+
+
+def test_keys_of_the_shipped_configuration_can_be_explained():
+    keys = set(re.findall(r"(?:^|[{,]) *([a-z_]+):(?= |$)", re.sub(r"#.*|\"[^\"]*\"", "", SHIPPED), re.MULTILINE))
+    known = {name for path in adce.all_settings() for name in path.split(".")}
+    sources = set(adce.load_configuration(ROOT / "adce.yaml").sources)
+    datasets = set(adce.load_configuration(ROOT / "adce.yaml").datasets)
+    assert keys - known - sources - datasets == {"month"}  # the name of a field
 
 
 def test_every_command_view_and_exit_code_is_in_the_guide():
