@@ -3613,30 +3613,11 @@ def record_response(sql: sqlite3.Connection, source: Source, answer: Answer, now
 
 
 # ---------------------------------------------------------------- Permits
-# The limits for everybody: other threads and processes ask the same sources under the same limits. Whoever
-# must wait computes the instant, takes a place in line and sleeps until then, outside every lock.
-# Headlines: Limiter, permit().
+# The limits for other threads and processes. A client that must wait joins the waiters and sleeps, outside
+# every lock, until its next look is worth it. Headlines: Limiter, permit().
 
 LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
 KEEP_ALIVE_SECONDS = 5
-
-
-def served() -> tuple[str, str]:
-    """The source and the tasks for which a runner has started this program; else empty."""
-    return os.environ.get("ADCE_SOURCE", ""), os.environ.get("ADCE_TASK", "")
-
-
-def count_request(sql: sqlite3.Connection, tasks: str) -> None:
-    """Count another request of the running attempt; of a batch, of its first."""
-    running = "update attempts set requests = requests + 1 where object_id = cast(? as integer) and outcome = 'running'"
-    sql.execute(running, (tasks.partition(",")[0],))
-
-
-def extend(sql: sqlite3.Connection, permit: Permit, deadline: float) -> None:
-    """The owner of a permit lives and needs it longer."""
-    sql.execute(
-        "update requests set deadline = ? where request_id = ? and finished_at is null", (deadline, permit.request_id)
-    )
 
 
 class ActivePermit:
@@ -3653,14 +3634,6 @@ class ActivePermit:
     def failed(self, outcome: Outcome, text: str) -> None:
         """No response came: TIMEOUT, UNREACHABLE or BROKEN, and why."""
         self.answer = Answer(outcome, text)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A place in line, and the boot time at which its owner looks again."""
-
-    owner: str
-    looks_at: float
 
 
 class Limiter:
@@ -3688,9 +3661,9 @@ class Limiter:
     def permit(self, source: str, wait: float | None = None) -> Iterator[ActivePermit]:
         """The right to send one HTTP request: waits until the source can be asked, `wait` seconds at most.
 
-        The request counts as under way until the block ends, however it ends. A block that ends without an
-        exception got a good answer, unless it says otherwise. Raises RateLimitedError as soon as `wait` is
-        too short as things are, and Error for an unknown source or when closed."""
+        The request counts as in flight until the block ends. A block that ends without an exception got a good
+        response, unless it says otherwise. Raises RateLimitedError as soon as `wait` is too short as things are, and
+        Error for an unknown source or when closed."""
         held = self.acquire(source, wait)
         try:
             yield held
@@ -3701,42 +3674,41 @@ class Limiter:
 
     def acquire(self, source: str, wait: float | None = None) -> ActivePermit:
         """The same without a block: the caller must release() what it gets."""
-        described = self.source(source)
-        owner = ""  # of a place in line
+        described, owner, is_waiting = self.source(source), f"{self._name}.{next(self._places)}", False
         give_up_at = math.inf if wait is None else self.clock.boot() + wait
         try:
             while True:
-                granted = self._try(described, owner, give_up_at)
-                if isinstance(granted, _Place):
-                    owner = granted.owner
-                    self._sleep(granted.looks_at)
+                granted = self._try(described, owner, give_up_at, is_waiting=is_waiting)
+                if isinstance(granted, float):
+                    is_waiting = True
+                    self._sleep(granted)
                 elif self.clock.boot() <= granted.send_before:
                     return self._hold(ActivePermit(granted, described))
                 else:  # this process was suspended, or the disk took very long
                     self.release(ActivePermit(granted, described), used=False)
+                    is_waiting = False
         except BaseException:
             with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
                 remove_waiter(sql, owner, self.clock.boot())
             raise
 
-    def _try(self, source: Source, owner: str, give_up_at: float) -> Permit | _Place:
-        """A permit, or a place in line."""
-        limiting = self.configuration.rate_limiting
+    def _try(self, source: Source, owner: str, give_up_at: float, *, is_waiting: bool) -> Permit | float:
+        """A permit, or the boot time of the next look."""
         self.database.check_place()
         with self.database.transaction() as sql:
-            now = self.clock.boot()
+            now, limiting = self.clock.boot(), self.configuration.rate_limiting
             opens = opening(sql, limiting, source.name, now, owner)
             if opens.at <= now:
-                if owner:
+                if is_waiting:
                     remove_waiter(sql, owner, now)
                 return grant(sql, limiting, source.name, source.timeout_seconds, now)
             if opens.at > give_up_at:
                 wait = format_duration(opens.at - now)
                 text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
                 raise RateLimitedError(text, opens.at - now)
-            place = _Place(owner or f"{self._name}.{next(self._places)}", min(opens.at, now + LOOK_AGAIN_SECONDS))
-            enqueue_waiter(sql, source.name, place.owner, opens, place.looks_at)
-            return place
+            looks_at = float(min(opens.at, now + LOOK_AGAIN_SECONDS))
+            enqueue_waiter(sql, source.name, owner, opens, looks_at)
+            return looks_at
 
     def _sleep(self, until: float) -> None:
         wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -3768,33 +3740,31 @@ class Limiter:
         with self._guard:
             due = [held for held, deadline in self._held.items() if deadline - now < 2 * KEEP_ALIVE_SECONDS]
         if due:
+            longer = "update requests set deadline = ? where request_id = ? and finished_at is null"
             with self.database.transaction(durable=False) as sql:
-                for held in due:
-                    extend(sql, held.permit, later)
+                sql.executemany(longer, [(later, held.permit.request_id) for held in due])
             with self._guard:
                 self._held.update({held: later for held in due if held in self._held})
 
     def release(self, held: ActivePermit, *, used: bool = True) -> None:
-        """The request is over, or was never sent. What cannot be written now counts until its deadline: that
-        is safe.
-
-        Whether an answer is any good is known when the attempt ends that it belongs to, and counts then."""
+        """The request is over, or was never sent. If that cannot be written now, it counts until its deadline: that is
+        safe. Whether a response is good is known, and counts, when the attempt ends that it belongs to."""
         with self._guard:
             self._held.pop(held, None)
         is_news = held.answer is not None and held.answer.outcome is not Outcome.OK
         with contextlib.suppress(DatabaseError), self.database.transaction(durable=is_news) as sql:
             now = self.clock.boot()
             release(sql, held.permit, now, used=used)
-            source, tasks = served()
-            if used and tasks:
-                count_request(sql, tasks)
-            is_judged_later = held.source.name == source
+            if used and (task := os.environ.get("ADCE_TASK", "").partition(",")[0]):  # of a batch, its first
+                count = "update attempts set requests = requests + 1 where object_id = ? and outcome = 'running'"
+                sql.execute(count, (task,))
+            is_judged_later = held.source.name == os.environ.get("ADCE_SOURCE")
             responses = (Outcome.OK, Outcome.HTTP_ERROR, Outcome.NOT_YET)
             if held.answer and not (is_judged_later and held.answer.outcome in responses):
                 record_response(sql, held.source, held.answer, now)
 
     def close(self) -> None:
-        """Whoever waits for a permit gets an Error at once. The database stays open."""
+        """End every wait for a permit with an Error. The database stays open."""
         self._closed.set()
         with self._guard:
             for wakeups in self._sleepers:
@@ -3803,7 +3773,7 @@ class Limiter:
 
 @functools.cache
 def _limiter_of(path: Path, database: Path | None) -> Limiter:
-    """One for each process; in one that was forked from it, every use of it is an error."""
+    """One for each process; in a fork of it, every use is an error."""
     configuration = load_configuration(path)
     return Limiter(configuration, open_database(database or configuration.database))
 
