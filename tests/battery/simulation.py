@@ -223,7 +223,7 @@ class World:
         self.configuration = adce.load_configuration(folder / "adce.yaml")
         self.other = adce.open_database(folder / "adce.db")
         with self.other.transaction() as sql:
-            adce.declare_datasets(sql, self.configuration, START)
+            adce.declare_datasets(sql, self.configuration)
         self.schedule()
 
     # ------------------------------------------------------------ time
@@ -311,7 +311,7 @@ class World:
             for scope in ("league", "shop", adce.GLOBAL):
                 adce.resume_source(ledger.sql, scope, self.clock.boot())
             unwanted = [row[0] for row in database.read("select task_id from skipped")]
-            adce.retry_tasks(ledger, [row[0] for row in database.read("select task_id from tasks")] + unwanted)
+            adce.retry_tasks(ledger, [row[0] for row in database.read("select task_id from queue")] + unwanted)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[tuple[adce.Database, adce.Ledger]]:
@@ -327,7 +327,7 @@ class World:
             del self.lake.objects[key]
 
     def operate(self) -> None:
-        what = self.random.choice(["pause", "resume", "retry", "skip", "order"])
+        what = self.random.choice(["pause", "resume", "retry", "skip", "cycle"])
         self.note("operator", what=what)
         with self.beside() as (database, ledger):
             scope = self.random.choice(["league", "shop", adce.GLOBAL])
@@ -342,7 +342,7 @@ class World:
             elif what == "skip":
                 adce.skip_tasks(ledger, some, "the operator said so")
             else:
-                adce.ask_for_cycle(ledger.sql, adce.Orders(is_full=True), self.clock.wall())
+                adce.request_cycle(ledger.sql, adce.CycleOptions(is_full=True))
 
     def step_clock(self) -> None:
         seconds = self.random.choice([-3600, -60, 60, 3600, 5 * 3600])
@@ -476,7 +476,7 @@ class World:
             journal = adce.Journal(io.StringIO(), clock=self.clock)
             self.runner = runner = adce.Runner(self.configuration, database, self.lake, journal)
             runner.workers.pool = runner.listers = Workers(self)
-            runner.beat_seconds, runner.dice = 3600.0, random.Random(self.random.random())
+            runner.beat_seconds, runner.rng = 3600.0, random.Random(self.random.random())
             self.note("start")
             try:
                 runner.run(max_seconds=end - self.now)
@@ -499,7 +499,7 @@ class World:
     def judge_stop(self, database: adce.Database) -> None:
         """After a clean stop nothing runs, and the books are right."""
         books = {
-            "tasks still running": "select count(*) from tasks where state = 'running'",
+            "tasks still running": "select count(*) from queue where state = 'running'",
             "attempts that no day counts": """
                 select coalesce(sum(attempts), 0) < (select count(*) from attempts where outcome != 'running')
                 from daily_totals""",
@@ -510,7 +510,10 @@ class World:
         for row in database.read("select key, etag from objects where state = 'present'"):
             body, stored = self.lake.objects.get(row["key"], (b"", None))
             if stored and stored.etag == row["etag"]:
-                json.loads(body)  # whole
+                try:
+                    json.loads(body)
+                except ValueError as error:
+                    raise BrokenPromiseError(f"{row['key']} is called present and is not whole") from error
 
     def judge_end(self) -> None:
         """The last third of the week was calm: by now the lake is complete."""
@@ -528,7 +531,7 @@ class World:
                     raise BrokenPromiseError(f"{row['key']} is called present and is not there")
             if not database.value("select count(*) from objects where state = 'present'") > 30:
                 raise BrokenPromiseError("hardly anything was collected")
-            self.counts["tasks done"] = database.value("select count(*) from tasks where state = 'done'")
+            self.counts["stored"] = database.value("select sum(attempts) from stats where outcome = 'ok'")
             self.counts["attempts"] = database.value("select count(*) from attempts")
         self.other.close()
 
