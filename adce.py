@@ -8251,8 +8251,8 @@ class Runner:
 
     def _turn(self) -> None:
         """One turn of the main loop. All that has finished and all that is claimed is one transaction."""
-        openings = self._work(may_claim=self.has_ended_cycle or not self.once)
         self._advance_cycle()
+        openings = self._work(may_claim=self.has_ended_cycle or not self.once)
         self._beat()
         wait = self._seconds_to_next_event(openings)
         is_idle = self.steps is None and not (self.workers.running or self.unrecorded)
