@@ -4017,7 +4017,9 @@ class Ledger:
         if state not in GAPS:
             self.closed += task is not None
             return known._replace(state=state, reason=reason, since=since, next_at=next_at, task=None)
-        waits = next_at is not None and (is_fetched or next_at > self.now)
+        if is_fetched and (next_at is None or next_at <= self.now):  # the size or the clock of the store is wrong
+            next_at = int(self.now + self.configuration.retry.initial_delay_seconds) + 1
+        waits = next_at is not None and next_at > self.now
         has_changed = task == TaskState.RETRY and not known.failures and state != known.state and not waits
         row = known._replace(state=state, reason=reason, since=since)
         if task is None or is_fetched or has_changed:
