@@ -442,13 +442,15 @@ class World:
         return adce._judge(spec, answer, body, store)
 
     def document(self, url: str) -> bytes | None:
-        """The truth at this instant. A day's two games end by the next morning; a game exists once its day is over."""
+        """The truth at this instant. A day's two games end by the next morning; every third day has another second game
+        by then."""
         what, _, value = url.partition("invalid/")[2].partition("?")
         value = value.partition("=")[2].partition("&")[0]
         if what == "day":
             day_ends = (time.mktime(time.strptime(value, "%Y-%m-%d")) - time.timezone) + 26 * 3600
             is_final = self.clock.wall() > day_ends
-            games = [value.replace("-", "") + letter for letter in "ab"]
+            letters = "ac" if is_final and int(value[-2:]) % 3 == 0 else "ab"
+            games = [value.replace("-", "") + letter for letter in letters]
             return json.dumps({"date": value, "final": is_final, "games": games}).encode()
         return json.dumps({"id": value, "text": "x" * 50}).encode()
 
@@ -507,13 +509,18 @@ class World:
         for what, sql in (books | adce.CONSISTENCY).items():
             if database.value(sql):
                 raise BrokenPromiseError(what)
-        for row in database.read("select key, etag from objects where state = 'present'"):
-            body, stored = self.lake.objects.get(row["key"], (b"", None))
-            if stored and stored.etag == row["etag"]:
+        self.judge_contents(database, is_read=True)  # a cycle may have been stopped before it read what it found
+
+    def judge_contents(self, database: adce.Database, *, is_read: bool) -> None:
+        """What is called present is whole; of what others have written only that which was read, or all."""
+        known = "select key, etag from objects where state = 'present' and (not ? or read_etag = etag)"
+        for key, etag in database.read(known, (is_read,)):
+            body, stored = self.lake.objects.get(key, (b"", None))
+            if stored and stored.etag == etag:
                 try:
                     json.loads(body)
                 except ValueError as error:
-                    raise BrokenPromiseError(f"{row['key']} is called present and is not whole") from error
+                    raise BrokenPromiseError(f"{key} is called present and is not whole") from error
 
     def judge_end(self) -> None:
         """The last third of the week was calm: by now the lake is complete."""
@@ -529,11 +536,25 @@ class World:
                     raise BrokenPromiseError(f"{row['key']} is stale since {now - row['since']:.0f} s")
                 if row["state"] == "present" and row["key"] not in self.lake.objects:
                     raise BrokenPromiseError(f"{row['key']} is called present and is not there")
+            self.judge_expected(database)
+            self.judge_contents(database, is_read=False)
             if not database.value("select count(*) from objects where state = 'present'") > 30:
                 raise BrokenPromiseError("hardly anything was collected")
             self.counts["stored"] = database.value("select sum(attempts) from stats where outcome = 'ok'")
             self.counts["attempts"] = database.value("select count(*) from attempts")
         self.other.close()
+
+    def judge_expected(self, database: adce.Database) -> None:
+        """What is expected below the days is what the days in the lake name."""
+        for key, (body, _) in self.lake.objects.items():
+            if not key.startswith("days/"):
+                continue
+            day = key[5:15].replace("/", "")
+            wanted = {f"{folder}/{game}.json" for game in json.loads(body)["games"] for folder in ("games", "boxes")}
+            known = "select key from objects_now where state != 'dropped' and (key glob ? or key glob ?)"
+            found = {row[0] for row in database.read(known, (f"games/{day}*", f"boxes/{day}*"))}
+            if found != wanted:
+                raise BrokenPromiseError(f"{key} names {sorted(wanted)}, expected are {sorted(found)}")
 
 
 def simulate(seed: int) -> World:

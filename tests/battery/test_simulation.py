@@ -49,6 +49,10 @@ def forget_open_tasks(sql, before):
     return sql.execute("update objects set task = null where task = 'retry' and attempts > 1").rowcount
 
 
+def drop_nothing(ledger, datasets, after):
+    return None
+
+
 def wake_nobody(sql, before):
     return 0
 
@@ -59,9 +63,10 @@ def wake_nobody(sql, before):
         (adce, "opening", ask_always, range(12), "was asked more than"),
         (adce, "requeue_orphans", requeue_nothing, range(12), "running|missing"),
         (adce.Ledger, "appraised", close_no_task, range(12), "open tasks without a gap|turns without end"),
-        (adce, "inspect", believe_whatever_is_fetched, range(12), "is not whole|hardly anything"),
+        (adce, "inspect", believe_whatever_is_fetched, range(12), "is not whole|hardly anything|expected are"),
         (adce, "forget", forget_open_tasks, range(12), "gaps without a task|missing"),
         (adce, "wake_retries", wake_nobody, range(12), "turns without end"),
+        (adce, "drop_unexpected", drop_nothing, range(12), "names .* expected are"),
     ],
 )
 def test_judge_sees_a_program_that_does_wrong(place, name, mutant, seeds, found, monkeypatch):
