@@ -3977,7 +3977,7 @@ class Ledger:
 # or changed is one upsert, the rest is one drop. Mentions are facts; which objects they make follows from
 # adce.yaml. Headlines: declare_datasets(), expect(), note_mentions().
 
-EXPECTED_AT_ONCE = 500  # objects, in one transaction
+EXPECTED_AT_ONCE = 300  # objects, in one transaction
 SCANNED_AT_ONCE = 2000  # rows, in one transaction
 LAST_KEY = "\U0010ffff"  # sorts after every key
 WANTED = """
@@ -3985,7 +3985,7 @@ create temp table if not exists wanted (
     -- The keys that the datasets under expansion expect. The first dataset to expect a key has it.
     key          text    primary key,
     dataset_id   integer not null,
-    fields       text,               -- null: not new, or inserted by now
+    fields       text,               -- null: not new
     season       text,
     day          text,
     available_at integer,
@@ -4154,14 +4154,10 @@ def _note_conflict(ledger: Ledger, dataset: Dataset, row: WantedRow, owner: int)
         ledger.problems.append(f"{text}; give each a key of its own")
 
 
-def take_new(ledger: Ledger, low: str, high: str) -> list[WantedRow]:
-    """Take up to a page of the new objects between two keys, in order. The caller inserts them."""
+def new_objects(ledger: Ledger, low: str, high: str) -> list[WantedRow]:
+    """Up to a page of the new objects between two keys, in order. The caller inserts them."""
     page = "select * from wanted where fields is not null and key >= ? and key <= ? order by key limit ?"
-    rows = [WantedRow._make(row) for row in ledger.sql.execute(page, (low, high, EXPECTED_AT_ONCE))]
-    if rows:
-        taken = "update wanted set fields = null where fields is not null and key >= ? and key <= ?"
-        ledger.sql.execute(taken, (low, rows[-1].key))
-    return rows
+    return list(map(WantedRow._make, ledger.sql.execute(page, (low, high, EXPECTED_AT_ONCE))))
 
 
 def note_mentions(ledger: Ledger, parent: ObjectRow, found: Inspection) -> set[tuple[str, str]]:
@@ -5012,7 +5008,7 @@ def _note_content(ledger: Ledger, target: ObjectRow, found: Inspection) -> None:
 # state, so a missed event costs nothing. Headline: reconcile().
 
 LISTED_AT_ONCE = 4  # prefixes
-NOTED_AT_ONCE = 500  # objects, in one transaction: a claim waits no longer than that takes
+NOTED_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
 
 
@@ -5092,13 +5088,19 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
 
 
 def _end_expansion(cycle: Cycle) -> Iterator[None]:
-    """New objects of which the store could not be searched are awaited."""
-    while cycle.new:
+    """New objects for which the store could not be searched are awaited."""
+    rows: Sequence[WantedRow] = [WantedRow("", 0, None, None, None, None, None)] if cycle.new else []
+    while rows:
         with cycle.ledger() as ledger:
-            rows = take_new(ledger, "", LAST_KEY)
-            ledger.sql.executemany(UPSERT_OBJECT, [(*row, int(ledger.now)) for row in rows])
-        cycle.new = cycle.new - len(rows) if rows else 0
+            rows = new_objects(ledger, rows[-1].key + "\0", LAST_KEY)
+            known = ledger.sql.execute(
+                "select key from objects where key in (select value from json_each(?))",
+                (json.dumps([row.key for row in rows]),),
+            ).fetchall()
+            there = {row[0] for row in known}
+            ledger.sql.executemany(UPSERT_OBJECT, [(*row, int(ledger.now)) for row in rows if row.key not in there])
         yield
+    cycle.new = 0
     with cycle.ledger() as ledger:
         done = "update datasets set expansion = ? where dataset = ?"
         ledger.sql.executemany(done, [(digest, name) for name, digest in cycle.expanded.items()])
@@ -5235,27 +5237,33 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
 
 def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]) -> Iterator[None]:
     """Insert the new objects in a range of keys with the state that the listing shows."""
-    count = EXPECTED_AT_ONCE if cycle.new else 0
+    low, count = keys.low, EXPECTED_AT_ONCE if cycle.new else 0
     names = {row[1]: row[0] for row in cycle.database.read("select dataset, dataset_id from datasets")} if count else {}
+    readers = _readers(cycle)
     while count >= EXPECTED_AT_ONCE:
         with cycle.ledger() as ledger:
-            wanted, rows = take_new(ledger, keys.low, keys.high), []
+            wanted, rows, now = new_objects(ledger, low, keys.high), [], int(ledger.now)
             for key, number, fields, season, day, available_at, parent_id in wanted:
                 name, entry = names[number], listed.get(key)
-                row = ObjectRow(0, name, key, fields or "", season, day, available_at, since=int(ledger.now))
+                row = ObjectRow(0, name, key, fields or "", season, day, available_at, since=now)
                 if entry:
-                    is_read = not must_be_read(cycle.configuration, cycle.configuration.datasets[name])
-                    row = _seen(row, entry, ledger.now, is_read=is_read)
-                    cycle.unexpected -= 1
+                    row = _seen(row, entry, now, is_read=name not in readers)
                 rows.append((number, parent_id, ledger.appraised(row)))
-            cycle.looked += ledger.insert(rows)
-        count = len(wanted)
-        cycle.new -= count
+            inserted = ledger.insert(rows)
+        cycle.new -= inserted
+        cycle.looked += inserted
+        cycle.unexpected -= sum(row.key in listed for row in wanted) if inserted else 0
+        count, low = len(wanted), wanted[-1].key + "\0" if wanted else ""
         yield
 
 
+def _readers(cycle: Cycle) -> set[str]:
+    """The datasets whose contents are read."""
+    return {one.name for one in cycle.configuration.datasets.values() if must_be_read(cycle.configuration, one)}
+
+
 def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[str, StoredObject]) -> Iterator[None]:
-    readers = {one.name for one in cycle.configuration.datasets.values() if must_be_read(cycle.configuration, one)}
+    readers = _readers(cycle)
     for chunk in chunks(iter(object_ids), NOTED_AT_ONCE):
         with cycle.ledger() as ledger:
             rows = []
@@ -5264,13 +5272,13 @@ def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[s
                     continue  # stored since it was compared, or to be dropped
                 entry = listed.get(target.key)
                 is_read = target.dataset not in readers
-                seen = _seen(target, entry, ledger.now, is_read=is_read) if entry else target._replace(proven=1)
+                seen = _seen(target, entry, int(ledger.now), is_read=is_read) if entry else target._replace(proven=1)
                 rows.append(ledger.appraised(seen))
             ledger.write(rows)
         yield
 
 
-def _seen(target: ObjectRow, entry: StoredObject, now: float, *, is_read: bool) -> ObjectRow:
+def _seen(target: ObjectRow, entry: StoredObject, now: int, *, is_read: bool) -> ObjectRow:
     """The row of an object that is listed with another etag: its content counts as unread. No clock but ours says how
     old it is: one that is ahead would keep it fresh for longer."""
     read_etag, verdict, settled, live = target.read_etag, target.verdict, target.settled, target.live
@@ -5278,10 +5286,10 @@ def _seen(target: ObjectRow, entry: StoredObject, now: float, *, is_read: bool) 
         verdict = settled = live = None
     return target._replace(
         proven=1,
-        seen_at=target.seen_at or int(now),
+        seen_at=target.seen_at or now,
         etag=entry.etag,
         size=entry.size,
-        modified_at=min(entry.modified_at, int(now)),
+        modified_at=min(entry.modified_at, now),
         read_etag=entry.etag if is_read else read_etag,
         verdict=verdict,
         settled=settled,
