@@ -4497,6 +4497,8 @@ def _settle(
     elif row.state not in GAPS:  # the gap was closed, or excluded, meanwhile
         row = ledger.note(row)
     else:
+        if result.stored and result.inspection:  # a program left an invalid object
+            row = ledger.appraised(ledger.stored(row, result.stored, result.inspection))
         row = _tried_in_vain(ledger, row, result, delay, counted=counted)
     closed = TaskState.CANCELLED if row.state == ObjectState.SKIPPED else TaskState.DONE
     state = closed if row.task is None else TaskState(row.task)
@@ -8115,11 +8117,11 @@ class Runner:
                 self._record(sql, execution, results, (hops, log))
             if may_claim:
                 openings = self._claim(sql, hops, begun)
-            if openings or self.is_waiting:
-                now, seconds = self.clock.boot(), self.configuration.queue_check_seconds
-                self.is_waiting = keep_places(sql, openings, now, seconds)
+            is_waiting = self.is_waiting
+            if openings or is_waiting:
+                is_waiting = keep_places(sql, openings, self.clock.boot(), self.configuration.queue_check_seconds)
         self.unrecorded.clear()
-        self.hops = hops
+        self.hops, self.is_waiting = hops, is_waiting
         for execution in begun:
             self.workers.submit(execution)
         for write in log:
@@ -8146,7 +8148,7 @@ class Runner:
                 appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
         busy = self.workers.at_work()
         busy.update(execution.claimed.dataset.name for execution in [*hops, *begun])
-        while free > len(begun) and not any(execution.claimed.runs_exclusively for execution in begun):
+        while free > len(begun) and not any(one.claimed.runs_exclusively for one in [*hops, *begun]):
             claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun))
             if claimed is None:
                 return openings | waits
