@@ -3978,7 +3978,7 @@ class Ledger:
 # adce.yaml. Headlines: declare_datasets(), expect(), note_mentions().
 
 EXPECTED_AT_ONCE = 300  # objects, in one transaction
-SCANNED_AT_ONCE = 2000  # rows, in one transaction
+SCANNED_AT_ONCE = 1000  # rows, in one transaction
 LAST_KEY = "\U0010ffff"  # sorts after every key
 WANTED = """
 create temp table if not exists wanted (
