@@ -3189,7 +3189,7 @@ OBSERVATION = """
                (select count(*)
                   from waiters
                  where expires_at >= :now
-                   and iif(s.scope = 'global', waits_for = 'global', source = s.scope)
+                   and iif(s.scope = 'global', waits_for = 'global' or opens_at <= :now, source = s.scope)
                    and waiter_id < coalesce(
                        (select waiter_id from waiters where source = :source and owner = :owner),
                        9223372036854775807)) as ahead
@@ -3352,8 +3352,13 @@ def _finished_at(sql: sqlite3.Connection, scope: str, number: int) -> float:
     return cast(float, row[0]) if row else -math.inf
 
 
-def grant(sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_seconds: float, now: float) -> Permit:
-    """Take a permit. `opening` has just said, in this transaction, that it is possible now."""
+def grant(
+    sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_seconds: float, now: float, owner: str = ""
+) -> Permit:
+    """Take a permit, and give up the place of `owner` among the waiters. `opening` has just said, in this transaction,
+    that it is possible now."""
+    if owner:
+        sql.execute("delete from waiters where source = ? and owner = ?", (source, owner))
     send_before = now + SEND_WITHIN_SECONDS
     deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
     if limiting.backoff or any(limits.burst_size for limits in limiting.scopes.values()):
@@ -3699,9 +3704,7 @@ class Limiter:
             now, limiting = self.clock.boot(), self.configuration.rate_limiting
             opens = opening(sql, limiting, source.name, now, owner)
             if opens.at <= now:
-                if is_waiting:
-                    remove_waiter(sql, owner, now)
-                return grant(sql, limiting, source.name, source.timeout_seconds, now)
+                return grant(sql, limiting, source.name, source.timeout_seconds, now, owner if is_waiting else "")
             if opens.at > give_up_at:
                 wait = format_duration(opens.at - now)
                 text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
@@ -4319,7 +4322,7 @@ def claim(
             break
         granted = None
         if dataset.url:
-            granted = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now)
+            granted = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now, RUNNER)
         first = ObjectRow._make(head[: len(ObjectRow._fields)])
         tasks = [first]
         if dataset.batch and not is_exclusive:
@@ -8138,7 +8141,7 @@ class Runner:
             if free <= len(begun) or opens.at > now:
                 openings |= {source.name: opens} if opens.at > now else {}
                 continue
-            granted = grant(sql, limiting, source.name, source.timeout_seconds, now)
+            granted = grant(sql, limiting, source.name, source.timeout_seconds, now, RUNNER)
             hops.remove(execution)
             spec = dataclasses.replace(execution.spec, send_before=granted.send_before)
             begun.append(Execution(dataclasses.replace(execution.claimed, permit=granted), spec))
