@@ -18,47 +18,36 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Time                        instants and durations; the only reader of the clock
     Schema                      the tables: the centre of the design
     Views                       what people read of them
-    Database                    one safe door to the SQLite file
-    Opening                     how it is made and opened
-    Backups                     a copy while others work
-    Templates                   texts with fields in them
+    Database                    one safe door to the SQLite file; its lock and its backups
+    Templates and expressions   texts with fields, JMESPath
     Kinds                       what a value in adce.yaml can be
     Reader                      YAML to records, all mistakes at once
     Settings                    every key of adce.yaml, declared once
     Datasets                    those of datasets
     Reading                     what must hold between them
-    Expressions                 JMESPath over the bodies of objects
     Objects                     what should exist, and what a whole object is
-    Store                       what does exist
-    Folder                      on a disk
-    Bucket                      or in S3
-    Limits                      what may be asked, and when
+    Store                       the objects that exist: in a folder, or in S3
+    Limits                      which requests are possible, and when
     Responses                   what a response means, for the task and for its source
     Permits                     the limits for other threads and processes
-    Score                       which gap matters most
-    Object states               facts, and the state and task that follow
+    Object states               facts, and the state, task and score that follow
     Expectations                the expected objects, as one computed set
-    Queue                       what is to be done, and in which order
+    Queue                       the best task whose source can be asked
     Results                     the end of an attempt
-    Listing                     the store, page by page
-    Ranges                      which of it to look at
-    Cycles                      one reconciliation as it goes on
-    Content inspection          contents that other programs stored
-    Reconcile                   notices: expected against present
-    Executions                  what one execution is, and what it leaves
-    Requests                    one HTTP request
+    Listing                     which parts of the store to list, page by page
+    Cycles                      one reconciliation in progress, and contents to read
+    Reconcile                   expected against present
+    Requests                    one execution as plain data; one HTTP request
     Sessions                    the limits for programs that use requests
-    Programs                    a command or a call instead
-    Fetch                       does one execution
+    Programs                    commands and calls; one execution of any kind
     Report                      questions in SQL, one renderer
     Conditions                  what needs attention
     Page                        the same in a browser, for Prometheus and over HTTP
     Events                      the log and the live screen
     Alerts                      messages when a condition begins, lasts and ends
     Operator actions            pause, resume, retry, skip
-    Workers                     who does the executions
     Supervision                 who has started the runner, and is told
-    Runner                      keeps going until told to stop
+    Runner                      keeps going until stopped
     Examples                    texts for the programs around ADCE
     Checks                      is everything in order?
     Background                  the runner as a process
@@ -647,101 +636,63 @@ insert into facts (only_row) values (1);
 VIEWS = """
 create view queue as
     -- Every open task.
-    select o.object_id as task_id,
-           o.task as state,
+    select o.object_id as task_id, o.task as state,
            round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 2) as score,
-           o.priority,
-           d.source,
-           d.dataset,
-           o.key,
-           o.gap_size,
+           o.priority, d.source, d.dataset, o.key, o.gap_size,
            round((unixepoch() - o.detected_at) / 3600.0, 2) as age_hours,
-           coalesce(o.state || ': ' || o.reason, o.state) as reason,
-           o.attempts,
-           strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as next_at,
-           o.last_error
-    from objects o
-    join datasets d using (dataset_id)
+           coalesce(o.state || ': ' || o.reason, o.state) as reason, o.attempts,
+           strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as next_at, o.last_error
+    from objects o join datasets d using (dataset_id)
     where o.task is not null;
 
 create view gaps as
     -- Every expected object that is missing, stale or suspect.
-    select d.dataset,
-           o.key,
-           o.state as kind,
-           strftime('%Y-%m-%dT%H:%M:%SZ', o.since, 'unixepoch') as since,
-           o.priority,
-           o.season,
-           o.reason,
-           o.task as task_state,
-           o.object_id as task_id
-    from objects o
-    join datasets d using (dataset_id)
+    select d.dataset, o.key, o.state as kind, strftime('%Y-%m-%dT%H:%M:%SZ', o.since, 'unixepoch') as since,
+           o.priority, o.season, o.reason, o.task as task_state, o.object_id as task_id
+    from objects o join datasets d using (dataset_id)
     where o.state in ('missing', 'stale', 'suspect');
 
 create view coverage as
     -- Expected and present objects by dataset and season. 100 percent means all of them.
-    select d.source,
-           d.dataset,
-           nullif(c.season, '') as season,
-           sum(iif(c.state in ('present', 'missing', 'stale', 'suspect'), c.objects, 0)) as expected,
-           sum(iif(c.state = 'present', c.objects, 0)) as present,
-           sum(iif(c.state = 'missing', c.objects, 0)) as missing,
-           sum(iif(c.state = 'stale', c.objects, 0)) as stale,
-           sum(iif(c.state = 'suspect', c.objects, 0)) as suspect,
-           sum(iif(c.task = 'gave_up', c.objects, 0)) as gave_up,
-           sum(iif(c.state = 'present', c.objects, 0)) * 10000
-               / nullif(sum(iif(c.state in ('present', 'missing', 'stale', 'suspect'), c.objects, 0)), 0) / 100.0
-               as percent,
-           sum(iif(c.state = 'skipped', c.objects, 0)) as skipped
-    from counts c
-    join datasets d using (dataset_id)
-    group by d.source, d.dataset, c.season
-    having expected > 0 or skipped > 0;
+    with summed as (
+        select dataset_id, nullif(season, '') as season,
+               sum(iif(state in ('present', 'missing', 'stale', 'suspect'), objects, 0)) as expected,
+               sum(iif(state = 'present', objects, 0)) as present,
+               sum(iif(state = 'missing', objects, 0)) as missing,
+               sum(iif(state = 'stale', objects, 0)) as stale,
+               sum(iif(state = 'suspect', objects, 0)) as suspect,
+               sum(iif(task = 'gave_up', objects, 0)) as gave_up,
+               sum(iif(state = 'skipped', objects, 0)) as skipped
+        from counts
+        group by dataset_id, season
+    )
+    select d.source, d.dataset, c.season, c.expected, c.present, c.missing, c.stale, c.suspect, c.gave_up,
+           c.present * 10000 / nullif(c.expected, 0) / 100.0 as percent, c.skipped
+    from summed c join datasets d using (dataset_id)
+    where c.expected > 0 or c.skipped > 0;
 
 create view skipped as
     -- Objects that the operator excluded; `retry ID` includes one again.
-    select d.dataset,
-           o.key,
-           o.skipped as reason,
-           strftime('%Y-%m-%dT%H:%M:%SZ', o.since, 'unixepoch') as since,
-           o.season,
-           o.object_id as task_id
-    from objects o
-    join datasets d using (dataset_id)
+    select d.dataset, o.key, o.skipped as reason, strftime('%Y-%m-%dT%H:%M:%SZ', o.since, 'unixepoch') as since,
+           o.season, o.object_id as task_id
+    from objects o join datasets d using (dataset_id)
     where o.state = 'skipped';
 
 create view coverage_by_day as
     -- The same for objects with a day, by day.
-    select d.source,
-           d.dataset,
-           o.day,
-           count(*) as expected,
-           sum(o.state = 'present') as present,
-           sum(o.state = 'missing') as missing,
-           sum(o.state = 'stale') as stale,
-           sum(o.state = 'suspect') as suspect
-    from objects o
-    join datasets d using (dataset_id)
+    select d.source, d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present,
+           sum(o.state = 'missing') as missing, sum(o.state = 'stale') as stale, sum(o.state = 'suspect') as suspect
+    from objects o join datasets d using (dataset_id)
     where o.state in ('present', 'missing', 'stale', 'suspect') and o.day is not null
     group by d.source, d.dataset, o.day;
 
 create view objects_now as
     -- Every object that is expected, or once was and is still remembered.
-    select d.dataset,
-           o.key,
-           o.state,
-           o.size,
+    select d.dataset, o.key, o.state, o.size,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.modified_at, 'unixepoch') as fetched_at,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as due_at,
-           p.key as parent,
-           o.season,
-           o.day,
-           o.fields,
-           o.etag,
-           o.reason
-    from objects o
-    join datasets d using (dataset_id)
+           p.key as parent, o.season, o.day, o.fields, o.etag, o.reason
+    from objects o join datasets d using (dataset_id)
     left join objects p on p.object_id = o.parent_id;
 
 create view rates as
@@ -750,17 +701,11 @@ create view rates as
     with now as (
         select (julianday('now') - 2440587.5) * 86400.0 - wall_offset as at, wall_offset from facts
     ), waiting as (
-        select scope,
-               count(*) as waiting,
-               min(iif(opens_at > at and source = scope, waiter_id, null)) as first
-        from now
-        join waiters on expires_at >= at
-        join scopes on scope in (source, 'global')
+        select scope, count(*) as waiting, min(iif(opens_at > at and source = scope, waiter_id, null)) as first
+        from now join waiters on expires_at >= at join scopes on scope in (source, 'global')
         group by scope
     )
-    select s.scope,
-           w.window_seconds,
-           w.max_requests,
+    select s.scope, w.window_seconds, w.max_requests,
            (select count(*) from requests r
              where (s.scope = 'global' or r.source = s.scope)
                and (r.finished_at is null or r.finished_at > n.at - w.window_seconds)) as used,
@@ -783,21 +728,10 @@ create view rates as
 
 create view recent_attempts as
     -- Every attempt that is still kept, the latest first.
-    select a.attempt_id,
-           a.object_id as task_id,
-           d.source,
-           d.dataset,
-           o.key,
-           a.url,
-           strftime('%Y-%m-%dT%H:%M:%SZ', a.started_at, 'unixepoch') as started_at,
-           round(a.seconds, 3) as seconds,
-           a.outcome,
-           a.http_status,
-           a.bytes,
-           a.error
-    from attempts a
-    join objects o using (object_id)
-    join datasets d using (dataset_id)
+    select a.attempt_id, a.object_id as task_id, d.source, d.dataset, o.key, a.url,
+           strftime('%Y-%m-%dT%H:%M:%SZ', a.started_at, 'unixepoch') as started_at, round(a.seconds, 3) as seconds,
+           a.outcome, a.http_status, a.bytes, a.error
+    from attempts a join objects o using (object_id) join datasets d using (dataset_id)
     order by a.attempt_id desc;
 
 create view open_alerts as
@@ -820,23 +754,21 @@ create view broken_channels as
 create view stats as
     -- Attempts by day, kept for ever.
     select s.day, d.source, d.dataset, s.priority, s.outcome, s.attempts, round(s.seconds, 3) as seconds, s.bytes
-    from daily_totals s
-    join datasets d using (dataset_id);
+    from daily_totals s join datasets d using (dataset_id);
 
 create view cycles as
     -- Every reconciliation: "0 gaps" and "did not look" are different.
-    select cycle_id,
-           strftime('%Y-%m-%dT%H:%M:%SZ', started_at, 'unixepoch') as started_at,
-           round(seconds, 3) as seconds,
-           listed, looked, expected, present, missing, stale, suspect, created, closed, dropped, list_calls, error
+    select cycle_id, strftime('%Y-%m-%dT%H:%M:%SZ', started_at, 'unixepoch') as started_at,
+           round(seconds, 3) as seconds, listed, looked, expected, present, missing, stale, suspect, created, closed,
+           dropped, list_calls, error
     from reconciliations;
 """
 
 
 # ---------------------------------------------------------------- Database
-# One safe door to the file: one writing connection behind a lock, one that can only read. Nothing slow
-# happens inside a transaction, and nothing else in this process ever opens the file, because closing it
-# would drop SQLite's locks. Headline: Database.
+# One safe door to the file: one writing connection behind a lock, one that can only read. Nothing slow happens
+# inside a transaction, and nothing else in this process opens the file, because closing it would drop SQLite's
+# locks. Headlines: Database, open_database(), RunnerLock, back_up().
 
 BUSY_SECONDS = 30  # for which another program may hold its transaction
 BUSY_STEP_SECONDS = 0.25  # meanwhile signals are obeyed so often
@@ -1012,11 +944,6 @@ def _connect(path: str) -> sqlite3.Connection:
     return connection
 
 
-# ---------------------------------------------------------------- Opening
-# How a database is made, brought up to date and opened, and the lock of its one runner. Headlines:
-# open_database(), RunnerLock.
-
-
 def open_database(path: Path, *, must_exist: bool = False) -> Database:
     """Open the database; create its schema in a new file.
 
@@ -1093,8 +1020,9 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if connection.execute("select views from facts").fetchone()[0] != digest:
         connection.execute("begin immediate")
         try:
-            for (name,) in connection.execute("select name from sqlite_schema where type = 'view'").fetchall():
-                connection.execute(f'drop view "{name}"')
+            for name in re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE):
+                drop = f"drop view if exists {name}"  # a name in VIEWS
+                connection.execute(drop)
             for view in VIEWS.split(";\n")[:-1]:
                 connection.execute(view)
             connection.execute("update facts set views = ?", (digest,))
@@ -1170,9 +1098,6 @@ class RunnerLock:
             self._file = None
 
 
-# ---------------------------------------------------------------- Backups
-# A copy of the database while others work on it, and the pauses that a restored copy needs. Headline: back_up().
-
 MARK_BACKUP = "update facts set is_backup = 1"
 
 
@@ -1211,8 +1136,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---------------------------------------------------------------- Templates
-# Texts with fields in them: keys, urls, words of commands, expressions. Headline: Template.
+# ---------------------------------------------------------------- Templates and expressions
+# Texts with fields in them (keys, urls, words of commands), and JMESPath over the bodies of objects. Headlines:
+# Template, search(), holds().
 
 Fields = Mapping[str, str]  # the values of a partition by name; dates as 2024-12-15
 
@@ -1253,6 +1179,49 @@ def _split(pattern: re.Pattern[str], text: str) -> list[str]:
 @functools.lru_cache(4096)  # a date is a part of many keys
 def _format_day(day: str, form: str) -> list[str]:
     return datetime.date.fromisoformat(day).strftime(form).split("/")
+
+
+def quote_for_expression(value: str) -> str:
+    """A value inside a JMESPath 'raw string'. Raises ValueError for what such a string cannot hold."""
+    if re.search(r"(?<!\\)\\(\\\\)*('|\Z)", value):  # it would quote what ends the string
+        raise ValueError(f"{value!r} cannot be compared")
+    return value.replace("'", "\\'")
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile(expression: str) -> Any:
+    """A JMESPath expression in which `!a.b` means not a.b. By the letter it is (!a).b, which is always null
+    because a truth has no fields, so nothing that means something changes its meaning."""
+    import jmespath
+    import jmespath.parser
+
+    return jmespath.parser.ParsedResult(expression, _negate_whole(jmespath.compile(expression).parsed))
+
+
+def _negate_whole(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    first, *others = children = [_negate_whole(child) for child in node["children"]] or [None]
+    if node["type"] in ("subexpression", "index_expression") and first["type"] == "not_expression":
+        whole = {**node, "children": [*first["children"], *others]}
+        return {"type": "not_expression", "children": [whole]}
+    return {**node, "children": children if node["children"] else []}
+
+
+def search(expression: str, fields: Fields, document: Any) -> Any:
+    """The value of a JMESPath expression that may name fields; None when it cannot be evaluated."""
+    import jmespath.exceptions
+
+    try:
+        return _compile(Template(expression, FIELD_IN_EXPRESSION).render(fields, quote_for_expression)).search(document)
+    except (jmespath.exceptions.JMESPathError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def holds(expression: str, fields: Fields, document: Any) -> bool:
+    """Whether an expression is true: neither false, null nor empty. One that raises is not."""
+    value = search(expression, fields, document)
+    return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
 
 
 # ---------------------------------------------------------------- Kinds
@@ -2459,54 +2428,6 @@ def _schema_rules(record: Any, known: Mapping[str, Setting]) -> Iterator[dict[st
         yield from ({"not": {"required": [name, other]}} for other in (*one.against, *twins))
 
 
-# ---------------------------------------------------------------- Expressions
-# JMESPath over the bodies of objects: conditions that hold or do not, ids that are found. Headlines:
-# search(), holds().
-
-
-def quote_for_expression(value: str) -> str:
-    """A value inside a JMESPath 'raw string'. Raises ValueError for what such a string cannot hold."""
-    if re.search(r"(?<!\\)\\(\\\\)*('|\Z)", value):  # it would quote what ends the string
-        raise ValueError(f"{value!r} cannot be compared")
-    return value.replace("'", "\\'")
-
-
-@functools.lru_cache(maxsize=1024)
-def _compile(expression: str) -> Any:
-    """A JMESPath expression in which `!a.b` means not a.b. By the letter it is (!a).b, which is always null
-    because a truth has no fields, so nothing that means something changes its meaning."""
-    import jmespath
-    import jmespath.parser
-
-    return jmespath.parser.ParsedResult(expression, _negate_whole(jmespath.compile(expression).parsed))
-
-
-def _negate_whole(node: Any) -> Any:
-    if not isinstance(node, dict):
-        return node
-    first, *others = children = [_negate_whole(child) for child in node["children"]] or [None]
-    if node["type"] in ("subexpression", "index_expression") and first["type"] == "not_expression":
-        whole = {**node, "children": [*first["children"], *others]}
-        return {"type": "not_expression", "children": [whole]}
-    return {**node, "children": children if node["children"] else []}
-
-
-def search(expression: str, fields: Fields, document: Any) -> Any:
-    """The value of a JMESPath expression that may name fields; None when it cannot be evaluated."""
-    import jmespath.exceptions
-
-    try:
-        return _compile(Template(expression, FIELD_IN_EXPRESSION).render(fields, quote_for_expression)).search(document)
-    except (jmespath.exceptions.JMESPathError, TypeError, ValueError, RecursionError):
-        return None
-
-
-def holds(expression: str, fields: Fields, document: Any) -> bool:
-    """Whether an expression is true: neither false, null nor empty. One that raises is not."""
-    value = search(expression, fields, document)
-    return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
-
-
 # ---------------------------------------------------------------- Objects
 # What should exist, what a whole object is, and how fresh it must be. Decisions only: values in, values
 # out, no clock, no disk, no SQL. Headlines: expand(), inspect(), appraise().
@@ -2828,8 +2749,8 @@ def may_still_appear(season: Season | None, day: str | None, now: float) -> bool
 
 
 # ---------------------------------------------------------------- Store
-# What does exist, behind the same few calls wherever it is. An object is there whole or not at all.
-# Headline: Store.
+# The objects that exist, in a folder or in S3, behind the same few calls. An object is stored whole or not at all.
+# Headlines: Store, FolderStore, S3Store, open_store().
 
 
 @dataclass(frozen=True, slots=True)
@@ -2902,10 +2823,6 @@ class Store(Protocol):
 
     def sweep(self, *, is_known: bool = False) -> None:
         """Make the store usable, and remove what a crash has left half written. One that `is_known` is not made."""
-
-
-# ---------------------------------------------------------------- Folder
-# A store on a disk. Headline: FolderStore.
 
 
 SORTED_IN_MEMORY = 50_000  # names; a folder of more is sorted on the disk
@@ -3083,10 +3000,6 @@ class FolderStore:
     @staticmethod
     def _stored(key: str, status: os.stat_result) -> StoredObject:
         return StoredObject(key, status.st_size, f"{status.st_mtime_ns}-{status.st_size}", status.st_mtime_ns // 10**9)
-
-
-# ---------------------------------------------------------------- Bucket
-# A store in S3, and the choice between the two. Headlines: S3Store, open_store().
 
 
 def _http_instant(text: str) -> int:
@@ -3514,18 +3427,10 @@ def enqueue_waiter(sql: sqlite3.Connection, source: str, owner: str, opens: Open
     sql.execute(
         """
         insert into waiters (source, owner, waits_for, opens_at, reason, expires_at)
-        values (:source, :owner, :waits_for, :opens_at, :reason, :expires_at)
-        on conflict do update set
-            waits_for = :waits_for, opens_at = :opens_at, reason = :reason, expires_at = :expires_at
+        values (?1, ?2, ?3, ?4, ?5, ?6)
+        on conflict do update set waits_for = ?3, opens_at = ?4, reason = ?5, expires_at = ?6
         """,
-        {
-            "source": source,
-            "owner": owner,
-            "waits_for": opens.scope,
-            "opens_at": opens.at,
-            "reason": opens.reason,
-            "expires_at": looks_at + LATE_SECONDS,
-        },
+        (source, owner, opens.scope, opens.at, opens.reason, looks_at + LATE_SECONDS),
     )
 
 
@@ -3668,8 +3573,11 @@ def record_response(sql: sqlite3.Connection, source: Source, answer: Answer, now
     if answer.outcome.traits.passing:
         return SourceHealth()
     if not threshold and answer.outcome is not Outcome.THROTTLED:  # a request from before a pause shows nothing new
-        works = "update scopes set failures = 0, throttles = 0 where scope = ? and paused_until <= ?"
-        sql.execute(f"{works} and (failures or throttles)", (source.name, now))
+        works = """
+            update scopes set failures = 0, throttles = 0
+            where scope = ? and paused_until <= ? and (failures or throttles)
+        """
+        sql.execute(works, (source.name, now))
         return SourceHealth()
     state = "select failures, throttles, paused_until from scopes where scope = ?"
     failures, throttles, paused_until = sql.execute(state, (source.name,)).fetchone()
@@ -3699,30 +3607,11 @@ def record_response(sql: sqlite3.Connection, source: Source, answer: Answer, now
 
 
 # ---------------------------------------------------------------- Permits
-# The limits for everybody: other threads and processes ask the same sources under the same limits. Whoever
-# must wait computes the instant, takes a place in line and sleeps until then, outside every lock.
-# Headlines: Limiter, permit().
+# The limits for other threads and processes. A client that must wait joins the waiters and sleeps, outside
+# every lock, until its next look is worth it. Headlines: Limiter, permit().
 
 LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
 KEEP_ALIVE_SECONDS = 5
-
-
-def served() -> tuple[str, str]:
-    """The source and the tasks for which a runner has started this program; else empty."""
-    return os.environ.get("ADCE_SOURCE", ""), os.environ.get("ADCE_TASK", "")
-
-
-def count_request(sql: sqlite3.Connection, tasks: str) -> None:
-    """Count another request of the running attempt; of a batch, of its first."""
-    running = "update attempts set requests = requests + 1 where object_id = cast(? as integer) and outcome = 'running'"
-    sql.execute(running, (tasks.partition(",")[0],))
-
-
-def extend(sql: sqlite3.Connection, permit: Permit, deadline: float) -> None:
-    """The owner of a permit lives and needs it longer."""
-    sql.execute(
-        "update requests set deadline = ? where request_id = ? and finished_at is null", (deadline, permit.request_id)
-    )
 
 
 class ActivePermit:
@@ -3739,14 +3628,6 @@ class ActivePermit:
     def failed(self, outcome: Outcome, text: str) -> None:
         """No response came: TIMEOUT, UNREACHABLE or BROKEN, and why."""
         self.answer = Answer(outcome, text)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A place in line, and the boot time at which its owner looks again."""
-
-    owner: str
-    looks_at: float
 
 
 class Limiter:
@@ -3774,9 +3655,9 @@ class Limiter:
     def permit(self, source: str, wait: float | None = None) -> Iterator[ActivePermit]:
         """The right to send one HTTP request: waits until the source can be asked, `wait` seconds at most.
 
-        The request counts as under way until the block ends, however it ends. A block that ends without an
-        exception got a good answer, unless it says otherwise. Raises RateLimitedError as soon as `wait` is
-        too short as things are, and Error for an unknown source or when closed."""
+        The request counts as in flight until the block ends. A block that ends without an exception got a good
+        response, unless it says otherwise. Raises RateLimitedError as soon as `wait` is too short as things are, and
+        Error for an unknown source or when closed."""
         held = self.acquire(source, wait)
         try:
             yield held
@@ -3787,42 +3668,41 @@ class Limiter:
 
     def acquire(self, source: str, wait: float | None = None) -> ActivePermit:
         """The same without a block: the caller must release() what it gets."""
-        described = self.source(source)
-        owner = ""  # of a place in line
+        described, owner, is_waiting = self.source(source), f"{self._name}.{next(self._places)}", False
         give_up_at = math.inf if wait is None else self.clock.boot() + wait
         try:
             while True:
-                granted = self._try(described, owner, give_up_at)
-                if isinstance(granted, _Place):
-                    owner = granted.owner
-                    self._sleep(granted.looks_at)
+                granted = self._try(described, owner, give_up_at, is_waiting=is_waiting)
+                if isinstance(granted, float):
+                    is_waiting = True
+                    self._sleep(granted)
                 elif self.clock.boot() <= granted.send_before:
                     return self._hold(ActivePermit(granted, described))
                 else:  # this process was suspended, or the disk took very long
                     self.release(ActivePermit(granted, described), used=False)
+                    is_waiting = False
         except BaseException:
             with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
                 remove_waiter(sql, owner, self.clock.boot())
             raise
 
-    def _try(self, source: Source, owner: str, give_up_at: float) -> Permit | _Place:
-        """A permit, or a place in line."""
-        limiting = self.configuration.rate_limiting
+    def _try(self, source: Source, owner: str, give_up_at: float, *, is_waiting: bool) -> Permit | float:
+        """A permit, or the boot time of the next look."""
         self.database.check_place()
         with self.database.transaction() as sql:
-            now = self.clock.boot()
+            now, limiting = self.clock.boot(), self.configuration.rate_limiting
             opens = opening(sql, limiting, source.name, now, owner)
             if opens.at <= now:
-                if owner:
+                if is_waiting:
                     remove_waiter(sql, owner, now)
                 return grant(sql, limiting, source.name, source.timeout_seconds, now)
             if opens.at > give_up_at:
                 wait = format_duration(opens.at - now)
                 text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
                 raise RateLimitedError(text, opens.at - now)
-            place = _Place(owner or f"{self._name}.{next(self._places)}", min(opens.at, now + LOOK_AGAIN_SECONDS))
-            enqueue_waiter(sql, source.name, place.owner, opens, place.looks_at)
-            return place
+            looks_at = float(min(opens.at, now + LOOK_AGAIN_SECONDS))
+            enqueue_waiter(sql, source.name, owner, opens, looks_at)
+            return looks_at
 
     def _sleep(self, until: float) -> None:
         wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -3854,33 +3734,31 @@ class Limiter:
         with self._guard:
             due = [held for held, deadline in self._held.items() if deadline - now < 2 * KEEP_ALIVE_SECONDS]
         if due:
+            longer = "update requests set deadline = ? where request_id = ? and finished_at is null"
             with self.database.transaction(durable=False) as sql:
-                for held in due:
-                    extend(sql, held.permit, later)
+                sql.executemany(longer, [(later, held.permit.request_id) for held in due])
             with self._guard:
                 self._held.update({held: later for held in due if held in self._held})
 
     def release(self, held: ActivePermit, *, used: bool = True) -> None:
-        """The request is over, or was never sent. What cannot be written now counts until its deadline: that
-        is safe.
-
-        Whether an answer is any good is known when the attempt ends that it belongs to, and counts then."""
+        """The request is over, or was never sent. If that cannot be written now, it counts until its deadline: that is
+        safe. Whether a response is good is known, and counts, when the attempt ends that it belongs to."""
         with self._guard:
             self._held.pop(held, None)
         is_news = held.answer is not None and held.answer.outcome is not Outcome.OK
         with contextlib.suppress(DatabaseError), self.database.transaction(durable=is_news) as sql:
             now = self.clock.boot()
             release(sql, held.permit, now, used=used)
-            source, tasks = served()
-            if used and tasks:
-                count_request(sql, tasks)
-            is_judged_later = held.source.name == source
+            if used and (task := os.environ.get("ADCE_TASK", "").partition(",")[0]):  # of a batch, its first
+                count = "update attempts set requests = requests + 1 where object_id = ? and outcome = 'running'"
+                sql.execute(count, (task,))
+            is_judged_later = held.source.name == os.environ.get("ADCE_SOURCE")
             responses = (Outcome.OK, Outcome.HTTP_ERROR, Outcome.NOT_YET)
             if held.answer and not (is_judged_later and held.answer.outcome in responses):
                 record_response(sql, held.source, held.answer, now)
 
     def close(self) -> None:
-        """Whoever waits for a permit gets an Error at once. The database stays open."""
+        """End every wait for a permit with an Error. The database stays open."""
         self._closed.set()
         with self._guard:
             for wakeups in self._sleepers:
@@ -3889,7 +3767,7 @@ class Limiter:
 
 @functools.cache
 def _limiter_of(path: Path, database: Path | None) -> Limiter:
-    """One for each process; in one that was forked from it, every use of it is an error."""
+    """One for each process; in a fork of it, every use is an error."""
     configuration = load_configuration(path)
     return Limiter(configuration, open_database(database or configuration.database))
 
@@ -3910,8 +3788,9 @@ def permit(
     return shared_limiter(config).permit(source, wait)
 
 
-# ---------------------------------------------------------------- Score
-# Which gap matters most. The formula is here and nowhere else: SQL only adds. Headline: rank_of().
+# ---------------------------------------------------------------- Object states
+# The one way in which the state of an object and its task change: facts go in, the row that follows from them is
+# written. The formula of the score is here; SQL only adds. Headlines: rank_of(), Ledger.
 
 
 def rank_of(
@@ -3956,10 +3835,6 @@ def priority_of(
     return Priority.MEDIUM if season in labels[-2:] else Priority.LOW
 
 
-# ---------------------------------------------------------------- Object states
-# The one way in which the state of an object and its task change: facts go in, the row that follows from
-# them is written. Headline: Ledger.
-
 # An object whose content is not known.
 UNREAD: Mapping[str, Any] = {"read_etag": None, "verdict": None, "settled": None, "live": None}
 # An object that is not in the store.
@@ -3994,11 +3869,12 @@ class Ledger:
         self.today = day_of(now)
         self._seasons = {season.label: season for season in configuration.seasons}
 
-    def objects(self, condition: str, parameters: Mapping[str, Any]) -> list[ObjectRow]:
+    def objects(self, condition: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[ObjectRow]:
         """The objects `o` that meet a condition in SQL."""
         cursor = self.sql.cursor()
         cursor.row_factory = None
-        return list(map(ObjectRow._make, cursor.execute(f"{SELECT_OBJECTS} where {condition}", parameters)))
+        rows = cursor.execute(f"{SELECT_OBJECTS} where {condition}", parameters)  # noqa: S608, RUF100  # constants
+        return list(map(ObjectRow._make, rows))
 
     def some(self, object_ids: Iterable[int]) -> list[ObjectRow]:
         """The objects with these ids that are expected."""
@@ -4018,7 +3894,9 @@ class Ledger:
         if state not in GAPS:
             self.closed += task is not None
             return known._replace(state=state, reason=reason, since=since, next_at=next_at, task=None)
-        waits = next_at is not None and (is_fetched or next_at > self.now)
+        if is_fetched and (next_at is None or next_at <= self.now):  # the size or the clock of the store is wrong
+            next_at = int(self.now + self.configuration.retry.initial_delay_seconds) + 1
+        waits = next_at is not None and next_at > self.now
         has_changed = task == TaskState.RETRY and not known.failures and state != known.state and not waits
         row = known._replace(state=state, reason=reason, since=since)
         if task is None or is_fetched or has_changed:
@@ -4027,19 +3905,10 @@ class Ledger:
 
     def _opened(self, row: ObjectRow, dataset: Dataset) -> ObjectRow:
         self.created += 1
-        priority, rank, slope = self.rank_of(row, dataset, 1, int(self.now))
-        return row._replace(
-            priority=priority,
-            detected_at=int(self.now),
-            gap_size=1,
-            rank=rank,
-            slope=slope,
-            attempts=0,
-            failures=0,
-            fruitless=0,
-            crashes=0,
-            last_error=None,
-        )
+        now = int(self.now)
+        priority, rank, slope = self.rank_of(row, dataset, 1, now)
+        row = row._replace(priority=priority, detected_at=now, gap_size=1, rank=rank, slope=slope)
+        return row._replace(attempts=0, failures=0, fruitless=0, crashes=0, last_error=None)
 
     def rank_of(self, row: ObjectRow, dataset: Dataset, size: int, detected_at: int) -> tuple[str, float, float]:
         """Priority, rank and slope of a task as of today."""
@@ -4089,18 +3958,12 @@ class Ledger:
 
     def stored(self, known: ObjectRow, entry: StoredObject, found: Inspection) -> ObjectRow:
         """The row of an object that ADCE has just stored, before its appraisal."""
-        return known._replace(
-            proven=1,
-            cycle_id=self.cycle_id or known.cycle_id,
-            seen_at=known.seen_at or int(self.now),
-            etag=entry.etag,
-            size=entry.size,
-            modified_at=entry.modified_at,
-            read_etag=None if found.problems else entry.etag,
-            verdict=found.verdict,
-            settled=found.settled,
-            live=found.live,
-        )
+        since = {"cycle_id": self.cycle_id or known.cycle_id, "seen_at": known.seen_at or int(self.now)}
+        judged = {"verdict": found.verdict, "settled": found.settled, "live": found.live}
+        stored = {"etag": entry.etag, "size": entry.size, "modified_at": entry.modified_at}
+        read_etag = None if found.problems else entry.etag
+        facts: Mapping[str, Any] = {"proven": 1, "read_etag": read_etag, **since, **judged, **stored}
+        return known._replace(**facts)
 
 
 # ---------------------------------------------------------------- Expectations
@@ -4108,7 +3971,7 @@ class Ledger:
 # or changed is one upsert, the rest is one drop. Mentions are facts; which objects they make follows from
 # adce.yaml. Headlines: declare_datasets(), expect(), note_mentions().
 
-EXPECTED_AT_ONCE = 500  # objects, in one transaction
+EXPECTED_AT_ONCE = 300  # objects, in one transaction
 SCANNED_AT_ONCE = 2000  # rows, in one transaction
 LAST_KEY = "\U0010ffff"  # sorts after every key
 WANTED = """
@@ -4116,7 +3979,7 @@ create temp table if not exists wanted (
     -- The keys that the datasets under expansion expect. The first dataset to expect a key has it.
     key          text    primary key,
     dataset_id   integer not null,
-    fields       text,               -- null: not new, or inserted by now
+    fields       text,               -- null: not new
     season       text,
     day          text,
     available_at integer,
@@ -4216,21 +4079,13 @@ def children_of_parents(ledger: Ledger, child: Dataset, after: tuple[str, str]) 
         select p.object_id, p.key, p.fields, m.value
         from objects p
         cross join mentions m using (object_id)
-        where p.key >= :key and p.key >= :low and p.key <= :high and (p.key > :key or m.value > :value)
-          and p.dataset_id = (select dataset_id from datasets where dataset = :parent) and p.state != 'dropped'
-          and m.expression = :expression
+        where p.key >= ?1 and p.key >= ?3 and p.key <= ?4 and (p.key > ?1 or m.value > ?2)
+          and p.dataset_id = (select dataset_id from datasets where dataset = ?5) and p.state != 'dropped'
+          and m.expression = ?6
         order by p.key, m.value
-        limit :page
+        limit ?7
         """,
-        {
-            "key": after[0],
-            "value": after[1],
-            "low": prefix,
-            "high": prefix + LAST_KEY,
-            "parent": parent.name,
-            "expression": expression_of(child),
-            "page": EXPECTED_AT_ONCE,
-        },
+        (*after, prefix, prefix + LAST_KEY, parent.name, expression_of(child), EXPECTED_AT_ONCE),
     ).fetchall()
 
 
@@ -4293,14 +4148,10 @@ def _note_conflict(ledger: Ledger, dataset: Dataset, row: WantedRow, owner: int)
         ledger.problems.append(f"{text}; give each a key of its own")
 
 
-def take_new(ledger: Ledger, low: str, high: str) -> list[WantedRow]:
-    """Take up to a page of the new objects between two keys, in order. The caller inserts them."""
+def new_objects(ledger: Ledger, low: str, high: str) -> list[WantedRow]:
+    """Up to a page of the new objects between two keys, in order. The caller inserts them."""
     page = "select * from wanted where fields is not null and key >= ? and key <= ? order by key limit ?"
-    rows = [WantedRow._make(row) for row in ledger.sql.execute(page, (low, high, EXPECTED_AT_ONCE))]
-    if rows:
-        taken = "update wanted set fields = null where fields is not null and key >= ? and key <= ?"
-        ledger.sql.execute(taken, (low, rows[-1].key))
-    return rows
+    return list(map(WantedRow._make, ledger.sql.execute(page, (low, high, EXPECTED_AT_ONCE))))
 
 
 def note_mentions(ledger: Ledger, parent: ObjectRow, found: Inspection) -> set[tuple[str, str]]:
@@ -4491,19 +4342,18 @@ def _others_in_batch(
     """The best pending tasks that share the field of the batch with the first."""
     return Ledger(sql, configuration, 0).objects(
         """
-        d.dataset = :dataset and o.task = 'pending' and o.object_id != :first and o.crashes < :crash_limit
-        and o.fields ->> :by = :value
+        d.dataset = ? and o.task = 'pending' and o.object_id != ? and o.crashes < ? and o.fields ->> ? = ?
         order by o.rank desc, o.object_id
-        limit :most
+        limit ?
         """,
-        {
-            "dataset": first.dataset,
-            "first": first.object_id,
-            "crash_limit": configuration.retry.crash_limit(),
-            "by": batch.by,
-            "value": first.fields[batch.by],
-            "most": batch.max - 1,
-        },
+        (
+            first.dataset,
+            first.object_id,
+            configuration.retry.crash_limit(),
+            batch.by,
+            first.fields[batch.by],
+            batch.max - 1,
+        ),
     )
 
 
@@ -4641,6 +4491,8 @@ def _settle(
     elif row.state not in GAPS:  # the gap was closed, or excluded, meanwhile
         row = ledger.note(row)
     else:
+        if result.stored and result.inspection:  # a program left an invalid object
+            row = ledger.appraised(ledger.stored(row, result.stored, result.inspection))
         row = _tried_in_vain(ledger, row, result, delay, counted=counted)
     closed = TaskState.CANCELLED if row.state == ObjectState.SKIPPED else TaskState.DONE
     state = closed if row.task is None else TaskState(row.task)
@@ -4672,24 +4524,15 @@ def _stored(ledger: Ledger, row: ObjectRow, result: Result) -> ObjectRow:
 
 
 def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result: Result) -> None:
-    sql = ledger.sql
+    sql, size, output = ledger.sql, result.stored.size if result.stored else None, result.output or None
     ended = sql.execute(
         """
         update attempts
-        set outcome = :outcome, seconds = max(0, :now - started_at), http_status = :http_status, bytes = :bytes,
-            requests = requests + :requests, error = :error, output = :output
-        where attempt_id = :attempt_id and outcome = 'running'
+        set outcome = ?, seconds = max(0, ? - started_at), http_status = ?, bytes = ?, requests = requests + ?,
+            error = ?, output = ?
+        where attempt_id = ? and outcome = 'running'
         """,
-        {
-            "outcome": result.outcome,
-            "now": ledger.now,
-            "http_status": result.http_status,
-            "bytes": result.stored.size if result.stored else None,
-            "requests": result.requests,
-            "error": result.error,
-            "output": result.output or None,
-            "attempt_id": task.attempt_id,
-        },
+        (result.outcome, ledger.now, result.http_status, size, result.requests, result.error, output, task.attempt_id),
     )
     if not ended.rowcount:
         return
@@ -4699,16 +4542,11 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result:
         sql.execute(
             """
             update datasets
-            set success_rate = success_rate + :memory * (:success - success_rate),
-                bonus = :weight * (success_rate + :memory * (:success - success_rate))
-            where dataset = :dataset
+            set success_rate = success_rate + ?1 * (?2 - success_rate),
+                bonus = ?3 * (success_rate + ?1 * (?2 - success_rate))
+            where dataset = ?4
             """,
-            {
-                "memory": SUCCESS_MEMORY,
-                "success": result.outcome is Outcome.OK,
-                "weight": bonus_of(weighting, 1.0),
-                "dataset": dataset.name,
-            },
+            (SUCCESS_MEMORY, result.outcome is Outcome.OK, bonus_of(weighting, 1.0), dataset.name),
         )
 
 
@@ -4782,8 +4620,9 @@ def forget(sql: sqlite3.Connection, before: float) -> int:
 
 
 # ---------------------------------------------------------------- Listing
-# What the store holds, page by page and in key order, read ahead by other threads: the main loop never
-# waits for a store. Headline: Listing.
+# The parts of the store that a cycle lists: the keys of open objects, and a share of all others, so that in a day
+# everything is listed once, at a steady cost. Pages are read ahead by other threads: the main loop never waits for
+# a store. Headlines: Listing, share_of_keys(), ranges_to_list().
 
 
 @dataclass(frozen=True, slots=True)
@@ -4868,11 +4707,6 @@ class Listing:
         return page
 
 
-# ---------------------------------------------------------------- Ranges
-# Which keys a cycle looks at: those of objects that somebody else may have brought meanwhile, and a share
-# of all others, so that in a day everything is looked at once, at a steady cost. Headlines: share_of_keys(),
-# ranges_to_list().
-
 LEAST_SHARE = 4000  # keys, of a cycle; a lake that is not larger is listed whole each time
 SINGLE_RANGES = 200  # open objects below a prefix; with more than that, all of it is listed
 
@@ -4926,7 +4760,8 @@ def _are_near(database: Database, low: str, high: str) -> bool:
 
 
 # ---------------------------------------------------------------- Cycles
-# One reconciliation in progress: what it has seen, done and could not prove. Headline: Cycle.
+# One reconciliation in progress, and the contents that it reads: objects that another program stored, each version
+# once. Headlines: Cycle, read_contents().
 
 MOST_PROBLEMS = 5  # reported of one cycle
 STOPPED_EARLY = "stopped before its end"
@@ -5066,10 +4901,6 @@ class Cycle:
             )
 
 
-# ---------------------------------------------------------------- Content inspection
-# The contents of objects that another program stored: are they valid and final, and which others do they
-# name? Each version is read once. Headline: read_contents().
-
 READS_IN_A_TRANSACTION = 20
 READS_IN_A_CYCLE = 1000  # of a dataset whose contents are only validated
 
@@ -5173,7 +5004,7 @@ def _note_content(ledger: Ledger, target: ObjectRow, found: Inspection) -> None:
 # state, so a missed event costs nothing. Headline: reconcile().
 
 LISTED_AT_ONCE = 4  # prefixes
-NOTED_AT_ONCE = 500  # objects, in one transaction: a claim waits no longer than that takes
+NOTED_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
 
 
@@ -5253,13 +5084,19 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
 
 
 def _end_expansion(cycle: Cycle) -> Iterator[None]:
-    """New objects of which the store could not be searched are awaited."""
-    while cycle.new:
+    """New objects for which the store could not be searched are awaited."""
+    rows: Sequence[WantedRow] = [WantedRow("", 0, None, None, None, None, None)] if cycle.new else []
+    while rows:
         with cycle.ledger() as ledger:
-            rows = take_new(ledger, "", LAST_KEY)
-            ledger.sql.executemany(UPSERT_OBJECT, [(*row, int(ledger.now)) for row in rows])
-        cycle.new = cycle.new - len(rows) if rows else 0
+            rows = new_objects(ledger, rows[-1].key + "\0", LAST_KEY)
+            known = ledger.sql.execute(
+                "select key from objects where key in (select value from json_each(?))",
+                (json.dumps([row.key for row in rows]),),
+            ).fetchall()
+            there = {row[0] for row in known}
+            ledger.sql.executemany(UPSERT_OBJECT, [(*row, int(ledger.now)) for row in rows if row.key not in there])
         yield
+    cycle.new = 0
     with cycle.ledger() as ledger:
         done = "update datasets set expansion = ? where dataset = ?"
         ledger.sql.executemany(done, [(digest, name) for name, digest in cycle.expanded.items()])
@@ -5396,27 +5233,33 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
 
 def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]) -> Iterator[None]:
     """Insert the new objects in a range of keys with the state that the listing shows."""
-    count = EXPECTED_AT_ONCE if cycle.new else 0
+    low, count = keys.low, EXPECTED_AT_ONCE if cycle.new else 0
     names = {row[1]: row[0] for row in cycle.database.read("select dataset, dataset_id from datasets")} if count else {}
+    readers = _readers(cycle)
     while count >= EXPECTED_AT_ONCE:
         with cycle.ledger() as ledger:
-            wanted, rows = take_new(ledger, keys.low, keys.high), []
+            wanted, rows, now = new_objects(ledger, low, keys.high), [], int(ledger.now)
             for key, number, fields, season, day, available_at, parent_id in wanted:
                 name, entry = names[number], listed.get(key)
-                row = ObjectRow(0, name, key, fields or "", season, day, available_at, since=int(ledger.now))
+                row = ObjectRow(0, name, key, fields or "", season, day, available_at, since=now)
                 if entry:
-                    is_read = not must_be_read(cycle.configuration, cycle.configuration.datasets[name])
-                    row = _seen(row, entry, ledger.now, is_read=is_read)
-                    cycle.unexpected -= 1
+                    row = _seen(row, entry, now, is_read=name not in readers)
                 rows.append((number, parent_id, ledger.appraised(row)))
-            cycle.looked += ledger.insert(rows)
-        count = len(wanted)
-        cycle.new -= count
+            inserted = ledger.insert(rows)
+        cycle.new -= inserted
+        cycle.looked += inserted
+        cycle.unexpected -= sum(row.key in listed for row in wanted) if inserted else 0
+        count, low = len(wanted), wanted[-1].key + "\0" if wanted else ""
         yield
 
 
+def _readers(cycle: Cycle) -> set[str]:
+    """The datasets whose contents are read."""
+    return {one.name for one in cycle.configuration.datasets.values() if must_be_read(cycle.configuration, one)}
+
+
 def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[str, StoredObject]) -> Iterator[None]:
-    readers = {one.name for one in cycle.configuration.datasets.values() if must_be_read(cycle.configuration, one)}
+    readers = _readers(cycle)
     for chunk in chunks(iter(object_ids), NOTED_AT_ONCE):
         with cycle.ledger() as ledger:
             rows = []
@@ -5425,13 +5268,13 @@ def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[s
                     continue  # stored since it was compared, or to be dropped
                 entry = listed.get(target.key)
                 is_read = target.dataset not in readers
-                seen = _seen(target, entry, ledger.now, is_read=is_read) if entry else target._replace(proven=1)
+                seen = _seen(target, entry, int(ledger.now), is_read=is_read) if entry else target._replace(proven=1)
                 rows.append(ledger.appraised(seen))
             ledger.write(rows)
         yield
 
 
-def _seen(target: ObjectRow, entry: StoredObject, now: float, *, is_read: bool) -> ObjectRow:
+def _seen(target: ObjectRow, entry: StoredObject, now: int, *, is_read: bool) -> ObjectRow:
     """The row of an object that is listed with another etag: its content counts as unread. No clock but ours says how
     old it is: one that is ahead would keep it fresh for longer."""
     read_etag, verdict, settled, live = target.read_etag, target.verdict, target.settled, target.live
@@ -5439,10 +5282,10 @@ def _seen(target: ObjectRow, entry: StoredObject, now: float, *, is_read: bool) 
         verdict = settled = live = None
     return target._replace(
         proven=1,
-        seen_at=target.seen_at or int(now),
+        seen_at=target.seen_at or now,
         etag=entry.etag,
         size=entry.size,
-        modified_at=min(entry.modified_at, int(now)),
+        modified_at=min(entry.modified_at, now),
         read_etag=entry.etag if is_read else read_etag,
         verdict=verdict,
         settled=settled,
@@ -5539,9 +5382,10 @@ def _gap_sizes(cycle: Cycle) -> dict[tuple[str, str], int]:
     return sizes
 
 
-# ---------------------------------------------------------------- Executions
-# What one execution is, as plain data that can travel to another process, and what it leaves: an object
-# that is validated before it is stored. Headlines: FetchSpec, keep(), look().
+# ---------------------------------------------------------------- Requests
+# What one execution is, as plain data that can travel to another process, and one HTTP request: a deadline for all
+# of it, a cap on its size, no hidden retries. A redirect is handed back, because each hop needs a permit of its
+# own. Headlines: FetchSpec, keep(), look(), request().
 
 
 @dataclass(frozen=True, slots=True)
@@ -5641,10 +5485,6 @@ def describe(error: BaseException) -> str:
     except Exception:  # noqa: BLE001  # its own __str__ failed
         return type(error).__name__
 
-
-# ---------------------------------------------------------------- Requests
-# One HTTP request: a deadline for all of it, a cap on its size, no hidden retries. A redirect is handed
-# back, because each hop needs a permit of its own. Headline: request().
 
 CONNECT_SECONDS = 10
 STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about the source
@@ -5957,7 +5797,8 @@ def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractCon
 
 # ---------------------------------------------------------------- Programs
 # A command or a call brings its objects as a program in a process group of its own: it ends in time, what it prints
-# fills neither memory nor disk, and no process of it is left. Headlines: run_command(), call_function().
+# fills neither memory nor disk, and no process of it is left. fetch() does one execution of any kind. Headlines:
+# run_command(), call_function(), fetch().
 
 TAIL_BYTES = 2000  # of the output, kept with the attempt
 PIPE_BLOCKS = 16  # a pipe holds no more
@@ -6223,10 +6064,6 @@ def _returned_blocks(value: Any) -> Iterator[bytes]:
         yield from value
     else:
         raise TypeError(f"returned {type(value).__name__}, not bytes, an iterator of bytes or a path")
-
-
-# ---------------------------------------------------------------- Fetch
-# Does one execution, whatever its kind, without the database. Headline: fetch().
 
 
 def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
@@ -7671,64 +7508,6 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
     return [row.object_id for row in rows]
 
 
-# ---------------------------------------------------------------- Workers
-# A pool of a few threads for the executions, each of which ends in time. Headline: Workers.
-
-
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """What a worker is doing, or what waits for the permit of its next hop."""
-
-    claimed: Claim
-    spec: FetchSpec
-
-
-class Workers:
-    """A pool, and what it is doing."""
-
-    def __init__(self, configuration: Configuration, store: Store, clock: Clock, wake: Callable[[], None]) -> None:
-        self.count, self.store, self.clock, self.wake = configuration.max_concurrent_scrapers, store, clock, wake
-        self.pool: Executor = ThreadPoolExecutor(self.count, "adce-worker")
-        self.running: dict[Future[list[Result]], Execution] = {}
-
-    def free(self) -> int:
-        """How many have nothing to do, and may have."""
-        if any(execution.claimed.runs_exclusively for execution in self.running.values()):
-            return 0
-        return self.count - len(self.running)
-
-    def keys(self) -> list[str]:
-        """What they are bringing."""
-        return [execution.claimed.tasks[0].target.key for execution in self.running.values()]
-
-    def at_work(self) -> collections.Counter[str]:
-        """How many executions there are of each dataset."""
-        return collections.Counter(execution.claimed.dataset.name for execution in self.running.values())
-
-    def submit(self, execution: Execution) -> None:
-        """Have it done."""
-        future = self.pool.submit(fetch, execution.spec, self.store, self.clock)
-        self.running[future] = execution
-        future.add_done_callback(lambda _: self.wake())
-
-    def finished(self) -> Iterator[tuple[Execution, list[Result]]]:
-        """The executions that have ended since the last call."""
-        for future, execution in list(self.running.items()):
-            if future.done():
-                del self.running[future]
-                try:
-                    yield execution, future.result()
-                except BaseException as error:  # noqa: BLE001  # a broken pool
-                    yield execution, [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
-
-    def stop(self) -> list[Execution]:
-        """Take no more. Returns what has not ended."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        left = list(self.running.values())
-        self.running.clear()
-        return left
-
-
 # ---------------------------------------------------------------- Supervision
 # Who has started the runner, and what they are told: systemd over its socket, and other processes of ADCE
 # through the database. Headlines: notify(), next_orders().
@@ -7800,6 +7579,60 @@ def register_runner(sql: sqlite3.Connection, presence: Presence, now: float) -> 
 # Keeps going until told to stop. The main thread makes every decision (claim, finish, reconcile) and is
 # the only writer; workers run fetch() on plain data; health threads only read. It sleeps until the next
 # event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What a worker is doing, or what waits for the permit of its next hop."""
+
+    claimed: Claim
+    spec: FetchSpec
+
+
+class Workers:
+    """A pool, and what it is doing."""
+
+    def __init__(self, configuration: Configuration, store: Store, clock: Clock, wake: Callable[[], None]) -> None:
+        self.count, self.store, self.clock, self.wake = configuration.max_concurrent_scrapers, store, clock, wake
+        self.pool: Executor = ThreadPoolExecutor(self.count, "adce-worker")
+        self.running: dict[Future[list[Result]], Execution] = {}
+
+    def free(self) -> int:
+        """How many have nothing to do, and may have."""
+        if any(execution.claimed.runs_exclusively for execution in self.running.values()):
+            return 0
+        return self.count - len(self.running)
+
+    def keys(self) -> list[str]:
+        """What they are bringing."""
+        return [execution.claimed.tasks[0].target.key for execution in self.running.values()]
+
+    def at_work(self) -> collections.Counter[str]:
+        """How many executions there are of each dataset."""
+        return collections.Counter(execution.claimed.dataset.name for execution in self.running.values())
+
+    def submit(self, execution: Execution) -> None:
+        """Have it done."""
+        future = self.pool.submit(fetch, execution.spec, self.store, self.clock)
+        self.running[future] = execution
+        future.add_done_callback(lambda _: self.wake())
+
+    def finished(self) -> Iterator[tuple[Execution, list[Result]]]:
+        """The executions that have ended since the last call."""
+        for future, execution in list(self.running.items()):
+            if future.done():
+                del self.running[future]
+                try:
+                    yield execution, future.result()
+                except BaseException as error:  # noqa: BLE001  # a broken pool
+                    yield execution, [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
+
+    def stop(self) -> list[Execution]:
+        """Take no more. Returns what has not ended."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        left = list(self.running.values())
+        self.running.clear()
+        return left
 
 
 class Runner:
@@ -7953,11 +7786,11 @@ class Runner:
                 self._record(sql, execution, results, (hops, log))
             if may_claim:
                 openings = self._claim(sql, hops, begun)
-            if openings or self.is_waiting:
-                now, seconds = self.clock.boot(), self.configuration.queue_check_seconds
-                self.is_waiting = keep_places(sql, openings, now, seconds)
+            is_waiting = self.is_waiting
+            if openings or is_waiting:
+                is_waiting = keep_places(sql, openings, self.clock.boot(), self.configuration.queue_check_seconds)
         self.unrecorded.clear()
-        self.hops = hops
+        self.hops, self.is_waiting = hops, is_waiting
         for execution in begun:
             self.workers.submit(execution)
         for write in log:
@@ -7984,7 +7817,7 @@ class Runner:
                 appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
         busy = self.workers.at_work()
         busy.update(execution.claimed.dataset.name for execution in [*hops, *begun])
-        while free > len(begun) and not any(execution.claimed.runs_exclusively for execution in begun):
+        while free > len(begun) and not any(one.claimed.runs_exclusively for one in [*hops, *begun]):
             claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun))
             if claimed is None:
                 return openings | waits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import queue
@@ -12,10 +13,12 @@ import re
 import sqlite3
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from datetime import date
 
 import pytest
 from lakes import league_text
+from runners import write_box
 from upstream import Answer, League, Upstream, json_answer
 
 import adce
@@ -484,3 +487,46 @@ def test_values_in_a_line_are_quoted_when_they_need_it():
     text = lines.getvalue()
     assert text.endswith('WARN  x plain=a/b.json spaced="two words" evil="\\u001b[31m\\n" number=0.25\n')
     assert text.count("\n") == 1
+
+
+class AtOnce(Executor):
+    """Does each execution when it is submitted, so that every turn of the loop finds all workers finished."""
+
+    def submit(self, function, /, *arguments, **options):
+        future: Future = Future()
+        future.set_result(function(*arguments, **options))
+        return future
+
+
+def test_claim_and_finish_are_a_few_statements_and_pages_in_one_transaction_a_turn(tmp_path, upstream, monkeypatch):
+    """What SQLite does for a task, in a turn that records five and claims five. Its triggers repeat the statement."""
+    count, names = 100, [f"n{number}" for number in range(100)]
+    for name in names:
+        upstream.answer(f"/{name}", Answer(b"x"))
+    limits = """
+rate_limiting:
+  global_limits: {requests_per_minute: 100000, requests_per_hour: 5000000}
+  source_limits: {box: {requests_per_minute: 100000, requests_per_hour: 3000000, burst_size: 1000}}
+  backoff: {threshold_percent: 80}
+"""
+    write_box(tmp_path, address=upstream.address, names=", ".join(names), more=limits)
+    configuration = adce.load_configuration(tmp_path / "adce.yaml")
+    with contextlib.closing(adce.open_database(configuration.database)) as database:
+        runner = adce.Runner(configuration, database, adce.open_store(configuration.store), adce.Journal(io.StringIO()))
+        runner.workers.pool = AtOnce()
+        database._writer.execute("pragma wal_autocheckpoint = 0")
+        log, statements, sizes = tmp_path / "adce.db-wal", list[str](), list[int]()
+        announce = adce.announce_cycle
+
+        def begin(*arguments) -> None:
+            sizes.append(log.stat().st_size)
+            database._writer.set_trace_callback(statements.append)
+            announce(*arguments)
+
+        monkeypatch.setattr(adce, "announce_cycle", begin)
+        assert runner.run(once=True) == adce.ExitCode.DONE
+        database._writer.set_trace_callback(None)
+        frames = (log.stat().st_size - sizes[0]) / (24 + database.value("pragma page_size"))
+    own = [one for before, one in itertools.pairwise(["", *statements]) if one != before]
+    assert len(own) / count <= 16
+    assert frames / count <= 10

@@ -223,7 +223,7 @@ class World:
         self.configuration = adce.load_configuration(folder / "adce.yaml")
         self.other = adce.open_database(folder / "adce.db")
         with self.other.transaction() as sql:
-            adce.declare_datasets(sql, self.configuration, START)
+            adce.declare_datasets(sql, self.configuration)
         self.schedule()
 
     # ------------------------------------------------------------ time
@@ -311,7 +311,7 @@ class World:
             for scope in ("league", "shop", adce.GLOBAL):
                 adce.resume_source(ledger.sql, scope, self.clock.boot())
             unwanted = [row[0] for row in database.read("select task_id from skipped")]
-            adce.retry_tasks(ledger, [row[0] for row in database.read("select task_id from tasks")] + unwanted)
+            adce.retry_tasks(ledger, [row[0] for row in database.read("select task_id from queue")] + unwanted)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[tuple[adce.Database, adce.Ledger]]:
@@ -327,7 +327,7 @@ class World:
             del self.lake.objects[key]
 
     def operate(self) -> None:
-        what = self.random.choice(["pause", "resume", "retry", "skip", "order"])
+        what = self.random.choice(["pause", "resume", "retry", "skip", "cycle"])
         self.note("operator", what=what)
         with self.beside() as (database, ledger):
             scope = self.random.choice(["league", "shop", adce.GLOBAL])
@@ -342,7 +342,7 @@ class World:
             elif what == "skip":
                 adce.skip_tasks(ledger, some, "the operator said so")
             else:
-                adce.ask_for_cycle(ledger.sql, adce.Orders(is_full=True), self.clock.wall())
+                adce.request_cycle(ledger.sql, adce.CycleOptions(is_full=True))
 
     def step_clock(self) -> None:
         seconds = self.random.choice([-3600, -60, 60, 3600, 5 * 3600])
@@ -442,13 +442,15 @@ class World:
         return adce._judge(spec, answer, body, store)
 
     def document(self, url: str) -> bytes | None:
-        """The truth at this instant. A day's two games end by the next morning; a game exists once its day is over."""
+        """The truth at this instant. A day's two games end by the next morning; every third day has another second game
+        by then."""
         what, _, value = url.partition("invalid/")[2].partition("?")
         value = value.partition("=")[2].partition("&")[0]
         if what == "day":
             day_ends = (time.mktime(time.strptime(value, "%Y-%m-%d")) - time.timezone) + 26 * 3600
             is_final = self.clock.wall() > day_ends
-            games = [value.replace("-", "") + letter for letter in "ab"]
+            letters = "ac" if is_final and int(value[-2:]) % 3 == 0 else "ab"
+            games = [value.replace("-", "") + letter for letter in letters]
             return json.dumps({"date": value, "final": is_final, "games": games}).encode()
         return json.dumps({"id": value, "text": "x" * 50}).encode()
 
@@ -476,7 +478,7 @@ class World:
             journal = adce.Journal(io.StringIO(), clock=self.clock)
             self.runner = runner = adce.Runner(self.configuration, database, self.lake, journal)
             runner.workers.pool = runner.listers = Workers(self)
-            runner.beat_seconds, runner.dice = 3600.0, random.Random(self.random.random())
+            runner.beat_seconds, runner.rng = 3600.0, random.Random(self.random.random())
             self.note("start")
             try:
                 runner.run(max_seconds=end - self.now)
@@ -499,7 +501,7 @@ class World:
     def judge_stop(self, database: adce.Database) -> None:
         """After a clean stop nothing runs, and the books are right."""
         books = {
-            "tasks still running": "select count(*) from tasks where state = 'running'",
+            "tasks still running": "select count(*) from queue where state = 'running'",
             "attempts that no day counts": """
                 select coalesce(sum(attempts), 0) < (select count(*) from attempts where outcome != 'running')
                 from daily_totals""",
@@ -507,10 +509,17 @@ class World:
         for what, sql in (books | adce.CONSISTENCY).items():
             if database.value(sql):
                 raise BrokenPromiseError(what)
-        for row in database.read("select key, etag from objects where state = 'present'"):
-            body, stored = self.lake.objects.get(row["key"], (b"", None))
-            if stored and stored.etag == row["etag"]:
-                json.loads(body)  # whole
+        self.judge_contents(database)
+
+    def judge_contents(self, database: adce.Database) -> None:
+        """What is called present is whole."""
+        for key, etag in database.read("select key, etag from objects_now where state = 'present'"):
+            body, stored = self.lake.objects.get(key, (b"", None))
+            if stored and stored.etag == etag:
+                try:
+                    json.loads(body)
+                except ValueError as error:
+                    raise BrokenPromiseError(f"{key} is called present and is not whole") from error
 
     def judge_end(self) -> None:
         """The last third of the week was calm: by now the lake is complete."""
@@ -526,11 +535,25 @@ class World:
                     raise BrokenPromiseError(f"{row['key']} is stale since {now - row['since']:.0f} s")
                 if row["state"] == "present" and row["key"] not in self.lake.objects:
                     raise BrokenPromiseError(f"{row['key']} is called present and is not there")
+            self.judge_expected(database)
+            self.judge_contents(database)
             if not database.value("select count(*) from objects where state = 'present'") > 30:
                 raise BrokenPromiseError("hardly anything was collected")
-            self.counts["tasks done"] = database.value("select count(*) from tasks where state = 'done'")
+            self.counts["stored"] = database.value("select sum(attempts) from stats where outcome = 'ok'")
             self.counts["attempts"] = database.value("select count(*) from attempts")
         self.other.close()
+
+    def judge_expected(self, database: adce.Database) -> None:
+        """What is expected below the days is what the days in the lake name."""
+        for key, (body, _) in self.lake.objects.items():
+            if not key.startswith("days/"):
+                continue
+            day = key[5:15].replace("/", "")
+            wanted = {f"{folder}/{game}.json" for game in json.loads(body)["games"] for folder in ("games", "boxes")}
+            known = "select key from objects_now where state != 'dropped' and (key glob ? or key glob ?)"
+            found = {row[0] for row in database.read(known, (f"games/{day}*", f"boxes/{day}*"))}
+            if found != wanted:
+                raise BrokenPromiseError(f"{key} names {sorted(wanted)}, expected are {sorted(found)}")
 
 
 def simulate(seed: int) -> World:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from battery import dying, judge, older
+from battery import dying, judge
 from battery.scene import LAUNCHERS, Scene
 
 LAUNCHER = LAUNCHERS / "dying.py"
@@ -106,36 +106,6 @@ def filled(tmp_path_factory) -> Iterator[Scene]:
     with Scene(tmp_path_factory.mktemp("filled")) as scene:
         scene.recover()
         yield scene
-
-
-def die_everywhere_in_a_migration(filled: Scene, every: int, least: int) -> None:
-    newest = older.shape_of(filled.database)
-    older.make_version_1(filled.database)
-    oldest = older.shape_of(filled.database)
-    kept = filled.folder / "kept.db"
-    shutil.copyfile(filled.database, kept)
-    seen = set()
-    for number, name in points_to_try(every, least, lambda number: die_at(filled, number, "-q", "report")):
-        shape = older.shape_of(filled.database)
-        assert shape in (oldest, newest), f"died at point {number}, {name}"
-        seen.add(shape[0])
-        filled.recover()
-        assert older.shape_of(filled.database) == newest
-        for left in filled.folder.glob("adce.db*"):
-            left.unlink()
-        shutil.copyfile(kept, filled.database)
-    filled.recover()
-    assert 1 in seen
-
-
-def test_migration_that_dies_leaves_the_old_schema_or_the_new(filled):
-    die_everywhere_in_a_migration(filled, every=5, least=8)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-def test_migration_that_dies_at_every_point_leaves_the_old_schema_or_the_new(filled):
-    die_everywhere_in_a_migration(filled, every=1, least=40)
 
 
 def die_everywhere_in_a_backup(filled: Scene, every: int, least: int) -> None:

@@ -171,7 +171,7 @@ def fail_at(folder: Path, call: str, error: str, number: int) -> bool:
 
 @pytest.mark.parametrize(("call", "error"), FAULTS)
 def test_fault_of_the_disk_loses_nothing(call, error, tmp_path):
-    numbers = {"pwrite64": (330, 400), "fsync": (2, 3), "fdatasync": (12, 20), "write": (1, 3)}[call]
+    numbers = {"pwrite64": (210, 250), "fsync": (2, 3), "fdatasync": (9, 15), "write": (1, 3)}[call]
     assert [fail_at(tmp_path / str(number), call, error, number) for number in numbers].count(True)
 
 
@@ -179,7 +179,7 @@ def test_fault_of_the_disk_loses_nothing(call, error, tmp_path):
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(("call", "error"), FAULTS)
 def test_no_fault_of_the_disk_loses_anything(call, error, tmp_path):
-    numbers = {"pwrite64": range(1, 480, 9), "fsync": range(1, 12), "fdatasync": range(1, 40, 2), "write": range(1, 20)}
+    numbers = {"pwrite64": range(1, 310, 6), "fsync": range(1, 12), "fdatasync": range(1, 30, 2), "write": range(1, 20)}
     for number in numbers[call]:
         fail_at(tmp_path / str(number), call, error, number)
 

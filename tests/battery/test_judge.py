@@ -15,9 +15,9 @@ def keep(self, key, body, write=adce.FolderStore.write):
 adce.FolderStore.write = keep
 """
 FORGETS = """
-def settle(ledger, object_id, state):
-    ledger.sql.execute("update tasks set state = 'cancelled' where object_id = ?", (object_id,))
-adce.Ledger.close_task = settle
+def forget(ledger, dataset, task, result):
+    ledger.sql.execute("delete from attempts where attempt_id = ?", (task.attempt_id,))
+adce._record_attempt = forget
 """
 ASKS_ALWAYS = "adce.opening = lambda sql, limiting, source, now, owner='': adce.Opening(now)"
 

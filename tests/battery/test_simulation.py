@@ -29,24 +29,32 @@ def ask_always(sql, limiting, source, now, owner=""):
     return adce.Opening(now)
 
 
-def requeue_nothing(sql, policy, now):
+def requeue_nothing(sql, policy):
     return 0
 
 
-def close_no_task(ledger, object_id, state):
-    pass
+APPRAISED = adce.Ledger.appraised
+
+
+def close_no_task(ledger, known, **options):
+    row = APPRAISED(ledger, known, **options)
+    return row._replace(task="pending") if known.task and not row.task else row
 
 
 def believe_whatever_is_fetched(dataset, fields, body, children=()):
-    return adce.Inspection(True, None, True, False, {child.name: () for child in children})
+    return adce.Inspection(True, None, True, False, {adce.expression_of(child): () for child in children})
 
 
 def forget_open_tasks(sql, before):
-    return sql.execute("delete from tasks where state = 'retry' and attempts > 1").rowcount
+    return sql.execute("update objects set task = null where task = 'retry' and attempts > 1").rowcount
+
+
+def drop_nothing(ledger, datasets, after):
+    return None
 
 
 def wake_nobody(sql, before):
-    pass
+    return 0
 
 
 @pytest.mark.parametrize(
@@ -54,10 +62,11 @@ def wake_nobody(sql, before):
     [
         (adce, "opening", ask_always, range(12), "was asked more than"),
         (adce, "requeue_orphans", requeue_nothing, range(12), "running|missing"),
-        (adce.Ledger, "close_task", close_no_task, [6], "open tasks without a gap|turns without end"),
-        (adce, "inspect", believe_whatever_is_fetched, range(12), "Expecting value|hardly anything|delimiter|JSON"),
-        (adce, "forget", forget_open_tasks, range(12), "gaps without a task|missing|FOREIGN KEY"),
+        (adce.Ledger, "appraised", close_no_task, range(12), "open tasks without a gap|turns without end"),
+        (adce, "inspect", believe_whatever_is_fetched, range(12), "is not whole|hardly anything|expected are"),
+        (adce, "forget", forget_open_tasks, range(12), "gaps without a task|missing"),
         (adce, "wake_retries", wake_nobody, range(12), "turns without end"),
+        (adce, "drop_unexpected", drop_nothing, range(12), "names .* expected are"),
     ],
 )
 def test_judge_sees_a_program_that_does_wrong(place, name, mutant, seeds, found, monkeypatch):

@@ -38,7 +38,7 @@ def sample(scene: Scene, process: subprocess.Popen[str], keep_seconds: float) ->
 
 
 # of requests an hour is always kept, which no soak outlasts
-KEPT_FOR_A_TIME = {"attempts": "started_at", "tasks": "closed_at", "reconciliations": "started_at"}
+KEPT_FOR_A_TIME = {"attempts": "started_at", "reconciliations": "started_at"}
 # how much the last third may be above the middle one: MiB, descriptors, threads, MiB, rows
 MAY_GROW = {
     "memory": 6,

@@ -88,7 +88,7 @@ def main() -> None:
             wait_for(f"/{number}")
         configuration = adce.load_configuration(config)
         database = adce.open_database(configuration.database)
-        while database.value("select count(*) from tasks where state = 'retry'") < len(numbers):
+        while database.value("select count(*) from queue where state = 'retry'") < len(numbers):
             time.sleep(0.1)
         rows = []
         for what in ("commit of another process", "start of adce.py retry"):
@@ -104,7 +104,7 @@ def main() -> None:
                         adce.retry_tasks(adce.Ledger(sql, configuration, time.time()), [task_id])
                     begun = time.monotonic()
                 latencies.append(wait_for(f"/{number}") - begun)
-                while database.value("select state from tasks where task_id = ?", (task_id,)) != "retry":
+                while database.value("select state from queue where task_id = ?", (task_id,)) != "retry":
                     time.sleep(0.01)
                 time.sleep(0.037)  # so that it meets the runner at different moments of its sleep
             cuts = statistics.quantiles(latencies, n=100)

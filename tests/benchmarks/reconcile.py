@@ -121,7 +121,7 @@ def cycle(lake: Lake, folder: Path, store_name: str, *, changed: bool, is_full: 
     database, clock = adce.open_database(configuration.database), adce.Clock()
     with database.transaction() as sql:
         adce.declare_limits(sql, configuration, clock)
-        adce.declare_datasets(sql, configuration, clock.wall())
+        adce.declare_datasets(sql, configuration)
     if isinstance(store, adce.S3Store):
         store.sweep()  # the runner does that at its start: boto3 is loaded
     gc.collect()
@@ -131,7 +131,7 @@ def cycle(lake: Lake, folder: Path, store_name: str, *, changed: bool, is_full: 
     with ThreadPoolExecutor(adce.LISTED_AT_ONCE) as listers:
         ahead = adce.ReadAhead(listers, lambda: wakeups.put("page"))
         before = time.perf_counter()
-        for step in adce.reconcile(database, configuration, store, clock, adce.Orders(is_full=is_full), ahead):
+        for step in adce.reconcile(database, configuration, store, clock, adce.CycleOptions(is_full=is_full), ahead):
             steps.append(time.perf_counter() - before)
             if step == 0:
                 wakeups.get(timeout=60)

@@ -34,7 +34,7 @@ datasets:
 """
 ATTEMPTS = """
     with recursive n(i) as (select 1 union all select i + 1 from n where i < :attempts)
-    insert into attempts (task_id, started_at, outcome, seconds, http_status, bytes, requests)
+    insert into attempts (object_id, started_at, outcome, seconds, http_status, bytes, requests)
     select 1 + i % :tasks, unixepoch() - (:attempts - i) * 7776000.0 / :attempts,
            case when i % 13 = 0 then 'timeout' when i % 17 = 0 then 'http_error' else 'ok' end,
            i % 997 / 300.0, 200, i % 5000, 1
