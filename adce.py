@@ -40,16 +40,11 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Requests                    one execution as plain data; one HTTP request
     Sessions                    the limits for programs that use requests
     Programs                    commands and calls; one execution of any kind
-    Tables                      rows as text
-    Coverage                    what is expected and what is there
-    Report                      tells: questions in SQL, answers as rows
-    Plan                        what a run would do
-    Page                        the whole picture in a browser
-    Metrics                     the figures for Prometheus
-    Health                      serves the same answers over HTTP
-    Screen                      what a person sees while it runs
-    Conditions                  what people should look at
-    Alerts                      what people are told, once, wherever they are
+    Report                      questions in SQL, one renderer
+    Conditions                  what needs attention
+    Page                        the same in a browser, for Prometheus and over HTTP
+    Events                      the log and the live screen
+    Alerts                      messages when a condition begins, lasts and ends
     Operator actions            pause, resume, retry, skip
     Supervision                 who has started the runner, and is told
     Runner                      keeps going until stopped
@@ -77,7 +72,6 @@ import enum
 import errno
 import fcntl
 import functools
-import gzip
 import hashlib
 import html
 import http.client
@@ -6093,22 +6087,71 @@ def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
         return [Result(Outcome.ERROR, describe(error))] * len(spec.targets)
 
 
-# ---------------------------------------------------------------- Tables
-# Rows as text: for a person, for a program, for a page. Headline: render().
+# ---------------------------------------------------------------- Report
+# Every figure is a question in SQL, every screen a few questions; one renderer for all formats. Nothing here changes
+# anything. Headlines: REPORT, answers(), render().
 
 FORMATS = ("table", "json", "csv", "github", "html")
 Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """A titled table that is still to be asked for. `name` is its key in JSON."""
+
+    name: str
+    is_one: bool  # one thing with many properties, rather than many things
+    title: str
+    empty: str
+    sql: str
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
-    """A titled table. `name` is its key in JSON."""
+    """A titled table."""
 
     name: str
     title: str
     rows: Rows
-    is_one: bool = False  # one thing with many properties, rather than many things
+    is_one: bool = False
     empty: str = "none"
+
+
+# Fragments of the questions below. Percents are rounded down: 100 means all.
+FRAGMENTS = {
+    "SUMS": """sum(present) * 10000 / nullif(sum(expected), 0) / 100.0 as percent,
+        coalesce(sum(missing), 0) as missing, coalesce(sum(stale), 0) as stale, coalesce(sum(suspect), 0) as suspect,
+        coalesce(sum(gave_up), 0) as gave_up, coalesce(sum(present), 0) as present,
+        coalesce(sum(expected), 0) as expected""",
+    "OPEN": ", ".join(
+        f"coalesce(sum(iif(task = '{state}', objects, 0)), 0) as {state}"
+        for state in ("pending", "retry", "running", "gave_up")
+    ),
+    "FILTER": "(:source is null or source = :source) and (:dataset is null or dataset = :dataset)",
+    # an attempt at its place among those of its dataset, the fastest first
+    "ENDED": """(select d.source, d.dataset, a.outcome, a.seconds, a.requests, a.bytes,
+                        a.outcome not in ('ok', 'not_yet', 'lost') as has_failed,
+                        row_number() over (partition by o.dataset_id order by a.seconds) as place,
+                        count(*) over (partition by o.dataset_id) as number
+                 from attempts a join objects o using (object_id) join datasets d using (dataset_id)
+                 where a.started_at >= :since and a.outcome != 'running')""",
+    "FIGURES": """count(*) as attempts, sum(outcome = 'ok') as ok, sum(outcome = 'not_yet') as not_yet,
+        sum(has_failed) as failed, round(100.0 * sum(has_failed) / count(*), 1) as error_percent,
+        sum(requests) as requests, sum(bytes) as bytes""",
+    # sources that cannot be asked now
+    "PAUSED": """with paused as (
+        select source from datasets
+        where exists (select 1 from rates where scope in (source, 'global') and blocked_until is not null))""",
+}
+
+
+def questions(text: str) -> tuple[Question, ...]:
+    """The questions of a screen: for each `name: title | text when there is nothing`, and indented SQL that may hold
+    {FRAGMENTS}; `name!` is one thing."""
+    for name, sql in FRAGMENTS.items():
+        text = text.replace(f"{{{name}}}", sql)
+    found = re.findall(r"^([a-z][\w ]*)(!?): ([^|\n]*?)(?: \| (.+))?\n((?: +.*\n)+)", text, re.MULTILINE)
+    return tuple(Question(name, bool(one), title, empty or "none", sql) for name, one, title, empty, sql in found)
 
 
 def query(database: Database, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> Rows:
@@ -6116,58 +6159,162 @@ def query(database: Database, sql: str, parameters: Mapping[str, Any] | Sequence
     return [dict(row) for row in database.read(sql, parameters)]
 
 
+def answers(database: Database, screen: Sequence[Question], **values: Any) -> list[Section]:
+    """The sections of a screen. Its titles and its SQL may name `values`."""
+    return [
+        Section(one.name, one.title.format(**values), query(database, one.sql, values), one.is_one, one.empty)
+        for one in screen
+    ]
+
+
+REPORT = questions("""
+sources: Coverage by source
+    select source, {SUMS} from coverage group by source
+coverage: Coverage by dataset
+    select source, dataset, {SUMS} from coverage group by source, dataset
+total!: Total | nothing is expected yet
+    select {SUMS} from coverage having sum(expected) > 0
+queue: Open tasks by priority
+    select priority, {OPEN},
+           round((unixepoch() - (select min(detected_at) from objects o
+                                 where o.priority = c.priority and o.task is not null)) / 3600.0, 2) as oldest_hours
+    from counts c where task != ''
+    group by priority having sum(objects) > 0
+    order by instr('CRITICAL HIGH MEDIUM LOW', priority)
+reasons: Why objects are missing, stale or suspect
+    with reasons as (
+        select dataset_id, state as kind, task, count(*) as objects, coalesce(max(last_error), max(reason)) as example,
+               min(since) as oldest
+        from objects indexed by objects_by_age where task is not null
+        group by dataset_id, state, task, substr(coalesce(last_error, reason), 1, 24))
+    select dataset, kind, task, objects, strftime('%Y-%m-%dT%H:%M:%SZ', oldest, 'unixepoch') as oldest, example
+    from reasons join datasets using (dataset_id)
+    order by objects desc limit 20
+datasets: Attempts of the last {span}
+    select source, dataset, {FIGURES},
+           round(min(seconds) filter (where place >= 0.50 * number), 3) as p50,
+           round(min(seconds) filter (where place >= 0.95 * number), 3) as p95,
+           round(min(seconds) filter (where place >= 0.99 * number), 3) as p99
+    from {ENDED} group by source, dataset
+scrapers: By scraper
+    select coalesce(value, 'no longer declared') as scraper, count(distinct dataset) as datasets, {FIGURES}
+    from {ENDED} left join json_each(:scrapers) on key = dataset group by scraper
+attempts: How attempts of the last {span} ended
+    select d.dataset, a.outcome, count(*) as attempts, sum(a.requests) as requests,
+           round(avg(a.seconds), 3) as mean_seconds, round(max(a.seconds), 3) as longest, sum(a.bytes) as bytes
+    from attempts a join objects o using (object_id) join datasets d using (dataset_id)
+    where a.started_at >= :since
+    group by d.dataset, a.outcome order by d.dataset, attempts desc
+rates: Rate limits
+    select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
+    from rates order by scope = 'global', scope, window_seconds
+cycles: The last cycles
+    select * from cycles order by cycle_id desc limit 5
+listing!: Cycles of the last {span}
+    select count(*) as cycles,
+           round((max(started_at) - min(started_at)) / 60 / nullif(count(*) - 1, 0), 1) as minutes_between,
+           round(avg(seconds), 3) as mean_seconds, round(max(seconds), 3) as longest, count(error) as failed,
+           sum(created) as created, sum(closed) as closed, sum(list_calls) as list_calls,
+           -- S3 takes 0.005 USD for 1,000
+           round(sum(list_calls) * 0.005 / 1000, 4) as s3_list_usd
+    from reconciliations where started_at >= :since having count(*) > 0
+""")
+STATUS = questions("""
+lake!: Lake
+    select {SUMS} from coverage
+tasks!: Tasks
+    select {OPEN}, (select strftime('%Y-%m-%dT%H:%M:%SZ', min(next_at), 'unixepoch')
+                    from objects where task = 'retry' and next_at is not null) as next_retry
+    from counts
+cycle!: Last cycle | no cycle yet
+    select * from cycles order by cycle_id desc limit 1
+sources: Sources
+    select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
+    from rates order by scope = 'global', scope, window_seconds
+alerts: Alerts
+    select * from open_alerts
+broken_channels: Channels that do not work
+    select * from broken_channels
+""")
+COVERAGE, BY_DAY = questions("""
+coverage: Coverage by dataset and season | nothing is expected yet; run a cycle: adce.py reconcile
+    select * from coverage where {FILTER} order by source, dataset, season
+coverage: Coverage by dataset and day | no object has such a day
+    select * from coverage_by_day where {FILTER} and (:year is null or day glob :year || '-*')
+    order by source, dataset, day desc
+""")
+PLAN = questions("""
+datasets: What would be asked for | nothing
+    {PAUSED}
+    select dataset, sum(state = 'pending' and source not in paused) as now,
+           sum(state = 'pending' and source in paused) as paused,
+           sum(state = 'retry') as later, sum(state = 'gave_up') as gave_up,
+           min(case when state = 'retry' then next_at end) as next_retry, max(last_error) as last_error
+    from queue group by dataset
+sources: How long that takes, with a request for each task
+    with pending as (
+        select source, sum(objects) as tasks from counts join datasets using (dataset_id)
+        where task = 'pending' and active group by source having sum(objects) > 0)
+    select source, tasks, round(max(tasks * window_seconds / max_requests) / 60, 1) as least_minutes
+    from pending left join windows on scope = source group by source
+first: First of them (at most {most}) | nothing can start now
+    {PAUSED}
+    select score, priority, dataset, key, reason, attempts
+    from queue where state = 'pending' and source not in paused
+    order by score desc, task_id limit :most
+""")
+TASK = questions("""
+task!: Task {task_id}
+    select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
+           o.state as object, coalesce(o.skipped, o.reason) as reason, o.fields,
+           strftime('%Y-%m-%dT%H:%M:%SZ', o.detected_at, 'unixepoch') as detected_at,
+           iif(o.task is null, null, round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 2)) as score,
+           o.gap_size, o.attempts, o.failures,
+           strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as next_at, o.last_error, o.size, o.etag
+    from objects o join datasets d using (dataset_id) where o.object_id = :task_id
+attempts: Attempts, the latest first
+    select attempt_id, started_at, seconds, outcome, http_status, bytes, url, error
+    from recent_attempts where task_id = :task_id
+""")
+
+
 def render(sections: Sequence[Section], style: str, width: int | None = None) -> str:
     """Sections as text. JSON is one document; a table is cut to `width` columns when one is given."""
     if style == "json":
-        values = {
-            section.name: next(iter(section.rows), None) if section.is_one else section.rows for section in sections
-        }
+        values = {part.name: next(iter(part.rows), None) if part.is_one else part.rows for part in sections}
         document = next(iter(values.values())) if len(values) == 1 else values
         return json.dumps(document, indent=2, ensure_ascii=False, default=str)
     if style == "csv":
-        return "\n".join(_csv(section) for section in sections).rstrip("\n")
+        return "\n".join(_csv(part.rows) for part in sections).rstrip("\n")
+    title = {"html": "<h2>{}</h2>\n", "github": "### {}\n\n", "table": "{}\n"}[style]
     blocks = []
-    for section in sections:
-        rows = (
-            [{"what": name, "value": value} for row in section.rows for name, value in row.items()]
-            if section.is_one
-            else section.rows
-        )
-        body = _table(rows, style, width) if rows else section.empty
-        title = {"html": f"<h2>{html.escape(section.title)}</h2>", "github": f"### {section.title}\n"}.get(
-            style, section.title
-        )
-        blocks.append(f"{title}\n{body}" if section.title else body)
+    for part in sections:
+        rows = part.rows
+        if part.is_one:
+            rows = [{"what": name, "value": value} for row in rows for name, value in row.items()]
+        head = title.format(html.escape(part.title) if style == "html" else part.title) if part.title else ""
+        blocks.append(head + (_table(rows, style, width) if rows else part.empty))
     return "\n\n".join(blocks)
 
 
-def _csv(section: Section) -> str:
+def _csv(rows: Rows) -> str:
     text = io.StringIO()
-    if section.rows:
-        writer = csv.DictWriter(text, fieldnames=list(section.rows[0]), lineterminator="\n")
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(section.rows)
+        writer.writerows(rows)
     return text.getvalue()
-
-
-def cut(line: str, columns: int) -> str:
-    """As much of a line as fits: wide letters take two columns."""
-    widths = (1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
-    return "".join(letter for letter, end in zip(line, itertools.accumulate(widths), strict=True) if end <= columns)
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
     import tabulate
 
+    quotes: Mapping[str, Callable[[str], str]] = {"html": html.escape, "github": lambda cell: cell.replace("|", r"\|")}
+    quote = quotes.get(style, str)
     numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]]
-    cells = [[_cell(value) for value in row.values()] for row in rows]
-    if style == "html":
-        cells = [[html.escape(cell) for cell in row] for row in cells]
-    elif style == "github":
-        cells = [[cell.replace("|", r"\|") for cell in row] for row in cells]
     text = tabulate.tabulate(
-        cells,
-        headers=[name.replace("_", " ") for name in rows[0]] if style == "html" else list(rows[0]),
+        [[quote(_cell(value)) for value in row.values()] for row in rows],
+        headers=[name.replace("_", " ") if style == "html" else name for name in rows[0]],
         tablefmt={"table": "simple", "github": "github", "html": "unsafehtml"}[style],
         disable_numparse=True,
         colalign=["right" if is_number else "left" for is_number in numeric],
@@ -6177,130 +6324,20 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    text = f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
+    text = "-" if value is None else f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-# ---------------------------------------------------------------- Coverage
-# What is expected and what is there, in sums and by day. Headline: coverage_sections().
+def cut(line: str, columns: int) -> str:
+    """As much of a line as fits: wide letters take two columns."""
+    widths = (1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
+    return "".join(letter for letter, end in zip(line, itertools.accumulate(widths), strict=True) if end <= columns)
 
 
-def coverage_sections(
-    database: Database,
-    source: str | None = None,
-    dataset: str | None = None,
-    *,
-    by_day: bool = False,
-    year: int | None = None,
-) -> list[Section]:
-    """What is expected and what is there, by dataset and season, or of what has a day by that, the latest first, and
-    of a `year` alone if it is given."""
-    wanted = "where (:source is null or source = :source) and (:dataset is null or dataset = :dataset)"
-    by_season = f"select * from coverage {wanted} order by source, dataset, season"  # noqa: S608  # fixed words
-    of_year = "and (:year is null or day glob :year || '-*')"
-    daily = f"select * from coverage_by_day {wanted} {of_year} order by source, dataset, day desc"  # noqa: S608
-    names = {"source": source, "dataset": dataset, "year": year}
-    rows = query(database, daily if by_day else by_season, names)
-    title = "Coverage by dataset and day" if by_day else "Coverage by dataset and season"
-    nothing = f"nothing of {year}" if by_day and year else "nothing is expected yet; run a cycle: adce.py reconcile"
-    return [Section("coverage", title, rows, empty=nothing)]
-
-
-def strip_section(database: Database, year: int | None, now: float) -> Section:
-    """A year in a line for each dataset that has days: a letter for each week."""
-    year = year or latest_year(database, now)
-    weeks: dict[str, list[tuple[int, int]]] = {}
-    for name, day, expected, present in database.read(CALENDAR, {"first": f"{year}-01-01", "last": f"{year}-12-31"}):
-        strip = weeks.setdefault(name, [(0, 0)] * 53)
-        week = (datetime.date.fromisoformat(day).timetuple().tm_yday - 1) // 7
-        strip[week] = strip[week][0] + expected, strip[week][1] + present
-    rows = [
-        {"dataset": name, "weeks": "".join(_letter(*week) for week in strip)} for name, strip in sorted(weeks.items())
-    ]
-    title = f"The weeks of {year}: # all there, + a part, x nothing, . nothing expected"
-    return Section("weeks", title, rows, empty="no dataset has days in it")
-
-
-def _letter(expected: int, present: int) -> str:
-    return "." if not expected else "#" if present == expected else "+" if present else "x"
-
-
-def latest_year(database: Database, now: float) -> int:
-    """The last year, up to now, that has days."""
-    today = day_of(now).isoformat()
-    latest = database.value(f"select max(last) from ({DAYS})", {"until": today})  # noqa: S608  # fixed words
-    return int((latest or today)[:4])
-
-
-# for each of what is counted, its first and last day
-DAYS = """
-    select (select min(o.day) from objects o
-            where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state) as first,
-           (select max(o.day) from objects o
-            where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state
-              and o.day <= :until) as last
-    from counts c
-    where c.objects > 0
-"""
-CALENDAR = """
-    select d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present
-    from counts c
-    cross join objects o indexed by objects_by_state
-        on o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state
-    join datasets d on d.dataset_id = c.dataset_id
-    where c.state in ('present', 'missing', 'stale', 'suspect') and c.objects > 0 and o.day between :first and :last
-    group by d.dataset, o.day
-"""
-EXPECTED = "state in ('present', 'missing', 'stale', 'suspect')"
-COVERAGE_BY_DATASET = """
-    select source, dataset, sum(expected) as expected, sum(present) as present, sum(missing) as missing,
-           sum(stale) as stale, sum(suspect) as suspect, sum(gave_up) as gave_up,
-           sum(present) * 10000 / sum(expected) / 100.0 as percent
-    from coverage
-    group by source, dataset
-"""
-COVERAGE_BY_SOURCE = """
-    select source, sum(expected) as expected, sum(present) as present, sum(missing) as missing,
-           sum(stale) as stale, sum(suspect) as suspect, sum(gave_up) as gave_up,
-           sum(present) * 10000 / sum(expected) / 100.0 as percent
-    from coverage
-    group by source
-"""
-COVERAGE_IN_ALL = """
-    select sum(expected) as expected, sum(present) as present, sum(missing) as missing,
-           sum(stale) as stale, sum(suspect) as suspect, sum(gave_up) as gave_up,
-           sum(present) * 10000 / sum(expected) / 100.0 as percent
-    from coverage
-    having sum(expected) > 0
-"""
-
-
-# ---------------------------------------------------------------- Report
-# Tells: questions in SQL, answers as sections of rows. Nothing here changes anything. Headlines: the
-# functions named *_sections.
-
-
-def report_sections(database: Database, scrapers: Mapping[str, str], since_seconds: float, now: float) -> list[Section]:
-    """The whole picture: coverage, queue, attempts, limits, cycles, what is wrong. `scrapers` are those of the
-    datasets."""
-    since = {"since": now - since_seconds, "now": now}
-    span = format_duration(since_seconds)
-    attempts = query(database, ATTEMPTS_BY_DATASET, since)
-    return [
-        Section("sources", "Coverage by source", query(database, COVERAGE_BY_SOURCE)),
-        Section("coverage", "Coverage by dataset", query(database, COVERAGE_BY_DATASET)),
-        Section("total", "In all", query(database, COVERAGE_IN_ALL), is_one=True, empty="nothing is expected yet"),
-        Section("queue", "Open tasks by priority", query(database, QUEUE_BY_PRIORITY)),
-        Section("reasons", "Why objects are missing, stale or suspect", query(database, GAPS_BY_REASON)),
-        Section("datasets", f"Attempts of the last {span}", attempts),
-        Section("scrapers", "By scraper", by_scraper(attempts, scrapers)),
-        Section("attempts", f"How attempts of the last {span} ended", query(database, ATTEMPTS_BY_OUTCOME, since)),
-        Section("rates", "Rate limits", query(database, RATES)),
-        Section("cycles", "The last cycles", query(database, "select * from cycles order by cycle_id desc limit 5")),
-        Section("listing", f"Cycles of the last {span}", query(database, CYCLES, since), is_one=True),
-    ]
+def report_sections(database: Database, scrapers: Mapping[str, str], seconds: float, now: float) -> list[Section]:
+    """The whole picture; attempts and cycles of the last `seconds`. `scrapers` are those of the datasets."""
+    values = {"since": now - seconds, "span": format_duration(seconds), "scrapers": json.dumps(scrapers)}
+    return answers(database, REPORT, **values)
 
 
 def scraper_of(dataset: Dataset) -> str:
@@ -6311,271 +6348,41 @@ def scraper_of(dataset: Dataset) -> str:
     return dataset.call or " ".join(itertools.takewhile(lambda word: "{" not in word, words))
 
 
-def by_scraper(attempts: Rows, scrapers: Mapping[str, str]) -> Rows:
-    """The attempts of datasets, summed over those that one scraper brings."""
-    sums: dict[str, collections.Counter[str]] = {}
-    for row in attempts:
-        told = sums.setdefault(scrapers.get(row["dataset"], "no longer declared"), collections.Counter())
-        told.update({name: row[name] or 0 for name in ("attempts", "failed", "requests", "bytes")}, datasets=1)
-    return [
-        {
-            "scraper": scraper,
-            "datasets": told["datasets"],
-            "attempts": told["attempts"],
-            "failed": told["failed"],
-            "error_percent": round(100 * told["failed"] / told["attempts"], 1),
-            "requests": told["requests"],
-            "bytes": told["bytes"],
-        }
-        for scraper, told in sorted(sums.items())
-    ]
-
-
-QUEUE_BY_PRIORITY = """
-    select priority,
-           sum(iif(task = 'pending', objects, 0)) as pending,
-           sum(iif(task = 'retry', objects, 0)) as retry,
-           sum(iif(task = 'running', objects, 0)) as running,
-           sum(iif(task = 'gave_up', objects, 0)) as gave_up,
-           round((unixepoch() - (
-               select min(detected_at) from objects o where o.priority = c.priority and o.task is not null
-           )) / 3600.0, 2) as oldest_hours
-    from counts c
-    where task != ''
-    group by priority
-    having sum(objects) > 0
-    order by min(instr('CRITICAL HIGH MEDIUM LOW', priority))
-"""
-GAPS_BY_REASON = """
-    with reasons as (
-        select dataset_id, state as kind, task, count(*) as objects,
-               coalesce(max(last_error), max(reason)) as example, min(since) as oldest
-        from objects indexed by objects_by_age
-        where task is not null
-        group by dataset_id, state, task, substr(coalesce(last_error, reason), 1, 24)
-    )
-    select dataset, kind, task, objects, example, strftime('%Y-%m-%dT%H:%M:%SZ', oldest, 'unixepoch') as oldest
-    from reasons join datasets using (dataset_id)
-    order by objects desc
-    limit 20
-"""
-ATTEMPTS_BY_OUTCOME = """
-    select d.dataset, a.outcome, count(*) as attempts, sum(a.requests) as requests,
-           round(avg(a.seconds), 3) as mean_seconds, round(max(a.seconds), 3) as longest, sum(a.bytes) as bytes
-    from attempts a
-    join objects o using (object_id)
-    join datasets d using (dataset_id)
-    where a.started_at >= :since
-    group by d.dataset, a.outcome
-    order by d.dataset, attempts desc
-"""
-ATTEMPTS_BY_DATASET = """
-    with ended as (
-        select d.source, d.dataset, a.outcome, a.seconds, a.requests, a.bytes,
-               row_number() over (partition by o.dataset_id order by a.seconds) as place,
-               count(*) over (partition by o.dataset_id) as attempts
-        from attempts a
-        join objects o using (object_id)
-        join datasets d using (dataset_id)
-        where a.started_at >= :since and a.outcome != 'running'
-    )
-    select source, dataset, count(*) as attempts,
-           sum(outcome not in ('ok', 'not_yet', 'lost')) as failed,
-           round(100.0 * sum(outcome not in ('ok', 'not_yet', 'lost')) / count(*), 1) as error_percent,
-           -- of what they took in seconds: half was faster than p50
-           round(min(seconds) filter (where place >= 0.50 * attempts), 3) as p50,
-           round(min(seconds) filter (where place >= 0.95 * attempts), 3) as p95,
-           round(min(seconds) filter (where place >= 0.99 * attempts), 3) as p99,
-           sum(requests) as requests, sum(bytes) as bytes
-    from ended
-    group by source, dataset
-    order by source, dataset
-"""
-CYCLES = """
-    select count(*) as cycles,
-           round((max(started_at) - min(started_at)) / 60 / nullif(count(*) - 1, 0), 1) as minutes_between,
-           round(avg(seconds), 3) as mean_seconds, round(max(seconds), 3) as longest, count(error) as with_trouble,
-           sum(created) as created, sum(closed) as closed, sum(list_calls) as list_calls,
-           -- what S3 asks for them: 0.005 USD for 1,000
-           round(sum(list_calls) * 0.005 / 1000, 4) as s3_list_usd
-    from reconciliations
-    where started_at >= :since
-    having count(*) > 0
-"""
-RATES = """
-    select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
-    from rates
-    order by scope = 'global', scope, window_seconds
-"""
-
-
-# how long the tasks of each source take at its limits, with a request for each
-WAITING_BY_SOURCE = """
-    with waiting as (
-        select source, sum(objects) as tasks
-        from counts join datasets using (dataset_id)
-        where task = 'pending' and active
-        group by source
-        having sum(objects) > 0
-    )
-    select source, tasks, round(max(tasks * window_seconds / max_requests) / 60, 1) as least_minutes
-    from waiting left join windows on scope = source
-    group by source
-"""
-
-
-def next_steps(database: Database) -> list[str]:
-    """Commands that answer the questions which the figures raise."""
-    steps = []
-    if database.value("select 1 from counts where task = 'gave_up' and objects > 0 limit 1"):
-        steps.append("adce.py tasks --state gave_up     what gave up, and why")
-    if database.value("select 1 from counts where task != '' and objects > 0 limit 1"):
-        steps.append("adce.py plan                      what the next run would do")
-    if database.value("select error from cycles order by cycle_id desc limit 1"):
-        steps.append("adce.py check                     is everything in order?")
-    return steps
-
-
-def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, Any]:
-    """Whether a runner works, and its last signs of life."""
-    rows = query(database, "select * from runner")
-    holder = lock.holder()
-    if holder is not None and (not rows or rows[0]["pid"] != holder):  # it has said nothing of itself yet
-        return {"runner": "running", "pid": holder or None}
-    if not rows:
-        return {"runner": "never ran"}
-    row = rows[0]
-    if holder is not None:
-        return {
-            "runner": "running",
-            "pid": holder,
-            "version": row["version"],
-            "started_at": utc_text(row["started_at"]),
-            "last_sign_of_life": utc_text(row["beat_at"]),
-            "uptime": format_duration(now - row["started_at"]),
-            "address": row["address"],
-            "unit": row["unit"],
-            "log": row["log"],
-        }
-    ended = (
-        {"stopped_at": utc_text(row["stopped_at"]), "note": row["note"]}
-        if row["stopped_at"]
-        else {"note": "exited unexpectedly"}
-    )
-    return {"runner": "not running", "last_sign_of_life": utc_text(row["beat_at"]), **ended}
-
-
-def status_sections(database: Database, configuration: Configuration, lock: RunnerLock, now: float) -> list[Section]:
-    """In one screen: is it running, is the lake complete, what is under way, which sources can be asked."""
-    cycle = query(database, "select * from cycles order by cycle_id desc limit 1")
-    counts = query(database, f"select state, sum(objects) as n from counts where {EXPECTED} group by state")  # noqa: S608
-    by_state = {row["state"]: row["n"] for row in counts}
-    tasks = query(
-        database,
-        """
-        select coalesce(sum(iif(task = 'pending', objects, 0)), 0) as pending,
-               coalesce(sum(iif(task = 'running', objects, 0)), 0) as running,
-               coalesce(sum(iif(task = 'retry', objects, 0)), 0) as retry,
-               coalesce(sum(iif(task = 'gave_up', objects, 0)), 0) as gave_up,
-               (select strftime('%Y-%m-%dT%H:%M:%SZ', min(next_at), 'unixepoch')
-                from objects where task = 'retry' and next_at is not null) as next_retry
-        from counts
-        """,
-    )
-    expected = sum(by_state.values())
-    coverage = {
-        "expected": expected,
-        **{str(state): by_state.get(state, 0) for state in (ObjectState.PRESENT, *GAPS)},
-        "percent": by_state.get("present", 0) * 10000 // expected / 100 if expected else None,
-    }
-    log = configuration.database.with_name(f"{configuration.database.name}-wal")
-    overview = {
-        **runner_state(database, lock, now),
-        "database": str(configuration.database),
-        "store": configuration.store or None,
-        "database_bytes": configuration.database.stat().st_size + (log.stat().st_size if log.exists() else 0),
-        "disk_free_bytes": shutil.disk_usage(configuration.database.parent).free,
-    }
-    return [
-        Section("runner", "Runner", [overview], is_one=True),
-        Section("lake", "Lake", [coverage], is_one=True),
-        Section("tasks", "Tasks", tasks, is_one=True),
-        Section("cycle", "Last cycle", cycle, is_one=True, empty="no cycle yet"),
-        Section("sources", "Sources", query(database, RATES)),
-        Section("alerts", "Alerts", query(database, "select * from open_alerts")),
-        Section("broken_channels", "Channels that do not work", query(database, "select * from broken_channels")),
-    ]
-
-
 def tasks_sections(database: Database, filters: Mapping[str, str | None], most: int) -> list[Section]:
     """The open tasks that match, the most urgent first; those that gave up come last."""
-    sql = """
-        from queue
-        where (:state is null or state = :state)
-          and (:dataset is null or dataset = :dataset)
-          and (:source is null or source = :source)
-    """
+    sql = f"from queue where (:state is null or state = :state) and {FRAGMENTS['FILTER']}"
     count = database.value(f"select count(*) {sql}", filters)
-    rows = query(
-        database,
-        f"select * {sql} order by state = 'gave_up', score desc, task_id limit :most",
-        {**filters, "most": most},
-    )
-    title = f"{count} open tasks" + (f", the first {most}" if count > most else "")
-    return [Section("tasks", title, rows)]
+    order = "order by state = 'gave_up', score desc, task_id limit :most"
+    rows = query(database, f"select * {sql} {order}", {**filters, "most": most})
+    return [Section("tasks", f"{count} open tasks" + (f", the first {most}" if count > most else ""), rows)]
 
 
 def task_sections(database: Database, task_id: int) -> list[Section]:
     """One task with all that is known of it. Raises Error when there is none."""
-    sql = """
-        select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
-               o.state as object, coalesce(o.skipped, o.reason) as reason, o.fields,
-               strftime('%Y-%m-%dT%H:%M:%SZ', o.detected_at, 'unixepoch') as detected_at,
-               iif(o.task is null, null, round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 2)) as score,
-               o.gap_size, o.attempts, o.failures,
-               strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as next_at,
-               o.last_error, o.size, o.etag
-        from objects o join datasets d using (dataset_id)
-        where o.object_id = ?
-    """
-    rows = query(database, sql, (task_id,))
-    if not rows:
+    sections = answers(database, TASK, task_id=task_id)
+    if not sections[0].rows:
         raise Error(f"there is no task {task_id}", "see: adce.py tasks")
-    attempts = """
-        select attempt_id, started_at, seconds, outcome, http_status, bytes, url, error
-        from recent_attempts where task_id = ?
+    sql = "select attempt_id, output from attempts where object_id = ? and output > '' order by 1 desc limit 1"
+    for attempt_id, output in database.read(sql, (task_id,)):
+        lines = [{"line": line} for line in output.splitlines()]
+        sections.append(Section("output", f"Printed by attempt {attempt_id}", lines))
+    return sections
+
+
+def tasks_document(database: Database, filters: Mapping[str, str | None], most: int) -> dict[str, Any]:
+    """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
+    named = {part.name: part.rows for part in answers(database, (REPORT[3], PLAN[1]))}
+    by_source = """
+        select source, sum(objects) as tasks from counts join datasets using (dataset_id)
+        where task != '' and active group by source having tasks > 0
     """
-    output = query(
-        database,
-        """
-        select attempt_id, output from attempts
-        where object_id = ? and output is not null
-        order by attempt_id desc limit 1
-        """,
-        (task_id,),
-    )
-    return [
-        Section("task", f"Task {task_id}", rows, is_one=True),
-        Section("attempts", "Attempts, the latest first", query(database, attempts, (task_id,))),
-        *(
-            Section("output", f"Printed by attempt {row['attempt_id']}", [{"line": line} for line in lines])
-            for row in output
-            if (lines := row["output"].splitlines())
-        ),
-    ]
-
-
-# ---------------------------------------------------------------- Plan
-# What a run would do, of a cycle on a copy of the database. Headline: plan_sections().
-
-
-# sources that nobody may ask now
-PAUSED = """
-    with paused as (
-        select source from datasets
-        where exists (select 1 from rates where scope in (source, 'global') and blocked_until is not null)
-    )
-"""
+    return {
+        "total_tasks": database.value("select coalesce(sum(objects), 0) from counts where task != ''"),
+        "by_priority": {row["priority"]: row for row in named["queue"]},
+        "by_source": dict(map(tuple, database.read(by_source))),
+        "estimated_total_minutes": max((row["least_minutes"] or 0 for row in named["sources"]), default=0),
+        "tasks": tasks_sections(database, filters, most)[0].rows,
+    }
 
 
 def plan_sections(database: Database, before: Mapping[str, int], most: int) -> list[Section]:
@@ -6586,37 +6393,178 @@ def plan_sections(database: Database, before: Mapping[str, int], most: int) -> l
         for name in sorted(before.keys() | after.keys())
         if before.get(name, 0) != after.get(name, 0)
     ]
-    sql = """
-        select dataset,
-               sum(state = 'pending' and source not in paused) as now,
-               sum(state = 'pending' and source in paused) as paused,
-               sum(state = 'retry') as later, sum(state = 'gave_up') as gave_up,
-               min(case when state = 'retry' then next_at end) as next_retry, max(last_error) as last_error
-        from queue
-        group by dataset
-        order by dataset
-    """
-    first = """
-        select score, priority, dataset, key, reason, attempts
-        from queue where state = 'pending' and source not in paused
-        order by score desc, task_id limit ?
-    """
-    return [
-        Section("changes", "What would be expected", changes, empty="the same as now"),
-        Section("datasets", "What would be asked for", query(database, PAUSED + sql), empty="nothing"),
-        Section("sources", "How long that takes, with a request for each task", query(database, WAITING_BY_SOURCE)),
-        Section(
-            "first",
-            f"First of them (at most {most})",
-            query(database, PAUSED + first, (most,)),
-            empty="nothing can start now",
-        ),
-    ]
+    changed = Section("changes", "What would be expected", changes, empty="the same as now")
+    return [changed, *answers(database, PLAN, most=most)]
+
+
+# ---------------------------------------------------------------- Conditions
+# What needs attention, each as a question by an index. One cause is one condition: what a blocked source holds up is no
+# condition of its own. Headlines: CONDITIONS, problems(), status_sections().
+
+BEAT_SECONDS = 10  # between two heartbeats of the main loop
+LEAST_FREE_BYTES = 100 << 20
+COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": "loop stuck"}  # and their problems
+FACTS: Mapping[str, Any] = {
+    "blocked_pauses": 3,  # in a row, or
+    "blocked_seconds": 30 * MINUTE,  # at once: then a source is blocked
+    "last_attempts": 200,  # whose errors count
+    "few_attempts": 20,  # fewer prove nothing
+    "day": DAY,
+    "vanished": VANISHED,
+    "dropped_objects": 100,  # and so many percent in one cycle: then the expected objects shrank
+    "dropped_percent": 10,
+}
+# what a blocked source has held up counts from the end of that
+BLOCKS = """
+    with blocks as (
+        select about as source, max(coalesce(ended_at, :now)) as over_at
+        from alerts where condition = 'source blocked' group by about)
+"""
+# condition: the command that helps; and its subjects, each with a sentence about it
+CONDITIONS = questions("""
+source blocked: adce.py resume {about}
+    select scope as about, 'paused until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset, 'unixepoch')
+           || ': ' || reason as text
+    from scopes, facts
+    where scope != 'global' and (throttles >= :blocked_pauses or (throttles > 0 and paused_for >= :blocked_seconds))
+gave up: adce.py tasks --state gave_up --dataset {about}
+    select dataset as about, sum(objects) || ' objects gave up, last error: '
+           || (select last_error from objects o where o.task = 'gave_up' and o.dataset_id = c.dataset_id) as text
+    from counts c join datasets using (dataset_id)
+    where task = 'gave_up' group by dataset having sum(objects) > 0
+critical gap: adce.py tasks --dataset {about}
+    select dataset as about, 'a CRITICAL object has been missing since '
+           || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text
+    from objects indexed by objects_by_age join datasets using (dataset_id) left join blocks using (source)
+    where priority = 'CRITICAL' and task is not null and task != 'gave_up'
+      and detected_at < :now - :critical_gap_seconds and coalesce(over_at, 0) < :now - :critical_gap_seconds
+    group by dataset
+errors: adce.py report
+    select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
+    from (select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
+                 a.attempt_id > (select max(attempt_id) from attempts) - :few_attempts as is_late
+          from attempts a join objects using (object_id) join datasets using (dataset_id)
+          join scopes s on s.scope = source and s.failures = 0 and s.throttles = 0  -- else it may be away
+          left join blocks using (source)
+          where outcome != 'running' and started_at > max(:now - :day, coalesce(over_at, 0))
+            and a.attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
+    having count(*) >= :few_attempts and sum(failed) * 100 > count(*) * :error_percent
+       and max(failed and is_late)  -- else that is over
+nothing collected: adce.py logs
+    select 'lake' as about, 'nothing was collected in ' || cycles || ' cycles, though tasks of '
+           || group_concat(dataset, ', ') || ' could be done' as text
+    from (select min(started_at) as began, count(*) as cycles
+          from (select * from reconciliations where seconds is not null order by cycle_id desc limit :quiet_cycles))
+    cross join datasets d join scopes on scope = d.source join facts left join blocks using (source)
+    where cycles = :quiet_cycles and coalesce(over_at, 0) < began
+      and max(paused_until, (select paused_until from scopes where scope = 'global')) + wall_offset < began
+      -- what waits for its time alone, such as a day that is not final, has not failed
+      and (exists (select 1 from objects o
+                   where o.dataset_id = d.dataset_id and o.task = 'pending' and o.detected_at < began)
+           or exists (select 1 from objects o
+                      where o.dataset_id = d.dataset_id and o.task = 'retry' and o.failures > 0
+                        and o.detected_at < began))
+      and not exists (select 1 from attempts
+                      where outcome = 'ok' and started_at + seconds > began
+                        and attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
+    having count(*) > 0
+mass loss: adce.py report cycles
+    select 'lake' as about, error as text
+    from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
+    where instr(error, :vanished)
+expected objects shrank: adce.py plan
+    select 'lake' as about, dropped || ' of ' || (expected + dropped) || ' objects are no longer expected; if that is '
+           || 'a mistake in adce.yaml, correct it: the next cycle expects them again' as text
+    from (select * from reconciliations where seconds is not null order by cycle_id desc limit 1)
+    where dropped > :dropped_objects and dropped * 100 > (expected + dropped) * :dropped_percent
+cycles fail: adce.py check
+    select 'lake' as about, max(error) as text
+    from (select error from reconciliations where seconds is not null order by cycle_id desc limit 2)
+    having count(error) = 2
+""")
+
+
+def conditions(database: Database, configuration: Configuration, now: float) -> dict[tuple[str, str], str]:
+    """The CONDITIONS that hold: name and subject, and a sentence about it."""
+    settings = configuration.alerts
+    values = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR, **FACTS}
+    values |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles}
+    return {
+        (one.name, row["about"]): row["text"] for one in CONDITIONS for row in database.read(BLOCKS + one.sql, values)
+    }
+
+
+def problems(
+    database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
+) -> dict[str, str]:
+    """What makes a runner that has worked `since` then unhealthy, by its name: being idle does not. The runner may
+    know an `error` of its database."""
+    if error:
+        return {"database unusable": error}
+    try:
+        beat = database.value("select beat_at from runner") or 0
+        sql = "select reason from rates where scope = 'global' and glob(?, reason)"
+        reason = database.value(sql, (f"{STORE_TROUBLE}*",))
+        fails = database.value("select store_error from facts")
+        store = open_store(configuration.store)
+        if isinstance(store, FolderStore) and is_store_known(database, configuration):
+            store.require_mark()
+    except DatabaseError as problem:
+        return {"database unusable": str(problem)}
+    except StoreError as problem:
+        fails = str(problem)
+    bad_store = reason.removeprefix(STORE_TROUBLE) if reason else fails
+    found = {"store unusable": bad_store} if bad_store else {}
+    silent = now - max(beat, since)  # the last beat may be that of an earlier run
+    if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
+        found["loop stuck"] = f"the main loop has been stuck for {format_duration(silent)}"
+    return found
+
+
+def next_steps(database: Database) -> list[str]:
+    """Commands that answer the questions which the figures raise."""
+    count = "select sum(objects) from counts where task "
+    steps = {
+        "adce.py tasks --state gave_up     what gave up, and why": f"{count} = 'gave_up'",
+        "adce.py plan                      what the next run would do": f"{count} != ''",
+        "adce.py check                     is everything in order?": "select error from cycles order by cycle_id desc",
+    }
+    return [step for step, sql in steps.items() if database.value(f"{sql} limit 1")]
+
+
+def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, Any]:
+    """Whether a runner works, and its last heartbeat."""
+    row, holder = next(iter(query(database, "select * from runner")), None), lock.holder()
+    if holder is not None and (row is None or row["pid"] != holder):  # it has not registered itself yet
+        return {"runner": "running", "pid": holder or None}
+    if row is None:
+        return {"runner": "never ran"}
+    beat = {"last_sign_of_life": utc_text(row["beat_at"])}
+    if holder is None and row["stopped_at"]:
+        return {"runner": "not running", **beat, "stopped_at": utc_text(row["stopped_at"]), "note": row["note"]}
+    if holder is None:
+        return {"runner": "not running", **beat, "note": "exited unexpectedly"}
+    started = {"started_at": utc_text(row["started_at"]), **beat, "uptime": format_duration(now - row["started_at"])}
+    names = {name: row[name] for name in ("address", "unit", "log")}
+    return {"runner": "running", "pid": holder, "version": row["version"], **started, **names}
+
+
+def status_sections(database: Database, configuration: Configuration, lock: RunnerLock, now: float) -> list[Section]:
+    """In one screen: is it running, is the lake complete, what is under way, which sources can be asked."""
+    path, log = configuration.database, configuration.database.with_name(f"{configuration.database.name}-wal")
+    overview = {
+        **runner_state(database, lock, now),
+        "database": str(path),
+        "store": configuration.store or None,
+        "database_bytes": path.stat().st_size + (log.stat().st_size if log.exists() else 0),
+        "disk_free_bytes": shutil.disk_usage(path.parent).free,
+    }
+    return [Section("runner", "Runner", [overview], is_one=True), *answers(database, STATUS)]
 
 
 # ---------------------------------------------------------------- Page
-# The whole picture as one HTML document: no script, no request to anywhere, colours that are also said in words.
-# Headline: page().
+# The whole picture as one HTML document, the figures for Prometheus, and the HTTP server of both on 127.0.0.1:
+# read-only, a few threads, a few seconds each. Headlines: page(), METRICS, HealthServer.
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 PAGE_STYLE = """
@@ -6634,347 +6582,232 @@ th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; bo
 .all { fill: var(--all); } .part { fill: var(--part); } .gap { fill: var(--gap); } .lost { fill: var(--lost); }
 .none { fill: var(--none); }
 """
-QUEUE_HEAD = """
-    -- the score in its parts: what it was when the gap was found, what it has gained by age, and its dataset's bonus
-    select o.key, o.priority, d.source,
-           round(o.rank + o.slope * o.detected_at / 3600.0, 1) as at_first,
-           round(o.slope * (unixepoch() - o.detected_at) / 3600.0, 1) as for_age,
-           round(d.bonus, 1) as for_reliability,
+WEB = questions("""
+queue: First in the queue | nothing is open
+    -- the score in its parts: when the gap was found, gained by age since, and for the success rate of the dataset
+    select o.key, o.priority, d.source, round(o.rank + o.slope * o.detected_at / 3600.0, 1) as base,
+           round(o.slope * (unixepoch() - o.detected_at) / 3600.0, 1) as age, round(d.bonus, 1) as success_rate,
            round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 1) as score,
            coalesce(o.last_error, o.reason, o.state) as reason
-    from datasets d
-    join objects o on o.object_id in (
+    from datasets d join objects o on o.object_id in (
         select object_id from objects
-        where dataset_id = d.dataset_id and task = 'pending'
-        order by rank desc, object_id
-        limit 10)
-    where d.active
-    order by score desc
-    limit 10
-"""
-RUNNING = """
+        where dataset_id = d.dataset_id and task = 'pending' order by rank desc, object_id limit 10)
+    where d.active order by score desc limit 10
+running: Running now | nothing
     select o.key, d.source, o.attempts as attempt,
            round(max(0, (julianday('now') - 2440587.5) * 86400 - a.started_at), 1) as seconds
-    from objects o join attempts a using (attempt_id) join datasets d using (dataset_id)
-    where o.task = 'running'
+    from objects o join attempts a using (attempt_id) join datasets d using (dataset_id) where o.task = 'running'
+attempts: The last attempts
+    select * from recent_attempts limit 20
+""")
+# a bar for each cycle, the oldest first
+BARS = """
+    select 'cycle ' || cycle_id || ', ' || strftime('%Y-%m-%dT%H:%M:%SZ', started_at, 'unixepoch') || ': '
+           || round(seconds, 1) || ' s, ' || (missing + stale + suspect) || ' gaps' || coalesce(', ' || error, '')
+           as text, 4 + cast(56 * seconds / max(max(seconds) over (), 0.001) as integer) as height,
+           iif(error is null, 'all', 'lost') as kind
+    from (select * from reconciliations where seconds is not null order by cycle_id desc limit 96)
+    order by cycle_id
 """
-PRIORITIES = """
-    select priority, sum(objects) as open
-    from counts
-    where task != ''
-    group by priority
-    having open > 0
+CALENDAR = """
+    select d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present
+    from counts c
+    cross join objects o indexed by objects_by_state
+        on o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state
+    join datasets d on d.dataset_id = c.dataset_id
+    where c.state in ('present', 'missing', 'stale', 'suspect') and c.objects > 0
+      and o.day between :year || '-01-01' and :year || '-12-31'
+    group by d.dataset, o.day
+"""
+YEARS = """
+    select min((select min(o.day) from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '')
+                and o.state = c.state)) as first,
+           max((select max(o.day) from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '')
+                and o.state = c.state and o.day <= :until)) as last
+    from counts c where c.objects > 0
 """
 CELL = 11  # pixels
-LAST_CYCLES = 96
+WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
 
 
-def page(database: Database, status: Sequence[Section], now: float, year: int | None = None) -> str:
-    """One HTML document; `status` are the sections of status_sections()."""
-    facts = {section.name: section.rows[0] if section.rows else {} for section in status}
-    gaps = sum(facts["lake"][kind] or 0 for kind in GAPS)
+def page(
+    database: Database, configuration: Configuration, lock: RunnerLock, now: float, year: int | None = None
+) -> str:
+    """One HTML document; without a `year` that of the latest day."""
+    status = {part.name: part for part in status_sections(database, configuration, lock, now)}
+    report = {one.name: one for one in REPORT}
+    parts = answers(database, [report["coverage"], *WEB, report["queue"], report["rates"]])
+    facts = {name: part.rows[0] if part.rows else {} for name, part in status.items()}
+    gaps, alerts = sum(facts["lake"][kind] for kind in GAPS), len(status["alerts"].rows)
     verdict = "complete" if facts["lake"]["expected"] else "nothing expected yet"
     if gaps:
         verdict = f"{gaps:,} gap{'s' if gaps > 1 else ''}"
     elif facts["cycle"].get("error"):
         verdict = "not known: the last cycle could not look at everything"
-    if alerts := query(database, "select * from open_alerts"):
-        verdict += f", {len(alerts)} alert{'s' if len(alerts) > 1 else ''}"
+    title = html.escape(f"ADCE: {verdict}" + (f", {alerts} alert{'s' if alerts > 1 else ''}" if alerts else ""))
+    cards = {"runner": facts["runner"]["runner"], **facts["lake"], **facts["tasks"]}
+    items = (f"<div><dt>{name}</dt><dd>{html.escape(_cell(value))}</dd></div>" for name, value in cards.items())
+    steps, bars = html.escape("\n".join(next_steps(database))), query(database, BARS)
     year = year or latest_year(database, now)
-    news = [
-        Section("alerts", "Alerts", alerts),
-        Section("channels", "Channels that do not work", query(database, "select * from broken_channels")),
-    ]
-    tables = [
-        Section("queue", "First in the queue", query(database, QUEUE_HEAD), empty="nothing is open"),
-        Section("priorities", "Open tasks by priority", query(database, PRIORITIES), empty="none"),
-        Section("rates", "Rate limits", query(database, RATES)),
-        Section("running", "Running now", query(database, RUNNING), empty="nothing"),
-        Section("attempts", "The last attempts", query(database, "select * from recent_attempts limit 20")),
-    ]
-    coverage = Section("coverage", "Coverage by dataset", query(database, COVERAGE_BY_DATASET))
-    title = html.escape(f"ADCE: {verdict}")
-    steps = html.escape("\n".join(next_steps(database)))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{PAGE_STYLE}</style></head>
 <body><main><h1>{title}</h1><p>{html.escape(str(facts["runner"].get("store")))}, {utc_text(now)}</p>
-{_cards(facts)}
-{_blocks([section for section in news if section.rows])}
-{f"<h2>What to do next</h2>{WIDE}<pre>{steps}</pre></div>" if steps else ""}
-{_blocks([coverage])}
+<dl class="cards">{"".join(items).replace("_", " ")}</dl>
+{_blocks([part for name in ("alerts", "broken_channels") if (part := status[name]).rows])}
+{f"<h2>What to do next</h2>{WIDE.format(f'<pre>{steps}</pre>')}" if steps else ""}
+{_blocks(parts[:1])}
 <h2>Coverage by day, {year}</h2>{_years(database, year)}
 <p>A square is a day: dark blue when all of it is there, light blue when a part is, orange when nothing is, grey when
-nothing is expected.</p>{_calendars(database, year)}
-<h2>The last cycles</h2>{_cycle_bars(database)}
-{_blocks(tables)}</main></body></html>
+nothing is expected.</p>{"".join(_calendar(name, year, days) for name, days in days_of(database, year).items())}
+<h2>The last cycles</h2>
+{
+        _drawing(
+            f"{len(bars)} cycles, as high as they took long; red: failed",
+            (len(bars) * 10, 60),
+            [
+                _rectangle(row["kind"], (number * 10, 60 - row["height"], 8, row["height"]), row["text"])
+                for number, row in enumerate(bars)
+            ],
+        )
+    }
+{_blocks(parts[1:])}</main></body></html>
 """
 
 
-WIDE = '<div class="wide" tabindex="0">'  # scrolls by itself, also by keyboard
-
-
 def _blocks(sections: Sequence[Section]) -> str:
-    return "".join(f"{WIDE}{render([section], 'html')}</div>" for section in sections)
+    return "".join(WIDE.format(render([section], "html")) for section in sections)
 
 
-def _cards(facts: Mapping[str, Mapping[str, Any]]) -> str:
-    lake, tasks, cycle = facts["lake"], facts["tasks"], facts["cycle"]
-    cards = {
-        "runner": facts["runner"]["runner"],
-        "coverage": f"{lake['percent']} %" if lake["percent"] is not None else "-",
-        **{str(kind): f"{lake[kind] or 0:,}" for kind in GAPS},
-        "open tasks": f"{(tasks['pending'] or 0) + (tasks['retry'] or 0) + (tasks['running'] or 0):,}",
-        "gave up": f"{tasks['gave_up'] or 0:,}",
-        "last cycle": cycle.get("started_at", "none"),
-    }
-    shown = "".join(f"<div><dt>{name}</dt><dd>{html.escape(str(value))}</dd></div>" for name, value in cards.items())
-    return f'<dl class="cards">{shown}</dl>'
+def latest_year(database: Database, now: float) -> int:
+    """The last year, up to now, that has days."""
+    today = day_of(now).isoformat()
+    return int((database.read(YEARS, {"until": today})[0]["last"] or today)[:4])
+
+
+def days_of(database: Database, year: int) -> dict[str, dict[str, tuple[int, int]]]:
+    """Expected and present objects of each day of a year, by dataset."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, day, expected, present in database.read(CALENDAR, {"year": year}):
+        found.setdefault(name, {})[day] = expected, present
+    return found
+
+
+def coverage_sections(database: Database, filters: Mapping[str, Any], now: float | None = None) -> list[Section]:
+    """What is expected and what is there, by dataset and season, or of what has a day by that, the latest first; with
+    `now` also a year in a line for each dataset, a letter for each week."""
+    year, by_day = filters.get("year"), filters.get("by_day")
+    (section,) = answers(database, (BY_DAY if by_day else COVERAGE,), **filters)
+    if by_day or now is None:
+        return [dataclasses.replace(section, empty=f"nothing of {year}") if by_day and year else section]
+    year, rows = year or latest_year(database, now), []
+    for name, days in days_of(database, year).items():
+        expected, present = collections.Counter[int](), collections.Counter[int]()
+        for day, counts in days.items():
+            week = (datetime.date.fromisoformat(day).timetuple().tm_yday - 1) // 7
+            expected[week], present[week] = expected[week] + counts[0], present[week] + counts[1]
+        weeks = ((expected[week], present[week]) for week in range(53))
+        letters = ("." if not wanted else "#" if have == wanted else "+" if have else "x" for wanted, have in weeks)
+        rows.append({"dataset": name, "weeks": "".join(letters)})
+    title = f"The weeks of {year}: # all there, + a part, x nothing, . nothing expected"
+    return [section, Section("weeks", title, rows, empty="no dataset has days in it")]
 
 
 def _years(database: Database, year: int) -> str:
     """A link for each year that has days."""
-    ends = f"select min(first), max(last) from ({DAYS})"  # noqa: S608  # fixed words
-    first, last = database.read(ends, {"until": "9999"})[0]
-    if first is None:
-        return "<p>nothing has a day yet</p>"
-    years = range(int(first[:4]), int(last[:4]) + 1)
-    links = [f"<b>{one}</b>" if one == year else f'<a href="?year={one}">{one}</a>' for one in years]
-    return f"<nav aria-label='Years'>{' '.join(links)}</nav>"
-
-
-def _calendars(database: Database, year: int) -> str:
-    """A year of days for each dataset: a column is a week, a cell a day, its title says what its colour does."""
-    by_dataset: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, day, expected, present in database.read(CALENDAR, {"first": f"{year}-01-01", "last": f"{year}-12-31"}):
-        by_dataset.setdefault(name, {})[day] = expected, present
-    return "".join(_calendar(name, year, days) for name, days in sorted(by_dataset.items()))
+    first, last = database.read(YEARS, {"until": "9999"})[0]
+    years = range(int(first[:4]), int(last[:4]) + 1) if first else ()
+    links = (f"<b>{one}</b>" if one == year else f'<a href="?year={one}">{one}</a>' for one in years)
+    return f"<nav aria-label='Years'>{' '.join(links) or 'nothing has a day yet'}</nav>"
 
 
 def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> str:
+    """A year of days: a column is a week, a cell a day, its title says what its colour does."""
     first, cells = datetime.date(year, 1, 1), []
     for number in range((datetime.date(year + 1, 1, 1) - first).days):
         day = first + datetime.timedelta(days=number)
         expected, present = days.get(day.isoformat(), (0, 0))
         kind = "none" if not expected else "all" if present == expected else "part" if present else "gap"
         week, weekday = divmod(number + first.weekday(), 7)
-        told = f"{present} of {expected}" if expected else "nothing expected"
-        place = f'x="{week * CELL}" y="{weekday * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
-        cells.append(f'<rect class="{kind}" {place}><title>{day:%a} {day}: {told}</title></rect>')
-    expected, present = (sum(pair[place] for pair in days.values()) for place in (0, 1))
-    told = html.escape(f"{dataset}: {present:,} of {expected:,} in {year}")
+        text = f"{day:%a} {day}: {f'{present} of {expected}' if expected else 'nothing expected'}"
+        cells.append(_rectangle(kind, (week * CELL, weekday * CELL, CELL - 2, CELL - 2), text))
     incomplete = [f"{day} ({there} of {wanted})" for day, (wanted, there) in sorted(days.items()) if there < wanted]
     words = html.escape(", ".join(incomplete[:50]) + (" ..." if len(incomplete) > 50 else ""))
     details = f"<details><summary>{len(incomplete)} days are not complete</summary><p>{words}</p></details>"
-    size = f'width="{54 * CELL}" height="{7 * CELL}"'
-    svg = f'<svg role="img" aria-label="{told}" {size}>{"".join(cells)}</svg>'
-    return f"<h3>{told}</h3>{WIDE}{svg}</div>{details if incomplete else ''}"
+    expected, present = (sum(pair[place] for pair in days.values()) for place in (0, 1))
+    label = f"{dataset}: {present:,} of {expected:,} in {year}"
+    return _drawing(label, (54 * CELL, 7 * CELL), cells) + (details if incomplete else "")
 
 
-def _cycle_bars(database: Database) -> str:
-    """A bar for each cycle, as high as it took long; one that had trouble says so."""
-    sql = """
-        select * from (
-            select cycle_id, started_at, seconds, list_calls, missing + stale + suspect as gaps, error
-            from reconciliations where seconds is not null
-            order by cycle_id desc limit ?)
-        order by cycle_id
-    """
-    rows = query(database, sql, (LAST_CYCLES,))
-    if not rows:
-        return "<p>none yet</p>"
-    longest = max(row["seconds"] for row in rows) or 1
-    bars = []
-    for number, row in enumerate(rows):
-        height = 4 + round(56 * row["seconds"] / longest)
-        told = f"cycle {row['cycle_id']}, {utc_text(row['started_at'])}: {row['seconds']:.1f} s, {row['gaps']:,} gaps"
-        told += f", {row['error']}" if row["error"] else ""
-        place = f'x="{number * 10}" y="{60 - height}" width="8" height="{height}"'
-        bars.append(
-            f'<rect class="{"lost" if row["error"] else "all"}" {place}><title>{html.escape(told)}</title></rect>'
-        )
-    troubled = sum(row["error"] is not None for row in rows)
-    label = f"{len(rows)} cycles, {troubled} with trouble, the longest took {longest:.1f} s"
-    svg = f'<svg role="img" aria-label="{label}" width="{len(rows) * 10}" height="60">{"".join(bars)}</svg>'
-    return f"<p>{label}</p>{WIDE}{svg}</div>"
+def _rectangle(kind: str, place: tuple[int, int, int, int], text: str) -> str:
+    x, y, width, height = place
+    box = f'x="{x}" y="{y}" width="{width}" height="{height}"'
+    return f'<rect class="{kind}" {box}><title>{html.escape(text)}</title></rect>'
 
 
-# ---------------------------------------------------------------- Metrics
-# The figures for Prometheus, by its rules for names and units. Headline: METRICS.
+def _drawing(label: str, size: tuple[int, int], shapes: Sequence[str]) -> str:
+    label = html.escape(label)
+    svg = f'<svg role="img" aria-label="{label}" width="{size[0]}" height="{size[1]}">{"".join(shapes)}</svg>'
+    return f"<h3>{label}</h3>{WIDE.format(svg)}"
 
+
+# Each metric has its name, ! for a counter, and its meaning. The last column is the value, the others are labels.
+METRICS = questions("""
+adce_objects: Expected objects by state.
+    select dataset, state, sum(objects) as n from counts join datasets using (dataset_id)
+    where state in ('present', 'missing', 'stale', 'suspect') group by dataset, state having n > 0
+adce_tasks: Open tasks.
+    select dataset, task as state, sum(objects) as n from counts join datasets using (dataset_id)
+    where task != '' group by dataset, task having n > 0
+adce_attempts_total!: Attempts that ended.
+    select dataset, outcome, sum(attempts) from stats group by 1, 2
+adce_attempt_seconds_total!: Time spent in attempts.
+    select dataset, sum(seconds) from stats group by 1
+adce_stored_bytes_total!: Bytes put into the store.
+    select dataset, sum(bytes) from stats group by 1
+adce_open_alerts: Conditions that were reported and are not over.
+    select count(*) from open_alerts
+adce_cycles_total!: Cycles begun.
+    select coalesce(max(cycle_id), 0) from reconciliations
+adce_cycle_duration_seconds: How long the last cycle took.
+    select seconds from reconciliations where seconds is not null order by cycle_id desc limit 1
+adce_window_used_requests: Requests in a window of a rate limit.
+    select scope, cast(window_seconds as integer) as seconds, used from rates where max_requests
+adce_window_limit_requests: Requests that a window of a rate limit allows.
+    select scope, cast(window_seconds as integer) as seconds, max_requests from rates where max_requests
+adce_paused_until_timestamp_seconds: When a paused source may be asked again.
+    select scope, paused_until + wall_offset as until from scopes, facts where until > unixepoch()
+adce_runner_last_beat_timestamp_seconds: The last heartbeat of the main loop.
+    select beat_at from runner
+adce_cycle_last_success_timestamp_seconds: End of the last cycle without an error.
+    select max(started_at + seconds) as at from reconciliations where error is null having at is not null
+""")
 PROMETHEUS_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-# name, kind, meaning, query whose last column is the value and whose others are labels
-METRICS = (
-    (
-        "adce_objects",
-        "gauge",
-        "Expected objects by state.",
-        """
-        select dataset, state, sum(objects) as value
-        from counts join datasets using (dataset_id)
-        where state in ('present', 'missing', 'stale', 'suspect')
-        group by dataset, state
-        having value > 0
-        """,
-    ),
-    (
-        "adce_tasks",
-        "gauge",
-        "Open tasks.",
-        """
-        select dataset, task as state, sum(objects) as value
-        from counts join datasets using (dataset_id)
-        where task != ''
-        group by dataset, task
-        having value > 0
-        """,
-    ),
-    (
-        "adce_attempts_total",
-        "counter",
-        "Attempts that ended.",
-        "select dataset, outcome, sum(attempts) as value from stats group by 1, 2",
-    ),
-    (
-        "adce_attempt_seconds_total",
-        "counter",
-        "Time spent in attempts.",
-        "select dataset, sum(seconds) as value from stats group by 1",
-    ),
-    (
-        "adce_stored_bytes_total",
-        "counter",
-        "Bytes put into the store.",
-        "select dataset, sum(bytes) as value from stats group by 1",
-    ),
-    ("adce_open_alerts", "gauge", "Conditions that people were told of.", "select count(*) as value from open_alerts"),
-    (
-        "adce_cycles_total",
-        "counter",
-        "Cycles begun.",
-        "select coalesce(max(cycle_id), 0) as value from reconciliations",
-    ),
-    (
-        "adce_cycle_duration_seconds",
-        "gauge",
-        "How long the last cycle took.",
-        "select seconds as value from reconciliations where seconds is not null order by cycle_id desc limit 1",
-    ),
-    (
-        "adce_window_used_requests",
-        "gauge",
-        "Requests in a window of a rate limit.",
-        "select scope, cast(window_seconds as integer) as seconds, used as value from rates where max_requests",
-    ),
-    (
-        "adce_window_limit_requests",
-        "gauge",
-        "Requests that a window of a rate limit allows.",
-        "select scope, cast(window_seconds as integer) as seconds, max_requests as value from rates where max_requests",
-    ),
-    (
-        "adce_paused_until_timestamp_seconds",
-        "gauge",
-        "When a paused source may be asked again.",
-        """
-        select scope, paused_until + wall_offset as value
-        from scopes, facts
-        where paused_until + wall_offset > unixepoch()
-        """,
-    ),
-    (
-        "adce_runner_last_beat_timestamp_seconds",
-        "gauge",
-        "The last sign of life of the main loop.",
-        "select beat_at as value from runner",
-    ),
-    (
-        "adce_cycle_last_success_timestamp_seconds",
-        "gauge",
-        "End of the last cycle without an error.",
-        "select max(started_at + seconds) as value from reconciliations where error is null having value is not null",
-    ),
-)
 
 
 def metrics_text(database: Database) -> str:
     """The figures in the text format of Prometheus, version 0.0.4."""
     lines = []
-    for name, kind, meaning, sql in METRICS:
-        lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-        for row in query(database, sql):
-            value = row.pop("value")
-            marks = ",".join(f'{label}="{str(text).translate(PROMETHEUS_ESCAPES)}"' for label, text in row.items())
-            lines.append(f"{name}{{{marks}}} {value}" if marks else f"{name} {value}")
+    for one, rows in ((one, query(database, one.sql)) for one in METRICS):
+        lines += [f"# HELP {one.name} {one.title}", f"# TYPE {one.name} {'counter' if one.is_one else 'gauge'}"]
+        for *labels, (_, value) in (row.items() for row in rows):
+            marks = ",".join(f'{label}="{str(text).translate(PROMETHEUS_ESCAPES)}"' for label, text in labels)
+            lines.append(f"{one.name}{{{marks}}} {value}" if marks else f"{one.name} {value}")
     return "\n".join(lines) + "\n"
 
 
-# ---------------------------------------------------------------- Health
-# Serves the same answers over HTTP on 127.0.0.1: read-only, a few threads, a few seconds each. It only
-# reads the database. Headline: HealthServer.
-
-BEAT_SECONDS = 10  # between two signs of life of the main loop
-LEAST_FREE_BYTES = 100 << 20
 HTTP_THREADS = 32
 HTTP_SECONDS = 10  # for a whole connection
+JSON, TEXT = "application/json", "text/plain; charset=utf-8"
 
 
-COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": "loop stuck"}  # and their problems
+class HealthServer(http.server.ThreadingHTTPServer):
+    """GET /health, /status, /tasks, /metrics and / for one database, until stopped. Each connection has a thread for a
+    few seconds; when there are many, the oldest is closed."""
 
-
-def problems(
-    database: Database, configuration: Configuration, now: float, since: float, trouble: str | None = None
-) -> dict[str, str]:
-    """What makes a runner that has worked `since` then unhealthy, by its name: being idle does not. It may know a
-    `trouble` with its database itself."""
-    if trouble:
-        return {"database unusable": trouble}
-    try:
-        beat = database.value("select beat_at from runner") or 0
-        reason = database.value(
-            "select reason from rates where scope = 'global' and glob(?, reason)", (f"{STORE_TROUBLE}*",)
-        )
-        fails = database.value("select store_error from facts")
-        store = open_store(configuration.store)
-        if isinstance(store, FolderStore) and is_store_known(database, configuration):
-            store.require_mark()
-    except DatabaseError as error:
-        return {"database unusable": str(error)}
-    except StoreError as error:
-        fails = str(error)
-    bad_store = reason.removeprefix(STORE_TROUBLE) if reason else fails
-    found = {"store unusable": bad_store} if bad_store else {}
-    silent = now - max(beat, since)  # the last beat may be that of an earlier run
-    if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
-        found["loop stuck"] = f"the main loop has been stuck for {format_duration(silent)}"
-    return found
-
-
-OPEN_BY_SOURCE = """
-    select source, sum(objects) as tasks
-    from counts join datasets using (dataset_id)
-    where task != '' and active
-    group by source
-    having sum(objects) > 0
-"""
-
-
-def tasks_document(database: Database, filters: Mapping[str, str | None], most: int) -> dict[str, Any]:
-    """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
-    by_priority = query(database, QUEUE_BY_PRIORITY)
-    waiting = query(database, WAITING_BY_SOURCE)
-    return {
-        "total_tasks": sum(row[state] for row in by_priority for state in ("pending", "retry", "running", "gave_up")),
-        "by_priority": {row["priority"]: row for row in by_priority},
-        "by_source": {row["source"]: row["tasks"] for row in query(database, OPEN_BY_SOURCE)},
-        "estimated_total_minutes": max((row["least_minutes"] or 0 for row in waiting), default=0),
-        "tasks": tasks_sections(database, filters, most)[0].rows,
-    }
-
-
-class HealthServer:
-    """GET /health, /status, /tasks, /metrics and / for one database, until stopped."""
+    daemon_threads = True
+    request_queue_size = 128
 
     def __init__(
         self,
@@ -6982,139 +6815,112 @@ class HealthServer:
         database: Database,
         lock: RunnerLock,
         clock: Clock,
-        trouble: Callable[[], str | None] = lambda: None,
+        error: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.configuration, self.database, self.lock, self.clock = configuration, database, lock, clock
-        self.started_at, self.trouble = clock.wall(), trouble
-        self._server: http.server.ThreadingHTTPServer | None = None
+        self.started_at, self.error = clock.wall(), error
+        self._open: dict[Any, float] = {}  # connections, the oldest first, and since when
+        self._thread: threading.Thread | None = None
+        super().__init__(("127.0.0.1", configuration.health_check.port), _Handler, bind_and_activate=False)
 
     def start(self) -> int:
         """Listen, and return the port. Raises Error when the port is taken."""
-        outer = self
-
-        class Handler(_Handler):
-            health = outer
-
         try:
-            self._server = _Server(("127.0.0.1", self.configuration.health_check.port), Handler, self.clock)
+            self.server_bind()
+            self.server_activate()
         except OSError as error:
-            port = self.configuration.health_check.port
-            raise Error(
-                f"cannot listen on 127.0.0.1:{port}: {error.strerror}", "see health_check.port in adce.yaml"
-            ) from error
-        threading.Thread(target=self._server.serve_forever, name="adce-health", daemon=True).start()
-        return self._server.server_address[1]
+            self.server_close()
+            text = f"cannot listen on 127.0.0.1:{self.configuration.health_check.port}: {error.strerror}"
+            raise Error(text, "see health_check.port in adce.yaml") from error
+        self._thread = threading.Thread(target=self.serve_forever, name="adce-health", daemon=True)
+        self._thread.start()
+        return int(self.server_address[1])
 
     def stop(self) -> None:
         """Stop listening."""
-        if self._server:
-            self._server.shutdown()
-            self._server.server_close()
+        if self._thread:
+            self.shutdown()
+        self.server_close()
 
-    def answer(self, path: str, query_text: str) -> tuple[int, str, str]:
+    def answer(self, path: str, options: Mapping[str, str]) -> tuple[int, str, str]:
         """Status, content type and body of a path."""
         now = self.clock.wall()
-        options = dict(urllib.parse.parse_qsl(query_text))
+        place = (self.database, self.configuration, self.lock, now)
         if path == "/health":
-            found = problems(self.database, self.configuration, now, self.started_at, self.trouble())
-            body = {
-                "status": "unhealthy" if found else "healthy",
-                "timestamp": utc_text(now),
-                "problems": [*found.values()],
-                "components": {
-                    name: {"status": "unhealthy" if problem in found else "healthy", "message": found.get(problem, "")}
-                    for name, problem in COMPONENTS.items()
-                },
+            found = problems(self.database, self.configuration, now, self.started_at, self.error())
+            components = {
+                name: {"status": "unhealthy" if problem in found else "healthy", "message": found.get(problem, "")}
+                for name, problem in COMPONENTS.items()
             }
-            return (503 if found else 200), "application/json", json.dumps(body)
+            body = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
+            text = json.dumps({**body, "problems": [*found.values()], "components": components})
+            return (503 if found else 200), JSON, text
         if path == "/metrics" and options.get("format") != "json":
-            return 200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(self.database)
+            return 200, TEXT.replace(";", "; version=0.0.4;"), metrics_text(self.database)
         if path in ("/status", "/metrics"):
-            sections = status_sections(self.database, self.configuration, self.lock, now)
-            return 200, "application/json", render(sections, "json")
+            return 200, JSON, render(status_sections(*place), "json")
         if path == "/tasks":
             filters = {name: options.get(name) for name in ("state", "dataset", "source")}
-            return 200, "application/json", json.dumps(tasks_document(self.database, filters, 100))
+            return 200, JSON, json.dumps(tasks_document(self.database, filters, 100))
         if path == "/":
-            status = status_sections(self.database, self.configuration, self.lock, now)
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
-            return 200, "text/html; charset=utf-8", page(self.database, status, now, year)
-        return 404, "text/plain; charset=utf-8", "try /health /status /tasks /metrics or /\n"
-
-
-class _Server(http.server.ThreadingHTTPServer):
-    """A thread for each connection, for a few seconds; when there are many, the oldest makes room."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, address: tuple[str, int], handler: type[_Handler], clock: Clock) -> None:
-        super().__init__(address, handler)
-        self._clock = clock
-        self._open: dict[Any, float] = {}  # connections, the oldest first, and since when
+            return 200, "text/html; charset=utf-8", page(*place, year)
+        return 404, TEXT, "try /health /status /tasks /metrics or /\n"
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if len(self._open) >= HTTP_THREADS:
-            for oldest in list(self._open)[:1]:
-                self._cut(oldest)
-        self._open[request] = self._clock.boot()
+        """Answer in a thread of its own."""
+        self._open[request] = self.clock.boot()
+        self.service_actions()
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        for request, since in list(self._open.items()):
-            if self._clock.boot() - since > HTTP_SECONDS:
-                self._cut(request)
-
-    def _cut(self, request: Any) -> None:
-        self._open.pop(request, None)
-        with contextlib.suppress(OSError):  # it has just ended by itself
-            request.shutdown(socket.SHUT_RDWR)
+        """Close the connections that are too old or too many: a timeout for each read would let a client drip."""
+        now, connections = self.clock.boot(), list(self._open.items())
+        for left, (request, since) in zip(range(len(connections), 0, -1), connections, strict=True):
+            if left > HTTP_THREADS or now - since > HTTP_SECONDS:
+                self._open.pop(request, None)
+                with contextlib.suppress(OSError):  # it has just ended by itself
+                    request.shutdown(socket.SHUT_RDWR)
 
     def shutdown_request(self, request: Any) -> None:
+        """Close a connection that was answered."""
         self._open.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves early is no news."""
+        """A client that leaves early is not reported."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    health: ClassVar[HealthServer]
+    server: HealthServer
     timeout = HTTP_SECONDS
-    server_version = f"adce/{__version__}"
-    sys_version = ""
+    server_version, sys_version = f"adce/{__version__}", ""
 
     def do_GET(self) -> None:
         host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
-        if host not in ("localhost", "127.0.0.1", "[::1]"):
-            self._send(403, "text/plain; charset=utf-8", "this server answers to localhost only\n")
-            return
-        path, _, query_text = self.path.partition("?")
-        try:
-            answer = self.health.answer(path, query_text)
-        except (DatabaseError, OSError) as error:
-            answer = 503, "text/plain; charset=utf-8", f"{error}\n"
+        path, _, text = self.path.partition("?")
+        answer = 403, TEXT, "this server answers to localhost only\n"  # the name of another site may point here
+        if host in ("localhost", "127.0.0.1", "[::1]"):
+            try:
+                answer = self.server.answer(path, dict(urllib.parse.parse_qsl(text)))
+            except (DatabaseError, OSError) as error:
+                answer = 503, TEXT, f"{error}\n"
         self._send(*answer)
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
+    def _refuse(self) -> None:
+        self._send(405, TEXT, "this server is only read\n", Allow="GET, HEAD")
 
-    def _send(self, status: int, kind: str, text: str) -> None:
+    do_HEAD = do_GET  # noqa: N815
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse  # noqa: N815
+
+    def _send(self, status: int, kind: str, text: str, **headers: str) -> None:
         body = text.encode()
+        headers |= {"Content-Type": kind, "Content-Length": str(len(body)), "Content-Security-Policy": PAGE_POLICY}
+        headers |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
         self.send_response(status)
-        if "gzip" in self.headers.get("Accept-Encoding", ""):
-            body = gzip.compress(body, 5)
-            self.send_header("Content-Encoding", "gzip")
-        for name, value in (
-            ("Content-Type", kind),
-            ("Vary", "Accept-Encoding"),
-            ("Content-Length", str(len(body))),
-            ("Content-Security-Policy", PAGE_POLICY),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Cache-Control", "no-store"),
-        ):
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -7124,7 +6930,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Requests are not logged."""
 
 
-# ---------------------------------------------------------------- Screen
+# ---------------------------------------------------------------- Events
 # The log: one line for each event. On a terminal, a live screen instead. Headlines: Journal, LiveScreen.
 
 SCREEN_SECONDS = 0.5
@@ -7243,41 +7049,31 @@ def announce_cycle(journal: Journal, database: Database) -> None:
 
 def announce_progress(journal: Journal, database: Database) -> None:
     """One line for a cycle that takes long: how many objects it has compared, and how many it has still to read."""
-    rows = database.read(
-        "select cycle_id, looked, started_at from reconciliations where seconds is null and started_at <= ?",
-        (journal.clock.wall() - SAVED_EVERY_SECONDS,),
-    )
-    for cycle_id, looked, started_at in rows[-1:]:
-        known = _known_objects(database)
-        left = _seconds_left(looked, known, journal.clock.wall() - started_at)
+    cycle = last_cycle(database, journal.clock.wall())
+    if cycle and cycle["seconds"] is None and cycle["elapsed"] >= SAVED_EVERY_SECONDS:
         to_read = database.value("select count(*) from objects where etag is not read_etag and etag is not null")
-        journal.write(
-            "INFO",
-            "progress",
-            id=cycle_id,
-            looked=looked,
-            known=known,
-            to_read=to_read,
-            left=left and format_duration(left),
-        )
+        fields = {name: cycle[name] for name in ("id", "looked", "known")}
+        left = cycle["left"] and format_duration(cycle["left"])
+        journal.write("INFO", "progress", **fields, to_read=to_read, left=left)
 
 
-def _known_objects(database: Database) -> int:
-    return database.value("select sum(objects) from counts where state != 'dropped'") or 0
-
-
-def _seconds_left(looked: int, known: int, elapsed: float) -> float | None:
-    return (known - looked) * elapsed / looked if 0 < looked < known else None
+def last_cycle(database: Database, now: float) -> Mapping[str, Any] | None:
+    """The last cycle: the objects that it has compared, of how many, for how long, and the seconds that are left."""
+    sql = """
+        select *, iif(looked > 0 and looked < known, (known - looked) * elapsed / looked, null) as left
+        from (select cycle_id as id, looked, seconds, :now - started_at as elapsed,
+                     (select coalesce(sum(objects), 0) from counts where state != 'dropped') as known
+              from reconciliations order by cycle_id desc limit 1)
+    """
+    return next(iter(query(database, sql, {"now": now})), None)
 
 
 def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
     """One line for the end of an attempt."""
     result = ending.result
     level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
-    if level == "WARN" and not ending.counted:
-        level = "DEBUG"
     journal.write(
-        level,
+        "DEBUG" if level == "WARN" and not ending.counted else level,
         ending.state,
         dataset=claimed.dataset.name,
         key=ending.task.target.key,
@@ -7292,13 +7088,9 @@ def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attemp
 
 def status_line(database: Database) -> str:
     """The state of the lake in one line, for the service manager."""
-    rows = database.read(f"select state, sum(objects) from counts where {EXPECTED} group by 1")  # noqa: S608
-    counts = {row[0]: row[1] for row in rows if row[1]}
-    running = database.value("select coalesce(sum(objects), 0) from counts where task = 'running'")
-    gaps = ", ".join(f"{counts[gap]} {gap}" for gap in GAPS if gap in counts)
-    return (
-        f"{counts.get('present', 0)} of {sum(counts.values())} objects{', ' if gaps else ''}{gaps}, {running} running"
-    )
+    lake, tasks = (part.rows[0] for part in answers(database, STATUS[:2]))
+    gaps = [f"{lake[kind]} {kind}" for kind in GAPS if lake[kind]]
+    return ", ".join([f"{lake['present']} of {lake['expected']} objects", *gaps, f"{tasks['running']} running"])
 
 
 def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Iterator[int]:
@@ -7307,16 +7099,33 @@ def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Ite
     for step in steps:
         yield step
         now = clock.boot()
-        if now < shown + 1 or not sys.stderr.isatty():
-            continue
-        shown = now
-        known = _known_objects(database)
-        looked = database.value("select looked from reconciliations where seconds is null") or 0
-        left = _seconds_left(looked, known, now - began)
-        rate = f", {looked / (now - began):,.0f} a second, {format_duration(left)} left" if left else ""
-        print(f"\r\x1b[K{looked:,} of {known:,} objects{rate}", end="", file=sys.stderr, flush=True)
+        if now >= shown + 1 and sys.stderr.isatty():
+            shown = now
+            print(f"\r\x1b[K{_cycle_text(database, clock.wall(), None)}", end="", file=sys.stderr, flush=True)
     if shown > began:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _cycle_text(database: Database, now: float, next_cycle_in: float | None) -> str:
+    cycle = last_cycle(database, now)
+    if cycle is None:
+        return "none yet"
+    if cycle["seconds"] is not None:
+        following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
+        return f"{cycle['id']} done{following}"
+    left = f", {format_duration(cycle['left'])} left" if cycle["left"] else ""
+    return f"{cycle['id']}: {cycle['looked']:,} of {cycle['known']:,} objects{left}"
+
+
+def _tasks_text(database: Database, now: float) -> str:
+    """How many tasks are open, how many ended in the last minute, and the time left at that rate."""
+    span = min(MINUTE, max(1, now - (database.value("select started_at from runner") or 0)))
+    ended = database.value("select count(*) from attempts where outcome = 'ok' and started_at > ?", (now - span,))
+    open_now = "select coalesce(sum(objects), 0) from counts where task in ('pending', 'retry', 'running')"
+    waiting: int = database.value(open_now)
+    rate = f", {ended:,} ended in the last {'minute' if span == MINUTE else format_duration(span)}" if ended else ""
+    left = f", {format_duration(waiting * span / ended)} left" if ended and waiting else ""
+    return f"{waiting:,} open{rate}{left}"
 
 
 LEAST_TABLE_LINES = 4  # two of them are its head
@@ -7337,7 +7146,7 @@ class LiveScreen:
     def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None) -> None:
         """Draw the present state over the last one."""
         size = shutil.get_terminal_size()
-        head, table, foot = live_lines(self.database, self.configuration, now, running, next_cycle_in)
+        head, table, foot = self._lines(now, running, next_cycle_in)
         foot += self.last_lines
         room = max(0, size.lines - 1 - len(head) - len(foot))
         if len(table) > room:
@@ -7349,162 +7158,25 @@ class LiveScreen:
             self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in shown) + "\x1b[J")
             self.stream.flush()
 
-
-def live_lines(
-    database: Database, configuration: Configuration, now: float, running: Sequence[str], next_cycle_in: float | None
-) -> tuple[list[str], list[str], list[str]]:
-    """The live screen as text: cycle and tasks, the datasets, and sources and workers."""
-    coverage = query(database, COVERAGE_BY_DATASET)
-    pauses = query(database, "select distinct scope, blocked_until, reason from rates where blocked_until is not null")
-    used = ", ".join(
-        f"{row['scope']} {row['used']}/{row['max_requests']} in {row['window_seconds']:g} s"
-        for row in query(database, RATES)
-        if row["used"] and row["max_requests"]
-    )
-    head = [
-        f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly  store {configuration.store}",
-        f"cycle   {_cycle_now(database, now, next_cycle_in)}",
-        f"tasks   {_tasks_now(database, now)}",
-    ]
-    foot = [
-        f"asked   {used or 'nothing lately'}",
-        *(f"paused  {row['scope']} until {row['blocked_until']}: {row['reason']}" for row in pauses),
-        f"workers {', '.join(running) or 'idle'}",
-    ]
-    return head, _table(coverage, "table", None).splitlines() if coverage else ["nothing is expected yet"], foot
-
-
-def _cycle_now(database: Database, now: float, next_cycle_in: float | None) -> str:
-    rows = query(database, "select * from reconciliations order by cycle_id desc limit 1")
-    if not rows:
-        return "none yet"
-    cycle = rows[0]
-    if cycle["seconds"] is not None:
-        following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
-        return f"{cycle['cycle_id']} done{following}"
-    known, looked = _known_objects(database), cycle["looked"]
-    left = _seconds_left(looked, known, now - cycle["started_at"])
-    return f"{cycle['cycle_id']}: {looked:,} of {known:,} objects" + (f", {format_duration(left)} left" if left else "")
-
-
-def _tasks_now(database: Database, now: float) -> str:
-    """How many tasks are open, how many ended in the last minute, and the time left at that rate."""
-    begun = database.value("select started_at from runner") or 0
-    span = min(MINUTE, max(1, now - begun))
-    ended = database.value("select count(*) from attempts where outcome = 'ok' and started_at > ?", (now - span,))
-    waiting = database.value(
-        "select coalesce(sum(objects), 0) from counts where task in ('pending', 'retry', 'running')"
-    )
-    rate = f", {ended:,} ended in the last {'minute' if span == MINUTE else format_duration(span)}" if ended else ""
-    return f"{waiting:,} open{rate}" + (
-        f", {format_duration(waiting * span / ended)} left" if ended and waiting else ""
-    )
-
-
-# ---------------------------------------------------------------- Conditions
-# What needs attention, each as a question in SQL. One cause is one condition: what a blocked source holds up is no
-# condition of its own. Headline: CONDITIONS.
-
-FACTS: Mapping[str, Any] = {
-    "blocked_pauses": 3,  # in a row, or
-    "blocked_seconds": 30 * MINUTE,  # at once: then a source is blocked
-    "last_attempts": 200,  # whose errors count
-    "few_attempts": 20,  # fewer prove nothing
-    "day": DAY,
-    "vanished": VANISHED,
-    "dropped_objects": 100,  # and so many percent in one cycle: then the expected objects shrank
-    "dropped_percent": 10,
-}
-# what a blocked source has held up counts from the end of that
-BLOCKS = """
-    with blocks as (
-        select about as source, max(coalesce(ended_at, :now)) as over_at
-        from alerts
-        where condition = 'source blocked'
-        group by about
-    )
-"""
-# condition: a query, by an index, for its subject and a sentence about it; see also problems()
-CONDITIONS = {
-    "source blocked": """
-        select scope as about, 'paused until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset,
-               'unixepoch') || ': ' || reason as text
-        from scopes, facts
-        where scope != 'global'
-          and (throttles >= :blocked_pauses or (throttles > 0 and paused_for >= :blocked_seconds))
-    """,
-    "gave up": """
-        select dataset as about, count(*) || ' objects gave up, last error: ' || max(last_error) as text
-        from objects join datasets using (dataset_id)
-        where task = 'gave_up'
-        group by dataset
-    """,
-    "critical gap": """
-        select dataset as about, 'a CRITICAL object has been missing since '
-               || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text
-        from objects indexed by objects_by_age join datasets using (dataset_id) left join blocks using (source)
-        where priority = 'CRITICAL' and task is not null and task != 'gave_up'
-          and detected_at < :now - :critical_gap_seconds
-          and coalesce(over_at, 0) < :now - :critical_gap_seconds
-        group by dataset
-    """,
-    "errors": """
-        select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
-        from (
-            select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
-                   a.attempt_id > (select max(attempt_id) from attempts) - :few_attempts as is_late
-            from attempts a
-            join objects using (object_id)
-            join datasets using (dataset_id)
-            join scopes s on s.scope = source and s.failures = 0 and s.throttles = 0  -- else it may be away
-            left join blocks using (source)
-            where outcome != 'running' and started_at > max(:now - :day, coalesce(over_at, 0))
-              and a.attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
-        having count(*) >= :few_attempts and sum(failed) * 100 > count(*) * :error_percent
-           and max(failed and is_late)  -- else that is over
-    """,
-    "nothing collected": """
-        select 'lake' as about, 'nothing was collected in ' || cycles || ' cycles, though tasks of '
-               || group_concat(dataset, ', ') || ' could be done' as text
-        from (
-            select min(started_at) as began, count(*) as cycles
-            from (select * from reconciliations where seconds is not null order by cycle_id desc limit :quiet_cycles)
+    def _lines(
+        self, now: float, running: Sequence[str], next_cycle_in: float | None
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Cycle and tasks, the datasets, and sources and workers."""
+        coverage, rates = (part.rows for part in answers(self.database, (REPORT[1], STATUS[3])))
+        pauses = {row["scope"]: f"{row['blocked_until']}: {row['why'][8:]}" for row in rates if row["blocked_until"]}
+        used = ", ".join(
+            f"{row['scope']} {row['used']}/{row['max_requests']} in {row['window_seconds']:g} s"
+            for row in rates
+            if row["used"] and row["max_requests"]
         )
-        cross join datasets d
-        join scopes on scope = d.source
-        join facts
-        left join blocks using (source)
-        where cycles = :quiet_cycles and coalesce(over_at, 0) < began
-          and max(paused_until, (select paused_until from scopes where scope = 'global')) + wall_offset < began
-          -- what waits for its time alone, such as a day that is not final, has not failed
-          and (exists (select 1 from objects o
-                       where o.dataset_id = d.dataset_id and o.task = 'pending' and o.detected_at < began)
-               or exists (select 1 from objects o
-                          where o.dataset_id = d.dataset_id and o.task = 'retry' and o.failures > 0
-                            and o.detected_at < began))
-          and not exists (
-              select 1 from attempts
-              where outcome = 'ok' and started_at + seconds > began
-                and attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
-        having count(*) > 0
-    """,
-    "mass loss": """
-        select 'lake' as about, error as text
-        from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
-        where instr(error, :vanished)
-    """,
-    "expected objects shrank": """
-        select 'lake' as about, dropped || ' of ' || (expected + dropped) || ' objects are no longer expected; if '
-               || 'that is a mistake in adce.yaml, correct it: the next cycle expects them again' as text
-        from (select * from reconciliations where seconds is not null order by cycle_id desc limit 1)
-        where dropped > :dropped_objects and dropped * 100 > (expected + dropped) * :dropped_percent
-    """,
-    "cycles fail": """
-        select 'lake' as about, max(error) as text
-        from (select error from reconciliations where seconds is not null order by cycle_id desc limit 2)
-        having count(error) = 2
-    """,
-}
+        head = [
+            f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly  store {self.configuration.store}",
+            f"cycle   {_cycle_text(self.database, now, next_cycle_in)}",
+            f"tasks   {_tasks_text(self.database, now)}",
+        ]
+        table = render([Section("", "", coverage, empty="nothing is expected yet")], "table").splitlines()
+        foot = [f"asked   {used or 'nothing lately'}", *(f"paused  {name} until {why}" for name, why in pauses.items())]
+        return head, table, [*foot, f"workers {', '.join(running) or 'idle'}"]
 
 
 # ---------------------------------------------------------------- Alerts
@@ -7560,14 +7232,11 @@ class Alerter:
 
     def conditions(self) -> dict[tuple[str, str], str]:
         """The conditions that hold now: name and subject, and a sentence about it."""
-        now, settings = self.clock.wall(), self.settings
-        facts = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR, **FACTS}
-        facts |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles}
-        ill = problems(self.database, self.configuration, now, self.started_at, self.journal.database_error)
+        now, error = self.clock.wall(), self.journal.database_error
+        ill = problems(self.database, self.configuration, now, self.started_at, error)
         found = {(name, "runner"): text for name, text in ill.items()}
         with contextlib.suppress(DatabaseError):  # that is one of its problems
-            for name, sql in CONDITIONS.items():
-                found |= {(name, row["about"]): row["text"] for row in self.database.read(BLOCKS + sql, facts)}
+            found |= conditions(self.database, self.configuration, now)
         if {name for name, _ in found} & {"mass loss", "store unusable"}:
             found.pop(("cycles fail", "lake"), None)  # for that reason
         found = {key: excerpt(text.encode(), MOST_LETTERS) for key, text in found.items()}
@@ -8364,9 +8033,9 @@ def grafana_dashboard() -> str:
     """A dashboard with a panel for each metric; its data source is chosen at the top of the page."""
     source = {"type": "prometheus", "uid": "${datasource}"}
     panels = []
-    for number, (name, kind, meaning, _) in enumerate(METRICS):
-        expression, title = name, meaning.rstrip(".")
-        if kind == "counter":
+    for number, one in enumerate(METRICS):
+        expression, name, title = one.name, one.name, one.title.rstrip(".")
+        if one.is_one:
             expression = f"rate({name}[5m])"
         elif name.endswith("_timestamp_seconds"):
             expression, title = f"time() - {name}", f"Seconds since: {title}"
@@ -9310,7 +8979,7 @@ def command_report(arguments: Arguments, configuration: Configuration) -> None:
     """Show coverage, queue, attempts, limits and cycles."""
     database, now = _existing(configuration), Clock().wall()
     if arguments.format == "html":
-        print(page(database, status_sections(database, configuration, RunnerLock(configuration.database), now), now))
+        print(page(database, configuration, RunnerLock(configuration.database), now))
         return
     scrapers = {dataset.name: scraper_of(dataset) for dataset in configuration.datasets.values()}
     _print(arguments, report_sections(database, scrapers, arguments.since, now), ["", *next_steps(database)])
@@ -9366,11 +9035,8 @@ def command_task(arguments: Arguments, configuration: Configuration) -> None:
 def command_coverage(arguments: Arguments, configuration: Configuration) -> None:
     """Show what is expected and what is there, by dataset and season."""
     database = _existing(configuration)
-    filters = {name: getattr(arguments, name) for name in ("by_day", "year", "source", "dataset")}
-    sections = coverage_sections(database, **filters)
-    if arguments.format == "table" and not arguments.by_day:
-        sections.append(strip_section(database, arguments.year, Clock().wall()))
-    _print(arguments, sections)
+    now = Clock().wall() if arguments.format == "table" else None
+    _print(arguments, coverage_sections(database, vars(arguments), now))
 
 
 @command(option("--online", action="store_true", help="the sources too"))

@@ -61,7 +61,7 @@ def test_promtool_accepts_the_rules(lake):
 def test_rules_and_panels_ask_for_metrics_that_exist(lake):
     rules = run_adce("example", "alerts", folder=lake).stdout
     dashboard = json.loads(run_adce("example", "grafana", folder=lake).stdout)
-    names = {name for name, *_ in adce.METRICS}
+    names = {one.name for one in adce.METRICS}
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert all(any(name in expression for name in names) for expression in asked)
     assert {

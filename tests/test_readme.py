@@ -88,7 +88,7 @@ def test_demo_fills_its_lake_and_breaks_no_limit(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "counted 0 beyond its limits" in done.stdout
-    assert re.search(r"^expected +(\d+)\npresent +\1$", done.stdout, re.MULTILINE)
+    assert re.search(r"^present +(\d+)\nexpected +\1$", done.stdout, re.MULTILINE)
     shown = re.search(r"^```\n(Coverage by dataset\n.+?)```", README, re.DOTALL | re.MULTILINE)
     assert shown
     printed = [line.split() for line in done.stdout.splitlines()]

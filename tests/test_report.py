@@ -16,6 +16,7 @@ import adce
 
 DAY = 86400
 GAPS = ("missing", "stale", "suspect")
+EVERYTHING = {"source": None, "dataset": None, "year": None}
 
 
 def section(sections: list[adce.Section], name: str) -> adce.Rows:
@@ -34,7 +35,7 @@ def tasks_by(database: adce.Database, *columns: str) -> Counter[tuple[str, ...]]
 
 def test_coverage_counts_the_objects(lived):  # noqa: F811
     counts, gave_up = objects_by(lived, "dataset", "season", "state"), tasks_by(lived, "dataset", "state")
-    rows = section(adce.coverage_sections(lived), "coverage")
+    rows = section(adce.coverage_sections(lived, EVERYTHING), "coverage")
     for row in rows:
         told = {state: row[state] for state in ("present", *GAPS)}
         assert told == {state: counts[row["dataset"], row["season"], state] for state in told}
@@ -45,14 +46,14 @@ def test_coverage_counts_the_objects(lived):  # noqa: F811
 
 
 def test_coverage_of_one_source_or_dataset_is_a_part_of_it(lived):  # noqa: F811
-    every = section(adce.coverage_sections(lived), "coverage")
-    assert section(adce.coverage_sections(lived, source="league"), "coverage") == every
-    daily = section(adce.coverage_sections(lived, by_day=True), "coverage")
+    every = section(adce.coverage_sections(lived, EVERYTHING), "coverage")
+    assert section(adce.coverage_sections(lived, {**EVERYTHING, "source": "league"}), "coverage") == every
+    daily = section(adce.coverage_sections(lived, {**EVERYTHING, "by_day": True}), "coverage")
     assert sum(row["expected"] for row in daily) == sum(row["expected"] for row in every)
     assert [row["day"] for row in daily if row["dataset"] == "days"] == sorted(
         {row["day"] for row in daily}, reverse=True
     )
-    assert section(adce.coverage_sections(lived, dataset="games"), "coverage") == [
+    assert section(adce.coverage_sections(lived, {**EVERYTHING, "dataset": "games"}), "coverage") == [
         row for row in every if row["dataset"] == "games"
     ]
 
@@ -297,7 +298,7 @@ def test_metrics_agree_with_the_tables(lived):  # noqa: F811
 
 def test_metrics_are_named_by_their_kind(lived):  # noqa: F811
     kinds = re.findall(r"^# TYPE (\w+) (\w+)$", adce.metrics_text(lived), re.MULTILINE)
-    assert {name for name, _ in kinds} == {name for name, *_ in adce.METRICS}
+    assert {name for name, _ in kinds} == {one.name for one in adce.METRICS}
     for name, kind in kinds:
         assert name.startswith("adce_")
         assert name.endswith("_total") == (kind == "counter")
@@ -326,7 +327,7 @@ def test_cycles_tell_their_pace_their_calls_and_what_s3_would_ask_for_them(lived
         "minutes_between": round(span / 60 / (len(cycles) - 1), 1),
         "mean_seconds": pytest.approx(sum(row["seconds"] for row in cycles) / len(cycles), abs=0.001),
         "longest": round(max(row["seconds"] for row in cycles), 3),
-        "with_trouble": 0,
+        "failed": 0,
         "created": sum(row["created"] for row in cycles),
         "closed": sum(row["closed"] for row in cycles),
         "list_calls": calls,

@@ -84,7 +84,7 @@ def main() -> None:
             lock, now = adce.RunnerLock(configuration.database), time.time()
 
             def page() -> str:
-                return adce.page(database, adce.status_sections(database, configuration, lock, now), now)
+                return adce.page(database, configuration, lock, now)
 
             for what, act in {
                 "/": page,
