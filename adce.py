@@ -1292,8 +1292,7 @@ class Kind:
 
             read = yaml.safe_load(node.value)
             number = "the number " if isinstance(read, int | float) and not isinstance(read, bool) else ""
-            text = f'{node.value} is read as {number}{json.dumps(read, default=str)}; write "{node.value}"'
-            raise MistakeError(text)
+            raise MistakeError(f'{node.value} is read as {number}{json.dumps(read, default=str)}; write "{node.value}"')
         if tag not in self.tags and (self.tags or node.id != "scalar"):
             raise ValueError(tag)
         if "pattern" in self.schema and not re.fullmatch(self.schema["pattern"], node.value):
@@ -1441,14 +1440,13 @@ class Setting:
     declared: Any = None  # the annotation of the field
 
 
-def setting(meaning: str, default: Any = NEEDED, *older: Setting, **more: Any) -> Any:
+def setting(meaning: str, default: Any = NEEDED, **more: Any) -> Any:
     """A field of a record that a key of adce.yaml sets; its annotation says which values it takes. `more` is as of
-    Setting, with `name` where the key has another than the field. `older` keys set the same field."""
+    Setting, with `name` where the key has another than the field, and `default` is as in adce.yaml."""
     one = Setting(more.pop("name", ""), meaning, default, **more)
-    start = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
-    if one.unit > 1:
-        start["default"] = default * one.unit
-    return field(metadata={"settings": (one, *older)}, **start)
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata={"setting": one})
+    return field(default=default * one.unit if one.unit > 1 else default, metadata={"setting": one})
 
 
 @functools.cache
@@ -1456,7 +1454,7 @@ def settings_of(record: type) -> Mapping[str, Setting]:
     """The keys of a block by name."""
     found, annotations = {}, typing.get_type_hints(record, include_extras=True)
     for part in dataclasses.fields(record):
-        for one in part.metadata.get("settings", ()):
+        if one := part.metadata.get("setting"):
             name = one.name or part.name
             found[name] = dataclasses.replace(one, name=name, attribute=part.name, declared=annotations[part.name])
     return found
@@ -1494,11 +1492,10 @@ def _describe(node: Any) -> str:
 
 
 class Reader:
-    """The problems of one file, and the place of every path in it."""
+    """The problems of one file, and the place of every path in it. `hint` completes the message about an unknown key:
+    of its path, its value and the keys known beside it. `problems_in` checks a block that is read."""
 
     def __init__(self, hint: Callable[[str, Any, Iterable[str]], str], problems_in: Callable[[Any], Problems]) -> None:
-        """`hint` completes the message about an unknown key: of its path, its value and the keys known beside it.
-        `problems_in` checks a block that is read."""
         self.problems: list[Problem] = []
         self.places: dict[str, tuple[int, int]] = {}
         self.hint, self.problems_in = hint, problems_in
@@ -1525,22 +1522,24 @@ class Reader:
         if self._nodes_left < 0:
             raise ConfigurationError(f"more than {MAX_NODES:,} values", "is an alias repeated?")
         shape, inner = shape_of(declared)
-        if shape == "value":
-            return self._value(inner, node, path)
         if shape == "list":
             return self._list(inner, node, path)
-        if node.id != "mapping":
+        if shape != "value" and node.id != "mapping":
             self.complain(path, f"expected a mapping, found {_describe(node)}")
             return NEEDED
-        return self._record(inner, node, path) if shape == "block" else self._mapping(inner, node, path)
-
-    def _value(self, kind: Kind, node: Any, path: str) -> Any:
+        if shape == "block":
+            return self._record(inner, node, path)
+        if shape == "mapping":
+            names, item = inner
+            known, other = ({}, item) if names is str else (dict.fromkeys(names, item), None)
+            values = self._values(known, other, node, path)
+            return {name: value for name, value in values.items() if value is not NEEDED}
         try:
-            return kind.convert(node)
+            return inner.convert(node)
         except MistakeError as error:
             self.complain(path, str(error))
         except (ValueError, TypeError, AttributeError, LookupError, OSError):  # also of a list or a mapping
-            self.complain(path, f"expected {kind.expected}, found {_describe(node)}")
+            self.complain(path, f"expected {inner.expected}, found {_describe(node)}")
         return NEEDED
 
     def _list(self, item: Any, node: Any, path: str) -> Any:
@@ -1554,39 +1553,30 @@ class Reader:
             self.complain(path, "the same value stands twice")
         return good
 
-    def _pairs(self, node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-        """The keys of a mapping, with their paths and values."""
+    def _values(self, known: Mapping[str, Any], other: Any, node: Any, path: str) -> dict[str, Any]:
+        """The values of a mapping, which are declared by name in `known`, else as `other`."""
+        found = {}
         for name_node, value_node in node.value:
             name = name_node.value if name_node.id == "scalar" else "?"
             here, place = join_path(path, name), (name_node.start_mark.line + 1, name_node.start_mark.column + 1)
             if here in self.places:
-                text = f"duplicate key, first set at line {self.places[here][0]}"
-                self.problems.append((*place, here, text))
+                self.problems.append((*place, here, f"duplicate key, first set at line {self.places[here][0]}"))
+                continue
+            self.places[here] = place
+            if declared := known.get(name, other):
+                found[name] = self.parse(declared, value_node, here)
             else:
-                self.places[here] = place
-                yield name, here, value_node
-
-    def _mapping(self, declared: tuple[Any, Any], node: Any, path: str) -> Any:
-        (names, item), values = declared, {}
-        for name, here, value_node in self._pairs(node, path):
-            if names is not str and name not in list(names):
-                self.complain(here, f"unknown key{suggest(name, names)}")
-            elif (value := self.parse(item, value_node, here)) is not NEEDED:
-                values[name] = value
-        return values
+                self.complain(here, f"unknown key{self.hint(here, value_node, known)}")
+        return found
 
     def _record(self, record: Any, node: Any, path: str) -> Any:
         """A wrong value has its default; without a required one there is no record."""
-        known, given = settings_of(record), list[str]()
+        known = settings_of(record)
+        given = self._values({name: one.declared for name, one in known.items()}, None, node, path)
         values: dict[str, Any] = {"name": path.rpartition(".")[2]} if "name" in record.__slots__ else {}
-        for name, here, value_node in self._pairs(node, path):
-            if not (one := known.get(name)):
-                self.complain(here, f"unknown key{self.hint(here, value_node, known)}")
-                continue
-            given.append(name)
-            if (value := self.parse(one.declared, value_node, here)) is not NEEDED:
-                values[one.attribute] = value * one.unit if one.unit > 1 else value
-        for name, text in conflicts(record, given):
+        for one, value in ((known[name], value) for name, value in given.items() if value is not NEEDED):
+            values[one.attribute] = value * one.unit if one.unit > 1 else value
+        for name, text in conflicts(record, [*given]):
             self.complain(join_path(path, name), text)
         if any(one.default is NEEDED and one.attribute not in values for one in known.values()):
             return NEEDED
@@ -1623,14 +1613,6 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
 # hold between it and others. Headlines: RateLimiting, Source, Dataset, Configuration, problems_in().
 
 STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
-OLDER_INTERVAL = Setting(
-    "reconciliation_interval_hours",
-    "the older form of the same",
-    0.25,
-    against=("reconciliation_interval_minutes",),
-    reason='sets the same as "reconciliation_interval_minutes"; give one of them',
-    unit=HOUR,
-)
 NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
 
 
@@ -1805,9 +1787,7 @@ class Partitions:
     parent: Text | None = setting("one object for each id in the objects of this parent dataset", None, name="from")
     ids: Expression | None = setting("finds ids in JSON; {field} is a field of the parent", None, beside=("from",))
     regex: Regex | None = setting("finds ids in any text", None, beside=("from",))
-    names: Text = setting(
-        "with from: the field of an id; with seasons: label or end", "", name="as", beside=("from", "seasons")
-    )
+    names: Text = setting("field of an id; form of a season: label or end", "", name="as", beside=("from", "seasons"))
     times: NamedValues = setting("further fields, as in values", (), beside=BASES)
     same_as: Text | None = setting("use the partitions of this dataset", None)
 
@@ -1831,9 +1811,7 @@ class Freshness:
 
     refetch_every: Duration | None = setting("maximum age; with `until`, the interval until it holds (1h)", None)
     until: Expression | None = setting("condition on the body that makes an object final", None)
-    refetch_once_after: Duration | None = setting(
-        "one refetch, this long after the end of its day", None, against=("until",)
-    )
+    refetch_once_after: Duration | None = setting("one refetch, this long after its day ends", None, against=("until",))
     current: Duration | None = setting("maximum age during its season", None, against=("until",))
     past: Duration | None = setting("maximum age after its season", None, against=("until",))
     live: Live | None = setting("short intervals while an object changes", None)
@@ -1910,11 +1888,16 @@ class Configuration:
     database: File = setting("SQLite file with all state", Path("adce.db"))
     store: Lake = setting("location of the lake", "lake")
     interval_seconds: Positive = setting(
-        "time between the starts of two cycles", 15, OLDER_INTERVAL, name=OLDER_INTERVAL.against[0], unit=MINUTE
+        "time between the starts of two cycles", 15, name="reconciliation_interval_minutes", unit=MINUTE
     )
-    full_seconds: Positive = setting(
-        "time to list the whole store once", 24, name="full_reconciliation_hours", unit=HOUR
+    interval_hours: Positive | None = setting(
+        "the older form of reconciliation_interval_minutes",
+        None,
+        name="reconciliation_interval_hours",
+        against=("reconciliation_interval_minutes",),
+        reason='sets the same as "reconciliation_interval_minutes"; give one of them',
     )
+    full_seconds: Positive = setting("time to list the whole store", 24, name="full_reconciliation_hours", unit=HOUR)
     queue_check_seconds: Positive = setting("maximum sleep of the main loop", 10)
     max_concurrent_scrapers: Count = setting("number of workers", 5)
     grace_seconds: Number = setting("time that a stop grants running attempts", 30)
@@ -2050,16 +2033,13 @@ def _hint(path: str, node: Any, known: Iterable[str]) -> str:
     return suggest(name, known)
 
 
-def _season_problems(seasons: Sequence[Season]) -> Problems:
+def _problems(reader: Reader, configuration: Configuration, seasons: Sequence[Season]) -> Problems:
+    """What does not hold between blocks: of the seasons as they stand in the file, of the sources, of the datasets."""
     for (_, season), (number, other) in itertools.combinations(enumerate(seasons), 2):
         if season.label == other.label or season.end == other.end:
             yield f"seasons.{number}", f"season {season.label} is declared twice"
         if season.start <= other.finish and other.start <= season.finish:
             yield f"seasons.{number}.start", f"season {other.label} overlaps season {season.label}"
-
-
-def _source_problems(configuration: Configuration) -> Problems:
-    """A limit or multiplier of an undeclared source is harmless, unless it is a misspelt one."""
     sources: Mapping[str, Any] = configuration.sources
     for source in sources.values():
         for text in _text_problems(Template(source.error_when or "", FIELD_IN_EXPRESSION), set()):
@@ -2069,13 +2049,16 @@ def _source_problems(configuration: Configuration) -> Problems:
         "rate_limiting.source_limits": configuration.rate_limiting.source_limits,
     }
     for path, names in tables.items():
-        for name in names:
+        for name in names:  # of an undeclared source, which does no harm, unless it is a misspelt one
             if name == "global":
                 yield f"{path}.{name}", "a source cannot be named global; use global_limits"
             elif name not in sources and (hint := suggest(name, [one for one in sources if one not in names])):
                 yield f"{path}.{name}", f'source "{name}" is not defined{hint}'
             elif name == "default" and name not in sources:
                 yield f"{path}.{name}", 'has no effect: no source is named "default"'
+    for dataset in configuration.datasets.values():
+        for name, text in _dataset_problems(reader, configuration, dataset):
+            yield f"datasets.{dataset.name}.{name}", text
 
 
 def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
@@ -2091,26 +2074,24 @@ def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dat
         texts = _texts_of(configuration, dataset)
         broken = [(path, text) for path, template, fields in texts for text in _text_problems(template, fields)]
         yield from (*broken, *_effect_problems(configuration, dataset))
-        if "key" not in dict(broken):
-            yield from _key_problems(configuration, dataset)
+        yield from _key_problems(configuration, dataset) if "key" not in dict(broken) else ()
 
 
 def _texts_of(configuration: Configuration, dataset: Dataset) -> Iterator[tuple[str, Template, set[str]]]:
     """Every text of a dataset in which fields may stand: its path, and the fields that it may name."""
-    declared, parent = configuration.fields_of(dataset.name), dataset.partitions.parent
+    declared, partitions, rules = configuration.fields_of(dataset.name), dataset.partitions, dataset.validate
+    lists = {f"{name}s" for name in partitions.own_fields()} if dataset.batch else set()
     yield "key", dataset.key, declared
-    if dataset.url:
-        yield "url", dataset.url, declared
-    lists = {f"{name}s" for name in dataset.partitions.own_fields()} if dataset.batch else set()
+    yield "url", dataset.url or Template(""), declared
     yield from ((f"command.{number}", word, declared | lists) for number, word in enumerate(dataset.command))
-    live, rules = dataset.freshness.live, dataset.validate
-    expressions = {"freshness.until": dataset.freshness.until, "freshness.live.while": live and live.expression}
+    expressions = {"freshness.until": dataset.freshness.until, "partitions.ids": partitions.ids}
+    if dataset.freshness.live:
+        expressions["freshness.live.while"] = dataset.freshness.live.expression
     for name in ("require", "alternatives", "contains", "not_contains"):
         expressions |= {f"validate.{name}.{number}": text for number, text in enumerate(getattr(rules, name))}
-    yield from ((path, Template(text or "", FIELD_IN_EXPRESSION), declared) for path, text in expressions.items())
-    if parent:
-        ids = Template(dataset.partitions.ids or "", FIELD_IN_EXPRESSION)
-        yield "partitions.ids", ids, configuration.fields_of(parent)
+    of_parent = configuration.fields_of(partitions.parent) if partitions.parent else set()
+    for path, text in expressions.items():
+        yield path, Template(text or "", FIELD_IN_EXPRESSION), of_parent if path == "partitions.ids" else declared
 
 
 def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
@@ -2181,13 +2162,15 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
                 partitions = dataclasses.replace(partitions, seasons_as=partitions.names or "label", names="")
             datasets[name] = dataclasses.replace(dataset, partitions=partitions)
     limits = {**limiting.source_limits, "global": limiting.global_limits}
-    scopes = {name: one.scope() for name, one in limits.items()}
-    store = read.store.rstrip("/") if "://" in read.store else str(folder / Path(read.store).expanduser())
+    limiting = RateLimiting(enabled=False)
+    if read.rate_limiting.enabled:
+        limiting = dataclasses.replace(read.rate_limiting, scopes={name: one.scope() for name, one in limits.items()})
     return dataclasses.replace(
         read,
         database=folder / read.database,
-        store=store,
-        rate_limiting=dataclasses.replace(limiting, scopes=scopes) if limiting.enabled else RateLimiting(enabled=False),
+        store=read.store.rstrip("/") if "://" in read.store else str(folder / Path(read.store).expanduser()),
+        interval_seconds=read.interval_hours * HOUR if read.interval_hours else read.interval_seconds,
+        rate_limiting=limiting,
         seasons=tuple(sorted(read.seasons, key=lambda season: season.start)),
         datasets=datasets,
     )
@@ -2212,7 +2195,11 @@ def load_configuration(path: Path) -> Configuration:
         if node is None:
             reader.complain("", "the file is empty")
         elif (read := reader.parse(Configuration, node, "")) is not NEEDED:
-            configuration = _checked(reader, dataclasses.replace(read, path=path.absolute()))
+            seasons = read.seasons if reader.is_sound("seasons") else ()  # else their numbers are not the file's
+            configuration = _resolve(reader, dataclasses.replace(read, path=path.absolute()))
+            for where, what in _problems(reader, configuration, seasons):
+                if where in reader.places:  # else `same_as` has it from another dataset
+                    reader.complain(where, what)
     except yaml.MarkedYAMLError as error:
         mark = error.context_mark if error.context and "quoted scalar" in error.context else error.problem_mark
         place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
@@ -2231,19 +2218,6 @@ def load_configuration(path: Path) -> Configuration:
             blocks.append(f"{number:5} | {source}\n      | {' ' * (column - 1)}^")
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     raise ConfigurationError("\n".join([*blocks, f"{count}; nothing was started"]))
-
-
-def _checked(reader: Reader, read: Configuration) -> Configuration:
-    seasons = read.seasons if reader.is_sound("seasons") else ()  # else their numbers are not those of the file
-    configuration = _resolve(reader, read)
-    problems = [*_season_problems(seasons), *_source_problems(configuration)]
-    for dataset in configuration.datasets.values():
-        found = _dataset_problems(reader, configuration, dataset)
-        problems += [(f"datasets.{dataset.name}.{name}", text) for name, text in found]
-    for path, text in problems:
-        if path in reader.places:  # else `same_as` has it from another dataset
-            reader.complain(path, text)
-    return configuration
 
 
 def database_named_in(path: Path) -> Path:
@@ -2325,8 +2299,9 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
         exactly = {"oneOf": [{"required": [name]} for name in group]}
         rules.append({"if": {"required": [when]}, "then": exactly} if when else exactly)
     for name, one in known.items():
-        beside = {"anyOf": [{"required": [other]} for other in one.beside]} if one.beside else {}
-        rules.append({"if": {"required": [name]}, "then": beside})
+        if one.beside:
+            others = {"anyOf": [{"required": [other]} for other in one.beside]}
+            rules.append({"if": {"required": [name]}, "then": others})
         rules += [{"not": {"required": [name, other]}} for other in one.against]
     return {
         **({"$schema": "https://json-schema.org/draft/2020-12/schema"} if inner is Configuration else {}),
