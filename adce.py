@@ -1339,14 +1339,6 @@ def _regex(text: str) -> str:
     return text
 
 
-def _store(text: str) -> str:
-    if text.lower().startswith("s3:") and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", text):
-        raise MistakeError(f"{text} is not s3://bucket/prefix")
-    if "://" in text and not text.startswith("s3://"):
-        raise MistakeError(f"{text}: a store is a folder or s3://bucket/prefix")
-    return text
-
-
 def _day(text: str) -> str | datetime.date:
     try:
         return text if text in ("yesterday", "today") else datetime.date.fromisoformat(text)
@@ -1393,7 +1385,7 @@ def _durations(never: float | None) -> Kind:
 Text = Annotated[str, Kind("text")]
 Word = Annotated[str, Kind("text", may_repeat=True)]
 File = Annotated[Path, Kind("the path of a file", Path)]
-Lake = Annotated[str, Kind("a folder or s3://bucket/prefix", _store)]
+Lake = Annotated[str, Kind("a folder or s3://bucket/prefix")]
 Address = Annotated[str, Kind("an http or https address", lambda text: text.rstrip("/"))]
 FieldText = Annotated[Template, Kind("text with {fields}", Template, may_repeat=True)]
 Expression = Annotated[str, Kind("a JMESPath expression", _expression)]
@@ -1613,6 +1605,7 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
 # hold between it and others. Headlines: RateLimiting, Source, Dataset, Configuration, problems_in().
 
 STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
+BUCKET_URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")  # with the prefix in it
 NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
 
 
@@ -1766,7 +1759,6 @@ class Dates:
     """One object a day: the days of all seasons, or of a range."""
 
     ONE_OF: ClassVar = (("", ("seasons", "from")),)
-
     seasons: All | None = setting("the days of all seasons", None)
     first: Date | None = setting("first day of a range", None, name="from")
     last: Date | None = setting("last day of a range", None, name="to", beside=("from",))
@@ -1780,7 +1772,6 @@ class Partitions:
 
     BASES: ClassVar = ("dates", "seasons", "values", "from")
     ONE_OF: ClassVar = (("", (*BASES, "same_as")), ("from", ("ids", "regex")))
-
     dates: Dates | None = setting("one object a day", None)
     seasons_as: Annotated[str, All] | None = setting("one object for each season that has begun", None, name="seasons")
     values: NamedValues = setting("one object for each combination of field values", ())
@@ -1856,7 +1847,6 @@ class Dataset:
 
     ONE_OF: ClassVar = (("", ("url", "command", "call")),)
     PROGRAM: ClassVar = ("command", "call")
-
     name: str
     source: Text = setting("name of the source")
     key: FieldText = setting("name of an object in the store; it names each field of the partitions")
@@ -1968,10 +1958,15 @@ def problems_in(block: object) -> Problems:
             yield "every", "how often? give a duration"
         case Validation() if block.max_bytes < block.min_bytes:
             yield "max_bytes", f"{block.max_bytes} is less than min_bytes"
-        case Dataset(batch=Batch(max=1)):
-            yield "batch.max", "has no effect: a batch holds more than 1 object"
-        case Dataset(batch=Batch(), output="stdout"):
-            yield "output", "only a command for one object can print it"
+        case Dataset(batch=Batch(max=size), output=output):
+            if size == 1:
+                yield "batch.max", "has no effect: a batch holds more than 1 object"
+            if output == "stdout":
+                yield "output", "only a command for one object can print it"
+        case Configuration(store=store) if store[:3].lower() == "s3:" and not BUCKET_URL.fullmatch(store):
+            yield "store", f"{store} is not s3://bucket/prefix"
+        case Configuration(store=store) if "://" in store and not store.startswith("s3://"):
+            yield "store", f"{store}: a store is a folder or s3://bucket/prefix"
 
 
 # ---------------------------------------------------------------- Reading
@@ -2073,8 +2068,8 @@ def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dat
     elif line[-1] in names and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line):
         texts = _texts_of(configuration, dataset)
         broken = [(path, text) for path, template, fields in texts for text in _text_problems(template, fields)]
-        yield from (*broken, *_effect_problems(configuration, dataset))
-        yield from _key_problems(configuration, dataset) if "key" not in dict(broken) else ()
+        yield from broken
+        yield from _object_problems(configuration, dataset, has_key="key" not in dict(broken))
 
 
 def _texts_of(configuration: Configuration, dataset: Dataset) -> Iterator[tuple[str, Template, set[str]]]:
@@ -2109,9 +2104,9 @@ def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
             yield f"{match[0]}: unsupported format code %{unknown[0]}"
 
 
-def _effect_problems(configuration: Configuration, dataset: Dataset) -> Problems:
-    """Keys without effect for the objects that there are, wherever such a key stands."""
-    declared, source = configuration.fields_of(dataset.name), configuration.sources.get(dataset.source)
+def _object_problems(configuration: Configuration, dataset: Dataset, *, has_key: bool) -> Problems:
+    """Keys without effect for the objects that there are, wherever they stand, and names that objects cannot have."""
+    key, declared, own = dataset.key, configuration.fields_of(dataset.name), dataset.partitions.own_fields()
     if not configuration.seasons:
         yield from ((f"partitions.{name}seasons", "no seasons are declared") for name in ("", "dates."))
     if not declared & {"season", *(["date"] if configuration.seasons else [])}:
@@ -2120,25 +2115,24 @@ def _effect_problems(configuration: Configuration, dataset: Dataset) -> Problems
         yield "available_after", "has no effect: its objects have no date"
     if dataset.batch and dataset.batch.by not in declared:
         yield "batch.by", f'no field "{dataset.batch.by}"{suggest(dataset.batch.by, declared)}'
-    elif dataset.batch and dataset.command and dataset.partitions.own_fields() == (dataset.batch.by,):
+    elif dataset.batch and dataset.command and own == (dataset.batch.by,):
         yield "batch.by", f"has no effect: no two objects share a {dataset.batch.by}"
+    source = configuration.sources.get(dataset.source)
     address = source.base_url + dataset.url.text if source and dataset.url else "https://"
     if not address.startswith(("http://", "https://")):
         yield "url", f"{address} is no address: give source {dataset.source} a base_url"
-
-
-def _key_problems(configuration: Configuration, dataset: Dataset) -> Problems:
-    template, values = dataset.key, dict.fromkeys(configuration.fields_of(dataset.name), "1")
+    if not has_key:
+        return
     days = ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
-    keys = [template.render({**values, "date": day}, str) for day in days]
-    if {"", ".", "..", STAGING} & {*keys[0].split("/")} or re.search(r"[\x00-\x1f\x7f]", template.text):
-        yield "key", f"{template.text}: a key has no empty, . or .. parts and does not start or end with /"
-    missing = [name for name in dataset.partitions.own_fields() if name not in template.fields()]
+    keys = [key.render({**dict.fromkeys(declared, "1"), "date": day}, str) for day in days]
+    if {"", ".", "..", STAGING} & {*keys[0].split("/")} or re.search(r"[\x00-\x1f\x7f]", key.text):
+        yield "key", f"{key.text}: a key has no empty, . or .. parts and does not start or end with /"
+    missing = [name for name in own if name not in key.fields()]
     yield from (("key", f"does not name {{{name}}}: its objects would overwrite one another") for name in missing)
     if dataset.partitions.dates and not missing and len({*keys}) < len(days):
         yield "key", "its date format gives different days the same key"
     for other in itertools.takewhile(lambda one: one.name != dataset.name, configuration.datasets.values()):
-        if other.key.shape() == template.shape():
+        if other.key.shape() == key.shape():
             yield "key", f'the same keys as dataset "{other.name}": two datasets cannot share objects'
 
 
@@ -2178,8 +2172,7 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
 
 def find_configuration(given: str | None) -> Path:
     """Which file: the given one, $ADCE_CONFIG, adce.yaml here, else the one beside this module."""
-    chosen = given or os.environ.get("ADCE_CONFIG")
-    if chosen:
+    if chosen := given or os.environ.get("ADCE_CONFIG"):
         return Path(chosen).absolute()
     here = Path(DEFAULT_NAME).absolute()
     return here if here.exists() else Path(__file__).resolve().with_name(DEFAULT_NAME)
@@ -2246,14 +2239,10 @@ def explain(wanted: str | None) -> list[dict[str, Any]]:
     """A row for the key that `wanted` names, by its path or the end of it, and for each key in it; else for each block.
 
     Raises Error for an unknown key."""
-    settings, words = all_settings(), (wanted or "").split(".")
-
-    def is_in(path: str) -> bool:
-        parts = itertools.zip_longest(path.split(".")[: len(words)], words)
-        return all(part in ("*", word) for part, word in parts) if wanted else "." not in path
-
-    ends = tuple(f"{path}." for path in settings if path.endswith(f".{wanted}"))
-    found = [path for path in settings if is_in(path)] or [path for path in settings if f"{path}.".startswith(ends)]
+    settings, found = all_settings(), list[str]()
+    path_of = r"\.".join(rf"({re.escape(word)}|\*)" for word in (wanted or "").split("."))
+    for pattern in (rf"{path_of}(\.|$)", rf".+\.{re.escape(wanted)}(\.|$)") if wanted else (r"[^.]+$",):
+        found = found or [path for path in settings if re.match(pattern, path)]
     if not found:
         names = [*settings, *(path.rpartition(".")[2] for path in settings)]
         raise Error(f'unknown key "{wanted}"{suggest(wanted or "", names)}', '"adce.py explain" lists the blocks')
