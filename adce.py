@@ -20,11 +20,9 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Views                       what people read of them
     Database                    one safe door to the SQLite file; its lock and its backups
     Templates and expressions   texts with fields, JMESPath
-    Kinds                       what a value in adce.yaml can be
-    Reader                      YAML to records, all mistakes at once
+    Reader                      kinds of values; YAML to records, all mistakes at once
     Settings                    every key of adce.yaml, declared once
-    Datasets                    those of datasets
-    Reading                     what must hold between them
+    Reading                     what must hold between them, and their reference
     Objects                     what should exist, and what a whole object is
     Store                       the objects that exist: in a folder, or in S3
     Limits                      which requests are possible, and when
@@ -1224,28 +1222,48 @@ def holds(expression: str, fields: Fields, document: Any) -> bool:
     return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
 
 
-# ---------------------------------------------------------------- Kinds
-# The kinds of values in adce.yaml: how a YAML node becomes a value, and what messages and the reference call it.
-# YAML's own traps (12:30, no, 010) are named. A kind stands in the annotation of a field: Annotated[int, Kind(...)].
-# Headline: Kind.
+# ---------------------------------------------------------------- Reader
+# From YAML to records: the kinds of single values, how the fields of a record declare the keys of a block, and the
+# reader, which collects all problems with their places. A kind stands in the annotation of a field. YAML's own traps
+# (12:30, no, 010) are named. Headlines: Kind, setting(), Reader.
+
+MAX_NODES = 20_000
+NEEDED = dataclasses.MISSING  # the default of a required key, and the value of a node that is not of its kind
+Problem = tuple[int, int, str, str]  # its line and column, which count from 1, the path of the key, and what is wrong
+Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
 
 
 class MistakeError(ValueError):
-    """Why a value is not of its kind."""
+    """Why a value is not of its kind, as a whole message."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Kind:
-    """A kind of single values. `convert` makes one of a node or raises ValueError."""
+    """A kind of single values. `make` makes one of its text, or of the pairs of a mapping, or raises."""
 
     expected: str
-    convert: Callable[[Any], Any]
-    json: str = '{"type": "string"}'  # its JSON Schema
+    make: Callable[[Any], Any] = str
+    tags: tuple[str, ...] = ("str",)  # of YAML; none for any
+    schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string"})
     may_repeat: bool = False  # in a list
 
+    def convert(self, node: Any) -> Any:
+        """The value of a node. Raises MistakeError with the message, or an error of the conversion."""
+        tag = _tag(node)
+        if "str" in self.tags and tag not in ("str", "null", "sequence", "mapping"):
+            import yaml
 
-@dataclass(frozen=True, slots=True)
-class AvailableAfter:
+            read = yaml.safe_load(node.value)
+            number = "the number " if isinstance(read, int | float) and not isinstance(read, bool) else ""
+            raise MistakeError(f'{node.value} is read as {number}{json.dumps(read, default=str)}; write "{node.value}"')
+        if tag not in self.tags and (self.tags or node.id != "scalar"):
+            raise ValueError(tag)
+        if "pattern" in self.schema and not re.fullmatch(self.schema["pattern"], node.value):
+            raise ValueError(node.value)
+        return self.make([(key.value, value.value) for key, value in node.value] if tag == "mapping" else node.value)
+
+
+class AvailableAfter(NamedTuple):
     """Not expected before this time of its day, or this long after the end of its day."""
 
     time: datetime.time | None = None
@@ -1253,29 +1271,18 @@ class AvailableAfter:
 
 
 def _tag(node: Any) -> str:
-    return node.tag.rpartition(":")[2] if node.id == "scalar" else cast(str, node.id)
+    return cast(str, node.tag.rpartition(":")[2] if node.id == "scalar" else node.id)
 
 
-def _plain(node: Any, *tags: str) -> str:
-    if node.id != "scalar" or (tags and _tag(node) not in tags):
-        raise ValueError(node.id)
-    return cast(str, node.value)
+def _number(text: str) -> float:
+    if not re.fullmatch(r"[-+]?(0|[1-9]\d{0,14})(\.\d+)?", text):  # more digits overflow a float
+        raise ValueError(text)
+    return float(text) if "." in text else int(text)
 
 
-def _text(node: Any) -> str:
-    if _tag(node) in ("str", "null", "sequence", "mapping"):
-        return _plain(node, "str")
-    import yaml
-
-    read = yaml.safe_load(node.value)
-    number = "the number " if isinstance(read, int | float) and not isinstance(read, bool) else ""
-    raise MistakeError(f'{node.value} is read as {number}{json.dumps(read, default=str)}; write "{node.value}"')
-
-
-def _expression(node: Any) -> str:
+def _expression(text: str) -> str:
     import jmespath.exceptions
 
-    text = _text(node)
     try:
         jmespath.compile(FIELD_IN_EXPRESSION.sub("x", text))
     except (jmespath.exceptions.JMESPathError, ValueError) as error:
@@ -1285,8 +1292,7 @@ def _expression(node: Any) -> str:
     return text
 
 
-def _regex(node: Any) -> str:
-    text = _text(node)
+def _regex(text: str) -> str:
     try:
         groups = re.compile(text).groups
     except (re.error, OverflowError, RecursionError) as error:
@@ -1296,72 +1302,41 @@ def _regex(node: Any) -> str:
     return text
 
 
-def _store(node: Any) -> str:
-    text = _text(node)
-    if text.lower().startswith("s3:") and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", text):
-        raise MistakeError(f"{text} is not s3://bucket/prefix")
-    if "://" in text and not text.startswith("s3://"):
-        raise MistakeError(f"{text}: a store is a folder or s3://bucket/prefix")
-    return text
-
-
-def _timezone(node: Any) -> str:
+def _day(text: str) -> str | datetime.date:
     try:
-        return zoneinfo.ZoneInfo(_plain(node)).key
-    except (zoneinfo.ZoneInfoNotFoundError, OSError) as error:
-        raise ValueError(str(error)) from None
-
-
-def _number(node: Any) -> float:
-    text = _plain(node, "int", "float")
-    if not re.fullmatch(r"[-+]?(0|[1-9]\d{0,14})(\.\d+)?", text):  # more digits overflow a float
-        raise ValueError(text)
-    return float(text) if "." in text else int(text)
-
-
-def _available(node: Any) -> AvailableAfter:
-    if node.id != "mapping":
-        return AvailableAfter(time=datetime.time.fromisoformat(_text(node)))
-    ((name, hours),) = [(key.value, _number(value)) for key, value in node.value]
-    if name != "hours" or hours < 0:
-        raise ValueError(name)
-    return AvailableAfter(seconds=round(hours * HOUR))
-
-
-def _day(text: str) -> datetime.date:
-    try:
-        return datetime.date.fromisoformat(text)
+        return text if text in ("yesterday", "today") else datetime.date.fromisoformat(text)
     except ValueError:
         raise MistakeError(f"{text} is no day of the calendar") from None
 
 
-def _numbers(expected: str, bounds: str = "", *, is_whole: bool = False) -> Kind:
-    """Numbers within bounds, which are written as in a JSON Schema."""
-    limits = json.loads(f"{{{bounds}}}")
+def _available(given: str | list[tuple[str, str]]) -> AvailableAfter:
+    if isinstance(given, str):
+        return AvailableAfter(time=datetime.time.fromisoformat(given))
+    ((name, text),) = given
+    if name != "hours" or (hours := _number(text)) < 0:
+        raise ValueError(name)
+    return AvailableAfter(seconds=round(hours * HOUR))
 
-    def convert(node: Any) -> float:
-        number = _number(node)
-        least = limits.get("minimum", math.nextafter(limits.get("exclusiveMinimum", -math.inf), math.inf))
-        if least <= number <= limits.get("maximum", math.inf) and (isinstance(number, int) or not is_whole):
+
+def _numbers(expected: str, *, is_whole: bool = False, **bounds: float) -> Kind:
+    """Numbers within bounds, which have their names in a JSON Schema."""
+    least = bounds.get("minimum", math.nextafter(bounds.get("exclusiveMinimum", -math.inf), math.inf))
+
+    def make(text: str) -> float:
+        number = _number(text)
+        if least <= number <= bounds.get("maximum", math.inf) and (isinstance(number, int) or not is_whole):
             return number
-        raise ValueError(expected) if "maximum" in limits else MistakeError(f"{node.value} is not {expected}")
+        raise ValueError(text) if "maximum" in bounds else MistakeError(f"{text} is not {expected}")
 
-    return Kind(expected, convert, json.dumps({"type": "integer" if is_whole else "number", **limits}))
+    return Kind(expected, make, ("int", "float"), {"type": "integer" if is_whole else "number", **bounds})
 
 
-def _matching(expected: str, pattern: str, convert: Callable[[str], Any] = str, *tags: str) -> Kind:
-    """Texts that match a pattern as a whole."""
-
-    def convert_node(node: Any) -> Any:
-        if not re.fullmatch(pattern, text := _plain(node, *tags)):
-            raise ValueError(text)
-        return convert(text)
-
-    return Kind(expected, convert_node, json.dumps({"type": "string", "pattern": f"^({pattern})$"}))
+def _matching(expected: str, pattern: str, make: Callable[[str], Any] = str, *tags: str) -> Kind:
+    return Kind(expected, make, tags, {"type": "string", "pattern": f"^({pattern})$"})
 
 
 def _one_of(expected: str, *words: str) -> Kind:
-    return Kind(expected, lambda node: words[words.index(_plain(node))], json.dumps({"enum": words}))
+    return Kind(expected, lambda text: words[words.index(text)], (), {"enum": words})
 
 
 def _durations(never: float | None) -> Kind:
@@ -1370,51 +1345,39 @@ def _durations(never: float | None) -> Kind:
     return _matching(expected, pattern, lambda text: never if text == "never" else parse_duration(text))
 
 
-ISO_DATE, TRUE = r"\d{4}-\d\d-\d\d", ("true", "yes", "on")
-Text = Annotated[str, Kind("text", _text)]
-Word = Annotated[str, Kind("text", _text, may_repeat=True)]
-File = Annotated[Path, Kind("the path of a file", lambda node: Path(_text(node)))]
-Lake = Annotated[str, Kind("a folder or s3://bucket/prefix", _store)]
-Address = Annotated[str, Kind("an http or https address", lambda node: _text(node).rstrip("/"))]
-FieldText = Annotated[Template, Kind("text with {fields}", lambda node: Template(_text(node)), may_repeat=True)]
+Text = Annotated[str, Kind("text")]
+Word = Annotated[str, Kind("text", may_repeat=True)]
+File = Annotated[Path, Kind("the path of a file", Path)]
+Lake = Annotated[str, Kind("a folder or s3://bucket/prefix")]
+Address = Annotated[str, Kind("an http or https address", lambda text: text.rstrip("/"))]
+FieldText = Annotated[Template, Kind("text with {fields}", Template, may_repeat=True)]
 Expression = Annotated[str, Kind("a JMESPath expression", _expression)]
 Regex = Annotated[str, Kind("a regular expression with one group", _regex)]
+Timezone = Annotated[str, Kind("a time zone like America/New_York", lambda text: zoneinfo.ZoneInfo(text).key)]
 Callee = Annotated[str, _matching("module:function", r"[\w.]+:\w+")]
-Switch = Annotated[
-    bool, Kind("true or false", lambda node: _plain(node, "bool").lower() in TRUE, '{"type": "boolean"}')
-]
-Number = Annotated[float, _numbers("a number")]
-Positive = Annotated[float, _numbers("a number above 0", '"exclusiveMinimum": 0')]
-Percent = Annotated[float, _numbers("a number from 0 to 100", '"minimum": 0, "maximum": 100')]
-Count = Annotated[int, _numbers("a whole number of 1 or more", '"minimum": 1', is_whole=True)]
-Port = Annotated[int, _numbers("a port from 0 to 65535", '"minimum": 0, "maximum": 65535', is_whole=True)]
-Status = Annotated[int, _numbers("an HTTP status", '"minimum": 100, "maximum": 599', is_whole=True)]
-Date = Annotated[datetime.date, _matching("a date like 2024-10-22", ISO_DATE, _day)]
+Hex = Annotated[str, _matching("bytes in hexadecimal, in quotes", r"\s*([0-9A-Fa-f]{2}\s*)+", str, "str")]
+Date = Annotated[datetime.date, _matching("a date like 2024-10-22", r"\d{4}-\d\d-\d\d", _day)]
 LastDay = Annotated[
     str | datetime.date,
-    _matching(
-        "yesterday, today or a date like 2024-10-22",
-        rf"yesterday|today|{ISO_DATE}",
-        lambda text: text if text[0] in "yt" else _day(text),
-    ),
+    _matching("yesterday, today or a date like 2024-10-22", r"yesterday|today|\d{4}-\d\d-\d\d", _day),
 ]
 All = Annotated[bool, _matching("the word all", "all", bool)]
 Duration = Annotated[int, _durations(None)]
 Period = Annotated[float, _durations(math.inf)]
-Timezone = Annotated[str, Kind("a time zone like America/New_York", _timezone)]
+Number = Annotated[float, _numbers("a number")]
+Positive = Annotated[float, _numbers("a number above 0", exclusiveMinimum=0)]
+Percent = Annotated[float, _numbers("a number from 0 to 100", minimum=0, maximum=100)]
+Count = Annotated[int, _numbers("a whole number of 1 or more", is_whole=True, minimum=1)]
+Port = Annotated[int, _numbers("a port from 0 to 65535", is_whole=True, minimum=0, maximum=65535)]
+Status = Annotated[int, _numbers("an HTTP status", is_whole=True, minimum=100, maximum=599)]
 Urgency = Annotated[str, _one_of("auto, CRITICAL, HIGH, MEDIUM or LOW", "auto", *Priority)]
 Output = Annotated[str, _one_of("store or stdout", "store", "stdout")]
-Hex = Annotated[str, _matching("bytes in hexadecimal, in quotes", r"\s*([0-9A-Fa-f]{2}\s*)+", str, "str")]
-Available = Annotated[AvailableAfter, Kind('"HH:MM" or {hours: N}', _available, '{"type": ["string", "object"]}')]
-
-
-# ---------------------------------------------------------------- Reader
-# Declares the keys of a block as the fields of a record, and reads a YAML mapping into one. Problems are collected,
-# each with its place, so that all are reported at once. Headlines: setting(), Reader.
-
-MAX_NODES = 20_000
-NEEDED = dataclasses.MISSING  # the default of a required key, and the value of a node that is not of its kind
-Problems = Iterator[tuple[str, str]]  # the key, and what is wrong with it
+Switch = Annotated[
+    bool, Kind("true or false", lambda text: text.lower() in ("true", "yes", "on"), ("bool",), {"type": "boolean"})
+]
+Available = Annotated[
+    AvailableAfter, Kind('"HH:MM" or {hours: N}', _available, ("str", "mapping"), {"type": ["string", "object"]})
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1423,21 +1386,22 @@ class Setting:
 
     name: str
     meaning: str
+    default: Any = NEEDED  # as in adce.yaml
     beside: tuple[str, ...] = ()  # it has an effect only beside one of these keys
     against: tuple[str, ...] = ()  # and none beside one of these
     reason: str = ""  # why, where that needs other words
     unit: int = 1  # the record has the value in a unit that is so much smaller
     attribute: str = ""  # of the record
     declared: Any = None  # the annotation of the field
-    default: Any = None
 
 
 def setting(meaning: str, default: Any = NEEDED, **more: Any) -> Any:
-    """A field of a record that a key of adce.yaml sets; its annotation says which values it takes. `more`: as of
-    Setting, its `name` where the key has another than the field, and `older`: a second key for the field."""
-    older = more.pop("older", ())
-    given = {"default_factory" if callable(default) else "default": default} if default is not NEEDED else {}
-    return field(metadata={"settings": (Setting(more.pop("name", ""), meaning, **more), *older)}, **given)
+    """A field of a record that a key of adce.yaml sets; its annotation says which values it takes. `more` is as of
+    Setting, with `name` where the key has another than the field, and `default` is as in adce.yaml."""
+    one = Setting(more.pop("name", ""), meaning, default, **more)
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata={"setting": one})
+    return field(default=default * one.unit if one.unit > 1 else default, metadata={"setting": one})
 
 
 @functools.cache
@@ -1445,10 +1409,9 @@ def settings_of(record: type) -> Mapping[str, Setting]:
     """The keys of a block by name."""
     found, annotations = {}, typing.get_type_hints(record, include_extras=True)
     for part in dataclasses.fields(record):
-        default = part.default if part.default_factory is NEEDED else part.default_factory()
-        for one in part.metadata.get("settings", ()):
-            about = {"attribute": part.name, "declared": annotations[part.name], "default": default}
-            found[one.name or part.name] = dataclasses.replace(one, name=one.name or part.name, **about)
+        if one := part.metadata.get("setting"):
+            name = one.name or part.name
+            found[name] = dataclasses.replace(one, name=name, attribute=part.name, declared=annotations[part.name])
     return found
 
 
@@ -1483,24 +1446,14 @@ def _describe(node: Any) -> str:
     return kinds.get(_tag(node)) or f"{node.value!r} ({texts.get(_tag(node), 'a date')})"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Problem:
-    """One mistake and its place; lines and columns count from 1."""
-
-    line: int
-    column: int
-    path: str
-    text: str
-
-
 class Reader:
-    """The problems of one file, and the place of every path in it."""
+    """The problems of one file, and the place of every path in it. `hint` completes the message about an unknown key:
+    of its path, its value and the keys known beside it. `problems_in` checks a block that is read."""
 
-    def __init__(self, hint: Callable[[str, Any, Iterable[str]], str]) -> None:
-        """`hint` completes the message about an unknown key: of its path, its value and the keys known beside it."""
+    def __init__(self, hint: Callable[[str, Any, Iterable[str]], str], problems_in: Callable[[Any], Problems]) -> None:
         self.problems: list[Problem] = []
         self.places: dict[str, tuple[int, int]] = {}
-        self.hint = hint
+        self.hint, self.problems_in = hint, problems_in
         self._nodes_left = MAX_NODES
 
     def complain(self, path: str, text: str) -> None:
@@ -1508,11 +1461,11 @@ class Reader:
         place = path
         while place not in self.places and place:
             place = place.rpartition(".")[0]
-        self.problems.append(Problem(*self.places.get(place, (1, 1)), path, text))
+        self.problems.append((*self.places.get(place, (1, 1)), path, text))
 
     def is_sound(self, path: str, *apart: str) -> bool:
         """Whether nothing is wrong in a block, apart from some of its keys."""
-        wrong = {problem.path for problem in self.problems if f"{problem.path}.".startswith(f"{path}.")}
+        wrong = {where for _, _, where, _ in self.problems if f"{where}.".startswith(f"{path}.")}
         return wrong <= {f"{path}.{name}" for name in apart}
 
     def parse(self, declared: Any, node: Any, path: str) -> Any:
@@ -1524,22 +1477,24 @@ class Reader:
         if self._nodes_left < 0:
             raise ConfigurationError(f"more than {MAX_NODES:,} values", "is an alias repeated?")
         shape, inner = shape_of(declared)
-        if shape == "value":
-            return self._scalar(inner, node, path)
         if shape == "list":
             return self._list(inner, node, path)
-        if node.id != "mapping":
+        if shape != "value" and node.id != "mapping":
             self.complain(path, f"expected a mapping, found {_describe(node)}")
             return NEEDED
-        return self._record(inner, node, path) if shape == "block" else self._mapping(inner, node, path)
-
-    def _scalar(self, kind: Kind, node: Any, path: str) -> Any:
+        if shape == "block":
+            return self._record(inner, node, path)
+        if shape == "mapping":
+            names, item = inner
+            known, other = ({}, item) if names is str else (dict.fromkeys(names, item), None)
+            values = self._values(known, other, node, path)
+            return {name: value for name, value in values.items() if value is not NEEDED}
         try:
-            return kind.convert(node)
+            return inner.convert(node)
         except MistakeError as error:
             self.complain(path, str(error))
-        except (ValueError, TypeError, AttributeError):  # also of a list or a mapping
-            self.complain(path, f"expected {kind.expected}, found {_describe(node)}")
+        except (ValueError, TypeError, AttributeError, LookupError, OSError):  # also of a list or a mapping
+            self.complain(path, f"expected {inner.expected}, found {_describe(node)}")
         return NEEDED
 
     def _list(self, item: Any, node: Any, path: str) -> Any:
@@ -1553,47 +1508,35 @@ class Reader:
             self.complain(path, "the same value stands twice")
         return good
 
-    def _pairs(self, node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-        """The keys of a mapping, with their paths and values."""
+    def _values(self, known: Mapping[str, Any], other: Any, node: Any, path: str) -> dict[str, Any]:
+        """The values of a mapping, which are declared by name in `known`, else as `other`."""
+        found = {}
         for name_node, value_node in node.value:
             name = name_node.value if name_node.id == "scalar" else "?"
             here, place = join_path(path, name), (name_node.start_mark.line + 1, name_node.start_mark.column + 1)
             if here in self.places:
-                text = f"duplicate key, first set at line {self.places[here][0]}"
-                self.problems.append(Problem(*place, here, text))
+                self.problems.append((*place, here, f"duplicate key, first set at line {self.places[here][0]}"))
+                continue
+            self.places[here] = place
+            if declared := known.get(name, other):
+                found[name] = self.parse(declared, value_node, here)
             else:
-                self.places[here] = place
-                yield name, here, value_node
-
-    def _mapping(self, declared: tuple[Any, Any], node: Any, path: str) -> Any:
-        (names, item), values = declared, {}
-        for name, here, value_node in self._pairs(node, path):
-            if names is not str and name not in list(names):
-                self.complain(here, f"unknown key{suggest(name, names)}")
-            elif (value := self.parse(item, value_node, here)) is not NEEDED:
-                values[name] = value
-        return values
+                self.complain(here, f"unknown key{self.hint(here, value_node, known)}")
+        return found
 
     def _record(self, record: Any, node: Any, path: str) -> Any:
-        """A wrong value has its default; without a required one there is no record.
-
-        A record may have `problems()`: which of its keys do not fit together, and why; and `of(**values)`, where its
-        shape is not that of its block."""
-        known, given = settings_of(record), list[str]()
+        """A wrong value has its default; without a required one there is no record."""
+        known = settings_of(record)
+        given = self._values({name: one.declared for name, one in known.items()}, None, node, path)
         values: dict[str, Any] = {"name": path.rpartition(".")[2]} if "name" in record.__slots__ else {}
-        for name, here, value_node in self._pairs(node, path):
-            if name not in known:
-                self.complain(here, f"unknown key{self.hint(here, value_node, known)}")
-                continue
-            given.append(name)
-            if (value := self.parse(known[name].declared, value_node, here)) is not NEEDED:
-                values[known[name].attribute] = value * known[name].unit if known[name].unit > 1 else value
-        for name, text in conflicts(record, given):
+        for one, value in ((known[name], value) for name, value in given.items() if value is not NEEDED):
+            values[one.attribute] = value * one.unit if one.unit > 1 else value
+        for name, text in conflicts(record, [*given]):
             self.complain(join_path(path, name), text)
         if any(one.default is NEEDED and one.attribute not in values for one in known.values()):
             return NEEDED
-        made = getattr(record, "of", record)(**values)
-        for name, text in made.problems() if hasattr(made, "problems") else ():
+        made = record(**values)
+        for name, text in self.problems_in(made):
             if not name or name.partition(".")[0] in given:  # else it is no mistake of the file's
                 self.complain(join_path(path, name), text)
         return made
@@ -1611,25 +1554,22 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
         if len(has) != 1 and (not when or when in given):
             listed = f"{', '.join(names[:-1])} and {names[-1]}"
             yield "", f"needs exactly one of {listed}, has {' and '.join(has) or 'none'}"
-    for number, name in enumerate(given):
-        one = known[name]
+    for one in map(known.__getitem__, given):
         if one.beside and not set(one.beside) & set(given):
             others = " or ".join(f'"{other}"' for other in one.beside)
-            yield name, one.reason or f"has no effect without {others}"
-        yield from ((name, f'has no effect beside "{other}"') for other in one.against if other in given)
-        twins = (other for other in given[:number] if known[other].attribute == one.attribute)
-        yield from ((name, f'sets the same as "{other}"; give one of them') for other in twins)
+            yield one.name, one.reason or f"has no effect without {others}"
+        for other in [other for other in one.against if other in given]:
+            yield one.name, one.reason or f'has no effect beside "{other}"'
 
 
 # ---------------------------------------------------------------- Settings
 # Everything that may stand in adce.yaml: a record for each block, a field for each key with its kind, its meaning
-# and its default. Records say what must hold between their fields. Headlines: RateLimiting, Source.
+# and its default. A key is added here and nowhere else: a field of its block's record, and in problems_in() what must
+# hold between it and others. Headlines: RateLimiting, Source, Dataset, Configuration, problems_in().
 
 STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
-LIMIT_SECONDS = {
-    f"requests_per_{unit}": seconds
-    for unit, seconds in (("second", 1), ("minute", MINUTE), ("hour", HOUR), ("day", DAY))
-}
+BUCKET_URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")  # with the prefix in it
+NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1641,14 +1581,8 @@ class Season:
     start: Date = setting("its first day")
     finish: Date = setting("its last day")
 
-    def problems(self) -> Problems:
-        """A season ends after it has begun."""
-        if self.finish < self.start:
-            yield "finish", f"{self.finish} is before its start {self.start}"
 
-
-@dataclass(frozen=True, slots=True)
-class WindowLimit:
+class WindowLimit(NamedTuple):
     """At most max_requests in any `seconds`."""
 
     max_requests: int
@@ -1677,18 +1611,12 @@ class Limits:
 
     def scope(self) -> ScopeLimits:
         """The windows, and the rate of the bucket: that of the limit a minute, else of the shortest."""
-        windows = {float(seconds): count for name, seconds in LIMIT_SECONDS.items() if (count := getattr(self, name))}
-        span = MINUTE if MINUTE in windows else min(windows, default=1)
-        refill = windows.get(span, 0) / span
-        if self.min_delay_seconds:
-            delay = float(self.min_delay_seconds)
-            windows = {delay: 1, **{seconds: count for seconds, count in windows.items() if seconds != delay}}
-        return ScopeLimits(tuple(WindowLimit(n, seconds) for seconds, n in windows.items()), self.burst_size, refill)
-
-    def problems(self) -> Problems:
-        """A bucket is refilled by a limit."""
-        if self.burst_size and not any(getattr(self, name) for name in LIMIT_SECONDS):
-            yield "", "burst_size needs a limit such as requests_per_minute to refill it"
+        counts = (self.requests_per_second, self.requests_per_minute, self.requests_per_hour, self.requests_per_day)
+        spans = {float(span): n for span, n in zip((1, MINUTE, HOUR, DAY), counts, strict=True) if n}
+        span = MINUTE if MINUTE in spans else min(spans, default=1)
+        delay = {float(self.min_delay_seconds): 1} if self.min_delay_seconds else {}
+        windows = tuple(WindowLimit(n, seconds) for seconds, n in (delay | spans | delay).items())
+        return ScopeLimits(windows, self.burst_size, spans.get(span, 0) / span)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1710,18 +1638,7 @@ class RateLimiting:
     scopes: Mapping[str, ScopeLimits] = field(default_factory=dict)  # by source, and `global`
     backoff: Backoff | None = setting("delays before a window is full", None)
     global_limits: Limits = setting("limits of all sources together", Limits())
-    source_limits: Mapping[str, Limits] = setting("limits by source", dict)
-
-    @classmethod
-    def of(cls, **values: Any) -> RateLimiting:
-        """With the scopes of the limits; none when they are disabled."""
-        made = cls(**values) if values.get("enabled", True) else cls(enabled=False)
-        limits = {**made.source_limits, "global": made.global_limits} if made.enabled else {}
-        return dataclasses.replace(made, scopes={name: one.scope() for name, one in limits.items()})
-
-
-def _base_scores() -> dict[str, float]:
-    return dict(zip(map(str, Priority), (1000, 100, 10, 1), strict=True))
+    source_limits: Mapping[str, Limits] = setting("limits by source", {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -1729,9 +1646,11 @@ class PriorityWeighting:
     """Weights of the score, which orders the queue."""
 
     enabled: Switch = setting("false: by priority alone, oldest first", True)
-    base_scores: Annotated[Mapping[str, float], Mapping[Priority, Number]] = setting("points by priority", _base_scores)
+    base_scores: Annotated[Mapping[str, float], Mapping[Priority, Number]] = setting(
+        "points by priority", {"CRITICAL": 1000, "HIGH": 100, "MEDIUM": 10, "LOW": 1}
+    )
     age_weight: Number = setting("points an hour since the gap was found", 0.5)
-    source_multipliers: Mapping[str, Number] = setting("factors for base score and age by source; default 1", dict)
+    source_multipliers: Mapping[str, Number] = setting("factors for base score and age by source; default 1", {})
     gap_size_weight: Number = setting("points for each object of the task", -0.1)
     max_gap_size_penalty: Number = setting("maximum points deducted for gap size", 10)
     success_rate_weight: Number = setting("points at a success rate of 100%", 20)
@@ -1773,11 +1692,6 @@ class Retry:
         """Crashes of runners after which a task gets one more attempt, alone."""
         return max(1, self.max_attempts - 1)
 
-    def problems(self) -> Problems:
-        """The first delay is no longer than the longest."""
-        if self.initial_delay_seconds > self.max_delay_seconds:
-            yield "initial_delay_seconds", f"{self.initial_delay_seconds} is more than max_delay_seconds"
-
 
 @dataclass(frozen=True, slots=True)
 class BlockedWhen:
@@ -1795,28 +1709,12 @@ class Source:
 
     name: str
     base_url: Address = setting("prefix of the `url` of each dataset", "")
-    headers: Mapping[str, Text] = setting("request headers; only harmless ones follow a redirect to another host", dict)
+    headers: Mapping[str, Text] = setting("request headers; only harmless ones follow a redirect to another host", {})
     timeout_seconds: Positive = setting("limit for a whole request, body included", 30)
     max_concurrent: Count = setting("maximum workers on this source", 5)
     error_when: Expression | None = setting("condition on a body that makes it an error, whatever the status", None)
     blocked_when: BlockedWhen = setting("signs of a block, and the pause that follows", BlockedWhen())
     trust_env: Switch = setting("use proxies, netrc and certificates of the environment", False)
-
-    def problems(self) -> Problems:
-        """Its address and headers can be sent."""
-        if self.name == "global":
-            yield "", "a source cannot be named global"
-        if self.base_url and not re.match(r"https?://[^/\s?#]+[^\s?#]*$", self.base_url):
-            yield "base_url", f"{self.base_url} is not an http or https address"
-        for header, text in self.headers.items():
-            if not re.fullmatch(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+", header) or not re.fullmatch(r"[\x20-\x7e]*", text):
-                yield f"headers.{header}", "not a header: names are letters and hyphens, values are plain ASCII"
-
-
-# ---------------------------------------------------------------- Datasets
-# The same for the datasets, and for all of adce.yaml. Headlines: Dataset, Configuration.
-
-NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1824,20 +1722,11 @@ class Dates:
     """One object a day: the days of all seasons, or of a range."""
 
     ONE_OF: ClassVar = (("", ("seasons", "from")),)
-
     seasons: All | None = setting("the days of all seasons", None)
     first: Date | None = setting("first day of a range", None, name="from")
     last: Date | None = setting("last day of a range", None, name="to", beside=("from",))
     until: LastDay = setting("last day to expect now", "yesterday")
     timezone: Timezone = setting("time zone of the days", "UTC")
-
-    def problems(self) -> Problems:
-        """A range begins before it ends, and has one end."""
-        for name, end in (("to", self.last), ("until", self.until)):
-            if self.first and isinstance(end, datetime.date) and end < self.first:
-                yield name, f"{end} is before from: {self.first}"
-        if self.last and isinstance(self.until, datetime.date):
-            yield "until", 'is a second end beside "to"; give one of them'
 
 
 @dataclass(frozen=True, slots=True)
@@ -1846,38 +1735,20 @@ class Partitions:
 
     BASES: ClassVar = ("dates", "seasons", "values", "from")
     ONE_OF: ClassVar = (("", (*BASES, "same_as")), ("from", ("ids", "regex")))
-
     dates: Dates | None = setting("one object a day", None)
     seasons_as: Annotated[str, All] | None = setting("one object for each season that has begun", None, name="seasons")
     values: NamedValues = setting("one object for each combination of field values", ())
     parent: Text | None = setting("one object for each id in the objects of this parent dataset", None, name="from")
     ids: Expression | None = setting("finds ids in JSON; {field} is a field of the parent", None, beside=("from",))
     regex: Regex | None = setting("finds ids in any text", None, beside=("from",))
-    names: Text = setting(
-        "with from: the field of an id; with seasons: label or end", "", name="as", beside=("from", "seasons")
-    )
+    names: Text = setting("field of an id; form of a season: label or end", "", name="as", beside=("from", "seasons"))
     times: NamedValues = setting("further fields, as in values", (), beside=BASES)
     same_as: Text | None = setting("use the partitions of this dataset", None)
-
-    @classmethod
-    def of(cls, **values: Any) -> Partitions:
-        """`as` beside `seasons` is the form of a season; named values are pairs."""
-        values.update({name: tuple(values[name].items()) for name in ("values", "times") if name in values})
-        if "seasons_as" in values:
-            values["seasons_as"] = values.pop("names", "label")
-        return cls(**values)
 
     def own_fields(self) -> tuple[str, ...]:
         """The fields whose values distinguish its objects."""
         own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons_as) + [self.names] * bool(self.parent)
         return (*own, *(name for name, _ in self.values + self.times))
-
-    def problems(self) -> Problems:
-        """A season has a form, an id has a name."""
-        if self.seasons_as not in (None, "label", "end"):
-            yield "as", f"expected label or end, found {self.seasons_as!r}"
-        if self.parent and not re.fullmatch(r"[a-z_][a-z0-9_]*", self.names):
-            yield "as" if self.names else "", "needs `as: NAME` with a name of small letters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1887,11 +1758,6 @@ class Live:
     expression: Expression = setting("condition on the body of an object in progress", name="while")
     every: Annotated[int, Period] = setting("refetch interval while the condition holds")
 
-    def problems(self) -> Problems:
-        """The interval is finite."""
-        if self.every == math.inf:
-            yield "every", "how often? give a duration"
-
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
@@ -1899,9 +1765,7 @@ class Freshness:
 
     refetch_every: Duration | None = setting("maximum age; with `until`, the interval until it holds (1h)", None)
     until: Expression | None = setting("condition on the body that makes an object final", None)
-    refetch_once_after: Duration | None = setting(
-        "one refetch, this long after the end of its day", None, against=("until",)
-    )
+    refetch_once_after: Duration | None = setting("one refetch, this long after its day ends", None, against=("until",))
     current: Duration | None = setting("maximum age during its season", None, against=("until",))
     past: Duration | None = setting("maximum age after its season", None, against=("until",))
     live: Live | None = setting("short intervals while an object changes", None)
@@ -1931,11 +1795,6 @@ class Validation:
         texts = self.require + self.alternatives + self.contains + self.not_contains
         return self.json or bool(texts or self.starts_with_hex or self.ends_with_hex)
 
-    def problems(self) -> Problems:
-        """The sizes allow a body."""
-        if self.max_bytes < self.min_bytes:
-            yield "max_bytes", f"{self.max_bytes} is less than min_bytes"
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -1951,7 +1810,6 @@ class Dataset:
 
     ONE_OF: ClassVar = (("", ("url", "command", "call")),)
     PROGRAM: ClassVar = ("command", "call")
-
     name: str
     source: Text = setting("name of the source")
     key: FieldText = setting("name of an object in the store; it names each field of the partitions")
@@ -1974,13 +1832,6 @@ class Dataset:
     available_after: Available | None = setting("earliest time to expect an object: on its day, or after its end", None)
     priority: Urgency = setting("auto: from the age of its date or season", "auto")
 
-    def problems(self) -> Problems:
-        """A batch has several objects; stdout holds one."""
-        if self.batch and self.batch.max == 1:
-            yield "batch.max", "has no effect: a batch holds more than 1 object"
-        if self.batch and self.output == "stdout":
-            yield "output", "only a command for one object can print it"
-
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
@@ -1990,29 +1841,28 @@ class Configuration:
     database: File = setting("SQLite file with all state", Path("adce.db"))
     store: Lake = setting("location of the lake", "lake")
     interval_seconds: Positive = setting(
-        "time between the starts of two cycles",
-        15 * MINUTE,
-        name="reconciliation_interval_minutes",
-        unit=MINUTE,
-        older=(Setting("reconciliation_interval_hours", "the older form of the same", unit=HOUR),),
+        "time between the starts of two cycles", 15, name="reconciliation_interval_minutes", unit=MINUTE
     )
-    full_seconds: Positive = setting(
-        "time to list the whole store once", DAY, name="full_reconciliation_hours", unit=HOUR
+    interval_hours: Positive | None = setting(
+        "the older form of reconciliation_interval_minutes",
+        None,
+        name="reconciliation_interval_hours",
+        against=("reconciliation_interval_minutes",),
+        reason='sets the same as "reconciliation_interval_minutes"; give one of them',
     )
+    full_seconds: Positive = setting("time to list the whole store", 24, name="full_reconciliation_hours", unit=HOUR)
     queue_check_seconds: Positive = setting("maximum sleep of the main loop", 10)
     max_concurrent_scrapers: Count = setting("number of workers", 5)
     grace_seconds: Number = setting("time that a stop grants running attempts", 30)
-    retention_seconds: Positive = setting(
-        "age of attempts and cycles to delete", 90 * DAY, name="retention_days", unit=DAY
-    )
+    retention_seconds: Positive = setting("age of attempts and cycles to delete", 90, name="retention_days", unit=DAY)
     priority_weighting: PriorityWeighting = setting("the score, which orders the queue", PriorityWeighting())
     rate_limiting: RateLimiting = setting("rate limits; absent: none", RateLimiting(enabled=False))
     health_check: HealthCheck = setting("HTTP server; absent: none", HealthCheck(enabled=False))
     alerts: Alerts = setting("alert channels and thresholds", Alerts())
     retry: Retry = setting("retries of failed tasks", Retry())
     seasons: tuple[Season, ...] = setting("the seasons of `seasons: all`", ())
-    sources: Mapping[str, Source] = setting("upstreams with their own limits, by name", dict)
-    datasets: Mapping[str, Dataset] = setting("families of objects, by name", dict)
+    sources: Mapping[str, Source] = setting("upstreams with their own limits, by name", {})
+    datasets: Mapping[str, Dataset] = setting("families of objects, by name", {})
 
     def children_of(self, name: str) -> list[Dataset]:
         """The datasets whose partitions come from the bodies of this one."""
@@ -2029,10 +1879,9 @@ class Configuration:
 
     def levels(self) -> list[list[Dataset]]:
         """The datasets in levels, parents before their children."""
-        levels: dict[int, list[Dataset]] = {}
-        for dataset in self.datasets.values():
-            levels.setdefault(len(self.ancestors_of(dataset.name)), []).append(dataset)
-        return [levels[number] for number in sorted(levels)]
+        depths = {name: len(self.ancestors_of(name)) for name in self.datasets}
+        levels = sorted({*depths.values()})
+        return [[self.datasets[name] for name in depths if depths[name] == level] for level in levels]
 
     def fields_of(self, name: str) -> set[str]:
         """Every field that templates of this dataset may name."""
@@ -2041,9 +1890,51 @@ class Configuration:
         return declared | ({"season", "end"} if any(one.dates and one.dates.seasons for one in line) else set())
 
 
+def problems_in(block: object) -> Problems:
+    """What does not hold between the values of a block."""
+    match block:
+        case Season() if block.finish < block.start:
+            yield "finish", f"{block.finish} is before its start {block.start}"
+        case Limits() if block.burst_size and not block.scope().refill_per_second:
+            yield "", "burst_size needs a limit such as requests_per_minute to refill it"
+        case Retry() if block.initial_delay_seconds > block.max_delay_seconds:
+            yield "initial_delay_seconds", f"{block.initial_delay_seconds} is more than max_delay_seconds"
+        case Source():
+            if block.name == "global":
+                yield "", "a source cannot be named global"
+            if block.base_url and not re.match(r"https?://[^/\s?#]+[^\s?#]*$", block.base_url):
+                yield "base_url", f"{block.base_url} is not an http or https address"
+            for header, text in block.headers.items():
+                if not re.fullmatch(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+", header) or not re.fullmatch(r"[\x20-\x7e]*", text):
+                    yield f"headers.{header}", "not a header: names are letters and hyphens, values are plain ASCII"
+        case Dates():
+            for name, end in (("to", block.last), ("until", block.until)):
+                if block.first and isinstance(end, datetime.date) and end < block.first:
+                    yield name, f"{end} is before from: {block.first}"
+            if block.last and isinstance(block.until, datetime.date):
+                yield "until", 'is a second end beside "to"; give one of them'
+        case Partitions(parent=None) if block.seasons_as and block.names not in ("", "label", "end"):
+            yield "as", f"expected label or end, found {block.names!r}"
+        case Partitions(parent=str()) if not re.fullmatch(r"[a-z_][a-z0-9_]*", block.names):
+            yield "as" if block.names else "", "needs `as: NAME` with a name of small letters"
+        case Live() if block.every == math.inf:
+            yield "every", "how often? give a duration"
+        case Validation() if block.max_bytes < block.min_bytes:
+            yield "max_bytes", f"{block.max_bytes} is less than min_bytes"
+        case Dataset(batch=Batch(max=size), output=output):
+            if size == 1:
+                yield "batch.max", "has no effect: a batch holds more than 1 object"
+            if output == "stdout":
+                yield "output", "only a command for one object can print it"
+        case Configuration(store=store) if store[:3].lower() == "s3:" and not BUCKET_URL.fullmatch(store):
+            yield "store", f"{store} is not s3://bucket/prefix"
+        case Configuration(store=store) if "://" in store and not store.startswith("s3://"):
+            yield "store", f"{store}: a store is a folder or s3://bucket/prefix"
+
+
 # ---------------------------------------------------------------- Reading
-# From a file to a configuration: all that must hold between the records, and every mistake with its line and a
-# hint. The reference of all keys. Headlines: load_configuration(), explain(), json_schema().
+# From a file to a configuration: what must hold between the records, and every mistake with its line and a hint; and
+# the reference of all keys. Headlines: load_configuration(), explain(), json_schema().
 
 MAX_FILE_BYTES = 1 << 20
 DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
@@ -2074,18 +1965,16 @@ FORMER = {
 
 
 @functools.cache
-def all_settings() -> Mapping[str, Setting]:
-    """Every key of adce.yaml by its path, in which `*` is any name or number."""
-    return dict(_walk(Configuration, ""))
-
-
-def _walk(declared: Any, path: str) -> Iterator[tuple[str, Setting]]:
+def all_settings(declared: Any = Configuration, path: str = "") -> Mapping[str, Setting]:
+    """Every key of adce.yaml, or of a part of it, by its path, in which `*` is any name or number."""
     shape, inner = shape_of(declared)
     if shape in ("list", "mapping"):
-        yield from _walk(inner if shape == "list" else inner[1], f"{path}.*")
+        return all_settings(inner if shape == "list" else inner[1], f"{path}.*")
+    found: dict[str, Setting] = {}
     for name, one in settings_of(inner).items() if shape == "block" else ():
-        yield join_path(path, name), one
-        yield from _walk(one.declared, join_path(path, name))
+        here = join_path(path, name)
+        found |= {here: one, **all_settings(one.declared, here)}
+    return found
 
 
 def _hint(path: str, node: Any, known: Iterable[str]) -> str:
@@ -2102,44 +1991,32 @@ def _hint(path: str, node: Any, known: Iterable[str]) -> str:
     return suggest(name, known)
 
 
-def _check_all(reader: Reader, configuration: Configuration) -> None:
-    """Note all that does not hold between the records."""
-    for path, text in _name_problems(configuration):
-        reader.complain(path, text)
-    for source in configuration.sources.values():
-        for _, text in _field_problems("", Template(source.error_when or "", FIELD_IN_EXPRESSION), set()):
-            reader.complain(f"sources.{source.name}.error_when", text)
-    for dataset in configuration.datasets.values():
-        for name, text in _dataset_problems(reader, configuration, dataset):
-            if (path := f"datasets.{dataset.name}.{name}") in reader.places:  # else `same_as` has it from another
-                reader.complain(path, text)
-
-
-def _check_seasons(reader: Reader, seasons: Sequence[Season]) -> None:
-    if not reader.is_sound("seasons"):  # one that is wrong is left out, so that the numbers are not those of the file
-        return
+def _problems(reader: Reader, configuration: Configuration, seasons: Sequence[Season]) -> Problems:
+    """What does not hold between blocks: of the seasons as they stand in the file, of the sources, of the datasets."""
     for (_, season), (number, other) in itertools.combinations(enumerate(seasons), 2):
         if season.label == other.label or season.end == other.end:
-            reader.complain(f"seasons.{number}", f"season {season.label} is declared twice")
+            yield f"seasons.{number}", f"season {season.label} is declared twice"
         if season.start <= other.finish and other.start <= season.finish:
-            reader.complain(f"seasons.{number}.start", f"season {other.label} overlaps season {season.label}")
-
-
-def _name_problems(configuration: Configuration) -> Problems:
-    """A limit or multiplier of an undeclared source is harmless, unless it is a misspelt one."""
+            yield f"seasons.{number}.start", f"season {other.label} overlaps season {season.label}"
+    sources: Mapping[str, Any] = configuration.sources
+    for source in sources.values():
+        for text in _text_problems(Template(source.error_when or "", FIELD_IN_EXPRESSION), set()):
+            yield f"sources.{source.name}.error_when", text
     tables: dict[str, Mapping[str, Any]] = {
         "priority_weighting.source_multipliers": configuration.priority_weighting.source_multipliers,
         "rate_limiting.source_limits": configuration.rate_limiting.source_limits,
     }
     for path, names in tables.items():
-        unused = [source for source in configuration.sources if source not in names]
-        for name in names:
+        for name in names:  # of an undeclared source, which does no harm, unless it is a misspelt one
             if name == "global":
                 yield f"{path}.{name}", "a source cannot be named global; use global_limits"
-            elif name not in configuration.sources and (hint := suggest(name, unused)):
+            elif name not in sources and (hint := suggest(name, [one for one in sources if one not in names])):
                 yield f"{path}.{name}", f'source "{name}" is not defined{hint}'
-            elif name == "default" and name not in configuration.sources:
+            elif name == "default" and name not in sources:
                 yield f"{path}.{name}", 'has no effect: no source is named "default"'
+    for dataset in configuration.datasets.values():
+        for name, text in _dataset_problems(reader, configuration, dataset):
+            yield f"datasets.{dataset.name}.{name}", text
 
 
 def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
@@ -2152,15 +2029,47 @@ def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dat
     elif line[-1] not in names and len(line) == 2 and f"datasets.{line[-1]}" not in reader.places:
         yield "partitions.from", f'dataset "{line[-1]}" is not defined{suggest(line[-1], names)}'
     elif line[-1] in names and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line):
-        yield from _effect_problems(configuration, dataset)
-        yield from _key_problems(configuration, dataset)
-        yield from _request_problems(configuration, dataset)
-        yield from _expression_problems(configuration, dataset)
+        texts = _texts_of(configuration, dataset)
+        broken = [(path, text) for path, template, fields in texts for text in _text_problems(template, fields)]
+        yield from broken
+        yield from _object_problems(configuration, dataset, has_key="key" not in dict(broken))
 
 
-def _effect_problems(configuration: Configuration, dataset: Dataset) -> Problems:
-    """Keys without effect for the objects that there are."""
-    declared, own = configuration.fields_of(dataset.name), dataset.partitions.own_fields()
+def _texts_of(configuration: Configuration, dataset: Dataset) -> Iterator[tuple[str, Template, set[str]]]:
+    """Every text of a dataset in which fields may stand: its path, and the fields that it may name."""
+    declared, partitions, rules = configuration.fields_of(dataset.name), dataset.partitions, dataset.validate
+    lists = {f"{name}s" for name in partitions.own_fields()} if dataset.batch else set()
+    yield "key", dataset.key, declared
+    yield "url", dataset.url or Template(""), declared
+    yield from ((f"command.{number}", word, declared | lists) for number, word in enumerate(dataset.command))
+    expressions = {"freshness.until": dataset.freshness.until, "partitions.ids": partitions.ids}
+    if dataset.freshness.live:
+        expressions["freshness.live.while"] = dataset.freshness.live.expression
+    for name in ("require", "alternatives", "contains", "not_contains"):
+        expressions |= {f"validate.{name}.{number}": text for number, text in enumerate(getattr(rules, name))}
+    of_parent = configuration.fields_of(partitions.parent) if partitions.parent else set()
+    for path, text in expressions.items():
+        yield path, Template(text or "", FIELD_IN_EXPRESSION), of_parent if path == "partitions.ids" else declared
+
+
+def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
+    if template.pattern is FIELD_IN_TEXT and set("{}") & set(template.shape().replace("{}", "")):
+        yield f"{template.text}: a brace that is no {{field}}; a field is a name in small letters"
+        return
+    for match in template.pattern.finditer(template.text):
+        codes = re.findall(r"%(.?)", match[2] or "", re.DOTALL)
+        if match[1] not in declared:
+            there = f"(there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})"
+            yield f'no field "{match[1]}"{suggest(match[1], declared)} {there}'
+        elif match[2] and (match[1] != "date" or not all(map(str.isalpha, codes))):
+            yield f"{match[0]}: only a date has a format, made of codes like %Y%m%d"
+        elif unknown := [code for code in codes if code not in DATE_CODES]:
+            yield f"{match[0]}: unsupported format code %{unknown[0]}"
+
+
+def _object_problems(configuration: Configuration, dataset: Dataset, *, has_key: bool) -> Problems:
+    """Keys without effect for the objects that there are, wherever they stand, and names that objects cannot have."""
+    key, declared, own = dataset.key, configuration.fields_of(dataset.name), dataset.partitions.own_fields()
     if not configuration.seasons:
         yield from ((f"partitions.{name}seasons", "no seasons are declared") for name in ("", "dates."))
     if not declared & {"season", *(["date"] if configuration.seasons else [])}:
@@ -2171,77 +2080,28 @@ def _effect_problems(configuration: Configuration, dataset: Dataset) -> Problems
         yield "batch.by", f'no field "{dataset.batch.by}"{suggest(dataset.batch.by, declared)}'
     elif dataset.batch and dataset.command and own == (dataset.batch.by,):
         yield "batch.by", f"has no effect: no two objects share a {dataset.batch.by}"
-
-
-def _template_problems(path: str, template: Template, declared: set[str]) -> Problems:
-    if set("{}") & set(template.shape().replace("{}", "")):
-        yield path, f"{template.text}: a brace that is no {{field}}; a field is a name in small letters"
-    else:
-        yield from _field_problems(path, template, declared)
-
-
-def _field_problems(path: str, template: Template, declared: set[str]) -> Problems:
-    for match in template.pattern.finditer(template.text):
-        codes = re.findall(r"%(.?)", match[2] or "", re.DOTALL)
-        if match[1] not in declared:
-            there = f"(there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})"
-            yield path, f'no field "{match[1]}"{suggest(match[1], declared)} {there}'
-        elif match[2] and (match[1] != "date" or not all(map(str.isalpha, codes))):
-            yield path, f"{match[0]}: only a date has a format, made of codes like %Y%m%d"
-        elif unknown := [code for code in codes if code not in DATE_CODES]:
-            yield path, f"{match[0]}: unsupported format code %{unknown[0]}"
-
-
-def _key_problems(configuration: Configuration, dataset: Dataset) -> Problems:
-    template, declared = dataset.key, configuration.fields_of(dataset.name)
-    if broken := list(_template_problems("key", template, declared)):
-        yield from broken
+    source = configuration.sources.get(dataset.source)
+    address = source.base_url + dataset.url.text if source and dataset.url else "https://"
+    if not address.startswith(("http://", "https://")):
+        yield "url", f"{address} is no address: give source {dataset.source} a base_url"
+    if not has_key:
         return
-
-    def key_of(day: str) -> str:
-        return template.render({**dict.fromkeys(declared, "1"), "date": day}, str)
-
-    if {"", ".", "..", STAGING} & {*key_of("2024-01-01").split("/")} or re.search(r"[\x00-\x1f\x7f]", template.text):
-        yield "key", f"{template.text}: a key has no empty, . or .. parts and does not start or end with /"
-    missing = [name for name in dataset.partitions.own_fields() if name not in template.fields()]
-    for name in missing:
-        yield "key", f"does not name {{{name}}}: its objects would overwrite one another"
     days = ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
-    if dataset.partitions.dates and not missing and len({*map(key_of, days)}) < len(days):
+    keys = [key.render({**dict.fromkeys(declared, "1"), "date": day}, str) for day in days]
+    if {"", ".", "..", STAGING} & {*keys[0].split("/")} or re.search(r"[\x00-\x1f\x7f]", key.text):
+        yield "key", f"{key.text}: a key has no empty, . or .. parts and does not start or end with /"
+    missing = [name for name in own if name not in key.fields()]
+    yield from (("key", f"does not name {{{name}}}: its objects would overwrite one another") for name in missing)
+    if dataset.partitions.dates and not missing and len({*keys}) < len(days):
         yield "key", "its date format gives different days the same key"
     for other in itertools.takewhile(lambda one: one.name != dataset.name, configuration.datasets.values()):
-        if other.key.shape() == template.shape():
+        if other.key.shape() == key.shape():
             yield "key", f'the same keys as dataset "{other.name}": two datasets cannot share objects'
 
 
-def _request_problems(configuration: Configuration, dataset: Dataset) -> Problems:
-    declared = configuration.fields_of(dataset.name)
-    if dataset.url:
-        yield from _template_problems("url", dataset.url, declared)
-        source = configuration.sources.get(dataset.source)
-        if source and not (address := source.base_url + dataset.url.text).startswith(("http://", "https://")):
-            yield "url", f"{address} is no address: give source {dataset.source} a base_url"
-    if dataset.batch:
-        declared |= {f"{name}s" for name in dataset.partitions.own_fields()}
-    for number, word in enumerate(dataset.command):
-        yield from _template_problems(f"command.{number}", word, declared)
-
-
-def _expression_problems(configuration: Configuration, dataset: Dataset) -> Problems:
-    declared, partitions, freshness = configuration.fields_of(dataset.name), dataset.partitions, dataset.freshness
-    above = configuration.fields_of(partitions.parent) if partitions.parent else set()
-    texts = [("partitions.ids", partitions.ids, above), ("freshness.until", freshness.until, declared)]
-    texts.append(("freshness.live.while", freshness.live.expression if freshness.live else None, declared))
-    for name in ("require", "alternatives", "contains", "not_contains"):
-        rules = enumerate(getattr(dataset.validate, name))
-        texts += [(f"validate.{name}.{number}", text, declared) for number, text in rules]
-    for path, text, fields in texts:
-        yield from _field_problems(path, Template(text or "", FIELD_IN_EXPRESSION), fields)
-
-
 def _resolve(reader: Reader, read: Configuration) -> Configuration:
-    """With absolute paths, sorted seasons, and for `same_as` the partitions of the other dataset."""
-    folder, datasets = read.path.parent, {}
+    """With absolute paths, sorted seasons, the scopes of the limits, and for `same_as` the partitions of the other."""
+    folder, limiting, datasets = read.path.parent, read.rate_limiting, {}
     for name, dataset in read.datasets.items():
         line, partitions = [name], dataset.partitions
         while (other := partitions.same_as) and other in read.datasets and other not in line:
@@ -2253,16 +2113,29 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
             text = f'dataset "{other}" is not defined{suggest(other, read.datasets)}'
             reader.complain(f"datasets.{line[-1]}.partitions.same_as", text)
         if not other and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line[1:]):
+            values, times = (tuple(dict(given).items()) for given in (partitions.values, partitions.times))
+            partitions = dataclasses.replace(partitions, values=values, times=times)
+            if partitions.seasons_as:
+                partitions = dataclasses.replace(partitions, seasons_as=partitions.names or "label", names="")
             datasets[name] = dataclasses.replace(dataset, partitions=partitions)
-    store = read.store.rstrip("/") if "://" in read.store else str(folder / Path(read.store).expanduser())
-    seasons = tuple(sorted(read.seasons, key=lambda season: season.start))
-    return dataclasses.replace(read, database=folder / read.database, store=store, datasets=datasets, seasons=seasons)
+    limits = {**limiting.source_limits, "global": limiting.global_limits}
+    limiting = RateLimiting(enabled=False)
+    if read.rate_limiting.enabled:
+        limiting = dataclasses.replace(read.rate_limiting, scopes={name: one.scope() for name, one in limits.items()})
+    return dataclasses.replace(
+        read,
+        database=folder / read.database,
+        store=read.store.rstrip("/") if "://" in read.store else str(folder / Path(read.store).expanduser()),
+        interval_seconds=read.interval_hours * HOUR if read.interval_hours else read.interval_seconds,
+        rate_limiting=limiting,
+        seasons=tuple(sorted(read.seasons, key=lambda season: season.start)),
+        datasets=datasets,
+    )
 
 
 def find_configuration(given: str | None) -> Path:
     """Which file: the given one, $ADCE_CONFIG, adce.yaml here, else the one beside this module."""
-    chosen = given or os.environ.get("ADCE_CONFIG")
-    if chosen:
+    if chosen := given or os.environ.get("ADCE_CONFIG"):
         return Path(chosen).absolute()
     here = Path(DEFAULT_NAME).absolute()
     return here if here.exists() else Path(__file__).resolve().with_name(DEFAULT_NAME)
@@ -2270,19 +2143,37 @@ def find_configuration(given: str | None) -> Path:
 
 def load_configuration(path: Path) -> Configuration:
     """Read adce.yaml. Raises ConfigurationError, which lists every problem with its place."""
-    text, reader, configuration = _read_text_file(path), Reader(_hint), None
+    import yaml
+
+    text, reader, configuration = _read_text_file(path), Reader(_hint, problems_in), None
     try:
-        node = _compose(text, reader)
-        read = NEEDED if node is None else reader.parse(Configuration, node, "")
-        if read is not NEEDED:
-            _check_seasons(reader, read.seasons)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is None:
+            reader.complain("", "the file is empty")
+        elif (read := reader.parse(Configuration, node, "")) is not NEEDED:
+            seasons = read.seasons if reader.is_sound("seasons") else ()  # else their numbers are not the file's
             configuration = _resolve(reader, dataclasses.replace(read, path=path.absolute()))
-            _check_all(reader, configuration)
+            for where, what in _problems(reader, configuration, seasons):
+                if where in reader.places:  # else `same_as` has it from another dataset
+                    reader.complain(where, what)
+    except yaml.MarkedYAMLError as error:
+        mark = error.context_mark if error.context and "quoted scalar" in error.context else error.problem_mark
+        place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        reader.problems.append((*place, "", f"not YAML: {error.problem or error.context}"))
+    except yaml.YAMLError as error:
+        reader.complain("", f"not YAML: {' '.join(str(error).split())}")
     except RecursionError:
         reader.complain("", "nested too deeply")
-    if reader.problems or configuration is None:
-        raise ConfigurationError(render_problems(path, text, sorted(set(reader.problems))))
-    return configuration
+    if not reader.problems and configuration:
+        return configuration
+    lines, blocks, problems = text.splitlines(), [], sorted(set(reader.problems))
+    for number, column, where, what in problems:
+        blocks.append(f"{path.name}:{number}:{column}: {f'{where}: ' if where else ''}{what}")
+        if number <= len(lines) and lines[number - 1].strip():
+            source = lines[number - 1].replace("\t", " ")[:200]
+            blocks.append(f"{number:5} | {source}\n      | {' ' * (column - 1)}^")
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise ConfigurationError("\n".join([*blocks, f"{count}; nothing was started"]))
 
 
 def database_named_in(path: Path) -> Path:
@@ -2292,20 +2183,6 @@ def database_named_in(path: Path) -> Path:
         text = _read_text_file(path)
     named = re.search(r"""^["']?database["']?:[ \t]*("[^"]+"|'[^']+'|[^\s#]+)""", text, re.MULTILINE)
     return path.parent / (named[1].strip("\"'") if named else DEFAULT_DATABASE)
-
-
-def render_problems(path: Path, text: str, problems: Sequence[Problem]) -> str:
-    """Every problem with its line and a caret under its place."""
-    lines = text.splitlines()
-    blocks = []
-    for problem in problems:
-        name = f"{problem.path}: " if problem.path else ""
-        blocks.append(f"{path.name}:{problem.line}:{problem.column}: {name}{problem.text}")
-        if problem.line <= len(lines) and lines[problem.line - 1].strip():
-            source = lines[problem.line - 1].replace("\t", " ")[:200]
-            blocks.append(f"{problem.line:5} | {source}\n      | {' ' * (problem.column - 1)}^")
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n".join([*blocks, f"{count}; nothing was started"])
 
 
 def _read_text_file(path: Path) -> str:
@@ -2321,65 +2198,29 @@ def _read_text_file(path: Path) -> str:
         raise ConfigurationError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
 
 
-def _compose(text: str, reader: Reader) -> Any:
-    import yaml
-
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.context_mark if error.context and "quoted scalar" in error.context else error.problem_mark
-        place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        reader.problems.append(Problem(*place, "", f"not YAML: {error.problem or error.context}"))
-        return None
-    except yaml.YAMLError as error:
-        reader.problems.append(Problem(1, 1, "", f"not YAML: {' '.join(str(error).split())}"))
-        return None
-    if node is None:
-        reader.problems.append(Problem(1, 1, "", "the file is empty"))
-    return node
-
-
 def explain(wanted: str | None) -> list[dict[str, Any]]:
     """A row for the key that `wanted` names, by its path or the end of it, and for each key in it; else for each block.
 
     Raises Error for an unknown key."""
-    settings, words = all_settings(), (wanted or "").split(".")
-
-    def is_in(path: str) -> bool:
-        parts = path.split(".")[: len(words)]
-        return all(part in ("*", word) for part, word in itertools.zip_longest(parts, words))
-
-    found = [path for path in settings if (is_in(path) if wanted else "." not in path)]
-    if not found:
-        ends = tuple(f"{path}." for path in settings if path.endswith(f".{wanted}"))
-        found = [path for path in settings if f"{path}.".startswith(ends)]
+    settings, found = all_settings(), list[str]()
+    path_of = r"\.".join(rf"({re.escape(word)}|\*)" for word in (wanted or "").split("."))
+    for pattern in (rf"{path_of}(\.|$)", rf".+\.{re.escape(wanted)}(\.|$)") if wanted else (r"[^.]+$",):
+        found = found or [path for path in settings if re.match(pattern, path)]
     if not found:
         names = [*settings, *(path.rpartition(".")[2] for path in settings)]
         raise Error(f'unknown key "{wanted}"{suggest(wanted or "", names)}', '"adce.py explain" lists the blocks')
-    return [_explained(path, settings[path]) for path in found]
-
-
-def _explained(path: str, one: Setting) -> dict[str, Any]:
-    default, text = one.default, None
-    if default is NEEDED:
-        text = "required"
-    elif one.declared == Period:
-        text = f"{default // DAY}d"
-    elif isinstance(default, int | float) and one.unit > 1:
-        text = f"{default / one.unit:g}"
-    elif isinstance(default, int | float | str | Path | dict) and default not in ("", {}):
-        text = json.dumps(default, default=str).strip('"')
-    beside = " or ".join(one.beside)
-    return {"key": path, "kind": _kind_name(one.declared), "default": text, "beside": beside, "meaning": one.meaning}
-
-
-def _kind_name(declared: Any) -> str:
-    shape, inner = shape_of(declared)
-    if shape == "value":
-        return cast(str, inner.expected)
-    if shape == "list":
-        return f"a list, each {_kind_name(inner)}"
-    return f"a mapping, each {_kind_name(inner[1])}" if shape == "mapping" else "a mapping"
+    rows = []
+    for path, one in ((path, settings[path]) for path in found):
+        default, text = one.default, None
+        if default is NEEDED:
+            text = "required"
+        elif one.declared == Period:
+            text = f"{default // DAY}d"
+        elif isinstance(default, int | float | str | Path | dict) and default not in ("", {}):
+            text = json.dumps(default, default=str).strip('"')
+        kind, beside = json_schema(one.declared)["title"], " or ".join(one.beside)
+        rows.append({"key": path, "kind": kind, "default": text, "beside": beside, "meaning": one.meaning})
+    return rows
 
 
 def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -2396,36 +2237,33 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
     """The JSON Schema (Draft 2020-12) of adce.yaml, or of a part of it. What must hold between blocks is not in it."""
     shape, inner = shape_of(declared)
     if shape == "value":
-        return cast(dict[str, Any], json.loads(inner.json))
-    if shape == "list":
-        is_unique = not getattr(shape_of(inner)[1], "may_repeat", False)
-        return {"type": "array", "minItems": 1, "uniqueItems": is_unique, "items": json_schema(inner)}
-    if shape == "mapping":
+        return {"title": inner.expected, **inner.schema}
+    if shape in ("list", "mapping"):
+        item = json_schema(inner if shape == "list" else inner[1])
+        title = f"a {shape}, each {item['title']}"
+        if shape == "list":
+            is_unique = not getattr(shape_of(inner)[1], "may_repeat", False)
+            return {"title": title, "type": "array", "minItems": 1, "uniqueItems": is_unique, "items": item}
         names = {} if inner[0] is str else {"propertyNames": {"enum": list(inner[0])}}
-        return {"type": "object", "additionalProperties": json_schema(inner[1]), **names}
-    known = settings_of(inner)
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"} if inner is Configuration else {}
-    return {
-        **head,
-        "type": "object",
-        "additionalProperties": False,
-        "required": [name for name, one in known.items() if one.default is NEEDED],
-        "properties": {name: {"description": one.meaning, **json_schema(one.declared)} for name, one in known.items()},
-        "allOf": [{}, *_schema_rules(inner, known)],
-    }
-
-
-def _schema_rules(record: Any, known: Mapping[str, Setting]) -> Iterator[dict[str, Any]]:
-    """As conflicts()."""
-    for when, group in getattr(record, "ONE_OF", ()):
+        return {"title": title, "type": "object", "additionalProperties": item, **names}
+    known, rules = settings_of(inner), list[Any]()
+    for when, group in getattr(inner, "ONE_OF", ()):
         exactly = {"oneOf": [{"required": [name]} for name in group]}
-        yield {"if": {"required": [when]}, "then": exactly} if when else exactly
+        rules.append({"if": {"required": [when]}, "then": exactly} if when else exactly)
     for name, one in known.items():
         if one.beside:
             others = {"anyOf": [{"required": [other]} for other in one.beside]}
-            yield {"if": {"required": [name]}, "then": others}
-        twins = [other for other in known if other < name and known[other].attribute == one.attribute]
-        yield from ({"not": {"required": [name, other]}} for other in (*one.against, *twins))
+            rules.append({"if": {"required": [name]}, "then": others})
+        rules += [{"not": {"required": [name, other]}} for other in one.against]
+    return {
+        **({"$schema": "https://json-schema.org/draft/2020-12/schema"} if inner is Configuration else {}),
+        "title": "a mapping",
+        "type": "object",
+        "additionalProperties": False,
+        "required": [name for name, one in known.items() if one.default is NEEDED],
+        "properties": {name: {**json_schema(one.declared), "description": one.meaning} for name, one in known.items()},
+        "allOf": [{}, *rules],
+    }
 
 
 # ---------------------------------------------------------------- Objects
