@@ -35,7 +35,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Listing                     which parts of the store to list, page by page
     Cycles                      one reconciliation in progress, and contents to read
     Reconcile                   expected against present
-    Requests                    one execution as plain data; one HTTP request
+    Requests                    one HTTP request
     Sessions                    the limits for programs that use requests
     Programs                    commands and calls; one execution of any kind
     Report                      questions in SQL, one renderer
@@ -114,11 +114,11 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TextIO,
 
 __version__ = "1.0.0"
 __all__ = [
+    "Claim",
     "Clock",
     "Configuration",
     "Database",
     "Error",
-    "FetchSpec",
     "Limiter",
     "Runner",
     "fetch",
@@ -402,11 +402,11 @@ create table runner (
     version      text    not null,
     started_at   integer not null,
     beat_at      integer not null,   -- last heartbeat of the main loop
-    stopped_at   integer,
-    note         text,               -- why it stopped
     address      text,               -- of its HTTP server
     unit         text,               -- of systemd
-    log          text                -- its log file
+    log          text,               -- its log file
+    stopped_at   integer,
+    note         text                -- why it stopped
 ) strict;
 
 create table datasets (
@@ -781,9 +781,14 @@ pragma foreign_keys = on;
 pragma trusted_schema = off;
 pragma cell_size_check = on;
 """
-
-
-SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)  # it names damaged things as it finds them
+NO_SPACE_HINT = "free some disk space; nothing is lost meanwhile"
+HINTS = {
+    "SQLITE_FULL": NO_SPACE_HINT,
+    "SQLITE_IOERR_WRITE": NO_SPACE_HINT,
+    "SQLITE_BUSY": "another program holds a transaction on this file; close it",
+    "SQLITE_CORRUPT": DAMAGE_HINT,
+    "SQLITE_NOTADB": DAMAGE_HINT,
+}
 
 
 class Database:
@@ -800,7 +805,6 @@ class Database:
         self._reading = threading.Lock()  # guards _reader
         self._pid = os.getpid()
         self._identity = _identity(path)
-        self._translation = _Translation(path)
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
@@ -809,7 +813,7 @@ class Database:
         One that need not be durable is faster, and all see it, but a power cut may undo it. Raises
         DatabaseError when SQLite cannot do it, for instance because the disk is full."""
         self._check_process()
-        with self._writing, self._translation:
+        with self._writing, _translation(self.path):
             try:
                 if durable != self._durable:
                     self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
@@ -840,7 +844,7 @@ class Database:
     def read(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a query, as of one moment. Never waits for a writer."""
         self._check_process()
-        with self._reading, self._translation:
+        with self._reading, _translation(self.path):
             return self._reader.execute(sql, parameters).fetchall()
 
     def value(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> Any:
@@ -852,7 +856,7 @@ class Database:
         """Whether another connection, of whatever process, has written since this was last asked. Takes some
         microseconds: SQLite keeps count (pragma data_version)."""
         self._check_process()
-        with self._writing, self._translation:
+        with self._writing, _translation(self.path):
             version: int = self._writer.execute("pragma data_version").fetchone()[0]
             known, self._version = self._version, version
         return version != known
@@ -874,7 +878,7 @@ class Database:
         """The same contents in memory: what is tried there changes nothing here."""
         self._check_process()
         memory = _connect(":memory:")
-        with self._reading, self._translation:
+        with self._reading, _translation(self.path):
             self._reader.backup(memory)
         return Database(self.path, memory, memory)
 
@@ -892,27 +896,18 @@ class Database:
             )
 
 
-class _Translation:
+@contextlib.contextmanager
+def _translation(context: str) -> Iterator[None]:
     """Turns the errors of SQLite into a DatabaseError with a hint."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, SQLITE_ERRORS):
-            raise _translated(self.path, error) from error
-
-
-def _translated(path: str, error: BaseException) -> DatabaseError:
-    if isinstance(error, UnicodeDecodeError):
-        return DatabaseError(f"{path}: database disk image is malformed", _database_hint("SQLITE_CORRUPT"))
-    name = getattr(error, "sqlite_errorname", type(error).__name__)
-    passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
-    kind = DatabaseTroubleError if passes else DatabaseError
-    return kind(f"{path}: {error} ({name})", _database_hint(name))
+    try:
+        yield
+    except UnicodeDecodeError as error:  # SQLite names damaged things as it finds them
+        raise DatabaseError(f"{context}: database disk image is malformed", DAMAGE_HINT) from error
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
+        hint = next((hint for start, hint in HINTS.items() if name.startswith(start)), "")
+        raise (DatabaseTroubleError if passes else DatabaseError)(f"{context}: {error} ({name})", hint) from error
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -921,16 +916,6 @@ def _identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _database_hint(name: str) -> str:
-    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR_WRITE")):
-        return "free some disk space; nothing is lost meanwhile"
-    if name.startswith("SQLITE_BUSY"):
-        return "another program holds a transaction on this file; close it"
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return DAMAGE_HINT
-    return ""
 
 
 def _connect(path: str) -> sqlite3.Connection:
@@ -952,16 +937,12 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
         raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
     if not path.exists():
         _create_file(path)
-    writer = None
-    try:
-        writer = _connect(str(path))
+    with _translation(str(path)), contextlib.ExitStack() as opened:
+        writer = opened.enter_context(contextlib.closing(_connect(str(path))))
         _prepare(writer, path)
         reader = _connect(str(path))
         reader.execute("pragma query_only = on")
-    except SQLITE_ERRORS as error:
-        if writer:
-            writer.close()
-        raise _translated(str(path), error) from error
+        opened.pop_all()
     return Database(str(path), writer, reader)
 
 
@@ -1016,15 +997,11 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute(f"pragma journal_size_limit = {8 << 20}")
     digest = hashlib.sha256(VIEWS.encode()).hexdigest()
     if connection.execute("select views from facts").fetchone()[0] != digest:
-        connection.execute("begin immediate")
+        names = re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE)
+        drops = "".join(f"drop view if exists {name};" for name in names)
+        note = f"update facts set views = '{digest}';"  # noqa: S608  # hexadecimal
         try:
-            for name in re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE):
-                drop = f"drop view if exists {name}"  # a name in VIEWS
-                connection.execute(drop)
-            for view in VIEWS.split(";\n")[:-1]:
-                connection.execute(view)
-            connection.execute("update facts set views = ?", (digest,))
-            connection.execute("commit")
+            connection.executescript(f"begin immediate; {drops} {VIEWS} {note} commit;")
         finally:
             if connection.in_transaction:
                 connection.execute("rollback")
@@ -1096,9 +1073,6 @@ class RunnerLock:
             self._file = None
 
 
-MARK_BACKUP = "update facts set is_backup = 1"
-
-
 def back_up(path: Path, copy: Path) -> None:
     """Copy the database at `path`, as of one moment, into a new file, mode 0600. The copy is checked, on the disk, and
     there whole or not at all. Raises DatabaseError, also when there is something at `copy` already."""
@@ -1109,11 +1083,11 @@ def back_up(path: Path, copy: Path) -> None:
     draft = copy.with_name(f"{copy.name}.{os.getpid()}.part")
     _create_file(draft)
     try:
-        with _Translation(f"cannot copy {path}"):
+        with _translation(f"cannot copy {path}"):
             with contextlib.closing(_connect(str(path))) as source:
                 source.execute("vacuum into ?", (str(draft),))
             with contextlib.closing(_connect(str(draft))) as made:
-                made.execute(MARK_BACKUP)
+                made.execute("update facts set is_backup = 1")
                 if made.execute("pragma integrity_check").fetchone()[0] != "ok":
                     raise DatabaseError(f"the copy of {path} is damaged", "adce.py check")
         _sync(draft)  # which SQLite does not do here
@@ -3742,20 +3716,19 @@ class Ledger:
         row = known._replace(state=state, reason=reason, since=since)
         if task is None or is_fetched or has_changed:
             row = row._replace(task=TaskState.RETRY if waits else TaskState.PENDING, next_at=next_at if waits else None)
-        return row if task is not None else self._opened(row, dataset)
+        return row if task is not None else self._opened(row)
 
-    def _opened(self, row: ObjectRow, dataset: Dataset) -> ObjectRow:
+    def _opened(self, row: ObjectRow) -> ObjectRow:
         self.created += 1
-        now = int(self.now)
-        priority, rank, slope = self.rank_of(row, dataset, 1, now)
-        row = row._replace(priority=priority, detected_at=now, gap_size=1, rank=rank, slope=slope)
-        return row._replace(attempts=0, failures=0, fruitless=0, crashes=0, last_error=None)
+        row = row._replace(detected_at=int(self.now), gap_size=1, attempts=0, failures=0, fruitless=0, crashes=0)
+        return self.ranked(row._replace(last_error=None))
 
-    def rank_of(self, row: ObjectRow, dataset: Dataset, size: int, detected_at: int) -> tuple[str, float, float]:
-        """Priority, rank and slope of a task as of today."""
+    def ranked(self, row: ObjectRow) -> ObjectRow:
+        """The row with the priority, rank and slope of its task as of today."""
+        dataset, weighting = self.configuration.datasets[row.dataset], self.configuration.priority_weighting
         priority = priority_of(dataset, row.season, row.day, self.today, self.configuration)
-        weighting = self.configuration.priority_weighting
-        return priority, *rank_of(weighting, dataset.source, priority, size, detected_at)
+        rank, slope = rank_of(weighting, dataset.source, priority, row.gap_size or 1, row.detected_at or 0)
+        return row._replace(priority=priority, rank=rank, slope=slope)
 
     def write(self, rows: Iterable[ObjectRow]) -> None:
         """Store rows as they are."""
@@ -4033,21 +4006,6 @@ def expect_children(ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str
         ledger.write([ledger.appraised(row._replace(proven=1)) for row in ledger.objects(new, {"keys": keys})])
 
 
-def drop_unexpected(ledger: Ledger, datasets: Iterable[str], after: int) -> int | None:
-    """Drop objects of expanded datasets that are not wanted, within a range of ids. Returns where the next range
-    begins; None: this was the last one."""
-    last = ledger.sql.execute("select max(object_id) from objects").fetchone()[0] or 0
-    ledger.drop(
-        """
-        o.object_id > :after and o.object_id <= :last
-        and d.dataset in (select value from json_each(:datasets))
-        and not exists (select 1 from wanted w where w.key = o.key)
-        """,
-        {"after": after, "last": after + SCANNED_AT_ONCE, "datasets": json.dumps(list(datasets))},
-    )
-    return after + SCANNED_AT_ONCE if after + SCANNED_AT_ONCE < last else None
-
-
 # ---------------------------------------------------------------- Queue
 # The best task whose source can be asked now is claimed together with its permit. Headline: claim().
 
@@ -4055,27 +4013,17 @@ RUNNER = "runner"  # the owner of the main loop's places among the waiters
 
 
 @dataclass(frozen=True, slots=True)
-class ClaimedTask:
-    """A task of a claim, and the attempt at it."""
-
-    attempt_id: int
-    target: ObjectRow
-
-    @property
-    def task_id(self) -> int:
-        """The number of its object."""
-        return self.target.object_id
-
-
-@dataclass(frozen=True, slots=True)
 class Claim:
-    """The work of one execution: one task, or several for a batch."""
+    """The work of one execution: one task, or several for a batch. All that a worker needs to know."""
 
     dataset: Dataset
     source: Source
-    tasks: tuple[ClaimedTask, ...]
+    tasks: tuple[ObjectRow, ...]
+    children: tuple[Dataset, ...] = ()  # whose ids the objects name
     url: str = ""
+    hops: int = 0  # redirects that were followed
     permit: Permit | None = None  # commands and calls ask for their own
+    environment: Mapping[str, str] = field(default_factory=dict)  # of its program
     runs_exclusively: bool = False  # nothing else may run beside it
 
 
@@ -4098,7 +4046,7 @@ class Result:
 class Ending:
     """The new state of a task after an attempt."""
 
-    task: ClaimedTask
+    task: ObjectRow
     result: Result
     state: TaskState
     failures: int
@@ -4156,13 +4104,32 @@ def claim(
         if dataset.url:
             granted = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now, RUNNER)
         first = ObjectRow._make(head[: len(ObjectRow._fields)])
-        tasks = [first]
+        rows = [first]
         if dataset.batch and not is_exclusive:
-            tasks += _others_in_batch(sql, configuration, first, dataset.batch)
+            rows += _others_in_batch(sql, configuration, first, dataset.batch)
         url = url_of(dataset, source, first.fields)
-        begun = tuple(_begin(sql, row, url, wall) for row in tasks)
-        return Claim(dataset, source, begun, url, granted, is_exclusive), openings
+        claimed = Claim(
+            dataset=dataset,
+            source=source,
+            tasks=tuple(_begin(sql, row, url, wall) for row in rows),
+            children=tuple(configuration.children_of(dataset.name)),
+            url=url,
+            permit=granted,
+            environment={} if url else _environment(configuration, source, rows),
+            runs_exclusively=is_exclusive,
+        )
+        return claimed, openings
     return None, openings
+
+
+def _environment(configuration: Configuration, source: Source, rows: Iterable[ObjectRow]) -> dict[str, str]:
+    """The variables by which a program finds its limits, and by which its processes are found."""
+    return {
+        "ADCE_CONFIG": str(configuration.path),
+        "ADCE_DB": str(configuration.database.resolve()),  # the next start may come by another path
+        "ADCE_SOURCE": source.name,
+        "ADCE_TASK": ",".join(str(row.object_id) for row in rows),
+    }
 
 
 def _workers_for_others(dataset: Dataset, with_work: set[str], held: Mapping[str, int]) -> int:
@@ -4198,7 +4165,7 @@ def _others_in_batch(
     )
 
 
-def _begin(sql: sqlite3.Connection, row: ObjectRow, url: str, wall: float) -> ClaimedTask:
+def _begin(sql: sqlite3.Connection, row: ObjectRow, url: str, wall: float) -> ObjectRow:
     begin = "insert into attempts (object_id, started_at, outcome, requests, url) values (?, ?, 'running', 0, ?)"
     attempt_id = cast(int, sql.execute(begin, (row.object_id, wall, without_secrets(url) or None)).lastrowid)
     run = """
@@ -4206,7 +4173,7 @@ def _begin(sql: sqlite3.Connection, row: ObjectRow, url: str, wall: float) -> Cl
         where object_id = ?
     """
     sql.execute(run, (attempt_id, row.object_id))
-    return ClaimedTask(attempt_id, row._replace(task=TaskState.RUNNING, attempt_id=attempt_id))
+    return row._replace(task=TaskState.RUNNING, attempt_id=attempt_id)
 
 
 def without_secrets(url: str) -> str:
@@ -4290,7 +4257,7 @@ def finish(
     for task, result in zip(claimed.tasks, results, strict=True):
         _record_attempt(ledger, claimed.dataset, task, result)
         running = "o.object_id = :object_id and o.task = 'running' and o.attempt_id = :attempt_id"
-        rows = ledger.objects(running, {"object_id": task.task_id, "attempt_id": task.attempt_id})
+        rows = ledger.objects(running, {"object_id": task.object_id, "attempt_id": task.attempt_id})
         endings += [_settle(ledger, task, row, result, (health, delay)) for row in rows]
     return endings, pausing
 
@@ -4302,7 +4269,7 @@ def _weight(result: Result) -> int:
 
 def _settle(
     ledger: Ledger,
-    task: ClaimedTask,
+    task: ObjectRow,
     row: ObjectRow,
     result: Result,
     context: tuple[SourceHealth, Callable[[int], float]],
@@ -4364,7 +4331,7 @@ def _stored(ledger: Ledger, row: ObjectRow, result: Result) -> ObjectRow:
     return row
 
 
-def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result: Result) -> None:
+def _record_attempt(ledger: Ledger, dataset: Dataset, task: ObjectRow, result: Result) -> None:
     sql, size, output = ledger.sql, result.stored.size if result.stored else None, result.output or None
     ended = sql.execute(
         """
@@ -4391,7 +4358,7 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result:
         )
 
 
-def _add_to_totals(sql: sqlite3.Connection, attempt_id: int) -> None:
+def _add_to_totals(sql: sqlite3.Connection, attempt_id: int | None) -> None:
     """Add an attempt that has ended to the totals of its day."""
     sql.execute(
         """
@@ -4712,33 +4679,32 @@ class Cycle:
 
     def end(self) -> None:
         """Record the cycle."""
-        by_state = "select state, sum(objects) from counts group by state"
-        counts = {row[0]: row[1] for row in self.database.read(by_state)}
-        found = {str(state): counts.get(state, 0) for state in (ObjectState.PRESENT, *GAPS)}
+        row = {
+            "cycle_id": self.cycle_id,
+            "seconds": self.clock.boot() - self.started,
+            "list_calls": self.store.calls - self.calls_before,
+            "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
+            **{
+                name: getattr(self, name) for name in ("listed", "looked", "unexpected", "created", "closed", "dropped")
+            },
+        }
         with self.database.transaction() as sql:
             sql.execute(
                 """
                 update reconciliations
                 set seconds = :seconds, listed = :listed, looked = :looked, unexpected = :unexpected,
-                    list_calls = :list_calls, expected = :expected, present = :present, missing = :missing,
-                    stale = :stale, suspect = :suspect, created = :created, closed = :closed, dropped = :dropped,
-                    error = :error
+                    list_calls = :list_calls, created = :created, closed = :closed, dropped = :dropped, error = :error,
+                    (expected, present, missing, stale, suspect) = (
+                        select coalesce(sum(objects), 0),
+                               coalesce(sum(objects) filter (where state = 'present'), 0),
+                               coalesce(sum(objects) filter (where state = 'missing'), 0),
+                               coalesce(sum(objects) filter (where state = 'stale'), 0),
+                               coalesce(sum(objects) filter (where state = 'suspect'), 0)
+                        from counts
+                        where state in ('present', 'missing', 'stale', 'suspect'))
                 where cycle_id = :cycle_id
                 """,
-                {
-                    **found,
-                    "expected": sum(found.values()),
-                    "seconds": self.clock.boot() - self.started,
-                    "listed": self.listed,
-                    "looked": self.looked,
-                    "unexpected": self.unexpected,
-                    "list_calls": self.store.calls - self.calls_before,
-                    "created": self.created,
-                    "closed": self.closed,
-                    "dropped": self.dropped,
-                    "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
-                    "cycle_id": self.cycle_id,
-                },
+                row,
             )
 
 
@@ -4845,6 +4811,7 @@ def _note_content(ledger: Ledger, target: ObjectRow, found: Inspection) -> None:
 # state, so a missed event costs nothing. Headline: reconcile().
 
 LISTED_AT_ONCE = 4  # prefixes
+RESIZED_AT_ONCE = 100_000  # tasks
 NOTED_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
 
@@ -4914,11 +4881,7 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
             stale[dataset] = "with problems"  # the next cycle expands it, and reports them, again
     live = "select sum(objects) from counts join datasets using (dataset_id) where dataset = ? and state != 'dropped'"
     shrunk = [one.name for one, count in kept.items() if (cycle.database.value(live, (one.name,)) or 0) != count]
-    after: int | None = 0 if shrunk else None
-    while after is not None:
-        with cycle.ledger() as ledger:
-            after = drop_unexpected(ledger, shrunk, after)
-        yield
+    yield from _drop_unexpected(cycle, shrunk)
     with cycle.ledger() as ledger:
         ledger.sql.executemany("update datasets set ready = 1 where dataset = ?", [(one.name,) for one in level])
     cycle.expanded = {one.name: digest for one, digest in stale.items()}
@@ -4974,11 +4937,20 @@ def _drop_undeclared(cycle: Cycle) -> Iterator[None]:
         group by dataset
         having sum(objects) > 0
     """
-    names = [row[0] for row in cycle.database.read(undeclared)]
-    after: int | None = 0 if names else None
-    while after is not None:
+    yield from _drop_unexpected(cycle, [row[0] for row in cycle.database.read(undeclared)])
+
+
+def _drop_unexpected(cycle: Cycle, datasets: Sequence[str]) -> Iterator[None]:
+    """Drop the objects of expanded datasets that are not wanted."""
+    unwanted = """
+        o.object_id > :after and o.object_id <= :last
+        and d.dataset in (select value from json_each(:datasets))
+        and not exists (select 1 from wanted w where w.key = o.key)
+    """
+    last = cycle.database.value("select max(object_id) from objects") or 0
+    for after in range(0, last if datasets else 0, SCANNED_AT_ONCE):
         with cycle.ledger() as ledger:
-            after = drop_unexpected(ledger, names, after)
+            ledger.drop(unwanted, {"after": after, "last": after + SCANNED_AT_ONCE, "datasets": json.dumps(datasets)})
         yield
 
 
@@ -5162,136 +5134,77 @@ def _age(cycle: Cycle) -> Iterator[None]:
         with cycle.ledger() as ledger:
             count = max(wake_retries(ledger.sql, ledger.now), appraise_due(ledger))
         yield
+    yield from _resize_gaps(cycle)
     rules = appraisal_rules(configuration)
-    inputs = f"{day_of(cycle.clock.wall())} {rules}"
-    known = cycle.database.value("select priorities from facts")
-    has_batches = any(one.batch for one in configuration.datasets.values())
-    if known == inputs and not has_batches:
+    inputs, known = f"{day_of(cycle.clock.wall())} {rules}", cycle.database.value("select priorities from facts")
+    if known == inputs:
         return
     is_everything = not known.endswith(rules)
-    last, sizes = cycle.database.value("select max(object_id) from objects") or 0, _gap_sizes(cycle)
-    condition = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped'"
+    last = cycle.database.value("select max(object_id) from objects") or 0
+    condition = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
     condition += "" if is_everything else " and o.task is not null"
     for after in range(0, last, SCANNED_AT_ONCE):
         with cycle.ledger() as ledger:
-            for rows in chunks(
-                iter(ledger.objects(condition, {"after": after, "last": after + SCANNED_AT_ONCE})), NOTED_AT_ONCE
-            ):
-                ledger.write(_reviewed(ledger, rows, sizes, is_everything=is_everything))
+            rows = ledger.objects(condition, {"after": after, "last": after + SCANNED_AT_ONCE})
+            reviewed = [_reviewed(ledger, row, is_everything=is_everything) for row in rows]
+            ledger.write(now for row, now in zip(rows, reviewed, strict=True) if now != row)
         yield
     with cycle.database.transaction() as sql:
         sql.execute("update facts set priorities = ?", (inputs,))
 
 
-def _reviewed(
-    ledger: Ledger, rows: Iterable[ObjectRow], sizes: Mapping[tuple[str, str], int], *, is_everything: bool
-) -> list[ObjectRow]:
-    """The rows that are others by the rules of today."""
-    changed = []
-    for row in rows:
-        dataset = ledger.configuration.datasets.get(row.dataset)
-        if dataset is None:
-            continue
-        now = row
-        if is_everything and not must_be_read(ledger.configuration, dataset) and row.etag is not None:
-            now = row._replace(**{**UNREAD, "read_etag": row.etag})
-        now = ledger.appraised(now) if is_everything else now
-        if now.task is not None:
-            size = sizes.get((dataset.name, row.fields[dataset.batch.by]), 1) if dataset.batch else 1
-            priority, rank, slope = ledger.rank_of(now, dataset, size, now.detected_at or 0)
-            now = now._replace(priority=priority, gap_size=size, rank=rank, slope=slope)
-        if now != row:
-            changed.append(now)
-    return changed
+def _reviewed(ledger: Ledger, row: ObjectRow, *, is_everything: bool) -> ObjectRow:
+    """The row by the rules of today."""
+    dataset = ledger.configuration.datasets[row.dataset]
+    if is_everything:
+        if row.etag is not None and not must_be_read(ledger.configuration, dataset):
+            row = row._replace(**{**UNREAD, "read_etag": row.etag})
+        row = ledger.appraised(row._replace(gap_size=row.gap_size if dataset.batch else 1))
+    return ledger.ranked(row) if row.task is not None else row
 
 
-def _gap_sizes(cycle: Cycle) -> dict[tuple[str, str], int]:
-    """The number of objects that one batch would bring, by dataset and value of the batch's field."""
-    sizes = {}
+def _resize_gaps(cycle: Cycle) -> Iterator[None]:
+    """The size of a gap is the number of objects that one batch would bring."""
     for dataset in cycle.configuration.datasets.values():
-        if dataset.batch:
-            rows = cycle.database.read(
+        while dataset.batch and (
+            resized := cycle.database.read(
                 """
-                select fields ->> ?, count(*)
-                from objects
-                where dataset_id = (select dataset_id from datasets where dataset = ?) and task is not null
-                group by 1
+                select object_id, size
+                from (
+                    select object_id, gap_size, min(?, count(*) over (partition by fields ->> ?)) as size
+                    from objects
+                    where dataset_id = (select dataset_id from datasets where dataset = ?) and task is not null
+                      and state != 'dropped'
+                )
+                where size != gap_size
+                limit ?
                 """,
-                (dataset.batch.by, dataset.name),
+                (dataset.batch.max, dataset.batch.by, dataset.name, RESIZED_AT_ONCE),
             )
-            sizes.update({(dataset.name, value): min(count, dataset.batch.max) for value, count in rows})
-    return sizes
+        ):
+            sizes = dict(map(tuple, resized))
+            for chunk in chunks(iter(sizes), NOTED_AT_ONCE):
+                with cycle.ledger() as ledger:
+                    rows = [row._replace(gap_size=sizes[row.object_id]) for row in ledger.some(chunk)]
+                    ledger.write(ledger.ranked(row) for row in rows if row.task is not None)
+                yield
 
 
 # ---------------------------------------------------------------- Requests
-# What one execution is, as plain data that can travel to another process, and one HTTP request: a deadline for all
-# of it, a cap on its size, no hidden retries. A redirect is handed back, because each hop needs a permit of its
-# own. Headlines: FetchSpec, keep(), look(), request().
+# One HTTP request: a deadline for all of it, a cap on its size, no hidden retries. A redirect is handed back, because
+# each hop needs a permit of its own. Headlines: keep(), look(), request().
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One object that an execution should bring."""
-
-    key: str
-    fields: Fields
-    is_missing: bool  # then the store is asked first
-    version: tuple[str | None, int | None] = (None, None)  # etag and instant of what is there
-
-
-@dataclass(frozen=True, slots=True)
-class FetchSpec:
-    """All that an execution needs to know. Plain data: it can travel to another process."""
-
-    dataset: Dataset
-    source: Source
-    children: tuple[Dataset, ...]
-    targets: tuple[Target, ...]
-    url: str = ""
-    hops: int = 0
-    send_before: float = math.inf  # boot
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-def specify(configuration: Configuration, claimed: Claim) -> FetchSpec:
-    """The plain data of a claim."""
-    dataset = claimed.dataset
-    targets = tuple(
-        Target(
-            key=task.target.key,
-            fields=task.target.fields,
-            is_missing=task.target.state == ObjectState.MISSING,
-            version=(task.target.etag, task.target.modified_at),
-        )
-        for task in claimed.tasks
-    )
-    environment = {
-        "ADCE_CONFIG": str(configuration.path),
-        "ADCE_DB": str(configuration.database.resolve()),  # the next start may come by another path
-        "ADCE_SOURCE": claimed.source.name,
-        "ADCE_TASK": ",".join(str(task.task_id) for task in claimed.tasks),
-    }
-    return FetchSpec(
-        dataset=dataset,
-        source=claimed.source,
-        children=tuple(configuration.children_of(dataset.name)),
-        targets=targets,
-        url=claimed.url,
-        send_before=claimed.permit.send_before if claimed.permit else math.inf,
-        environment=environment,
-    )
-
-
-def look(spec: FetchSpec, target: Target, store: Store) -> Result | None:
+def look(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
     """What the store holds under a key, judged; None when there is nothing."""
     stored = store.find(target.key)
     if stored is None:
         return None
-    most = spec.dataset.validate.max_bytes
+    most = claimed.dataset.validate.max_bytes
     if stored.size > most:
         return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
     try:
-        inspection = inspect(spec.dataset, target.fields, store.read(target.key), spec.children)
+        inspection = inspect(claimed.dataset, target.fields, store.read(target.key), claimed.children)
     except KeyError:
         return None
     outcome = Outcome.OK if inspection.valid else Outcome.INVALID
@@ -5304,12 +5217,12 @@ def _refused(error: StoreError) -> Result:
     return Result(Outcome.ERROR if is_local else Outcome.STORE_ERROR, str(error))
 
 
-def keep(spec: FetchSpec, target: Target, body: bytes, store: Store, http_status: int | None = None) -> Result:
+def keep(claimed: Claim, target: ObjectRow, body: bytes, store: Store, http_status: int | None = None) -> Result:
     """Validate a body, then store it. `requests` counts the HTTP request that brought it."""
     requests = 0 if http_status is None else 1
-    if len(body) > spec.dataset.validate.max_bytes:
-        return Result(Outcome.INVALID, f"longer than {spec.dataset.validate.max_bytes} bytes", requests=requests)
-    inspection = inspect(spec.dataset, target.fields, body, spec.children)
+    if len(body) > claimed.dataset.validate.max_bytes:
+        return Result(Outcome.INVALID, f"longer than {claimed.dataset.validate.max_bytes} bytes", requests=requests)
+    inspection = inspect(claimed.dataset, target.fields, body, claimed.children)
     if not inspection.valid:
         return Result(Outcome.INVALID, inspection.verdict, http_status, requests=requests)
     try:
@@ -5343,47 +5256,47 @@ class _TooLateError(Exception):
     pass
 
 
-def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
+def request(claimed: Claim, store: Store, clock: Clock) -> Result:
     """One HTTP request with a deadline for all of it, at most max_bytes long."""
     import requests
     import urllib3
 
-    begun, deadline = clock.boot(), _Deadline(spec.source.timeout_seconds)
+    begun, deadline = clock.boot(), _Deadline(claimed.source.timeout_seconds)
 
     def about_to_send() -> None:
-        if clock.boot() > spec.send_before:
+        if claimed.permit and clock.boot() > claimed.permit.send_before:
             raise _TooLateError
 
     try:
         with deadline, requests.Session() as opened:
             about_to_send()
-            opened.trust_env = spec.source.trust_env
+            opened.trust_env = claimed.source.trust_env
             for scheme in ("http://", "https://"):
                 opened.mount(scheme, _adapter(deadline, about_to_send))
             with opened.get(
-                spec.url,
-                headers=_headers(spec),
-                timeout=(min(CONNECT_SECONDS, spec.source.timeout_seconds), spec.source.timeout_seconds),
+                claimed.url,
+                headers=_headers(claimed),
+                timeout=(min(CONNECT_SECONDS, claimed.source.timeout_seconds), claimed.source.timeout_seconds),
                 stream=True,
                 allow_redirects=False,
             ) as response:
-                body = _read_body(response, spec.dataset.validate.max_bytes)
+                body = _read_body(response, claimed.dataset.validate.max_bytes)
                 if deadline.passed:  # a socket that we closed looks like one that has no more to say
                     raise requests.Timeout
-                return _judge(spec, response, body, store)
+                return _judge(claimed, response, body, store)
     except _TooLateError:
         return Result(Outcome.LOST, "its permit ran out before it was sent")
     except _TooLargeError:
-        return Result(Outcome.INVALID, f"longer than {spec.dataset.validate.max_bytes} bytes", requests=1)
+        return Result(Outcome.INVALID, f"longer than {claimed.dataset.validate.max_bytes} bytes", requests=1)
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-        if clock.boot() > begun + spec.source.timeout_seconds + STANDSTILL_SECONDS:
+        if clock.boot() > begun + claimed.source.timeout_seconds + STANDSTILL_SECONDS:
             return Result(Outcome.LOST, "this program stood still meanwhile", requests=1)
         if deadline.passed or isinstance(error, requests.Timeout):
-            return Result(Outcome.TIMEOUT, f"no whole answer within {spec.source.timeout_seconds:g} s", requests=1)
+            return Result(Outcome.TIMEOUT, f"no whole answer within {claimed.source.timeout_seconds:g} s", requests=1)
         if isinstance(error, requests.exceptions.ContentDecodingError):
             return Result(Outcome.INVALID, "its encoding is broken", requests=1)
         outcome, text = _no_answer(error)
-        return Result(outcome, f"{_host(spec.url)} {text}", requests=1)
+        return Result(outcome, f"{_host(claimed.url)} {text}", requests=1)
 
 
 def _no_answer(error: BaseException) -> tuple[Outcome, str]:
@@ -5457,10 +5370,10 @@ def _adapter(deadline: _Deadline, about_to_send: Callable[[], None]) -> Any:
     return Adapter(pool_connections=1, pool_maxsize=1)
 
 
-def _headers(spec: FetchSpec) -> dict[str, str]:
+def _headers(claimed: Claim) -> dict[str, str]:
     """Secrets for one host are not sent to another."""
-    headers = dict(spec.source.headers)
-    if _origin(spec.url) != _origin(spec.source.base_url or spec.url):
+    headers = dict(claimed.source.headers)
+    if _origin(claimed.url) != _origin(claimed.source.base_url or claimed.url):
         headers = {name: text for name, text in headers.items() if name.lower() in KEPT_ON_OTHER_HOSTS}
     return headers
 
@@ -5499,23 +5412,23 @@ def _read_body(response: Any, most: int) -> bytes:
     return b"".join(blocks)
 
 
-def _judge(spec: FetchSpec, response: Any, body: bytes, store: Store) -> Result:
+def _judge(claimed: Claim, response: Any, body: bytes, store: Store) -> Result:
     """What an answer means. Errors can come with status 200, and "not there yet" with 403."""
     status = response.status_code
     if status in REDIRECTS and "location" in response.headers:
-        return _redirected(spec, response)
-    answer = classify(spec.source, status, response.headers, body)
+        return _redirected(claimed, response)
+    answer = classify(claimed.source, status, response.headers, body)
     if answer.outcome is Outcome.OK:
-        return keep(spec, spec.targets[0], body, store, status)
+        return keep(claimed, claimed.tasks[0], body, store, status)
     return Result(answer.outcome, answer.text, status, requests=1, retry_after=answer.retry_after)
 
 
-def _redirected(spec: FetchSpec, response: Any) -> Result:
-    target = urllib.parse.urljoin(spec.url, response.headers["location"])
+def _redirected(claimed: Claim, response: Any) -> Result:
+    target = urllib.parse.urljoin(claimed.url, response.headers["location"])
     parts, status = urllib.parse.urlsplit(target), response.status_code
-    if spec.hops >= MAX_REDIRECTS:
+    if claimed.hops >= MAX_REDIRECTS:
         return Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status, requests=1)
-    if parts.scheme not in ("http", "https") or (parts.scheme == "http" and spec.url.startswith("https:")):
+    if parts.scheme not in ("http", "https") or (parts.scheme == "http" and claimed.url.startswith("https:")):
         return Result(
             Outcome.HTTP_ERROR, f"redirected to {parts.scheme}://{parts.hostname}, which is refused", status, requests=1
         )
@@ -5781,36 +5694,36 @@ def output_folder(database: Path) -> Path:
     return database.with_name(f"{database.name}-output")
 
 
-def run_command(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
+def run_command(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     """Run the program of a command or a call; it has succeeded for each object that is whole in the store afterwards.
 
     A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
-    outputs, most = output_folder(Path(spec.environment["ADCE_DB"])), spec.dataset.validate.max_bytes
+    outputs, most = output_folder(Path(claimed.environment["ADCE_DB"])), claimed.dataset.validate.max_bytes
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
-        place = Path(folder) if spec.dataset.batch else Path(folder, "object")
-        program = _program(spec, place)
+        place = Path(folder) if claimed.dataset.batch else Path(folder, "object")
+        program = _program(claimed, place)
         try:
             end = run_program(program, clock)
         except (OSError, ValueError) as error:
             text = f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}"
-            return [Result(Outcome.ERROR, text)] * len(spec.targets)
+            return [Result(Outcome.ERROR, text)] * len(claimed.tasks)
         output = end.tail.decode("utf-8", "replace")
-        if spec.dataset.call and (failure := _read_file(Path(folder, FAILURE), BLOCK_BYTES)):
+        if claimed.dataset.call and (failure := _read_file(Path(folder, FAILURE), BLOCK_BYTES)):
             outcome, text, retry_after = json.loads(failure)
             return [Result(Outcome(outcome), text, retry_after=retry_after, output=output)]
         results = []
-        for target in spec.targets:
-            handed = place / target.key if spec.dataset.batch else place
-            body = end.body if spec.dataset.output == "stdout" else _read_file(handed, most)
-            results.append(dataclasses.replace(_judge_end(spec, target, end, body, store), output=output))
+        for target in claimed.tasks:
+            handed = place / target.key if claimed.dataset.batch else place
+            body = end.body if claimed.dataset.output == "stdout" else _read_file(handed, most)
+            results.append(dataclasses.replace(_judge_end(claimed, target, end, body, store), output=output))
         return results
 
 
-def _program(spec: FetchSpec, place: Path) -> Program:
+def _program(claimed: Claim, place: Path) -> Program:
     """A command gets the variables that its dataset names; a call all of them, as a part of this program."""
-    dataset, fields, environment = spec.dataset, dict(spec.targets[0].fields), dict(spec.environment)
+    dataset, fields, environment = claimed.dataset, dict(claimed.tasks[0].fields), dict(claimed.environment)
     if dataset.call:  # -u: the output of one that is killed is complete
         words = [sys.executable, "-u", str(Path(__file__).resolve()), "call", dataset.call]
         words += [f"{name}={text}" for name, text in fields.items()]
@@ -5818,7 +5731,7 @@ def _program(spec: FetchSpec, place: Path) -> Program:
         environment = {**os.environ, **limits, **environment}
     else:
         for name in dataset.partitions.own_fields():
-            fields[f"{name}s"] = ",".join(target.fields[name] for target in spec.targets)
+            fields[f"{name}s"] = ",".join(target.fields[name] for target in claimed.tasks)
         words = [word.render(fields, str) for word in dataset.command]
         environment = {name: os.environ[name] for name in dataset.environment if name in os.environ} | environment
     return Program(
@@ -5830,10 +5743,10 @@ def _program(spec: FetchSpec, place: Path) -> Program:
     )
 
 
-def _judge_end(spec: FetchSpec, target: Target, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
+def _judge_end(claimed: Claim, target: ObjectRow, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
     """The result of a program for one object. A command that leaves no bytes has brought nothing."""
-    if end.is_good() and body is not None and (body or spec.dataset.call):
-        return keep(spec, target, body, store)
+    if end.is_good() and body is not None and (body or claimed.dataset.call):
+        return keep(claimed, target, body, store)
     failed = Result(
         outcome=Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR,
         error=f"({end.text}): {excerpt(end.tail[-120:])}",
@@ -5841,13 +5754,13 @@ def _judge_end(spec: FetchSpec, target: Target, end: ProgramEnd, body: bytes | N
     if body:
         text = f"handed over {len(body)} bytes, which are not taken {failed.error}"
         return dataclasses.replace(failed, error=text)
-    return _look_again(spec, target, store, failed)
+    return _look_again(claimed, target, store, failed)
 
 
-def _look_again(spec: FetchSpec, target: Target, store: Store, otherwise: Result) -> Result:
+def _look_again(claimed: Claim, target: ObjectRow, store: Store, otherwise: Result) -> Result:
     """The object that a program has left in the store; one that was there before does not count."""
-    found = look(spec, target, store)
-    if found and found.stored and (found.stored.etag, found.stored.modified_at) != target.version:
+    found = look(claimed, target, store)
+    if found and found.stored and (found.stored.etag, found.stored.modified_at) != (target.etag, target.modified_at):
         return found
     done = "left the object as it was" if found else "left no object"
     return dataclasses.replace(otherwise, error=f"{done} {otherwise.error}")
@@ -5907,22 +5820,22 @@ def _returned_blocks(value: Any) -> Iterator[bytes]:
         raise TypeError(f"returned {type(value).__name__}, not bytes, an iterator of bytes or a path")
 
 
-def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
-    """Bring the objects of a spec into the store. One result for each target; never raises.
+def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
+    """Bring the objects of a claimed into the store. One result for each target; never raises.
 
     An object that is in the store already, and whole, is not asked for again."""
     try:
-        if len(spec.targets) == 1 and spec.targets[0].is_missing and not spec.hops:
-            found = look(spec, spec.targets[0], store)
+        if len(claimed.tasks) == 1 and claimed.tasks[0].state == ObjectState.MISSING and not claimed.hops:
+            found = look(claimed, claimed.tasks[0], store)
             if found and found.outcome is Outcome.OK:
                 return [found]
-        if spec.dataset.command or spec.dataset.call:
-            return run_command(spec, store, clock)
-        return [request(spec, store, clock)]
+        if claimed.dataset.command or claimed.dataset.call:
+            return run_command(claimed, store, clock)
+        return [request(claimed, store, clock)]
     except StoreError as error:
-        return [_refused(error)] * len(spec.targets)
+        return [_refused(error)] * len(claimed.tasks)
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
-        return [Result(Outcome.ERROR, describe(error))] * len(spec.targets)
+        return [Result(Outcome.ERROR, describe(error))] * len(claimed.tasks)
 
 
 # ---------------------------------------------------------------- Report
@@ -6914,13 +6827,13 @@ def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attemp
         "DEBUG" if level == "WARN" and not ending.counted else level,
         ending.state,
         dataset=claimed.dataset.name,
-        key=ending.task.target.key,
+        key=ending.task.key,
         outcome=result.outcome,
         failures=f"{ending.failures}/{max_attempts}" if ending.failures else None,
         bytes=result.stored.size if result.stored else None,
         error=result.error,
         next=utc_text(ending.next_at),
-        task=ending.task.task_id,
+        task=ending.task.object_id,
     )
 
 
@@ -7354,20 +7267,10 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
 # through the database. Headlines: notify(), next_orders().
 
 
-@dataclass(frozen=True, slots=True)
-class Presence:
-    """What a runner tells of itself, for those who look for it."""
-
-    address: str | None = None  # where it answers over HTTP
-    log: Path | None = None
-
-
 def notify(*lines: str) -> None:
     """Tell the service manager, if there is one (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    if not lines:
+    if not lines or not address.startswith(("/", "@")):
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.settimeout(1)
@@ -7397,23 +7300,10 @@ def systemd_unit() -> str | None:
     return None
 
 
-def register_runner(sql: sqlite3.Connection, presence: Presence, now: float) -> None:
-    """This process works on the database now."""
-    sql.execute(
-        """
-        insert or replace into runner (only_row, pid, version, started_at, beat_at, address, unit, log)
-        values (1, ?, ?, ?, ?, ?, ?, ?)
-        """,
-        (
-            os.getpid(),
-            __version__,
-            int(now),
-            int(now),
-            presence.address,
-            systemd_unit(),
-            str(presence.log) if presence.log else None,
-        ),
-    )
+def register_runner(sql: sqlite3.Connection, address: str | None, log: Path | None, now: float) -> None:
+    """This process works on the database now. It answers at `address` over HTTP, and writes to `log`."""
+    row = (os.getpid(), __version__, int(now), int(now), address, systemd_unit(), str(log) if log else None)
+    sql.execute("insert or replace into runner values (1, ?, ?, ?, ?, ?, ?, ?, null, null)", row)
 
 
 # ---------------------------------------------------------------- Runner
@@ -7422,53 +7312,45 @@ def register_runner(sql: sqlite3.Connection, presence: Presence, now: float) -> 
 # event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
 
 
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """What a worker is doing, or what waits for the permit of its next hop."""
-
-    claimed: Claim
-    spec: FetchSpec
-
-
 class Workers:
     """A pool, and what it is doing."""
 
     def __init__(self, configuration: Configuration, store: Store, clock: Clock, wake: Callable[[], None]) -> None:
         self.count, self.store, self.clock, self.wake = configuration.max_concurrent_scrapers, store, clock, wake
         self.pool: Executor = ThreadPoolExecutor(self.count, "adce-worker")
-        self.running: dict[Future[list[Result]], Execution] = {}
+        self.running: dict[Future[list[Result]], Claim] = {}
 
     def free(self) -> int:
         """How many have nothing to do, and may have."""
-        if any(execution.claimed.runs_exclusively for execution in self.running.values()):
+        if any(claimed.runs_exclusively for claimed in self.running.values()):
             return 0
         return self.count - len(self.running)
 
     def keys(self) -> list[str]:
         """What they are bringing."""
-        return [execution.claimed.tasks[0].target.key for execution in self.running.values()]
+        return [claimed.tasks[0].key for claimed in self.running.values()]
 
     def at_work(self) -> collections.Counter[str]:
         """How many executions there are of each dataset."""
-        return collections.Counter(execution.claimed.dataset.name for execution in self.running.values())
+        return collections.Counter(claimed.dataset.name for claimed in self.running.values())
 
-    def submit(self, execution: Execution) -> None:
+    def submit(self, claimed: Claim) -> None:
         """Have it done."""
-        future = self.pool.submit(fetch, execution.spec, self.store, self.clock)
-        self.running[future] = execution
+        future = self.pool.submit(fetch, claimed, self.store, self.clock)
+        self.running[future] = claimed
         future.add_done_callback(lambda _: self.wake())
 
-    def finished(self) -> Iterator[tuple[Execution, list[Result]]]:
+    def finished(self) -> Iterator[tuple[Claim, list[Result]]]:
         """The executions that have ended since the last call."""
-        for future, execution in list(self.running.items()):
+        for future, claimed in list(self.running.items()):
             if future.done():
                 del self.running[future]
                 try:
-                    yield execution, future.result()
+                    yield claimed, future.result()
                 except BaseException as error:  # noqa: BLE001  # a broken pool
-                    yield execution, [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
+                    yield claimed, [Result(Outcome.LOST, describe(error))] * len(claimed.tasks)
 
-    def stop(self) -> list[Execution]:
+    def stop(self) -> list[Claim]:
         """Take no more. Returns what has not ended."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         left = list(self.running.values())
@@ -7494,8 +7376,8 @@ class Runner:
         self.workers = Workers(configuration, store, self.clock, lambda: self.wakeups.put("finished"))
         self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
         self.beat_seconds = min(BEAT_SECONDS, watchdog_seconds() / 3)
-        self.hops: list[Execution] = []
-        self.unrecorded: list[tuple[Execution, list[Result]]] = []
+        self.hops: list[Claim] = []
+        self.unrecorded: list[tuple[Claim, list[Result]]] = []
         self.steps: Iterator[int] | None = None
         self.cycle_id: int | None = None
         self.next_cycle_at = self.next_beat_at = -math.inf
@@ -7514,11 +7396,13 @@ class Runner:
         *,
         once: bool = False,
         max_seconds: float = math.inf,
-        presence: Presence = Presence(),
+        address: str | None = None,
+        log: Path | None = None,
     ) -> ExitCode:
-        """Work until stopped. With `once`: one cycle, then one attempt at every open task."""
+        """Work until stopped. With `once`: one cycle, then one attempt at every open task. `address` and `log` are
+        told to those who look for the runner."""
         self.once, self.stop_at = once, self.clock.boot() + max_seconds
-        self._start(presence)
+        self._start(address, log)
         try:
             while not self.stop_reason:
                 try:
@@ -7542,7 +7426,7 @@ class Runner:
         left = self.database.value("select sum(objects) from counts where state in ('missing', 'stale', 'suspect')")
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
 
-    def _start(self, presence: Presence) -> None:
+    def _start(self, address: str | None, log: Path | None) -> None:
         ended = self._sweep()
         ahead = ReadAhead(self.listers, lambda: self.wakeups.put("prepared"))
         preparing = ahead.submit(prepare_store, self.database, self.configuration, self.store)
@@ -7551,12 +7435,11 @@ class Runner:
             if self.stop_reason:
                 return
         preparing.result()
-        now = self.clock.wall()
         with self.database.transaction() as sql:
             declare_limits(sql, self.configuration, self.clock)
             declare_datasets(sql, self.configuration)
             orphans = requeue_orphans(sql, self.configuration.retry)
-            register_runner(sql, presence, now)
+            register_runner(sql, address, log, self.clock.wall())
         self.journal.write(
             "INFO",
             "start",
@@ -7621,10 +7504,10 @@ class Runner:
         if not (self.unrecorded or (may_claim and self.workers.free() > 0) or self.is_waiting):
             return {}
         log: list[Callable[[], None]] = []
-        hops, openings, begun = list(self.hops), dict[str, Opening](), list[Execution]()
+        hops, openings, begun = list(self.hops), dict[str, Opening](), list[Claim]()
         with self.database.transaction() as sql:
-            for execution, results in self.unrecorded:
-                self._record(sql, execution, results, (hops, log))
+            for claimed, results in self.unrecorded:
+                self._record(sql, claimed, results, (hops, log))
             if may_claim:
                 openings = self._claim(sql, hops, begun)
             is_waiting = self.is_waiting
@@ -7632,56 +7515,54 @@ class Runner:
                 is_waiting = keep_places(sql, openings, self.clock.boot(), self.configuration.queue_check_seconds)
         self.unrecorded.clear()
         self.hops, self.is_waiting = hops, is_waiting
-        for execution in begun:
-            self.workers.submit(execution)
+        for claimed in begun:
+            self.workers.submit(claimed)
         for write in log:
             write()
         return openings
 
-    def _claim(self, sql: sqlite3.Connection, hops: list[Execution], begun: list[Execution]) -> dict[str, Opening]:
+    def _claim(self, sql: sqlite3.Connection, hops: list[Claim], begun: list[Claim]) -> dict[str, Opening]:
         """Claim for every free worker: first the redirects that wait for permits of their own, then the best tasks."""
         openings = dict[str, Opening]()
         limiting, free = self.configuration.rate_limiting, self.workers.free()
-        for execution in list(hops):
-            source, now = execution.claimed.source, self.clock.boot()
+        for hop in list(hops):
+            source, now = hop.source, self.clock.boot()
             opens = opening(sql, limiting, source.name, now, RUNNER)
             if free <= len(begun) or opens.at > now:
                 openings |= {source.name: opens} if opens.at > now else {}
                 continue
             granted = grant(sql, limiting, source.name, source.timeout_seconds, now, RUNNER)
-            hops.remove(execution)
-            spec = dataclasses.replace(execution.spec, send_before=granted.send_before)
-            begun.append(Execution(dataclasses.replace(execution.claimed, permit=granted), spec))
+            hops.remove(hop)
+            begun.append(dataclasses.replace(hop, permit=granted))
         if not self.once:
             wake_retries(sql, self.clock.wall())
             if self.steps is None:  # else the cycle does that
                 appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
         busy = self.workers.at_work()
-        busy.update(execution.claimed.dataset.name for execution in [*hops, *begun])
-        while free > len(begun) and not any(one.claimed.runs_exclusively for one in [*hops, *begun]):
+        busy.update(claimed.dataset.name for claimed in [*hops, *begun])
+        while free > len(begun) and not any(one.runs_exclusively for one in [*hops, *begun]):
             claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun))
             if claimed is None:
                 return openings | waits
             busy[claimed.dataset.name] += 1
-            begun.append(Execution(claimed, specify(self.configuration, claimed)))
+            begun.append(claimed)
         return openings if free > len(begun) else {}
 
     def _record(
         self,
         sql: sqlite3.Connection,
-        execution: Execution,
+        claimed: Claim,
         results: list[Result],
-        effects: tuple[list[Execution], list[Callable[[], None]]],
+        effects: tuple[list[Claim], list[Callable[[], None]]],
     ) -> None:
         """Record an execution that has finished. A redirect becomes a hop, which holds no worker while it waits for a
         permit of its own. Log lines are written after the commit."""
-        (hops, log), claimed, spec = effects, execution.claimed, execution.spec
+        hops, log = effects
         if results[0].redirect and claimed.permit and not self.stop_reason:
             release(sql, claimed.permit, self.clock.boot())
-            spec = dataclasses.replace(spec, url=results[0].redirect, hops=spec.hops + 1)
-            hops.append(Execution(dataclasses.replace(claimed, permit=None), spec))
+            hops.append(dataclasses.replace(claimed, permit=None, url=results[0].redirect, hops=claimed.hops + 1))
             return
-        results = [dataclasses.replace(result, requests=result.requests + spec.hops) for result in results]
+        results = [dataclasses.replace(result, requests=result.requests + claimed.hops) for result in results]
         if results[0].redirect:
             results = [Result(Outcome.LOST, "stopped before the redirect was followed", requests=results[0].requests)]
         ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
@@ -7749,10 +7630,10 @@ class Runner:
             self._collect()
             notify(*sign_of_life())
         self.listers.shutdown(wait=False, cancel_futures=True)
-        for execution in [*self.workers.stop(), *self.hops]:
-            was_asked = bool(execution.spec.url) and execution not in self.hops
+        for claimed in [*self.workers.stop(), *self.hops]:
+            was_asked = bool(claimed.url) and claimed not in self.hops
             lost = Result(Outcome.LOST, "the runner stopped", requests=int(was_asked))
-            self.unrecorded.append((execution, [lost] * len(execution.claimed.tasks)))
+            self.unrecorded.append((claimed, [lost] * len(claimed.tasks)))
         self._sweep()
         self._collect()
 
@@ -8604,7 +8485,8 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         code = runner.run(
             once=arguments.once,
             max_seconds=(arguments.max_minutes or math.inf) * MINUTE,
-            presence=Presence(address, arguments.log),
+            address=address,
+            log=arguments.log,
         )
         if arguments.once:
             alerter.work()
