@@ -8372,27 +8372,13 @@ def grafana_dashboard() -> str:
             expression = f"rate({name}[5m])"
         elif name.endswith("_timestamp_seconds"):
             expression, title = f"time() - {name}", f"Seconds since: {title}"
-        panels.append(
-            {
-                "id": number + 1,
-                "type": "timeseries",
-                "title": title,
-                "datasource": source,
-                "gridPos": {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)},
-                "targets": [{"refId": "A", "datasource": source, "expr": expression}],
-            }
-        )
+        place = {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)}
+        panel = {"id": number + 1, "type": "timeseries", "title": title, "datasource": source, "gridPos": place}
+        panels.append({**panel, "targets": [{"refId": "A", "datasource": source, "expr": expression}]})
     choice = {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"}
-    dashboard = {
-        "uid": "adce",
-        "title": "ADCE",
-        "schemaVersion": 39,
-        "time": {"from": "now-24h", "to": "now"},
-        "refresh": "1m",
-        "templating": {"list": [choice]},
-        "panels": panels,
-    }
-    return json.dumps(dashboard, indent=2) + "\n"
+    dashboard = {"uid": "adce", "title": "ADCE", "schemaVersion": 39, "refresh": "1m", "panels": panels}
+    shown = {"time": {"from": "now-24h", "to": "now"}, "templating": {"list": [choice]}}
+    return json.dumps({**dashboard, **shown}, indent=2) + "\n"
 
 
 def launchd_agent(words: Sequence[str], configuration: Configuration) -> str:
@@ -8427,13 +8413,12 @@ def example(name: str, configuration: Configuration) -> str:
     if name == "alerts":
         patience = max(HOUR, 4 * round(configuration.interval_seconds))
         return EXAMPLES[name].replace(":8080", f":{configuration.health_check.port}").replace("> 3600", f"> {patience}")
-    quote = quote_for_cron if name == "cron" else quote_for_systemd
     folders = {Path(os.path.normpath(configuration.database.parent))}
     if not configuration.store.startswith("s3://"):
         store = Path(os.path.normpath(configuration.store))
         folders |= {store} if folders.isdisjoint(store.parents) else set()
     return EXAMPLES[name].format(
-        command=" ".join(quote(word) for word in words),
+        command=" ".join(map(quote_for_systemd, words)) if name == "systemd" else shlex.join(words).replace("%", r"\%"),
         folder=str(configuration.path.parent).replace("%", "%%"),
         writable=" ".join(quote_for_systemd(str(folder)) for folder in sorted(folders)),
         user=pwd.getpwuid(os.getuid()).pw_name if os.getuid() else "adce",
@@ -8445,11 +8430,6 @@ def quote_for_systemd(word: str) -> str:
     """A word of a command line in a unit."""
     text = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{text}"' if re.search(r"[^\w%$/.:=+@,-]", text) else text
-
-
-def quote_for_cron(word: str) -> str:
-    """A word of a command line in a crontab, where a bare percent sign begins another line."""
-    return shlex.quote(word).replace("%", r"\%")
 
 
 # ---------------------------------------------------------------- Checks
@@ -8489,32 +8469,26 @@ NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "glu
 def check_rows(configuration: Configuration, *, online: bool) -> Rows:
     """A row for each check, its result and details; `online` also connects to the sources."""
     checks: dict[str, Callable[[Configuration], str]] = {
-        "configuration": _check_configuration,
+        "configuration": lambda one: f"{one.path}, {len(one.sources)} sources, {len(one.datasets)} datasets",
         "permissions": _check_permissions,
         "disk": _check_disk,
         "database": _check_database,
         "store": _check_store,
-        "runner": _check_runner,
+        "runner": lambda one: "none" if (pid := RunnerLock(one.database).holder()) is None else f"process {pid}",
         "alerts": _check_alerts,
         "scrapers": _check_scrapers,
         "system": _check_system,
     }
-    rows = [_check(what, functools.partial(check, configuration)) for what, check in checks.items()]
-    if online:
-        sources = configuration.sources.values()
-        rows += [_check(f"source {source.name}", functools.partial(_check_source, source)) for source in sources]
+    sources = configuration.sources.values() if online else ()
+    checks |= {f"source {source.name}": functools.partial(_check_source, source) for source in sources}
+    rows = []
+    for what, check in checks.items():
+        try:
+            rows.append({"result": "ok", "what": what, "details": check(configuration)})
+        except Error as error:
+            details = f"{error}; {error.hint}" if error.hint else str(error)
+            rows.append({"result": "FAIL", "what": what, "details": details})
     return rows
-
-
-def _check(what: str, check: Callable[[], str]) -> dict[str, str]:
-    try:
-        return {"result": "ok", "what": what, "details": check()}
-    except Error as error:
-        return {"result": "FAIL", "what": what, "details": f"{error}; {error.hint}" if error.hint else str(error)}
-
-
-def _check_configuration(configuration: Configuration) -> str:
-    return f"{configuration.path}, {len(configuration.sources)} sources, {len(configuration.datasets)} datasets"
 
 
 def _check_permissions(configuration: Configuration) -> str:
@@ -8547,11 +8521,6 @@ def _file_system_of(folder: Path) -> str:
             if folder.resolve().is_relative_to(place) and len(place) >= longest:
                 found, longest = right.split()[0], len(place)
     return found
-
-
-def _check_runner(configuration: Configuration) -> str:
-    holder = RunnerLock(configuration.database).holder()
-    return "none" if holder is None else f"process {holder}"
 
 
 def _check_alerts(configuration: Configuration) -> str:
@@ -8607,22 +8576,19 @@ def _check_system(_: Configuration) -> str:
 def _check_database(configuration: Configuration) -> str:
     if not configuration.database.exists() or not configuration.database.stat().st_size:
         return f"{configuration.database}, will be created on first run"
-    with contextlib.closing(open_database(configuration.database, must_exist=True)) as database:
-        found = [*database.check(), *_foreign_parts(database)]
+    with (
+        contextlib.closing(memory_database()) as model,
+        contextlib.closing(open_database(configuration.database, must_exist=True)) as database,
+    ):
+        found = [*database.check()]
+        parts = "select type, name from sqlite_schema where name not glob 'sqlite_*' and name not glob '_litestream_*'"
+        wanted, there = (set(map(tuple, one.read(parts))) for one in (model, database))  # Litestream adds two tables
+        found += [f"the {kind} {name} is gone" for kind, name in sorted(wanted - there)]
+        found += [f"the {kind} {name} is not ADCE's" for kind, name in sorted(there - wanted)]
         found += [f"{count} {what}" for what, sql in CONSISTENCY.items() if (count := database.value(sql))]
         if found:
             raise DatabaseError("; ".join(found[:5]), DAMAGE_HINT)
     return f"{configuration.database}, intact, SQLite {sqlite3.sqlite_version}"
-
-
-def _foreign_parts(database: Database) -> list[str]:
-    """Tables, indexes, triggers and views that differ from this version's. Litestream adds two tables."""
-    parts = "select type, name from sqlite_schema where name not glob 'sqlite_*' and name not glob '_litestream_*'"
-    with contextlib.closing(memory_database()) as model:
-        wanted, there = ({tuple(row) for row in one.read(parts)} for one in (model, database))
-    return [f"the {kind} {name} is gone" for kind, name in sorted(wanted - there)] + [
-        f"the {kind} {name} is not ADCE's" for kind, name in sorted(there - wanted)
-    ]
 
 
 def _check_store(configuration: Configuration) -> str:
@@ -8643,7 +8609,7 @@ def _check_store(configuration: Configuration) -> str:
     return f"{configuration.store}, {'not empty' if first else 'empty'}"
 
 
-def _check_source(source: Source) -> str:
+def _check_source(source: Source, _: Configuration) -> str:
     """Whether a source accepts a connection; no request is sent."""
     parts = urllib.parse.urlsplit(source.base_url)
     if not parts.hostname:
@@ -8949,17 +8915,6 @@ def print_result(arguments: Arguments, text: str, **facts: Any) -> None:
         print(text if arguments.format == "table" else render([Section("done", "", [facts], True)], arguments.format))
 
 
-def _open_standard_files() -> None:
-    """A standard file that came closed would lend its number to the database, and errors be written there."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout = sys.stdout or os.fdopen(1, "w")
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks becomes ?
-
-
 def _configuration_for(arguments: Arguments) -> Configuration:
     if not arguments.chosen.needs_file:
         return Configuration()
@@ -8993,7 +8948,13 @@ def _check_names(arguments: Arguments, configuration: Configuration) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    _open_standard_files()
+    # A standard file that came closed would lend its number to the database, and errors be written there.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks becomes ?
     words = sys.argv[1:] if words is None else words
     if words[:1] == ["call"] and "ADCE_OUTPUT" in os.environ:  # internal: the program of a dataset's call
         return call_function(words[1:])
@@ -9117,7 +9078,10 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     options = CycleOptions(arguments.full, frozenset(arguments.accept_loss))
     try:
         lock.acquire()
-        cycle_id = _own_cycle(database, configuration, options)
+        clock, store = Clock(), open_store(configuration.store)
+        prepare_store(database, configuration, store)
+        declare(database, configuration, clock)
+        cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, options), database, clock))
     except LockedError:
         if lock.holder() != database.value("select pid from runner where stopped_at is null"):
             raise  # another reconcile
@@ -9127,13 +9091,6 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     if rows[0]["error"]:
         return ExitCode.ERROR
     return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
-
-
-def _own_cycle(database: Database, configuration: Configuration, options: CycleOptions) -> int:
-    clock, store = Clock(), open_store(configuration.store)
-    prepare_store(database, configuration, store)
-    declare(database, configuration, clock)
-    return run_cycle(show_progress(reconcile(database, configuration, store, clock, options), database, clock))
 
 
 def _cycle_of_runner(database: Database, configuration: Configuration, lock: RunnerLock, options: CycleOptions) -> int:
@@ -9158,10 +9115,8 @@ def command_backup(arguments: Arguments, configuration: Configuration) -> None:
     """Copy the database, also while the runner works."""
     with contextlib.closing(_existing(configuration)):
         back_up(configuration.database, arguments.file)
-    size = arguments.file.stat().st_size
-    print_result(
-        arguments, f"{arguments.file} holds {size:,} bytes and was checked", file=str(arguments.file), bytes=size
-    )
+    facts = {"file": str(arguments.file), "bytes": arguments.file.stat().st_size}
+    print_result(arguments, f"{arguments.file} holds {facts['bytes']:,} bytes and was checked", **facts)
 
 
 @command()
@@ -9256,8 +9211,11 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     with database.transaction() as sql:
         count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
     print_result(arguments, f"{count} task{'s' * (count != 1)} will be retried now", retried=count)
-    if not arguments.quiet:
-        _print_obstacles(database, configuration)
+    if not arguments.quiet and RunnerLock(configuration.database).holder() is None:
+        print("No runner works now; the next one will retry them.", file=sys.stderr)
+    paused = "select distinct scope, reason from rates where blocked_until is not null"
+    for row in query(database, paused) if not arguments.quiet else ():
+        print(f"{row['scope']} is paused: {row['reason']} (adce.py resume {row['scope']})", file=sys.stderr)
     return ExitCode.DONE
 
 
@@ -9267,13 +9225,6 @@ def _confirm(question: str) -> bool:
         return False
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _print_obstacles(database: Database, configuration: Configuration) -> None:
-    if RunnerLock(configuration.database).holder() is None:
-        print("No runner works now; the next one will retry them.", file=sys.stderr)
-    for row in query(database, "select distinct scope, reason from rates where blocked_until is not null"):
-        print(f"{row['scope']} is paused: {row['reason']} (adce.py resume {row['scope']})", file=sys.stderr)
 
 
 @command(
