@@ -1283,6 +1283,7 @@ class Kind:
     tags: tuple[str, ...] = ("str",)  # of YAML; none for any
     schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string"})
     may_repeat: bool = False  # in a list
+    fields: re.Pattern[str] | None = None  # how it names {fields}, if it may
 
     def convert(self, node: Any) -> Any:
         """The value of a node. Raises MistakeError with the message, or an error of the conversion."""
@@ -1387,8 +1388,9 @@ Word = Annotated[str, Kind("text", may_repeat=True)]
 File = Annotated[Path, Kind("the path of a file", Path)]
 Lake = Annotated[str, Kind("a folder or s3://bucket/prefix")]
 Address = Annotated[str, Kind("an http or https address", lambda text: text.rstrip("/"))]
-FieldText = Annotated[Template, Kind("text with {fields}", Template, may_repeat=True)]
-Expression = Annotated[str, Kind("a JMESPath expression", _expression)]
+FieldText = Annotated[Template, Kind("text with {fields}", Template, may_repeat=True, fields=FIELD_IN_TEXT)]
+Part = Annotated[str, Kind("text", fields=FIELD_IN_EXPRESSION)]
+Expression = Annotated[str, Kind("a JMESPath expression", _expression, fields=FIELD_IN_EXPRESSION)]
 Regex = Annotated[str, Kind("a regular expression with one group", _regex)]
 Timezone = Annotated[str, Kind("a time zone like America/New_York", lambda text: zoneinfo.ZoneInfo(text).key)]
 Callee = Annotated[str, _matching("module:function", r"[\w.]+:\w+")]
@@ -1484,12 +1486,13 @@ def _describe(node: Any) -> str:
 
 
 class Reader:
-    """The problems of one file, and the place of every path in it. `hint` completes the message about an unknown key:
-    of its path, its value and the keys known beside it. `problems_in` checks a block that is read."""
+    """The problems of one file, the place of every path in it, and the texts that may name fields. `hint` completes the
+    message about an unknown key: of its path, its value and the keys known beside it. `problems_in` checks a block."""
 
     def __init__(self, hint: Callable[[str, Any, Iterable[str]], str], problems_in: Callable[[Any], Problems]) -> None:
         self.problems: list[Problem] = []
         self.places: dict[str, tuple[int, int]] = {}
+        self.templates: dict[str, Template] = {}
         self.hint, self.problems_in = hint, problems_in
         self._nodes_left = MAX_NODES
 
@@ -1527,11 +1530,15 @@ class Reader:
             values = self._values(known, other, node, path)
             return {name: value for name, value in values.items() if value is not NEEDED}
         try:
-            return inner.convert(node)
+            value = inner.convert(node)
         except MistakeError as error:
             self.complain(path, str(error))
         except (ValueError, TypeError, AttributeError, LookupError, OSError):  # also of a list or a mapping
             self.complain(path, f"expected {inner.expected}, found {_describe(node)}")
+        else:
+            if inner.fields:
+                self.templates[path] = Template(node.value, inner.fields)
+            return value
         return NEEDED
 
     def _list(self, item: Any, node: Any, path: str) -> Any:
@@ -1822,8 +1829,8 @@ class Validation:
         beside=("require",),
         reason='they are alternatives to "require", which is missing',
     )
-    contains: tuple[Text, ...] = setting("texts that must be in the body; {field} is allowed", ())
-    not_contains: tuple[Text, ...] = setting("texts that must not be in the body; {field} is allowed", ())
+    contains: tuple[Part, ...] = setting("texts that must be in the body; {field} is allowed", ())
+    not_contains: tuple[Part, ...] = setting("texts that must not be in the body; {field} is allowed", ())
     starts_with_hex: Hex = setting("first bytes of the body", "")
     ends_with_hex: Hex = setting("last bytes of the body", "")
 
@@ -2036,9 +2043,9 @@ def _problems(reader: Reader, configuration: Configuration, seasons: Sequence[Se
         if season.start <= other.finish and other.start <= season.finish:
             yield f"seasons.{number}.start", f"season {other.label} overlaps season {season.label}"
     sources: Mapping[str, Any] = configuration.sources
-    for source in sources.values():
-        for text in _text_problems(Template(source.error_when or "", FIELD_IN_EXPRESSION), set()):
-            yield f"sources.{source.name}.error_when", text
+    for path, template in reader.templates.items():
+        if path.startswith("sources."):
+            yield from ((path, text) for text in _text_problems(template, set()))
     tables: dict[str, Mapping[str, Any]] = {
         "priority_weighting.source_multipliers": configuration.priority_weighting.source_multipliers,
         "rate_limiting.source_limits": configuration.rate_limiting.source_limits,
@@ -2066,27 +2073,7 @@ def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dat
     elif line[-1] not in names and len(line) == 2 and f"datasets.{line[-1]}" not in reader.places:
         yield "partitions.from", f'dataset "{line[-1]}" is not defined{suggest(line[-1], names)}'
     elif line[-1] in names and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line):
-        texts = _texts_of(configuration, dataset)
-        broken = [(path, text) for path, template, fields in texts for text in _text_problems(template, fields)]
-        yield from broken
-        yield from _object_problems(configuration, dataset, has_key="key" not in dict(broken))
-
-
-def _texts_of(configuration: Configuration, dataset: Dataset) -> Iterator[tuple[str, Template, set[str]]]:
-    """Every text of a dataset in which fields may stand: its path, and the fields that it may name."""
-    declared, partitions, rules = configuration.fields_of(dataset.name), dataset.partitions, dataset.validate
-    lists = {f"{name}s" for name in partitions.own_fields()} if dataset.batch else set()
-    yield "key", dataset.key, declared
-    yield "url", dataset.url or Template(""), declared
-    yield from ((f"command.{number}", word, declared | lists) for number, word in enumerate(dataset.command))
-    expressions = {"freshness.until": dataset.freshness.until, "partitions.ids": partitions.ids}
-    if dataset.freshness.live:
-        expressions["freshness.live.while"] = dataset.freshness.live.expression
-    for name in ("require", "alternatives", "contains", "not_contains"):
-        expressions |= {f"validate.{name}.{number}": text for number, text in enumerate(getattr(rules, name))}
-    of_parent = configuration.fields_of(partitions.parent) if partitions.parent else set()
-    for path, text in expressions.items():
-        yield path, Template(text or "", FIELD_IN_EXPRESSION), of_parent if path == "partitions.ids" else declared
+        yield from _object_problems(reader, configuration, dataset)
 
 
 def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
@@ -2104,9 +2091,16 @@ def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
             yield f"{match[0]}: unsupported format code %{unknown[0]}"
 
 
-def _object_problems(configuration: Configuration, dataset: Dataset, *, has_key: bool) -> Problems:
-    """Keys without effect for the objects that there are, wherever they stand, and names that objects cannot have."""
+def _object_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
+    """Fields that are not there, names that objects cannot have, and keys without effect, wherever these stand."""
     key, declared, own = dataset.key, configuration.fields_of(dataset.name), dataset.partitions.own_fields()
+    parent, fields = dataset.partitions.parent, dict.fromkeys(settings_of(Dataset), declared)
+    fields["partitions"] = configuration.fields_of(parent) if parent else set()
+    fields["command"] = declared | ({f"{name}s" for name in own} if dataset.batch else set())
+    for path, template in reader.templates.items():
+        name = path.removeprefix(f"datasets.{dataset.name}.")
+        if name != path and (block := name.partition(".")[0]) in fields:
+            yield from ((name, text) for text in _text_problems(template, fields[block]))
     if not configuration.seasons:
         yield from ((f"partitions.{name}seasons", "no seasons are declared") for name in ("", "dates."))
     if not declared & {"season", *(["date"] if configuration.seasons else [])}:
@@ -2121,7 +2115,7 @@ def _object_problems(configuration: Configuration, dataset: Dataset, *, has_key:
     address = source.base_url + dataset.url.text if source and dataset.url else "https://"
     if not address.startswith(("http://", "https://")):
         yield "url", f"{address} is no address: give source {dataset.source} a base_url"
-    if not has_key:
+    if any(_text_problems(key, declared)):
         return
     days = ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
     keys = [key.render({**dict.fromkeys(declared, "1"), "date": day}, str) for day in days]
