@@ -1389,7 +1389,7 @@ File = Annotated[Path, Kind("the path of a file", Path)]
 Lake = Annotated[str, Kind("a folder or s3://bucket/prefix")]
 Address = Annotated[str, Kind("an http or https address", lambda text: text.rstrip("/"))]
 FieldText = Annotated[Template, Kind("text with {fields}", Template, may_repeat=True, fields=FIELD_IN_TEXT)]
-Part = Annotated[str, Kind("text", fields=FIELD_IN_EXPRESSION)]
+SearchText = Annotated[str, Kind("text", fields=FIELD_IN_EXPRESSION)]
 Expression = Annotated[str, Kind("a JMESPath expression", _expression, fields=FIELD_IN_EXPRESSION)]
 Regex = Annotated[str, Kind("a regular expression with one group", _regex)]
 Timezone = Annotated[str, Kind("a time zone like America/New_York", lambda text: zoneinfo.ZoneInfo(text).key)]
@@ -1829,8 +1829,8 @@ class Validation:
         beside=("require",),
         reason='they are alternatives to "require", which is missing',
     )
-    contains: tuple[Part, ...] = setting("texts that must be in the body; {field} is allowed", ())
-    not_contains: tuple[Part, ...] = setting("texts that must not be in the body; {field} is allowed", ())
+    contains: tuple[SearchText, ...] = setting("texts that must be in the body; {field} is allowed", ())
+    not_contains: tuple[SearchText, ...] = setting("texts that must not be in the body; {field} is allowed", ())
     starts_with_hex: Hex = setting("first bytes of the body", "")
     ends_with_hex: Hex = setting("last bytes of the body", "")
 
@@ -8496,25 +8496,19 @@ def _check_permissions(configuration: Configuration) -> str:
 
 def _check_disk(configuration: Configuration) -> str:
     folder = configuration.database.parent
-    kind = _file_system_of(folder)
+    kind, longest = "unknown file system", -1
+    with contextlib.suppress(OSError):  # the longest mount point that holds the folder: proc(5), mountinfo
+        for line in (PROC / "self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            left, _, right = line.partition(" - ")
+            place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
+            if folder.resolve().is_relative_to(place) and len(place) >= longest:
+                kind, longest = right.split()[0], len(place)
     if kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse."):
         raise Error(f"{folder} is on {kind}, where SQLite's locks may not work", "keep the database on a local disk")
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE_BYTES:
         raise Error(f"{folder} has {free >> 20} MB left", "free some disk space")
     return f"{folder}, {kind}, {free >> 20} MB free"
-
-
-def _file_system_of(folder: Path) -> str:
-    """The type of the file system that holds a folder (proc(5), mountinfo)."""
-    found, longest = "unknown file system", -1
-    with contextlib.suppress(OSError):
-        for line in (PROC / "self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            left, _, right = line.partition(" - ")
-            place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
-            if folder.resolve().is_relative_to(place) and len(place) >= longest:
-                found, longest = right.split()[0], len(place)
-    return found
 
 
 def _check_alerts(configuration: Configuration) -> str:
@@ -8928,16 +8922,13 @@ def _configuration_for(arguments: Arguments) -> Configuration:
 def _check_names(arguments: Arguments, configuration: Configuration) -> None:
     """A misspelt name must not look like one that has nothing to show."""
     sources, datasets = configuration.sources, configuration.datasets
-    for place, what, known in (
-        ("scope", "source", {*sources, GLOBAL}),
-        ("source", "source", sources),
-        ("dataset", "dataset", datasets),
-        ("accept_loss", "dataset", datasets),
-    ):
+    known = {"scope": {*sources, GLOBAL}, "source": sources, "dataset": datasets, "accept_loss": datasets}
+    for place, names in known.items():
         given = getattr(arguments, place, None) or []
         for name in [given] if isinstance(given, str) else given:
-            if name not in known:
-                raise Error(f'{what} "{name}" is not defined{suggest(name, known)}')
+            if name not in names:
+                what = "dataset" if names is datasets else "source"
+                raise Error(f'{what} "{name}" is not defined{suggest(name, names)}')
 
 
 def main(words: Sequence[str] | None = None) -> int:
