@@ -1276,7 +1276,7 @@ class MistakeError(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kind:
-    """A kind of single values. `make` makes one of its text, or of the pairs of a mapping, or raises."""
+    """A kind of single values. `make` makes one of its text, or of the keys and nodes of a mapping, or raises."""
 
     expected: str
     make: Callable[[Any], Any] = str
@@ -1298,7 +1298,7 @@ class Kind:
             raise ValueError(tag)
         if "pattern" in self.schema and not re.fullmatch(self.schema["pattern"], node.value):
             raise ValueError(node.value)
-        return self.make([(key.value, value.value) for key, value in node.value] if tag == "mapping" else node.value)
+        return self.make([(key.value, value) for key, value in node.value] if tag == "mapping" else node.value)
 
 
 class AvailableAfter(NamedTuple):
@@ -1347,11 +1347,11 @@ def _day(text: str) -> str | datetime.date:
         raise MistakeError(f"{text} is no day of the calendar") from None
 
 
-def _available(given: str | list[tuple[str, str]]) -> AvailableAfter:
+def _available(given: str | list[tuple[str, Any]]) -> AvailableAfter:
     if isinstance(given, str):
         return AvailableAfter(time=datetime.time.fromisoformat(given))
-    ((name, text),) = given
-    if name != "hours" or (hours := _number(text)) < 0:
+    ((name, node),) = given
+    if name != "hours" or _tag(node) not in ("int", "float") or (hours := _number(node.value)) < 0:
         raise ValueError(name)
     return AvailableAfter(seconds=round(hours * HOUR))
 
