@@ -1213,13 +1213,14 @@ class MistakeError(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kind:
-    """A kind of single values. `make` makes one of its text, or of the pairs of a mapping, or raises."""
+    """A kind of single values. `make` makes one of its text, or of the keys and nodes of a mapping, or raises."""
 
     expected: str
     make: Callable[[Any], Any] = str
     tags: tuple[str, ...] = ("str",)  # of YAML; none for any
     schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string"})
     may_repeat: bool = False  # in a list
+    fields: re.Pattern[str] | None = None  # how it names {fields}, if it may
 
     def convert(self, node: Any) -> Any:
         """The value of a node. Raises MistakeError with the message, or an error of the conversion."""
@@ -1234,7 +1235,7 @@ class Kind:
             raise ValueError(tag)
         if "pattern" in self.schema and not re.fullmatch(self.schema["pattern"], node.value):
             raise ValueError(node.value)
-        return self.make([(key.value, value.value) for key, value in node.value] if tag == "mapping" else node.value)
+        return self.make([(key.value, value) for key, value in node.value] if tag == "mapping" else node.value)
 
 
 class AvailableAfter(NamedTuple):
@@ -1283,11 +1284,11 @@ def _day(text: str) -> str | datetime.date:
         raise MistakeError(f"{text} is no day of the calendar") from None
 
 
-def _available(given: str | list[tuple[str, str]]) -> AvailableAfter:
+def _available(given: str | list[tuple[str, Any]]) -> AvailableAfter:
     if isinstance(given, str):
         return AvailableAfter(time=datetime.time.fromisoformat(given))
-    ((name, text),) = given
-    if name != "hours" or (hours := _number(text)) < 0:
+    ((name, node),) = given
+    if name != "hours" or _tag(node) not in ("int", "float") or (hours := _number(node.value)) < 0:
         raise ValueError(name)
     return AvailableAfter(seconds=round(hours * HOUR))
 
@@ -1324,8 +1325,9 @@ Word = Annotated[str, Kind("text", may_repeat=True)]
 File = Annotated[Path, Kind("the path of a file", Path)]
 Lake = Annotated[str, Kind("a folder or s3://bucket/prefix")]
 Address = Annotated[str, Kind("an http or https address", lambda text: text.rstrip("/"))]
-FieldText = Annotated[Template, Kind("text with {fields}", Template, may_repeat=True)]
-Expression = Annotated[str, Kind("a JMESPath expression", _expression)]
+FieldText = Annotated[Template, Kind("text with {fields}", Template, may_repeat=True, fields=FIELD_IN_TEXT)]
+SearchText = Annotated[str, Kind("text", fields=FIELD_IN_EXPRESSION)]
+Expression = Annotated[str, Kind("a JMESPath expression", _expression, fields=FIELD_IN_EXPRESSION)]
 Regex = Annotated[str, Kind("a regular expression with one group", _regex)]
 Timezone = Annotated[str, Kind("a time zone like America/New_York", lambda text: zoneinfo.ZoneInfo(text).key)]
 Callee = Annotated[str, _matching("module:function", r"[\w.]+:\w+")]
@@ -1421,12 +1423,13 @@ def _describe(node: Any) -> str:
 
 
 class Reader:
-    """The problems of one file, and the place of every path in it. `hint` completes the message about an unknown key:
-    of its path, its value and the keys known beside it. `problems_in` checks a block that is read."""
+    """The problems of one file, the place of every path in it, and the texts that may name fields. `hint` completes the
+    message about an unknown key: of its path, its value and the keys known beside it. `problems_in` checks a block."""
 
     def __init__(self, hint: Callable[[str, Any, Iterable[str]], str], problems_in: Callable[[Any], Problems]) -> None:
         self.problems: list[Problem] = []
         self.places: dict[str, tuple[int, int]] = {}
+        self.templates: dict[str, Template] = {}
         self.hint, self.problems_in = hint, problems_in
         self._nodes_left = MAX_NODES
 
@@ -1464,11 +1467,15 @@ class Reader:
             values = self._values(known, other, node, path)
             return {name: value for name, value in values.items() if value is not NEEDED}
         try:
-            return inner.convert(node)
+            value = inner.convert(node)
         except MistakeError as error:
             self.complain(path, str(error))
         except (ValueError, TypeError, AttributeError, LookupError, OSError):  # also of a list or a mapping
             self.complain(path, f"expected {inner.expected}, found {_describe(node)}")
+        else:
+            if inner.fields:
+                self.templates[path] = Template(node.value, inner.fields)
+            return value
         return NEEDED
 
     def _list(self, item: Any, node: Any, path: str) -> Any:
@@ -1759,8 +1766,8 @@ class Validation:
         beside=("require",),
         reason='they are alternatives to "require", which is missing',
     )
-    contains: tuple[Text, ...] = setting("texts that must be in the body; {field} is allowed", ())
-    not_contains: tuple[Text, ...] = setting("texts that must not be in the body; {field} is allowed", ())
+    contains: tuple[SearchText, ...] = setting("texts that must be in the body; {field} is allowed", ())
+    not_contains: tuple[SearchText, ...] = setting("texts that must not be in the body; {field} is allowed", ())
     starts_with_hex: Hex = setting("first bytes of the body", "")
     ends_with_hex: Hex = setting("last bytes of the body", "")
 
@@ -1973,9 +1980,9 @@ def _problems(reader: Reader, configuration: Configuration, seasons: Sequence[Se
         if season.start <= other.finish and other.start <= season.finish:
             yield f"seasons.{number}.start", f"season {other.label} overlaps season {season.label}"
     sources: Mapping[str, Any] = configuration.sources
-    for source in sources.values():
-        for text in _text_problems(Template(source.error_when or "", FIELD_IN_EXPRESSION), set()):
-            yield f"sources.{source.name}.error_when", text
+    for path, template in reader.templates.items():
+        if path.startswith("sources."):
+            yield from ((path, text) for text in _text_problems(template, set()))
     tables: dict[str, Mapping[str, Any]] = {
         "priority_weighting.source_multipliers": configuration.priority_weighting.source_multipliers,
         "rate_limiting.source_limits": configuration.rate_limiting.source_limits,
@@ -2003,27 +2010,7 @@ def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dat
     elif line[-1] not in names and len(line) == 2 and f"datasets.{line[-1]}" not in reader.places:
         yield "partitions.from", f'dataset "{line[-1]}" is not defined{suggest(line[-1], names)}'
     elif line[-1] in names and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line):
-        texts = _texts_of(configuration, dataset)
-        broken = [(path, text) for path, template, fields in texts for text in _text_problems(template, fields)]
-        yield from broken
-        yield from _object_problems(configuration, dataset, has_key="key" not in dict(broken))
-
-
-def _texts_of(configuration: Configuration, dataset: Dataset) -> Iterator[tuple[str, Template, set[str]]]:
-    """Every text of a dataset in which fields may stand: its path, and the fields that it may name."""
-    declared, partitions, rules = configuration.fields_of(dataset.name), dataset.partitions, dataset.validate
-    lists = {f"{name}s" for name in partitions.own_fields()} if dataset.batch else set()
-    yield "key", dataset.key, declared
-    yield "url", dataset.url or Template(""), declared
-    yield from ((f"command.{number}", word, declared | lists) for number, word in enumerate(dataset.command))
-    expressions = {"freshness.until": dataset.freshness.until, "partitions.ids": partitions.ids}
-    if dataset.freshness.live:
-        expressions["freshness.live.while"] = dataset.freshness.live.expression
-    for name in ("require", "alternatives", "contains", "not_contains"):
-        expressions |= {f"validate.{name}.{number}": text for number, text in enumerate(getattr(rules, name))}
-    of_parent = configuration.fields_of(partitions.parent) if partitions.parent else set()
-    for path, text in expressions.items():
-        yield path, Template(text or "", FIELD_IN_EXPRESSION), of_parent if path == "partitions.ids" else declared
+        yield from _object_problems(reader, configuration, dataset)
 
 
 def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
@@ -2041,9 +2028,16 @@ def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
             yield f"{match[0]}: unsupported format code %{unknown[0]}"
 
 
-def _object_problems(configuration: Configuration, dataset: Dataset, *, has_key: bool) -> Problems:
-    """Keys without effect for the objects that there are, wherever they stand, and names that objects cannot have."""
+def _object_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
+    """Fields that are not there, names that objects cannot have, and keys without effect, wherever these stand."""
     key, declared, own = dataset.key, configuration.fields_of(dataset.name), dataset.partitions.own_fields()
+    parent, fields = dataset.partitions.parent, dict.fromkeys(settings_of(Dataset), declared)
+    fields["partitions"] = configuration.fields_of(parent) if parent else set()
+    fields["command"] = declared | ({f"{name}s" for name in own} if dataset.batch else set())
+    for path, template in reader.templates.items():
+        name = path.removeprefix(f"datasets.{dataset.name}.")
+        if name != path and (block := name.partition(".")[0]) in fields:
+            yield from ((name, text) for text in _text_problems(template, fields[block]))
     if not configuration.seasons:
         yield from ((f"partitions.{name}seasons", "no seasons are declared") for name in ("", "dates."))
     if not declared & {"season", *(["date"] if configuration.seasons else [])}:
@@ -2058,7 +2052,7 @@ def _object_problems(configuration: Configuration, dataset: Dataset, *, has_key:
     address = source.base_url + dataset.url.text if source and dataset.url else "https://"
     if not address.startswith(("http://", "https://")):
         yield "url", f"{address} is no address: give source {dataset.source} a base_url"
-    if not has_key:
+    if any(_text_problems(key, declared)):
         return
     days = ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
     keys = [key.render({**dict.fromkeys(declared, "1"), "date": day}, str) for day in days]
@@ -7758,27 +7752,13 @@ def grafana_dashboard() -> str:
             expression = f"rate({name}[5m])"
         elif name.endswith("_timestamp_seconds"):
             expression, title = f"time() - {name}", f"Seconds since: {title}"
-        panels.append(
-            {
-                "id": number + 1,
-                "type": "timeseries",
-                "title": title,
-                "datasource": source,
-                "gridPos": {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)},
-                "targets": [{"refId": "A", "datasource": source, "expr": expression}],
-            }
-        )
+        place = {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)}
+        panel = {"id": number + 1, "type": "timeseries", "title": title, "datasource": source, "gridPos": place}
+        panels.append({**panel, "targets": [{"refId": "A", "datasource": source, "expr": expression}]})
     choice = {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"}
-    dashboard = {
-        "uid": "adce",
-        "title": "ADCE",
-        "schemaVersion": 39,
-        "time": {"from": "now-24h", "to": "now"},
-        "refresh": "1m",
-        "templating": {"list": [choice]},
-        "panels": panels,
-    }
-    return json.dumps(dashboard, indent=2) + "\n"
+    dashboard = {"uid": "adce", "title": "ADCE", "schemaVersion": 39, "refresh": "1m", "panels": panels}
+    shown = {"time": {"from": "now-24h", "to": "now"}, "templating": {"list": [choice]}}
+    return json.dumps({**dashboard, **shown}, indent=2) + "\n"
 
 
 def launchd_agent(words: Sequence[str], configuration: Configuration) -> str:
@@ -7813,13 +7793,12 @@ def example(name: str, configuration: Configuration) -> str:
     if name == "alerts":
         patience = max(HOUR, 4 * round(configuration.interval_seconds))
         return EXAMPLES[name].replace(":8080", f":{configuration.health_check.port}").replace("> 3600", f"> {patience}")
-    quote = quote_for_cron if name == "cron" else quote_for_systemd
     folders = {Path(os.path.normpath(configuration.database.parent))}
     if not configuration.store.startswith("s3://"):
         store = Path(os.path.normpath(configuration.store))
         folders |= {store} if folders.isdisjoint(store.parents) else set()
     return EXAMPLES[name].format(
-        command=" ".join(quote(word) for word in words),
+        command=" ".join(map(quote_for_systemd, words)) if name == "systemd" else shlex.join(words).replace("%", r"\%"),
         folder=str(configuration.path.parent).replace("%", "%%"),
         writable=" ".join(quote_for_systemd(str(folder)) for folder in sorted(folders)),
         user=pwd.getpwuid(os.getuid()).pw_name if os.getuid() else "adce",
@@ -7831,11 +7810,6 @@ def quote_for_systemd(word: str) -> str:
     """A word of a command line in a unit."""
     text = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{text}"' if re.search(r"[^\w%$/.:=+@,-]", text) else text
-
-
-def quote_for_cron(word: str) -> str:
-    """A word of a command line in a crontab, where a bare percent sign begins another line."""
-    return shlex.quote(word).replace("%", r"\%")
 
 
 # ---------------------------------------------------------------- Checks
@@ -7875,32 +7849,26 @@ NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "glu
 def check_rows(configuration: Configuration, *, online: bool) -> Rows:
     """A row for each check, its result and details; `online` also connects to the sources."""
     checks: dict[str, Callable[[Configuration], str]] = {
-        "configuration": _check_configuration,
+        "configuration": lambda one: f"{one.path}, {len(one.sources)} sources, {len(one.datasets)} datasets",
         "permissions": _check_permissions,
         "disk": _check_disk,
         "database": _check_database,
         "store": _check_store,
-        "runner": _check_runner,
+        "runner": lambda one: "none" if (pid := RunnerLock(one.database).holder()) is None else f"process {pid}",
         "alerts": _check_alerts,
         "scrapers": _check_scrapers,
         "system": _check_system,
     }
-    rows = [_check(what, functools.partial(check, configuration)) for what, check in checks.items()]
-    if online:
-        sources = configuration.sources.values()
-        rows += [_check(f"source {source.name}", functools.partial(_check_source, source)) for source in sources]
+    sources = configuration.sources.values() if online else ()
+    checks |= {f"source {source.name}": functools.partial(_check_source, source) for source in sources}
+    rows = []
+    for what, check in checks.items():
+        try:
+            rows.append({"result": "ok", "what": what, "details": check(configuration)})
+        except Error as error:
+            details = f"{error}; {error.hint}" if error.hint else str(error)
+            rows.append({"result": "FAIL", "what": what, "details": details})
     return rows
-
-
-def _check(what: str, check: Callable[[], str]) -> dict[str, str]:
-    try:
-        return {"result": "ok", "what": what, "details": check()}
-    except Error as error:
-        return {"result": "FAIL", "what": what, "details": f"{error}; {error.hint}" if error.hint else str(error)}
-
-
-def _check_configuration(configuration: Configuration) -> str:
-    return f"{configuration.path}, {len(configuration.sources)} sources, {len(configuration.datasets)} datasets"
 
 
 def _check_permissions(configuration: Configuration) -> str:
@@ -7914,30 +7882,19 @@ def _check_permissions(configuration: Configuration) -> str:
 
 def _check_disk(configuration: Configuration) -> str:
     folder = configuration.database.parent
-    kind = _file_system_of(folder)
+    kind, longest = "unknown file system", -1
+    with contextlib.suppress(OSError):  # the longest mount point that holds the folder: proc(5), mountinfo
+        for line in (PROC / "self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            left, _, right = line.partition(" - ")
+            place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
+            if folder.resolve().is_relative_to(place) and len(place) >= longest:
+                kind, longest = right.split()[0], len(place)
     if kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse."):
         raise Error(f"{folder} is on {kind}, where SQLite's locks may not work", "keep the database on a local disk")
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE_BYTES:
         raise Error(f"{folder} has {free >> 20} MB left", "free some disk space")
     return f"{folder}, {kind}, {free >> 20} MB free"
-
-
-def _file_system_of(folder: Path) -> str:
-    """The type of the file system that holds a folder (proc(5), mountinfo)."""
-    found, longest = "unknown file system", -1
-    with contextlib.suppress(OSError):
-        for line in (PROC / "self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            left, _, right = line.partition(" - ")
-            place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
-            if folder.resolve().is_relative_to(place) and len(place) >= longest:
-                found, longest = right.split()[0], len(place)
-    return found
-
-
-def _check_runner(configuration: Configuration) -> str:
-    holder = RunnerLock(configuration.database).holder()
-    return "none" if holder is None else f"process {holder}"
 
 
 def _check_alerts(configuration: Configuration) -> str:
@@ -7993,22 +7950,19 @@ def _check_system(_: Configuration) -> str:
 def _check_database(configuration: Configuration) -> str:
     if not configuration.database.exists() or not configuration.database.stat().st_size:
         return f"{configuration.database}, will be created on first run"
-    with contextlib.closing(open_database(configuration.database, must_exist=True)) as database:
-        found = [*database.check(), *_foreign_parts(database)]
+    with (
+        contextlib.closing(memory_database()) as model,
+        contextlib.closing(open_database(configuration.database, must_exist=True)) as database,
+    ):
+        found = [*database.check()]
+        parts = "select type, name from sqlite_schema where name not glob 'sqlite_*' and name not glob '_litestream_*'"
+        wanted, there = (set(map(tuple, one.read(parts))) for one in (model, database))  # Litestream adds two tables
+        found += [f"the {kind} {name} is gone" for kind, name in sorted(wanted - there)]
+        found += [f"the {kind} {name} is not ADCE's" for kind, name in sorted(there - wanted)]
         found += [f"{count} {what}" for what, sql in CONSISTENCY.items() if (count := database.value(sql))]
         if found:
             raise DatabaseError("; ".join(found[:5]), DAMAGE_HINT)
     return f"{configuration.database}, intact, SQLite {sqlite3.sqlite_version}"
-
-
-def _foreign_parts(database: Database) -> list[str]:
-    """Tables, indexes, triggers and views that differ from this version's. Litestream adds two tables."""
-    parts = "select type, name from sqlite_schema where name not glob 'sqlite_*' and name not glob '_litestream_*'"
-    with contextlib.closing(memory_database()) as model:
-        wanted, there = ({tuple(row) for row in one.read(parts)} for one in (model, database))
-    return [f"the {kind} {name} is gone" for kind, name in sorted(wanted - there)] + [
-        f"the {kind} {name} is not ADCE's" for kind, name in sorted(there - wanted)
-    ]
 
 
 def _check_store(configuration: Configuration) -> str:
@@ -8029,7 +7983,7 @@ def _check_store(configuration: Configuration) -> str:
     return f"{configuration.store}, {'not empty' if first else 'empty'}"
 
 
-def _check_source(source: Source) -> str:
+def _check_source(source: Source, _: Configuration) -> str:
     """Whether a source accepts a connection; no request is sent."""
     parts = urllib.parse.urlsplit(source.base_url)
     if not parts.hostname:
@@ -8335,17 +8289,6 @@ def print_result(arguments: Arguments, text: str, **facts: Any) -> None:
         print(text if arguments.format == "table" else render([Section("done", "", [facts], True)], arguments.format))
 
 
-def _open_standard_files() -> None:
-    """A standard file that came closed would lend its number to the database, and errors be written there."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout = sys.stdout or os.fdopen(1, "w")
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks becomes ?
-
-
 def _configuration_for(arguments: Arguments) -> Configuration:
     if not arguments.chosen.needs_file:
         return Configuration()
@@ -8365,21 +8308,24 @@ def _configuration_for(arguments: Arguments) -> Configuration:
 def _check_names(arguments: Arguments, configuration: Configuration) -> None:
     """A misspelt name must not look like one that has nothing to show."""
     sources, datasets = configuration.sources, configuration.datasets
-    for place, what, known in (
-        ("scope", "source", {*sources, GLOBAL}),
-        ("source", "source", sources),
-        ("dataset", "dataset", datasets),
-        ("accept_loss", "dataset", datasets),
-    ):
+    known = {"scope": {*sources, GLOBAL}, "source": sources, "dataset": datasets, "accept_loss": datasets}
+    for place, names in known.items():
         given = getattr(arguments, place, None) or []
         for name in [given] if isinstance(given, str) else given:
-            if name not in known:
-                raise Error(f'{what} "{name}" is not defined{suggest(name, known)}')
+            if name not in names:
+                what = "dataset" if names is datasets else "source"
+                raise Error(f'{what} "{name}" is not defined{suggest(name, names)}')
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    _open_standard_files()
+    # A standard file that came closed would lend its number to the database, and errors be written there.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks becomes ?
     words = sys.argv[1:] if words is None else words
     if words[:1] == ["call"] and "ADCE_OUTPUT" in os.environ:  # internal: the program of a dataset's call
         return call_function(words[1:])
@@ -8504,7 +8450,10 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     options = CycleOptions(arguments.full, frozenset(arguments.accept_loss))
     try:
         lock.acquire()
-        cycle_id = _own_cycle(database, configuration, options)
+        clock, store = Clock(), open_store(configuration.store)
+        prepare_store(database, configuration, store)
+        declare(database, configuration, clock)
+        cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, options), database, clock))
     except LockedError:
         if lock.holder() != database.value("select pid from runner where stopped_at is null"):
             raise  # another reconcile
@@ -8514,13 +8463,6 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     if rows[0]["error"]:
         return ExitCode.ERROR
     return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
-
-
-def _own_cycle(database: Database, configuration: Configuration, options: CycleOptions) -> int:
-    clock, store = Clock(), open_store(configuration.store)
-    prepare_store(database, configuration, store)
-    declare(database, configuration, clock)
-    return run_cycle(show_progress(reconcile(database, configuration, store, clock, options), database, clock))
 
 
 def _cycle_of_runner(database: Database, configuration: Configuration, lock: RunnerLock, options: CycleOptions) -> int:
@@ -8545,10 +8487,8 @@ def command_backup(arguments: Arguments, configuration: Configuration) -> None:
     """Copy the database, also while the runner works."""
     with contextlib.closing(_existing(configuration)):
         back_up(configuration.database, arguments.file)
-    size = arguments.file.stat().st_size
-    print_result(
-        arguments, f"{arguments.file} holds {size:,} bytes and was checked", file=str(arguments.file), bytes=size
-    )
+    facts = {"file": str(arguments.file), "bytes": arguments.file.stat().st_size}
+    print_result(arguments, f"{arguments.file} holds {facts['bytes']:,} bytes and was checked", **facts)
 
 
 @command()
@@ -8643,8 +8583,11 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     with database.transaction() as sql:
         count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
     print_result(arguments, f"{count} task{'s' * (count != 1)} will be retried now", retried=count)
-    if not arguments.quiet:
-        _print_obstacles(database, configuration)
+    if not arguments.quiet and RunnerLock(configuration.database).holder() is None:
+        print("No runner works now; the next one will retry them.", file=sys.stderr)
+    paused = "select distinct scope, reason from rates where blocked_until is not null"
+    for row in query(database, paused) if not arguments.quiet else ():
+        print(f"{row['scope']} is paused: {row['reason']} (adce.py resume {row['scope']})", file=sys.stderr)
     return ExitCode.DONE
 
 
@@ -8654,13 +8597,6 @@ def _confirm(question: str) -> bool:
         return False
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _print_obstacles(database: Database, configuration: Configuration) -> None:
-    if RunnerLock(configuration.database).holder() is None:
-        print("No runner works now; the next one will retry them.", file=sys.stderr)
-    for row in query(database, "select distinct scope, reason from rates where blocked_until is not null"):
-        print(f"{row['scope']} is paused: {row['reason']} (adce.py resume {row['scope']})", file=sys.stderr)
 
 
 @command(
