@@ -47,9 +47,8 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Supervision                 who has started the runner, and is told
     Runner                      keeps going until stopped
     Examples                    texts for the programs around ADCE
-    Checks                      is everything in order?
+    Checks                      is everything in order, and what would a run do?
     Background                  the runner as a process
-    Trials                      what a new configuration would change
     Command line                from words to an exit code
     Commands                    obeys: one function for each that does
 """
@@ -997,11 +996,12 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute(f"pragma journal_size_limit = {8 << 20}")
     digest = hashlib.sha256(VIEWS.encode()).hexdigest()
     if connection.execute("select views from facts").fetchone()[0] != digest:
-        names = re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE)
-        drops = "".join(f"drop view if exists {name};" for name in names)
-        note = f"update facts set views = '{digest}';"  # noqa: S608  # hexadecimal
+        drops = "".join(
+            f"drop view if exists {name};" for name in re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE)
+        )
+        script = f"begin immediate; {drops} {VIEWS} update facts set views = '{digest}'; commit;"  # noqa: S608  # no input
         try:
-            connection.executescript(f"begin immediate; {drops} {VIEWS} {note} commit;")
+            connection.executescript(script)
         finally:
             if connection.in_transaction:
                 connection.execute("rollback")
@@ -2579,16 +2579,6 @@ def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def ascending(listing: Iterator[StoredObject]) -> Iterator[StoredObject]:
-    """A listing that must be in key order. Raises OutOfOrderError at the first object that is not."""
-    last = ""
-    for entry in listing:
-        if entry.key <= last:
-            raise OutOfOrderError(f"the store listed {entry.key} after {last}", "the next cycle sorts first")
-        last = entry.key
-        yield entry
-
-
 def _scratch() -> sqlite3.Connection:
     """A temporary database that spills to disk. Its rows may be taken by one thread after another."""
     scratch = sqlite3.connect("", isolation_level=None, check_same_thread=False)
@@ -3283,22 +3273,18 @@ STORE_TROUBLE = "store: "  # prefix of the reason of a pause that the store caus
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
-    """A source is not asked for some time."""
-
-    source: str
-    seconds: float
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The result of one request."""
+class Result:
+    """What one request, or an attempt at one object, has brought."""
 
     outcome: Outcome
-    text: str = ""
+    error: str | None = None
     http_status: int | None = None
-    retry_after: float | None = None  # seconds; None: the source did not say
+    stored: StoredObject | None = None
+    inspection: Inspection | None = None
+    requests: int = 0
+    retry_after: float | None = None  # seconds; from the source, or until a refused permit is possible
+    redirect: str | None = None  # the url to ask instead
+    output: str | None = None  # the end of the output of a command
 
 
 @dataclass(frozen=True, slots=True)
@@ -3306,7 +3292,7 @@ class SourceHealth:
     """The consequences of a response for its source."""
 
     is_source: bool = False  # the source is to blame, not the task
-    pause: Pause | None = None
+    pause_seconds: float | None = None  # it is not asked for so long
 
 
 def excerpt(body: bytes, most: int = 120) -> str:
@@ -3331,17 +3317,17 @@ def parse_retry_after(text: str | None, date: str | None) -> float | None:
         return None
 
 
-def classify(source: Source, status: int, headers: Mapping[str, str], body: bytes = b"") -> Answer:
+def classify(source: Source, status: int, headers: Mapping[str, str], body: bytes = b"") -> Result:
     """The meaning of an HTTP response. OK: the body may be the object. Errors can come with status 200, and a missing
     object with 403."""
     if status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000]):
-        return Answer(Outcome.NOT_YET, "HTTP 403: no such object", status)
+        return Result(Outcome.NOT_YET, "HTTP 403: no such object", status)
     text = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}"
     if status in (429, 503) or status in source.blocked_when.status:
         seconds = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
         if seconds is None and status in source.blocked_when.status:
             seconds = source.blocked_when.pause_seconds
-        return Answer(Outcome.THROTTLED, text, status, seconds)
+        return Result(Outcome.THROTTLED, text, status, retry_after=seconds)
     document: Any = None
     if source.error_when and body:
         with contextlib.suppress(ValueError, RecursionError):
@@ -3349,10 +3335,10 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
     is_error = document is not None and holds(cast(str, source.error_when), {}, document)
     code = document.get("code") if is_error and isinstance(document, dict) else None
     if status in (404, 410) or (is_error and code in (404, "404")):
-        return Answer(Outcome.NOT_YET, text, status)
+        return Result(Outcome.NOT_YET, text, status)
     if is_error and status < 500:
-        return Answer(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)
-    return Answer(Outcome.OK if status == 200 else Outcome.HTTP_ERROR, text, status)
+        return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)
+    return Result(Outcome.OK if status == 200 else Outcome.HTTP_ERROR, text, status)
 
 
 def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now: float) -> None:
@@ -3367,7 +3353,7 @@ def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now:
     )
 
 
-def failure_threshold(source: Source, answer: Answer) -> int:
+def failure_threshold(source: Source, answer: Result) -> int:
     """The number of such responses in a row that means the source is down; 0: none does."""
     traits = answer.outcome.traits
     if answer.outcome is Outcome.HTTP_ERROR and (answer.http_status or 0) >= 500:
@@ -3375,7 +3361,7 @@ def failure_threshold(source: Source, answer: Answer) -> int:
     return getattr(source.blocked_when, traits.setting) if traits.setting else traits.source_after
 
 
-def record_response(sql: sqlite3.Connection, source: Source, answer: Answer, now: float) -> SourceHealth:
+def record_response(sql: sqlite3.Connection, source: Source, answer: Result, now: float) -> SourceHealth:
     """Record what a response says about its source; pause it when it is down or asks for a pause.
 
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
@@ -3407,13 +3393,13 @@ def record_response(sql: sqlite3.Connection, source: Source, answer: Answer, now
         seconds = None
     if seconds is not None:
         throttles += not (is_paused and throttles)
-        pause(sql, source.name, seconds, answer.text, now)
+        pause(sql, source.name, seconds, answer.error or answer.outcome, now)
     sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
     # a scraper or a page that fails may be to blame itself; twice in a row no response at all is not its fault
     doubt = threshold if answer.outcome.traits.rated else 2
     return SourceHealth(
         is_source=answer.outcome is not Outcome.THROTTLED and failures >= doubt,
-        pause=None if seconds is None else Pause(source.name, seconds, answer.text),
+        pause_seconds=seconds,
     )
 
 
@@ -3430,7 +3416,7 @@ class ActivePermit:
 
     def __init__(self, permit: Permit, source: Source) -> None:
         self.permit, self.source = permit, source
-        self.answer: Answer | None = None
+        self.answer: Result | None = None
 
     def answered(self, status: int, headers: Mapping[str, str]) -> None:
         """The source answered with this HTTP status and these headers."""
@@ -3438,7 +3424,7 @@ class ActivePermit:
 
     def failed(self, outcome: Outcome, text: str) -> None:
         """No response came: TIMEOUT, UNREACHABLE or BROKEN, and why."""
-        self.answer = Answer(outcome, text)
+        self.answer = Result(outcome, text)
 
 
 class Limiter:
@@ -3448,7 +3434,6 @@ class Limiter:
         self.configuration, self.database, self.clock = configuration, database, clock or Clock()
         self._name, self._places = f"{os.getpid()}.{secrets.token_hex(2)}", itertools.count(1)
         self._guard = threading.Lock()  # guards what follows
-        self._sleepers: set[queue.SimpleQueue[str]] = set()
         # with its deadline; one that its owner has lost, interrupted, is not kept alive for ever
         self._held: weakref.WeakKeyDictionary[ActivePermit, float] = weakref.WeakKeyDictionary()
         self._keeper: threading.Thread | None = None
@@ -3514,13 +3499,7 @@ class Limiter:
             return looks_at
 
     def _sleep(self, until: float) -> None:
-        wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
-        with self._guard:
-            self._sleepers.add(wakeups)
-        if not self._closed.is_set():
-            self.clock.wait(wakeups, until - self.clock.boot())
-        with self._guard:
-            self._sleepers.discard(wakeups)
+        self.clock.wait(queue.SimpleQueue(), until - self.clock.boot())
         if self._closed.is_set():
             raise Error("the limiter was closed")
 
@@ -3567,11 +3546,8 @@ class Limiter:
                 record_response(sql, held.source, held.answer, now)
 
     def close(self) -> None:
-        """End every wait for a permit with an Error. The database stays open."""
+        """End every wait for a permit with an Error, at its next look. The database stays open."""
         self._closed.set()
-        with self._guard:
-            for wakeups in self._sleepers:
-                wakeups.put("closed")
 
 
 @functools.cache
@@ -3871,6 +3847,13 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
     sql.execute("update facts set priorities = coalesce(priorities, ?)", (f" {appraisal_rules(configuration)}",))
 
 
+def declare(database: Database, configuration: Configuration, clock: Clock) -> None:
+    """Make the limits and datasets of a database those of the configuration."""
+    with database.transaction() as sql:
+        declare_limits(sql, configuration, clock)
+        declare_datasets(sql, configuration)
+
+
 def expansion_digest(sql: sqlite3.Connection, configuration: Configuration, dataset: Dataset, now: float) -> str:
     """A digest of everything that the expected objects of a dataset follow from."""
     changed = sql.execute("select changed from datasets where dataset = ?", (dataset.partitions.parent,)).fetchone()
@@ -4019,21 +4002,6 @@ class Claim:
     permit: Permit | None = None  # commands and calls ask for their own
     environment: Mapping[str, str] = field(default_factory=dict)  # of its program
     runs_exclusively: bool = False  # nothing else may run beside it
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The result of an attempt at one object."""
-
-    outcome: Outcome
-    error: str | None = None
-    http_status: int | None = None
-    stored: StoredObject | None = None
-    inspection: Inspection | None = None
-    requests: int = 0
-    retry_after: float | None = None  # seconds; from the source, or until a refused permit is possible
-    redirect: str | None = None  # the url to ask instead
-    output: str | None = None  # the end of the output of a command
 
 
 @dataclass(frozen=True, slots=True)
@@ -4223,9 +4191,7 @@ def retry_delay(policy: Retry, times: int, rng: random.Random) -> float:
     return min(growing * rng.uniform(0.75, 1.25), policy.max_delay_seconds)
 
 
-def finish(
-    ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clock, rng: random.Random
-) -> tuple[list[Ending], Pause | None]:
+def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clock, rng: random.Random) -> list[Ending]:
     """Record the results of a claim: requests, attempts, objects and tasks, in the caller's transaction.
 
     An attempt that is no longer the running one of its task changes nothing but its own row."""
@@ -4235,14 +4201,11 @@ def finish(
     if claimed.permit:
         release(sql, claimed.permit, now, used=was_sent)
     if was_sent or not claimed.dataset.url:
-        text = telling.error or telling.outcome
-        answer = Answer(telling.outcome, text, telling.http_status, telling.retry_after)
-        health = record_response(sql, claimed.source, answer, now)
-    pausing = health.pause
+        health = record_response(sql, claimed.source, telling, now)
+    least = health.pause_seconds or 0.0
     if telling.outcome is Outcome.STORE_ERROR:
-        pausing = Pause(GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{telling.error}")
-        pause(sql, GLOBAL, pausing.seconds, pausing.reason, now)
-    least = pausing.seconds if pausing else 0.0
+        least = FIRST_PAUSE_SECONDS
+        pause(sql, GLOBAL, least, f"{STORE_TROUBLE}{telling.error}", now)
 
     def delay(times: int) -> float:
         return max(least, retry_delay(ledger.configuration.retry, times, rng))
@@ -4253,7 +4216,7 @@ def finish(
         running = "o.object_id = :object_id and o.task = 'running' and o.attempt_id = :attempt_id"
         rows = ledger.objects(running, {"object_id": task.object_id, "attempt_id": task.attempt_id})
         endings += [_settle(ledger, task, row, result, (health, delay)) for row in rows]
-    return endings, pausing
+    return endings
 
 
 def _weight(result: Result) -> int:
@@ -4478,7 +4441,11 @@ class Listing:
 
     def _entries(self, store: Store) -> Iterator[StoredObject]:
         if self.is_ordered:
-            for entry in ascending(store.list(self.prefix, self.keys.low[:-1])):
+            last = ""
+            for entry in store.list(self.prefix, self.keys.low[:-1]):
+                if entry.key <= last:
+                    raise OutOfOrderError(f"the store listed {entry.key} after {last}", "the next cycle sorts first")
+                last = entry.key
                 if entry.key > self.keys.high:
                     return
                 if entry.key >= self.keys.low:
@@ -4580,13 +4547,8 @@ class CycleOptions:
 
     def merged(self, wanted: str | None) -> CycleOptions:
         """These options and those of a requested cycle, in JSON."""
-        other = json.loads(wanted or "{}")
-        losses = self.accept_loss | set(other.get("accept_loss", ()))
-        return CycleOptions(self.is_full or bool(other.get("is_full")), losses)
-
-    def as_json(self) -> str:
-        """The form in which another process requests a cycle."""
-        return json.dumps({"is_full": self.is_full, "accept_loss": sorted(self.accept_loss)})
+        is_full, losses = json.loads(wanted or "[false, []]")
+        return CycleOptions(self.is_full or is_full, self.accept_loss.union(losses))
 
 
 def request_cycle(sql: sqlite3.Connection, options: CycleOptions) -> int:
@@ -4594,7 +4556,8 @@ def request_cycle(sql: sqlite3.Connection, options: CycleOptions) -> int:
     wanted, last = sql.execute(
         "select wanted_cycle, (select coalesce(max(cycle_id), 0) from reconciliations) from facts"
     ).fetchone()
-    sql.execute("update facts set wanted_cycle = ?", (options.merged(wanted).as_json(),))
+    merged = options.merged(wanted)
+    sql.execute("update facts set wanted_cycle = ?", (json.dumps([merged.is_full, sorted(merged.accept_loss)]),))
     return cast(int, last) + 1
 
 
@@ -5414,7 +5377,7 @@ def _judge(claimed: Claim, response: Any, body: bytes, store: Store) -> Result:
     answer = classify(claimed.source, status, response.headers, body)
     if answer.outcome is Outcome.OK:
         return keep(claimed, claimed.tasks[0], body, store, status)
-    return Result(answer.outcome, answer.text, status, requests=1, retry_after=answer.retry_after)
+    return dataclasses.replace(answer, requests=1)
 
 
 def _redirected(claimed: Claim, response: Any) -> Result:
@@ -5473,37 +5436,23 @@ def limit(session: Any, source: str, config: str | os.PathLike[str] | None = Non
     def ask() -> contextlib.AbstractContextManager[ActivePermit]:
         return limiter.permit(source, wait)
 
-    for prefix, adapter in session.adapters.items():
-        session.adapters[prefix] = _limited(adapter, source, ask)
+    for adapter in session.adapters.values():
+        _limit_adapter(adapter, source, ask)
     return session
 
 
-def _limited(adapter: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]) -> Any:
-    """An adapter whose every HTTP request has a permit."""
+def _limit_adapter(
+    adapter: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]
+) -> None:
+    """Give every HTTP request of an adapter a permit."""
     import requests.adapters
 
-    owner = getattr(adapter, "adce_source", source)
-    if owner != source:
+    owner = getattr(adapter, "adce_source", None)
+    if owner not in (None, source):
         raise Error(f'this session is limited for source "{owner}" already', "give each source a session of its own")
-    if hasattr(adapter, "adce_source"):
-        return adapter
-
-    class LimitedAdapter(requests.adapters.BaseAdapter):
-        adce_source = source
-
-        def send(self, *arguments: Any, **options: Any) -> Any:
-            if isinstance(adapter, requests.adapters.HTTPAdapter):  # its pools ask for permits
-                return adapter.send(*arguments, **options)
-            with ask():
-                return adapter.send(*arguments, **options)
-
-        def close(self) -> None:
-            adapter.close()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(adapter, name)
-
-    if isinstance(adapter, requests.adapters.HTTPAdapter):
+    if owner:
+        return
+    if isinstance(adapter, requests.adapters.HTTPAdapter):  # its pools ask for permits
         connect = adapter.get_connection_with_tls_context
         limiting = threading.Lock()  # of a pool that several threads want at once
 
@@ -5514,8 +5463,15 @@ def _limited(adapter: Any, source: str, ask: Callable[[], contextlib.AbstractCon
             return pool
 
         adapter.get_connection_with_tls_context = connect_limited  # type: ignore[method-assign]
-        adapter.adce_source = source  # type: ignore[attr-defined]  # also for another session that shares it
-    return LimitedAdapter()
+    else:
+        send = adapter.send
+
+        def send_limited(*arguments: Any, **options: Any) -> Any:
+            with ask():
+                return send(*arguments, **options)
+
+        adapter.send = send_limited
+    adapter.adce_source = source  # also for another session that shares it
 
 
 def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]) -> None:
@@ -5841,25 +5797,15 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """A titled table that is still to be asked for. `name` is its key in JSON."""
-
-    name: str
-    is_one: bool  # one thing with many properties, rather than many things
-    title: str
-    empty: str
-    sql: str
-
-
-@dataclass(frozen=True, slots=True)
 class Section:
-    """A titled table."""
+    """A titled table: the answer to a question in SQL, or its rows. `name` is its key in JSON."""
 
     name: str
     title: str
     rows: Rows
-    is_one: bool = False
+    is_one: bool = False  # one thing with many properties, rather than many things
     empty: str = "none"
+    sql: str = ""
 
 
 # Fragments of the questions below. Percents are rounded down: 100 means all.
@@ -5890,13 +5836,13 @@ FRAGMENTS = {
 }
 
 
-def questions(text: str) -> tuple[Question, ...]:
+def questions(text: str) -> tuple[Section, ...]:
     """The questions of a screen: for each `name: title | text when there is nothing`, and indented SQL that may hold
     {FRAGMENTS}; `name!` is one thing."""
     for name, sql in FRAGMENTS.items():
         text = text.replace(f"{{{name}}}", sql)
     found = re.findall(r"^([a-z][\w ]*)(!?): ([^|\n]*?)(?: \| (.+))?\n((?: +.*\n)+)", text, re.MULTILINE)
-    return tuple(Question(name, bool(one), title, empty or "none", sql) for name, one, title, empty, sql in found)
+    return tuple(Section(name, title, [], bool(one), empty or "none", sql) for name, one, title, empty, sql in found)
 
 
 def query(database: Database, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> Rows:
@@ -5904,10 +5850,10 @@ def query(database: Database, sql: str, parameters: Mapping[str, Any] | Sequence
     return [dict(row) for row in database.read(sql, parameters)]
 
 
-def answers(database: Database, screen: Sequence[Question], **values: Any) -> list[Section]:
-    """The sections of a screen. Its titles and its SQL may name `values`."""
+def answers(database: Database, screen: Sequence[Section], **values: Any) -> list[Section]:
+    """The sections of a screen with their rows. Titles and SQL may name `values`."""
     return [
-        Section(one.name, one.title.format(**values), query(database, one.sql, values), one.is_one, one.empty)
+        dataclasses.replace(one, title=one.title.format(**values), rows=query(database, one.sql, values))
         for one in screen
     ]
 
@@ -6030,7 +5976,13 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
         document = next(iter(values.values())) if len(values) == 1 else values
         return json.dumps(document, indent=2, ensure_ascii=False, default=str)
     if style == "csv":
-        return "\n".join(_csv(part.rows) for part in sections).rstrip("\n")
+        text = io.StringIO()
+        for rows in (part.rows for part in sections if part.rows):
+            writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            text.write("\n")
+        return text.getvalue().rstrip("\n")
     title = {"html": "<h2>{}</h2>\n", "github": "### {}\n\n", "table": "{}\n"}[style]
     blocks = []
     for part in sections:
@@ -6040,15 +5992,6 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
         head = title.format(html.escape(part.title) if style == "html" else part.title) if part.title else ""
         blocks.append(head + (_table(rows, style, width) if rows else part.empty))
     return "\n\n".join(blocks)
-
-
-def _csv(rows: Rows) -> str:
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
@@ -6294,11 +6237,11 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
     return {"runner": "running", "pid": holder, "version": row["version"], **started, **names}
 
 
-def status_sections(database: Database, configuration: Configuration, lock: RunnerLock, now: float) -> list[Section]:
+def status_sections(database: Database, configuration: Configuration, now: float) -> list[Section]:
     """In one screen: is it running, is the lake complete, what is under way, which sources can be asked."""
     path, log = configuration.database, configuration.database.with_name(f"{configuration.database.name}-wal")
     overview = {
-        **runner_state(database, lock, now),
+        **runner_state(database, RunnerLock(path), now),
         "database": str(path),
         "store": configuration.store or None,
         "database_bytes": path.stat().st_size + (log.stat().st_size if log.exists() else 0),
@@ -6341,19 +6284,11 @@ queue: First in the queue | nothing is open
 running: Running now | nothing
     select o.key, d.source, o.attempts as attempt,
            round(max(0, (julianday('now') - 2440587.5) * 86400 - a.started_at), 1) as seconds
-    from objects o join attempts a using (attempt_id) join datasets d using (dataset_id) where o.task = 'running'
+    from objects o join attempts a using (attempt_id) join datasets d using (dataset_id)
+    where o.task = 'running'
 attempts: The last attempts
     select * from recent_attempts limit 20
 """)
-# a bar for each cycle, the oldest first
-BARS = """
-    select 'cycle ' || cycle_id || ', ' || strftime('%Y-%m-%dT%H:%M:%SZ', started_at, 'unixepoch') || ': '
-           || round(seconds, 1) || ' s, ' || (missing + stale + suspect) || ' gaps' || coalesce(', ' || error, '')
-           as text, 4 + cast(56 * seconds / max(max(seconds) over (), 0.001) as integer) as height,
-           iif(error is null, 'all', 'lost') as kind
-    from (select * from reconciliations where seconds is not null order by cycle_id desc limit 96)
-    order by cycle_id
-"""
 CALENDAR = """
     select d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present
     from counts c
@@ -6364,24 +6299,22 @@ CALENDAR = """
       and o.day between :year || '-01-01' and :year || '-12-31'
     group by d.dataset, o.day
 """
-YEARS = """
-    select min((select min(o.day) from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '')
-                and o.state = c.state)) as first,
-           max((select max(o.day) from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '')
-                and o.state = c.state and o.day <= :until)) as last
+LATEST_DAY = """
+    select max((select max(o.day) from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '')
+                and o.state = c.state and o.day <= :today))
     from counts c where c.objects > 0
 """
 CELL = 11  # pixels
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
 
 
-def page(
-    database: Database, configuration: Configuration, lock: RunnerLock, now: float, year: int | None = None
-) -> str:
+def page(database: Database, configuration: Configuration, now: float, year: int | None = None) -> str:
     """One HTML document; without a `year` that of the latest day."""
-    status = {part.name: part for part in status_sections(database, configuration, lock, now)}
+    status = {part.name: part for part in status_sections(database, configuration, now)}
     report = {one.name: one for one in REPORT}
-    parts = answers(database, [report["coverage"], *WEB, report["queue"], report["rates"]])
+    coverage, *parts = answers(
+        database, [report["coverage"], *WEB, *(report[name] for name in ("queue", "rates", "cycles"))]
+    )
     facts = {name: part.rows[0] if part.rows else {} for name, part in status.items()}
     gaps, alerts = sum(facts["lake"][kind] for kind in GAPS), len(status["alerts"].rows)
     verdict = "complete" if facts["lake"]["expected"] else "nothing expected yet"
@@ -6392,32 +6325,21 @@ def page(
     title = html.escape(f"ADCE: {verdict}" + (f", {alerts} alert{'s' if alerts > 1 else ''}" if alerts else ""))
     cards = {"runner": facts["runner"]["runner"], **facts["lake"], **facts["tasks"]}
     items = (f"<div><dt>{name}</dt><dd>{html.escape(_cell(value))}</dd></div>" for name, value in cards.items())
-    steps, bars = html.escape("\n".join(next_steps(database))), query(database, BARS)
-    year = year or latest_year(database, now)
+    news, year = [status["alerts"], status["broken_channels"]], year or latest_year(database, now)
+    links = (
+        f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in range(year - 5, year + 2)
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{PAGE_STYLE}</style></head>
-<body><main><h1>{title}</h1><p>{html.escape(str(facts["runner"].get("store")))}, {utc_text(now)}</p>
+<body><main><h1>{title}</h1><p>{html.escape(configuration.store)}, {utc_text(now)}</p>
 <dl class="cards">{"".join(items).replace("_", " ")}</dl>
-{_blocks([part for name in ("alerts", "broken_channels") if (part := status[name]).rows])}
-{f"<h2>What to do next</h2>{WIDE.format(f'<pre>{steps}</pre>')}" if steps else ""}
-{_blocks(parts[:1])}
-<h2>Coverage by day, {year}</h2>{_years(database, year)}
+{_blocks([*(part for part in news if part.rows), coverage])}
+<h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
 <p>A square is a day: dark blue when all of it is there, light blue when a part is, orange when nothing is, grey when
 nothing is expected.</p>{"".join(_calendar(name, year, days) for name, days in days_of(database, year).items())}
-<h2>The last cycles</h2>
-{
-        _drawing(
-            f"{len(bars)} cycles, as high as they took long; red: failed",
-            (len(bars) * 10, 60),
-            [
-                _rectangle(row["kind"], (number * 10, 60 - row["height"], 8, row["height"]), row["text"])
-                for number, row in enumerate(bars)
-            ],
-        )
-    }
-{_blocks(parts[1:])}</main></body></html>
+{_blocks(parts)}</main></body></html>
 """
 
 
@@ -6428,7 +6350,7 @@ def _blocks(sections: Sequence[Section]) -> str:
 def latest_year(database: Database, now: float) -> int:
     """The last year, up to now, that has days."""
     today = day_of(now).isoformat()
-    return int((database.read(YEARS, {"until": today})[0]["last"] or today)[:4])
+    return int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
 
 
 def days_of(database: Database, year: int) -> dict[str, dict[str, tuple[int, int]]]:
@@ -6448,23 +6370,14 @@ def coverage_sections(database: Database, filters: Mapping[str, Any], now: float
         return [dataclasses.replace(section, empty=f"nothing of {year}") if by_day and year else section]
     year, rows = year or latest_year(database, now), []
     for name, days in days_of(database, year).items():
-        expected, present = collections.Counter[int](), collections.Counter[int]()
-        for day, counts in days.items():
+        weeks = [(0, 0)] * 53
+        for day, (expected, present) in days.items():
             week = (datetime.date.fromisoformat(day).timetuple().tm_yday - 1) // 7
-            expected[week], present[week] = expected[week] + counts[0], present[week] + counts[1]
-        weeks = ((expected[week], present[week]) for week in range(53))
+            weeks[week] = weeks[week][0] + expected, weeks[week][1] + present
         letters = ("." if not wanted else "#" if have == wanted else "+" if have else "x" for wanted, have in weeks)
         rows.append({"dataset": name, "weeks": "".join(letters)})
     title = f"The weeks of {year}: # all there, + a part, x nothing, . nothing expected"
     return [section, Section("weeks", title, rows, empty="no dataset has days in it")]
-
-
-def _years(database: Database, year: int) -> str:
-    """A link for each year that has days."""
-    first, last = database.read(YEARS, {"until": "9999"})[0]
-    years = range(int(first[:4]), int(last[:4]) + 1) if first else ()
-    links = (f"<b>{one}</b>" if one == year else f'<a href="?year={one}">{one}</a>' for one in years)
-    return f"<nav aria-label='Years'>{' '.join(links) or 'nothing has a day yet'}</nav>"
 
 
 def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> str:
@@ -6476,25 +6389,15 @@ def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> s
         kind = "none" if not expected else "all" if present == expected else "part" if present else "gap"
         week, weekday = divmod(number + first.weekday(), 7)
         text = f"{day:%a} {day}: {f'{present} of {expected}' if expected else 'nothing expected'}"
-        cells.append(_rectangle(kind, (week * CELL, weekday * CELL, CELL - 2, CELL - 2), text))
+        box = f'x="{week * CELL}" y="{weekday * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
+        cells.append(f'<rect class="{kind}" {box}><title>{text}</title></rect>')
     incomplete = [f"{day} ({there} of {wanted})" for day, (wanted, there) in sorted(days.items()) if there < wanted]
     words = html.escape(", ".join(incomplete[:50]) + (" ..." if len(incomplete) > 50 else ""))
     details = f"<details><summary>{len(incomplete)} days are not complete</summary><p>{words}</p></details>"
     expected, present = (sum(pair[place] for pair in days.values()) for place in (0, 1))
-    label = f"{dataset}: {present:,} of {expected:,} in {year}"
-    return _drawing(label, (54 * CELL, 7 * CELL), cells) + (details if incomplete else "")
-
-
-def _rectangle(kind: str, place: tuple[int, int, int, int], text: str) -> str:
-    x, y, width, height = place
-    box = f'x="{x}" y="{y}" width="{width}" height="{height}"'
-    return f'<rect class="{kind}" {box}><title>{html.escape(text)}</title></rect>'
-
-
-def _drawing(label: str, size: tuple[int, int], shapes: Sequence[str]) -> str:
-    label = html.escape(label)
-    svg = f'<svg role="img" aria-label="{label}" width="{size[0]}" height="{size[1]}">{"".join(shapes)}</svg>'
-    return f"<h3>{label}</h3>{WIDE.format(svg)}"
+    label = html.escape(f"{dataset}: {present:,} of {expected:,} in {year}")
+    svg = f'<svg role="img" aria-label="{label}" width="{54 * CELL}" height="{7 * CELL}">{"".join(cells)}</svg>'
+    return f"<h3>{label}</h3>{WIDE.format(svg)}{details if incomplete else ''}"
 
 
 # Each metric has its name, ! for a counter, and its meaning. The last column is the value, the others are labels.
@@ -6549,48 +6452,36 @@ JSON, TEXT = "application/json", "text/plain; charset=utf-8"
 
 class HealthServer(http.server.ThreadingHTTPServer):
     """GET /health, /status, /tasks, /metrics and / for one database, until stopped. Each connection has a thread for a
-    few seconds; when there are many, the oldest is closed."""
+    few seconds; when there are many, the oldest is closed. Raises Error when the port is taken."""
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(
-        self,
-        configuration: Configuration,
-        database: Database,
-        lock: RunnerLock,
-        clock: Clock,
-        error: Callable[[], str | None] = lambda: None,
+        self, configuration: Configuration, database: Database, clock: Clock, error: Callable[[], str | None] = str
     ) -> None:
-        self.configuration, self.database, self.lock, self.clock = configuration, database, lock, clock
-        self.started_at, self.error = clock.wall(), error
+        self.configuration, self.database, self.clock = configuration, database, clock
+        self.started_at, self.error, port = clock.wall(), error, configuration.health_check.port
         self._open: dict[Any, float] = {}  # connections, the oldest first, and since when
-        self._thread: threading.Thread | None = None
-        super().__init__(("127.0.0.1", configuration.health_check.port), _Handler, bind_and_activate=False)
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as problem:
+            text = f"cannot listen on 127.0.0.1:{port}: {problem.strerror}"
+            raise Error(text, "see health_check.port in adce.yaml") from problem
 
     def start(self) -> int:
-        """Listen, and return the port. Raises Error when the port is taken."""
-        try:
-            self.server_bind()
-            self.server_activate()
-        except OSError as error:
-            self.server_close()
-            text = f"cannot listen on 127.0.0.1:{self.configuration.health_check.port}: {error.strerror}"
-            raise Error(text, "see health_check.port in adce.yaml") from error
-        self._thread = threading.Thread(target=self.serve_forever, name="adce-health", daemon=True)
-        self._thread.start()
+        """Answer in threads, and return the port."""
+        threading.Thread(target=self.serve_forever, name="adce-health", daemon=True).start()
         return int(self.server_address[1])
 
     def stop(self) -> None:
         """Stop listening."""
-        if self._thread:
-            self.shutdown()
+        self.shutdown()
         self.server_close()
 
     def answer(self, path: str, options: Mapping[str, str]) -> tuple[int, str, str]:
         """Status, content type and body of a path."""
         now = self.clock.wall()
-        place = (self.database, self.configuration, self.lock, now)
         if path == "/health":
             found = problems(self.database, self.configuration, now, self.started_at, self.error())
             components = {
@@ -6603,34 +6494,27 @@ class HealthServer(http.server.ThreadingHTTPServer):
         if path == "/metrics" and options.get("format") != "json":
             return 200, TEXT.replace(";", "; version=0.0.4;"), metrics_text(self.database)
         if path in ("/status", "/metrics"):
-            return 200, JSON, render(status_sections(*place), "json")
+            return 200, JSON, render(status_sections(self.database, self.configuration, now), "json")
         if path == "/tasks":
             filters = {name: options.get(name) for name in ("state", "dataset", "source")}
             return 200, JSON, json.dumps(tasks_document(self.database, filters, 100))
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
-            return 200, "text/html; charset=utf-8", page(*place, year)
+            return 200, "text/html; charset=utf-8", page(self.database, self.configuration, now, year)
         return 404, TEXT, "try /health /status /tasks /metrics or /\n"
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread of its own."""
         self._open[request] = self.clock.boot()
-        self.service_actions()
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Close the connections that are too old or too many: a timeout for each read would let a client drip."""
-        now, connections = self.clock.boot(), list(self._open.items())
-        for left, (request, since) in zip(range(len(connections), 0, -1), connections, strict=True):
-            if left > HTTP_THREADS or now - since > HTTP_SECONDS:
-                self._open.pop(request, None)
+        """Close the connections that are too many or too old: a timeout for each read would let a client drip."""
+        self._open = {request: since for request, since in self._open.items() if request.fileno() >= 0}
+        for left, (request, since) in zip(range(len(self._open), 0, -1), self._open.items(), strict=True):
+            if left > HTTP_THREADS or self.clock.boot() - since > HTTP_SECONDS:
                 with contextlib.suppress(OSError):  # it has just ended by itself
                     request.shutdown(socket.SHUT_RDWR)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection that was answered."""
-        self._open.pop(request, None)
-        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that leaves early is not reported."""
@@ -6693,9 +6577,8 @@ class Journal:
         self.handler = stream if isinstance(stream, logging.StreamHandler) else _LineStream(stream)
         self.stream, self.is_journald = self.handler.stream, _is_journald(self.handler.stream)
         self.handler.setLevel(level)
-        self.handler.setFormatter(LineFormatter(self.clock, is_journald=self.is_journald))
         self.database_error: str | None = None  # as last reported
-        self.paused: set[str] = set()  # sources, as last reported
+        self.paused: dict[str, float] = {}  # until when, by source, as last reported
         self.screen: LiveScreen | None = None
         self.next_paint_at = -math.inf  # boot
 
@@ -6707,13 +6590,16 @@ class Journal:
             self.screen.paint(self.clock.wall(), running, next_cycle_at - now if next_cycle_at < math.inf else None)
 
     def write(self, level: str, event: str, **fields: Any) -> None:
-        """Log an event; fields without a value are left out."""
+        """Log an event; fields without a value are left out. The journal of systemd has the time, and takes the level
+        from a prefix (sd-daemon(3))."""
         number = getattr(logging, level)
-        record = logging.makeLogRecord({"levelno": number, "levelname": level, "msg": event, "fields": fields})
+        head = LEVELS[level] if self.is_journald else f"{utc_text(self.clock.wall())} {level:5} "
+        words = [f" {name}={_logged(value)}" for name, value in fields.items() if value is not None]
+        line = f"{head}{event}{''.join(words)}"
         if number >= self.handler.level and self.screen:
-            self.screen.note(self.handler.format(record))
+            self.screen.note(line)
         elif number >= self.handler.level:
-            self.handler.handle(record)
+            self.handler.handle(logging.makeLogRecord({"levelno": number, "msg": line}))
 
     def report_database_error(self, error: Error | None) -> None:
         """Log an error of the database once, and once its end (None)."""
@@ -6723,28 +6609,18 @@ class Journal:
         elif before and not error:
             self.write("INFO", "database", works="again")
 
-    def report_resumed(self, database: Database) -> None:
-        """Log the sources whose pause is over."""
-        paused = {row[0] for row in database.read("select scope from rates where blocked_until is not null")}
-        for scope in sorted(self.paused - paused):
+    def report_pauses(self, database: Database) -> None:
+        """Log the pauses of sources that have begun since the last call, and those that are over."""
+        sql = "select scope, paused_until, reason from scopes where paused_until > ?"
+        now = self.clock.boot()
+        paused = {row["scope"]: row for row in database.read(sql, (now,))}
+        for scope, (_, until, reason) in paused.items():
+            if self.paused.get(scope) != until:
+                begun = {"source": scope, "until": utc_text(self.clock.wall() + until - now), "reason": reason}
+                self.write("WARN", "paused", **begun)
+        for scope in sorted(self.paused.keys() - paused.keys()):
             self.write("INFO", "resumed", source=scope)
-        self.paused = paused
-
-
-class LineFormatter(logging.Formatter):
-    """`2026-11-23T14:24:25Z INFO  cycle missing=3`. The journal of systemd has the time, and takes the level from a
-    prefix (sd-daemon(3))."""
-
-    def __init__(self, clock: Clock, *, is_journald: bool) -> None:
-        super().__init__()
-        self.clock, self.is_journald = clock, is_journald
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line of an event."""
-        head = LEVELS[record.levelname] if self.is_journald else f"{utc_text(self.clock.wall())} {record.levelname:5} "
-        fields: dict[str, Any] = vars(record)["fields"]
-        words = [f" {name}={_logged(value)}" for name, value in fields.items() if value is not None]
-        return head + record.msg + "".join(words)
+        self.paused = {scope: row["paused_until"] for scope, row in paused.items()}
 
 
 def _logged(value: Any) -> str:
@@ -7429,9 +7305,8 @@ class Runner:
             if self.stop_reason:
                 return
         preparing.result()
+        declare(self.database, self.configuration, self.clock)
         with self.database.transaction() as sql:
-            declare_limits(sql, self.configuration, self.clock)
-            declare_datasets(sql, self.configuration)
             orphans = requeue_orphans(sql, self.configuration.retry)
             register_runner(sql, address, log, self.clock.wall())
         self.journal.write(
@@ -7507,6 +7382,8 @@ class Runner:
             is_waiting = self.is_waiting
             if openings or is_waiting:
                 is_waiting = keep_places(sql, openings, self.clock.boot(), self.configuration.queue_check_seconds)
+            if self.unrecorded:
+                log.append(functools.partial(self.journal.report_pauses, self.database))
         self.unrecorded.clear()
         self.hops, self.is_waiting = hops, is_waiting
         for claimed in begun:
@@ -7560,15 +7437,11 @@ class Runner:
         if results[0].redirect:
             results = [Result(Outcome.LOST, "stopped before the redirect was followed", requests=results[0].requests)]
         ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
-        endings, pausing = finish(ledger, claimed, results, self.clock, self.rng)
+        endings = finish(ledger, claimed, results, self.clock, self.rng)
         for problem in ledger.problems[:MOST_PROBLEMS]:
             log.append(functools.partial(self.journal.write, "WARN", "children", problem=problem))
         most = self.configuration.retry.max_attempts
         log += [functools.partial(announce_ending, self.journal, claimed, ending, most) for ending in endings]
-        if pausing:
-            until = utc_text(self.clock.wall() + pausing.seconds)
-            paused = {"source": pausing.source, "until": until, "reason": pausing.reason}
-            log.append(functools.partial(self.journal.write, "WARN", "paused", **paused))
 
     def _collect(self) -> None:
         """Record what has finished, if the database takes it now."""
@@ -7583,7 +7456,7 @@ class Runner:
             self.next_beat_at = now + self.beat_seconds
             self.database.check_place()
             announce_progress(self.journal, self.database)
-            self.journal.report_resumed(self.database)
+            self.journal.report_pauses(self.database)
             with self.database.transaction() as sql:
                 sql.execute("update runner set beat_at = ?", (int(self.clock.wall()),))
                 sql.execute("update facts set wall_offset = ?", (self.clock.wall() - now,))
@@ -7813,7 +7686,7 @@ def quote_for_systemd(word: str) -> str:
 
 
 # ---------------------------------------------------------------- Checks
-# Is everything in order? One row for each part, with what to do when it is not. Headline: check_rows().
+# Is everything in order, and what would a run do? Headlines: check_rows(), trial().
 
 # What is wrong with a database, and how many times.
 CONSISTENCY = {
@@ -7996,6 +7869,23 @@ def _check_source(source: Source, _: Configuration) -> str:
     return f"{parts.hostname} is reachable"
 
 
+@contextlib.contextmanager
+def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
+    """A copy of the database, to try on what becomes of it, and the store, which is only read."""
+    store = open_store(configuration.store)
+    with contextlib.ExitStack() as stack:
+        if configuration.database.exists():
+            database = stack.enter_context(contextlib.closing(open_database(configuration.database))).copy()
+        else:
+            database = memory_database()
+        if isinstance(store, FolderStore):
+            if is_store_known(database, configuration):
+                store.require_mark()
+            elif not store.root.exists():  # the first run makes it
+                store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        yield database, store
+
+
 # ---------------------------------------------------------------- Background
 # Processes and signals: the runner started without a terminal, stopped, and its log; a command under a permit.
 # Headlines: start_runner(), stop_runner(), run_held().
@@ -8120,34 +8010,6 @@ def show_log(database: Database, most: int, *, follow: bool) -> None:
         os.execvp(words[0], words)  # noqa: S606  # the system's own programs
     except OSError as error:
         raise Error(f"cannot start {words[0]}: {error.strerror}") from error
-
-
-# ---------------------------------------------------------------- Trials
-# What a configuration would change, tried on a copy of the database. Headlines: trial(), rehearse().
-
-
-@contextlib.contextmanager
-def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
-    """A copy of the database, to try on what becomes of it, and the store, which is only read."""
-    store = open_store(configuration.store)
-    with contextlib.ExitStack() as stack:
-        if configuration.database.exists():
-            database = stack.enter_context(contextlib.closing(open_database(configuration.database))).copy()
-        else:
-            database = memory_database()
-        if isinstance(store, FolderStore):
-            if is_store_known(database, configuration):
-                store.require_mark()
-            elif not store.root.exists():  # the first run makes it
-                store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        yield database, store
-
-
-def declare(database: Database, configuration: Configuration, clock: Clock) -> None:
-    """Make the limits and datasets of a database those of the configuration."""
-    with database.transaction() as sql:
-        declare_limits(sql, configuration, clock)
-        declare_datasets(sql, configuration)
 
 
 # ---------------------------------------------------------------- Command line
@@ -8417,10 +8279,10 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
     with contextlib.ExitStack() as stack:
         address = None
         if configuration.health_check.enabled and not arguments.once:
-            health = HealthServer(configuration, database, lock, runner.clock, lambda: journal.database_error)
-            stack.callback(health.stop)
             try:
+                health = HealthServer(configuration, database, runner.clock, lambda: journal.database_error)
                 address = f"http://127.0.0.1:{health.start()}/"
+                stack.callback(health.stop)
                 journal.write("INFO", "health", address=address)
             except Error as error:  # the port is taken
                 journal.write("WARN", "health", error=str(error), hint=error.hint)
@@ -8635,7 +8497,7 @@ def command_report(arguments: Arguments, configuration: Configuration) -> None:
     """Show coverage, queue, attempts, limits and cycles."""
     database, now = _existing(configuration), Clock().wall()
     if arguments.format == "html":
-        print(page(database, configuration, RunnerLock(configuration.database), now))
+        print(page(database, configuration, now))
         return
     scrapers = {dataset.name: scraper_of(dataset) for dataset in configuration.datasets.values()}
     _print(arguments, report_sections(database, scrapers, arguments.since, now), ["", *next_steps(database)])
@@ -8645,7 +8507,7 @@ def command_report(arguments: Arguments, configuration: Configuration) -> None:
 def command_status(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show the state of runner, lake, tasks and sources; exit 4 when no runner works."""
     database, lock = _existing(configuration), RunnerLock(configuration.database)
-    _print(arguments, status_sections(database, configuration, lock, Clock().wall()))
+    _print(arguments, status_sections(database, configuration, Clock().wall()))
     return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
 
 

@@ -35,7 +35,7 @@ def serving(folder: Path, clock: ManualClock) -> Iterator[str]:
             (int(clock.wall()), int(clock.wall())),
         )
     adce.run_cycle(adce.reconcile(database, configuration, store, clock))
-    server = adce.HealthServer(configuration, database, adce.RunnerLock(configuration.database), clock)
+    server = adce.HealthServer(configuration, database, clock)
     yield f"http://127.0.0.1:{server.start()}"
     server.stop()
     database.close()

@@ -89,7 +89,7 @@ class Desk:
         self.busy[claimed.dataset.name] -= 1
         with self.database.transaction() as sql:
             ledger = adce.Ledger(sql, self.configuration, self.clock.wall(), 1)
-            return adce.finish(ledger, claimed, results, self.clock, self.dice)[0]
+            return adce.finish(ledger, claimed, results, self.clock, self.dice)
 
     def end(self, claimed: adce.Claim, outcome: adce.Outcome) -> adce.Ending:
         """Finish a claim of one task with an outcome; OK stores its object."""

@@ -123,8 +123,7 @@ def test_attempts_before_the_span_do_not_count(lived):  # noqa: F811
 def test_every_figure_of_the_status_is_a_count_of_the_tables(lived, configure, tmp_path):  # noqa: F811
     configuration = configure(league_text("http://127.0.0.1:9"))
     configuration.database.touch()
-    lock = adce.RunnerLock(tmp_path / "adce.db")
-    sections = adce.status_sections(lived, configuration, lock, adce.Clock().wall())
+    sections = adce.status_sections(lived, configuration, adce.Clock().wall())
     by_state, tasks = objects_by(lived, "state"), tasks_by(lived, "state")
     lake = section(sections, "lake")[0]
     assert {state: lake[state] for state in ("present", *GAPS)} == {s: by_state[s,] for s in ("present", *GAPS)}
@@ -179,11 +178,11 @@ def test_task_is_shown_with_all_its_attempts(lived):  # noqa: F811
 
 
 def test_lock_of_another_process_is_not_taken_for_the_last_run(database, tmp_path):
+    lock = adce.RunnerLock(tmp_path / "adce.db")
     with database.transaction() as sql:
         sql.execute(
             "insert into runner (only_row, pid, version, started_at, beat_at) values (1, 4711, '0.9', 100, 200)"
         )
-    lock = adce.RunnerLock(tmp_path / "adce.db")
     assert adce.runner_state(database, lock, 300)["note"] == "exited unexpectedly"
     lock.acquire()
     state = adce.runner_state(database, adce.RunnerLock(tmp_path / "adce.db"), 300)
