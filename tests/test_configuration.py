@@ -123,14 +123,6 @@ BROKEN = {
         BASE + "    freshness: {live: {while: a, every: never}}\n",
         ["9:41: datasets.days.freshness.live.every: how often? give a duration"],
     ),
-    "a url that prints": (
-        BASE + "    output: stdout\n",
-        ["9:13: datasets.days.output: only a command for one object can print it"],
-    ),
-    "a batch that prints": (
-        edited('url: "/days/{date}"', "command: [fetch]") + "    batch: {by: date}\n    output: stdout\n",
-        ["10:13: datasets.days.output: only a command for one object can print it"],
-    ),
     "alternatives to nothing": (
         BASE + "    validate: {alternatives: [a]}\n",
         ['9:30: datasets.days.validate.alternatives: they are alternatives to "require", which is missing'],
