@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import tempfile
 import threading
@@ -192,6 +193,33 @@ def test_only_the_gap_that_changed_its_kind_is_tried_at_once(desk, lake):
     desk.cycle()
     states = [row["state"] for row in desk.database.read("select state from queue order by key")]
     assert states == ["pending", *["retry"] * 4]
+
+
+def test_gap_whose_kind_stays_waits_on_whatever_else_changes(configure, database, lake, clock):
+    text = "retry: {initial_delay_seconds: 3600}\n" + TEXT
+    desk = Desk(configure(text), database, lake, clock)
+    desk.cycle()
+    answer(desk, adce.Outcome.NOT_YET)
+    before = waits(desk)
+    assert [state for state, _ in before] == ["retry"] * 5
+    desk.declare(configure("priority_weighting: {age_weight: 7}\n" + text))
+    desk.cycle()
+    assert waits(desk) == before
+
+
+def waits(desk: Desk) -> list[tuple]:
+    return [tuple(row) for row in desk.database.read("select state, next_at from queue order by key")]
+
+
+def answer(desk: Desk, outcome: adce.Outcome) -> None:
+    """Every pending task is attempted once, with this outcome."""
+    with desk.database.transaction() as sql:
+        while claimed := adce.claim(sql, desk.configuration, desk.clock, {}, 5)[0]:
+            ledger, results = (
+                adce.Ledger(sql, desk.configuration, desk.clock.wall()),
+                [adce.Result(outcome, requests=1)],
+            )
+            adce.finish(ledger, claimed, results, desk.clock, random.Random(1))
 
 
 def test_parent_is_read_once_for_each_version(desk, lake):
@@ -575,22 +603,32 @@ def test_datasets_that_only_change_their_names_keep_all(configure, database, lak
     assert {row[0] for row in database.read("select dataset from queue")} == {"boards", "matches"}
 
 
-def test_renamed_field_reaches_the_children_of_children(configure, database, lake, clock):
-    """Objects of an older declaration, whose fields have other names, are not asked for the names of others."""
-    grand = """\
+PLAYS = """\
   plays:
     source: espn
     key: "plays/{game_id}-{play}.json"
     url: "/plays/{game_id}/{play}"
     partitions: {from: games, ids: "plays", as: play}
 """
-    desk = Desk(configure(TEXT + grand), database, lake, clock)
+
+
+def test_game_that_is_named_no_more_takes_its_plays_along_and_brings_them_back(configure, database, lake, clock):
+    desk = Desk(configure(TEXT + PLAYS), database, lake, clock)
+    lake.put("games/7.json", {"id": "7", "plays": ["1", "2"]})
+    for games, expected in ((["7"], 8), ([], 5), (["7"], 8)):
+        lake.put_day(1, games)
+        assert desk.cycle()["expected"] == expected
+
+
+def test_renamed_field_reaches_the_children_of_children(configure, database, lake, clock):
+    """Objects of an older declaration, whose fields have other names, are not asked for the names of others."""
+    desk = Desk(configure(TEXT + PLAYS), database, lake, clock)
     lake.put_day(1, ["7", "8"])
     for game in "78":
         lake.put(f"games/{game}.json", {"id": game, "plays": ["1", "2"]})
         lake.put(f"clubs/{game}.json", {"id": game, "plays": ["1", "2"]})
     assert desk.cycle()["expected"] == 11
-    desk.declare(configure((TEXT + grand).replace("game_id", "club").replace('"games/{club}', '"clubs/{club}')))
+    desk.declare(configure((TEXT + PLAYS).replace("game_id", "club").replace('"games/{club}', '"clubs/{club}')))
     row = desk.cycle()
     assert (row["expected"], row["error"]) == (11, None)
     assert {key for key in desk.gaps() if "days" not in key} == {
