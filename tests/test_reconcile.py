@@ -950,6 +950,16 @@ def test_object_is_not_expected_before_it_is_available(configure, database, lake
     assert sorted(desk.gaps()) == ["days/2025-10-01.json"]
 
 
+def test_season_and_hours_that_are_declared_later_hold_for_known_objects(desk, configure):
+    desk.cycle()
+    season = 'seasons: [{label: "2025-26", end: 2026, start: 2025-10-01, finish: 2026-06-19}]\n'
+    desk.declare(configure(season + TEXT))
+    desk.cycle()
+    assert {row["season"] for row in desk.database.read("select season from gaps")} == {"2025-26"}
+    desk.declare(configure(TEXT.replace("    freshness:", "    available_after: {hours: 240}\n    freshness:")))
+    assert (desk.cycle()["expected"], desk.gaps()) == (0, {})
+
+
 def test_interrupted_cycle_says_so(desk):
     steps = adce.reconcile(desk.database, desk.configuration, desk.lake.store, desk.clock)
     next(steps)
