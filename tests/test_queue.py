@@ -296,6 +296,17 @@ def test_object_that_is_not_final_is_claimed_again_when_it_is_due_and_not_before
     assert desk.claim()
 
 
+@pytest.mark.parametrize(("size", "age"), [(9, 6 * adce.HOUR), (9, 7 * adce.HOUR), (1 << 40, 0)])
+def test_object_that_is_a_gap_when_it_was_just_stored_is_not_fetched_again_at_once(desk, size, age):
+    """The clock of the store is wrong, or the size that it tells."""
+    desk.expect("days", date="2025-10-01")
+    claimed = desk.claim()
+    stored = adce.StoredObject(claimed.tasks[0].target.key, size, "etag", int(desk.clock.wall() - age))
+    unsettled = dataclasses.replace(HELD, settled=False)
+    ending = desk.finish(claimed, adce.Result(adce.Outcome.OK, stored=stored, inspection=unsettled, requests=1))[0]
+    assert (ending.state, ending.next_at) == ("retry", desk.clock.wall() + 61)
+
+
 def test_good_attempt_clears_the_failures_before_it(desk):
     desk.expect("days", date="2025-10-01")
     desk.end(desk.claim(), adce.Outcome.HTTP_ERROR)

@@ -960,6 +960,22 @@ def test_season_and_hours_that_are_declared_later_hold_for_known_objects(desk, c
     assert (desk.cycle()["expected"], desk.gaps()) == (0, {})
 
 
+def test_object_that_is_expected_no_more_has_no_state_of_its_own_and_is_never_due(configure, database, lake, clock):
+    text = TEXT.replace(', until: "final"', "")
+    desk = Desk(configure(text), database, lake, clock)
+    for day in range(1, 6):
+        lake.put_day(day, [])
+    lake.store.write("days/2025-10-02.json", b"nonsense")
+    desk.cycle()
+    desk.declare(configure(text.replace("from: 2025-10-01", "from: 2025-10-03")))
+    desk.cycle()
+    left = database.read("select state, reason, due_at from objects_now where state != 'present'")
+    assert list(map(tuple, left)) == [("dropped", None, None)] * 2
+    clock.advance(6 * adce.HOUR)
+    desk.cycle()
+    assert sorted(desk.gaps()) == [f"days/2025-10-0{day}.json" for day in (3, 4, 5)]
+
+
 def test_interrupted_cycle_says_so(desk):
     steps = adce.reconcile(desk.database, desk.configuration, desk.lake.store, desk.clock)
     next(steps)
