@@ -207,6 +207,18 @@ def test_gap_whose_kind_stays_waits_on_whatever_else_changes(configure, database
     assert waits(desk) == before
 
 
+def test_gap_that_changes_its_kind_after_a_failure_waits_on(configure, database, lake, clock):
+    desk = Desk(configure("retry: {initial_delay_seconds: 3600}\n" + TEXT), database, lake, clock)
+    lake.store.write("days/2025-10-01.json", b"<html>sorry, be back soon</html>")
+    desk.cycle()
+    answer(desk, adce.Outcome.INVALID)
+    before = waits(desk)
+    lake.delete("days/2025-10-01.json")
+    desk.cycle()
+    assert set(desk.gaps().values()) == {"missing"}
+    assert waits(desk) == before
+
+
 def waits(desk: Desk) -> list[tuple]:
     return [tuple(row) for row in desk.database.read("select state, next_at from queue order by key")]
 
@@ -724,15 +736,21 @@ def test_children_of_the_parents_of_before_are_expected_no_more(configure, datab
     assert {key for key in desk.gaps() if key.startswith("games/")} == {"games/9.json"}
 
 
-def test_gap_that_another_version_leaves_open_keeps_its_task(desk, lake):
+def test_gap_that_another_version_leaves_open_keeps_its_task_and_its_beginning(desk, lake):
+    def since() -> int:
+        return desk.database.value("select unixepoch(since) from gaps where key = 'games/7.json'")
+
     lake.put_day(1, ["7"])
     lake.put("games/7.json", {"id": "another"})
     desk.cycle()
-    before = desk.live_tasks()["games/7.json"]
+    before, began = desk.live_tasks()["games/7.json"], since()
     for wrong in ("yet another", "and another"):
         lake.put("games/7.json", {"id": wrong})
         desk.cycle()
-        assert desk.live_tasks()["games/7.json"] == before
+        assert (desk.live_tasks()["games/7.json"], since()) == (before, began)
+    lake.delete("games/7.json")
+    desk.cycle()
+    assert (desk.live_tasks()["games/7.json"], since()) == (before, began + 180)
     lake.put_game("7")
     desk.cycle()
     assert "games/7.json" not in desk.gaps()
@@ -851,17 +869,20 @@ def test_cycle_that_ends_early_forgets_no_child_that_is_named_no_more(desk, lake
     assert "games/8.json" in desk.gaps()
 
 
-def test_object_that_is_lost_and_named_no_more_in_the_same_cycle_is_no_gap(desk, lake):
+@pytest.mark.parametrize("folder", ["games", "days/games"])
+def test_object_that_is_lost_and_named_no_more_in_the_same_cycle_is_no_gap(folder, configure, database, lake, clock):
+    """Also when it is listed, and lost, before the day that named it is read."""
+    desk = Desk(configure(TEXT.replace('"games/', f'"{folder}/')), database, lake, clock)
     lake.put_day(1, ["7", "8"])
-    lake.put_game("7")
-    lake.put_game("8")
+    for game in "78":
+        lake.put(f"{folder}/{game}.json", {"id": game})
     desk.cycle()
-    assert "games/7.json" not in desk.gaps()
+    assert f"{folder}/7.json" not in desk.gaps()
     lake.put_day(1, ["8"])
-    lake.delete("games/7.json")
+    lake.delete(f"{folder}/7.json")
     desk.cycle()
-    assert "games/7.json" not in desk.gaps()
-    assert desk.database.value("select state from objects_now where key = 'games/7.json'") == "dropped"
+    assert f"{folder}/7.json" not in desk.gaps()
+    assert database.value("select state from objects_now where key = ?", (f"{folder}/7.json",)) == "dropped"
 
 
 def test_clock_that_is_ahead_makes_no_object_fresher(configure, database, lake, clock):
@@ -956,7 +977,8 @@ def test_season_and_hours_that_are_declared_later_hold_for_known_objects(desk, c
     desk.declare(configure(season + TEXT))
     desk.cycle()
     assert {row["season"] for row in desk.database.read("select season from gaps")} == {"2025-26"}
-    desk.declare(configure(TEXT.replace("    freshness:", "    available_after: {hours: 240}\n    freshness:")))
+    later = TEXT.replace("    freshness:", "    available_after: {hours: 240}\n    freshness:")
+    desk.declare(configure(season + later))
     assert (desk.cycle()["expected"], desk.gaps()) == (0, {})
 
 
