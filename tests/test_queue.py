@@ -307,6 +307,18 @@ def test_object_that_is_a_gap_when_it_was_just_stored_is_not_fetched_again_at_on
     assert (ending.state, ending.next_at) == ("retry", desk.clock.wall() + 61)
 
 
+def test_object_without_a_day_is_fetched_once_more_and_not_again(configure, database, clock):
+    text = TEXT.replace('url: "/{team}"', 'url: "/{team}"\n    freshness: {refetch_once_after: 1h}')
+    desk = Desk(configure(text), database, clock)
+    desk.expect("teams", team="A")
+    for _ in range(2):
+        desk.end(desk.claim(), adce.Outcome.OK)
+        clock.advance(adce.HOUR)
+        with database.transaction() as sql:
+            adce.appraise_due(adce.Ledger(sql, desk.configuration, clock.wall()))
+    assert desk.claim() is None
+
+
 def test_good_attempt_clears_the_failures_before_it(desk):
     desk.expect("days", date="2025-10-01")
     desk.end(desk.claim(), adce.Outcome.HTTP_ERROR)
