@@ -423,23 +423,26 @@ def note_stored(ledger: adce.Ledger, lake: Lake, key: str) -> None:
     ledger.write([ledger.appraised(ledger.stored(known, stored, found))])
 
 
-@pytest.mark.parametrize("was_there", [True, False])
-def test_object_that_is_stored_while_a_cycle_lists_is_not_taken_for_what_was_listed(was_there, desk, lake):
+@pytest.mark.parametrize(("before", "listing"), [("stale", "days/"), ("missing", "days/"), ("lost", "games/")])
+def test_object_that_is_stored_during_a_cycle_is_not_taken_for_what_was_listed(before, listing, desk, lake):
+    """Before its own listing is compared, or before what is lost is noted."""
     key = "days/2025-10-01.json"
 
     class Overtaken(adce.FolderStore):
         def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
             entries = list(super().list(prefix, after))
-            if prefix == "days/":
+            if prefix == listing:
                 lake.put_day(1, ["7"])
                 number = desk.database.value("select max(cycle_id) from cycles")
                 with desk.database.transaction() as sql:
                     note_stored(adce.Ledger(sql, desk.configuration, desk.clock.wall(), number), lake, key)
             yield from entries
 
-    if was_there:
+    if before != "missing":
         lake.put_day(1, [], final=False)
     desk.cycle()
+    if before == "lost":
+        lake.delete(key)
     desk.cycle(Overtaken(lake.store.root))
     assert key not in desk.gaps()
     assert desk.database.value("select etag from objects_now where key = ?", (key,)) == lake.store.find(key).etag
