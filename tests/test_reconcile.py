@@ -987,6 +987,20 @@ def test_object_is_not_expected_before_it_is_available(configure, database, lake
     assert sorted(desk.gaps()) == ["days/2025-10-01.json"]
 
 
+def test_nothing_is_claimed_between_a_changed_declaration_and_its_cycle(desk, configure):
+    def can_claim() -> bool:
+        with desk.database.transaction() as sql:
+            return adce.claim(sql, desk.configuration, desk.clock, {}, 5)[0] is not None
+
+    desk.cycle()
+    desk.declare(configure(TEXT))
+    assert can_claim()
+    desk.declare(configure(TEXT.replace("from: 2025-10-01", "from: 2025-10-03")))
+    assert not can_claim()
+    desk.cycle()
+    assert can_claim()
+
+
 def test_season_and_hours_that_are_declared_later_hold_for_known_objects(desk, configure):
     desk.cycle()
     season = 'seasons: [{label: "2025-26", end: 2026, start: 2025-10-01, finish: 2026-06-19}]\n'
