@@ -266,6 +266,22 @@ def test_child_that_no_parent_names_any_more_is_dropped(desk, lake):
     assert (row["closed"], row["dropped"]) == (1, 2)
 
 
+def test_parents_that_name_more_than_a_page_are_followed_to_the_end(desk, lake, monkeypatch):
+    monkeypatch.setattr(adce, "EXPECTED_AT_ONCE", 2)
+    lake.put_day(1, list("12345"))
+    lake.put_day(2, ["5", "6"])
+    desk.cycle()
+    assert {key for key in desk.gaps() if key.startswith("games/")} == {f"games/{game}.json" for game in "123456"}
+
+
+def test_new_day_is_expected_when_it_begins_where_its_games_are_played(configure, database, lake, clock):
+    dates = "from: 2025-10-08, until: today, timezone: Asia/Tokyo"
+    desk = Desk(configure(TEXT.replace("from: 2025-10-01, to: 2025-10-05", dates)), database, lake, clock)
+    assert desk.cycle()["expected"] == 2
+    clock.advance(7 * adce.HOUR)  # the 10th there, the 9th in UTC
+    assert desk.cycle()["expected"] == 3
+
+
 def test_game_that_two_days_name_is_one_object(desk, lake):
     lake.put_day(1, ["7"])
     lake.put_day(2, ["7"])
@@ -575,6 +591,16 @@ def test_children_that_a_refetched_parent_names_no_more_are_dropped_by_the_next_
     assert {"games/7.json", "games/8.json", "games/9.json"} <= desk.gaps().keys()
     desk.cycle()
     assert {key for key in desk.gaps() if key.startswith("games/")} == {"games/8.json", "games/9.json"}
+
+
+def test_what_a_fetched_parent_names_is_decided_by_the_next_cycle_when_it_is_not_new_or_no_key(desk, lake):
+    lake.put_day(2, ["7"])
+    desk.cycle()
+    fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["7"]})
+    assert desk.cycle()["error"] is None
+    assert desk.database.value("select parent from objects_now where key = 'games/7.json'") == "days/2025-10-01.json"
+    fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["7", "x" * 400]})
+    assert "is too long" in desk.cycle()["error"]
 
 
 def test_refetched_parent_that_names_far_less_is_followed_by_the_next_cycle(configure, database, lake, clock):
