@@ -176,6 +176,27 @@ def test_last_worker_is_left_to_a_source_that_has_none_whatever_matters_more(con
     assert [desk.claim().dataset.name for _ in range(5)] == ["teams"] * 4 + ["days"]
 
 
+def test_no_worker_is_left_to_a_source_that_is_paused(desk):
+    for team in "ABCDE":
+        desk.expect("teams", team=team)
+    desk.expect("days", date="2025-10-01")
+    with desk.database.transaction() as sql:
+        adce.pause(sql, "espn", 300, "asked to", desk.clock.boot())
+    assert [desk.claim().dataset.name for _ in range(5)] == ["teams"] * 5
+
+
+def test_one_program_at_a_time_asks_whether_its_source_is_back(desk):
+    for season in ("S1", "S2"):
+        desk.expect("files", season=season, name="a")
+    desk.end(desk.claim(), adce.Outcome.THROTTLED)
+    desk.clock.advance(adce.HOUR)
+    first = desk.claim()
+    assert first
+    assert desk.claim() is None
+    desk.end(first, adce.Outcome.OK)
+    assert desk.claim()
+
+
 def test_task_that_has_seen_runners_die_waits_until_it_is_alone_and_nothing_overtakes_it(desk):
     desk.expect("files", season="S1", name="a")
     for _ in range(2):
@@ -210,6 +231,7 @@ def test_among_equals_the_oldest_goes_first(desk):
 
 def test_without_weighting_priority_decides_and_then_age_across_datasets(configure, database, clock):
     desk = Desk(configure("priority_weighting: {enabled: false}\n" + TEXT.replace("HIGH", "LOW")), database, clock)
+    desk.drop(desk.expect("days", date="2025-10-01"))
     for name, fields in (
         ("teams", {"team": "A"}),
         ("days", {"date": "2025-10-01"}),

@@ -594,13 +594,64 @@ def test_children_that_a_refetched_parent_names_no_more_are_dropped_by_the_next_
 
 
 def test_what_a_fetched_parent_names_is_decided_by_the_next_cycle_when_it_is_not_new_or_no_key(desk, lake):
+    def parent() -> str:
+        return desk.database.value("select parent from objects_now where key = 'games/7.json'")
+
     lake.put_day(2, ["7"])
     desk.cycle()
     fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["7"]})
+    assert parent() == "days/2025-10-02.json"
     assert desk.cycle()["error"] is None
-    assert desk.database.value("select parent from objects_now where key = 'games/7.json'") == "days/2025-10-01.json"
+    assert parent() == "days/2025-10-01.json"
     fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["7", "x" * 400]})
-    assert "is too long" in desk.cycle()["error"]
+    assert desk.cycle()["error"].startswith("days/2025-10-01.json: games: the key games/xxx")
+
+
+@pytest.mark.parametrize(("was_there", "state"), [(False, "missing"), (True, "awaited")])
+def test_game_that_a_fetched_day_names_again_is_expected_at_once(was_there, state, desk, lake):
+    """What is in the store of it, the next cycle says."""
+    lake.put_day(1, ["7"])
+    if was_there:
+        lake.put_game("7")
+    desk.cycle()
+    lake.put_day(1, [])
+    desk.cycle()
+    fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["7"]})
+    assert desk.database.value("select state from objects_now where key = 'games/7.json'") == state
+
+
+MORE = """\
+  tickets:
+    {source: espn, key: "tickets/{id}", url: "/{id}", partitions: {from: days, ids: "tickets", as: id}}
+  extra:
+    {source: espn, key: "days/extra/{date}.json", url: /x, partitions: {dates: {from: 2025-10-01, to: 2025-10-01}}}
+  bills:
+    {source: espn, key: "bills/{id}", url: "/{id}", partitions: {from: extra, ids: "games", as: id}}
+"""
+
+
+def test_each_dataset_has_the_ids_of_its_own_parents_and_expression(configure, database, lake, clock):
+    desk = Desk(configure(TEXT + MORE), database, lake, clock)
+    lake.put("days/2025-10-01.json", {"final": True, "games": ["1"], "tickets": ["2"]})
+    lake.put("days/extra/2025-10-01.json", {"games": ["3"]})
+    desk.cycle()
+    fetch(desk, lake, "days/2025-10-02.json", {"final": True, "games": ["4"], "tickets": ["5"]})
+    named = {key for key in desk.gaps() if not key.startswith("days/")}
+    assert named == {"games/1.json", "tickets/2", "bills/3", "games/4.json", "tickets/5"}
+
+
+def test_every_object_is_looked_through_whatever_the_number_at_once(desk, configure, lake, monkeypatch):
+    monkeypatch.setattr(adce, "SCANNED_AT_ONCE", 2)
+    for day in range(1, 6):
+        lake.put_day(day, [])
+    desk.cycle()
+    strict = TEXT.replace("{json: true, min_bytes: 10}", '{json: true, require: ["more"]}')
+    desk.declare(configure(strict))
+    desk.cycle()
+    assert desk.gaps() == {f"days/2025-10-0{day}.json": "suspect" for day in range(1, 6)}
+    desk.declare(configure(strict.replace("from: 2025-10-01", "from: 2025-10-05")))
+    desk.cycle()
+    assert desk.gaps() == {"days/2025-10-05.json": "suspect"}
 
 
 def test_refetched_parent_that_names_far_less_is_followed_by_the_next_cycle(configure, database, lake, clock):
