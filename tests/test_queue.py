@@ -214,6 +214,25 @@ def test_task_that_has_seen_runners_die_waits_until_it_is_alone_and_nothing_over
     assert desk.claim().dataset.name == "teams"
 
 
+def test_task_that_has_seen_runners_die_is_in_no_batch(desk):
+    def claimed() -> list[str]:
+        held = desk.claim()
+        names = [task.target.fields["name"] for task in held.tasks]
+        desk.finish(held, *(result(task, adce.Outcome.OK, desk.clock) for task in held.tasks))
+        return names
+
+    desk.expect("files", season="S1", name="a")
+    desk.end(desk.claim(), adce.Outcome.INVALID)
+    desk.expect("files", season="S1", name="b")
+    for _ in range(2):
+        assert len(desk.claim().tasks) == 1
+        lose_all(desk)
+    desk.clock.advance(adce.HOUR)
+    desk.expect("files", season="S1", name="c")
+    desk.expect("files", season="S1", name="d")
+    assert [claimed() for _ in range(2)] == [["a", "c", "d"], ["b"]]
+
+
 def lose_all(desk: Desk) -> None:
     """The runner dies and starts again."""
     with desk.database.transaction() as sql:
@@ -289,11 +308,30 @@ def test_task_gives_up_after_so_many_failures_and_stays_visible(desk):
     assert 45 <= delays[0] <= 77
     assert 89 <= delays[1] <= 152
     assert desk.claim() is None
-    assert desk.database.value("select last_error from queue where state = 'gave_up'") == "it was http_error"
+    row = desk.database.read("select attempts, last_error from queue where state = 'gave_up'")[0]
+    assert tuple(row) == (3, "it was http_error")
+
+
+@pytest.mark.parametrize(("day", "failures"), [("2025-10-02", 0), ("2025-10-01", 1)])
+def test_object_that_is_not_there_is_a_failure_once_its_day_is_a_week_ago(desk, day, failures):
+    desk.expect("days", date=day)
+    assert desk.end(desk.claim(), adce.Outcome.NOT_YET).failures == failures
+
+
+def test_retries_wake_by_the_page(desk, monkeypatch):
+    monkeypatch.setattr(adce, "PAGE", 2)
+    for team in "ABCDE":
+        desk.expect("teams", team=team)
+        desk.end(desk.claim(), adce.Outcome.INVALID)
+    with desk.database.transaction() as sql:
+        assert [adce.wake_retries(sql, desk.clock.wall() + adce.HOUR) for _ in range(4)] == [2, 2, 1, 0]
 
 
 def test_object_that_is_not_final_waits_and_its_good_attempts_do_not_lengthen_a_later_wait(desk):
     desk.expect("days", date="2025-10-01")
+    for _ in range(3):
+        desk.end(desk.claim(), adce.Outcome.THROTTLED)
+        desk.clock.advance(adce.HOUR)
     unsettled = dataclasses.replace(HELD, settled=False)
     for _ in range(8):
         claimed = desk.claim()
