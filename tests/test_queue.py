@@ -230,7 +230,8 @@ def test_task_that_has_seen_runners_die_is_in_no_batch(desk):
     desk.clock.advance(adce.HOUR)
     desk.expect("files", season="S1", name="c")
     desk.expect("files", season="S1", name="d")
-    assert [claimed() for _ in range(2)] == [["a", "c", "d"], ["b"]]
+    desk.expect("files", season="S1", name="e")
+    assert [claimed() for _ in range(3)] == [["a", "c", "d"], ["b"], ["e"]]
 
 
 def lose_all(desk: Desk) -> None:
@@ -491,6 +492,7 @@ def test_object_that_was_dropped_meanwhile_cancels_its_task(desk):
     claimed = desk.claim()
     desk.drop(object_id)
     assert desk.end(claimed, adce.Outcome.OK).state == "cancelled"
+    assert desk.states() == {"cancelled": 1}
 
 
 def test_batch_takes_the_tasks_that_share_a_field(desk):
@@ -523,6 +525,7 @@ def test_success_rate_follows_the_latest_attempts(desk):
     desk.end(desk.claim(), adce.Outcome.HTTP_ERROR)
     rate, bonus = desk.database.read("select success_rate, bonus from datasets where dataset = 'teams'")[0]
     assert (rate, bonus) == (pytest.approx(0.9), pytest.approx(18))
+    desk.end(desk.claim(), adce.Outcome.LOST)
     desk.end(desk.claim(), adce.Outcome.OK)
     assert desk.database.value("select success_rate from datasets where dataset = 'teams'") == pytest.approx(0.91)
 

@@ -1105,6 +1105,35 @@ def test_object_that_is_expected_no_more_has_no_state_of_its_own_and_is_never_du
     assert sorted(desk.gaps()) == [f"days/2025-10-0{day}.json" for day in (3, 4, 5)]
 
 
+def test_task_whose_object_came_before_a_crash_is_closed_and_the_object_is_due_as_any_other(
+    configure, database, lake, clock
+):
+    desk, key = Desk(configure(TEXT.replace(', until: "final"', "")), database, lake, clock), "days/2025-10-02.json"
+    desk.cycle()
+    with database.transaction() as sql:
+        assert adce.claim(sql, desk.configuration, clock, {}, 5)[0].tasks[0].target.key == key
+    lake.put_day(2, [])
+    desk.cycle()
+    with database.transaction() as sql:
+        assert adce.requeue_orphans(sql, desk.configuration.retry) == 1
+    assert key not in {row["key"] for row in database.read("select key from queue")}
+    desk.cycle()
+    clock.advance(6 * adce.HOUR)
+    desk.cycle()
+    assert desk.gaps()[key] == "stale"
+
+
+def test_day_that_is_forgotten_takes_along_what_it_named(desk, configure, lake):
+    lake.put_day(1, ["7"])
+    desk.cycle()
+    desk.declare(configure(TEXT.replace("from: 2025-10-01", "from: 2025-10-02")))
+    desk.cycle()
+    with desk.database.transaction() as sql:
+        assert adce.forget(sql, desk.clock.wall() + adce.DAY) == 3  # both objects, and the first cycle
+    assert desk.database.check() == []
+    assert desk.database.value("select count(*) from objects_now") == 4
+
+
 def test_interrupted_cycle_says_so(desk):
     steps = adce.reconcile(desk.database, desk.configuration, desk.lake.store, desk.clock)
     next(steps)
