@@ -234,6 +234,15 @@ def test_task_that_has_seen_runners_die_is_in_no_batch(desk):
     assert [claimed() for _ in range(3)] == [["a", "c", "d"], ["b"], ["e"]]
 
 
+def test_only_runners_that_die_in_a_row_make_a_task_suspect(desk):
+    desk.expect("teams", team="A")
+    for _ in range(3):
+        assert not desk.claim().runs_exclusively
+        lose_all(desk)
+        assert desk.database.value("select last_error from queue") == "the runner crashed"
+        desk.end(desk.claim(), adce.Outcome.LOST)
+
+
 def lose_all(desk: Desk) -> None:
     """The runner dies and starts again."""
     with desk.database.transaction() as sql:
@@ -413,6 +422,13 @@ def test_wait_of_a_task_grows_with_its_own_attempts_and_not_with_those_of_others
         assert 45 <= wait_of(team) <= 77
     desk.clock.advance(adce.HOUR)
     assert 89 <= wait_of("A") <= 152
+
+
+def test_lost_attempts_do_not_lengthen_a_later_wait(desk):
+    desk.expect("teams", team="A")
+    for _ in range(3):
+        desk.end(desk.claim(), adce.Outcome.LOST)
+    assert 45 <= desk.end(desk.claim(), adce.Outcome.THROTTLED).next_at - desk.clock.wall() <= 77
 
 
 @pytest.mark.parametrize("outcome", [adce.Outcome.THROTTLED, adce.Outcome.STORE_ERROR])
