@@ -489,6 +489,23 @@ def test_store_failure_pauses_everything(desk):
     assert desk.claim()
 
 
+def test_object_that_a_program_left_and_that_is_invalid_is_suspect_at_once(desk):
+    desk.expect("files", season="S1", name="a")
+    claimed = desk.claim()
+    left = result(claimed.tasks[0], adce.Outcome.OK, desk.clock)
+    wrong = adce.Inspection(valid=False, verdict="not JSON", settled=False, live=False, mentions={})
+    desk.finish(claimed, dataclasses.replace(left, outcome=adce.Outcome.INVALID, inspection=wrong))
+    assert [tuple(row) for row in desk.database.read("select kind, reason, task_state from gaps")] == [
+        ("suspect", "not JSON", "retry")
+    ]
+
+
+def test_task_whose_permit_was_refused_waits_until_it_is_possible(desk):
+    desk.expect("files", season="S1", name="a")
+    ending = desk.finish(desk.claim(), adce.Result(adce.Outcome.LOST, "no permit", retry_after=300.0))[0]
+    assert (ending.state, ending.next_at, ending.failures) == ("retry", desk.clock.wall() + 301, 0)
+
+
 def test_late_finish_of_a_lost_attempt_changes_nothing(desk):
     desk.expect("teams", team="A")
     lost = desk.claim()
@@ -559,6 +576,12 @@ def test_daily_totals_are_the_sums_of_the_attempts_lost_ones_included(desk):
         adce.requeue_orphans(sql, desk.configuration.retry)
     totals = {row["outcome"]: (row["attempts"], row["seconds"]) for row in desk.database.read("select * from stats")}
     assert totals == {"ok": (2, 4.0), "invalid": (1, 2.0), "lost": (3, 2.0)}
+
+
+def test_daily_totals_tell_the_priority_of_what_is_done(desk):
+    desk.expect("days", date="2025-10-01")
+    desk.end(desk.claim(), adce.Outcome.OK)
+    assert desk.database.value("select priority from stats") == "HIGH"
 
 
 def fill(desk: Desk, count: int) -> None:
