@@ -870,6 +870,7 @@ def test_object_that_was_skipped_stays_so_when_it_is_expected_again(meanwhile, d
     desk.cycle()
     assert desk.database.read("select * from skipped") == []
     assert not meanwhile or retry() == 1
+    desk.cycle()
     assert "games/7.json" not in desk.gaps()
     lake.put_day(1, ["7", "8"])
     desk.cycle()
@@ -1405,6 +1406,8 @@ def test_counts_follow_whatever_is_done_to_the_objects(desk, lake):
         sql.execute("delete from objects where key = 'games/7.json'")
         sql.execute("update objects set priority = 'LOW', task = 'gave_up' where key like '%03.json'")
         sql.execute("update objects set season = '2025-26' where key like '%02.json'")
+        sql.execute("update objects set priority = 'HIGH' where key like '%04.json'")
+        sql.execute("delete from objects where key like '%05.json'")
     counts = desk.database.read("select * from counts where objects != 0")
     assert {tuple(row)[:5]: row[5] for row in counts} == recount(desk.database)
 
