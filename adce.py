@@ -5463,6 +5463,8 @@ def _limit_adapter(
             return pool
 
         adapter.get_connection_with_tls_context = connect_limited  # type: ignore[method-assign]
+        # a copy in another process would not be limited: it cannot be pickled
+        adapter.__attrs__ = [*adapter.__attrs__, "get_connection_with_tls_context"]
     else:
         send = adapter.send
 

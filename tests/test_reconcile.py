@@ -1112,7 +1112,7 @@ def test_task_whose_object_came_before_a_crash_is_closed_and_the_object_is_due_a
     desk, key = Desk(configure(TEXT.replace(', until: "final"', "")), database, lake, clock), "days/2025-10-02.json"
     desk.cycle()
     with database.transaction() as sql:
-        assert adce.claim(sql, desk.configuration, clock, {}, 5)[0].tasks[0].target.key == key
+        assert adce.claim(sql, desk.configuration, clock, {}, 5)[0].tasks[0].key == key
     lake.put_day(2, [])
     desk.cycle()
     with database.transaction() as sql:
