@@ -607,6 +607,28 @@ def test_what_a_fetched_parent_names_is_decided_by_the_next_cycle_when_it_is_not
     assert desk.cycle()["error"].startswith("days/2025-10-01.json: games: the key games/xxx")
 
 
+def test_game_that_a_later_day_names_first_while_a_cycle_lists_has_the_first_day_after_the_next(desk, lake):
+    class Overtaken(adce.FolderStore):
+        def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
+            if prefix == "games/":
+                fetch(desk, lake, "days/2025-10-02.json", {"final": True, "games": ["7"]})
+            yield from super().list(prefix, after)
+
+    desk.cycle()
+    lake.put_day(1, ["7"])
+    desk.cycle(Overtaken(lake.store.root))
+    desk.cycle()
+    assert desk.database.value("select parent from objects_now where key = 'games/7.json'") == "days/2025-10-01.json"
+
+
+def test_what_is_expected_is_computed_anew_only_when_it_may_have_changed(desk, lake, monkeypatch):
+    lake.put_day(1, ["7"])
+    desk.cycle()
+    for name in ("expand", "children_of_parents"):
+        monkeypatch.setattr(adce, name, lambda *_, name=name: pytest.fail(name))
+    assert desk.cycle()["expected"] == 6
+
+
 @pytest.mark.parametrize(("was_there", "state"), [(False, "missing"), (True, "awaited")])
 def test_game_that_a_fetched_day_names_again_is_expected_at_once(was_there, state, desk, lake):
     """What is in the store of it, the next cycle says."""
