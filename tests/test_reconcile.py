@@ -122,7 +122,8 @@ def test_existing_lake_is_adopted_without_a_task_for_what_is_there(desk, lake):
     for game in ("11", "12", "21"):
         lake.put_game(game)
     row = desk.cycle()
-    assert (row["expected"], row["present"], row["missing"], row["listed"]) == (15, 8, 7, 8)
+    assert (row["expected"], row["present"], row["missing"], row["listed"], row["looked"]) == (15, 8, 7, 8, 15)
+    assert desk.database.value("select unexpected from reconciliations") == 0
     assert row["created"] == desk.database.value("select count(*) from queue") == 7
 
 
@@ -1011,6 +1012,18 @@ def test_clock_that_is_ahead_makes_no_object_fresher(configure, database, lake, 
     desk.clock.advance(6 * 3600)
     desk.cycle()
     assert desk.gaps()[key] == "stale"
+
+
+def test_object_without_a_day_that_another_program_brings_again_is_due_no_more(configure, database, lake, clock):
+    once = TEAMS.replace('url: "/{team}",', 'url: "/{team}", freshness: {refetch_once_after: 1h},')
+    desk = Desk(configure(once), database, lake, clock)
+    for number in range(2):
+        lake.put("teams/ATL", number)
+        os.utime(lake.store.root / "teams/ATL", (clock.wall(),) * 2)
+        desk.cycle()
+        clock.advance(adce.HOUR)
+    desk.cycle()
+    assert "teams/ATL" not in desk.gaps()
 
 
 BILLS = """\
