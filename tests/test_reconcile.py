@@ -398,6 +398,50 @@ def test_dataset_of_which_everything_is_gone_opens_no_gap_while_the_others_are_t
     assert desk.cycle(accept_loss=("games",))["missing"] == 12
 
 
+@pytest.mark.parametrize(("games", "missing"), [(10, 10), (11, 0)])
+def test_dataset_of_which_ten_objects_were_all_is_believed_to_be_gone(games, missing, desk, lake):
+    for day in range(1, 6):
+        lake.put_day(day, [str(game) for game in range(games)])
+    for game in range(games):
+        lake.put_game(str(game))
+    desk.cycle()
+    for game in range(games):
+        lake.delete(f"games/{game}.json")
+    assert desk.cycle()["missing"] == missing
+
+
+@pytest.mark.parametrize(("lost", "missing"), [(15, 15), (16, 0)])
+def test_many_losses_are_believed_up_to_a_tenth(lost, missing, configure, database, lake, clock, monkeypatch):
+    monkeypatch.setattr(adce, "BRAKE_OBJECTS", 5)
+    desk = Desk(configure(MANY), database, lake, clock)
+    keys = fill_days(desk, lake)
+    assert len(keys) == 158
+    for key in keys[:lost]:
+        lake.delete(key)
+    assert desk.cycle()["missing"] == missing
+
+
+def test_store_that_lists_nothing_at_all_is_not_believed_however_small_its_datasets(desk, lake):
+    for day in range(1, 6):
+        lake.put_day(day, list("123456"))
+    for game in "123456":
+        lake.put_game(game)
+    desk.cycle()
+    for key in [entry.key for entry in lake.store.list("")]:
+        lake.delete(key)
+    assert desk.cycle()["missing"] == 0
+
+
+def test_changed_freshness_holds_for_what_was_there_before(configure, database, lake, clock):
+    desk = Desk(configure(TEAMS), database, lake, clock)
+    lake.put("teams/ATL", {})
+    desk.cycle()
+    clock.advance(adce.HOUR)
+    desk.declare(configure(TEAMS.replace('url: "/{team}",', 'url: "/{team}", freshness: {refetch_every: 1h},')))
+    desk.cycle()
+    assert desk.gaps()["teams/ATL"] == "stale"
+
+
 class LockedStore(adce.FolderStore):
     """One of its folders cannot be listed, and one of its objects not be read."""
 
