@@ -7188,8 +7188,8 @@ def register_runner(sql: sqlite3.Connection, address: str | None, log: Path | No
 
 
 # ---------------------------------------------------------------- Runner
-# Keeps going until told to stop. The main thread makes every decision (claim, finish, reconcile) and is
-# the only writer; workers run fetch() on plain data; health threads only read. It sleeps until the next
+# Keeps going until told to stop. The main thread makes every decision (claim, finish, reconcile) and
+# writes all tasks; workers run fetch() on plain data; health threads only read. It sleeps until the next
 # event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
 
 
