@@ -6093,25 +6093,15 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """A titled table that is still to be asked for. `name` is its key in JSON."""
-
-    name: str
-    is_one: bool  # one thing with many properties, rather than many things
-    title: str
-    empty: str
-    sql: str
-
-
-@dataclass(frozen=True, slots=True)
 class Section:
-    """A titled table."""
+    """A titled table: the answer to a question in SQL, or its rows. `name` is its key in JSON."""
 
     name: str
     title: str
     rows: Rows
-    is_one: bool = False
+    is_one: bool = False  # one thing with many properties, rather than many things
     empty: str = "none"
+    sql: str = ""
 
 
 # Fragments of the questions below. Percents are rounded down: 100 means all.
@@ -6135,6 +6125,19 @@ FRAGMENTS = {
     "FIGURES": """count(*) as attempts, sum(outcome = 'ok') as ok, sum(outcome = 'not_yet') as not_yet,
         sum(has_failed) as failed, round(100.0 * sum(has_failed) / count(*), 1) as error_percent,
         sum(requests) as requests, sum(bytes) as bytes""",
+    # the minutes until a permit for the last pending task of each source: what a window does not allow now waits for
+    # as many more of it as it needs
+    "ESTIMATE": """with pending as (
+        select source, sum(objects) as tasks from counts join datasets using (dataset_id)
+        where task = 'pending' and active group by source having sum(objects) > 0),
+    needs as (
+        select p.source, tasks, iif(scope = 'global', sum(tasks) over (partition by scope, window_seconds), tasks) as n,
+               window_seconds, max_requests, used, unixepoch(blocked_until) - unixepoch() as paused
+        from pending p left join rates on scope in (p.source, 'global'))
+    select source, tasks, round((coalesce(max(0, max(paused)), 0) + max(
+               (max(0, n - max(0, max_requests - used)) + max_requests - 1) / max_requests * window_seconds)) / 60, 1)
+               as least_minutes
+    from needs group by source""",
     # sources that cannot be asked now
     "PAUSED": """with paused as (
         select source from datasets
@@ -6142,13 +6145,13 @@ FRAGMENTS = {
 }
 
 
-def questions(text: str) -> tuple[Question, ...]:
+def questions(text: str) -> tuple[Section, ...]:
     """The questions of a screen: for each `name: title | text when there is nothing`, and indented SQL that may hold
     {FRAGMENTS}; `name!` is one thing."""
     for name, sql in FRAGMENTS.items():
         text = text.replace(f"{{{name}}}", sql)
     found = re.findall(r"^([a-z][\w ]*)(!?): ([^|\n]*?)(?: \| (.+))?\n((?: +.*\n)+)", text, re.MULTILINE)
-    return tuple(Question(name, bool(one), title, empty or "none", sql) for name, one, title, empty, sql in found)
+    return tuple(Section(name, title, [], bool(one), empty or "none", sql) for name, one, title, empty, sql in found)
 
 
 def query(database: Database, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> Rows:
@@ -6156,10 +6159,10 @@ def query(database: Database, sql: str, parameters: Mapping[str, Any] | Sequence
     return [dict(row) for row in database.read(sql, parameters)]
 
 
-def answers(database: Database, screen: Sequence[Question], **values: Any) -> list[Section]:
-    """The sections of a screen. Its titles and its SQL may name `values`."""
+def answers(database: Database, screen: Sequence[Section], **values: Any) -> list[Section]:
+    """The sections of a screen with their rows. Titles and SQL may name `values`."""
     return [
-        Section(one.name, one.title.format(**values), query(database, one.sql, values), one.is_one, one.empty)
+        dataclasses.replace(one, title=one.title.format(**values), rows=query(database, one.sql, values))
         for one in screen
     ]
 
@@ -6241,6 +6244,14 @@ coverage: Coverage by dataset and day | no object has such a day
     order by source, dataset, day desc
 """)
 PLAN = questions("""
+changes: What would be expected | the same as now
+    with after as (
+        select dataset, sum(objects) as n from counts join datasets using (dataset_id)
+        where state not in ('dropped', 'skipped') group by dataset)
+    select dataset, coalesce(value, 0) as expected_now, coalesce(n, 0) as expected_then
+    from (select dataset from after union select key from json_each(:before))
+    left join after using (dataset) left join json_each(:before) on key = dataset
+    where expected_now != expected_then
 datasets: What would be asked for | nothing
     {PAUSED}
     select dataset, sum(state = 'pending' and source not in paused) as now,
@@ -6248,12 +6259,8 @@ datasets: What would be asked for | nothing
            sum(state = 'retry') as later, sum(state = 'gave_up') as gave_up,
            min(case when state = 'retry' then next_at end) as next_retry, max(last_error) as last_error
     from queue group by dataset
-sources: How long that takes, with a request for each task
-    with pending as (
-        select source, sum(objects) as tasks from counts join datasets using (dataset_id)
-        where task = 'pending' and active group by source having sum(objects) > 0)
-    select source, tasks, round(max(tasks * window_seconds / max_requests) / 60, 1) as least_minutes
-    from pending left join windows on scope = source group by source
+sources: How long that takes at the limits, with a request for each task
+    {ESTIMATE}
 first: First of them (at most {most}) | nothing can start now
     {PAUSED}
     select score, priority, dataset, key, reason, attempts
@@ -6282,7 +6289,13 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
         document = next(iter(values.values())) if len(values) == 1 else values
         return json.dumps(document, indent=2, ensure_ascii=False, default=str)
     if style == "csv":
-        return "\n".join(_csv(part.rows) for part in sections).rstrip("\n")
+        text = io.StringIO()
+        for rows in (part.rows for part in sections if part.rows):
+            writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            text.write("\n")
+        return text.getvalue().rstrip("\n")
     title = {"html": "<h2>{}</h2>\n", "github": "### {}\n\n", "table": "{}\n"}[style]
     blocks = []
     for part in sections:
@@ -6294,30 +6307,49 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
     return "\n\n".join(blocks)
 
 
-def _csv(rows: Rows) -> str:
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()
-
-
 def _table(rows: Rows, style: str, width: int | None) -> str:
+    """A table. For people, columns of nothing but zeros are left out, and what does not fit stands below its row."""
     import tabulate
 
     quotes: Mapping[str, Callable[[str], str]] = {"html": html.escape, "github": lambda cell: cell.replace("|", r"\|")}
-    quote = quotes.get(style, str)
-    numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]]
+    names = list(rows[0])
+    if style == "table":
+        names = [name for name in names if any(row[name] not in (0, None) for row in rows)] or names
+    numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
+    cells = [[_cell(row[name]) for name in names] for row in rows]
+    notes = _fit(names, cells, width) if style == "table" and width else []
     text = tabulate.tabulate(
-        [[quote(_cell(value)) for value in row.values()] for row in rows],
-        headers=[name.replace("_", " ") if style == "html" else name for name in rows[0]],
+        [[quotes.get(style, str)(cell) for cell in row] for row in cells],
+        headers=[name.replace("_", " ") if style == "html" else name for name in names],
         tablefmt={"table": "simple", "github": "github", "html": "unsafehtml"}[style],
         disable_numparse=True,
-        colalign=["right" if is_number else "left" for is_number in numeric],
+        colalign=["right" if is_number else "left" for is_number in numeric[: len(names)]],
     )
     lines = [line.rstrip() for line in text.splitlines()]
+    below = dict(enumerate((f"    {note}" for note in notes), start=2))  # after two lines of head
+    lines = [one for number, line in enumerate(lines) for one in (line, below.get(number, "")) if one.strip()]
     return "\n".join(line if not width or line == cut(line, width) else f"{cut(line, width - 1)}…" for line in lines)
+
+
+def _fit(names: list[str], cells: list[list[str]], width: int) -> list[str]:
+    """Make a table narrower: the last column becomes notes below the rows, long cells are shortened in the middle."""
+
+    def widths() -> list[int]:
+        return [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+
+    notes: list[str] = []
+    if sum(widths()) + 2 * len(names) - 2 > width and len(names) > 2 and widths()[-1] > 14:
+        names.pop()
+        notes = [row.pop().strip("-") for row in cells]
+    while (excess := sum(widths()) + 2 * len(names) - 2 - width) > 0:
+        column, most = max(enumerate(widths()), key=lambda pair: pair[1])
+        limit = max(12, len(names[column]), most - excess)
+        if limit >= most:
+            break
+        for row in cells:
+            if len(row[column]) > limit:
+                row[column] = f"{row[column][: limit // 2]}…{row[column][1 + limit // 2 - limit :]}"
+    return notes
 
 
 def _cell(value: Any) -> str:
@@ -6333,8 +6365,8 @@ def cut(line: str, columns: int) -> str:
 
 def report_sections(database: Database, scrapers: Mapping[str, str], seconds: float, now: float) -> list[Section]:
     """The whole picture; attempts and cycles of the last `seconds`. `scrapers` are those of the datasets."""
-    values = {"since": now - seconds, "span": format_duration(seconds), "scrapers": json.dumps(scrapers)}
-    return answers(database, REPORT, **values)
+    span = format_duration(seconds)
+    return answers(database, REPORT, since=now - seconds, span=span, scrapers=json.dumps(scrapers))
 
 
 def scraper_of(dataset: Dataset) -> str:
@@ -6366,46 +6398,52 @@ def task_sections(database: Database, task_id: int) -> list[Section]:
     return sections
 
 
-def tasks_document(database: Database, filters: Mapping[str, str | None], most: int) -> dict[str, Any]:
+def tasks_document(database: Database, filters: Mapping[str, str | None], most: int, now: float) -> dict[str, Any]:
     """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
-    named = {part.name: part.rows for part in answers(database, (REPORT[3], PLAN[1]))}
     by_source = """
         select source, sum(objects) as tasks from counts join datasets using (dataset_id)
         where task != '' and active group by source having tasks > 0
     """
     return {
         "total_tasks": database.value("select coalesce(sum(objects), 0) from counts where task != ''"),
-        "by_priority": {row["priority"]: row for row in named["queue"]},
+        "by_priority": {row["priority"]: row for row in answers(database, REPORT[3:4])[0].rows},
         "by_source": dict(map(tuple, database.read(by_source))),
-        "estimated_total_minutes": max((row["least_minutes"] or 0 for row in named["sources"]), default=0),
+        "estimated_total_minutes": round((seconds_left(database, now) or 0) / 60, 1),
         "tasks": tasks_sections(database, filters, most)[0].rows,
     }
 
 
-def plan_sections(database: Database, before: Mapping[str, int], most: int) -> list[Section]:
-    """What a run would do with the queue as it is; what was expected `before` the configuration was read."""
-    after = expected_by_dataset(database)
-    changes = [
-        {"dataset": name, "expected_now": before.get(name, 0), "expected_then": after.get(name, 0)}
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name, 0) != after.get(name, 0)
-    ]
-    changed = Section("changes", "What would be expected", changes, empty="the same as now")
-    return [changed, *answers(database, PLAN, most=most)]
+def seconds_left(database: Database, now: float) -> float | None:
+    """The time until the pending tasks are done, by the limits and pauses of their sources and by the pace of the last
+    minute; None when nothing is known of it."""
+    by_limits = [row["least_minutes"] for row in answers(database, PLAN[2:3])[0].rows if row["least_minutes"]]
+    waiting = "select coalesce(sum(objects), 0) from counts where task in ('pending', 'running')"
+    span, ended = pace(database, now)
+    by_pace = [database.value(waiting) * span / ended] if ended else []
+    return max([*(MINUTE * minutes for minutes in by_limits), *by_pace], default=None)
+
+
+def pace(database: Database, now: float) -> tuple[float, int]:
+    """The seconds of the runner in the last minute, and its good attempts in them."""
+    span = min(MINUTE, max(1, now - (database.value("select started_at from runner") or 0)))
+    sql = "select count(*) from attempts where outcome = 'ok' and started_at > ?"
+    return span, database.value(sql, (now - span,))
 
 
 # ---------------------------------------------------------------- Conditions
 # What needs attention, each as a question by an index. One cause is one condition: what a blocked source holds up is no
 # condition of its own. Headlines: CONDITIONS, problems(), status_sections().
 
+CRASHED, STUCK = "exited unexpectedly", "loop stuck"
 BEAT_SECONDS = 10  # between two heartbeats of the main loop
 LEAST_FREE_BYTES = 100 << 20
-COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": "loop stuck"}  # and their problems
+COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": STUCK}  # and their problems
 FACTS: Mapping[str, Any] = {
     "blocked_pauses": 3,  # in a row, or
     "blocked_seconds": 30 * MINUTE,  # at once: then a source is blocked
     "last_attempts": 200,  # whose errors count
     "few_attempts": 20,  # fewer prove nothing
+    "vain_attempts": 5,  # without any object
     "day": DAY,
     "vanished": VANISHED,
     "dropped_objects": 100,  # and so many percent in one cycle: then the expected objects shrank
@@ -6417,9 +6455,9 @@ BLOCKS = """
         select about as source, max(coalesce(ended_at, :now)) as over_at
         from alerts where condition = 'source blocked' group by about)
 """
-# condition: the command that helps; and its subjects, each with a sentence about it
+# condition, ! if work stands still: the command that helps; and its subjects, each with a sentence about it
 CONDITIONS = questions("""
-source blocked: adce.py resume {about}
+source blocked!: adce.py resume {about}
     select scope as about, 'paused until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset, 'unixepoch')
            || ': ' || reason as text
     from scopes, facts
@@ -6429,6 +6467,16 @@ gave up: adce.py tasks --state gave_up --dataset {about}
            || (select last_error from objects o where o.task = 'gave_up' and o.dataset_id = c.dataset_id) as text
     from counts c join datasets using (dataset_id)
     where task = 'gave_up' group by dataset having sum(objects) > 0
+never answered: adce.py tasks --dataset {about}
+    select dataset as about, sum(attempts) || ' attempts, and the source never had such an object: '
+           || coalesce((select a.url from attempts a join objects o using (object_id)
+                        where o.dataset_id = t.dataset_id and a.url is not null
+                          and a.attempt_id > (select max(attempt_id) from attempts) - :last_attempts
+                        order by a.attempt_id desc limit 1), 'see its url') as text
+    from daily_totals t join datasets using (dataset_id)
+    where active and not exists (select 1 from counts c where c.dataset_id = t.dataset_id and state = 'present'
+                                 and objects > 0)
+    group by dataset having sum(attempts) >= :vain_attempts and min(outcome) = 'not_yet' and max(outcome) = 'not_yet'
 critical gap: adce.py tasks --dataset {about}
     select dataset as about, 'a CRITICAL object has been missing since '
            || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text
@@ -6447,7 +6495,7 @@ errors: adce.py report
             and a.attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
     having count(*) >= :few_attempts and sum(failed) * 100 > count(*) * :error_percent
        and max(failed and is_late)  -- else that is over
-nothing collected: adce.py logs
+nothing collected!: adce.py logs
     select 'lake' as about, 'nothing was collected in ' || cycles || ' cycles, though tasks of '
            || group_concat(dataset, ', ') || ' could be done' as text
     from (select min(started_at) as began, count(*) as cycles
@@ -6465,7 +6513,7 @@ nothing collected: adce.py logs
                       where outcome = 'ok' and started_at + seconds > began
                         and attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
     having count(*) > 0
-mass loss: adce.py report cycles
+mass loss!: adce.py report cycles
     select 'lake' as about, error as text
     from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
     where instr(error, :vanished)
@@ -6474,21 +6522,38 @@ expected objects shrank: adce.py plan
            || 'a mistake in adce.yaml, correct it: the next cycle expects them again' as text
     from (select * from reconciliations where seconds is not null order by cycle_id desc limit 1)
     where dropped > :dropped_objects and dropped * 100 > (expected + dropped) * :dropped_percent
-cycles fail: adce.py check
+cycles fail!: adce.py check
     select 'lake' as about, max(error) as text
     from (select error from reconciliations where seconds is not null order by cycle_id desc limit 2)
     having count(error) = 2
 """)
 
 
-def conditions(database: Database, configuration: Configuration, now: float) -> dict[tuple[str, str], str]:
+# what is shown, and not sent
+NOTES = questions("""
+paused!: adce.py resume {about}
+    select scope as about, iif(seconds > 0, 'paused' || iif(seconds < 172800, ' for ' || (seconds + 59) / 60 || ' min',
+           '') || ': ', 'asked again, one task at a time, after: ') || coalesce(reason, '') as text
+    from (select *, cast(paused_until + wall_offset - :now as integer) as seconds from scopes, facts)
+    where seconds > 0 or throttles >= :blocked_pauses
+cycle: adce.py check
+    select 'lake' as about, 'the last cycle could not look at everything: ' || error as text
+    from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
+    where error is not null and not instr(error, :vanished)
+channel: adce.py check
+    select channel as about, 'alerts cannot be sent: ' || error || iif(waiting, ', ' || waiting || ' wait', '') as text
+    from broken_channels
+""")
+
+
+def conditions(
+    database: Database, configuration: Configuration, now: float, screen: Sequence[Section] = CONDITIONS
+) -> dict[tuple[str, str], str]:
     """The CONDITIONS that hold: name and subject, and a sentence about it."""
     settings = configuration.alerts
     values = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR, **FACTS}
     values |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles}
-    return {
-        (one.name, row["about"]): row["text"] for one in CONDITIONS for row in database.read(BLOCKS + one.sql, values)
-    }
+    return {(one.name, row["about"]): row["text"] for one in screen for row in database.read(BLOCKS + one.sql, values)}
 
 
 def problems(
@@ -6514,19 +6579,8 @@ def problems(
     found = {"store unusable": bad_store} if bad_store else {}
     silent = now - max(beat, since)  # the last beat may be that of an earlier run
     if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
-        found["loop stuck"] = f"the main loop has been stuck for {format_duration(silent)}"
+        found[STUCK] = f"the main loop has been stuck for {format_duration(silent)}"
     return found
-
-
-def next_steps(database: Database) -> list[str]:
-    """Commands that answer the questions which the figures raise."""
-    count = "select sum(objects) from counts where task "
-    steps = {
-        "adce.py tasks --state gave_up     what gave up, and why": f"{count} = 'gave_up'",
-        "adce.py plan                      what the next run would do": f"{count} != ''",
-        "adce.py check                     is everything in order?": "select error from cycles order by cycle_id desc",
-    }
-    return [step for step, sql in steps.items() if database.value(f"{sql} limit 1")]
 
 
 def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, Any]:
@@ -6536,27 +6590,67 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
         return {"runner": "running", "pid": holder or None}
     if row is None:
         return {"runner": "never ran"}
+    times = {name: utc_text(row[name]) for name in ("started_at", "stopped_at")}
     beat = {"last_sign_of_life": utc_text(row["beat_at"])}
-    if holder is None and row["stopped_at"]:
-        return {"runner": "not running", **beat, "stopped_at": utc_text(row["stopped_at"]), "note": row["note"]}
     if holder is None:
-        return {"runner": "not running", **beat, "note": "exited unexpectedly"}
-    started = {"started_at": utc_text(row["started_at"]), **beat, "uptime": format_duration(now - row["started_at"])}
-    names = {name: row[name] for name in ("address", "unit", "log")}
-    return {"runner": "running", "pid": holder, "version": row["version"], **started, **names}
+        ended = {"stopped_at": times["stopped_at"], "note": row["note"]} if row["stopped_at"] else {"note": CRASHED}
+        return {"runner": "not running", **beat, **ended}
+    row |= {"runner": "running", **beat, **times, "uptime": format_duration(now - row["started_at"])}
+    names = ("runner", "pid", "version", "started_at", "last_sign_of_life", "uptime", "address", "unit", "log")
+    return {name: row[name] for name in names}
 
 
-def status_sections(database: Database, configuration: Configuration, lock: RunnerLock, now: float) -> list[Section]:
+def verdict(database: Database, configuration: Configuration, now: float) -> Section:
+    """What is wrong, the worst first, what it holds up, and the command that helps; the title is the headline."""
+    state = runner_state(database, RunnerLock(configuration.database), now)
+    (lake,), path = answers(database, STATUS[:1])[0].rows, configuration.path
+    gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
+    scopes, is_registered = configuration.rate_limiting.scopes, "uptime" in state
+    found = [
+        ("-", name, "has no limits", "adce.py explain rate_limiting")
+        for name in (configuration.sources if GLOBAL not in scopes else ())
+        if name not in scopes
+    ]
+    if is_registered and path.exists() and utc_text(path.stat().st_mtime) > state["started_at"]:
+        found.append(("-", path.name, "has changed since the runner started", "adce.py restart"))
+    if configuration.seasons and max(season.finish for season in configuration.seasons) < day_of(now):
+        found.append(("-", "seasons", "all of them are over: add the next one", "adce.py explain seasons"))
+    if state["runner"] != "running":
+        mark = "x" if state.get("note") == CRASHED else "!" if gaps else "-"
+        found.append((mark, "runner", ": ".join(filter(None, (state["runner"], state.get("note")))), "adce.py start"))
+    ill = problems(database, configuration, now, now - HOUR)
+    found += [("x", name, text, "adce.py check") for name, text in ill.items() if is_registered or name != STUCK]
+    shown = {one.name: one for one in (*NOTES, *CONDITIONS) if one.name not in ("source blocked", "cycles fail")}
+    for (name, about), text in conditions(database, configuration, now, tuple(shown.values())).items():
+        found.append(("x" if shown[name].is_one else "!", about, text, shown[name].title.format(about=about)))
+    held = """
+        select source, sum(objects) from counts join datasets using (dataset_id)
+        where task in ('pending', 'retry') group by source
+    """
+    tasks: dict[str, int] = dict(map(tuple, database.read(held)))
+    found.sort(key=lambda one: ("x!-".index(one[0]), -tasks.get(one[1], 0)))
+    rows = [
+        {"": mark, "about": about, "what": text, "holds_up": tasks.get(about) if mark == "x" else None, "try": hint}
+        for mark, about, text, hint in found
+    ]
+    word = "ATTENTION" if found and found[0][0] != "-" else "FILLING" if gaps else "COMPLETE"
+    amount = f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
+    up = f"up {state['uptime']}" if is_registered else state["runner"]
+    return Section("verdict", f"{word}  {amount}  runner {up}", rows, empty="")
+
+
+def status_sections(database: Database, configuration: Configuration, now: float) -> list[Section]:
     """In one screen: is it running, is the lake complete, what is under way, which sources can be asked."""
     path, log = configuration.database, configuration.database.with_name(f"{configuration.database.name}-wal")
     overview = {
-        **runner_state(database, lock, now),
+        **runner_state(database, RunnerLock(path), now),
         "database": str(path),
         "store": configuration.store or None,
         "database_bytes": path.stat().st_size + (log.stat().st_size if log.exists() else 0),
         "disk_free_bytes": shutil.disk_usage(path.parent).free,
     }
-    return [Section("runner", "Runner", [overview], is_one=True), *answers(database, STATUS)]
+    judged = verdict(database, configuration, now)
+    return [judged, Section("runner", "Runner", [overview], is_one=True), *answers(database, STATUS)]
 
 
 # ---------------------------------------------------------------- Page
@@ -6570,9 +6664,6 @@ PAGE_STYLE = """
 body { max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } p { overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
-.cards { display: flex; flex-wrap: wrap; gap: .6rem; margin: 0; }
-.cards div { border: 1px solid var(--line); border-radius: .4rem; padding: .4rem .8rem; }
-.cards dt { font-size: .85rem; } .cards dd { margin: 0; font-size: 1.2rem; }
 .wide { overflow-x: auto; } svg { display: block; }
 table { border-collapse: collapse; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
@@ -6627,33 +6718,21 @@ CELL = 11  # pixels
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
 
 
-def page(
-    database: Database, configuration: Configuration, lock: RunnerLock, now: float, year: int | None = None
-) -> str:
+def page(database: Database, configuration: Configuration, now: float, year: int | None = None) -> str:
     """One HTML document; without a `year` that of the latest day."""
-    status = {part.name: part for part in status_sections(database, configuration, lock, now)}
+    status = {part.name: part for part in status_sections(database, configuration, now)}
     report = {one.name: one for one in REPORT}
     parts = answers(database, [report["coverage"], *WEB, report["queue"], report["rates"]])
-    facts = {name: part.rows[0] if part.rows else {} for name, part in status.items()}
-    gaps, alerts = sum(facts["lake"][kind] for kind in GAPS), len(status["alerts"].rows)
-    verdict = "complete" if facts["lake"]["expected"] else "nothing expected yet"
-    if gaps:
-        verdict = f"{gaps:,} gap{'s' if gaps > 1 else ''}"
-    elif facts["cycle"].get("error"):
-        verdict = "not known: the last cycle could not look at everything"
-    title = html.escape(f"ADCE: {verdict}" + (f", {alerts} alert{'s' if alerts > 1 else ''}" if alerts else ""))
-    cards = {"runner": facts["runner"]["runner"], **facts["lake"], **facts["tasks"]}
-    items = (f"<div><dt>{name}</dt><dd>{html.escape(_cell(value))}</dd></div>" for name, value in cards.items())
-    steps, bars = html.escape("\n".join(next_steps(database))), query(database, BARS)
+    title = html.escape(f"ADCE: {status['verdict'].title}".replace("  ", ", "))
+    news = [dataclasses.replace(status["verdict"], title=""), status["alerts"], status["broken_channels"]]
+    bars = query(database, BARS)
     year = year or latest_year(database, now)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{PAGE_STYLE}</style></head>
-<body><main><h1>{title}</h1><p>{html.escape(str(facts["runner"].get("store")))}, {utc_text(now)}</p>
-<dl class="cards">{"".join(items).replace("_", " ")}</dl>
-{_blocks([part for name in ("alerts", "broken_channels") if (part := status[name]).rows])}
-{f"<h2>What to do next</h2>{WIDE.format(f'<pre>{steps}</pre>')}" if steps else ""}
+<body><main><h1>{title}</h1><p>{html.escape(configuration.store)}, {utc_text(now)}</p>
+{_blocks([part for part in news if part.rows])}
 {_blocks(parts[:1])}
 <h2>Coverage by day, {year}</h2>{_years(database, year)}
 <p>A square is a day: dark blue when all of it is there, light blue when a part is, orange when nothing is, grey when
@@ -6810,11 +6889,10 @@ class HealthServer(http.server.ThreadingHTTPServer):
         self,
         configuration: Configuration,
         database: Database,
-        lock: RunnerLock,
         clock: Clock,
         error: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.configuration, self.database, self.lock, self.clock = configuration, database, lock, clock
+        self.configuration, self.database, self.clock = configuration, database, clock
         self.started_at, self.error = clock.wall(), error
         self._open: dict[Any, float] = {}  # connections, the oldest first, and since when
         self._thread: threading.Thread | None = None
@@ -6842,7 +6920,7 @@ class HealthServer(http.server.ThreadingHTTPServer):
     def answer(self, path: str, options: Mapping[str, str]) -> tuple[int, str, str]:
         """Status, content type and body of a path."""
         now = self.clock.wall()
-        place = (self.database, self.configuration, self.lock, now)
+        place = (self.database, self.configuration, now)
         if path == "/health":
             found = problems(self.database, self.configuration, now, self.started_at, self.error())
             components = {
@@ -6858,7 +6936,7 @@ class HealthServer(http.server.ThreadingHTTPServer):
             return 200, JSON, render(status_sections(*place), "json")
         if path == "/tasks":
             filters = {name: options.get(name) for name in ("state", "dataset", "source")}
-            return 200, JSON, json.dumps(tasks_document(self.database, filters, 100))
+            return 200, JSON, json.dumps(tasks_document(self.database, filters, 100, now))
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
             return 200, "text/html; charset=utf-8", page(*place, year)
@@ -6931,6 +7009,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 # The log: one line for each event. On a terminal, a live screen instead. Headlines: Journal, LiveScreen.
 
 SCREEN_SECONDS = 0.5
+MOST_FINDINGS = 5  # of a verdict, and most sources, on one screen
 LEVELS = {"DEBUG": "<7>", "INFO": "<6>", "WARN": "<4>", "ERROR": "<3>"}
 LOG_BYTES = 10 << 20
 
@@ -6945,7 +7024,6 @@ class Journal:
         self.handler = stream if isinstance(stream, logging.StreamHandler) else _LineStream(stream)
         self.stream, self.is_journald = self.handler.stream, _is_journald(self.handler.stream)
         self.handler.setLevel(level)
-        self.handler.setFormatter(LineFormatter(self.clock, is_journald=self.is_journald))
         self.database_error: str | None = None  # as last reported
         self.paused: set[str] = set()  # sources, as last reported
         self.screen: LiveScreen | None = None
@@ -6959,13 +7037,17 @@ class Journal:
             self.screen.paint(self.clock.wall(), running, next_cycle_at - now if next_cycle_at < math.inf else None)
 
     def write(self, level: str, event: str, **fields: Any) -> None:
-        """Log an event; fields without a value are left out."""
+        """Log an event; fields without a value are left out. The journal of systemd has the time, and takes the level
+        from a prefix (sd-daemon(3))."""
         number = getattr(logging, level)
-        record = logging.makeLogRecord({"levelno": number, "levelname": level, "msg": event, "fields": fields})
+        head = LEVELS[level] if self.is_journald else f"{utc_text(self.clock.wall())} {level:5} "
+        line = (
+            head + event + "".join(f" {name}={_logged(value)}" for name, value in fields.items() if value is not None)
+        )
         if number >= self.handler.level and self.screen:
-            self.screen.note(self.handler.format(record))
+            self.screen.note(line)
         elif number >= self.handler.level:
-            self.handler.handle(record)
+            self.handler.handle(logging.makeLogRecord({"levelno": number, "msg": line}))
 
     def report_database_error(self, error: Error | None) -> None:
         """Log an error of the database once, and once its end (None)."""
@@ -6981,22 +7063,6 @@ class Journal:
         for scope in sorted(self.paused - paused):
             self.write("INFO", "resumed", source=scope)
         self.paused = paused
-
-
-class LineFormatter(logging.Formatter):
-    """`2026-11-23T14:24:25Z INFO  cycle missing=3`. The journal of systemd has the time, and takes the level from a
-    prefix (sd-daemon(3))."""
-
-    def __init__(self, clock: Clock, *, is_journald: bool) -> None:
-        super().__init__()
-        self.clock, self.is_journald = clock, is_journald
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line of an event."""
-        head = LEVELS[record.levelname] if self.is_journald else f"{utc_text(self.clock.wall())} {record.levelname:5} "
-        fields: dict[str, Any] = vars(record)["fields"]
-        words = [f" {name}={_logged(value)}" for name, value in fields.items() if value is not None]
-        return head + record.msg + "".join(words)
 
 
 def _logged(value: Any) -> str:
@@ -7109,23 +7175,42 @@ def _cycle_text(database: Database, now: float, next_cycle_in: float | None) -> 
         return "none yet"
     if cycle["seconds"] is not None:
         following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
-        return f"{cycle['id']} done{following}"
+        return f"{cycle['id']} done {format_duration(cycle['elapsed'] - cycle['seconds'])} ago{following}"
     left = f", {format_duration(cycle['left'])} left" if cycle["left"] else ""
     return f"{cycle['id']}: {cycle['looked']:,} of {cycle['known']:,} objects{left}"
 
 
-def _tasks_text(database: Database, now: float) -> str:
-    """How many tasks are open, how many ended in the last minute, and the time left at that rate."""
-    span = min(MINUTE, max(1, now - (database.value("select started_at from runner") or 0)))
-    ended = database.value("select count(*) from attempts where outcome = 'ok' and started_at > ?", (now - span,))
-    open_now = "select coalesce(sum(objects), 0) from counts where task in ('pending', 'retry', 'running')"
-    waiting: int = database.value(open_now)
-    rate = f", {ended:,} ended in the last {'minute' if span == MINUTE else format_duration(span)}" if ended else ""
-    left = f", {format_duration(waiting * span / ended)} left" if ended and waiting else ""
-    return f"{waiting:,} open{rate}{left}"
+# the tightest window of each source
+TIGHTEST = """
+    select scope, used, max_requests, window_seconds, max(1.0 * used / max_requests) as share
+    from rates where max_requests group by scope order by scope = 'global', share desc, scope
+"""
 
 
-LEAST_TABLE_LINES = 4  # two of them are its head
+def status_lines(
+    database: Database, configuration: Configuration, now: float, next_cycle_in: float | None = None
+) -> tuple[list[str], list[str]]:
+    """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
+    judged, (tasks,) = verdict(database, configuration, now), answers(database, STATUS[1:2])[0].rows
+    (span, ended), left = pace(database, now), seconds_left(database, now)
+    counts = ", ".join(f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry")
+    rate = f"; {ended:,} done in the last {format_duration(span)}" if ended else ""
+    head = [
+        judged.title,
+        f"cycle   {_cycle_text(database, now, next_cycle_in)}",
+        f"tasks   {counts or 'none open'}{rate}{f'; about {format_duration(left)} left' if left else ''}",
+    ]
+    body = []
+    for row in judged.rows[:MOST_FINDINGS]:
+        held = f"; holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
+        body += [f"  {row['']} {row['about']}: {row['what']}{held}", f"      {row['try']}"]
+    if len(judged.rows) > MOST_FINDINGS:
+        body.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
+    for row in query(database, TIGHTEST)[:MOST_FINDINGS]:
+        bar = ("#" * round(20 * min(1, row["share"]))).ljust(20, "-")
+        window = format_duration(row["window_seconds"])
+        body.append(f"  {row['scope']:20} [{bar}] {row['used']:,} of {row['max_requests']:,} in {window}")
+    return head, [*body, f"store {configuration.store}, database {configuration.database}"]
 
 
 class LiveScreen:
@@ -7143,37 +7228,20 @@ class LiveScreen:
     def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None) -> None:
         """Draw the present state over the last one."""
         size = shutil.get_terminal_size()
-        head, table, foot = self._lines(now, running, next_cycle_in)
-        foot += self.last_lines
+        head, body = status_lines(self.database, self.configuration, now, next_cycle_in)
+        coverage = dataclasses.replace(answers(self.database, REPORT[1:2])[0], title="")
+        body += render([coverage], "table", size.columns - 1).splitlines() if coverage.rows else []
+        head.insert(0, f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly")
+        foot = [f"workers {', '.join(running) or 'idle'}", *self.last_lines]
         room = max(0, size.lines - 1 - len(head) - len(foot))
-        if len(table) > room:
-            table = [*table[: room - 1], f"... and {len(table) - room + 1} more"] if room > LEAST_TABLE_LINES else []
-        shown = [cut(line, size.columns - 1) for line in [*head, *table, *foot]][: max(2, size.lines - 1)]
+        if len(body) > room:
+            body = [*body[: room - 1], f"... and {len(body) - room + 1} more"] if room > 1 else []
+        shown = [cut(line, size.columns - 1) for line in [*head, *body, *foot]][: max(2, size.lines - 1)]
         up = f"\x1b[{self._height}F" if self._height else ""  # to the first column: Ctrl-C has written ^C
         self._height = len(shown)
         with contextlib.suppress(OSError):  # the terminal is gone, the work is not
             self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in shown) + "\x1b[J")
             self.stream.flush()
-
-    def _lines(
-        self, now: float, running: Sequence[str], next_cycle_in: float | None
-    ) -> tuple[list[str], list[str], list[str]]:
-        """Cycle and tasks, the datasets, and sources and workers."""
-        coverage, rates = (part.rows for part in answers(self.database, (REPORT[1], STATUS[3])))
-        pauses = {row["scope"]: f"{row['blocked_until']}: {row['why'][8:]}" for row in rates if row["blocked_until"]}
-        used = ", ".join(
-            f"{row['scope']} {row['used']}/{row['max_requests']} in {row['window_seconds']:g} s"
-            for row in rates
-            if row["used"] and row["max_requests"]
-        )
-        head = [
-            f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly  store {self.configuration.store}",
-            f"cycle   {_cycle_text(self.database, now, next_cycle_in)}",
-            f"tasks   {_tasks_text(self.database, now)}",
-        ]
-        table = render([Section("", "", coverage, empty="nothing is expected yet")], "table").splitlines()
-        foot = [f"asked   {used or 'nothing lately'}", *(f"paused  {name} until {why}" for name, why in pauses.items())]
-        return head, table, [*foot, f"workers {', '.join(running) or 'idle'}"]
 
 
 # ---------------------------------------------------------------- Alerts
@@ -8690,6 +8758,8 @@ def main(words: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------- Commands
 # One function for each command. Data go to stdout, everything else to stderr.
 
+NEXT_STEP = "Next: adce.py plan shows what a run would do"
+
 
 @command(LIMIT)
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -8708,7 +8778,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
                 pass
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
     note = "Nothing was written and nothing was asked; the store was only listed and read."
-    _print(arguments, plan_sections(database, before, arguments.limit), ["", note])
+    _print(arguments, answers(database, PLAN, most=arguments.limit, before=json.dumps(before)), ["", note])
     if error:
         print(f"adce.py: the cycle had trouble: {error}", file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
@@ -8749,7 +8819,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
     with contextlib.ExitStack() as stack:
         address = None
         if configuration.health_check.enabled and not arguments.once:
-            health = HealthServer(configuration, database, lock, runner.clock, lambda: journal.database_error)
+            health = HealthServer(configuration, database, runner.clock, lambda: journal.database_error)
             stack.callback(health.stop)
             try:
                 address = f"http://127.0.0.1:{health.start()}/"
@@ -8787,7 +8857,7 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
             raise  # another reconcile
         cycle_id = _cycle_of_runner(database, configuration, lock, options)
     rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
-    _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], next_steps(database))
+    _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], [NEXT_STEP])
     if rows[0]["error"]:
         return ExitCode.ERROR
     return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
@@ -8971,22 +9041,31 @@ def command_acquire(arguments: Arguments, configuration: Configuration) -> int:
     return run_held(limiter, held, arguments.words) if arguments.words else ExitCode.DONE
 
 
-@command(option("--since", type=DURATION, default=DAY, metavar="24h", help="how far back attempts count"))
+@command(
+    option("table", nargs="?", choices=["verdict", *(one.name for one in REPORT)], help="only this table"),
+    option("--since", type=DURATION, default=DAY, metavar="24h", help="how far back attempts count"),
+)
 def command_report(arguments: Arguments, configuration: Configuration) -> None:
-    """Show coverage, queue, attempts, limits and cycles."""
+    """Show what is wrong, coverage, queue, attempts, limits and cycles."""
     database, now = _existing(configuration), Clock().wall()
-    if arguments.format == "html":
-        print(page(database, configuration, RunnerLock(configuration.database), now))
+    if arguments.format == "html" and not arguments.table:
+        print(page(database, configuration, now))
         return
     scrapers = {dataset.name: scraper_of(dataset) for dataset in configuration.datasets.values()}
-    _print(arguments, report_sections(database, scrapers, arguments.since, now), ["", *next_steps(database)])
+    sections = [verdict(database, configuration, now), *report_sections(database, scrapers, arguments.since, now)]
+    _print(arguments, [part for part in sections if arguments.table in (None, part.name)], ["", NEXT_STEP])
 
 
 @command(needs_declarations=False)
 def command_status(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show the state of runner, lake, tasks and sources; exit 4 when no runner works."""
     database, lock = _existing(configuration), RunnerLock(configuration.database)
-    _print(arguments, status_sections(database, configuration, lock, Clock().wall()))
+    if arguments.format == "table":
+        head, body = status_lines(database, configuration, Clock().wall())
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+        print("\n".join(cut(line, width) for line in head + body))
+    else:
+        _print(arguments, status_sections(database, configuration, Clock().wall()))
     return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
 
 

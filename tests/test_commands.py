@@ -275,7 +275,7 @@ def test_dry_run_of_once_names_the_retries_that_it_would_not_wait_for(folder, tm
 def test_plan_tells_how_long_it_takes_at_the_tightest_limit_of_each_source(tmp_path):
     limits = "rate_limiting: {source_limits: {league: {requests_per_minute: 12, requests_per_hour: 60}}}"
     write_league(tmp_path, "http://127.0.0.1:9", last=30, limits=limits)
-    for text, minutes in ((limits, 30.0), ("", None)):  # 60 an hour are one a minute
+    for text, minutes in ((limits, 2.0), ("", None)):  # 12 now, 12 a minute later, and the last 6 after another
         yaml = (tmp_path / "adce.yaml").read_text().replace(limits, text)
         (tmp_path / "adce.yaml").write_text(yaml)
         done = run_adce("plan", "--format", "json", folder=tmp_path)

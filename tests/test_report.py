@@ -120,11 +120,10 @@ def test_attempts_before_the_span_do_not_count(lived):  # noqa: F811
     assert section(adce.report_sections(lived, {}, 1, adce.Clock().wall() + DAY), "attempts") == []
 
 
-def test_every_figure_of_the_status_is_a_count_of_the_tables(lived, configure, tmp_path):  # noqa: F811
+def test_every_figure_of_the_status_is_a_count_of_the_tables(lived, configure):  # noqa: F811
     configuration = configure(league_text("http://127.0.0.1:9"))
     configuration.database.touch()
-    lock = adce.RunnerLock(tmp_path / "adce.db")
-    sections = adce.status_sections(lived, configuration, lock, adce.Clock().wall())
+    sections = adce.status_sections(lived, configuration, adce.Clock().wall())
     by_state, tasks = objects_by(lived, "state"), tasks_by(lived, "state")
     lake = section(sections, "lake")[0]
     assert {state: lake[state] for state in ("present", *GAPS)} == {s: by_state[s,] for s in ("present", *GAPS)}
@@ -159,7 +158,7 @@ def test_tasks_are_shown_the_most_urgent_first(database):
             sql.execute(objects, (number, f"{number}.json", now, now, rank))
     (told,) = adce.tasks_sections(database, {"state": None, "dataset": None, "source": None}, 3)
     assert [row["task_id"] for row in told.rows] == [2, 4, 3]
-    first = section(adce.plan_sections(database, {}, 3), "first")
+    first = section(adce.answers(database, adce.PLAN, most=3, before="{}"), "first")
     assert [row["key"] for row in first] == ["2.json", "4.json", "3.json"]
 
 

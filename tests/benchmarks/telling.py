@@ -81,15 +81,15 @@ def main() -> None:
         print(f"{tasks:,} tasks, {arguments.attempts:,} attempts, medians of {arguments.rounds}")
         configuration = adce.load_configuration(folder / "adce.yaml")
         with contextlib.closing(adce.open_database(configuration.database)) as database:
-            lock, now = adce.RunnerLock(configuration.database), time.time()
+            now = time.time()
 
             def page() -> str:
-                return adce.page(database, configuration, lock, now)
+                return adce.page(database, configuration, now)
 
             for what, act in {
                 "/": page,
                 "/metrics": lambda: adce.metrics_text(database),
-                "/status": lambda: adce.status_sections(database, configuration, lock, now),
+                "/status": lambda: adce.status_sections(database, configuration, now),
             }.items():
                 print(f"{what:12} {median_of(arguments.rounds, act) * 1000:7.1f} ms")
         for command in ("report", "status", "coverage", "tasks"):
