@@ -6408,26 +6408,21 @@ def tasks_document(database: Database, filters: Mapping[str, str | None], most: 
         "total_tasks": database.value("select coalesce(sum(objects), 0) from counts where task != ''"),
         "by_priority": {row["priority"]: row for row in answers(database, REPORT[3:4])[0].rows},
         "by_source": dict(map(tuple, database.read(by_source))),
-        "estimated_total_minutes": round((seconds_left(database, now) or 0) / 60, 1),
+        "estimated_total_minutes": round((seconds_left(database, now)[1] or 0) / 60, 1),
         "tasks": tasks_sections(database, filters, most)[0].rows,
     }
 
 
-def seconds_left(database: Database, now: float) -> float | None:
-    """The time until the pending tasks are done, by the limits and pauses of their sources and by the pace of the last
-    minute; None when nothing is known of it."""
-    by_limits = [row["least_minutes"] for row in answers(database, PLAN[2:3])[0].rows if row["least_minutes"]]
-    waiting = "select coalesce(sum(objects), 0) from counts where task in ('pending', 'running')"
-    span, ended = pace(database, now)
-    by_pace = [database.value(waiting) * span / ended] if ended else []
-    return max([*(MINUTE * minutes for minutes in by_limits), *by_pace], default=None)
-
-
-def pace(database: Database, now: float) -> tuple[float, int]:
-    """The seconds of the runner in the last minute, and its good attempts in them."""
+def seconds_left(database: Database, now: float) -> tuple[int, float | None]:
+    """The good attempts of the last minute, and the time until the pending tasks are done: by the limits and pauses of
+    their sources and by that pace; None when nothing is known of it."""
+    by_limits = [row["least_minutes"] for row in answers(database, PLAN[2:3])[0].rows]
     span = min(MINUTE, max(1, now - (database.value("select started_at from runner") or 0)))
     sql = "select count(*) from attempts where outcome = 'ok' and started_at > ?"
-    return span, database.value(sql, (now - span,))
+    ended: int = database.value(sql, (now - span,))
+    waiting = "select coalesce(sum(objects), 0) from counts where task in ('pending', 'running')"
+    by_pace = database.value(waiting) * span / ended if ended else 0
+    return ended, max(by_pace, *(MINUTE * (minutes or 0) for minutes in by_limits), 0) or None
 
 
 # ---------------------------------------------------------------- Conditions
@@ -6688,15 +6683,6 @@ running: Running now | nothing
 attempts: The last attempts
     select * from recent_attempts limit 20
 """)
-# a bar for each cycle, the oldest first
-BARS = """
-    select 'cycle ' || cycle_id || ', ' || strftime('%Y-%m-%dT%H:%M:%SZ', started_at, 'unixepoch') || ': '
-           || round(seconds, 1) || ' s, ' || (missing + stale + suspect) || ' gaps' || coalesce(', ' || error, '')
-           as text, 4 + cast(56 * seconds / max(max(seconds) over (), 0.001) as integer) as height,
-           iif(error is null, 'all', 'lost') as kind
-    from (select * from reconciliations where seconds is not null order by cycle_id desc limit 96)
-    order by cycle_id
-"""
 CALENDAR = """
     select d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present
     from counts c
@@ -6707,11 +6693,9 @@ CALENDAR = """
       and o.day between :year || '-01-01' and :year || '-12-31'
     group by d.dataset, o.day
 """
-YEARS = """
-    select min((select min(o.day) from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '')
-                and o.state = c.state)) as first,
-           max((select max(o.day) from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '')
-                and o.state = c.state and o.day <= :until)) as last
+LATEST_DAY = """
+    select max((select max(o.day) from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '')
+                and o.state = c.state and o.day <= :today))
     from counts c where c.objects > 0
 """
 CELL = 11  # pixels
@@ -6722,33 +6706,25 @@ def page(database: Database, configuration: Configuration, now: float, year: int
     """One HTML document; without a `year` that of the latest day."""
     status = {part.name: part for part in status_sections(database, configuration, now)}
     report = {one.name: one for one in REPORT}
-    parts = answers(database, [report["coverage"], *WEB, report["queue"], report["rates"]])
+    coverage, *parts = answers(
+        database, [report["coverage"], *WEB, *(report[name] for name in ("queue", "rates", "cycles"))]
+    )
     title = html.escape(f"ADCE: {status['verdict'].title}".replace("  ", ", "))
     news = [dataclasses.replace(status["verdict"], title=""), status["alerts"], status["broken_channels"]]
-    bars = query(database, BARS)
     year = year or latest_year(database, now)
+    links = (
+        f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in range(year - 5, year + 2)
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{PAGE_STYLE}</style></head>
 <body><main><h1>{title}</h1><p>{html.escape(configuration.store)}, {utc_text(now)}</p>
-{_blocks([part for part in news if part.rows])}
-{_blocks(parts[:1])}
-<h2>Coverage by day, {year}</h2>{_years(database, year)}
+{_blocks([*(part for part in news if part.rows), coverage])}
+<h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
 <p>A square is a day: dark blue when all of it is there, light blue when a part is, orange when nothing is, grey when
 nothing is expected.</p>{"".join(_calendar(name, year, days) for name, days in days_of(database, year).items())}
-<h2>The last cycles</h2>
-{
-        _drawing(
-            f"{len(bars)} cycles, as high as they took long; red: failed",
-            (len(bars) * 10, 60),
-            [
-                _rectangle(row["kind"], (number * 10, 60 - row["height"], 8, row["height"]), row["text"])
-                for number, row in enumerate(bars)
-            ],
-        )
-    }
-{_blocks(parts[1:])}</main></body></html>
+{_blocks(parts)}</main></body></html>
 """
 
 
@@ -6759,7 +6735,7 @@ def _blocks(sections: Sequence[Section]) -> str:
 def latest_year(database: Database, now: float) -> int:
     """The last year, up to now, that has days."""
     today = day_of(now).isoformat()
-    return int((database.read(YEARS, {"until": today})[0]["last"] or today)[:4])
+    return int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
 
 
 def days_of(database: Database, year: int) -> dict[str, dict[str, tuple[int, int]]]:
@@ -6779,23 +6755,14 @@ def coverage_sections(database: Database, filters: Mapping[str, Any], now: float
         return [dataclasses.replace(section, empty=f"nothing of {year}") if by_day and year else section]
     year, rows = year or latest_year(database, now), []
     for name, days in days_of(database, year).items():
-        expected, present = collections.Counter[int](), collections.Counter[int]()
-        for day, counts in days.items():
+        weeks = [(0, 0)] * 53
+        for day, (expected, present) in days.items():
             week = (datetime.date.fromisoformat(day).timetuple().tm_yday - 1) // 7
-            expected[week], present[week] = expected[week] + counts[0], present[week] + counts[1]
-        weeks = ((expected[week], present[week]) for week in range(53))
+            weeks[week] = weeks[week][0] + expected, weeks[week][1] + present
         letters = ("." if not wanted else "#" if have == wanted else "+" if have else "x" for wanted, have in weeks)
         rows.append({"dataset": name, "weeks": "".join(letters)})
     title = f"The weeks of {year}: # all there, + a part, x nothing, . nothing expected"
     return [section, Section("weeks", title, rows, empty="no dataset has days in it")]
-
-
-def _years(database: Database, year: int) -> str:
-    """A link for each year that has days."""
-    first, last = database.read(YEARS, {"until": "9999"})[0]
-    years = range(int(first[:4]), int(last[:4]) + 1) if first else ()
-    links = (f"<b>{one}</b>" if one == year else f'<a href="?year={one}">{one}</a>' for one in years)
-    return f"<nav aria-label='Years'>{' '.join(links) or 'nothing has a day yet'}</nav>"
 
 
 def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> str:
@@ -6807,25 +6774,15 @@ def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> s
         kind = "none" if not expected else "all" if present == expected else "part" if present else "gap"
         week, weekday = divmod(number + first.weekday(), 7)
         text = f"{day:%a} {day}: {f'{present} of {expected}' if expected else 'nothing expected'}"
-        cells.append(_rectangle(kind, (week * CELL, weekday * CELL, CELL - 2, CELL - 2), text))
+        box = f'x="{week * CELL}" y="{weekday * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
+        cells.append(f'<rect class="{kind}" {box}><title>{text}</title></rect>')
     incomplete = [f"{day} ({there} of {wanted})" for day, (wanted, there) in sorted(days.items()) if there < wanted]
     words = html.escape(", ".join(incomplete[:50]) + (" ..." if len(incomplete) > 50 else ""))
     details = f"<details><summary>{len(incomplete)} days are not complete</summary><p>{words}</p></details>"
     expected, present = (sum(pair[place] for pair in days.values()) for place in (0, 1))
-    label = f"{dataset}: {present:,} of {expected:,} in {year}"
-    return _drawing(label, (54 * CELL, 7 * CELL), cells) + (details if incomplete else "")
-
-
-def _rectangle(kind: str, place: tuple[int, int, int, int], text: str) -> str:
-    x, y, width, height = place
-    box = f'x="{x}" y="{y}" width="{width}" height="{height}"'
-    return f'<rect class="{kind}" {box}><title>{html.escape(text)}</title></rect>'
-
-
-def _drawing(label: str, size: tuple[int, int], shapes: Sequence[str]) -> str:
-    label = html.escape(label)
-    svg = f'<svg role="img" aria-label="{label}" width="{size[0]}" height="{size[1]}">{"".join(shapes)}</svg>'
-    return f"<h3>{label}</h3>{WIDE.format(svg)}"
+    label = html.escape(f"{dataset}: {present:,} of {expected:,} in {year}")
+    svg = f'<svg role="img" aria-label="{label}" width="{54 * CELL}" height="{7 * CELL}">{"".join(cells)}</svg>'
+    return f"<h3>{label}</h3>{WIDE.format(svg)}{details if incomplete else ''}"
 
 
 # Each metric has its name, ! for a counter, and its meaning. The last column is the value, the others are labels.
@@ -6880,47 +6837,36 @@ JSON, TEXT = "application/json", "text/plain; charset=utf-8"
 
 class HealthServer(http.server.ThreadingHTTPServer):
     """GET /health, /status, /tasks, /metrics and / for one database, until stopped. Each connection has a thread for a
-    few seconds; when there are many, the oldest is closed."""
+    few seconds; when there are many, the oldest is closed. Raises Error when the port is taken."""
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(
-        self,
-        configuration: Configuration,
-        database: Database,
-        clock: Clock,
-        error: Callable[[], str | None] = lambda: None,
+        self, configuration: Configuration, database: Database, clock: Clock, error: Callable[[], str | None] = str
     ) -> None:
         self.configuration, self.database, self.clock = configuration, database, clock
-        self.started_at, self.error = clock.wall(), error
+        self.started_at, self.error, port = clock.wall(), error, configuration.health_check.port
         self._open: dict[Any, float] = {}  # connections, the oldest first, and since when
-        self._thread: threading.Thread | None = None
-        super().__init__(("127.0.0.1", configuration.health_check.port), _Handler, bind_and_activate=False)
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as problem:
+            text = f"cannot listen on 127.0.0.1:{port}: {problem.strerror}"
+            raise Error(text, "see health_check.port in adce.yaml") from problem
 
     def start(self) -> int:
-        """Listen, and return the port. Raises Error when the port is taken."""
-        try:
-            self.server_bind()
-            self.server_activate()
-        except OSError as error:
-            self.server_close()
-            text = f"cannot listen on 127.0.0.1:{self.configuration.health_check.port}: {error.strerror}"
-            raise Error(text, "see health_check.port in adce.yaml") from error
-        self._thread = threading.Thread(target=self.serve_forever, name="adce-health", daemon=True)
-        self._thread.start()
+        """Answer in threads, and return the port."""
+        threading.Thread(target=self.serve_forever, name="adce-health", daemon=True).start()
         return int(self.server_address[1])
 
     def stop(self) -> None:
         """Stop listening."""
-        if self._thread:
-            self.shutdown()
+        self.shutdown()
         self.server_close()
 
     def answer(self, path: str, options: Mapping[str, str]) -> tuple[int, str, str]:
         """Status, content type and body of a path."""
         now = self.clock.wall()
-        place = (self.database, self.configuration, now)
         if path == "/health":
             found = problems(self.database, self.configuration, now, self.started_at, self.error())
             components = {
@@ -6933,34 +6879,27 @@ class HealthServer(http.server.ThreadingHTTPServer):
         if path == "/metrics" and options.get("format") != "json":
             return 200, TEXT.replace(";", "; version=0.0.4;"), metrics_text(self.database)
         if path in ("/status", "/metrics"):
-            return 200, JSON, render(status_sections(*place), "json")
+            return 200, JSON, render(status_sections(self.database, self.configuration, now), "json")
         if path == "/tasks":
             filters = {name: options.get(name) for name in ("state", "dataset", "source")}
             return 200, JSON, json.dumps(tasks_document(self.database, filters, 100, now))
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
-            return 200, "text/html; charset=utf-8", page(*place, year)
+            return 200, "text/html; charset=utf-8", page(self.database, self.configuration, now, year)
         return 404, TEXT, "try /health /status /tasks /metrics or /\n"
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread of its own."""
         self._open[request] = self.clock.boot()
-        self.service_actions()
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Close the connections that are too old or too many: a timeout for each read would let a client drip."""
-        now, connections = self.clock.boot(), list(self._open.items())
-        for left, (request, since) in zip(range(len(connections), 0, -1), connections, strict=True):
-            if left > HTTP_THREADS or now - since > HTTP_SECONDS:
-                self._open.pop(request, None)
+        """Close the connections that are too many or too old: a timeout for each read would let a client drip."""
+        self._open = {request: since for request, since in self._open.items() if request.fileno() >= 0}
+        for left, (request, since) in zip(range(len(self._open), 0, -1), self._open.items(), strict=True):
+            if left > HTTP_THREADS or self.clock.boot() - since > HTTP_SECONDS:
                 with contextlib.suppress(OSError):  # it has just ended by itself
                     request.shutdown(socket.SHUT_RDWR)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection that was answered."""
-        self._open.pop(request, None)
-        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that leaves early is not reported."""
@@ -7192,9 +7131,9 @@ def status_lines(
 ) -> tuple[list[str], list[str]]:
     """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
     judged, (tasks,) = verdict(database, configuration, now), answers(database, STATUS[1:2])[0].rows
-    (span, ended), left = pace(database, now), seconds_left(database, now)
+    ended, left = seconds_left(database, now)
     counts = ", ".join(f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry")
-    rate = f"; {ended:,} done in the last {format_duration(span)}" if ended else ""
+    rate = f"; {ended:,} done in the last minute" if ended else ""
     head = [
         judged.title,
         f"cycle   {_cycle_text(database, now, next_cycle_in)}",
@@ -8819,10 +8758,10 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
     with contextlib.ExitStack() as stack:
         address = None
         if configuration.health_check.enabled and not arguments.once:
-            health = HealthServer(configuration, database, runner.clock, lambda: journal.database_error)
-            stack.callback(health.stop)
             try:
+                health = HealthServer(configuration, database, runner.clock, lambda: journal.database_error)
                 address = f"http://127.0.0.1:{health.start()}/"
+                stack.callback(health.stop)
                 journal.write("INFO", "health", address=address)
             except Error as error:  # the port is taken
                 journal.write("WARN", "health", error=str(error), hint=error.hint)

@@ -62,7 +62,7 @@ def test_pace_tells_how_long_the_open_tasks_last(paint, database, clock, tmp_pat
     for _ in range(10):
         desk.end(desk.claim(), adce.Outcome.OK)
     clock.advance(30)
-    assert paint(50)[3] == "tasks   30 pending; 10 done in the last 1 min; about 3 min left"
+    assert paint(50)[3] == "tasks   30 pending; 10 done in the last minute; about 3 min left"
 
 
 def test_running_cycle_tells_how_far_it_is(paint, database, clock):
