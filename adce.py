@@ -6308,48 +6308,54 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
-    """A table. For people, columns of nothing but zeros are left out, and what does not fit stands below its row."""
+    numeric = {name for name in rows[0] if all(isinstance(row[name], int | float | None) for row in rows)}
+    names, cells = list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]
+    if style == "table":
+        return _text_table(rows, [names, *cells], numeric, width)
     import tabulate
 
-    quotes: Mapping[str, Callable[[str], str]] = {"html": html.escape, "github": lambda cell: cell.replace("|", r"\|")}
-    names = list(rows[0])
-    if style == "table":
-        names = [name for name in names if any(row[name] not in (0, None) for row in rows)] or names
-    numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
-    cells = [[_cell(row[name]) for name in names] for row in rows]
-    notes = _fit(names, cells, width) if style == "table" and width else []
-    text = tabulate.tabulate(
-        [[quotes.get(style, str)(cell) for cell in row] for row in cells],
+    quote = html.escape if style == "html" else lambda cell: cell.replace("|", r"\|")
+    return tabulate.tabulate(
+        [[quote(cell) for cell in row] for row in cells],
         headers=[name.replace("_", " ") if style == "html" else name for name in names],
-        tablefmt={"table": "simple", "github": "github", "html": "unsafehtml"}[style],
+        tablefmt={"github": "github", "html": "unsafehtml"}[style],
         disable_numparse=True,
-        colalign=["right" if is_number else "left" for is_number in numeric[: len(names)]],
+        colalign=["right" if name in numeric else "left" for name in names],
     )
-    lines = [line.rstrip() for line in text.splitlines()]
-    below = dict(enumerate((f"    {note}" for note in notes), start=2))  # after two lines of head
-    lines = [one for number, line in enumerate(lines) for one in (line, below.get(number, "")) if one.strip()]
-    return "\n".join(line if not width or line == cut(line, width) else f"{cut(line, width - 1)}…" for line in lines)
 
 
-def _fit(names: list[str], cells: list[list[str]], width: int) -> list[str]:
-    """Make a table narrower: the last column becomes notes below the rows, long cells are shortened in the middle."""
+def _text_table(rows: Rows, lines: list[list[str]], numeric: set[str], width: int | None) -> str:
+    """A table for people: columns of nothing but zeros are left out. What does not fit stands below its row (the last
+    column), is left out (columns of one value, then the right ones) or is shortened in the middle."""
+
+    def drop(column: int) -> list[str]:
+        return [line.pop(column) for line in lines]
 
     def widths() -> list[int]:
-        return [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+        return [max(map(len, column)) for column in zip(*lines, strict=True)]
 
-    notes: list[str] = []
-    if sum(widths()) + 2 * len(names) - 2 > width and len(names) > 2 and widths()[-1] > 14:
-        names.pop()
-        notes = [row.pop().strip("-") for row in cells]
-    while (excess := sum(widths()) + 2 * len(names) - 2 - width) > 0:
-        column, most = max(enumerate(widths()), key=lambda pair: pair[1])
-        limit = max(12, len(names[column]), most - excess)
-        if limit >= most:
-            break
-        for row in cells:
-            if len(row[column]) > limit:
-                row[column] = f"{row[column][: limit // 2]}…{row[column][1 + limit // 2 - limit :]}"
-    return notes
+    for name in [name for name in lines[0] if name != "percent" and all(row[name] in (0, None) for row in rows)]:
+        if len(lines[0]) > 1:
+            drop(lines[0].index(name))
+    notes = [""] * len(lines)
+    if width and sum(wide + 2 for wide in widths()) - 2 > width and len(lines[0]) > 2 and widths()[-1] > 14:
+        notes = [f"    {note.strip('-')}" for note in drop(-1)]
+    while width and sum(min(wide, 20) + 2 for wide in widths()) - 2 > width and len(lines[0]) > 2:
+        same = [number for number, column in enumerate(zip(*lines[1:], strict=True)) if len({*column}) == 1]
+        drop(same[-1] if same and len(rows) > 1 else -1)
+    while width and (excess := sum(wide + 2 for wide in widths()) - 2 - width) > 0 and max(widths()) > 20:
+        column, limit = widths().index(max(widths())), max(20, max(widths()) - excess)
+        for line in lines:
+            if len(line[column]) > limit:
+                line[column] = f"{line[column][: limit // 2]}…{line[column][1 + limit // 2 - limit :]}"
+    lines.insert(1, ["-" * wide for wide in widths()])
+    notes.insert(1, "")
+    sides = [str.rjust if name in numeric else str.ljust for name in lines[0]]
+    text = []
+    for line, note in zip(lines, notes, strict=True):
+        cells = (side(cell, wide) for side, cell, wide in zip(sides, line, widths(), strict=True))
+        text += ["  ".join(cells).rstrip(), *([note] if note.strip() and line is not lines[0] else [])]
+    return "\n".join(line if not width or line == cut(line, width) else f"{cut(line, width - 1)}…" for line in text)
 
 
 def _cell(value: Any) -> str:
@@ -6441,6 +6447,7 @@ FACTS: Mapping[str, Any] = {
     "vain_attempts": 5,  # without any object
     "day": DAY,
     "vanished": VANISHED,
+    "store_reasons": f"{STORE_TROUBLE}*",
     "dropped_objects": 100,  # and so many percent in one cycle: then the expected objects shrank
     "dropped_percent": 10,
 }
@@ -6458,7 +6465,7 @@ source blocked!: adce.py resume {about}
     from scopes, facts
     where scope != 'global' and (throttles >= :blocked_pauses or (throttles > 0 and paused_for >= :blocked_seconds))
 gave up: adce.py tasks --state gave_up --dataset {about}
-    select dataset as about, sum(objects) || ' objects gave up, last error: '
+    select dataset as about, sum(objects) || ' gave up, last error: '
            || (select last_error from objects o where o.task = 'gave_up' and o.dataset_id = c.dataset_id) as text
     from counts c join datasets using (dataset_id)
     where task = 'gave_up' group by dataset having sum(objects) > 0
@@ -6527,10 +6534,10 @@ cycles fail!: adce.py check
 # what is shown, and not sent
 NOTES = questions("""
 paused!: adce.py resume {about}
-    select scope as about, iif(seconds > 0, 'paused' || iif(seconds < 172800, ' for ' || (seconds + 59) / 60 || ' min',
-           '') || ': ', 'asked again, one task at a time, after: ') || coalesce(reason, '') as text
+    select scope as about, iif(seconds > 0, 'paused' || iif(seconds < 172800, ' for ' || ((seconds + 59) / 60) ||
+           ' min more', '') || ': ', 'asked again, one task at a time, after: ') || coalesce(reason, '') as text
     from (select *, cast(paused_until + wall_offset - :now as integer) as seconds from scopes, facts)
-    where seconds > 0 or throttles >= :blocked_pauses
+    where (seconds > 0 or throttles >= :blocked_pauses) and not glob(:store_reasons, reason)
 cycle: adce.py check
     select 'lake' as about, 'the last cycle could not look at everything: ' || error as text
     from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
@@ -7141,8 +7148,8 @@ def status_lines(
     ]
     body = []
     for row in judged.rows[:MOST_FINDINGS]:
-        held = f"; holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
-        body += [f"  {row['']} {row['about']}: {row['what']}{held}", f"      {row['try']}"]
+        held = f" holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
+        body += [f"  {row['']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]
     if len(judged.rows) > MOST_FINDINGS:
         body.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
     for row in query(database, TIGHTEST)[:MOST_FINDINGS]:

@@ -251,6 +251,34 @@ def test_table_is_cut_to_the_width_of_a_terminal():
     assert max(map(len, lines)) == 20
 
 
+WIDE_ROWS = [
+    {
+        "id": n,
+        "source": "league",
+        "key": f"raw/a-rather-long-folder/{n}.json",
+        "stale": 0,
+        "n": n,
+        "error": "HTTP 500 " * 5,
+    }
+    for n in (1, 2)
+]
+
+
+def test_wide_table_shows_what_differs_and_puts_errors_below():
+    lines = adce.render([adce.Section("x", "", WIDE_ROWS)], "table", width=40).splitlines()
+    assert lines[0].split() == ["id", "source", "key", "n"]
+    assert lines[2].split() == ["1", "league", "raw/a-rather…older/1.json", "1"]
+    assert lines[3] == f"    {WIDE_ROWS[0]['error'][:35]}…"
+    assert max(map(len, lines)) <= 40
+
+
+def test_columns_of_zeros_are_left_out_for_people_alone():
+    for style, is_shown in (("table", False), ("csv", True), ("github", True), ("html", True), ("json", True)):
+        assert ("stale" in adce.render([adce.Section("x", "", WIDE_ROWS)], style)) == is_shown
+    assert adce.render([adce.Section("x", "", [{"n": 0}])], "table") == "n\n-\n0"
+    assert "percent" in adce.render([adce.Section("x", "", [{"n": 1, "percent": 0.0}])], "table")
+
+
 def test_nothing_is_said_in_words():
     assert adce.render([adce.Section("x", "Things", [], empty="none so far")], "table") == "Things\nnone so far"
 
