@@ -6114,16 +6114,13 @@ FRAGMENTS = {
         f"coalesce(sum(iif(task = '{state}', objects, 0)), 0) as {state}"
         for state in ("pending", "retry", "running", "gave_up")
     ),
+    "BY_TASK": "task in ('retry', 'running', 'gave_up')",  # lets SQLite use the index objects_by_task
     "FILTER": "(:source is null or source = :source) and (:dataset is null or dataset = :dataset)",
-    # an attempt at its place among those of its dataset, the fastest first
-    "ENDED": """(select d.source, d.dataset, a.outcome, a.seconds, a.requests, a.bytes,
-                        a.outcome not in ('ok', 'not_yet', 'lost') as has_failed,
-                        row_number() over (partition by o.dataset_id order by a.seconds) as place,
-                        count(*) over (partition by o.dataset_id) as number
-                 from attempts a join objects o using (object_id) join datasets d using (dataset_id)
-                 where a.started_at >= :since and a.outcome != 'running')""",
+    "ATTEMPTS": """attempts a join objects o using (object_id) join datasets d using (dataset_id)
+        where a.started_at >= :since""",
     "FIGURES": """count(*) as attempts, sum(outcome = 'ok') as ok, sum(outcome = 'not_yet') as not_yet,
-        sum(has_failed) as failed, round(100.0 * sum(has_failed) / count(*), 1) as error_percent,
+        sum(outcome not in ('ok', 'not_yet', 'lost')) as failed,
+        round(100.0 * sum(outcome not in ('ok', 'not_yet', 'lost')) / count(*), 1) as error_percent,
         sum(requests) as requests, sum(bytes) as bytes""",
     # the minutes until a permit for the last pending task of each source: what a window does not allow now waits for
     # as many more of it as it needs
@@ -6195,16 +6192,19 @@ datasets: Attempts of the last {span}
            round(min(seconds) filter (where place >= 0.50 * number), 3) as p50,
            round(min(seconds) filter (where place >= 0.95 * number), 3) as p95,
            round(min(seconds) filter (where place >= 0.99 * number), 3) as p99
-    from {ENDED} group by source, dataset
+    from (select d.source, d.dataset, outcome, seconds, requests, bytes,
+                 row_number() over (partition by o.dataset_id order by seconds) as place,  -- the fastest first
+                 count(*) over (partition by o.dataset_id) as number
+          from {ATTEMPTS} and outcome != 'running')
+    group by source, dataset
 scrapers: By scraper
-    select coalesce(value, 'no longer declared') as scraper, count(distinct dataset) as datasets, {FIGURES}
-    from {ENDED} left join json_each(:scrapers) on key = dataset group by scraper
+    select coalesce((select value from json_each(:scrapers) where key = d.dataset), 'no longer declared') as scraper,
+           count(distinct d.dataset) as datasets, {FIGURES}
+    from {ATTEMPTS} and outcome != 'running' group by scraper
 attempts: How attempts of the last {span} ended
-    select d.dataset, a.outcome, count(*) as attempts, sum(a.requests) as requests,
-           round(avg(a.seconds), 3) as mean_seconds, round(max(a.seconds), 3) as longest, sum(a.bytes) as bytes
-    from attempts a join objects o using (object_id) join datasets d using (dataset_id)
-    where a.started_at >= :since
-    group by d.dataset, a.outcome order by d.dataset, attempts desc
+    select d.dataset, outcome, count(*) as attempts, sum(requests) as requests, round(avg(seconds), 3) as mean_seconds,
+           round(max(seconds), 3) as longest, sum(bytes) as bytes
+    from {ATTEMPTS} group by d.dataset, outcome order by d.dataset, attempts desc
 rates: Rate limits
     select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
     from rates order by scope = 'global', scope, window_seconds
@@ -6424,7 +6424,10 @@ def seconds_left(database: Database, now: float) -> tuple[int, float | None]:
     their sources and by that pace; None when nothing is known of it."""
     by_limits = [row["least_minutes"] for row in answers(database, PLAN[2:3])[0].rows]
     span = min(MINUTE, max(1, now - (database.value("select started_at from runner") or 0)))
-    sql = "select count(*) from attempts where outcome = 'ok' and started_at > ?"
+    sql = """
+        select count(*) from attempts
+        where attempt_id > (select max(attempt_id) from attempts) - 10000 and outcome = 'ok' and started_at > ?
+    """
     ended: int = database.value(sql, (now - span,))
     waiting = "select coalesce(sum(objects), 0) from counts where task in ('pending', 'running')"
     by_pace = database.value(waiting) * span / ended if ended else 0
@@ -6465,8 +6468,9 @@ source blocked!: adce.py resume {about}
     from scopes, facts
     where scope != 'global' and (throttles >= :blocked_pauses or (throttles > 0 and paused_for >= :blocked_seconds))
 gave up: adce.py tasks --state gave_up --dataset {about}
-    select dataset as about, sum(objects) || ' gave up, last error: '
-           || (select last_error from objects o where o.task = 'gave_up' and o.dataset_id = c.dataset_id) as text
+    select dataset as about, sum(objects) || ' gave up, last error: ' || (
+               select last_error from objects o
+               where o.dataset_id = c.dataset_id and o.task = 'gave_up' and o.{BY_TASK}) as text
     from counts c join datasets using (dataset_id)
     where task = 'gave_up' group by dataset having sum(objects) > 0
 never answered: adce.py tasks --dataset {about}
@@ -6509,7 +6513,7 @@ nothing collected!: adce.py logs
       and (exists (select 1 from objects o
                    where o.dataset_id = d.dataset_id and o.task = 'pending' and o.detected_at < began)
            or exists (select 1 from objects o
-                      where o.dataset_id = d.dataset_id and o.task = 'retry' and o.failures > 0
+                      where o.dataset_id = d.dataset_id and o.task = 'retry' and o.{BY_TASK} and o.failures > 0
                         and o.detected_at < began))
       and not exists (select 1 from attempts
                       where outcome = 'ok' and started_at + seconds > began
@@ -6686,7 +6690,8 @@ queue: First in the queue | nothing is open
 running: Running now | nothing
     select o.key, d.source, o.attempts as attempt,
            round(max(0, (julianday('now') - 2440587.5) * 86400 - a.started_at), 1) as seconds
-    from objects o join attempts a using (attempt_id) join datasets d using (dataset_id) where o.task = 'running'
+    from objects o join attempts a using (attempt_id) join datasets d using (dataset_id)
+    where o.task = 'running' and o.{BY_TASK}
 attempts: The last attempts
     select * from recent_attempts limit 20
 """)
