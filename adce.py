@@ -20,11 +20,9 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Views                       what people read of them
     Database                    one safe door to the SQLite file; its lock and its backups
     Templates and expressions   texts with fields, JMESPath
-    Kinds                       what a value in adce.yaml can be
-    Reader                      YAML to records, all mistakes at once
+    Reader                      kinds of values; YAML to records, all mistakes at once
     Settings                    every key of adce.yaml, declared once
-    Datasets                    those of datasets
-    Reading                     what must hold between them
+    Reading                     what must hold between them, and their reference
     Objects                     what should exist, and what a whole object is
     Store                       the objects that exist: in a folder, or in S3
     Limits                      which requests are possible, and when
@@ -37,7 +35,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Listing                     which parts of the store to list, page by page
     Cycles                      one reconciliation in progress, and contents to read
     Reconcile                   expected against present
-    Requests                    one execution as plain data; one HTTP request
+    Requests                    one HTTP request
     Sessions                    the limits for programs that use requests
     Programs                    commands and calls; one execution of any kind
     Report                      questions in SQL, one renderer
@@ -116,11 +114,11 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TextIO,
 
 __version__ = "1.0.0"
 __all__ = [
+    "Claim",
     "Clock",
     "Configuration",
     "Database",
     "Error",
-    "FetchSpec",
     "Limiter",
     "Runner",
     "fetch",
@@ -404,11 +402,11 @@ create table runner (
     version      text    not null,
     started_at   integer not null,
     beat_at      integer not null,   -- last heartbeat of the main loop
-    stopped_at   integer,
-    note         text,               -- why it stopped
     address      text,               -- of its HTTP server
     unit         text,               -- of systemd
-    log          text                -- its log file
+    log          text,               -- its log file
+    stopped_at   integer,
+    note         text                -- why it stopped
 ) strict;
 
 create table datasets (
@@ -783,9 +781,14 @@ pragma foreign_keys = on;
 pragma trusted_schema = off;
 pragma cell_size_check = on;
 """
-
-
-SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)  # it names damaged things as it finds them
+NO_SPACE_HINT = "free some disk space; nothing is lost meanwhile"
+HINTS = {
+    "SQLITE_FULL": NO_SPACE_HINT,
+    "SQLITE_IOERR_WRITE": NO_SPACE_HINT,
+    "SQLITE_BUSY": "another program holds a transaction on this file; close it",
+    "SQLITE_CORRUPT": DAMAGE_HINT,
+    "SQLITE_NOTADB": DAMAGE_HINT,
+}
 
 
 class Database:
@@ -802,7 +805,6 @@ class Database:
         self._reading = threading.Lock()  # guards _reader
         self._pid = os.getpid()
         self._identity = _identity(path)
-        self._translation = _Translation(path)
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
@@ -811,7 +813,7 @@ class Database:
         One that need not be durable is faster, and all see it, but a power cut may undo it. Raises
         DatabaseError when SQLite cannot do it, for instance because the disk is full."""
         self._check_process()
-        with self._writing, self._translation:
+        with self._writing, _translation(self.path):
             try:
                 if durable != self._durable:
                     self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
@@ -842,7 +844,7 @@ class Database:
     def read(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a query, as of one moment. Never waits for a writer."""
         self._check_process()
-        with self._reading, self._translation:
+        with self._reading, _translation(self.path):
             return self._reader.execute(sql, parameters).fetchall()
 
     def value(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> Any:
@@ -854,7 +856,7 @@ class Database:
         """Whether another connection, of whatever process, has written since this was last asked. Takes some
         microseconds: SQLite keeps count (pragma data_version)."""
         self._check_process()
-        with self._writing, self._translation:
+        with self._writing, _translation(self.path):
             version: int = self._writer.execute("pragma data_version").fetchone()[0]
             known, self._version = self._version, version
         return version != known
@@ -876,7 +878,7 @@ class Database:
         """The same contents in memory: what is tried there changes nothing here."""
         self._check_process()
         memory = _connect(":memory:")
-        with self._reading, self._translation:
+        with self._reading, _translation(self.path):
             self._reader.backup(memory)
         return Database(self.path, memory, memory)
 
@@ -894,27 +896,18 @@ class Database:
             )
 
 
-class _Translation:
+@contextlib.contextmanager
+def _translation(context: str) -> Iterator[None]:
     """Turns the errors of SQLite into a DatabaseError with a hint."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, SQLITE_ERRORS):
-            raise _translated(self.path, error) from error
-
-
-def _translated(path: str, error: BaseException) -> DatabaseError:
-    if isinstance(error, UnicodeDecodeError):
-        return DatabaseError(f"{path}: database disk image is malformed", _database_hint("SQLITE_CORRUPT"))
-    name = getattr(error, "sqlite_errorname", type(error).__name__)
-    passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
-    kind = DatabaseTroubleError if passes else DatabaseError
-    return kind(f"{path}: {error} ({name})", _database_hint(name))
+    try:
+        yield
+    except UnicodeDecodeError as error:  # SQLite names damaged things as it finds them
+        raise DatabaseError(f"{context}: database disk image is malformed", DAMAGE_HINT) from error
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
+        hint = next((hint for start, hint in HINTS.items() if name.startswith(start)), "")
+        raise (DatabaseTroubleError if passes else DatabaseError)(f"{context}: {error} ({name})", hint) from error
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -923,16 +916,6 @@ def _identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _database_hint(name: str) -> str:
-    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR_WRITE")):
-        return "free some disk space; nothing is lost meanwhile"
-    if name.startswith("SQLITE_BUSY"):
-        return "another program holds a transaction on this file; close it"
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return DAMAGE_HINT
-    return ""
 
 
 def _connect(path: str) -> sqlite3.Connection:
@@ -954,16 +937,12 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
         raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
     if not path.exists():
         _create_file(path)
-    writer = None
-    try:
-        writer = _connect(str(path))
+    with _translation(str(path)), contextlib.ExitStack() as opened:
+        writer = opened.enter_context(contextlib.closing(_connect(str(path))))
         _prepare(writer, path)
         reader = _connect(str(path))
         reader.execute("pragma query_only = on")
-    except SQLITE_ERRORS as error:
-        if writer:
-            writer.close()
-        raise _translated(str(path), error) from error
+        opened.pop_all()
     return Database(str(path), writer, reader)
 
 
@@ -1018,15 +997,11 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute(f"pragma journal_size_limit = {8 << 20}")
     digest = hashlib.sha256(VIEWS.encode()).hexdigest()
     if connection.execute("select views from facts").fetchone()[0] != digest:
-        connection.execute("begin immediate")
+        names = re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE)
+        drops = "".join(f"drop view if exists {name};" for name in names)
+        note = f"update facts set views = '{digest}';"  # noqa: S608  # hexadecimal
         try:
-            for name in re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE):
-                drop = f"drop view if exists {name}"  # a name in VIEWS
-                connection.execute(drop)
-            for view in VIEWS.split(";\n")[:-1]:
-                connection.execute(view)
-            connection.execute("update facts set views = ?", (digest,))
-            connection.execute("commit")
+            connection.executescript(f"begin immediate; {drops} {VIEWS} {note} commit;")
         finally:
             if connection.in_transaction:
                 connection.execute("rollback")
@@ -1098,9 +1073,6 @@ class RunnerLock:
             self._file = None
 
 
-MARK_BACKUP = "update facts set is_backup = 1"
-
-
 def back_up(path: Path, copy: Path) -> None:
     """Copy the database at `path`, as of one moment, into a new file, mode 0600. The copy is checked, on the disk, and
     there whole or not at all. Raises DatabaseError, also when there is something at `copy` already."""
@@ -1111,11 +1083,11 @@ def back_up(path: Path, copy: Path) -> None:
     draft = copy.with_name(f"{copy.name}.{os.getpid()}.part")
     _create_file(draft)
     try:
-        with _Translation(f"cannot copy {path}"):
+        with _translation(f"cannot copy {path}"):
             with contextlib.closing(_connect(str(path))) as source:
                 source.execute("vacuum into ?", (str(draft),))
             with contextlib.closing(_connect(str(draft))) as made:
-                made.execute(MARK_BACKUP)
+                made.execute("update facts set is_backup = 1")
                 if made.execute("pragma integrity_check").fetchone()[0] != "ok":
                     raise DatabaseError(f"the copy of {path} is damaged", "adce.py check")
         _sync(draft)  # which SQLite does not do here
@@ -1224,28 +1196,49 @@ def holds(expression: str, fields: Fields, document: Any) -> bool:
     return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
 
 
-# ---------------------------------------------------------------- Kinds
-# The kinds of values in adce.yaml: how a YAML node becomes a value, and what messages and the reference call it.
-# YAML's own traps (12:30, no, 010) are named. A kind stands in the annotation of a field: Annotated[int, Kind(...)].
-# Headline: Kind.
+# ---------------------------------------------------------------- Reader
+# From YAML to records: the kinds of single values, how the fields of a record declare the keys of a block, and the
+# reader, which collects all problems with their places. A kind stands in the annotation of a field. YAML's own traps
+# (12:30, no, 010) are named. Headlines: Kind, setting(), Reader.
+
+MAX_NODES = 20_000
+NEEDED = dataclasses.MISSING  # the default of a required key, and the value of a node that is not of its kind
+Problem = tuple[int, int, str, str]  # its line and column, which count from 1, the path of the key, and what is wrong
+Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
 
 
 class MistakeError(ValueError):
-    """Why a value is not of its kind."""
+    """Why a value is not of its kind, as a whole message."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Kind:
-    """A kind of single values. `convert` makes one of a node or raises ValueError."""
+    """A kind of single values. `make` makes one of its text, or of the keys and nodes of a mapping, or raises."""
 
     expected: str
-    convert: Callable[[Any], Any]
-    json: str = '{"type": "string"}'  # its JSON Schema
+    make: Callable[[Any], Any] = str
+    tags: tuple[str, ...] = ("str",)  # of YAML; none for any
+    schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string"})
     may_repeat: bool = False  # in a list
+    fields: re.Pattern[str] | None = None  # how it names {fields}, if it may
+
+    def convert(self, node: Any) -> Any:
+        """The value of a node. Raises MistakeError with the message, or an error of the conversion."""
+        tag = _tag(node)
+        if "str" in self.tags and tag not in ("str", "null", "sequence", "mapping"):
+            import yaml
+
+            read = yaml.safe_load(node.value)
+            number = "the number " if isinstance(read, int | float) and not isinstance(read, bool) else ""
+            raise MistakeError(f'{node.value} is read as {number}{json.dumps(read, default=str)}; write "{node.value}"')
+        if tag not in self.tags and (self.tags or node.id != "scalar"):
+            raise ValueError(tag)
+        if "pattern" in self.schema and not re.fullmatch(self.schema["pattern"], node.value):
+            raise ValueError(node.value)
+        return self.make([(key.value, value) for key, value in node.value] if tag == "mapping" else node.value)
 
 
-@dataclass(frozen=True, slots=True)
-class AvailableAfter:
+class AvailableAfter(NamedTuple):
     """Not expected before this time of its day, or this long after the end of its day."""
 
     time: datetime.time | None = None
@@ -1253,29 +1246,18 @@ class AvailableAfter:
 
 
 def _tag(node: Any) -> str:
-    return node.tag.rpartition(":")[2] if node.id == "scalar" else cast(str, node.id)
+    return cast(str, node.tag.rpartition(":")[2] if node.id == "scalar" else node.id)
 
 
-def _plain(node: Any, *tags: str) -> str:
-    if node.id != "scalar" or (tags and _tag(node) not in tags):
-        raise ValueError(node.id)
-    return cast(str, node.value)
+def _number(text: str) -> float:
+    if not re.fullmatch(r"[-+]?(0|[1-9]\d{0,14})(\.\d+)?", text):  # more digits overflow a float
+        raise ValueError(text)
+    return float(text) if "." in text else int(text)
 
 
-def _text(node: Any) -> str:
-    if _tag(node) in ("str", "null", "sequence", "mapping"):
-        return _plain(node, "str")
-    import yaml
-
-    read = yaml.safe_load(node.value)
-    number = "the number " if isinstance(read, int | float) and not isinstance(read, bool) else ""
-    raise MistakeError(f'{node.value} is read as {number}{json.dumps(read, default=str)}; write "{node.value}"')
-
-
-def _expression(node: Any) -> str:
+def _expression(text: str) -> str:
     import jmespath.exceptions
 
-    text = _text(node)
     try:
         jmespath.compile(FIELD_IN_EXPRESSION.sub("x", text))
     except (jmespath.exceptions.JMESPathError, ValueError) as error:
@@ -1285,8 +1267,7 @@ def _expression(node: Any) -> str:
     return text
 
 
-def _regex(node: Any) -> str:
-    text = _text(node)
+def _regex(text: str) -> str:
     try:
         groups = re.compile(text).groups
     except (re.error, OverflowError, RecursionError) as error:
@@ -1296,72 +1277,41 @@ def _regex(node: Any) -> str:
     return text
 
 
-def _store(node: Any) -> str:
-    text = _text(node)
-    if text.lower().startswith("s3:") and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", text):
-        raise MistakeError(f"{text} is not s3://bucket/prefix")
-    if "://" in text and not text.startswith("s3://"):
-        raise MistakeError(f"{text}: a store is a folder or s3://bucket/prefix")
-    return text
-
-
-def _timezone(node: Any) -> str:
+def _day(text: str) -> str | datetime.date:
     try:
-        return zoneinfo.ZoneInfo(_plain(node)).key
-    except (zoneinfo.ZoneInfoNotFoundError, OSError) as error:
-        raise ValueError(str(error)) from None
-
-
-def _number(node: Any) -> float:
-    text = _plain(node, "int", "float")
-    if not re.fullmatch(r"[-+]?(0|[1-9]\d{0,14})(\.\d+)?", text):  # more digits overflow a float
-        raise ValueError(text)
-    return float(text) if "." in text else int(text)
-
-
-def _available(node: Any) -> AvailableAfter:
-    if node.id != "mapping":
-        return AvailableAfter(time=datetime.time.fromisoformat(_text(node)))
-    ((name, hours),) = [(key.value, _number(value)) for key, value in node.value]
-    if name != "hours" or hours < 0:
-        raise ValueError(name)
-    return AvailableAfter(seconds=round(hours * HOUR))
-
-
-def _day(text: str) -> datetime.date:
-    try:
-        return datetime.date.fromisoformat(text)
+        return text if text in ("yesterday", "today") else datetime.date.fromisoformat(text)
     except ValueError:
         raise MistakeError(f"{text} is no day of the calendar") from None
 
 
-def _numbers(expected: str, bounds: str = "", *, is_whole: bool = False) -> Kind:
-    """Numbers within bounds, which are written as in a JSON Schema."""
-    limits = json.loads(f"{{{bounds}}}")
+def _available(given: str | list[tuple[str, Any]]) -> AvailableAfter:
+    if isinstance(given, str):
+        return AvailableAfter(time=datetime.time.fromisoformat(given))
+    ((name, node),) = given
+    if name != "hours" or _tag(node) not in ("int", "float") or (hours := _number(node.value)) < 0:
+        raise ValueError(name)
+    return AvailableAfter(seconds=round(hours * HOUR))
 
-    def convert(node: Any) -> float:
-        number = _number(node)
-        least = limits.get("minimum", math.nextafter(limits.get("exclusiveMinimum", -math.inf), math.inf))
-        if least <= number <= limits.get("maximum", math.inf) and (isinstance(number, int) or not is_whole):
+
+def _numbers(expected: str, *, is_whole: bool = False, **bounds: float) -> Kind:
+    """Numbers within bounds, which have their names in a JSON Schema."""
+    least = bounds.get("minimum", math.nextafter(bounds.get("exclusiveMinimum", -math.inf), math.inf))
+
+    def make(text: str) -> float:
+        number = _number(text)
+        if least <= number <= bounds.get("maximum", math.inf) and (isinstance(number, int) or not is_whole):
             return number
-        raise ValueError(expected) if "maximum" in limits else MistakeError(f"{node.value} is not {expected}")
+        raise ValueError(text) if "maximum" in bounds else MistakeError(f"{text} is not {expected}")
 
-    return Kind(expected, convert, json.dumps({"type": "integer" if is_whole else "number", **limits}))
+    return Kind(expected, make, ("int", "float"), {"type": "integer" if is_whole else "number", **bounds})
 
 
-def _matching(expected: str, pattern: str, convert: Callable[[str], Any] = str, *tags: str) -> Kind:
-    """Texts that match a pattern as a whole."""
-
-    def convert_node(node: Any) -> Any:
-        if not re.fullmatch(pattern, text := _plain(node, *tags)):
-            raise ValueError(text)
-        return convert(text)
-
-    return Kind(expected, convert_node, json.dumps({"type": "string", "pattern": f"^({pattern})$"}))
+def _matching(expected: str, pattern: str, make: Callable[[str], Any] = str, *tags: str) -> Kind:
+    return Kind(expected, make, tags, {"type": "string", "pattern": f"^({pattern})$"})
 
 
 def _one_of(expected: str, *words: str) -> Kind:
-    return Kind(expected, lambda node: words[words.index(_plain(node))], json.dumps({"enum": words}))
+    return Kind(expected, lambda text: words[words.index(text)], (), {"enum": words})
 
 
 def _durations(never: float | None) -> Kind:
@@ -1370,51 +1320,40 @@ def _durations(never: float | None) -> Kind:
     return _matching(expected, pattern, lambda text: never if text == "never" else parse_duration(text))
 
 
-ISO_DATE, TRUE = r"\d{4}-\d\d-\d\d", ("true", "yes", "on")
-Text = Annotated[str, Kind("text", _text)]
-Word = Annotated[str, Kind("text", _text, may_repeat=True)]
-File = Annotated[Path, Kind("the path of a file", lambda node: Path(_text(node)))]
-Lake = Annotated[str, Kind("a folder or s3://bucket/prefix", _store)]
-Address = Annotated[str, Kind("an http or https address", lambda node: _text(node).rstrip("/"))]
-FieldText = Annotated[Template, Kind("text with {fields}", lambda node: Template(_text(node)), may_repeat=True)]
-Expression = Annotated[str, Kind("a JMESPath expression", _expression)]
+Text = Annotated[str, Kind("text")]
+Word = Annotated[str, Kind("text", may_repeat=True)]
+File = Annotated[Path, Kind("the path of a file", Path)]
+Lake = Annotated[str, Kind("a folder or s3://bucket/prefix")]
+Address = Annotated[str, Kind("an http or https address", lambda text: text.rstrip("/"))]
+FieldText = Annotated[Template, Kind("text with {fields}", Template, may_repeat=True, fields=FIELD_IN_TEXT)]
+SearchText = Annotated[str, Kind("text", fields=FIELD_IN_EXPRESSION)]
+Expression = Annotated[str, Kind("a JMESPath expression", _expression, fields=FIELD_IN_EXPRESSION)]
 Regex = Annotated[str, Kind("a regular expression with one group", _regex)]
+Timezone = Annotated[str, Kind("a time zone like America/New_York", lambda text: zoneinfo.ZoneInfo(text).key)]
 Callee = Annotated[str, _matching("module:function", r"[\w.]+:\w+")]
-Switch = Annotated[
-    bool, Kind("true or false", lambda node: _plain(node, "bool").lower() in TRUE, '{"type": "boolean"}')
-]
-Number = Annotated[float, _numbers("a number")]
-Positive = Annotated[float, _numbers("a number above 0", '"exclusiveMinimum": 0')]
-Percent = Annotated[float, _numbers("a number from 0 to 100", '"minimum": 0, "maximum": 100')]
-Count = Annotated[int, _numbers("a whole number of 1 or more", '"minimum": 1', is_whole=True)]
-Port = Annotated[int, _numbers("a port from 0 to 65535", '"minimum": 0, "maximum": 65535', is_whole=True)]
-Status = Annotated[int, _numbers("an HTTP status", '"minimum": 100, "maximum": 599', is_whole=True)]
-Date = Annotated[datetime.date, _matching("a date like 2024-10-22", ISO_DATE, _day)]
+Hex = Annotated[str, _matching("bytes in hexadecimal, in quotes", r"\s*([0-9A-Fa-f]{2}\s*)+", str, "str")]
+Date = Annotated[datetime.date, _matching("a date like 2024-10-22", r"\d{4}-\d\d-\d\d", _day)]
 LastDay = Annotated[
     str | datetime.date,
-    _matching(
-        "yesterday, today or a date like 2024-10-22",
-        rf"yesterday|today|{ISO_DATE}",
-        lambda text: text if text[0] in "yt" else _day(text),
-    ),
+    _matching("yesterday, today or a date like 2024-10-22", r"yesterday|today|\d{4}-\d\d-\d\d", _day),
 ]
 All = Annotated[bool, _matching("the word all", "all", bool)]
 Duration = Annotated[int, _durations(None)]
 Period = Annotated[float, _durations(math.inf)]
-Timezone = Annotated[str, Kind("a time zone like America/New_York", _timezone)]
+Number = Annotated[float, _numbers("a number")]
+Positive = Annotated[float, _numbers("a number above 0", exclusiveMinimum=0)]
+Percent = Annotated[float, _numbers("a number from 0 to 100", minimum=0, maximum=100)]
+Count = Annotated[int, _numbers("a whole number of 1 or more", is_whole=True, minimum=1)]
+Port = Annotated[int, _numbers("a port from 0 to 65535", is_whole=True, minimum=0, maximum=65535)]
+Status = Annotated[int, _numbers("an HTTP status", is_whole=True, minimum=100, maximum=599)]
 Urgency = Annotated[str, _one_of("auto, CRITICAL, HIGH, MEDIUM or LOW", "auto", *Priority)]
 Output = Annotated[str, _one_of("store or stdout", "store", "stdout")]
-Hex = Annotated[str, _matching("bytes in hexadecimal, in quotes", r"\s*([0-9A-Fa-f]{2}\s*)+", str, "str")]
-Available = Annotated[AvailableAfter, Kind('"HH:MM" or {hours: N}', _available, '{"type": ["string", "object"]}')]
-
-
-# ---------------------------------------------------------------- Reader
-# Declares the keys of a block as the fields of a record, and reads a YAML mapping into one. Problems are collected,
-# each with its place, so that all are reported at once. Headlines: setting(), Reader.
-
-MAX_NODES = 20_000
-NEEDED = dataclasses.MISSING  # the default of a required key, and the value of a node that is not of its kind
-Problems = Iterator[tuple[str, str]]  # the key, and what is wrong with it
+Switch = Annotated[
+    bool, Kind("true or false", lambda text: text.lower() in ("true", "yes", "on"), ("bool",), {"type": "boolean"})
+]
+Available = Annotated[
+    AvailableAfter, Kind('"HH:MM" or {hours: N}', _available, ("str", "mapping"), {"type": ["string", "object"]})
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1423,21 +1362,22 @@ class Setting:
 
     name: str
     meaning: str
+    default: Any = NEEDED  # as in adce.yaml
     beside: tuple[str, ...] = ()  # it has an effect only beside one of these keys
     against: tuple[str, ...] = ()  # and none beside one of these
     reason: str = ""  # why, where that needs other words
     unit: int = 1  # the record has the value in a unit that is so much smaller
     attribute: str = ""  # of the record
     declared: Any = None  # the annotation of the field
-    default: Any = None
 
 
 def setting(meaning: str, default: Any = NEEDED, **more: Any) -> Any:
-    """A field of a record that a key of adce.yaml sets; its annotation says which values it takes. `more`: as of
-    Setting, its `name` where the key has another than the field, and `older`: a second key for the field."""
-    older = more.pop("older", ())
-    given = {"default_factory" if callable(default) else "default": default} if default is not NEEDED else {}
-    return field(metadata={"settings": (Setting(more.pop("name", ""), meaning, **more), *older)}, **given)
+    """A field of a record that a key of adce.yaml sets; its annotation says which values it takes. `more` is as of
+    Setting, with `name` where the key has another than the field, and `default` is as in adce.yaml."""
+    one = Setting(more.pop("name", ""), meaning, default, **more)
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata={"setting": one})
+    return field(default=default * one.unit if one.unit > 1 else default, metadata={"setting": one})
 
 
 @functools.cache
@@ -1445,10 +1385,9 @@ def settings_of(record: type) -> Mapping[str, Setting]:
     """The keys of a block by name."""
     found, annotations = {}, typing.get_type_hints(record, include_extras=True)
     for part in dataclasses.fields(record):
-        default = part.default if part.default_factory is NEEDED else part.default_factory()
-        for one in part.metadata.get("settings", ()):
-            about = {"attribute": part.name, "declared": annotations[part.name], "default": default}
-            found[one.name or part.name] = dataclasses.replace(one, name=one.name or part.name, **about)
+        if one := part.metadata.get("setting"):
+            name = one.name or part.name
+            found[name] = dataclasses.replace(one, name=name, attribute=part.name, declared=annotations[part.name])
     return found
 
 
@@ -1483,24 +1422,15 @@ def _describe(node: Any) -> str:
     return kinds.get(_tag(node)) or f"{node.value!r} ({texts.get(_tag(node), 'a date')})"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Problem:
-    """One mistake and its place; lines and columns count from 1."""
-
-    line: int
-    column: int
-    path: str
-    text: str
-
-
 class Reader:
-    """The problems of one file, and the place of every path in it."""
+    """The problems of one file, the place of every path in it, and the texts that may name fields. `hint` completes the
+    message about an unknown key: of its path, its value and the keys known beside it. `problems_in` checks a block."""
 
-    def __init__(self, hint: Callable[[str, Any, Iterable[str]], str]) -> None:
-        """`hint` completes the message about an unknown key: of its path, its value and the keys known beside it."""
+    def __init__(self, hint: Callable[[str, Any, Iterable[str]], str], problems_in: Callable[[Any], Problems]) -> None:
         self.problems: list[Problem] = []
         self.places: dict[str, tuple[int, int]] = {}
-        self.hint = hint
+        self.templates: dict[str, Template] = {}
+        self.hint, self.problems_in = hint, problems_in
         self._nodes_left = MAX_NODES
 
     def complain(self, path: str, text: str) -> None:
@@ -1508,11 +1438,11 @@ class Reader:
         place = path
         while place not in self.places and place:
             place = place.rpartition(".")[0]
-        self.problems.append(Problem(*self.places.get(place, (1, 1)), path, text))
+        self.problems.append((*self.places.get(place, (1, 1)), path, text))
 
     def is_sound(self, path: str, *apart: str) -> bool:
         """Whether nothing is wrong in a block, apart from some of its keys."""
-        wrong = {problem.path for problem in self.problems if f"{problem.path}.".startswith(f"{path}.")}
+        wrong = {where for _, _, where, _ in self.problems if f"{where}.".startswith(f"{path}.")}
         return wrong <= {f"{path}.{name}" for name in apart}
 
     def parse(self, declared: Any, node: Any, path: str) -> Any:
@@ -1524,22 +1454,28 @@ class Reader:
         if self._nodes_left < 0:
             raise ConfigurationError(f"more than {MAX_NODES:,} values", "is an alias repeated?")
         shape, inner = shape_of(declared)
-        if shape == "value":
-            return self._scalar(inner, node, path)
         if shape == "list":
             return self._list(inner, node, path)
-        if node.id != "mapping":
+        if shape != "value" and node.id != "mapping":
             self.complain(path, f"expected a mapping, found {_describe(node)}")
             return NEEDED
-        return self._record(inner, node, path) if shape == "block" else self._mapping(inner, node, path)
-
-    def _scalar(self, kind: Kind, node: Any, path: str) -> Any:
+        if shape == "block":
+            return self._record(inner, node, path)
+        if shape == "mapping":
+            names, item = inner
+            known, other = ({}, item) if names is str else (dict.fromkeys(names, item), None)
+            values = self._values(known, other, node, path)
+            return {name: value for name, value in values.items() if value is not NEEDED}
         try:
-            return kind.convert(node)
+            value = inner.convert(node)
         except MistakeError as error:
             self.complain(path, str(error))
-        except (ValueError, TypeError, AttributeError):  # also of a list or a mapping
-            self.complain(path, f"expected {kind.expected}, found {_describe(node)}")
+        except (ValueError, TypeError, AttributeError, LookupError, OSError):  # also of a list or a mapping
+            self.complain(path, f"expected {inner.expected}, found {_describe(node)}")
+        else:
+            if inner.fields:
+                self.templates[path] = Template(node.value, inner.fields)
+            return value
         return NEEDED
 
     def _list(self, item: Any, node: Any, path: str) -> Any:
@@ -1553,47 +1489,35 @@ class Reader:
             self.complain(path, "the same value stands twice")
         return good
 
-    def _pairs(self, node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-        """The keys of a mapping, with their paths and values."""
+    def _values(self, known: Mapping[str, Any], other: Any, node: Any, path: str) -> dict[str, Any]:
+        """The values of a mapping, which are declared by name in `known`, else as `other`."""
+        found = {}
         for name_node, value_node in node.value:
             name = name_node.value if name_node.id == "scalar" else "?"
             here, place = join_path(path, name), (name_node.start_mark.line + 1, name_node.start_mark.column + 1)
             if here in self.places:
-                text = f"duplicate key, first set at line {self.places[here][0]}"
-                self.problems.append(Problem(*place, here, text))
+                self.problems.append((*place, here, f"duplicate key, first set at line {self.places[here][0]}"))
+                continue
+            self.places[here] = place
+            if declared := known.get(name, other):
+                found[name] = self.parse(declared, value_node, here)
             else:
-                self.places[here] = place
-                yield name, here, value_node
-
-    def _mapping(self, declared: tuple[Any, Any], node: Any, path: str) -> Any:
-        (names, item), values = declared, {}
-        for name, here, value_node in self._pairs(node, path):
-            if names is not str and name not in list(names):
-                self.complain(here, f"unknown key{suggest(name, names)}")
-            elif (value := self.parse(item, value_node, here)) is not NEEDED:
-                values[name] = value
-        return values
+                self.complain(here, f"unknown key{self.hint(here, value_node, known)}")
+        return found
 
     def _record(self, record: Any, node: Any, path: str) -> Any:
-        """A wrong value has its default; without a required one there is no record.
-
-        A record may have `problems()`: which of its keys do not fit together, and why; and `of(**values)`, where its
-        shape is not that of its block."""
-        known, given = settings_of(record), list[str]()
+        """A wrong value has its default; without a required one there is no record."""
+        known = settings_of(record)
+        given = self._values({name: one.declared for name, one in known.items()}, None, node, path)
         values: dict[str, Any] = {"name": path.rpartition(".")[2]} if "name" in record.__slots__ else {}
-        for name, here, value_node in self._pairs(node, path):
-            if name not in known:
-                self.complain(here, f"unknown key{self.hint(here, value_node, known)}")
-                continue
-            given.append(name)
-            if (value := self.parse(known[name].declared, value_node, here)) is not NEEDED:
-                values[known[name].attribute] = value * known[name].unit if known[name].unit > 1 else value
-        for name, text in conflicts(record, given):
+        for one, value in ((known[name], value) for name, value in given.items() if value is not NEEDED):
+            values[one.attribute] = value * one.unit if one.unit > 1 else value
+        for name, text in conflicts(record, [*given]):
             self.complain(join_path(path, name), text)
         if any(one.default is NEEDED and one.attribute not in values for one in known.values()):
             return NEEDED
-        made = getattr(record, "of", record)(**values)
-        for name, text in made.problems() if hasattr(made, "problems") else ():
+        made = record(**values)
+        for name, text in self.problems_in(made):
             if not name or name.partition(".")[0] in given:  # else it is no mistake of the file's
                 self.complain(join_path(path, name), text)
         return made
@@ -1611,25 +1535,22 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
         if len(has) != 1 and (not when or when in given):
             listed = f"{', '.join(names[:-1])} and {names[-1]}"
             yield "", f"needs exactly one of {listed}, has {' and '.join(has) or 'none'}"
-    for number, name in enumerate(given):
-        one = known[name]
+    for one in map(known.__getitem__, given):
         if one.beside and not set(one.beside) & set(given):
             others = " or ".join(f'"{other}"' for other in one.beside)
-            yield name, one.reason or f"has no effect without {others}"
-        yield from ((name, f'has no effect beside "{other}"') for other in one.against if other in given)
-        twins = (other for other in given[:number] if known[other].attribute == one.attribute)
-        yield from ((name, f'sets the same as "{other}"; give one of them') for other in twins)
+            yield one.name, one.reason or f"has no effect without {others}"
+        for other in [other for other in one.against if other in given]:
+            yield one.name, one.reason or f'has no effect beside "{other}"'
 
 
 # ---------------------------------------------------------------- Settings
 # Everything that may stand in adce.yaml: a record for each block, a field for each key with its kind, its meaning
-# and its default. Records say what must hold between their fields. Headlines: RateLimiting, Source.
+# and its default. A key is added here and nowhere else: a field of its block's record, and in problems_in() what must
+# hold between it and others. Headlines: RateLimiting, Source, Dataset, Configuration, problems_in().
 
 STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
-LIMIT_SECONDS = {
-    f"requests_per_{unit}": seconds
-    for unit, seconds in (("second", 1), ("minute", MINUTE), ("hour", HOUR), ("day", DAY))
-}
+BUCKET_URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")  # with the prefix in it
+NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1641,14 +1562,8 @@ class Season:
     start: Date = setting("its first day")
     finish: Date = setting("its last day")
 
-    def problems(self) -> Problems:
-        """A season ends after it has begun."""
-        if self.finish < self.start:
-            yield "finish", f"{self.finish} is before its start {self.start}"
 
-
-@dataclass(frozen=True, slots=True)
-class WindowLimit:
+class WindowLimit(NamedTuple):
     """At most max_requests in any `seconds`."""
 
     max_requests: int
@@ -1677,18 +1592,12 @@ class Limits:
 
     def scope(self) -> ScopeLimits:
         """The windows, and the rate of the bucket: that of the limit a minute, else of the shortest."""
-        windows = {float(seconds): count for name, seconds in LIMIT_SECONDS.items() if (count := getattr(self, name))}
-        span = MINUTE if MINUTE in windows else min(windows, default=1)
-        refill = windows.get(span, 0) / span
-        if self.min_delay_seconds:
-            delay = float(self.min_delay_seconds)
-            windows = {delay: 1, **{seconds: count for seconds, count in windows.items() if seconds != delay}}
-        return ScopeLimits(tuple(WindowLimit(n, seconds) for seconds, n in windows.items()), self.burst_size, refill)
-
-    def problems(self) -> Problems:
-        """A bucket is refilled by a limit."""
-        if self.burst_size and not any(getattr(self, name) for name in LIMIT_SECONDS):
-            yield "", "burst_size needs a limit such as requests_per_minute to refill it"
+        counts = (self.requests_per_second, self.requests_per_minute, self.requests_per_hour, self.requests_per_day)
+        spans = {float(span): n for span, n in zip((1, MINUTE, HOUR, DAY), counts, strict=True) if n}
+        span = MINUTE if MINUTE in spans else min(spans, default=1)
+        delay = {float(self.min_delay_seconds): 1} if self.min_delay_seconds else {}
+        windows = tuple(WindowLimit(n, seconds) for seconds, n in (delay | spans | delay).items())
+        return ScopeLimits(windows, self.burst_size, spans.get(span, 0) / span)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1710,18 +1619,7 @@ class RateLimiting:
     scopes: Mapping[str, ScopeLimits] = field(default_factory=dict)  # by source, and `global`
     backoff: Backoff | None = setting("delays before a window is full", None)
     global_limits: Limits = setting("limits of all sources together", Limits())
-    source_limits: Mapping[str, Limits] = setting("limits by source", dict)
-
-    @classmethod
-    def of(cls, **values: Any) -> RateLimiting:
-        """With the scopes of the limits; none when they are disabled."""
-        made = cls(**values) if values.get("enabled", True) else cls(enabled=False)
-        limits = {**made.source_limits, "global": made.global_limits} if made.enabled else {}
-        return dataclasses.replace(made, scopes={name: one.scope() for name, one in limits.items()})
-
-
-def _base_scores() -> dict[str, float]:
-    return dict(zip(map(str, Priority), (1000, 100, 10, 1), strict=True))
+    source_limits: Mapping[str, Limits] = setting("limits by source", {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -1729,9 +1627,11 @@ class PriorityWeighting:
     """Weights of the score, which orders the queue."""
 
     enabled: Switch = setting("false: by priority alone, oldest first", True)
-    base_scores: Annotated[Mapping[str, float], Mapping[Priority, Number]] = setting("points by priority", _base_scores)
+    base_scores: Annotated[Mapping[str, float], Mapping[Priority, Number]] = setting(
+        "points by priority", {"CRITICAL": 1000, "HIGH": 100, "MEDIUM": 10, "LOW": 1}
+    )
     age_weight: Number = setting("points an hour since the gap was found", 0.5)
-    source_multipliers: Mapping[str, Number] = setting("factors for base score and age by source; default 1", dict)
+    source_multipliers: Mapping[str, Number] = setting("factors for base score and age by source; default 1", {})
     gap_size_weight: Number = setting("points for each object of the task", -0.1)
     max_gap_size_penalty: Number = setting("maximum points deducted for gap size", 10)
     success_rate_weight: Number = setting("points at a success rate of 100%", 20)
@@ -1773,11 +1673,6 @@ class Retry:
         """Crashes of runners after which a task gets one more attempt, alone."""
         return max(1, self.max_attempts - 1)
 
-    def problems(self) -> Problems:
-        """The first delay is no longer than the longest."""
-        if self.initial_delay_seconds > self.max_delay_seconds:
-            yield "initial_delay_seconds", f"{self.initial_delay_seconds} is more than max_delay_seconds"
-
 
 @dataclass(frozen=True, slots=True)
 class BlockedWhen:
@@ -1795,28 +1690,12 @@ class Source:
 
     name: str
     base_url: Address = setting("prefix of the `url` of each dataset", "")
-    headers: Mapping[str, Text] = setting("request headers; only harmless ones follow a redirect to another host", dict)
+    headers: Mapping[str, Text] = setting("request headers; only harmless ones follow a redirect to another host", {})
     timeout_seconds: Positive = setting("limit for a whole request, body included", 30)
     max_concurrent: Count = setting("maximum workers on this source", 5)
     error_when: Expression | None = setting("condition on a body that makes it an error, whatever the status", None)
     blocked_when: BlockedWhen = setting("signs of a block, and the pause that follows", BlockedWhen())
     trust_env: Switch = setting("use proxies, netrc and certificates of the environment", False)
-
-    def problems(self) -> Problems:
-        """Its address and headers can be sent."""
-        if self.name == "global":
-            yield "", "a source cannot be named global"
-        if self.base_url and not re.match(r"https?://[^/\s?#]+[^\s?#]*$", self.base_url):
-            yield "base_url", f"{self.base_url} is not an http or https address"
-        for header, text in self.headers.items():
-            if not re.fullmatch(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+", header) or not re.fullmatch(r"[\x20-\x7e]*", text):
-                yield f"headers.{header}", "not a header: names are letters and hyphens, values are plain ASCII"
-
-
-# ---------------------------------------------------------------- Datasets
-# The same for the datasets, and for all of adce.yaml. Headlines: Dataset, Configuration.
-
-NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1824,20 +1703,11 @@ class Dates:
     """One object a day: the days of all seasons, or of a range."""
 
     ONE_OF: ClassVar = (("", ("seasons", "from")),)
-
     seasons: All | None = setting("the days of all seasons", None)
     first: Date | None = setting("first day of a range", None, name="from")
     last: Date | None = setting("last day of a range", None, name="to", beside=("from",))
     until: LastDay = setting("last day to expect now", "yesterday")
     timezone: Timezone = setting("time zone of the days", "UTC")
-
-    def problems(self) -> Problems:
-        """A range begins before it ends, and has one end."""
-        for name, end in (("to", self.last), ("until", self.until)):
-            if self.first and isinstance(end, datetime.date) and end < self.first:
-                yield name, f"{end} is before from: {self.first}"
-        if self.last and isinstance(self.until, datetime.date):
-            yield "until", 'is a second end beside "to"; give one of them'
 
 
 @dataclass(frozen=True, slots=True)
@@ -1846,38 +1716,20 @@ class Partitions:
 
     BASES: ClassVar = ("dates", "seasons", "values", "from")
     ONE_OF: ClassVar = (("", (*BASES, "same_as")), ("from", ("ids", "regex")))
-
     dates: Dates | None = setting("one object a day", None)
     seasons_as: Annotated[str, All] | None = setting("one object for each season that has begun", None, name="seasons")
     values: NamedValues = setting("one object for each combination of field values", ())
     parent: Text | None = setting("one object for each id in the objects of this parent dataset", None, name="from")
     ids: Expression | None = setting("finds ids in JSON; {field} is a field of the parent", None, beside=("from",))
     regex: Regex | None = setting("finds ids in any text", None, beside=("from",))
-    names: Text = setting(
-        "with from: the field of an id; with seasons: label or end", "", name="as", beside=("from", "seasons")
-    )
+    names: Text = setting("field of an id; form of a season: label or end", "", name="as", beside=("from", "seasons"))
     times: NamedValues = setting("further fields, as in values", (), beside=BASES)
     same_as: Text | None = setting("use the partitions of this dataset", None)
-
-    @classmethod
-    def of(cls, **values: Any) -> Partitions:
-        """`as` beside `seasons` is the form of a season; named values are pairs."""
-        values.update({name: tuple(values[name].items()) for name in ("values", "times") if name in values})
-        if "seasons_as" in values:
-            values["seasons_as"] = values.pop("names", "label")
-        return cls(**values)
 
     def own_fields(self) -> tuple[str, ...]:
         """The fields whose values distinguish its objects."""
         own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons_as) + [self.names] * bool(self.parent)
         return (*own, *(name for name, _ in self.values + self.times))
-
-    def problems(self) -> Problems:
-        """A season has a form, an id has a name."""
-        if self.seasons_as not in (None, "label", "end"):
-            yield "as", f"expected label or end, found {self.seasons_as!r}"
-        if self.parent and not re.fullmatch(r"[a-z_][a-z0-9_]*", self.names):
-            yield "as" if self.names else "", "needs `as: NAME` with a name of small letters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1887,11 +1739,6 @@ class Live:
     expression: Expression = setting("condition on the body of an object in progress", name="while")
     every: Annotated[int, Period] = setting("refetch interval while the condition holds")
 
-    def problems(self) -> Problems:
-        """The interval is finite."""
-        if self.every == math.inf:
-            yield "every", "how often? give a duration"
-
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
@@ -1899,9 +1746,7 @@ class Freshness:
 
     refetch_every: Duration | None = setting("maximum age; with `until`, the interval until it holds (1h)", None)
     until: Expression | None = setting("condition on the body that makes an object final", None)
-    refetch_once_after: Duration | None = setting(
-        "one refetch, this long after the end of its day", None, against=("until",)
-    )
+    refetch_once_after: Duration | None = setting("one refetch, this long after its day ends", None, against=("until",))
     current: Duration | None = setting("maximum age during its season", None, against=("until",))
     past: Duration | None = setting("maximum age after its season", None, against=("until",))
     live: Live | None = setting("short intervals while an object changes", None)
@@ -1921,8 +1766,8 @@ class Validation:
         beside=("require",),
         reason='they are alternatives to "require", which is missing',
     )
-    contains: tuple[Text, ...] = setting("texts that must be in the body; {field} is allowed", ())
-    not_contains: tuple[Text, ...] = setting("texts that must not be in the body; {field} is allowed", ())
+    contains: tuple[SearchText, ...] = setting("texts that must be in the body; {field} is allowed", ())
+    not_contains: tuple[SearchText, ...] = setting("texts that must not be in the body; {field} is allowed", ())
     starts_with_hex: Hex = setting("first bytes of the body", "")
     ends_with_hex: Hex = setting("last bytes of the body", "")
 
@@ -1930,11 +1775,6 @@ class Validation:
         """Whether a size alone cannot settle it."""
         texts = self.require + self.alternatives + self.contains + self.not_contains
         return self.json or bool(texts or self.starts_with_hex or self.ends_with_hex)
-
-    def problems(self) -> Problems:
-        """The sizes allow a body."""
-        if self.max_bytes < self.min_bytes:
-            yield "max_bytes", f"{self.max_bytes} is less than min_bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1951,7 +1791,6 @@ class Dataset:
 
     ONE_OF: ClassVar = (("", ("url", "command", "call")),)
     PROGRAM: ClassVar = ("command", "call")
-
     name: str
     source: Text = setting("name of the source")
     key: FieldText = setting("name of an object in the store; it names each field of the partitions")
@@ -1974,13 +1813,6 @@ class Dataset:
     available_after: Available | None = setting("earliest time to expect an object: on its day, or after its end", None)
     priority: Urgency = setting("auto: from the age of its date or season", "auto")
 
-    def problems(self) -> Problems:
-        """A batch has several objects; stdout holds one."""
-        if self.batch and self.batch.max == 1:
-            yield "batch.max", "has no effect: a batch holds more than 1 object"
-        if self.batch and self.output == "stdout":
-            yield "output", "only a command for one object can print it"
-
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
@@ -1990,29 +1822,28 @@ class Configuration:
     database: File = setting("SQLite file with all state", Path("adce.db"))
     store: Lake = setting("location of the lake", "lake")
     interval_seconds: Positive = setting(
-        "time between the starts of two cycles",
-        15 * MINUTE,
-        name="reconciliation_interval_minutes",
-        unit=MINUTE,
-        older=(Setting("reconciliation_interval_hours", "the older form of the same", unit=HOUR),),
+        "time between the starts of two cycles", 15, name="reconciliation_interval_minutes", unit=MINUTE
     )
-    full_seconds: Positive = setting(
-        "time to list the whole store once", DAY, name="full_reconciliation_hours", unit=HOUR
+    interval_hours: Positive | None = setting(
+        "the older form of reconciliation_interval_minutes",
+        None,
+        name="reconciliation_interval_hours",
+        against=("reconciliation_interval_minutes",),
+        reason='sets the same as "reconciliation_interval_minutes"; give one of them',
     )
+    full_seconds: Positive = setting("time to list the whole store", 24, name="full_reconciliation_hours", unit=HOUR)
     queue_check_seconds: Positive = setting("maximum sleep of the main loop", 10)
     max_concurrent_scrapers: Count = setting("number of workers", 5)
     grace_seconds: Number = setting("time that a stop grants running attempts", 30)
-    retention_seconds: Positive = setting(
-        "age of attempts and cycles to delete", 90 * DAY, name="retention_days", unit=DAY
-    )
+    retention_seconds: Positive = setting("age of attempts and cycles to delete", 90, name="retention_days", unit=DAY)
     priority_weighting: PriorityWeighting = setting("the score, which orders the queue", PriorityWeighting())
     rate_limiting: RateLimiting = setting("rate limits; absent: none", RateLimiting(enabled=False))
     health_check: HealthCheck = setting("HTTP server; absent: none", HealthCheck(enabled=False))
     alerts: Alerts = setting("alert channels and thresholds", Alerts())
     retry: Retry = setting("retries of failed tasks", Retry())
     seasons: tuple[Season, ...] = setting("the seasons of `seasons: all`", ())
-    sources: Mapping[str, Source] = setting("upstreams with their own limits, by name", dict)
-    datasets: Mapping[str, Dataset] = setting("families of objects, by name", dict)
+    sources: Mapping[str, Source] = setting("upstreams with their own limits, by name", {})
+    datasets: Mapping[str, Dataset] = setting("families of objects, by name", {})
 
     def children_of(self, name: str) -> list[Dataset]:
         """The datasets whose partitions come from the bodies of this one."""
@@ -2029,10 +1860,9 @@ class Configuration:
 
     def levels(self) -> list[list[Dataset]]:
         """The datasets in levels, parents before their children."""
-        levels: dict[int, list[Dataset]] = {}
-        for dataset in self.datasets.values():
-            levels.setdefault(len(self.ancestors_of(dataset.name)), []).append(dataset)
-        return [levels[number] for number in sorted(levels)]
+        depths = {name: len(self.ancestors_of(name)) for name in self.datasets}
+        levels = sorted({*depths.values()})
+        return [[self.datasets[name] for name in depths if depths[name] == level] for level in levels]
 
     def fields_of(self, name: str) -> set[str]:
         """Every field that templates of this dataset may name."""
@@ -2041,9 +1871,51 @@ class Configuration:
         return declared | ({"season", "end"} if any(one.dates and one.dates.seasons for one in line) else set())
 
 
+def problems_in(block: object) -> Problems:
+    """What does not hold between the values of a block."""
+    match block:
+        case Season() if block.finish < block.start:
+            yield "finish", f"{block.finish} is before its start {block.start}"
+        case Limits() if block.burst_size and not block.scope().refill_per_second:
+            yield "", "burst_size needs a limit such as requests_per_minute to refill it"
+        case Retry() if block.initial_delay_seconds > block.max_delay_seconds:
+            yield "initial_delay_seconds", f"{block.initial_delay_seconds} is more than max_delay_seconds"
+        case Source():
+            if block.name == "global":
+                yield "", "a source cannot be named global"
+            if block.base_url and not re.match(r"https?://[^/\s?#]+[^\s?#]*$", block.base_url):
+                yield "base_url", f"{block.base_url} is not an http or https address"
+            for header, text in block.headers.items():
+                if not re.fullmatch(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+", header) or not re.fullmatch(r"[\x20-\x7e]*", text):
+                    yield f"headers.{header}", "not a header: names are letters and hyphens, values are plain ASCII"
+        case Dates():
+            for name, end in (("to", block.last), ("until", block.until)):
+                if block.first and isinstance(end, datetime.date) and end < block.first:
+                    yield name, f"{end} is before from: {block.first}"
+            if block.last and isinstance(block.until, datetime.date):
+                yield "until", 'is a second end beside "to"; give one of them'
+        case Partitions(parent=None) if block.seasons_as and block.names not in ("", "label", "end"):
+            yield "as", f"expected label or end, found {block.names!r}"
+        case Partitions(parent=str()) if not re.fullmatch(r"[a-z_][a-z0-9_]*", block.names):
+            yield "as" if block.names else "", "needs `as: NAME` with a name of small letters"
+        case Live() if block.every == math.inf:
+            yield "every", "how often? give a duration"
+        case Validation() if block.max_bytes < block.min_bytes:
+            yield "max_bytes", f"{block.max_bytes} is less than min_bytes"
+        case Dataset(batch=Batch(max=size), output=output):
+            if size == 1:
+                yield "batch.max", "has no effect: a batch holds more than 1 object"
+            if output == "stdout":
+                yield "output", "only a command for one object can print it"
+        case Configuration(store=store) if store[:3].lower() == "s3:" and not BUCKET_URL.fullmatch(store):
+            yield "store", f"{store} is not s3://bucket/prefix"
+        case Configuration(store=store) if "://" in store and not store.startswith("s3://"):
+            yield "store", f"{store}: a store is a folder or s3://bucket/prefix"
+
+
 # ---------------------------------------------------------------- Reading
-# From a file to a configuration: all that must hold between the records, and every mistake with its line and a
-# hint. The reference of all keys. Headlines: load_configuration(), explain(), json_schema().
+# From a file to a configuration: what must hold between the records, and every mistake with its line and a hint; and
+# the reference of all keys. Headlines: load_configuration(), explain(), json_schema().
 
 MAX_FILE_BYTES = 1 << 20
 DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
@@ -2074,18 +1946,16 @@ FORMER = {
 
 
 @functools.cache
-def all_settings() -> Mapping[str, Setting]:
-    """Every key of adce.yaml by its path, in which `*` is any name or number."""
-    return dict(_walk(Configuration, ""))
-
-
-def _walk(declared: Any, path: str) -> Iterator[tuple[str, Setting]]:
+def all_settings(declared: Any = Configuration, path: str = "") -> Mapping[str, Setting]:
+    """Every key of adce.yaml, or of a part of it, by its path, in which `*` is any name or number."""
     shape, inner = shape_of(declared)
     if shape in ("list", "mapping"):
-        yield from _walk(inner if shape == "list" else inner[1], f"{path}.*")
+        return all_settings(inner if shape == "list" else inner[1], f"{path}.*")
+    found: dict[str, Setting] = {}
     for name, one in settings_of(inner).items() if shape == "block" else ():
-        yield join_path(path, name), one
-        yield from _walk(one.declared, join_path(path, name))
+        here = join_path(path, name)
+        found |= {here: one, **all_settings(one.declared, here)}
+    return found
 
 
 def _hint(path: str, node: Any, known: Iterable[str]) -> str:
@@ -2102,44 +1972,32 @@ def _hint(path: str, node: Any, known: Iterable[str]) -> str:
     return suggest(name, known)
 
 
-def _check_all(reader: Reader, configuration: Configuration) -> None:
-    """Note all that does not hold between the records."""
-    for path, text in _name_problems(configuration):
-        reader.complain(path, text)
-    for source in configuration.sources.values():
-        for _, text in _field_problems("", Template(source.error_when or "", FIELD_IN_EXPRESSION), set()):
-            reader.complain(f"sources.{source.name}.error_when", text)
-    for dataset in configuration.datasets.values():
-        for name, text in _dataset_problems(reader, configuration, dataset):
-            if (path := f"datasets.{dataset.name}.{name}") in reader.places:  # else `same_as` has it from another
-                reader.complain(path, text)
-
-
-def _check_seasons(reader: Reader, seasons: Sequence[Season]) -> None:
-    if not reader.is_sound("seasons"):  # one that is wrong is left out, so that the numbers are not those of the file
-        return
+def _problems(reader: Reader, configuration: Configuration, seasons: Sequence[Season]) -> Problems:
+    """What does not hold between blocks: of the seasons as they stand in the file, of the sources, of the datasets."""
     for (_, season), (number, other) in itertools.combinations(enumerate(seasons), 2):
         if season.label == other.label or season.end == other.end:
-            reader.complain(f"seasons.{number}", f"season {season.label} is declared twice")
+            yield f"seasons.{number}", f"season {season.label} is declared twice"
         if season.start <= other.finish and other.start <= season.finish:
-            reader.complain(f"seasons.{number}.start", f"season {other.label} overlaps season {season.label}")
-
-
-def _name_problems(configuration: Configuration) -> Problems:
-    """A limit or multiplier of an undeclared source is harmless, unless it is a misspelt one."""
+            yield f"seasons.{number}.start", f"season {other.label} overlaps season {season.label}"
+    sources: Mapping[str, Any] = configuration.sources
+    for path, template in reader.templates.items():
+        if path.startswith("sources."):
+            yield from ((path, text) for text in _text_problems(template, set()))
     tables: dict[str, Mapping[str, Any]] = {
         "priority_weighting.source_multipliers": configuration.priority_weighting.source_multipliers,
         "rate_limiting.source_limits": configuration.rate_limiting.source_limits,
     }
     for path, names in tables.items():
-        unused = [source for source in configuration.sources if source not in names]
-        for name in names:
+        for name in names:  # of an undeclared source, which does no harm, unless it is a misspelt one
             if name == "global":
                 yield f"{path}.{name}", "a source cannot be named global; use global_limits"
-            elif name not in configuration.sources and (hint := suggest(name, unused)):
+            elif name not in sources and (hint := suggest(name, [one for one in sources if one not in names])):
                 yield f"{path}.{name}", f'source "{name}" is not defined{hint}'
-            elif name == "default" and name not in configuration.sources:
+            elif name == "default" and name not in sources:
                 yield f"{path}.{name}", 'has no effect: no source is named "default"'
+    for dataset in configuration.datasets.values():
+        for name, text in _dataset_problems(reader, configuration, dataset):
+            yield f"datasets.{dataset.name}.{name}", text
 
 
 def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
@@ -2152,15 +2010,34 @@ def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dat
     elif line[-1] not in names and len(line) == 2 and f"datasets.{line[-1]}" not in reader.places:
         yield "partitions.from", f'dataset "{line[-1]}" is not defined{suggest(line[-1], names)}'
     elif line[-1] in names and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line):
-        yield from _effect_problems(configuration, dataset)
-        yield from _key_problems(configuration, dataset)
-        yield from _request_problems(configuration, dataset)
-        yield from _expression_problems(configuration, dataset)
+        yield from _object_problems(reader, configuration, dataset)
 
 
-def _effect_problems(configuration: Configuration, dataset: Dataset) -> Problems:
-    """Keys without effect for the objects that there are."""
-    declared, own = configuration.fields_of(dataset.name), dataset.partitions.own_fields()
+def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
+    if template.pattern is FIELD_IN_TEXT and set("{}") & set(template.shape().replace("{}", "")):
+        yield f"{template.text}: a brace that is no {{field}}; a field is a name in small letters"
+        return
+    for match in template.pattern.finditer(template.text):
+        codes = re.findall(r"%(.?)", match[2] or "", re.DOTALL)
+        if match[1] not in declared:
+            there = f"(there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})"
+            yield f'no field "{match[1]}"{suggest(match[1], declared)} {there}'
+        elif match[2] and (match[1] != "date" or not all(map(str.isalpha, codes))):
+            yield f"{match[0]}: only a date has a format, made of codes like %Y%m%d"
+        elif unknown := [code for code in codes if code not in DATE_CODES]:
+            yield f"{match[0]}: unsupported format code %{unknown[0]}"
+
+
+def _object_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
+    """Fields that are not there, names that objects cannot have, and keys without effect, wherever these stand."""
+    key, declared, own = dataset.key, configuration.fields_of(dataset.name), dataset.partitions.own_fields()
+    parent, fields = dataset.partitions.parent, dict.fromkeys(settings_of(Dataset), declared)
+    fields["partitions"] = configuration.fields_of(parent) if parent else set()
+    fields["command"] = declared | ({f"{name}s" for name in own} if dataset.batch else set())
+    for path, template in reader.templates.items():
+        name = path.removeprefix(f"datasets.{dataset.name}.")
+        if name != path and (block := name.partition(".")[0]) in fields:
+            yield from ((name, text) for text in _text_problems(template, fields[block]))
     if not configuration.seasons:
         yield from ((f"partitions.{name}seasons", "no seasons are declared") for name in ("", "dates."))
     if not declared & {"season", *(["date"] if configuration.seasons else [])}:
@@ -2171,77 +2048,28 @@ def _effect_problems(configuration: Configuration, dataset: Dataset) -> Problems
         yield "batch.by", f'no field "{dataset.batch.by}"{suggest(dataset.batch.by, declared)}'
     elif dataset.batch and dataset.command and own == (dataset.batch.by,):
         yield "batch.by", f"has no effect: no two objects share a {dataset.batch.by}"
-
-
-def _template_problems(path: str, template: Template, declared: set[str]) -> Problems:
-    if set("{}") & set(template.shape().replace("{}", "")):
-        yield path, f"{template.text}: a brace that is no {{field}}; a field is a name in small letters"
-    else:
-        yield from _field_problems(path, template, declared)
-
-
-def _field_problems(path: str, template: Template, declared: set[str]) -> Problems:
-    for match in template.pattern.finditer(template.text):
-        codes = re.findall(r"%(.?)", match[2] or "", re.DOTALL)
-        if match[1] not in declared:
-            there = f"(there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})"
-            yield path, f'no field "{match[1]}"{suggest(match[1], declared)} {there}'
-        elif match[2] and (match[1] != "date" or not all(map(str.isalpha, codes))):
-            yield path, f"{match[0]}: only a date has a format, made of codes like %Y%m%d"
-        elif unknown := [code for code in codes if code not in DATE_CODES]:
-            yield path, f"{match[0]}: unsupported format code %{unknown[0]}"
-
-
-def _key_problems(configuration: Configuration, dataset: Dataset) -> Problems:
-    template, declared = dataset.key, configuration.fields_of(dataset.name)
-    if broken := list(_template_problems("key", template, declared)):
-        yield from broken
+    source = configuration.sources.get(dataset.source)
+    address = source.base_url + dataset.url.text if source and dataset.url else "https://"
+    if not address.startswith(("http://", "https://")):
+        yield "url", f"{address} is no address: give source {dataset.source} a base_url"
+    if any(_text_problems(key, declared)):
         return
-
-    def key_of(day: str) -> str:
-        return template.render({**dict.fromkeys(declared, "1"), "date": day}, str)
-
-    if {"", ".", "..", STAGING} & {*key_of("2024-01-01").split("/")} or re.search(r"[\x00-\x1f\x7f]", template.text):
-        yield "key", f"{template.text}: a key has no empty, . or .. parts and does not start or end with /"
-    missing = [name for name in dataset.partitions.own_fields() if name not in template.fields()]
-    for name in missing:
-        yield "key", f"does not name {{{name}}}: its objects would overwrite one another"
     days = ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
-    if dataset.partitions.dates and not missing and len({*map(key_of, days)}) < len(days):
+    keys = [key.render({**dict.fromkeys(declared, "1"), "date": day}, str) for day in days]
+    if {"", ".", "..", STAGING} & {*keys[0].split("/")} or re.search(r"[\x00-\x1f\x7f]", key.text):
+        yield "key", f"{key.text}: a key has no empty, . or .. parts and does not start or end with /"
+    missing = [name for name in own if name not in key.fields()]
+    yield from (("key", f"does not name {{{name}}}: its objects would overwrite one another") for name in missing)
+    if dataset.partitions.dates and not missing and len({*keys}) < len(days):
         yield "key", "its date format gives different days the same key"
     for other in itertools.takewhile(lambda one: one.name != dataset.name, configuration.datasets.values()):
-        if other.key.shape() == template.shape():
+        if other.key.shape() == key.shape():
             yield "key", f'the same keys as dataset "{other.name}": two datasets cannot share objects'
 
 
-def _request_problems(configuration: Configuration, dataset: Dataset) -> Problems:
-    declared = configuration.fields_of(dataset.name)
-    if dataset.url:
-        yield from _template_problems("url", dataset.url, declared)
-        source = configuration.sources.get(dataset.source)
-        if source and not (address := source.base_url + dataset.url.text).startswith(("http://", "https://")):
-            yield "url", f"{address} is no address: give source {dataset.source} a base_url"
-    if dataset.batch:
-        declared |= {f"{name}s" for name in dataset.partitions.own_fields()}
-    for number, word in enumerate(dataset.command):
-        yield from _template_problems(f"command.{number}", word, declared)
-
-
-def _expression_problems(configuration: Configuration, dataset: Dataset) -> Problems:
-    declared, partitions, freshness = configuration.fields_of(dataset.name), dataset.partitions, dataset.freshness
-    above = configuration.fields_of(partitions.parent) if partitions.parent else set()
-    texts = [("partitions.ids", partitions.ids, above), ("freshness.until", freshness.until, declared)]
-    texts.append(("freshness.live.while", freshness.live.expression if freshness.live else None, declared))
-    for name in ("require", "alternatives", "contains", "not_contains"):
-        rules = enumerate(getattr(dataset.validate, name))
-        texts += [(f"validate.{name}.{number}", text, declared) for number, text in rules]
-    for path, text, fields in texts:
-        yield from _field_problems(path, Template(text or "", FIELD_IN_EXPRESSION), fields)
-
-
 def _resolve(reader: Reader, read: Configuration) -> Configuration:
-    """With absolute paths, sorted seasons, and for `same_as` the partitions of the other dataset."""
-    folder, datasets = read.path.parent, {}
+    """With absolute paths, sorted seasons, the scopes of the limits, and for `same_as` the partitions of the other."""
+    folder, limiting, datasets = read.path.parent, read.rate_limiting, {}
     for name, dataset in read.datasets.items():
         line, partitions = [name], dataset.partitions
         while (other := partitions.same_as) and other in read.datasets and other not in line:
@@ -2253,16 +2081,29 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
             text = f'dataset "{other}" is not defined{suggest(other, read.datasets)}'
             reader.complain(f"datasets.{line[-1]}.partitions.same_as", text)
         if not other and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line[1:]):
+            values, times = (tuple(dict(given).items()) for given in (partitions.values, partitions.times))
+            partitions = dataclasses.replace(partitions, values=values, times=times)
+            if partitions.seasons_as:
+                partitions = dataclasses.replace(partitions, seasons_as=partitions.names or "label", names="")
             datasets[name] = dataclasses.replace(dataset, partitions=partitions)
-    store = read.store.rstrip("/") if "://" in read.store else str(folder / Path(read.store).expanduser())
-    seasons = tuple(sorted(read.seasons, key=lambda season: season.start))
-    return dataclasses.replace(read, database=folder / read.database, store=store, datasets=datasets, seasons=seasons)
+    limits = {**limiting.source_limits, "global": limiting.global_limits}
+    limiting = RateLimiting(enabled=False)
+    if read.rate_limiting.enabled:
+        limiting = dataclasses.replace(read.rate_limiting, scopes={name: one.scope() for name, one in limits.items()})
+    return dataclasses.replace(
+        read,
+        database=folder / read.database,
+        store=read.store.rstrip("/") if "://" in read.store else str(folder / Path(read.store).expanduser()),
+        interval_seconds=read.interval_hours * HOUR if read.interval_hours else read.interval_seconds,
+        rate_limiting=limiting,
+        seasons=tuple(sorted(read.seasons, key=lambda season: season.start)),
+        datasets=datasets,
+    )
 
 
 def find_configuration(given: str | None) -> Path:
     """Which file: the given one, $ADCE_CONFIG, adce.yaml here, else the one beside this module."""
-    chosen = given or os.environ.get("ADCE_CONFIG")
-    if chosen:
+    if chosen := given or os.environ.get("ADCE_CONFIG"):
         return Path(chosen).absolute()
     here = Path(DEFAULT_NAME).absolute()
     return here if here.exists() else Path(__file__).resolve().with_name(DEFAULT_NAME)
@@ -2270,19 +2111,37 @@ def find_configuration(given: str | None) -> Path:
 
 def load_configuration(path: Path) -> Configuration:
     """Read adce.yaml. Raises ConfigurationError, which lists every problem with its place."""
-    text, reader, configuration = _read_text_file(path), Reader(_hint), None
+    import yaml
+
+    text, reader, configuration = _read_text_file(path), Reader(_hint, problems_in), None
     try:
-        node = _compose(text, reader)
-        read = NEEDED if node is None else reader.parse(Configuration, node, "")
-        if read is not NEEDED:
-            _check_seasons(reader, read.seasons)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is None:
+            reader.complain("", "the file is empty")
+        elif (read := reader.parse(Configuration, node, "")) is not NEEDED:
+            seasons = read.seasons if reader.is_sound("seasons") else ()  # else their numbers are not the file's
             configuration = _resolve(reader, dataclasses.replace(read, path=path.absolute()))
-            _check_all(reader, configuration)
+            for where, what in _problems(reader, configuration, seasons):
+                if where in reader.places:  # else `same_as` has it from another dataset
+                    reader.complain(where, what)
+    except yaml.MarkedYAMLError as error:
+        mark = error.context_mark if error.context and "quoted scalar" in error.context else error.problem_mark
+        place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        reader.problems.append((*place, "", f"not YAML: {error.problem or error.context}"))
+    except yaml.YAMLError as error:
+        reader.complain("", f"not YAML: {' '.join(str(error).split())}")
     except RecursionError:
         reader.complain("", "nested too deeply")
-    if reader.problems or configuration is None:
-        raise ConfigurationError(render_problems(path, text, sorted(set(reader.problems))))
-    return configuration
+    if not reader.problems and configuration:
+        return configuration
+    lines, blocks, problems = text.splitlines(), [], sorted(set(reader.problems))
+    for number, column, where, what in problems:
+        blocks.append(f"{path.name}:{number}:{column}: {f'{where}: ' if where else ''}{what}")
+        if number <= len(lines) and lines[number - 1].strip():
+            source = lines[number - 1].replace("\t", " ")[:200]
+            blocks.append(f"{number:5} | {source}\n      | {' ' * (column - 1)}^")
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise ConfigurationError("\n".join([*blocks, f"{count}; nothing was started"]))
 
 
 def database_named_in(path: Path) -> Path:
@@ -2292,20 +2151,6 @@ def database_named_in(path: Path) -> Path:
         text = _read_text_file(path)
     named = re.search(r"""^["']?database["']?:[ \t]*("[^"]+"|'[^']+'|[^\s#]+)""", text, re.MULTILINE)
     return path.parent / (named[1].strip("\"'") if named else DEFAULT_DATABASE)
-
-
-def render_problems(path: Path, text: str, problems: Sequence[Problem]) -> str:
-    """Every problem with its line and a caret under its place."""
-    lines = text.splitlines()
-    blocks = []
-    for problem in problems:
-        name = f"{problem.path}: " if problem.path else ""
-        blocks.append(f"{path.name}:{problem.line}:{problem.column}: {name}{problem.text}")
-        if problem.line <= len(lines) and lines[problem.line - 1].strip():
-            source = lines[problem.line - 1].replace("\t", " ")[:200]
-            blocks.append(f"{problem.line:5} | {source}\n      | {' ' * (problem.column - 1)}^")
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n".join([*blocks, f"{count}; nothing was started"])
 
 
 def _read_text_file(path: Path) -> str:
@@ -2321,65 +2166,29 @@ def _read_text_file(path: Path) -> str:
         raise ConfigurationError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
 
 
-def _compose(text: str, reader: Reader) -> Any:
-    import yaml
-
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.context_mark if error.context and "quoted scalar" in error.context else error.problem_mark
-        place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        reader.problems.append(Problem(*place, "", f"not YAML: {error.problem or error.context}"))
-        return None
-    except yaml.YAMLError as error:
-        reader.problems.append(Problem(1, 1, "", f"not YAML: {' '.join(str(error).split())}"))
-        return None
-    if node is None:
-        reader.problems.append(Problem(1, 1, "", "the file is empty"))
-    return node
-
-
 def explain(wanted: str | None) -> list[dict[str, Any]]:
     """A row for the key that `wanted` names, by its path or the end of it, and for each key in it; else for each block.
 
     Raises Error for an unknown key."""
-    settings, words = all_settings(), (wanted or "").split(".")
-
-    def is_in(path: str) -> bool:
-        parts = path.split(".")[: len(words)]
-        return all(part in ("*", word) for part, word in itertools.zip_longest(parts, words))
-
-    found = [path for path in settings if (is_in(path) if wanted else "." not in path)]
-    if not found:
-        ends = tuple(f"{path}." for path in settings if path.endswith(f".{wanted}"))
-        found = [path for path in settings if f"{path}.".startswith(ends)]
+    settings, found = all_settings(), list[str]()
+    path_of = r"\.".join(rf"({re.escape(word)}|\*)" for word in (wanted or "").split("."))
+    for pattern in (rf"{path_of}(\.|$)", rf".+\.{re.escape(wanted)}(\.|$)") if wanted else (r"[^.]+$",):
+        found = found or [path for path in settings if re.match(pattern, path)]
     if not found:
         names = [*settings, *(path.rpartition(".")[2] for path in settings)]
         raise Error(f'unknown key "{wanted}"{suggest(wanted or "", names)}', '"adce.py explain" lists the blocks')
-    return [_explained(path, settings[path]) for path in found]
-
-
-def _explained(path: str, one: Setting) -> dict[str, Any]:
-    default, text = one.default, None
-    if default is NEEDED:
-        text = "required"
-    elif one.declared == Period:
-        text = f"{default // DAY}d"
-    elif isinstance(default, int | float) and one.unit > 1:
-        text = f"{default / one.unit:g}"
-    elif isinstance(default, int | float | str | Path | dict) and default not in ("", {}):
-        text = json.dumps(default, default=str).strip('"')
-    beside = " or ".join(one.beside)
-    return {"key": path, "kind": _kind_name(one.declared), "default": text, "beside": beside, "meaning": one.meaning}
-
-
-def _kind_name(declared: Any) -> str:
-    shape, inner = shape_of(declared)
-    if shape == "value":
-        return cast(str, inner.expected)
-    if shape == "list":
-        return f"a list, each {_kind_name(inner)}"
-    return f"a mapping, each {_kind_name(inner[1])}" if shape == "mapping" else "a mapping"
+    rows = []
+    for path, one in ((path, settings[path]) for path in found):
+        default, text = one.default, None
+        if default is NEEDED:
+            text = "required"
+        elif one.declared == Period:
+            text = f"{default // DAY}d"
+        elif isinstance(default, int | float | str | Path | dict) and default not in ("", {}):
+            text = json.dumps(default, default=str).strip('"')
+        kind, beside = json_schema(one.declared)["title"], " or ".join(one.beside)
+        rows.append({"key": path, "kind": kind, "default": text, "beside": beside, "meaning": one.meaning})
+    return rows
 
 
 def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -2396,36 +2205,33 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
     """The JSON Schema (Draft 2020-12) of adce.yaml, or of a part of it. What must hold between blocks is not in it."""
     shape, inner = shape_of(declared)
     if shape == "value":
-        return cast(dict[str, Any], json.loads(inner.json))
-    if shape == "list":
-        is_unique = not getattr(shape_of(inner)[1], "may_repeat", False)
-        return {"type": "array", "minItems": 1, "uniqueItems": is_unique, "items": json_schema(inner)}
-    if shape == "mapping":
+        return {"title": inner.expected, **inner.schema}
+    if shape in ("list", "mapping"):
+        item = json_schema(inner if shape == "list" else inner[1])
+        title = f"a {shape}, each {item['title']}"
+        if shape == "list":
+            is_unique = not getattr(shape_of(inner)[1], "may_repeat", False)
+            return {"title": title, "type": "array", "minItems": 1, "uniqueItems": is_unique, "items": item}
         names = {} if inner[0] is str else {"propertyNames": {"enum": list(inner[0])}}
-        return {"type": "object", "additionalProperties": json_schema(inner[1]), **names}
-    known = settings_of(inner)
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"} if inner is Configuration else {}
-    return {
-        **head,
-        "type": "object",
-        "additionalProperties": False,
-        "required": [name for name, one in known.items() if one.default is NEEDED],
-        "properties": {name: {"description": one.meaning, **json_schema(one.declared)} for name, one in known.items()},
-        "allOf": [{}, *_schema_rules(inner, known)],
-    }
-
-
-def _schema_rules(record: Any, known: Mapping[str, Setting]) -> Iterator[dict[str, Any]]:
-    """As conflicts()."""
-    for when, group in getattr(record, "ONE_OF", ()):
+        return {"title": title, "type": "object", "additionalProperties": item, **names}
+    known, rules = settings_of(inner), list[Any]()
+    for when, group in getattr(inner, "ONE_OF", ()):
         exactly = {"oneOf": [{"required": [name]} for name in group]}
-        yield {"if": {"required": [when]}, "then": exactly} if when else exactly
+        rules.append({"if": {"required": [when]}, "then": exactly} if when else exactly)
     for name, one in known.items():
         if one.beside:
             others = {"anyOf": [{"required": [other]} for other in one.beside]}
-            yield {"if": {"required": [name]}, "then": others}
-        twins = [other for other in known if other < name and known[other].attribute == one.attribute]
-        yield from ({"not": {"required": [name, other]}} for other in (*one.against, *twins))
+            rules.append({"if": {"required": [name]}, "then": others})
+        rules += [{"not": {"required": [name, other]}} for other in one.against]
+    return {
+        **({"$schema": "https://json-schema.org/draft/2020-12/schema"} if inner is Configuration else {}),
+        "title": "a mapping",
+        "type": "object",
+        "additionalProperties": False,
+        "required": [name for name, one in known.items() if one.default is NEEDED],
+        "properties": {name: {**json_schema(one.declared), "description": one.meaning} for name, one in known.items()},
+        "allOf": [{}, *rules],
+    }
 
 
 # ---------------------------------------------------------------- Objects
@@ -3183,7 +2989,7 @@ OBSERVATION = """
                (select count(*)
                   from waiters
                  where expires_at >= :now
-                   and iif(s.scope = 'global', waits_for = 'global', source = s.scope)
+                   and iif(s.scope = 'global', waits_for = 'global' or opens_at <= :now, source = s.scope)
                    and waiter_id < coalesce(
                        (select waiter_id from waiters where source = :source and owner = :owner),
                        9223372036854775807)) as ahead
@@ -3346,8 +3152,13 @@ def _finished_at(sql: sqlite3.Connection, scope: str, number: int) -> float:
     return cast(float, row[0]) if row else -math.inf
 
 
-def grant(sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_seconds: float, now: float) -> Permit:
-    """Take a permit. `opening` has just said, in this transaction, that it is possible now."""
+def grant(
+    sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_seconds: float, now: float, owner: str = ""
+) -> Permit:
+    """Take a permit, and give up the place of `owner` among the waiters. `opening` has just said, in this transaction,
+    that it is possible now."""
+    if owner:
+        sql.execute("delete from waiters where source = ? and owner = ?", (source, owner))
     send_before = now + SEND_WITHIN_SECONDS
     deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
     if limiting.backoff or any(limits.burst_size for limits in limiting.scopes.values()):
@@ -3693,9 +3504,7 @@ class Limiter:
             now, limiting = self.clock.boot(), self.configuration.rate_limiting
             opens = opening(sql, limiting, source.name, now, owner)
             if opens.at <= now:
-                if is_waiting:
-                    remove_waiter(sql, owner, now)
-                return grant(sql, limiting, source.name, source.timeout_seconds, now)
+                return grant(sql, limiting, source.name, source.timeout_seconds, now, owner if is_waiting else "")
             if opens.at > give_up_at:
                 wait = format_duration(opens.at - now)
                 text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
@@ -3901,20 +3710,19 @@ class Ledger:
         row = known._replace(state=state, reason=reason, since=since)
         if task is None or is_fetched or has_changed:
             row = row._replace(task=TaskState.RETRY if waits else TaskState.PENDING, next_at=next_at if waits else None)
-        return row if task is not None else self._opened(row, dataset)
+        return row if task is not None else self._opened(row)
 
-    def _opened(self, row: ObjectRow, dataset: Dataset) -> ObjectRow:
+    def _opened(self, row: ObjectRow) -> ObjectRow:
         self.created += 1
-        now = int(self.now)
-        priority, rank, slope = self.rank_of(row, dataset, 1, now)
-        row = row._replace(priority=priority, detected_at=now, gap_size=1, rank=rank, slope=slope)
-        return row._replace(attempts=0, failures=0, fruitless=0, crashes=0, last_error=None)
+        row = row._replace(detected_at=int(self.now), gap_size=1, attempts=0, failures=0, fruitless=0, crashes=0)
+        return self.ranked(row._replace(last_error=None))
 
-    def rank_of(self, row: ObjectRow, dataset: Dataset, size: int, detected_at: int) -> tuple[str, float, float]:
-        """Priority, rank and slope of a task as of today."""
+    def ranked(self, row: ObjectRow) -> ObjectRow:
+        """The row with the priority, rank and slope of its task as of today."""
+        dataset, weighting = self.configuration.datasets[row.dataset], self.configuration.priority_weighting
         priority = priority_of(dataset, row.season, row.day, self.today, self.configuration)
-        weighting = self.configuration.priority_weighting
-        return priority, *rank_of(weighting, dataset.source, priority, size, detected_at)
+        rank, slope = rank_of(weighting, dataset.source, priority, row.gap_size or 1, row.detected_at or 0)
+        return row._replace(priority=priority, rank=rank, slope=slope)
 
     def write(self, rows: Iterable[ObjectRow]) -> None:
         """Store rows as they are."""
@@ -3972,7 +3780,7 @@ class Ledger:
 # adce.yaml. Headlines: declare_datasets(), expect(), note_mentions().
 
 EXPECTED_AT_ONCE = 300  # objects, in one transaction
-SCANNED_AT_ONCE = 2000  # rows, in one transaction
+SCANNED_AT_ONCE = 1000  # rows, in one transaction
 LAST_KEY = "\U0010ffff"  # sorts after every key
 WANTED = """
 create temp table if not exists wanted (
@@ -4192,21 +4000,6 @@ def expect_children(ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str
         ledger.write([ledger.appraised(row._replace(proven=1)) for row in ledger.objects(new, {"keys": keys})])
 
 
-def drop_unexpected(ledger: Ledger, datasets: Iterable[str], after: int) -> int | None:
-    """Drop objects of expanded datasets that are not wanted, within a range of ids. Returns where the next range
-    begins; None: this was the last one."""
-    last = ledger.sql.execute("select max(object_id) from objects").fetchone()[0] or 0
-    ledger.drop(
-        """
-        o.object_id > :after and o.object_id <= :last
-        and d.dataset in (select value from json_each(:datasets))
-        and not exists (select 1 from wanted w where w.key = o.key)
-        """,
-        {"after": after, "last": after + SCANNED_AT_ONCE, "datasets": json.dumps(list(datasets))},
-    )
-    return after + SCANNED_AT_ONCE if after + SCANNED_AT_ONCE < last else None
-
-
 # ---------------------------------------------------------------- Queue
 # The best task whose source can be asked now is claimed together with its permit. Headline: claim().
 
@@ -4214,27 +4007,17 @@ RUNNER = "runner"  # the owner of the main loop's places among the waiters
 
 
 @dataclass(frozen=True, slots=True)
-class ClaimedTask:
-    """A task of a claim, and the attempt at it."""
-
-    attempt_id: int
-    target: ObjectRow
-
-    @property
-    def task_id(self) -> int:
-        """The number of its object."""
-        return self.target.object_id
-
-
-@dataclass(frozen=True, slots=True)
 class Claim:
-    """The work of one execution: one task, or several for a batch."""
+    """The work of one execution: one task, or several for a batch. All that a worker needs to know."""
 
     dataset: Dataset
     source: Source
-    tasks: tuple[ClaimedTask, ...]
+    tasks: tuple[ObjectRow, ...]
+    children: tuple[Dataset, ...] = ()  # whose ids the objects name
     url: str = ""
+    hops: int = 0  # redirects that were followed
     permit: Permit | None = None  # commands and calls ask for their own
+    environment: Mapping[str, str] = field(default_factory=dict)  # of its program
     runs_exclusively: bool = False  # nothing else may run beside it
 
 
@@ -4257,7 +4040,7 @@ class Result:
 class Ending:
     """The new state of a task after an attempt."""
 
-    task: ClaimedTask
+    task: ObjectRow
     result: Result
     state: TaskState
     failures: int
@@ -4313,15 +4096,34 @@ def claim(
             break
         granted = None
         if dataset.url:
-            granted = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now)
+            granted = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now, RUNNER)
         first = ObjectRow._make(head[: len(ObjectRow._fields)])
-        tasks = [first]
+        rows = [first]
         if dataset.batch and not is_exclusive:
-            tasks += _others_in_batch(sql, configuration, first, dataset.batch)
+            rows += _others_in_batch(sql, configuration, first, dataset.batch)
         url = url_of(dataset, source, first.fields)
-        begun = tuple(_begin(sql, row, url, wall) for row in tasks)
-        return Claim(dataset, source, begun, url, granted, is_exclusive), openings
+        claimed = Claim(
+            dataset=dataset,
+            source=source,
+            tasks=tuple(_begin(sql, row, url, wall) for row in rows),
+            children=tuple(configuration.children_of(dataset.name)),
+            url=url,
+            permit=granted,
+            environment={} if url else _environment(configuration, source, rows),
+            runs_exclusively=is_exclusive,
+        )
+        return claimed, openings
     return None, openings
+
+
+def _environment(configuration: Configuration, source: Source, rows: Iterable[ObjectRow]) -> dict[str, str]:
+    """The variables by which a program finds its limits, and by which its processes are found."""
+    return {
+        "ADCE_CONFIG": str(configuration.path),
+        "ADCE_DB": str(configuration.database.resolve()),  # the next start may come by another path
+        "ADCE_SOURCE": source.name,
+        "ADCE_TASK": ",".join(str(row.object_id) for row in rows),
+    }
 
 
 def _workers_for_others(dataset: Dataset, with_work: set[str], held: Mapping[str, int]) -> int:
@@ -4357,7 +4159,7 @@ def _others_in_batch(
     )
 
 
-def _begin(sql: sqlite3.Connection, row: ObjectRow, url: str, wall: float) -> ClaimedTask:
+def _begin(sql: sqlite3.Connection, row: ObjectRow, url: str, wall: float) -> ObjectRow:
     begin = "insert into attempts (object_id, started_at, outcome, requests, url) values (?, ?, 'running', 0, ?)"
     attempt_id = cast(int, sql.execute(begin, (row.object_id, wall, without_secrets(url) or None)).lastrowid)
     run = """
@@ -4365,7 +4167,7 @@ def _begin(sql: sqlite3.Connection, row: ObjectRow, url: str, wall: float) -> Cl
         where object_id = ?
     """
     sql.execute(run, (attempt_id, row.object_id))
-    return ClaimedTask(attempt_id, row._replace(task=TaskState.RUNNING, attempt_id=attempt_id))
+    return row._replace(task=TaskState.RUNNING, attempt_id=attempt_id)
 
 
 def without_secrets(url: str) -> str:
@@ -4449,7 +4251,7 @@ def finish(
     for task, result in zip(claimed.tasks, results, strict=True):
         _record_attempt(ledger, claimed.dataset, task, result)
         running = "o.object_id = :object_id and o.task = 'running' and o.attempt_id = :attempt_id"
-        rows = ledger.objects(running, {"object_id": task.task_id, "attempt_id": task.attempt_id})
+        rows = ledger.objects(running, {"object_id": task.object_id, "attempt_id": task.attempt_id})
         endings += [_settle(ledger, task, row, result, (health, delay)) for row in rows]
     return endings, pausing
 
@@ -4461,7 +4263,7 @@ def _weight(result: Result) -> int:
 
 def _settle(
     ledger: Ledger,
-    task: ClaimedTask,
+    task: ObjectRow,
     row: ObjectRow,
     result: Result,
     context: tuple[SourceHealth, Callable[[int], float]],
@@ -4523,7 +4325,7 @@ def _stored(ledger: Ledger, row: ObjectRow, result: Result) -> ObjectRow:
     return row
 
 
-def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result: Result) -> None:
+def _record_attempt(ledger: Ledger, dataset: Dataset, task: ObjectRow, result: Result) -> None:
     sql, size, output = ledger.sql, result.stored.size if result.stored else None, result.output or None
     ended = sql.execute(
         """
@@ -4550,7 +4352,7 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ClaimedTask, result:
         )
 
 
-def _add_to_totals(sql: sqlite3.Connection, attempt_id: int) -> None:
+def _add_to_totals(sql: sqlite3.Connection, attempt_id: int | None) -> None:
     """Add an attempt that has ended to the totals of its day."""
     sql.execute(
         """
@@ -4871,33 +4673,32 @@ class Cycle:
 
     def end(self) -> None:
         """Record the cycle."""
-        by_state = "select state, sum(objects) from counts group by state"
-        counts = {row[0]: row[1] for row in self.database.read(by_state)}
-        found = {str(state): counts.get(state, 0) for state in (ObjectState.PRESENT, *GAPS)}
+        row = {
+            "cycle_id": self.cycle_id,
+            "seconds": self.clock.boot() - self.started,
+            "list_calls": self.store.calls - self.calls_before,
+            "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
+            **{
+                name: getattr(self, name) for name in ("listed", "looked", "unexpected", "created", "closed", "dropped")
+            },
+        }
         with self.database.transaction() as sql:
             sql.execute(
                 """
                 update reconciliations
                 set seconds = :seconds, listed = :listed, looked = :looked, unexpected = :unexpected,
-                    list_calls = :list_calls, expected = :expected, present = :present, missing = :missing,
-                    stale = :stale, suspect = :suspect, created = :created, closed = :closed, dropped = :dropped,
-                    error = :error
+                    list_calls = :list_calls, created = :created, closed = :closed, dropped = :dropped, error = :error,
+                    (expected, present, missing, stale, suspect) = (
+                        select coalesce(sum(objects), 0),
+                               coalesce(sum(objects) filter (where state = 'present'), 0),
+                               coalesce(sum(objects) filter (where state = 'missing'), 0),
+                               coalesce(sum(objects) filter (where state = 'stale'), 0),
+                               coalesce(sum(objects) filter (where state = 'suspect'), 0)
+                        from counts
+                        where state in ('present', 'missing', 'stale', 'suspect'))
                 where cycle_id = :cycle_id
                 """,
-                {
-                    **found,
-                    "expected": sum(found.values()),
-                    "seconds": self.clock.boot() - self.started,
-                    "listed": self.listed,
-                    "looked": self.looked,
-                    "unexpected": self.unexpected,
-                    "list_calls": self.store.calls - self.calls_before,
-                    "created": self.created,
-                    "closed": self.closed,
-                    "dropped": self.dropped,
-                    "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
-                    "cycle_id": self.cycle_id,
-                },
+                row,
             )
 
 
@@ -5004,6 +4805,7 @@ def _note_content(ledger: Ledger, target: ObjectRow, found: Inspection) -> None:
 # state, so a missed event costs nothing. Headline: reconcile().
 
 LISTED_AT_ONCE = 4  # prefixes
+RESIZED_AT_ONCE = 100_000  # tasks
 NOTED_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
 
@@ -5073,11 +4875,7 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
             stale[dataset] = "with problems"  # the next cycle expands it, and reports them, again
     live = "select sum(objects) from counts join datasets using (dataset_id) where dataset = ? and state != 'dropped'"
     shrunk = [one.name for one, count in kept.items() if (cycle.database.value(live, (one.name,)) or 0) != count]
-    after: int | None = 0 if shrunk else None
-    while after is not None:
-        with cycle.ledger() as ledger:
-            after = drop_unexpected(ledger, shrunk, after)
-        yield
+    yield from _drop_unexpected(cycle, shrunk)
     with cycle.ledger() as ledger:
         ledger.sql.executemany("update datasets set ready = 1 where dataset = ?", [(one.name,) for one in level])
     cycle.expanded = {one.name: digest for one, digest in stale.items()}
@@ -5133,11 +4931,20 @@ def _drop_undeclared(cycle: Cycle) -> Iterator[None]:
         group by dataset
         having sum(objects) > 0
     """
-    names = [row[0] for row in cycle.database.read(undeclared)]
-    after: int | None = 0 if names else None
-    while after is not None:
+    yield from _drop_unexpected(cycle, [row[0] for row in cycle.database.read(undeclared)])
+
+
+def _drop_unexpected(cycle: Cycle, datasets: Sequence[str]) -> Iterator[None]:
+    """Drop the objects of expanded datasets that are not wanted."""
+    unwanted = """
+        o.object_id > :after and o.object_id <= :last
+        and d.dataset in (select value from json_each(:datasets))
+        and not exists (select 1 from wanted w where w.key = o.key)
+    """
+    last = cycle.database.value("select max(object_id) from objects") or 0
+    for after in range(0, last if datasets else 0, SCANNED_AT_ONCE):
         with cycle.ledger() as ledger:
-            after = drop_unexpected(ledger, names, after)
+            ledger.drop(unwanted, {"after": after, "last": after + SCANNED_AT_ONCE, "datasets": json.dumps(datasets)})
         yield
 
 
@@ -5321,136 +5128,77 @@ def _age(cycle: Cycle) -> Iterator[None]:
         with cycle.ledger() as ledger:
             count = max(wake_retries(ledger.sql, ledger.now), appraise_due(ledger))
         yield
+    yield from _resize_gaps(cycle)
     rules = appraisal_rules(configuration)
-    inputs = f"{day_of(cycle.clock.wall())} {rules}"
-    known = cycle.database.value("select priorities from facts")
-    has_batches = any(one.batch for one in configuration.datasets.values())
-    if known == inputs and not has_batches:
+    inputs, known = f"{day_of(cycle.clock.wall())} {rules}", cycle.database.value("select priorities from facts")
+    if known == inputs:
         return
     is_everything = not known.endswith(rules)
-    last, sizes = cycle.database.value("select max(object_id) from objects") or 0, _gap_sizes(cycle)
-    condition = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped'"
+    last = cycle.database.value("select max(object_id) from objects") or 0
+    condition = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
     condition += "" if is_everything else " and o.task is not null"
     for after in range(0, last, SCANNED_AT_ONCE):
         with cycle.ledger() as ledger:
-            for rows in chunks(
-                iter(ledger.objects(condition, {"after": after, "last": after + SCANNED_AT_ONCE})), NOTED_AT_ONCE
-            ):
-                ledger.write(_reviewed(ledger, rows, sizes, is_everything=is_everything))
+            rows = ledger.objects(condition, {"after": after, "last": after + SCANNED_AT_ONCE})
+            reviewed = [_reviewed(ledger, row, is_everything=is_everything) for row in rows]
+            ledger.write(now for row, now in zip(rows, reviewed, strict=True) if now != row)
         yield
     with cycle.database.transaction() as sql:
         sql.execute("update facts set priorities = ?", (inputs,))
 
 
-def _reviewed(
-    ledger: Ledger, rows: Iterable[ObjectRow], sizes: Mapping[tuple[str, str], int], *, is_everything: bool
-) -> list[ObjectRow]:
-    """The rows that are others by the rules of today."""
-    changed = []
-    for row in rows:
-        dataset = ledger.configuration.datasets.get(row.dataset)
-        if dataset is None:
-            continue
-        now = row
-        if is_everything and not must_be_read(ledger.configuration, dataset) and row.etag is not None:
-            now = row._replace(**{**UNREAD, "read_etag": row.etag})
-        now = ledger.appraised(now) if is_everything else now
-        if now.task is not None:
-            size = sizes.get((dataset.name, row.fields[dataset.batch.by]), 1) if dataset.batch else 1
-            priority, rank, slope = ledger.rank_of(now, dataset, size, now.detected_at or 0)
-            now = now._replace(priority=priority, gap_size=size, rank=rank, slope=slope)
-        if now != row:
-            changed.append(now)
-    return changed
+def _reviewed(ledger: Ledger, row: ObjectRow, *, is_everything: bool) -> ObjectRow:
+    """The row by the rules of today."""
+    dataset = ledger.configuration.datasets[row.dataset]
+    if is_everything:
+        if row.etag is not None and not must_be_read(ledger.configuration, dataset):
+            row = row._replace(**{**UNREAD, "read_etag": row.etag})
+        row = ledger.appraised(row._replace(gap_size=row.gap_size if dataset.batch else 1))
+    return ledger.ranked(row) if row.task is not None else row
 
 
-def _gap_sizes(cycle: Cycle) -> dict[tuple[str, str], int]:
-    """The number of objects that one batch would bring, by dataset and value of the batch's field."""
-    sizes = {}
+def _resize_gaps(cycle: Cycle) -> Iterator[None]:
+    """The size of a gap is the number of objects that one batch would bring."""
     for dataset in cycle.configuration.datasets.values():
-        if dataset.batch:
-            rows = cycle.database.read(
+        while dataset.batch and (
+            resized := cycle.database.read(
                 """
-                select fields ->> ?, count(*)
-                from objects
-                where dataset_id = (select dataset_id from datasets where dataset = ?) and task is not null
-                group by 1
+                select object_id, size
+                from (
+                    select object_id, gap_size, min(?, count(*) over (partition by fields ->> ?)) as size
+                    from objects
+                    where dataset_id = (select dataset_id from datasets where dataset = ?) and task is not null
+                      and state != 'dropped'
+                )
+                where size != gap_size
+                limit ?
                 """,
-                (dataset.batch.by, dataset.name),
+                (dataset.batch.max, dataset.batch.by, dataset.name, RESIZED_AT_ONCE),
             )
-            sizes.update({(dataset.name, value): min(count, dataset.batch.max) for value, count in rows})
-    return sizes
+        ):
+            sizes = dict(map(tuple, resized))
+            for chunk in chunks(iter(sizes), NOTED_AT_ONCE):
+                with cycle.ledger() as ledger:
+                    rows = [row._replace(gap_size=sizes[row.object_id]) for row in ledger.some(chunk)]
+                    ledger.write(ledger.ranked(row) for row in rows if row.task is not None)
+                yield
 
 
 # ---------------------------------------------------------------- Requests
-# What one execution is, as plain data that can travel to another process, and one HTTP request: a deadline for all
-# of it, a cap on its size, no hidden retries. A redirect is handed back, because each hop needs a permit of its
-# own. Headlines: FetchSpec, keep(), look(), request().
+# One HTTP request: a deadline for all of it, a cap on its size, no hidden retries. A redirect is handed back, because
+# each hop needs a permit of its own. Headlines: keep(), look(), request().
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One object that an execution should bring."""
-
-    key: str
-    fields: Fields
-    is_missing: bool  # then the store is asked first
-    version: tuple[str | None, int | None] = (None, None)  # etag and instant of what is there
-
-
-@dataclass(frozen=True, slots=True)
-class FetchSpec:
-    """All that an execution needs to know. Plain data: it can travel to another process."""
-
-    dataset: Dataset
-    source: Source
-    children: tuple[Dataset, ...]
-    targets: tuple[Target, ...]
-    url: str = ""
-    hops: int = 0
-    send_before: float = math.inf  # boot
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-def specify(configuration: Configuration, claimed: Claim) -> FetchSpec:
-    """The plain data of a claim."""
-    dataset = claimed.dataset
-    targets = tuple(
-        Target(
-            key=task.target.key,
-            fields=task.target.fields,
-            is_missing=task.target.state == ObjectState.MISSING,
-            version=(task.target.etag, task.target.modified_at),
-        )
-        for task in claimed.tasks
-    )
-    environment = {
-        "ADCE_CONFIG": str(configuration.path),
-        "ADCE_DB": str(configuration.database.resolve()),  # the next start may come by another path
-        "ADCE_SOURCE": claimed.source.name,
-        "ADCE_TASK": ",".join(str(task.task_id) for task in claimed.tasks),
-    }
-    return FetchSpec(
-        dataset=dataset,
-        source=claimed.source,
-        children=tuple(configuration.children_of(dataset.name)),
-        targets=targets,
-        url=claimed.url,
-        send_before=claimed.permit.send_before if claimed.permit else math.inf,
-        environment=environment,
-    )
-
-
-def look(spec: FetchSpec, target: Target, store: Store) -> Result | None:
+def look(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
     """What the store holds under a key, judged; None when there is nothing."""
     stored = store.find(target.key)
     if stored is None:
         return None
-    most = spec.dataset.validate.max_bytes
+    most = claimed.dataset.validate.max_bytes
     if stored.size > most:
         return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
     try:
-        inspection = inspect(spec.dataset, target.fields, store.read(target.key), spec.children)
+        inspection = inspect(claimed.dataset, target.fields, store.read(target.key), claimed.children)
     except KeyError:
         return None
     outcome = Outcome.OK if inspection.valid else Outcome.INVALID
@@ -5463,12 +5211,12 @@ def _refused(error: StoreError) -> Result:
     return Result(Outcome.ERROR if is_local else Outcome.STORE_ERROR, str(error))
 
 
-def keep(spec: FetchSpec, target: Target, body: bytes, store: Store, http_status: int | None = None) -> Result:
+def keep(claimed: Claim, target: ObjectRow, body: bytes, store: Store, http_status: int | None = None) -> Result:
     """Validate a body, then store it. `requests` counts the HTTP request that brought it."""
     requests = 0 if http_status is None else 1
-    if len(body) > spec.dataset.validate.max_bytes:
-        return Result(Outcome.INVALID, f"longer than {spec.dataset.validate.max_bytes} bytes", requests=requests)
-    inspection = inspect(spec.dataset, target.fields, body, spec.children)
+    if len(body) > claimed.dataset.validate.max_bytes:
+        return Result(Outcome.INVALID, f"longer than {claimed.dataset.validate.max_bytes} bytes", requests=requests)
+    inspection = inspect(claimed.dataset, target.fields, body, claimed.children)
     if not inspection.valid:
         return Result(Outcome.INVALID, inspection.verdict, http_status, requests=requests)
     try:
@@ -5502,47 +5250,47 @@ class _TooLateError(Exception):
     pass
 
 
-def request(spec: FetchSpec, store: Store, clock: Clock) -> Result:
+def request(claimed: Claim, store: Store, clock: Clock) -> Result:
     """One HTTP request with a deadline for all of it, at most max_bytes long."""
     import requests
     import urllib3
 
-    begun, deadline = clock.boot(), _Deadline(spec.source.timeout_seconds)
+    begun, deadline = clock.boot(), _Deadline(claimed.source.timeout_seconds)
 
     def about_to_send() -> None:
-        if clock.boot() > spec.send_before:
+        if claimed.permit and clock.boot() > claimed.permit.send_before:
             raise _TooLateError
 
     try:
         with deadline, requests.Session() as opened:
             about_to_send()
-            opened.trust_env = spec.source.trust_env
+            opened.trust_env = claimed.source.trust_env
             for scheme in ("http://", "https://"):
                 opened.mount(scheme, _adapter(deadline, about_to_send))
             with opened.get(
-                spec.url,
-                headers=_headers(spec),
-                timeout=(min(CONNECT_SECONDS, spec.source.timeout_seconds), spec.source.timeout_seconds),
+                claimed.url,
+                headers=_headers(claimed),
+                timeout=(min(CONNECT_SECONDS, claimed.source.timeout_seconds), claimed.source.timeout_seconds),
                 stream=True,
                 allow_redirects=False,
             ) as response:
-                body = _read_body(response, spec.dataset.validate.max_bytes)
+                body = _read_body(response, claimed.dataset.validate.max_bytes)
                 if deadline.passed:  # a socket that we closed looks like one that has no more to say
                     raise requests.Timeout
-                return _judge(spec, response, body, store)
+                return _judge(claimed, response, body, store)
     except _TooLateError:
         return Result(Outcome.LOST, "its permit ran out before it was sent")
     except _TooLargeError:
-        return Result(Outcome.INVALID, f"longer than {spec.dataset.validate.max_bytes} bytes", requests=1)
+        return Result(Outcome.INVALID, f"longer than {claimed.dataset.validate.max_bytes} bytes", requests=1)
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-        if clock.boot() > begun + spec.source.timeout_seconds + STANDSTILL_SECONDS:
+        if clock.boot() > begun + claimed.source.timeout_seconds + STANDSTILL_SECONDS:
             return Result(Outcome.LOST, "this program stood still meanwhile", requests=1)
         if deadline.passed or isinstance(error, requests.Timeout):
-            return Result(Outcome.TIMEOUT, f"no whole answer within {spec.source.timeout_seconds:g} s", requests=1)
+            return Result(Outcome.TIMEOUT, f"no whole answer within {claimed.source.timeout_seconds:g} s", requests=1)
         if isinstance(error, requests.exceptions.ContentDecodingError):
             return Result(Outcome.INVALID, "its encoding is broken", requests=1)
         outcome, text = _no_answer(error)
-        return Result(outcome, f"{_host(spec.url)} {text}", requests=1)
+        return Result(outcome, f"{_host(claimed.url)} {text}", requests=1)
 
 
 def _no_answer(error: BaseException) -> tuple[Outcome, str]:
@@ -5616,10 +5364,10 @@ def _adapter(deadline: _Deadline, about_to_send: Callable[[], None]) -> Any:
     return Adapter(pool_connections=1, pool_maxsize=1)
 
 
-def _headers(spec: FetchSpec) -> dict[str, str]:
+def _headers(claimed: Claim) -> dict[str, str]:
     """Secrets for one host are not sent to another."""
-    headers = dict(spec.source.headers)
-    if _origin(spec.url) != _origin(spec.source.base_url or spec.url):
+    headers = dict(claimed.source.headers)
+    if _origin(claimed.url) != _origin(claimed.source.base_url or claimed.url):
         headers = {name: text for name, text in headers.items() if name.lower() in KEPT_ON_OTHER_HOSTS}
     return headers
 
@@ -5658,23 +5406,23 @@ def _read_body(response: Any, most: int) -> bytes:
     return b"".join(blocks)
 
 
-def _judge(spec: FetchSpec, response: Any, body: bytes, store: Store) -> Result:
+def _judge(claimed: Claim, response: Any, body: bytes, store: Store) -> Result:
     """What an answer means. Errors can come with status 200, and "not there yet" with 403."""
     status = response.status_code
     if status in REDIRECTS and "location" in response.headers:
-        return _redirected(spec, response)
-    answer = classify(spec.source, status, response.headers, body)
+        return _redirected(claimed, response)
+    answer = classify(claimed.source, status, response.headers, body)
     if answer.outcome is Outcome.OK:
-        return keep(spec, spec.targets[0], body, store, status)
+        return keep(claimed, claimed.tasks[0], body, store, status)
     return Result(answer.outcome, answer.text, status, requests=1, retry_after=answer.retry_after)
 
 
-def _redirected(spec: FetchSpec, response: Any) -> Result:
-    target = urllib.parse.urljoin(spec.url, response.headers["location"])
+def _redirected(claimed: Claim, response: Any) -> Result:
+    target = urllib.parse.urljoin(claimed.url, response.headers["location"])
     parts, status = urllib.parse.urlsplit(target), response.status_code
-    if spec.hops >= MAX_REDIRECTS:
+    if claimed.hops >= MAX_REDIRECTS:
         return Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status, requests=1)
-    if parts.scheme not in ("http", "https") or (parts.scheme == "http" and spec.url.startswith("https:")):
+    if parts.scheme not in ("http", "https") or (parts.scheme == "http" and claimed.url.startswith("https:")):
         return Result(
             Outcome.HTTP_ERROR, f"redirected to {parts.scheme}://{parts.hostname}, which is refused", status, requests=1
         )
@@ -5940,36 +5688,36 @@ def output_folder(database: Path) -> Path:
     return database.with_name(f"{database.name}-output")
 
 
-def run_command(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
+def run_command(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     """Run the program of a command or a call; it has succeeded for each object that is whole in the store afterwards.
 
     A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
-    outputs, most = output_folder(Path(spec.environment["ADCE_DB"])), spec.dataset.validate.max_bytes
+    outputs, most = output_folder(Path(claimed.environment["ADCE_DB"])), claimed.dataset.validate.max_bytes
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
-        place = Path(folder) if spec.dataset.batch else Path(folder, "object")
-        program = _program(spec, place)
+        place = Path(folder) if claimed.dataset.batch else Path(folder, "object")
+        program = _program(claimed, place)
         try:
             end = run_program(program, clock)
         except (OSError, ValueError) as error:
             text = f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}"
-            return [Result(Outcome.ERROR, text)] * len(spec.targets)
+            return [Result(Outcome.ERROR, text)] * len(claimed.tasks)
         output = end.tail.decode("utf-8", "replace")
-        if spec.dataset.call and (failure := _read_file(Path(folder, FAILURE), BLOCK_BYTES)):
+        if claimed.dataset.call and (failure := _read_file(Path(folder, FAILURE), BLOCK_BYTES)):
             outcome, text, retry_after = json.loads(failure)
             return [Result(Outcome(outcome), text, retry_after=retry_after, output=output)]
         results = []
-        for target in spec.targets:
-            handed = place / target.key if spec.dataset.batch else place
-            body = end.body if spec.dataset.output == "stdout" else _read_file(handed, most)
-            results.append(dataclasses.replace(_judge_end(spec, target, end, body, store), output=output))
+        for target in claimed.tasks:
+            handed = place / target.key if claimed.dataset.batch else place
+            body = end.body if claimed.dataset.output == "stdout" else _read_file(handed, most)
+            results.append(dataclasses.replace(_judge_end(claimed, target, end, body, store), output=output))
         return results
 
 
-def _program(spec: FetchSpec, place: Path) -> Program:
+def _program(claimed: Claim, place: Path) -> Program:
     """A command gets the variables that its dataset names; a call all of them, as a part of this program."""
-    dataset, fields, environment = spec.dataset, dict(spec.targets[0].fields), dict(spec.environment)
+    dataset, fields, environment = claimed.dataset, dict(claimed.tasks[0].fields), dict(claimed.environment)
     if dataset.call:  # -u: the output of one that is killed is complete
         words = [sys.executable, "-u", str(Path(__file__).resolve()), "call", dataset.call]
         words += [f"{name}={text}" for name, text in fields.items()]
@@ -5977,7 +5725,7 @@ def _program(spec: FetchSpec, place: Path) -> Program:
         environment = {**os.environ, **limits, **environment}
     else:
         for name in dataset.partitions.own_fields():
-            fields[f"{name}s"] = ",".join(target.fields[name] for target in spec.targets)
+            fields[f"{name}s"] = ",".join(target.fields[name] for target in claimed.tasks)
         words = [word.render(fields, str) for word in dataset.command]
         environment = {name: os.environ[name] for name in dataset.environment if name in os.environ} | environment
     return Program(
@@ -5989,10 +5737,10 @@ def _program(spec: FetchSpec, place: Path) -> Program:
     )
 
 
-def _judge_end(spec: FetchSpec, target: Target, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
+def _judge_end(claimed: Claim, target: ObjectRow, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
     """The result of a program for one object. A command that leaves no bytes has brought nothing."""
-    if end.is_good() and body is not None and (body or spec.dataset.call):
-        return keep(spec, target, body, store)
+    if end.is_good() and body is not None and (body or claimed.dataset.call):
+        return keep(claimed, target, body, store)
     failed = Result(
         outcome=Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR,
         error=f"({end.text}): {excerpt(end.tail[-120:])}",
@@ -6000,13 +5748,13 @@ def _judge_end(spec: FetchSpec, target: Target, end: ProgramEnd, body: bytes | N
     if body:
         text = f"handed over {len(body)} bytes, which are not taken {failed.error}"
         return dataclasses.replace(failed, error=text)
-    return _look_again(spec, target, store, failed)
+    return _look_again(claimed, target, store, failed)
 
 
-def _look_again(spec: FetchSpec, target: Target, store: Store, otherwise: Result) -> Result:
+def _look_again(claimed: Claim, target: ObjectRow, store: Store, otherwise: Result) -> Result:
     """The object that a program has left in the store; one that was there before does not count."""
-    found = look(spec, target, store)
-    if found and found.stored and (found.stored.etag, found.stored.modified_at) != target.version:
+    found = look(claimed, target, store)
+    if found and found.stored and (found.stored.etag, found.stored.modified_at) != (target.etag, target.modified_at):
         return found
     done = "left the object as it was" if found else "left no object"
     return dataclasses.replace(otherwise, error=f"{done} {otherwise.error}")
@@ -6066,22 +5814,22 @@ def _returned_blocks(value: Any) -> Iterator[bytes]:
         raise TypeError(f"returned {type(value).__name__}, not bytes, an iterator of bytes or a path")
 
 
-def fetch(spec: FetchSpec, store: Store, clock: Clock) -> list[Result]:
-    """Bring the objects of a spec into the store. One result for each target; never raises.
+def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
+    """Bring the objects of a claimed into the store. One result for each target; never raises.
 
     An object that is in the store already, and whole, is not asked for again."""
     try:
-        if len(spec.targets) == 1 and spec.targets[0].is_missing and not spec.hops:
-            found = look(spec, spec.targets[0], store)
+        if len(claimed.tasks) == 1 and claimed.tasks[0].state == ObjectState.MISSING and not claimed.hops:
+            found = look(claimed, claimed.tasks[0], store)
             if found and found.outcome is Outcome.OK:
                 return [found]
-        if spec.dataset.command or spec.dataset.call:
-            return run_command(spec, store, clock)
-        return [request(spec, store, clock)]
+        if claimed.dataset.command or claimed.dataset.call:
+            return run_command(claimed, store, clock)
+        return [request(claimed, store, clock)]
     except StoreError as error:
-        return [_refused(error)] * len(spec.targets)
+        return [_refused(error)] * len(claimed.tasks)
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
-        return [Result(Outcome.ERROR, describe(error))] * len(spec.targets)
+        return [Result(Outcome.ERROR, describe(error))] * len(claimed.tasks)
 
 
 # ---------------------------------------------------------------- Report
@@ -7090,13 +6838,13 @@ def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attemp
         "DEBUG" if level == "WARN" and not ending.counted else level,
         ending.state,
         dataset=claimed.dataset.name,
-        key=ending.task.target.key,
+        key=ending.task.key,
         outcome=result.outcome,
         failures=f"{ending.failures}/{max_attempts}" if ending.failures else None,
         bytes=result.stored.size if result.stored else None,
         error=result.error,
         next=utc_text(ending.next_at),
-        task=ending.task.task_id,
+        task=ending.task.object_id,
     )
 
 
@@ -7532,20 +7280,10 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
 # through the database. Headlines: notify(), next_orders().
 
 
-@dataclass(frozen=True, slots=True)
-class Presence:
-    """What a runner tells of itself, for those who look for it."""
-
-    address: str | None = None  # where it answers over HTTP
-    log: Path | None = None
-
-
 def notify(*lines: str) -> None:
     """Tell the service manager, if there is one (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    if not lines:
+    if not lines or not address.startswith(("/", "@")):
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.settimeout(1)
@@ -7575,23 +7313,10 @@ def systemd_unit() -> str | None:
     return None
 
 
-def register_runner(sql: sqlite3.Connection, presence: Presence, now: float) -> None:
-    """This process works on the database now."""
-    sql.execute(
-        """
-        insert or replace into runner (only_row, pid, version, started_at, beat_at, address, unit, log)
-        values (1, ?, ?, ?, ?, ?, ?, ?)
-        """,
-        (
-            os.getpid(),
-            __version__,
-            int(now),
-            int(now),
-            presence.address,
-            systemd_unit(),
-            str(presence.log) if presence.log else None,
-        ),
-    )
+def register_runner(sql: sqlite3.Connection, address: str | None, log: Path | None, now: float) -> None:
+    """This process works on the database now. It answers at `address` over HTTP, and writes to `log`."""
+    row = (os.getpid(), __version__, int(now), int(now), address, systemd_unit(), str(log) if log else None)
+    sql.execute("insert or replace into runner values (1, ?, ?, ?, ?, ?, ?, ?, null, null)", row)
 
 
 # ---------------------------------------------------------------- Runner
@@ -7600,53 +7325,45 @@ def register_runner(sql: sqlite3.Connection, presence: Presence, now: float) -> 
 # event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
 
 
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """What a worker is doing, or what waits for the permit of its next hop."""
-
-    claimed: Claim
-    spec: FetchSpec
-
-
 class Workers:
     """A pool, and what it is doing."""
 
     def __init__(self, configuration: Configuration, store: Store, clock: Clock, wake: Callable[[], None]) -> None:
         self.count, self.store, self.clock, self.wake = configuration.max_concurrent_scrapers, store, clock, wake
         self.pool: Executor = ThreadPoolExecutor(self.count, "adce-worker")
-        self.running: dict[Future[list[Result]], Execution] = {}
+        self.running: dict[Future[list[Result]], Claim] = {}
 
     def free(self) -> int:
         """How many have nothing to do, and may have."""
-        if any(execution.claimed.runs_exclusively for execution in self.running.values()):
+        if any(claimed.runs_exclusively for claimed in self.running.values()):
             return 0
         return self.count - len(self.running)
 
     def keys(self) -> list[str]:
         """What they are bringing."""
-        return [execution.claimed.tasks[0].target.key for execution in self.running.values()]
+        return [claimed.tasks[0].key for claimed in self.running.values()]
 
     def at_work(self) -> collections.Counter[str]:
         """How many executions there are of each dataset."""
-        return collections.Counter(execution.claimed.dataset.name for execution in self.running.values())
+        return collections.Counter(claimed.dataset.name for claimed in self.running.values())
 
-    def submit(self, execution: Execution) -> None:
+    def submit(self, claimed: Claim) -> None:
         """Have it done."""
-        future = self.pool.submit(fetch, execution.spec, self.store, self.clock)
-        self.running[future] = execution
+        future = self.pool.submit(fetch, claimed, self.store, self.clock)
+        self.running[future] = claimed
         future.add_done_callback(lambda _: self.wake())
 
-    def finished(self) -> Iterator[tuple[Execution, list[Result]]]:
+    def finished(self) -> Iterator[tuple[Claim, list[Result]]]:
         """The executions that have ended since the last call."""
-        for future, execution in list(self.running.items()):
+        for future, claimed in list(self.running.items()):
             if future.done():
                 del self.running[future]
                 try:
-                    yield execution, future.result()
+                    yield claimed, future.result()
                 except BaseException as error:  # noqa: BLE001  # a broken pool
-                    yield execution, [Result(Outcome.LOST, describe(error))] * len(execution.claimed.tasks)
+                    yield claimed, [Result(Outcome.LOST, describe(error))] * len(claimed.tasks)
 
-    def stop(self) -> list[Execution]:
+    def stop(self) -> list[Claim]:
         """Take no more. Returns what has not ended."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         left = list(self.running.values())
@@ -7672,8 +7389,8 @@ class Runner:
         self.workers = Workers(configuration, store, self.clock, lambda: self.wakeups.put("finished"))
         self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
         self.beat_seconds = min(BEAT_SECONDS, watchdog_seconds() / 3)
-        self.hops: list[Execution] = []
-        self.unrecorded: list[tuple[Execution, list[Result]]] = []
+        self.hops: list[Claim] = []
+        self.unrecorded: list[tuple[Claim, list[Result]]] = []
         self.steps: Iterator[int] | None = None
         self.cycle_id: int | None = None
         self.next_cycle_at = self.next_beat_at = -math.inf
@@ -7692,11 +7409,13 @@ class Runner:
         *,
         once: bool = False,
         max_seconds: float = math.inf,
-        presence: Presence = Presence(),
+        address: str | None = None,
+        log: Path | None = None,
     ) -> ExitCode:
-        """Work until stopped. With `once`: one cycle, then one attempt at every open task."""
+        """Work until stopped. With `once`: one cycle, then one attempt at every open task. `address` and `log` are
+        told to those who look for the runner."""
         self.once, self.stop_at = once, self.clock.boot() + max_seconds
-        self._start(presence)
+        self._start(address, log)
         try:
             while not self.stop_reason:
                 try:
@@ -7720,7 +7439,7 @@ class Runner:
         left = self.database.value("select sum(objects) from counts where state in ('missing', 'stale', 'suspect')")
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
 
-    def _start(self, presence: Presence) -> None:
+    def _start(self, address: str | None, log: Path | None) -> None:
         ended = self._sweep()
         ahead = ReadAhead(self.listers, lambda: self.wakeups.put("prepared"))
         preparing = ahead.submit(prepare_store, self.database, self.configuration, self.store)
@@ -7729,12 +7448,11 @@ class Runner:
             if self.stop_reason:
                 return
         preparing.result()
-        now = self.clock.wall()
         with self.database.transaction() as sql:
             declare_limits(sql, self.configuration, self.clock)
             declare_datasets(sql, self.configuration)
             orphans = requeue_orphans(sql, self.configuration.retry)
-            register_runner(sql, presence, now)
+            register_runner(sql, address, log, self.clock.wall())
         self.journal.write(
             "INFO",
             "start",
@@ -7799,10 +7517,10 @@ class Runner:
         if not (self.unrecorded or (may_claim and self.workers.free() > 0) or self.is_waiting):
             return {}
         log: list[Callable[[], None]] = []
-        hops, openings, begun = list(self.hops), dict[str, Opening](), list[Execution]()
+        hops, openings, begun = list(self.hops), dict[str, Opening](), list[Claim]()
         with self.database.transaction() as sql:
-            for execution, results in self.unrecorded:
-                self._record(sql, execution, results, (hops, log))
+            for claimed, results in self.unrecorded:
+                self._record(sql, claimed, results, (hops, log))
             if may_claim:
                 openings = self._claim(sql, hops, begun)
             is_waiting = self.is_waiting
@@ -7810,56 +7528,54 @@ class Runner:
                 is_waiting = keep_places(sql, openings, self.clock.boot(), self.configuration.queue_check_seconds)
         self.unrecorded.clear()
         self.hops, self.is_waiting = hops, is_waiting
-        for execution in begun:
-            self.workers.submit(execution)
+        for claimed in begun:
+            self.workers.submit(claimed)
         for write in log:
             write()
         return openings
 
-    def _claim(self, sql: sqlite3.Connection, hops: list[Execution], begun: list[Execution]) -> dict[str, Opening]:
+    def _claim(self, sql: sqlite3.Connection, hops: list[Claim], begun: list[Claim]) -> dict[str, Opening]:
         """Claim for every free worker: first the redirects that wait for permits of their own, then the best tasks."""
         openings = dict[str, Opening]()
         limiting, free = self.configuration.rate_limiting, self.workers.free()
-        for execution in list(hops):
-            source, now = execution.claimed.source, self.clock.boot()
+        for hop in list(hops):
+            source, now = hop.source, self.clock.boot()
             opens = opening(sql, limiting, source.name, now, RUNNER)
             if free <= len(begun) or opens.at > now:
                 openings |= {source.name: opens} if opens.at > now else {}
                 continue
-            granted = grant(sql, limiting, source.name, source.timeout_seconds, now)
-            hops.remove(execution)
-            spec = dataclasses.replace(execution.spec, send_before=granted.send_before)
-            begun.append(Execution(dataclasses.replace(execution.claimed, permit=granted), spec))
+            granted = grant(sql, limiting, source.name, source.timeout_seconds, now, RUNNER)
+            hops.remove(hop)
+            begun.append(dataclasses.replace(hop, permit=granted))
         if not self.once:
             wake_retries(sql, self.clock.wall())
             if self.steps is None:  # else the cycle does that
                 appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
         busy = self.workers.at_work()
-        busy.update(execution.claimed.dataset.name for execution in [*hops, *begun])
-        while free > len(begun) and not any(one.claimed.runs_exclusively for one in [*hops, *begun]):
+        busy.update(claimed.dataset.name for claimed in [*hops, *begun])
+        while free > len(begun) and not any(one.runs_exclusively for one in [*hops, *begun]):
             claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun))
             if claimed is None:
                 return openings | waits
             busy[claimed.dataset.name] += 1
-            begun.append(Execution(claimed, specify(self.configuration, claimed)))
+            begun.append(claimed)
         return openings if free > len(begun) else {}
 
     def _record(
         self,
         sql: sqlite3.Connection,
-        execution: Execution,
+        claimed: Claim,
         results: list[Result],
-        effects: tuple[list[Execution], list[Callable[[], None]]],
+        effects: tuple[list[Claim], list[Callable[[], None]]],
     ) -> None:
         """Record an execution that has finished. A redirect becomes a hop, which holds no worker while it waits for a
         permit of its own. Log lines are written after the commit."""
-        (hops, log), claimed, spec = effects, execution.claimed, execution.spec
+        hops, log = effects
         if results[0].redirect and claimed.permit and not self.stop_reason:
             release(sql, claimed.permit, self.clock.boot())
-            spec = dataclasses.replace(spec, url=results[0].redirect, hops=spec.hops + 1)
-            hops.append(Execution(dataclasses.replace(claimed, permit=None), spec))
+            hops.append(dataclasses.replace(claimed, permit=None, url=results[0].redirect, hops=claimed.hops + 1))
             return
-        results = [dataclasses.replace(result, requests=result.requests + spec.hops) for result in results]
+        results = [dataclasses.replace(result, requests=result.requests + claimed.hops) for result in results]
         if results[0].redirect:
             results = [Result(Outcome.LOST, "stopped before the redirect was followed", requests=results[0].requests)]
         ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
@@ -7927,10 +7643,10 @@ class Runner:
             self._collect()
             notify(*sign_of_life())
         self.listers.shutdown(wait=False, cancel_futures=True)
-        for execution in [*self.workers.stop(), *self.hops]:
-            was_asked = bool(execution.spec.url) and execution not in self.hops
+        for claimed in [*self.workers.stop(), *self.hops]:
+            was_asked = bool(claimed.url) and claimed not in self.hops
             lost = Result(Outcome.LOST, "the runner stopped", requests=int(was_asked))
-            self.unrecorded.append((execution, [lost] * len(execution.claimed.tasks)))
+            self.unrecorded.append((claimed, [lost] * len(claimed.tasks)))
         self._sweep()
         self._collect()
 
@@ -8055,27 +7771,13 @@ def grafana_dashboard() -> str:
             expression = f"rate({name}[5m])"
         elif name.endswith("_timestamp_seconds"):
             expression, title = f"time() - {name}", f"Seconds since: {title}"
-        panels.append(
-            {
-                "id": number + 1,
-                "type": "timeseries",
-                "title": title,
-                "datasource": source,
-                "gridPos": {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)},
-                "targets": [{"refId": "A", "datasource": source, "expr": expression}],
-            }
-        )
+        place = {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)}
+        panel = {"id": number + 1, "type": "timeseries", "title": title, "datasource": source, "gridPos": place}
+        panels.append({**panel, "targets": [{"refId": "A", "datasource": source, "expr": expression}]})
     choice = {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"}
-    dashboard = {
-        "uid": "adce",
-        "title": "ADCE",
-        "schemaVersion": 39,
-        "time": {"from": "now-24h", "to": "now"},
-        "refresh": "1m",
-        "templating": {"list": [choice]},
-        "panels": panels,
-    }
-    return json.dumps(dashboard, indent=2) + "\n"
+    dashboard = {"uid": "adce", "title": "ADCE", "schemaVersion": 39, "refresh": "1m", "panels": panels}
+    shown = {"time": {"from": "now-24h", "to": "now"}, "templating": {"list": [choice]}}
+    return json.dumps({**dashboard, **shown}, indent=2) + "\n"
 
 
 def launchd_agent(words: Sequence[str], configuration: Configuration) -> str:
@@ -8110,13 +7812,12 @@ def example(name: str, configuration: Configuration) -> str:
     if name == "alerts":
         patience = max(HOUR, 4 * round(configuration.interval_seconds))
         return EXAMPLES[name].replace(":8080", f":{configuration.health_check.port}").replace("> 3600", f"> {patience}")
-    quote = quote_for_cron if name == "cron" else quote_for_systemd
     folders = {Path(os.path.normpath(configuration.database.parent))}
     if not configuration.store.startswith("s3://"):
         store = Path(os.path.normpath(configuration.store))
         folders |= {store} if folders.isdisjoint(store.parents) else set()
     return EXAMPLES[name].format(
-        command=" ".join(quote(word) for word in words),
+        command=" ".join(map(quote_for_systemd, words)) if name == "systemd" else shlex.join(words).replace("%", r"\%"),
         folder=str(configuration.path.parent).replace("%", "%%"),
         writable=" ".join(quote_for_systemd(str(folder)) for folder in sorted(folders)),
         user=pwd.getpwuid(os.getuid()).pw_name if os.getuid() else "adce",
@@ -8128,11 +7829,6 @@ def quote_for_systemd(word: str) -> str:
     """A word of a command line in a unit."""
     text = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{text}"' if re.search(r"[^\w%$/.:=+@,-]", text) else text
-
-
-def quote_for_cron(word: str) -> str:
-    """A word of a command line in a crontab, where a bare percent sign begins another line."""
-    return shlex.quote(word).replace("%", r"\%")
 
 
 # ---------------------------------------------------------------- Checks
@@ -8172,32 +7868,26 @@ NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "glu
 def check_rows(configuration: Configuration, *, online: bool) -> Rows:
     """A row for each check, its result and details; `online` also connects to the sources."""
     checks: dict[str, Callable[[Configuration], str]] = {
-        "configuration": _check_configuration,
+        "configuration": lambda one: f"{one.path}, {len(one.sources)} sources, {len(one.datasets)} datasets",
         "permissions": _check_permissions,
         "disk": _check_disk,
         "database": _check_database,
         "store": _check_store,
-        "runner": _check_runner,
+        "runner": lambda one: "none" if (pid := RunnerLock(one.database).holder()) is None else f"process {pid}",
         "alerts": _check_alerts,
         "scrapers": _check_scrapers,
         "system": _check_system,
     }
-    rows = [_check(what, functools.partial(check, configuration)) for what, check in checks.items()]
-    if online:
-        sources = configuration.sources.values()
-        rows += [_check(f"source {source.name}", functools.partial(_check_source, source)) for source in sources]
+    sources = configuration.sources.values() if online else ()
+    checks |= {f"source {source.name}": functools.partial(_check_source, source) for source in sources}
+    rows = []
+    for what, check in checks.items():
+        try:
+            rows.append({"result": "ok", "what": what, "details": check(configuration)})
+        except Error as error:
+            details = f"{error}; {error.hint}" if error.hint else str(error)
+            rows.append({"result": "FAIL", "what": what, "details": details})
     return rows
-
-
-def _check(what: str, check: Callable[[], str]) -> dict[str, str]:
-    try:
-        return {"result": "ok", "what": what, "details": check()}
-    except Error as error:
-        return {"result": "FAIL", "what": what, "details": f"{error}; {error.hint}" if error.hint else str(error)}
-
-
-def _check_configuration(configuration: Configuration) -> str:
-    return f"{configuration.path}, {len(configuration.sources)} sources, {len(configuration.datasets)} datasets"
 
 
 def _check_permissions(configuration: Configuration) -> str:
@@ -8211,30 +7901,19 @@ def _check_permissions(configuration: Configuration) -> str:
 
 def _check_disk(configuration: Configuration) -> str:
     folder = configuration.database.parent
-    kind = _file_system_of(folder)
+    kind, longest = "unknown file system", -1
+    with contextlib.suppress(OSError):  # the longest mount point that holds the folder: proc(5), mountinfo
+        for line in (PROC / "self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            left, _, right = line.partition(" - ")
+            place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
+            if folder.resolve().is_relative_to(place) and len(place) >= longest:
+                kind, longest = right.split()[0], len(place)
     if kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse."):
         raise Error(f"{folder} is on {kind}, where SQLite's locks may not work", "keep the database on a local disk")
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE_BYTES:
         raise Error(f"{folder} has {free >> 20} MB left", "free some disk space")
     return f"{folder}, {kind}, {free >> 20} MB free"
-
-
-def _file_system_of(folder: Path) -> str:
-    """The type of the file system that holds a folder (proc(5), mountinfo)."""
-    found, longest = "unknown file system", -1
-    with contextlib.suppress(OSError):
-        for line in (PROC / "self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            left, _, right = line.partition(" - ")
-            place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
-            if folder.resolve().is_relative_to(place) and len(place) >= longest:
-                found, longest = right.split()[0], len(place)
-    return found
-
-
-def _check_runner(configuration: Configuration) -> str:
-    holder = RunnerLock(configuration.database).holder()
-    return "none" if holder is None else f"process {holder}"
 
 
 def _check_alerts(configuration: Configuration) -> str:
@@ -8290,22 +7969,19 @@ def _check_system(_: Configuration) -> str:
 def _check_database(configuration: Configuration) -> str:
     if not configuration.database.exists() or not configuration.database.stat().st_size:
         return f"{configuration.database}, will be created on first run"
-    with contextlib.closing(open_database(configuration.database, must_exist=True)) as database:
-        found = [*database.check(), *_foreign_parts(database)]
+    with (
+        contextlib.closing(memory_database()) as model,
+        contextlib.closing(open_database(configuration.database, must_exist=True)) as database,
+    ):
+        found = [*database.check()]
+        parts = "select type, name from sqlite_schema where name not glob 'sqlite_*' and name not glob '_litestream_*'"
+        wanted, there = (set(map(tuple, one.read(parts))) for one in (model, database))  # Litestream adds two tables
+        found += [f"the {kind} {name} is gone" for kind, name in sorted(wanted - there)]
+        found += [f"the {kind} {name} is not ADCE's" for kind, name in sorted(there - wanted)]
         found += [f"{count} {what}" for what, sql in CONSISTENCY.items() if (count := database.value(sql))]
         if found:
             raise DatabaseError("; ".join(found[:5]), DAMAGE_HINT)
     return f"{configuration.database}, intact, SQLite {sqlite3.sqlite_version}"
-
-
-def _foreign_parts(database: Database) -> list[str]:
-    """Tables, indexes, triggers and views that differ from this version's. Litestream adds two tables."""
-    parts = "select type, name from sqlite_schema where name not glob 'sqlite_*' and name not glob '_litestream_*'"
-    with contextlib.closing(memory_database()) as model:
-        wanted, there = ({tuple(row) for row in one.read(parts)} for one in (model, database))
-    return [f"the {kind} {name} is gone" for kind, name in sorted(wanted - there)] + [
-        f"the {kind} {name} is not ADCE's" for kind, name in sorted(there - wanted)
-    ]
 
 
 def _check_store(configuration: Configuration) -> str:
@@ -8326,7 +8002,7 @@ def _check_store(configuration: Configuration) -> str:
     return f"{configuration.store}, {'not empty' if first else 'empty'}"
 
 
-def _check_source(source: Source) -> str:
+def _check_source(source: Source, _: Configuration) -> str:
     """Whether a source accepts a connection; no request is sent."""
     parts = urllib.parse.urlsplit(source.base_url)
     if not parts.hostname:
@@ -8632,17 +8308,6 @@ def print_result(arguments: Arguments, text: str, **facts: Any) -> None:
         print(text if arguments.format == "table" else render([Section("done", "", [facts], True)], arguments.format))
 
 
-def _open_standard_files() -> None:
-    """A standard file that came closed would lend its number to the database, and errors be written there."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout = sys.stdout or os.fdopen(1, "w")
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks becomes ?
-
-
 def _configuration_for(arguments: Arguments) -> Configuration:
     if not arguments.chosen.needs_file:
         return Configuration()
@@ -8662,21 +8327,24 @@ def _configuration_for(arguments: Arguments) -> Configuration:
 def _check_names(arguments: Arguments, configuration: Configuration) -> None:
     """A misspelt name must not look like one that has nothing to show."""
     sources, datasets = configuration.sources, configuration.datasets
-    for place, what, known in (
-        ("scope", "source", {*sources, GLOBAL}),
-        ("source", "source", sources),
-        ("dataset", "dataset", datasets),
-        ("accept_loss", "dataset", datasets),
-    ):
+    known = {"scope": {*sources, GLOBAL}, "source": sources, "dataset": datasets, "accept_loss": datasets}
+    for place, names in known.items():
         given = getattr(arguments, place, None) or []
         for name in [given] if isinstance(given, str) else given:
-            if name not in known:
-                raise Error(f'{what} "{name}" is not defined{suggest(name, known)}')
+            if name not in names:
+                what = "dataset" if names is datasets else "source"
+                raise Error(f'{what} "{name}" is not defined{suggest(name, names)}')
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    _open_standard_files()
+    # A standard file that came closed would lend its number to the database, and errors be written there.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks becomes ?
     words = sys.argv[1:] if words is None else words
     if words[:1] == ["call"] and "ADCE_OUTPUT" in os.environ:  # internal: the program of a dataset's call
         return call_function(words[1:])
@@ -8784,7 +8452,8 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         code = runner.run(
             once=arguments.once,
             max_seconds=(arguments.max_minutes or math.inf) * MINUTE,
-            presence=Presence(address, arguments.log),
+            address=address,
+            log=arguments.log,
         )
         if arguments.once:
             alerter.work()
@@ -8802,7 +8471,10 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     options = CycleOptions(arguments.full, frozenset(arguments.accept_loss))
     try:
         lock.acquire()
-        cycle_id = _own_cycle(database, configuration, options)
+        clock, store = Clock(), open_store(configuration.store)
+        prepare_store(database, configuration, store)
+        declare(database, configuration, clock)
+        cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, options), database, clock))
     except LockedError:
         if lock.holder() != database.value("select pid from runner where stopped_at is null"):
             raise  # another reconcile
@@ -8812,13 +8484,6 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     if rows[0]["error"]:
         return ExitCode.ERROR
     return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
-
-
-def _own_cycle(database: Database, configuration: Configuration, options: CycleOptions) -> int:
-    clock, store = Clock(), open_store(configuration.store)
-    prepare_store(database, configuration, store)
-    declare(database, configuration, clock)
-    return run_cycle(show_progress(reconcile(database, configuration, store, clock, options), database, clock))
 
 
 def _cycle_of_runner(database: Database, configuration: Configuration, lock: RunnerLock, options: CycleOptions) -> int:
@@ -8843,10 +8508,8 @@ def command_backup(arguments: Arguments, configuration: Configuration) -> None:
     """Copy the database, also while the runner works."""
     with contextlib.closing(_existing(configuration)):
         back_up(configuration.database, arguments.file)
-    size = arguments.file.stat().st_size
-    print_result(
-        arguments, f"{arguments.file} holds {size:,} bytes and was checked", file=str(arguments.file), bytes=size
-    )
+    facts = {"file": str(arguments.file), "bytes": arguments.file.stat().st_size}
+    print_result(arguments, f"{arguments.file} holds {facts['bytes']:,} bytes and was checked", **facts)
 
 
 @command()
@@ -8941,8 +8604,11 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     with database.transaction() as sql:
         count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
     print_result(arguments, f"{count} task{'s' * (count != 1)} will be retried now", retried=count)
-    if not arguments.quiet:
-        _print_obstacles(database, configuration)
+    if not arguments.quiet and RunnerLock(configuration.database).holder() is None:
+        print("No runner works now; the next one will retry them.", file=sys.stderr)
+    paused = "select distinct scope, reason from rates where blocked_until is not null"
+    for row in query(database, paused) if not arguments.quiet else ():
+        print(f"{row['scope']} is paused: {row['reason']} (adce.py resume {row['scope']})", file=sys.stderr)
     return ExitCode.DONE
 
 
@@ -8952,13 +8618,6 @@ def _confirm(question: str) -> bool:
         return False
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _print_obstacles(database: Database, configuration: Configuration) -> None:
-    if RunnerLock(configuration.database).holder() is None:
-        print("No runner works now; the next one will retry them.", file=sys.stderr)
-    for row in query(database, "select distinct scope, reason from rates where blocked_until is not null"):
-        print(f"{row['scope']} is paused: {row['reason']} (adce.py resume {row['scope']})", file=sys.stderr)
 
 
 @command(

@@ -275,15 +275,18 @@ def dataset_of(scraper: Scraper, **more) -> adce.Dataset:
     )
 
 
-def spec_of(folder: Path, dataset: adce.Dataset, targets: tuple[str, ...] = ("7",)) -> adce.FetchSpec:
+def spec_of(folder: Path, dataset: adce.Dataset, targets: tuple[str, ...] = ("7",)) -> adce.Claim:
     environment = {
         "ADCE_CONFIG": str(folder / "adce.yaml"),
         "ADCE_DB": str(folder / "adce.db"),
         "ADCE_SOURCE": "espn",
         "ADCE_TASK": ",".join(targets),
     }
-    wanted = tuple(adce.Target(f"games/{game}.json", {"game_id": game}, is_missing=True) for game in targets)
-    return adce.FetchSpec(dataset, adce.Source("espn"), (), wanted, environment=environment)
+    wanted = tuple(
+        adce.ObjectRow(key=f"games/{game}.json", fields_json=f'{{"game_id": "{game}"}}', state=adce.ObjectState.MISSING)
+        for game in targets
+    )
+    return adce.Claim(dataset, adce.Source("espn"), wanted, environment=environment)
 
 
 @pytest.fixture
@@ -365,7 +368,7 @@ def test_command_is_judged_ends_in_time_and_leaves_nothing(scraper, store, tmp_p
         assert list(store.list("")) == []
 
 
-def batch_of(script: str, folder: Path, games: str, **more) -> adce.FetchSpec:
+def batch_of(script: str, folder: Path, games: str, **more) -> adce.Claim:
     (folder / "scraper").write_text(script)
     dataset = dataset_of(Scraper(script, O.OK, words=("/bin/sh", "scraper", "{game_ids}")))
     return spec_of(folder, replace(dataset, batch=adce.Batch("date"), **more), tuple(games))
@@ -453,9 +456,9 @@ def test_object_that_was_there_before_is_no_success(script, outcome, reason, sto
     old = store.write(KEY, WHOLE.encode())
     (tmp_path / "scraper").write_text(script)
     spec = spec_of(tmp_path, dataset_of(Scraper(script, outcome, patience=LATE_SECONDS)))
-    target = replace(spec.targets[0], is_missing=False, version=(old.etag, old.modified_at))
+    target = spec.tasks[0]._replace(state=adce.ObjectState.STALE, etag=old.etag, modified_at=old.modified_at)
     with nothing_left(tmp_path):
-        (result,) = adce.fetch(replace(spec, targets=(target,)), store, adce.Clock())
+        (result,) = adce.fetch(replace(spec, tasks=(target,)), store, adce.Clock())
     assert (result.outcome, reason in (result.error or "")) == (outcome, True), result.error
 
 
@@ -572,10 +575,10 @@ def scrapers(tmp_path, monkeypatch) -> Path:
     return tmp_path / "a_scraper.py"
 
 
-def call_spec(folder: Path, scraper: Scraper, function: str) -> adce.FetchSpec:
+def call_spec(folder: Path, scraper: Scraper, function: str) -> adce.Claim:
     spec = spec_of(folder, dataset_of(scraper, command=(), call=function))
-    target = replace(spec.targets[0], fields={"game_id": "7", "season": "2025"})
-    return replace(spec, targets=(target,))
+    target = spec.tasks[0]._replace(fields_json='{"game_id": "7", "season": "2025"}')
+    return replace(spec, tasks=(target,))
 
 
 @pytest.mark.parametrize(("body", "scraper"), CALLS)

@@ -125,7 +125,7 @@ BROKEN = {
     ),
     "a url that prints": (
         BASE + "    output: stdout\n",
-        ["9:13: datasets.days.output: only a command for one object can print it"],
+        ['9:13: datasets.days.output: has no effect without "command"'],
     ),
     "a batch that prints": (
         edited('url: "/days/{date}"', "command: [fetch]") + "    batch: {by: date}\n    output: stdout\n",

@@ -62,7 +62,7 @@ class InterventionMachine(RuleBasedStateMachine):
         if claimed or not (self.claims and suspects):  # else one of them may wait until it is alone
             assert (claimed is not None) == can_be
         if claimed:
-            team = claimed.tasks[0].target.key
+            team = claimed.tasks[0].key
             assert claimed.runs_exclusively == (team in suspects) and not (claimed.runs_exclusively and self.claims)
             assert self.state[team] == "pending"
             self.state[team], self.claims[team] = "running", claimed

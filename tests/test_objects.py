@@ -224,10 +224,11 @@ def test_expressions_may_name_fields_of_their_object_and_ids_those_of_the_parent
     live = adce.Live("now == '{team}'", 60)
     one = dataset(freshness=adce.Freshness(until="over == '{date}'", live=live))
     body = b'{"now": "ATL", "over": "2024-12-15", "games": [{"day": "2024-12-15", "id": "7"}, {"day": "x", "id": "8"}]}'
-    found = adce.inspect(one, {"date": "2024-12-15", "team": "ATL"}, body, [child(ids="games[?day == '{date}'].id")])
-    assert (found.settled, found.live, [*found.mentions.values()]) == (True, True, [("7",)])
-    other = adce.inspect(one, {"date": "2024-12-16", "team": "BOS"}, body, [child(ids="games[?day == '{date}'].id")])
-    assert (other.settled, other.live, [*other.mentions.values()]) == (False, False, [()])
+    ids = "games[?day == '{date}'].id"
+    found = adce.inspect(one, {"date": "2024-12-15", "team": "ATL"}, body, [child(ids=ids)])
+    assert (found.settled, found.live, found.mentions) == (True, True, {ids: ("7",)})
+    other = adce.inspect(one, {"date": "2024-12-16", "team": "BOS"}, body, [child(ids=ids)])
+    assert (other.settled, other.live, other.mentions) == (False, False, {ids: ()})
 
 
 def test_body_that_is_not_valid_names_no_children():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, ManualClock, run_adce, start_adce
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lakes import write_league
 from test_limits import configuration, limiting, windows
@@ -217,6 +217,7 @@ arrivals = st.lists(st.tuples(st.sampled_from(["espn", "nba"]), st.floats(0, 20)
 
 
 @settings(max_examples=100, deadline=None)
+@example((2, 1.0), (4, 15.0), None, None, 0.0, [("espn", 0.0), *[("nba", 0.0)] * 3, ("nba", 1.0)])
 @given(
     st.tuples(st.integers(1, 5), st.sampled_from([1.0, 10.0])),
     st.tuples(st.integers(1, 8), st.sampled_from([1.0, 15.0])),

@@ -103,10 +103,10 @@ class Desk:
         return dict(Counter(tasks.get(row["key"]) or closed[row["state"]] for row in objects))
 
 
-def result(task: adce.ClaimedTask, outcome: adce.Outcome, clock: ManualClock) -> adce.Result:
+def result(task: adce.ObjectRow, outcome: adce.Outcome, clock: ManualClock) -> adce.Result:
     if outcome is not adce.Outcome.OK:
         return adce.Result(outcome, f"it was {outcome}", requests=1)
-    stored = adce.StoredObject(task.target.key, 9, f"etag at {clock.boot()}", int(clock.wall()))
+    stored = adce.StoredObject(task.key, 9, f"etag at {clock.boot()}", int(clock.wall()))
     return adce.Result(outcome, stored=stored, inspection=HELD, requests=1)
 
 
@@ -118,7 +118,7 @@ def desk(configure, database, clock) -> Desk:
 def test_best_score_whose_source_can_be_asked_is_claimed(desk):
     desk.expect("teams", team="A")
     desk.expect("days", date="2025-10-01")
-    keys = [claimed.tasks[0].target.key for claimed in (desk.claim(), desk.claim()) if claimed]
+    keys = [claimed.tasks[0].key for claimed in (desk.claim(), desk.claim()) if claimed]
     assert keys == ["days/2025-10-01.json", "teams/A.json"]
 
 
@@ -205,7 +205,7 @@ def test_among_equals_the_oldest_goes_first(desk):
         desk.expect("teams", team=team)
         desk.clock.advance(60)
     claims = [desk.claim() for _ in range(3)]
-    assert [claimed.tasks[0].target.fields["team"] for claimed in claims if claimed] == ["C", "A", "B"]
+    assert [claimed.tasks[0].fields["team"] for claimed in claims if claimed] == ["C", "A", "B"]
 
 
 def test_without_weighting_priority_decides_and_then_age_across_datasets(configure, database, clock):
@@ -218,14 +218,14 @@ def test_without_weighting_priority_decides_and_then_age_across_datasets(configu
     ):
         desk.expect(name, **fields)
         clock.advance(60)
-    keys = [claimed.tasks[0].target.key for claimed in iter(desk.claim, None)]
+    keys = [claimed.tasks[0].key for claimed in iter(desk.claim, None)]
     assert keys == ["files/S1/a.json", "teams/A.json", "days/2025-10-01.json", "teams/B.json"]
 
 
 def test_rolled_back_claim_leaves_neither_task_nor_permit(desk):
     desk.expect("days", date="2025-10-01")
     with pytest.raises(ZeroDivisionError), desk.database.transaction() as sql:
-        adce.claim(sql, desk.configuration, desk.clock, {}, 5)[0].tasks[0].task_id / 0
+        adce.claim(sql, desk.configuration, desk.clock, {}, 5)[0].tasks[0].object_id / 0
     assert desk.states() == {"pending": 1}
     assert desk.database.value("select count(*) from requests") == 0
     assert desk.database.value("select count(*) from attempts") == 0
@@ -320,7 +320,7 @@ def test_task_of_a_paused_source_waits_at_least_as_long_as_its_source(desk):
 def test_wait_of_a_task_grows_with_its_own_attempts_and_not_with_those_of_others(desk):
     def wait_of(team: str) -> float:
         claimed = desk.claim()
-        assert claimed.tasks[0].target.fields["team"] == team
+        assert claimed.tasks[0].fields["team"] == team
         told = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.THROTTLED, desk.clock), retry_after=0.0)
         return desk.finish(claimed, told)[0].next_at - desk.clock.wall()
 
@@ -414,7 +414,7 @@ def test_batch_takes_the_tasks_that_share_a_field(desk):
     for season in ("S1", "S2"):
         for name in "abcd":
             desk.expect("files", season=season, name=name)
-    sizes = [sorted(task.target.key for task in claimed.tasks) for claimed in iter(desk.claim, None)]
+    sizes = [sorted(task.key for task in claimed.tasks) for claimed in iter(desk.claim, None)]
     assert [len(keys) for keys in sizes] == [3, 1, 3, 1] or [len(keys) for keys in sizes] == [3, 3, 1, 1]
     assert all(len({key.split("/")[1] for key in keys}) == 1 for keys in sizes)
 
@@ -481,7 +481,7 @@ def test_claim_and_finish_are_served_by_indexes_whatever_the_size(desk):
     claimed = desk.claim()
     desk.end(claimed, adce.Outcome.OK)
     desk.database._writer.set_trace_callback(None)
-    assert claimed.tasks[0].target.key == "teams/100000"
+    assert claimed.tasks[0].key == "teams/100000"
     texts = {text for text in statements if text.split()[0] in ("select", "update", "insert", "delete")}
     plans = {row[3] for text in texts for row in desk.database.read(f"explain query plan {text}")}
     assert any("objects_pending" in plan for plan in plans)
@@ -539,7 +539,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(outcome=outcomes, data=st.data())
     def finish(self, outcome: adce.Outcome, data: st.DataObject) -> None:
         claimed = self.claims.pop(data.draw(st.integers(0, len(self.claims) - 1)))
-        team = claimed.tasks[0].target.fields["team"]
+        team = claimed.tasks[0].fields["team"]
         ending = self.desk.end(claimed, outcome)
         if outcome is adce.Outcome.OK and team not in self.dropped:
             self.whole.add(team)
@@ -573,7 +573,7 @@ class QueueMachine(RuleBasedStateMachine):
         if not hasattr(self, "desk"):
             return
         rows = self.desk.database.read("select key, state from queue")
-        working = {claimed.tasks[0].target.fields["team"] for claimed in self.claims}
+        working = {claimed.tasks[0].fields["team"] for claimed in self.claims}
         wanted = set(self.ids) - self.dropped - self.whole
         assert sorted(row[0] for row in rows) == sorted(wanted | working)
         assert {row[0] for row in rows if row[1] == "running"} == working

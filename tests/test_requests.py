@@ -34,7 +34,7 @@ def store(tmp_path) -> adce.FolderStore:
     return store
 
 
-def specification(address: str, path: str = "/x", **source) -> adce.FetchSpec:
+def specification(address: str, path: str = "/x", **source) -> adce.Claim:
     dataset = adce.Dataset(
         name="games",
         source="espn",
@@ -44,11 +44,11 @@ def specification(address: str, path: str = "/x", **source) -> adce.FetchSpec:
         validate=adce.Validation(json=True, min_bytes=5, max_bytes=1 << 20, require=("id == '{game_id}'",)),
     )
     settings = {"base_url": address, "timeout_seconds": 1.0, "error_when": "code && message", **source}
-    target = adce.Target(KEY, {"game_id": "7"}, is_missing=True)
-    return adce.FetchSpec(dataset, adce.Source("espn", **settings), (), (target,), url=address + path)
+    target = adce.ObjectRow(key=KEY, fields_json='{"game_id": "7"}', state=adce.ObjectState.MISSING)
+    return adce.Claim(dataset, adce.Source("espn", **settings), (target,), url=address + path)
 
 
-def fetch(spec: adce.FetchSpec, store: adce.Store) -> adce.Result:
+def fetch(spec: adce.Claim, store: adce.Store) -> adce.Result:
     return adce.fetch(spec, store, adce.Clock())[0]
 
 
@@ -387,7 +387,8 @@ def test_proxy_of_the_environment_is_used_when_it_is_trusted(upstream, store, ho
 
 
 def test_permit_that_ran_out_is_not_used(upstream, store):
-    spec = dataclasses.replace(specification(upstream.address), send_before=adce.Clock().boot() - 1)
+    late = adce.Permit(1, "espn", send_before=adce.Clock().boot() - 1, deadline=0)
+    spec = dataclasses.replace(specification(upstream.address), permit=late)
     result = fetch(spec, store)
     assert (result.outcome, result.requests, upstream.count()) == (O.LOST, 0, 0)
 

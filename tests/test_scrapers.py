@@ -22,7 +22,7 @@ def store(tmp_path) -> adce.FolderStore:
     return store
 
 
-def specification(folder: Path, *words: str, targets: tuple[str, ...] = ("7",), **more) -> adce.FetchSpec:
+def specification(folder: Path, *words: str, targets: tuple[str, ...] = ("7",), **more) -> adce.Claim:
     settings = {"command": tuple(map(adce.Template, words)), "timeout_seconds": 5, **more}
     dataset = adce.Dataset(
         name="games",
@@ -32,17 +32,20 @@ def specification(folder: Path, *words: str, targets: tuple[str, ...] = ("7",), 
         validate=adce.Validation(json=True, require=("id == '{game_id}'",)),
         **settings,
     )
-    wanted = tuple(adce.Target(f"games/{game}.json", {"game_id": game}, is_missing=True) for game in targets)
+    wanted = tuple(
+        adce.ObjectRow(key=f"games/{game}.json", fields_json=f'{{"game_id": "{game}"}}', state=adce.ObjectState.MISSING)
+        for game in targets
+    )
     environment = {
         "ADCE_CONFIG": str(folder / "adce.yaml"),
         "ADCE_DB": str(folder / "adce.db"),
         "ADCE_SOURCE": "espn",
         "ADCE_TASK": "7",
     }
-    return adce.FetchSpec(dataset, adce.Source("espn"), (), wanted, environment=environment)
+    return adce.Claim(dataset, adce.Source("espn"), wanted, environment=environment)
 
 
-def run(spec: adce.FetchSpec, store: adce.Store) -> list[adce.Result]:
+def run(spec: adce.Claim, store: adce.Store) -> list[adce.Result]:
     return adce.fetch(spec, store, adce.Clock())
 
 

@@ -376,9 +376,9 @@ class World:
 
     # ------------------------------------------------------------ the sources
 
-    def execute(self, spec: adce.FetchSpec, act: Callable[[], None]) -> None:
+    def execute(self, spec: adce.Claim, act: Callable[[], None]) -> None:
         """An execution begins now and ends later; its request arrives somewhere between."""
-        keys = [target.key for target in spec.targets]
+        keys = [target.key for target in spec.tasks]
         for key in keys:
             if self.under_way.get(key, -math.inf) > self.now:
                 raise BrokenPromiseError(f"{key} is done by two workers at once")
@@ -387,7 +387,9 @@ class World:
         seconds = self.random.lognormvariate(-0.7, 0.8)
         if kind in ("away", "slow", "broken"):
             seconds = min(spec.source.timeout_seconds, seconds * 30)
-        is_asked = bool(spec.url) and not (spec.targets[0].is_missing and keys[0] in self.lake.objects)
+        is_asked = bool(spec.url) and not (
+            spec.tasks[0].state == adce.ObjectState.MISSING and keys[0] in self.lake.objects
+        )
         if is_asked:
             self.arrive_within(seconds, spec.source.name)
         runner = self.runner
@@ -417,7 +419,7 @@ class World:
                 if len(times) > most and times[-1] - times[-1 - most] < seconds:
                     raise BrokenPromiseError(f"{scope} was asked more than {most} times in {seconds:g} s")
 
-    def request(self, spec: adce.FetchSpec, store: adce.Store, clock: adce.Clock) -> adce.Result:
+    def request(self, spec: adce.Claim, store: adce.Store, clock: adce.Clock) -> adce.Result:
         """Stands in for the network: what the source answers, judged by the program itself."""
         outcomes = {"away": adce.Outcome.UNREACHABLE, "broken": adce.Outcome.BROKEN, "slow": adce.Outcome.TIMEOUT}
         if self.kind in outcomes:
@@ -454,10 +456,10 @@ class World:
             return json.dumps({"date": value, "final": is_final, "games": games}).encode()
         return json.dumps({"id": value, "text": "x" * 50}).encode()
 
-    def run_command(self, spec: adce.FetchSpec, store: adce.Store, clock: adce.Clock) -> list[adce.Result]:
+    def run_command(self, spec: adce.Claim, store: adce.Store, clock: adce.Clock) -> list[adce.Result]:
         """Stands in for a program that writes some of its objects to the store itself."""
         results, failed = [], adce.Result(adce.Outcome.ERROR, "(exit 0)")
-        for target in spec.targets:
+        for target in spec.tasks:
             dice = 1.0 if self.is_calm else self.random.random()
             if self.kind in ("away", "broken", "errors") or dice < 0.05:
                 results.append(adce._look_again(spec, target, store, failed))

@@ -3,6 +3,7 @@
     python tests/benchmarks/reconcile.py                      10,000 and 172,905 objects on a real S3 server
     python tests/benchmarks/reconcile.py --keys 1000000       against a generated listing, without a server
     python tests/benchmarks/reconcile.py --keys 10000000      the same; a quarter of an hour
+    python tests/benchmarks/reconcile.py --keys 1000000 --tasks    an empty store, then other weights for all tasks
 
 Every figure is of a process of its own, and the median of `--repeat` of them. `above MB` is the peak of memory over
 that of the idle process just before. `longest step` is how long a claim may have to wait for the cycle.
@@ -67,7 +68,7 @@ class Lake:
             for n in range(self.times):
                 yield f"{self.prefix(number)}{FIRST_DAY + timedelta(days=day):%Y%m%d}-{n:02}.json"
 
-    def configure(self, folder: Path, store: str) -> adce.Configuration:
+    def configure(self, folder: Path, store: str, age_weight: float = 0.5) -> adce.Configuration:
         """The declaration of this lake."""
         last = FIRST_DAY + timedelta(days=self.days - 1)
         times = ", ".join(f'"{n:02}"' for n in range(self.times))
@@ -77,7 +78,8 @@ class Lake:
             f"    partitions: {{dates: {{from: {FIRST_DAY}, to: {last}}}, times: {{n: [{times}]}}}}\n"
             for number in range(self.datasets)
         )
-        text = f"store: {store}\nsources: {{web: {{base_url: 'http://127.0.0.1:9'}}}}\ndatasets:\n{datasets}"
+        text = f"store: {store}\npriority_weighting: {{age_weight: {age_weight}}}\n"
+        text += f"sources: {{web: {{base_url: 'http://127.0.0.1:9'}}}}\ndatasets:\n{datasets}"
         (folder / "adce.yaml").write_text(text)
         return adce.load_configuration(folder / "adce.yaml")
 
@@ -106,6 +108,18 @@ class Generated:
             yield adce.StoredObject(key, 14, "new" if self.changed and place % 100 == 0 else "old", 1_700_000_000)
 
 
+class Empty:
+    """A store that holds nothing: every expected object is a gap."""
+
+    calls = 0
+
+    def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
+        """Nothing."""
+        yield from ()
+
+
+EMPTY, WEIGHTED = "every object is a gap", "every task gets another rank"
+
 # --------------------------------------------------------------- what is measured, each in a process of its own
 
 
@@ -114,10 +128,13 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def cycle(lake: Lake, folder: Path, store_name: str, *, changed: bool, is_full: bool) -> dict[str, Any]:
+def cycle(lake: Lake, folder: Path, store_name: str, kind: str) -> dict[str, Any]:
     """One cycle as the runner does it, between claims."""
-    configuration = lake.configure(folder, store_name)
-    store: Any = adce.open_store(store_name) if store_name.startswith("s3:") else Generated(lake, changed)
+    configuration = lake.configure(folder, store_name, 0.25 if kind == WEIGHTED else 0.5)
+    store: Any = Empty() if kind in (EMPTY, WEIGHTED) else Generated(lake, kind == "1% changed")
+    if store_name.startswith("s3:"):
+        store = adce.open_store(store_name)
+    is_full = kind != "usual: a share"
     database, clock = adce.open_database(configuration.database), adce.Clock()
     with database.transaction() as sql:
         adce.declare_limits(sql, configuration, clock)
@@ -125,7 +142,7 @@ def cycle(lake: Lake, folder: Path, store_name: str, *, changed: bool, is_full: 
     if isinstance(store, adce.S3Store):
         store.sweep()  # the runner does that at its start: boto3 is loaded
     gc.collect()
-    idle, changes, start = peak_mb(), database._writer.total_changes, time.perf_counter()
+    idle, changes, start, cpu = peak_mb(), database._writer.total_changes, time.perf_counter(), time.process_time()
     wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
     steps = []
     with ThreadPoolExecutor(adce.LISTED_AT_ONCE) as listers:
@@ -139,11 +156,12 @@ def cycle(lake: Lake, folder: Path, store_name: str, *, changed: bool, is_full: 
     seconds = time.perf_counter() - start
     row = dict(database.read("select * from cycles order by cycle_id desc limit 1")[0])
     assert row["error"] is None, row["error"]
-    assert row["listed"] == row["looked"]
+    assert row["listed"] == row["looked"] or isinstance(store, Empty)
     assert row["looked"] == row["expected"] == lake.keys or not is_full, row
     steps.sort()
     return {
         "seconds": seconds,
+        "cpu": time.process_time() - cpu,
         "above MB": peak_mb() - idle,
         "list calls": row["list_calls"],
         "rows written": database._writer.total_changes - changes,
@@ -211,7 +229,7 @@ def measure(kind: str, keys: int, folder: str, store_name: str) -> dict[str, Any
         return rclone()
     if kind == "two Python sets":
         return sets(lake, Path(folder), store_name)
-    return cycle(lake, Path(folder), store_name, changed=kind == "1% changed", is_full=kind != "usual: a share")
+    return cycle(lake, Path(folder), store_name, kind)
 
 
 # --------------------------------------------------------------- the command
@@ -249,12 +267,13 @@ def run(kind: str, keys: int, folder: str, store_name: str, environment: dict[st
     return dict(json.loads(done.stdout))
 
 
-def table(keys: int, repeat: int, server: S3Server | None) -> list[dict[str, Any]]:
+def table(keys: int, repeat: int, server: S3Server | None, *, tasks: bool = False) -> list[dict[str, Any]]:
     """All figures of one size."""
     lake, environment = LAKES[keys], server.environment() if server else {}
     store_name = f"s3://{BUCKET}" if server else "generated"
     kinds = ["cold: everything is new", "steady: nothing changed", "usual: a share", "1% changed", "two Python sets"]
     kinds += ["plain boto3 paginator", "rclone lsf"] if server else []
+    kinds = [EMPTY, WEIGHTED] if tasks else kinds
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for number in range(repeat):
         with tempfile.TemporaryDirectory() as folder:
@@ -275,16 +294,17 @@ def main(words: list[str]) -> None:
         "--keys", type=int, action="append", help="about so many objects: 10000, 172905, 1000000, 10000000"
     )
     parser.add_argument("--generated", action="store_true", help="no server, whatever the size")
+    parser.add_argument("--tasks", action="store_true", help="an empty store, and changed weights")
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args(words)
     for wanted in arguments.keys or [10_000, 172_905]:
         keys = min(LAKES, key=lambda size, wanted=wanted: abs(size - wanted))
-        if keys <= 172_905 and not arguments.generated:
+        if keys <= 172_905 and not (arguments.generated or arguments.tasks):
             with S3Server() as server:
                 fill(server, LAKES[keys])
                 rows = table(keys, arguments.repeat, server)
         else:
-            rows = table(keys, arguments.repeat, None)
+            rows = table(keys, arguments.repeat, None, tasks=arguments.tasks)
         print(f"\n{keys:,} objects, medians of {arguments.repeat}")
         print(tabulate(rows, headers="keys"), flush=True)
 
