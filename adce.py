@@ -5855,13 +5855,12 @@ class Section:
 # Fragments of the questions below. Percents are rounded down: 100 means all.
 FRAGMENTS = {
     "SUMS": """sum(present) * 10000 / nullif(sum(expected), 0) / 100.0 as percent,
-        coalesce(sum(missing), 0) as missing, coalesce(sum(stale), 0) as stale, coalesce(sum(suspect), 0) as suspect,
-        coalesce(sum(gave_up), 0) as gave_up, coalesce(sum(present), 0) as present,
-        coalesce(sum(expected), 0) as expected""",
-    "OPEN": ", ".join(
-        f"coalesce(sum(iif(task = '{state}', objects, 0)), 0) as {state}"
-        for state in ("pending", "retry", "running", "gave_up")
-    ),
+        ifnull(sum(missing), 0) as missing, ifnull(sum(stale), 0) as stale, ifnull(sum(suspect), 0) as suspect,
+        ifnull(sum(gave_up), 0) as gave_up, ifnull(sum(present), 0) as present, ifnull(sum(expected), 0) as expected""",
+    "OPEN": """ifnull(sum(iif(task = 'pending', objects, 0)), 0) as pending,
+        ifnull(sum(iif(task = 'retry', objects, 0)), 0) as retry,
+        ifnull(sum(iif(task = 'running', objects, 0)), 0) as running,
+        ifnull(sum(iif(task = 'gave_up', objects, 0)), 0) as gave_up""",
     "BY_TASK": "task in ('retry', 'running', 'gave_up')",  # lets SQLite use the index objects_by_task
     "FILTER": "(:source is null or source = :source) and (:dataset is null or dataset = :dataset)",
     "ATTEMPTS": """attempts a join objects o using (object_id) join datasets d using (dataset_id)
@@ -5870,19 +5869,8 @@ FRAGMENTS = {
         sum(outcome not in ('ok', 'not_yet', 'lost')) as failed,
         round(100.0 * sum(outcome not in ('ok', 'not_yet', 'lost')) / count(*), 1) as error_percent,
         sum(requests) as requests, sum(bytes) as bytes""",
-    # the minutes until a permit for the last pending task of each source: what a window does not allow now waits for
-    # as many more of it as it needs
-    "ESTIMATE": """with pending as (
-        select source, sum(objects) as tasks from counts join datasets using (dataset_id)
-        where task = 'pending' and active group by source having sum(objects) > 0),
-    needs as (
-        select p.source, tasks, iif(scope = 'global', sum(tasks) over (partition by scope, window_seconds), tasks) as n,
-               window_seconds, max_requests, used, unixepoch(blocked_until) - unixepoch() as paused
-        from pending p left join rates on scope in (p.source, 'global'))
-    select source, tasks, round((coalesce(max(0, max(paused)), 0) + max(
-               (max(0, n - max(0, max_requests - used)) + max_requests - 1) / max_requests * window_seconds)) / 60, 1)
-               as least_minutes
-    from needs group by source""",
+    "RATES": """select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
+        from rates order by scope = 'global', scope, window_seconds""",
     # sources that cannot be asked now
     "PAUSED": """with paused as (
         select source from datasets
@@ -5954,8 +5942,7 @@ attempts: How attempts of the last {span} ended
            round(max(seconds), 3) as longest, sum(bytes) as bytes
     from {ATTEMPTS} group by d.dataset, outcome order by d.dataset, attempts desc
 rates: Rate limits
-    select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
-    from rates order by scope = 'global', scope, window_seconds
+    {RATES}
 cycles: The last cycles
     select * from cycles order by cycle_id desc limit 5
 listing!: Cycles of the last {span}
@@ -5977,8 +5964,7 @@ tasks!: Tasks
 cycle!: Last cycle | no cycle yet
     select * from cycles order by cycle_id desc limit 1
 sources: Sources
-    select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
-    from rates order by scope = 'global', scope, window_seconds
+    {RATES}
 alerts: Alerts
     select * from open_alerts
 broken_channels: Channels that do not work
@@ -6008,7 +5994,18 @@ datasets: What would be asked for | nothing
            min(case when state = 'retry' then next_at end) as next_retry, max(last_error) as last_error
     from queue group by dataset
 sources: How long that takes at the limits, with a request for each task
-    {ESTIMATE}
+    -- a request that a window does not allow now waits for one more of these windows, or for several
+    with pending as (
+        select source, sum(objects) as tasks from counts join datasets using (dataset_id)
+        where task = 'pending' and active group by source having sum(objects) > 0),
+    needs as (
+        select p.source, tasks, iif(scope = 'global', sum(tasks) over (partition by scope, window_seconds), tasks) as n,
+               window_seconds, max_requests, used, unixepoch(blocked_until) - unixepoch() as paused
+        from pending p left join rates on scope in (p.source, 'global'))
+    select source, tasks, round((coalesce(max(0, max(paused)), 0) + max(
+               (max(0, n - max(0, max_requests - used)) + max_requests - 1) / max_requests * window_seconds)) / 60, 1)
+               as least_minutes
+    from needs group by source
 first: First of them (at most {most}) | nothing can start now
     {PAUSED}
     select score, priority, dataset, key, reason, attempts
@@ -6187,6 +6184,9 @@ def seconds_left(database: Database, now: float) -> tuple[int, float | None]:
 # condition of its own. Headlines: CONDITIONS, problems(), status_sections().
 
 CRASHED, STUCK = "exited unexpectedly", "loop stuck"
+SHOWN_ONLY = ("paused", "cycle", "channel")  # the screens show these,
+SENT_ONLY = ("source blocked", "cycles fail")  # and alerts these: the same later, or for long
+MOST_LETTERS = 1000  # of a text
 BEAT_SECONDS = 10  # between two heartbeats of the main loop
 LEAST_FREE_BYTES = 100 << 20
 COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": STUCK}  # and their problems
@@ -6276,15 +6276,6 @@ expected objects shrank: adce.py plan
            || 'a mistake in adce.yaml, correct it: the next cycle expects them again' as text
     from (select * from reconciliations where seconds is not null order by cycle_id desc limit 1)
     where dropped > :dropped_objects and dropped * 100 > (expected + dropped) * :dropped_percent
-cycles fail!: adce.py check
-    select 'lake' as about, max(error) as text
-    from (select error from reconciliations where seconds is not null order by cycle_id desc limit 2)
-    having count(error) = 2
-""")
-
-
-# what is shown, and not sent
-NOTES = questions("""
 paused!: adce.py resume {about}
     select scope as about, iif(seconds > 0, 'paused' || iif(seconds < 172800, ' for ' || ((seconds + 59) / 60) ||
            ' min more', '') || ': ', 'asked again, one task at a time, after: ') || coalesce(reason, '') as text
@@ -6297,17 +6288,11 @@ cycle: adce.py check
 channel: adce.py check
     select channel as about, 'alerts cannot be sent: ' || error || iif(waiting, ', ' || waiting || ' wait', '') as text
     from broken_channels
+cycles fail!: adce.py check
+    select 'lake' as about, max(error) as text
+    from (select error from reconciliations where seconds is not null order by cycle_id desc limit 2)
+    having count(error) = 2
 """)
-
-
-def conditions(
-    database: Database, configuration: Configuration, now: float, screen: Sequence[Section] = CONDITIONS
-) -> dict[tuple[str, str], str]:
-    """The CONDITIONS that hold: name and subject, and a sentence about it."""
-    settings = configuration.alerts
-    values = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR, **FACTS}
-    values |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles}
-    return {(one.name, row["about"]): row["text"] for one in screen for row in database.read(BLOCKS + one.sql, values)}
 
 
 def problems(
@@ -6337,6 +6322,36 @@ def problems(
     return found
 
 
+class Finding(NamedTuple):
+    """A condition that holds. Mark: x, work stands still; !, something is wrong; -, a remark."""
+
+    name: str
+    about: str
+    mark: str
+    text: str
+    hint: str  # the command that helps
+
+
+def conditions(
+    database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
+) -> list[Finding]:
+    """What holds now, for the screens and, but for NOTES, for alerts: see problems(), CONDITIONS, and the disk."""
+    settings, path = configuration.alerts, configuration.database
+    values = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR, **FACTS}
+    values |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles}
+    ill = problems(database, configuration, now, since, error)
+    found = [Finding(name, "runner", "x", text, "adce.py check") for name, text in ill.items()]
+    if (free := shutil.disk_usage(path.parent).free) < LEAST_FREE_BYTES:
+        found.append(Finding("disk low", "database", "x", f"{free >> 20} MB left beside {path.name}", "df -h"))
+    with contextlib.suppress(DatabaseError):  # that is one of its problems
+        for one in CONDITIONS:
+            for about, text in database.read(BLOCKS + one.sql, values):
+                mark, hint = "x" if one.is_one else "!", one.title.format(about=about)
+                found.append(Finding(one.name, about, mark, excerpt(text.encode(), MOST_LETTERS), hint))
+    is_explained = {one.name for one in found} & {"mass loss", "store unusable"}
+    return [one for one in found if not (is_explained and one.name == "cycles fail")]
+
+
 def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, Any]:
     """Whether a runner works, and its last heartbeat."""
     row, holder = next(iter(query(database, "select * from runner")), None), lock.holder()
@@ -6361,33 +6376,32 @@ def verdict(database: Database, configuration: Configuration, now: float) -> Sec
     gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
     scopes, is_registered = configuration.rate_limiting.scopes, "uptime" in state
     found = [
-        ("-", name, "has no limits", "adce.py explain rate_limiting")
+        Finding("no limits", name, "-", "has no limits", "adce.py explain rate_limiting")
         for name in (configuration.sources if GLOBAL not in scopes else ())
         if name not in scopes
     ]
     if is_registered and path.exists() and utc_text(path.stat().st_mtime) > state["started_at"]:
-        found.append(("-", path.name, "has changed since the runner started", "adce.py restart"))
+        found.append(Finding("changed", path.name, "-", "has changed since the runner started", "adce.py restart"))
     if configuration.seasons and max(season.finish for season in configuration.seasons) < day_of(now):
-        found.append(("-", "seasons", "all of them are over: add the next one", "adce.py explain seasons"))
+        text = "all of them are over: add the next one"
+        found.append(Finding("seasons over", "seasons", "-", text, "adce.py explain seasons"))
     if state["runner"] != "running":
         mark = "x" if state.get("note") == CRASHED else "!" if gaps else "-"
-        found.append((mark, "runner", ": ".join(filter(None, (state["runner"], state.get("note")))), "adce.py start"))
-    ill = problems(database, configuration, now, now - HOUR)
-    found += [("x", name, text, "adce.py check") for name, text in ill.items() if is_registered or name != STUCK]
-    shown = {one.name: one for one in (*NOTES, *CONDITIONS) if one.name not in ("source blocked", "cycles fail")}
-    for (name, about), text in conditions(database, configuration, now, tuple(shown.values())).items():
-        found.append(("x" if shown[name].is_one else "!", about, text, shown[name].title.format(about=about)))
+        text = ": ".join(filter(None, (state["runner"], state.get("note"))))
+        found.append(Finding("no runner", "runner", mark, text, "adce.py start"))
+    holds = conditions(database, configuration, now, now - HOUR)
+    found += [one for one in holds if one.name not in SENT_ONLY and (is_registered or one.name != STUCK)]
     held = """
         select source, sum(objects) from counts join datasets using (dataset_id)
         where task in ('pending', 'retry') group by source
     """
     tasks: dict[str, int] = dict(map(tuple, database.read(held)))
-    found.sort(key=lambda one: ("x!-".index(one[0]), -tasks.get(one[1], 0)))
+    found.sort(key=lambda one: ("x!-".index(one.mark), -tasks.get(one.about, 0)))
     rows = [
         {"": mark, "about": about, "what": text, "holds_up": tasks.get(about) if mark == "x" else None, "try": hint}
-        for mark, about, text, hint in found
+        for _, about, mark, text, hint in found
     ]
-    word = "ATTENTION" if found and found[0][0] != "-" else "FILLING" if gaps else "COMPLETE"
+    word = "ATTENTION" if found and found[0].mark != "-" else "FILLING" if gaps else "COMPLETE"
     amount = f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
     up = f"up {state['uptime']}" if is_registered else state["runner"]
     return Section("verdict", f"{word}  {amount}  runner {up}", rows, empty="")
@@ -6413,16 +6427,12 @@ def status_sections(database: Database, configuration: Configuration, now: float
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 PAGE_STYLE = """
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; --line: #8886; --none: #8883;
-        --all: #1b4f9c; --part: #7fb2e5; --gap: #d9822b; --lost: #b3261e; }
-body { max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } p { overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
-.wide { overflow-x: auto; } svg { display: block; }
-table { border-collapse: collapse; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
-.all { fill: var(--all); } .part { fill: var(--part); } .gap { fill: var(--gap); } .lost { fill: var(--lost); }
-.none { fill: var(--none); }
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; } p { overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
+.wide { overflow-x: auto; } svg { display: block; } table { border-collapse: collapse; }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #8886; }
+.all { fill: #1b4f9c; } .part { fill: #7fb2e5; } .gap { fill: #d9822b; } .none { fill: #8883; }
 """
 WEB = questions("""
 queue: First in the queue | nothing is open
@@ -6740,9 +6750,8 @@ class Journal:
         from a prefix (sd-daemon(3))."""
         number = getattr(logging, level)
         head = LEVELS[level] if self.is_journald else f"{utc_text(self.clock.wall())} {level:5} "
-        line = (
-            head + event + "".join(f" {name}={_logged(value)}" for name, value in fields.items() if value is not None)
-        )
+        words = [f" {name}={_logged(value)}" for name, value in fields.items() if value is not None]
+        line = "".join([head, event, *words])
         if number >= self.handler.level and self.screen:
             self.screen.note(line)
         elif number >= self.handler.level:
@@ -6950,7 +6959,6 @@ class LiveScreen:
 LOOK_SECONDS = 30
 CALM_SECONDS = 15 * MINUTE  # a condition that returns sooner was never over
 SEND_SECONDS = 15  # for one message
-MOST_LETTERS = 1000  # of a text
 FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # other effects of a full disk
 TOO_OLD_SECONDS = DAY  # for a message to be sent
 BROKEN = "channel broken"  # a condition that is shown, and not sent
@@ -6997,16 +7005,8 @@ class Alerter:
     def conditions(self) -> dict[tuple[str, str], str]:
         """The conditions that hold now: name and subject, and a sentence about it."""
         now, error = self.clock.wall(), self.journal.database_error
-        ill = problems(self.database, self.configuration, now, self.started_at, error)
-        found = {(name, "runner"): text for name, text in ill.items()}
-        with contextlib.suppress(DatabaseError):  # that is one of its problems
-            found |= conditions(self.database, self.configuration, now)
-        if {name for name, _ in found} & {"mass loss", "store unusable"}:
-            found.pop(("cycles fail", "lake"), None)  # for that reason
-        found = {key: excerpt(text.encode(), MOST_LETTERS) for key, text in found.items()}
-        free = shutil.disk_usage(self.configuration.database.parent).free
-        if free < LEAST_FREE_BYTES:
-            found["disk low", "database"] = f"{free >> 20} MB left beside {self.configuration.database.name}"
+        holds = conditions(self.database, self.configuration, now, self.started_at, error)
+        found = {(one.name, one.about): one.text for one in holds if one.name not in SHOWN_ONLY}
         if "disk low" in {name for name, _ in [*found, *self._lasting()]}:
             found = {key: text for key, text in found.items() if not re.search(FULL, text)}
         return found

@@ -109,7 +109,7 @@ SITUATIONS: dict[Callable[[Lake], None], tuple[str, str, str, int | None, str]] 
     pause: ("x", "league", "paused for 13 min more: HTTP 403 Access Denied", 6, "adce.py resume league"),
     crash: ("x", "runner", "not running: exited unexpectedly", None, "adce.py start"),
     stop: ("!", "runner", "not running: SIGTERM", None, "adce.py start"),
-    lose_the_store: ("x", "store unusable", "the store is not there", None, "adce.py check"),
+    lose_the_store: ("x", "runner", "the store is not there", None, "adce.py check"),
     lose_a_cycle: (
         "!",
         "lake",
