@@ -47,9 +47,8 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Supervision                 who has started the runner, and is told
     Runner                      keeps going until stopped
     Examples                    texts for the programs around ADCE
-    Checks                      is everything in order?
+    Checks                      is everything in order, and what would a run do?
     Background                  the runner as a process
-    Trials                      what a new configuration would change
     Command line                from words to an exit code
     Commands                    obeys: one function for each that does
 """
@@ -997,11 +996,12 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute(f"pragma journal_size_limit = {8 << 20}")
     digest = hashlib.sha256(VIEWS.encode()).hexdigest()
     if connection.execute("select views from facts").fetchone()[0] != digest:
-        names = re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE)
-        drops = "".join(f"drop view if exists {name};" for name in names)
-        note = f"update facts set views = '{digest}';"  # noqa: S608  # hexadecimal
+        drops = "".join(
+            f"drop view if exists {name};" for name in re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE)
+        )
+        script = f"begin immediate; {drops} {VIEWS} update facts set views = '{digest}'; commit;"  # noqa: S608  # no input
         try:
-            connection.executescript(f"begin immediate; {drops} {VIEWS} {note} commit;")
+            connection.executescript(script)
         finally:
             if connection.in_transaction:
                 connection.execute("rollback")
@@ -2579,16 +2579,6 @@ def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def ascending(listing: Iterator[StoredObject]) -> Iterator[StoredObject]:
-    """A listing that must be in key order. Raises OutOfOrderError at the first object that is not."""
-    last = ""
-    for entry in listing:
-        if entry.key <= last:
-            raise OutOfOrderError(f"the store listed {entry.key} after {last}", "the next cycle sorts first")
-        last = entry.key
-        yield entry
-
-
 def _scratch() -> sqlite3.Connection:
     """A temporary database that spills to disk. Its rows may be taken by one thread after another."""
     scratch = sqlite3.connect("", isolation_level=None, check_same_thread=False)
@@ -3283,22 +3273,18 @@ STORE_TROUBLE = "store: "  # prefix of the reason of a pause that the store caus
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
-    """A source is not asked for some time."""
-
-    source: str
-    seconds: float
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The result of one request."""
+class Result:
+    """What one request, or an attempt at one object, has brought."""
 
     outcome: Outcome
-    text: str = ""
+    error: str | None = None
     http_status: int | None = None
-    retry_after: float | None = None  # seconds; None: the source did not say
+    stored: StoredObject | None = None
+    inspection: Inspection | None = None
+    requests: int = 0
+    retry_after: float | None = None  # seconds; from the source, or until a refused permit is possible
+    redirect: str | None = None  # the url to ask instead
+    output: str | None = None  # the end of the output of a command
 
 
 @dataclass(frozen=True, slots=True)
@@ -3306,7 +3292,7 @@ class SourceHealth:
     """The consequences of a response for its source."""
 
     is_source: bool = False  # the source is to blame, not the task
-    pause: Pause | None = None
+    pause_seconds: float | None = None  # it is not asked for so long
 
 
 def excerpt(body: bytes, most: int = 120) -> str:
@@ -3331,17 +3317,17 @@ def parse_retry_after(text: str | None, date: str | None) -> float | None:
         return None
 
 
-def classify(source: Source, status: int, headers: Mapping[str, str], body: bytes = b"") -> Answer:
+def classify(source: Source, status: int, headers: Mapping[str, str], body: bytes = b"") -> Result:
     """The meaning of an HTTP response. OK: the body may be the object. Errors can come with status 200, and a missing
     object with 403."""
     if status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000]):
-        return Answer(Outcome.NOT_YET, "HTTP 403: no such object", status)
+        return Result(Outcome.NOT_YET, "HTTP 403: no such object", status)
     text = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}"
     if status in (429, 503) or status in source.blocked_when.status:
         seconds = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
         if seconds is None and status in source.blocked_when.status:
             seconds = source.blocked_when.pause_seconds
-        return Answer(Outcome.THROTTLED, text, status, seconds)
+        return Result(Outcome.THROTTLED, text, status, retry_after=seconds)
     document: Any = None
     if source.error_when and body:
         with contextlib.suppress(ValueError, RecursionError):
@@ -3349,10 +3335,10 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
     is_error = document is not None and holds(cast(str, source.error_when), {}, document)
     code = document.get("code") if is_error and isinstance(document, dict) else None
     if status in (404, 410) or (is_error and code in (404, "404")):
-        return Answer(Outcome.NOT_YET, text, status)
+        return Result(Outcome.NOT_YET, text, status)
     if is_error and status < 500:
-        return Answer(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)
-    return Answer(Outcome.OK if status == 200 else Outcome.HTTP_ERROR, text, status)
+        return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)
+    return Result(Outcome.OK if status == 200 else Outcome.HTTP_ERROR, text, status)
 
 
 def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now: float) -> None:
@@ -3367,7 +3353,7 @@ def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now:
     )
 
 
-def failure_threshold(source: Source, answer: Answer) -> int:
+def failure_threshold(source: Source, answer: Result) -> int:
     """The number of such responses in a row that means the source is down; 0: none does."""
     traits = answer.outcome.traits
     if answer.outcome is Outcome.HTTP_ERROR and (answer.http_status or 0) >= 500:
@@ -3375,7 +3361,7 @@ def failure_threshold(source: Source, answer: Answer) -> int:
     return getattr(source.blocked_when, traits.setting) if traits.setting else traits.source_after
 
 
-def record_response(sql: sqlite3.Connection, source: Source, answer: Answer, now: float) -> SourceHealth:
+def record_response(sql: sqlite3.Connection, source: Source, answer: Result, now: float) -> SourceHealth:
     """Record what a response says about its source; pause it when it is down or asks for a pause.
 
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
@@ -3407,13 +3393,13 @@ def record_response(sql: sqlite3.Connection, source: Source, answer: Answer, now
         seconds = None
     if seconds is not None:
         throttles += not (is_paused and throttles)
-        pause(sql, source.name, seconds, answer.text, now)
+        pause(sql, source.name, seconds, answer.error or answer.outcome, now)
     sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
     # a scraper or a page that fails may be to blame itself; twice in a row no response at all is not its fault
     doubt = threshold if answer.outcome.traits.rated else 2
     return SourceHealth(
         is_source=answer.outcome is not Outcome.THROTTLED and failures >= doubt,
-        pause=None if seconds is None else Pause(source.name, seconds, answer.text),
+        pause_seconds=seconds,
     )
 
 
@@ -3430,7 +3416,7 @@ class ActivePermit:
 
     def __init__(self, permit: Permit, source: Source) -> None:
         self.permit, self.source = permit, source
-        self.answer: Answer | None = None
+        self.answer: Result | None = None
 
     def answered(self, status: int, headers: Mapping[str, str]) -> None:
         """The source answered with this HTTP status and these headers."""
@@ -3438,7 +3424,7 @@ class ActivePermit:
 
     def failed(self, outcome: Outcome, text: str) -> None:
         """No response came: TIMEOUT, UNREACHABLE or BROKEN, and why."""
-        self.answer = Answer(outcome, text)
+        self.answer = Result(outcome, text)
 
 
 class Limiter:
@@ -3448,7 +3434,6 @@ class Limiter:
         self.configuration, self.database, self.clock = configuration, database, clock or Clock()
         self._name, self._places = f"{os.getpid()}.{secrets.token_hex(2)}", itertools.count(1)
         self._guard = threading.Lock()  # guards what follows
-        self._sleepers: set[queue.SimpleQueue[str]] = set()
         # with its deadline; one that its owner has lost, interrupted, is not kept alive for ever
         self._held: weakref.WeakKeyDictionary[ActivePermit, float] = weakref.WeakKeyDictionary()
         self._keeper: threading.Thread | None = None
@@ -3514,13 +3499,7 @@ class Limiter:
             return looks_at
 
     def _sleep(self, until: float) -> None:
-        wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
-        with self._guard:
-            self._sleepers.add(wakeups)
-        if not self._closed.is_set():
-            self.clock.wait(wakeups, until - self.clock.boot())
-        with self._guard:
-            self._sleepers.discard(wakeups)
+        self.clock.wait(queue.SimpleQueue(), until - self.clock.boot())
         if self._closed.is_set():
             raise Error("the limiter was closed")
 
@@ -3567,11 +3546,8 @@ class Limiter:
                 record_response(sql, held.source, held.answer, now)
 
     def close(self) -> None:
-        """End every wait for a permit with an Error. The database stays open."""
+        """End every wait for a permit with an Error, at its next look. The database stays open."""
         self._closed.set()
-        with self._guard:
-            for wakeups in self._sleepers:
-                wakeups.put("closed")
 
 
 @functools.cache
@@ -3871,6 +3847,13 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
     sql.execute("update facts set priorities = coalesce(priorities, ?)", (f" {appraisal_rules(configuration)}",))
 
 
+def declare(database: Database, configuration: Configuration, clock: Clock) -> None:
+    """Make the limits and datasets of a database those of the configuration."""
+    with database.transaction() as sql:
+        declare_limits(sql, configuration, clock)
+        declare_datasets(sql, configuration)
+
+
 def expansion_digest(sql: sqlite3.Connection, configuration: Configuration, dataset: Dataset, now: float) -> str:
     """A digest of everything that the expected objects of a dataset follow from."""
     changed = sql.execute("select changed from datasets where dataset = ?", (dataset.partitions.parent,)).fetchone()
@@ -4019,21 +4002,6 @@ class Claim:
     permit: Permit | None = None  # commands and calls ask for their own
     environment: Mapping[str, str] = field(default_factory=dict)  # of its program
     runs_exclusively: bool = False  # nothing else may run beside it
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The result of an attempt at one object."""
-
-    outcome: Outcome
-    error: str | None = None
-    http_status: int | None = None
-    stored: StoredObject | None = None
-    inspection: Inspection | None = None
-    requests: int = 0
-    retry_after: float | None = None  # seconds; from the source, or until a refused permit is possible
-    redirect: str | None = None  # the url to ask instead
-    output: str | None = None  # the end of the output of a command
 
 
 @dataclass(frozen=True, slots=True)
@@ -4223,9 +4191,7 @@ def retry_delay(policy: Retry, times: int, rng: random.Random) -> float:
     return min(growing * rng.uniform(0.75, 1.25), policy.max_delay_seconds)
 
 
-def finish(
-    ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clock, rng: random.Random
-) -> tuple[list[Ending], Pause | None]:
+def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clock, rng: random.Random) -> list[Ending]:
     """Record the results of a claim: requests, attempts, objects and tasks, in the caller's transaction.
 
     An attempt that is no longer the running one of its task changes nothing but its own row."""
@@ -4235,14 +4201,11 @@ def finish(
     if claimed.permit:
         release(sql, claimed.permit, now, used=was_sent)
     if was_sent or not claimed.dataset.url:
-        text = telling.error or telling.outcome
-        answer = Answer(telling.outcome, text, telling.http_status, telling.retry_after)
-        health = record_response(sql, claimed.source, answer, now)
-    pausing = health.pause
+        health = record_response(sql, claimed.source, telling, now)
+    least = health.pause_seconds or 0.0
     if telling.outcome is Outcome.STORE_ERROR:
-        pausing = Pause(GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{telling.error}")
-        pause(sql, GLOBAL, pausing.seconds, pausing.reason, now)
-    least = pausing.seconds if pausing else 0.0
+        least = FIRST_PAUSE_SECONDS
+        pause(sql, GLOBAL, least, f"{STORE_TROUBLE}{telling.error}", now)
 
     def delay(times: int) -> float:
         return max(least, retry_delay(ledger.configuration.retry, times, rng))
@@ -4253,7 +4216,7 @@ def finish(
         running = "o.object_id = :object_id and o.task = 'running' and o.attempt_id = :attempt_id"
         rows = ledger.objects(running, {"object_id": task.object_id, "attempt_id": task.attempt_id})
         endings += [_settle(ledger, task, row, result, (health, delay)) for row in rows]
-    return endings, pausing
+    return endings
 
 
 def _weight(result: Result) -> int:
@@ -4478,7 +4441,11 @@ class Listing:
 
     def _entries(self, store: Store) -> Iterator[StoredObject]:
         if self.is_ordered:
-            for entry in ascending(store.list(self.prefix, self.keys.low[:-1])):
+            last = ""
+            for entry in store.list(self.prefix, self.keys.low[:-1]):
+                if entry.key <= last:
+                    raise OutOfOrderError(f"the store listed {entry.key} after {last}", "the next cycle sorts first")
+                last = entry.key
                 if entry.key > self.keys.high:
                     return
                 if entry.key >= self.keys.low:
@@ -4580,13 +4547,8 @@ class CycleOptions:
 
     def merged(self, wanted: str | None) -> CycleOptions:
         """These options and those of a requested cycle, in JSON."""
-        other = json.loads(wanted or "{}")
-        losses = self.accept_loss | set(other.get("accept_loss", ()))
-        return CycleOptions(self.is_full or bool(other.get("is_full")), losses)
-
-    def as_json(self) -> str:
-        """The form in which another process requests a cycle."""
-        return json.dumps({"is_full": self.is_full, "accept_loss": sorted(self.accept_loss)})
+        is_full, losses = json.loads(wanted or "[false, []]")
+        return CycleOptions(self.is_full or is_full, self.accept_loss.union(losses))
 
 
 def request_cycle(sql: sqlite3.Connection, options: CycleOptions) -> int:
@@ -4594,7 +4556,8 @@ def request_cycle(sql: sqlite3.Connection, options: CycleOptions) -> int:
     wanted, last = sql.execute(
         "select wanted_cycle, (select coalesce(max(cycle_id), 0) from reconciliations) from facts"
     ).fetchone()
-    sql.execute("update facts set wanted_cycle = ?", (options.merged(wanted).as_json(),))
+    merged = options.merged(wanted)
+    sql.execute("update facts set wanted_cycle = ?", (json.dumps([merged.is_full, sorted(merged.accept_loss)]),))
     return cast(int, last) + 1
 
 
@@ -5414,7 +5377,7 @@ def _judge(claimed: Claim, response: Any, body: bytes, store: Store) -> Result:
     answer = classify(claimed.source, status, response.headers, body)
     if answer.outcome is Outcome.OK:
         return keep(claimed, claimed.tasks[0], body, store, status)
-    return Result(answer.outcome, answer.text, status, requests=1, retry_after=answer.retry_after)
+    return dataclasses.replace(answer, requests=1)
 
 
 def _redirected(claimed: Claim, response: Any) -> Result:
@@ -5473,37 +5436,23 @@ def limit(session: Any, source: str, config: str | os.PathLike[str] | None = Non
     def ask() -> contextlib.AbstractContextManager[ActivePermit]:
         return limiter.permit(source, wait)
 
-    for prefix, adapter in session.adapters.items():
-        session.adapters[prefix] = _limited(adapter, source, ask)
+    for adapter in session.adapters.values():
+        _limit_adapter(adapter, source, ask)
     return session
 
 
-def _limited(adapter: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]) -> Any:
-    """An adapter whose every HTTP request has a permit."""
+def _limit_adapter(
+    adapter: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]
+) -> None:
+    """Give every HTTP request of an adapter a permit."""
     import requests.adapters
 
-    owner = getattr(adapter, "adce_source", source)
-    if owner != source:
+    owner = getattr(adapter, "adce_source", None)
+    if owner not in (None, source):
         raise Error(f'this session is limited for source "{owner}" already', "give each source a session of its own")
-    if hasattr(adapter, "adce_source"):
-        return adapter
-
-    class LimitedAdapter(requests.adapters.BaseAdapter):
-        adce_source = source
-
-        def send(self, *arguments: Any, **options: Any) -> Any:
-            if isinstance(adapter, requests.adapters.HTTPAdapter):  # its pools ask for permits
-                return adapter.send(*arguments, **options)
-            with ask():
-                return adapter.send(*arguments, **options)
-
-        def close(self) -> None:
-            adapter.close()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(adapter, name)
-
-    if isinstance(adapter, requests.adapters.HTTPAdapter):
+    if owner:
+        return
+    if isinstance(adapter, requests.adapters.HTTPAdapter):  # its pools ask for permits
         connect = adapter.get_connection_with_tls_context
         limiting = threading.Lock()  # of a pool that several threads want at once
 
@@ -5514,8 +5463,15 @@ def _limited(adapter: Any, source: str, ask: Callable[[], contextlib.AbstractCon
             return pool
 
         adapter.get_connection_with_tls_context = connect_limited  # type: ignore[method-assign]
-        adapter.adce_source = source  # type: ignore[attr-defined]  # also for another session that shares it
-    return LimitedAdapter()
+    else:
+        send = adapter.send
+
+        def send_limited(*arguments: Any, **options: Any) -> Any:
+            with ask():
+                return send(*arguments, **options)
+
+        adapter.send = send_limited
+    adapter.adce_source = source  # also for another session that shares it
 
 
 def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]) -> None:
@@ -6056,7 +6012,7 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
     numeric = {name for name in rows[0] if all(isinstance(row[name], int | float | None) for row in rows)}
     names, cells = list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]
     if style == "table":
-        return _text_table(rows, [names, *cells], numeric, width)
+        return _text_table(rows, [names, *cells], numeric, width or sys.maxsize)
     import tabulate
 
     quote = html.escape if style == "html" else lambda cell: cell.replace("|", r"\|")
@@ -6069,38 +6025,36 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
     )
 
 
-def _text_table(rows: Rows, lines: list[list[str]], numeric: set[str], width: int | None) -> str:
-    """A table for people: columns of nothing but zeros are left out. What does not fit stands below its row (the last
-    column), is left out (columns of one value, then the right ones) or is shortened in the middle."""
+def _text_table(rows: Rows, lines: list[list[str]], numeric: set[str], width: int) -> str:
+    """A table for people, without columns of nothing but zeros. What does not fit stands below its row (the last
+    column), is left out (the columns on the right) or is shortened in the middle."""
 
     def drop(column: int) -> list[str]:
         return [line.pop(column) for line in lines]
 
-    def widths() -> list[int]:
-        return [max(map(len, column)) for column in zip(*lines, strict=True)]
+    def widths(most: int = sys.maxsize) -> list[int]:
+        return [min(most, max(map(len, column)) + 2) for column in zip(*lines, strict=True)]
 
     for name in [name for name in lines[0] if name != "percent" and all(row[name] in (0, None) for row in rows)]:
         if len(lines[0]) > 1:
             drop(lines[0].index(name))
-    notes = [""] * len(lines)
-    if width and sum(wide + 2 for wide in widths()) - 2 > width and len(lines[0]) > 2 and widths()[-1] > 14:
-        notes = [f"    {note.strip('-')}" for note in drop(-1)]
-    while width and sum(min(wide, 20) + 2 for wide in widths()) - 2 > width and len(lines[0]) > 2:
-        same = [number for number, column in enumerate(zip(*lines[1:], strict=True)) if len({*column}) == 1]
-        drop(same[-1] if same and len(rows) > 1 else -1)
-    while width and (excess := sum(wide + 2 for wide in widths()) - 2 - width) > 0 and max(widths()) > 20:
-        column, limit = widths().index(max(widths())), max(20, max(widths()) - excess)
+    is_wide = sum(widths()) - 2 > width and len(lines[0]) > 2 and widths()[-1] > 16
+    notes = [f"    {note.strip('-')}" for note in drop(-1)] if is_wide else [""] * len(lines)
+    while sum(widths(22)) - 2 > width and len(lines[0]) > 2:
+        drop(-1)
+    while (excess := sum(widths()) - 2 - width) > 0 and max(widths()) > 22:
+        column, most = widths().index(max(widths())), max(20, max(widths()) - 2 - excess)
         for line in lines:
-            if len(line[column]) > limit:
-                line[column] = f"{line[column][: limit // 2]}…{line[column][1 + limit // 2 - limit :]}"
-    lines.insert(1, ["-" * wide for wide in widths()])
-    notes.insert(1, "")
-    sides = [str.rjust if name in numeric else str.ljust for name in lines[0]]
-    text = []
-    for line, note in zip(lines, notes, strict=True):
-        cells = (side(cell, wide) for side, cell, wide in zip(sides, line, widths(), strict=True))
-        text += ["  ".join(cells).rstrip(), *([note] if note.strip() and line is not lines[0] else [])]
-    return "\n".join(line if not width or line == cut(line, width) else f"{cut(line, width - 1)}…" for line in text)
+            cell = line[column]
+            line[column] = f"{cell[: most // 2]}…{cell[1 + most // 2 - most :]}" if len(cell) > most else cell
+    sides, wide = [str.rjust if name in numeric else str.ljust for name in lines[0]], widths()
+    text = [
+        "".join(side(cell, n - 2) + "  " for side, cell, n in zip(sides, line, wide, strict=True)) for line in lines
+    ]
+    text.insert(1, "  ".join("-" * (n - 2) for n in wide))
+    pairs = zip(text, ["", "", *notes[1:]], strict=True)
+    shown = [line.rstrip() for pair in pairs for line in pair if line.strip()]
+    return "\n".join(line if line == cut(line, width) else f"{cut(line, width - 1)}…" for line in shown)
 
 
 def _cell(value: Any) -> str:
@@ -6149,34 +6103,27 @@ def task_sections(database: Database, task_id: int) -> list[Section]:
     return sections
 
 
-def tasks_document(database: Database, filters: Mapping[str, str | None], most: int, now: float) -> dict[str, Any]:
+def tasks_document(database: Database, filters: Mapping[str, str | None], most: int) -> dict[str, Any]:
     """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
-    by_source = """
-        select source, sum(objects) as tasks from counts join datasets using (dataset_id)
-        where task != '' and active group by source having tasks > 0
-    """
+    by_source: dict[str, int] = dict(map(tuple, database.read(BY_SOURCE)))
     return {
-        "total_tasks": database.value("select coalesce(sum(objects), 0) from counts where task != ''"),
+        "total_tasks": sum(by_source.values()),
         "by_priority": {row["priority"]: row for row in answers(database, REPORT[3:4])[0].rows},
-        "by_source": dict(map(tuple, database.read(by_source))),
-        "estimated_total_minutes": round((seconds_left(database, now)[1] or 0) / 60, 1),
+        "by_source": by_source,
+        "estimated_total_minutes": minutes_left(database),
         "tasks": tasks_sections(database, filters, most)[0].rows,
     }
 
 
-def seconds_left(database: Database, now: float) -> tuple[int, float | None]:
-    """The good attempts of the last minute, and the time until the pending tasks are done: by the limits and pauses of
-    their sources and by that pace; None when nothing is known of it."""
-    by_limits = [row["least_minutes"] for row in answers(database, PLAN[2:3])[0].rows]
-    span = min(MINUTE, max(1, now - (database.value("select started_at from runner") or 0)))
-    sql = """
-        select count(*) from attempts
-        where attempt_id > (select max(attempt_id) from attempts) - 10000 and outcome = 'ok' and started_at > ?
-    """
-    ended: int = database.value(sql, (now - span,))
-    waiting = "select coalesce(sum(objects), 0) from counts where task in ('pending', 'running')"
-    by_pace = database.value(waiting) * span / ended if ended else 0
-    return ended, max(by_pace, *(MINUTE * (minutes or 0) for minutes in by_limits), 0) or None
+BY_SOURCE = """
+    select source, sum(objects) from counts join datasets using (dataset_id)
+    where task != '' group by source having sum(objects) > 0
+"""
+
+
+def minutes_left(database: Database) -> float:
+    """The time until the last pending task has its permit, by the limits and pauses of the sources."""
+    return max((row["least_minutes"] or 0.0 for row in answers(database, PLAN[2:3])[0].rows), default=0.0)
 
 
 # ---------------------------------------------------------------- Conditions
@@ -6184,24 +6131,12 @@ def seconds_left(database: Database, now: float) -> tuple[int, float | None]:
 # condition of its own. Headlines: CONDITIONS, problems(), status_sections().
 
 CRASHED, STUCK = "exited unexpectedly", "loop stuck"
-SHOWN_ONLY = ("paused", "cycle", "channel")  # the screens show these,
-SENT_ONLY = ("source blocked", "cycles fail")  # and alerts these: the same later, or for long
-MOST_LETTERS = 1000  # of a text
+REMARKS = ("no limits", "changed", "seasons over")
+SHOWN_ONLY = (*REMARKS, "paused", "cycle", "channel")  # on screens; alerts wait until it is worse,
+SENT_ONLY = ("source blocked", "cycles fail")  # and then have these
 BEAT_SECONDS = 10  # between two heartbeats of the main loop
 LEAST_FREE_BYTES = 100 << 20
 COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": STUCK}  # and their problems
-FACTS: Mapping[str, Any] = {
-    "blocked_pauses": 3,  # in a row, or
-    "blocked_seconds": 30 * MINUTE,  # at once: then a source is blocked
-    "last_attempts": 200,  # whose errors count
-    "few_attempts": 20,  # fewer prove nothing
-    "vain_attempts": 5,  # without any object
-    "day": DAY,
-    "vanished": VANISHED,
-    "store_reasons": f"{STORE_TROUBLE}*",
-    "dropped_objects": 100,  # and so many percent in one cycle: then the expected objects shrank
-    "dropped_percent": 10,
-}
 # what a blocked source has held up counts from the end of that
 BLOCKS = """
     with blocks as (
@@ -6214,7 +6149,7 @@ source blocked!: adce.py resume {about}
     select scope as about, 'paused until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset, 'unixepoch')
            || ': ' || reason as text
     from scopes, facts
-    where scope != 'global' and (throttles >= :blocked_pauses or (throttles > 0 and paused_for >= :blocked_seconds))
+    where scope != 'global' and (throttles >= 3 or (throttles > 0 and paused_for >= 1800))  -- for half an hour at once
 gave up: adce.py tasks --state gave_up --dataset {about}
     select dataset as about, sum(objects) || ' gave up, last error: ' || (
                select last_error from objects o
@@ -6225,12 +6160,12 @@ never answered: adce.py tasks --dataset {about}
     select dataset as about, sum(attempts) || ' attempts, and the source never had such an object: '
            || coalesce((select a.url from attempts a join objects o using (object_id)
                         where o.dataset_id = t.dataset_id and a.url is not null
-                          and a.attempt_id > (select max(attempt_id) from attempts) - :last_attempts
+                          and a.attempt_id > (select max(attempt_id) from attempts) - 200
                         order by a.attempt_id desc limit 1), 'see its url') as text
     from daily_totals t join datasets using (dataset_id)
     where active and not exists (select 1 from counts c where c.dataset_id = t.dataset_id and state = 'present'
                                  and objects > 0)
-    group by dataset having sum(attempts) >= :vain_attempts and min(outcome) = 'not_yet' and max(outcome) = 'not_yet'
+    group by dataset having sum(attempts) >= 5 and min(outcome) = 'not_yet' and max(outcome) = 'not_yet'
 critical gap: adce.py tasks --dataset {about}
     select dataset as about, 'a CRITICAL object has been missing since '
            || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text
@@ -6241,13 +6176,13 @@ critical gap: adce.py tasks --dataset {about}
 errors: adce.py report
     select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
     from (select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
-                 a.attempt_id > (select max(attempt_id) from attempts) - :few_attempts as is_late
+                 a.attempt_id > (select max(attempt_id) from attempts) - 20 as is_late
           from attempts a join objects using (object_id) join datasets using (dataset_id)
           join scopes s on s.scope = source and s.failures = 0 and s.throttles = 0  -- else it may be away
           left join blocks using (source)
-          where outcome != 'running' and started_at > max(:now - :day, coalesce(over_at, 0))
-            and a.attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
-    having count(*) >= :few_attempts and sum(failed) * 100 > count(*) * :error_percent
+          where outcome != 'running' and started_at > max(:now - 86400, coalesce(over_at, 0))
+            and a.attempt_id > (select max(attempt_id) from attempts) - 200)
+    having count(*) >= 20 and sum(failed) * 100 > count(*) * :error_percent
        and max(failed and is_late)  -- else that is over
 nothing collected!: adce.py logs
     select 'lake' as about, 'nothing was collected in ' || cycles || ' cycles, though tasks of '
@@ -6265,7 +6200,7 @@ nothing collected!: adce.py logs
                         and o.detected_at < began))
       and not exists (select 1 from attempts
                       where outcome = 'ok' and started_at + seconds > began
-                        and attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
+                        and attempt_id > (select max(attempt_id) from attempts) - 200)
     having count(*) > 0
 mass loss!: adce.py report cycles
     select 'lake' as about, error as text
@@ -6275,12 +6210,12 @@ expected objects shrank: adce.py plan
     select 'lake' as about, dropped || ' of ' || (expected + dropped) || ' objects are no longer expected; if that is '
            || 'a mistake in adce.yaml, correct it: the next cycle expects them again' as text
     from (select * from reconciliations where seconds is not null order by cycle_id desc limit 1)
-    where dropped > :dropped_objects and dropped * 100 > (expected + dropped) * :dropped_percent
+    where dropped > 100 and dropped * 100 > (expected + dropped) * 10
 paused!: adce.py resume {about}
     select scope as about, iif(seconds > 0, 'paused' || iif(seconds < 172800, ' for ' || ((seconds + 59) / 60) ||
            ' min more', '') || ': ', 'asked again, one task at a time, after: ') || coalesce(reason, '') as text
     from (select *, cast(paused_until + wall_offset - :now as integer) as seconds from scopes, facts)
-    where (seconds > 0 or throttles >= :blocked_pauses) and not glob(:store_reasons, reason)
+    where (seconds > 0 or throttles >= 3) and not glob(:store, reason)
 cycle: adce.py check
     select 'lake' as about, 'the last cycle could not look at everything: ' || error as text
     from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
@@ -6288,6 +6223,14 @@ cycle: adce.py check
 channel: adce.py check
     select channel as about, 'alerts cannot be sent: ' || error || iif(waiting, ', ' || waiting || ' wait', '') as text
     from broken_channels
+no limits: adce.py explain rate_limiting
+    select value as about, 'has no limits' as text from json_each(:unlimited)
+changed: adce.py restart
+    select :file as about, 'has changed since the runner started' as text from runner
+    where stopped_at is null and :changed_at > started_at + 1
+seasons over: adce.py explain seasons
+    select 'seasons' as about, 'all of them are over: add the next one' as text
+    where :last_day < date(:now, 'unixepoch')
 cycles fail!: adce.py check
     select 'lake' as about, max(error) as text
     from (select error from reconciliations where seconds is not null order by cycle_id desc limit 2)
@@ -6322,34 +6265,30 @@ def problems(
     return found
 
 
-class Finding(NamedTuple):
-    """A condition that holds. Mark: x, work stands still; !, something is wrong; -, a remark."""
-
-    name: str
-    about: str
-    mark: str
-    text: str
-    hint: str  # the command that helps
-
-
 def conditions(
     database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
-) -> list[Finding]:
-    """What holds now, for the screens and, but for NOTES, for alerts: see problems(), CONDITIONS, and the disk."""
-    settings, path = configuration.alerts, configuration.database
-    values = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR, **FACTS}
-    values |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles}
+) -> dict[tuple[str, str], tuple[str, str, str]]:
+    """What holds now: for each name and subject a mark (x: work stands still, !: something is wrong, -: a remark), a
+    sentence, and the command that helps."""
+    settings, path, scopes = configuration.alerts, configuration.path, configuration.rate_limiting.scopes
+    values: dict[str, Any] = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR}
+    values |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles, "vanished": VANISHED}
+    unlimited = [name for name in configuration.sources if not scopes.keys() & {name, GLOBAL}]
+    last_day = max((str(season.finish) for season in configuration.seasons), default=None)
+    values |= {"store": f"{STORE_TROUBLE}*", "last_day": last_day, "unlimited": json.dumps(unlimited)}
+    values |= {"file": path.name, "changed_at": path.stat().st_mtime if path.exists() else 0}
     ill = problems(database, configuration, now, since, error)
-    found = [Finding(name, "runner", "x", text, "adce.py check") for name, text in ill.items()]
-    if (free := shutil.disk_usage(path.parent).free) < LEAST_FREE_BYTES:
-        found.append(Finding("disk low", "database", "x", f"{free >> 20} MB left beside {path.name}", "df -h"))
+    found = {(name, "runner"): ("x", text, "adce.py check") for name, text in ill.items()}
+    if (free := shutil.disk_usage(configuration.database.parent).free) < LEAST_FREE_BYTES:
+        found["disk low", "database"] = "x", f"{free >> 20} MB left beside {configuration.database.name}", "df -h"
     with contextlib.suppress(DatabaseError):  # that is one of its problems
         for one in CONDITIONS:
+            mark = "x" if one.is_one else "-" if one.name in REMARKS else "!"
             for about, text in database.read(BLOCKS + one.sql, values):
-                mark, hint = "x" if one.is_one else "!", one.title.format(about=about)
-                found.append(Finding(one.name, about, mark, excerpt(text.encode(), MOST_LETTERS), hint))
-    is_explained = {one.name for one in found} & {"mass loss", "store unusable"}
-    return [one for one in found if not (is_explained and one.name == "cycles fail")]
+                found[one.name, about] = mark, excerpt(text.encode(), 1000), one.title.format(about=about)
+    if {name for name, _ in found} & {"mass loss", "store unusable"}:
+        found.pop(("cycles fail", "lake"), None)  # for that reason
+    return found
 
 
 def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, Any]:
@@ -6359,51 +6298,35 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
         return {"runner": "running", "pid": holder or None}
     if row is None:
         return {"runner": "never ran"}
-    times = {name: utc_text(row[name]) for name in ("started_at", "stopped_at")}
-    beat = {"last_sign_of_life": utc_text(row["beat_at"])}
+    started_at, beat_at, stopped_at = (utc_text(row[name]) for name in ("started_at", "beat_at", "stopped_at"))
     if holder is None:
-        ended = {"stopped_at": times["stopped_at"], "note": row["note"]} if row["stopped_at"] else {"note": CRASHED}
-        return {"runner": "not running", **beat, **ended}
-    row |= {"runner": "running", **beat, **times, "uptime": format_duration(now - row["started_at"])}
-    names = ("runner", "pid", "version", "started_at", "last_sign_of_life", "uptime", "address", "unit", "log")
-    return {name: row[name] for name in names}
+        ended = {"stopped_at": stopped_at, "note": row["note"]} if stopped_at else {"note": CRASHED}
+        return {"runner": "not running", "last_sign_of_life": beat_at, **ended}
+    times = {"started_at": started_at, "last_sign_of_life": beat_at, "uptime": format_duration(now - row["started_at"])}
+    return {"runner": "running", **{name: row[name] for name in ("pid", "version", "address", "unit", "log")}, **times}
 
 
 def verdict(database: Database, configuration: Configuration, now: float) -> Section:
     """What is wrong, the worst first, what it holds up, and the command that helps; the title is the headline."""
     state = runner_state(database, RunnerLock(configuration.database), now)
-    (lake,), path = answers(database, STATUS[:1])[0].rows, configuration.path
+    (lake,) = answers(database, STATUS[:1])[0].rows
     gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
-    scopes, is_registered = configuration.rate_limiting.scopes, "uptime" in state
-    found = [
-        Finding("no limits", name, "-", "has no limits", "adce.py explain rate_limiting")
-        for name in (configuration.sources if GLOBAL not in scopes else ())
-        if name not in scopes
-    ]
-    if is_registered and path.exists() and utc_text(path.stat().st_mtime) > state["started_at"]:
-        found.append(Finding("changed", path.name, "-", "has changed since the runner started", "adce.py restart"))
-    if configuration.seasons and max(season.finish for season in configuration.seasons) < day_of(now):
-        text = "all of them are over: add the next one"
-        found.append(Finding("seasons over", "seasons", "-", text, "adce.py explain seasons"))
+    found = conditions(database, configuration, now, now - HOUR)
     if state["runner"] != "running":
         mark = "x" if state.get("note") == CRASHED else "!" if gaps else "-"
+        found.pop((STUCK, "runner"), None)
         text = ": ".join(filter(None, (state["runner"], state.get("note"))))
-        found.append(Finding("no runner", "runner", mark, text, "adce.py start"))
-    holds = conditions(database, configuration, now, now - HOUR)
-    found += [one for one in holds if one.name not in SENT_ONLY and (is_registered or one.name != STUCK)]
-    held = """
-        select source, sum(objects) from counts join datasets using (dataset_id)
-        where task in ('pending', 'retry') group by source
-    """
-    tasks: dict[str, int] = dict(map(tuple, database.read(held)))
-    found.sort(key=lambda one: ("x!-".index(one.mark), -tasks.get(one.about, 0)))
-    rows = [
+        found["no runner", "runner"] = mark, text, "adce.py start"
+    tasks: dict[str, int] = dict(map(tuple, database.read(BY_SOURCE)))
+    rows: Rows = [
         {"": mark, "about": about, "what": text, "holds_up": tasks.get(about) if mark == "x" else None, "try": hint}
-        for _, about, mark, text, hint in found
+        for (name, about), (mark, text, hint) in found.items()
+        if name not in SENT_ONLY
     ]
-    word = "ATTENTION" if found and found[0].mark != "-" else "FILLING" if gaps else "COMPLETE"
+    rows.sort(key=lambda row: ("x!-".index(row[""]), -(row["holds_up"] or 0)))
+    word = "ATTENTION" if rows and rows[0][""] != "-" else "FILLING" if gaps else "COMPLETE"
     amount = f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
-    up = f"up {state['uptime']}" if is_registered else state["runner"]
+    up = f"up {state['uptime']}" if "uptime" in state else state["runner"]
     return Section("verdict", f"{word}  {amount}  runner {up}", rows, empty="")
 
 
@@ -6481,7 +6404,10 @@ def page(database: Database, configuration: Configuration, now: float, year: int
     )
     title = html.escape(f"ADCE: {status['verdict'].title}".replace("  ", ", "))
     news = [dataclasses.replace(status["verdict"], title=""), status["alerts"], status["broken_channels"]]
-    year = year or latest_year(database, now)
+    today, days = day_of(now).isoformat(), dict[str, dict[str, tuple[int, int]]]()
+    year = year or int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
+    for name, day, expected, present in database.read(CALENDAR, {"year": year}):
+        days.setdefault(name, {})[day] = expected, present
     links = (
         f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in range(year - 5, year + 2)
     )
@@ -6493,46 +6419,13 @@ def page(database: Database, configuration: Configuration, now: float, year: int
 {_blocks([*(part for part in news if part.rows), coverage])}
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
 <p>A square is a day: dark blue when all of it is there, light blue when a part is, orange when nothing is, grey when
-nothing is expected.</p>{"".join(_calendar(name, year, days) for name, days in days_of(database, year).items())}
+nothing is expected.</p>{"".join(_calendar(name, year, those) for name, those in days.items())}
 {_blocks(parts)}</main></body></html>
 """
 
 
 def _blocks(sections: Sequence[Section]) -> str:
     return "".join(WIDE.format(render([section], "html")) for section in sections)
-
-
-def latest_year(database: Database, now: float) -> int:
-    """The last year, up to now, that has days."""
-    today = day_of(now).isoformat()
-    return int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
-
-
-def days_of(database: Database, year: int) -> dict[str, dict[str, tuple[int, int]]]:
-    """Expected and present objects of each day of a year, by dataset."""
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, day, expected, present in database.read(CALENDAR, {"year": year}):
-        found.setdefault(name, {})[day] = expected, present
-    return found
-
-
-def coverage_sections(database: Database, filters: Mapping[str, Any], now: float | None = None) -> list[Section]:
-    """What is expected and what is there, by dataset and season, or of what has a day by that, the latest first; with
-    `now` also a year in a line for each dataset, a letter for each week."""
-    year, by_day = filters.get("year"), filters.get("by_day")
-    (section,) = answers(database, (BY_DAY if by_day else COVERAGE,), **filters)
-    if by_day or now is None:
-        return [dataclasses.replace(section, empty=f"nothing of {year}") if by_day and year else section]
-    year, rows = year or latest_year(database, now), []
-    for name, days in days_of(database, year).items():
-        weeks = [(0, 0)] * 53
-        for day, (expected, present) in days.items():
-            week = (datetime.date.fromisoformat(day).timetuple().tm_yday - 1) // 7
-            weeks[week] = weeks[week][0] + expected, weeks[week][1] + present
-        letters = ("." if not wanted else "#" if have == wanted else "+" if have else "x" for wanted, have in weeks)
-        rows.append({"dataset": name, "weeks": "".join(letters)})
-    title = f"The weeks of {year}: # all there, + a part, x nothing, . nothing expected"
-    return [section, Section("weeks", title, rows, empty="no dataset has days in it")]
 
 
 def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> str:
@@ -6652,7 +6545,7 @@ class HealthServer(http.server.ThreadingHTTPServer):
             return 200, JSON, render(status_sections(self.database, self.configuration, now), "json")
         if path == "/tasks":
             filters = {name: options.get(name) for name in ("state", "dataset", "source")}
-            return 200, JSON, json.dumps(tasks_document(self.database, filters, 100, now))
+            return 200, JSON, json.dumps(tasks_document(self.database, filters, 100))
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
             return 200, "text/html; charset=utf-8", page(self.database, self.configuration, now, year)
@@ -6734,7 +6627,7 @@ class Journal:
         self.stream, self.is_journald = self.handler.stream, _is_journald(self.handler.stream)
         self.handler.setLevel(level)
         self.database_error: str | None = None  # as last reported
-        self.paused: set[str] = set()  # sources, as last reported
+        self.paused: dict[str, float] = {}  # until when, by source, as last reported
         self.screen: LiveScreen | None = None
         self.next_paint_at = -math.inf  # boot
 
@@ -6751,7 +6644,7 @@ class Journal:
         number = getattr(logging, level)
         head = LEVELS[level] if self.is_journald else f"{utc_text(self.clock.wall())} {level:5} "
         words = [f" {name}={_logged(value)}" for name, value in fields.items() if value is not None]
-        line = "".join([head, event, *words])
+        line = f"{head}{event}{''.join(words)}"
         if number >= self.handler.level and self.screen:
             self.screen.note(line)
         elif number >= self.handler.level:
@@ -6765,12 +6658,18 @@ class Journal:
         elif before and not error:
             self.write("INFO", "database", works="again")
 
-    def report_resumed(self, database: Database) -> None:
-        """Log the sources whose pause is over."""
-        paused = {row[0] for row in database.read("select scope from rates where blocked_until is not null")}
-        for scope in sorted(self.paused - paused):
+    def report_pauses(self, database: Database) -> None:
+        """Log the pauses of sources that have begun since the last call, and those that are over."""
+        sql = "select scope, paused_until, reason from scopes where paused_until > ?"
+        now = self.clock.boot()
+        paused = {row["scope"]: row for row in database.read(sql, (now,))}
+        for scope, (_, until, reason) in paused.items():
+            if self.paused.get(scope) != until:
+                begun = {"source": scope, "until": utc_text(self.clock.wall() + until - now), "reason": reason}
+                self.write("WARN", "paused", **begun)
+        for scope in sorted(self.paused.keys() - paused.keys()):
             self.write("INFO", "resumed", source=scope)
-        self.paused = paused
+        self.paused = {scope: row["paused_until"] for scope, row in paused.items()}
 
 
 def _logged(value: Any) -> str:
@@ -6810,11 +6709,8 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
 
 def announce_cycle(journal: Journal, database: Database) -> None:
     """One line for the cycle that has just ended."""
-    sql = """
-        select cycle_id as id, expected, present, missing, stale, suspect, created, closed, listed, seconds, error
-        from cycles order by cycle_id desc limit 1
-    """
-    (row,) = query(database, sql)
+    figures = "expected, present, missing, stale, suspect, created, closed, listed, seconds, error"
+    (row,) = query(database, f"select cycle_id as id, {figures} from cycles order by cycle_id desc limit 1")  # noqa: S608
     journal.write("ERROR" if row["error"] else "INFO", "cycle", **row)
 
 
@@ -6900,14 +6796,11 @@ def status_lines(
 ) -> tuple[list[str], list[str]]:
     """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
     judged, (tasks,) = verdict(database, configuration, now), answers(database, STATUS[1:2])[0].rows
-    ended, left = seconds_left(database, now)
-    counts = ", ".join(f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry")
-    rate = f"; {ended:,} done in the last minute" if ended else ""
-    head = [
-        judged.title,
-        f"cycle   {_cycle_text(database, now, next_cycle_in)}",
-        f"tasks   {counts or 'none open'}{rate}{f'; about {format_duration(left)} left' if left else ''}",
-    ]
+    counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
+    if minutes := minutes_left(database):
+        counts.append(f"about {format_duration(minutes * MINUTE)} at the limits of the sources")
+    head = [judged.title, f"cycle   {_cycle_text(database, now, next_cycle_in)}"]
+    head.append(f"tasks   {', '.join(counts) or 'none open'}")
     body = []
     for row in judged.rows[:MOST_FINDINGS]:
         held = f" holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
@@ -7006,7 +6899,7 @@ class Alerter:
         """The conditions that hold now: name and subject, and a sentence about it."""
         now, error = self.clock.wall(), self.journal.database_error
         holds = conditions(self.database, self.configuration, now, self.started_at, error)
-        found = {(one.name, one.about): one.text for one in holds if one.name not in SHOWN_ONLY}
+        found = {key: text for key, (_, text, _) in holds.items() if key[0] not in SHOWN_ONLY}
         if "disk low" in {name for name, _ in [*found, *self._lasting()]}:
             found = {key: text for key, text in found.items() if not re.search(FULL, text)}
         return found
@@ -7031,10 +6924,8 @@ class Alerter:
                 self._notify(alert, "over: ", f"it lasted {format_duration(alert['seen_at'] - alert['since'])}")
 
     def _begin(self, condition: str, about: str, text: str) -> dict[str, Any]:
-        instants = dict.fromkeys(("since", "seen_at", "notified_at"), int(self.clock.wall()))
-        self.alerts.append(
-            {"condition": condition, "about": about, "text": text, **instants, "ended_at": None, "unsent": []}
-        )
+        begun: dict[str, Any] = {"condition": condition, "about": about, "text": text, "ended_at": None, "unsent": []}
+        self.alerts.append(begun | dict.fromkeys(("since", "seen_at", "notified_at"), int(self.clock.wall())))
         return self.alerts[-1]
 
     def _notify(self, alert: dict[str, Any], prefix: str, text: str) -> None:
@@ -7047,15 +6938,14 @@ class Alerter:
 
     def save(self) -> None:
         """Store the alerts; those that are over and sent are then no longer kept here. Until it succeeds, all are."""
-        put = """
-            insert or replace into alerts
-            values (:condition, :about, :since, :text, :seen_at, :notified_at, :ended_at, :unsent)
-        """
         if not self.alerts:
             return
         try:
             with self.database.transaction() as sql:
-                sql.executemany(put, [{**alert, "unsent": json.dumps(alert["unsent"])} for alert in self.alerts])
+                for alert in self.alerts:
+                    names = ("condition", "about", "since", "text", "seen_at", "notified_at", "ended_at")
+                    values = [*(alert[name] for name in names), json.dumps(alert["unsent"])]
+                    sql.execute("insert or replace into alerts values (?, ?, ?, ?, ?, ?, ?, ?)", values)
         except DatabaseError as error:
             self.journal.write("WARN", "alerts", error=str(error))
         else:
@@ -7119,10 +7009,9 @@ def _http(method: str, address: str, **options: Any) -> None:
     """Send a request to an address that may be a secret. Raises Error, which does not name it."""
     import requests
 
+    options |= {"allow_redirects": False}  # a redirect would lose the body
     try:
-        answer = requests.request(
-            method, revealed(address), timeout=SEND_SECONDS, allow_redirects=False, **options
-        )  # a redirect would lose the body
+        answer = requests.request(method, revealed(address), timeout=SEND_SECONDS, **options)
     except requests.RequestException as error:
         raise Error(_no_answer(error)[1]) from None
     if answer.status_code >= 300:
@@ -7448,9 +7337,8 @@ class Runner:
             if self.stop_reason:
                 return
         preparing.result()
+        declare(self.database, self.configuration, self.clock)
         with self.database.transaction() as sql:
-            declare_limits(sql, self.configuration, self.clock)
-            declare_datasets(sql, self.configuration)
             orphans = requeue_orphans(sql, self.configuration.retry)
             register_runner(sql, address, log, self.clock.wall())
         self.journal.write(
@@ -7526,6 +7414,8 @@ class Runner:
             is_waiting = self.is_waiting
             if openings or is_waiting:
                 is_waiting = keep_places(sql, openings, self.clock.boot(), self.configuration.queue_check_seconds)
+            if self.unrecorded:
+                log.append(functools.partial(self.journal.report_pauses, self.database))
         self.unrecorded.clear()
         self.hops, self.is_waiting = hops, is_waiting
         for claimed in begun:
@@ -7579,15 +7469,11 @@ class Runner:
         if results[0].redirect:
             results = [Result(Outcome.LOST, "stopped before the redirect was followed", requests=results[0].requests)]
         ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
-        endings, pausing = finish(ledger, claimed, results, self.clock, self.rng)
+        endings = finish(ledger, claimed, results, self.clock, self.rng)
         for problem in ledger.problems[:MOST_PROBLEMS]:
             log.append(functools.partial(self.journal.write, "WARN", "children", problem=problem))
         most = self.configuration.retry.max_attempts
         log += [functools.partial(announce_ending, self.journal, claimed, ending, most) for ending in endings]
-        if pausing:
-            until = utc_text(self.clock.wall() + pausing.seconds)
-            paused = {"source": pausing.source, "until": until, "reason": pausing.reason}
-            log.append(functools.partial(self.journal.write, "WARN", "paused", **paused))
 
     def _collect(self) -> None:
         """Record what has finished, if the database takes it now."""
@@ -7602,7 +7488,7 @@ class Runner:
             self.next_beat_at = now + self.beat_seconds
             self.database.check_place()
             announce_progress(self.journal, self.database)
-            self.journal.report_resumed(self.database)
+            self.journal.report_pauses(self.database)
             with self.database.transaction() as sql:
                 sql.execute("update runner set beat_at = ?", (int(self.clock.wall()),))
                 sql.execute("update facts set wall_offset = ?", (self.clock.wall() - now,))
@@ -7832,7 +7718,7 @@ def quote_for_systemd(word: str) -> str:
 
 
 # ---------------------------------------------------------------- Checks
-# Is everything in order? One row for each part, with what to do when it is not. Headline: check_rows().
+# Is everything in order, and what would a run do? Headlines: check_rows(), trial().
 
 # What is wrong with a database, and how many times.
 CONSISTENCY = {
@@ -8015,6 +7901,23 @@ def _check_source(source: Source, _: Configuration) -> str:
     return f"{parts.hostname} is reachable"
 
 
+@contextlib.contextmanager
+def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
+    """A copy of the database, to try on what becomes of it, and the store, which is only read."""
+    store = open_store(configuration.store)
+    with contextlib.ExitStack() as stack:
+        if configuration.database.exists():
+            database = stack.enter_context(contextlib.closing(open_database(configuration.database))).copy()
+        else:
+            database = memory_database()
+        if isinstance(store, FolderStore):
+            if is_store_known(database, configuration):
+                store.require_mark()
+            elif not store.root.exists():  # the first run makes it
+                store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        yield database, store
+
+
 # ---------------------------------------------------------------- Background
 # Processes and signals: the runner started without a terminal, stopped, and its log; a command under a permit.
 # Headlines: start_runner(), stop_runner(), run_held().
@@ -8139,34 +8042,6 @@ def show_log(database: Database, most: int, *, follow: bool) -> None:
         os.execvp(words[0], words)  # noqa: S606  # the system's own programs
     except OSError as error:
         raise Error(f"cannot start {words[0]}: {error.strerror}") from error
-
-
-# ---------------------------------------------------------------- Trials
-# What a configuration would change, tried on a copy of the database. Headlines: trial(), rehearse().
-
-
-@contextlib.contextmanager
-def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
-    """A copy of the database, to try on what becomes of it, and the store, which is only read."""
-    store = open_store(configuration.store)
-    with contextlib.ExitStack() as stack:
-        if configuration.database.exists():
-            database = stack.enter_context(contextlib.closing(open_database(configuration.database))).copy()
-        else:
-            database = memory_database()
-        if isinstance(store, FolderStore):
-            if is_store_known(database, configuration):
-                store.require_mark()
-            elif not store.root.exists():  # the first run makes it
-                store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        yield database, store
-
-
-def declare(database: Database, configuration: Configuration, clock: Clock) -> None:
-    """Make the limits and datasets of a database those of the configuration."""
-    with database.transaction() as sql:
-        declare_limits(sql, configuration, clock)
-        declare_datasets(sql, configuration)
 
 
 # ---------------------------------------------------------------- Command line
@@ -8716,13 +8591,12 @@ def command_task(arguments: Arguments, configuration: Configuration) -> None:
 @command(
     *FILTERS,
     option("--by-day", action="store_true", help="by dataset and day"),
-    option("--year", type=YEAR, help="the year of the days, or of the weeks below the table"),
+    option("--year", type=YEAR, help="only the days of this year"),
 )
 def command_coverage(arguments: Arguments, configuration: Configuration) -> None:
     """Show what is expected and what is there, by dataset and season."""
     database = _existing(configuration)
-    now = Clock().wall() if arguments.format == "table" else None
-    _print(arguments, coverage_sections(database, vars(arguments), now))
+    _print(arguments, answers(database, (BY_DAY if arguments.by_day else COVERAGE,), **vars(arguments)))
 
 
 @command(option("--online", action="store_true", help="the sources too"))

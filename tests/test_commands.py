@@ -604,7 +604,7 @@ def test_retry_of_nothing_asks_nothing(folder):
 def test_coverage_of_a_year_shows_its_days(folder):
     rows = json.loads(run_adce("coverage", "--by-day", "--year", "2025", "--format", "json", folder=folder).stdout)
     assert {row["day"][:4] for row in rows} == {"2025"}
-    assert "nothing of 2024" in run_adce("coverage", "--by-day", "--year", "2024", folder=folder).stdout
+    assert "no object has such a day" in run_adce("coverage", "--by-day", "--year", "2024", folder=folder).stdout
 
 
 def test_rules_for_prometheus_know_the_pace_and_the_port(tmp_path):

@@ -189,6 +189,18 @@ def test_restored_database_asks_nobody_until_what_it_does_not_know_has_left_the_
     copy.close()
 
 
+def test_restored_database_keeps_a_pause_that_lasts_longer(desk, tmp_path):
+    with desk.database.transaction() as sql:
+        adce.pause(sql, "shop", 7200, "asked to", desk.clock.boot())
+    adce.back_up(tmp_path / "adce.db", tmp_path / "copy.db")
+    copy = adce.open_database(tmp_path / "copy.db")
+    with copy.transaction() as sql:
+        adce.declare_limits(sql, desk.configuration, desk.clock)
+        opens = adce.opening(sql, desk.configuration.rate_limiting, "shop", desk.clock.boot())
+    copy.close()
+    assert opens.at == 50_000.0 + 7200
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

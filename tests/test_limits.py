@@ -74,11 +74,12 @@ class Desk:
 
     def respond(
         self, outcome: adce.Outcome, retry_after: float | None = None, status: int | None = None, **source
-    ) -> adce.Pause | None:
+    ) -> float | None:
+        """The seconds of the pause that this response causes."""
         with self.database.transaction() as sql:
             described = adce.Source("espn", **source)
-            answer = adce.Answer(outcome, "told so", status, retry_after)
-            return adce.record_response(sql, described, answer, self.clock.boot()).pause
+            answer = adce.Result(outcome, "told so", status, retry_after=retry_after)
+            return adce.record_response(sql, described, answer, self.clock.boot()).pause_seconds
 
 
 def test_window_opens_when_a_finished_request_leaves_it():
@@ -265,15 +266,13 @@ def test_pauses_are_merged_to_the_longest():
 @pytest.mark.parametrize(("asked", "paused"), [(-5, 0), (0, 0), (30, 30), (10 * 365 * 86400, 86400)])
 def test_retry_after_is_obeyed_for_a_day_at_most(asked, paused):
     pause = Desk(limiting()).respond(adce.Outcome.THROTTLED, retry_after=asked)
-    assert pause
-    assert pause.seconds == paused
+    assert pause == paused
 
 
 def test_pause_without_retry_after_doubles_until_a_good_answer():
     desk, lengths = Desk(limiting()), []
     for outcome in [adce.Outcome.THROTTLED] * 3 + [adce.Outcome.OK, adce.Outcome.THROTTLED]:
-        pause = desk.respond(outcome)
-        lengths.append(pause.seconds if pause else None)
+        lengths.append(desk.respond(outcome))
         desk.clock.advance(10_000)
     assert lengths == [60, 120, 240, None, 60]
 
@@ -287,9 +286,8 @@ def test_answers_to_requests_from_before_a_pause_do_not_lengthen_it():
 def test_good_answer_to_a_request_from_before_a_pause_does_not_say_that_the_source_is_back():
     desk, lengths = Desk(limiting()), []
     for _ in range(3):
-        pause = desk.respond(adce.Outcome.THROTTLED)
+        lengths.append(desk.respond(adce.Outcome.THROTTLED))
         desk.respond(adce.Outcome.OK)
-        lengths.append(pause and pause.seconds)
         desk.clock.advance(1000)
     assert lengths == [60, 120, 240]
 
@@ -299,8 +297,7 @@ def test_five_workers_that_are_told_to_wait_at_once_make_one_pause():
     for _ in range(5):
         desk.respond(adce.Outcome.THROTTLED, retry_after=5)
     desk.clock.advance(6)
-    pause = desk.respond(adce.Outcome.THROTTLED)
-    assert pause and pause.seconds == 120
+    assert desk.respond(adce.Outcome.THROTTLED) == 120
 
 
 @pytest.mark.parametrize(
@@ -325,7 +322,7 @@ def test_so_many_failures_in_a_row_pause_a_source_and_a_good_answer_between_them
 def test_so_many_server_errors_in_a_row_pause_a_source_and_no_other_status_does(status, is_away, times):
     desk, blocked = Desk(limiting()), adce.BlockedWhen(failures_in_a_row=times)
     pauses = [desk.respond(adce.Outcome.HTTP_ERROR, status=status, blocked_when=blocked) for _ in range(times)]
-    assert [pause and pause.seconds for pause in pauses] == [None] * (times - 1) + [60 if is_away else None]
+    assert pauses == [None] * (times - 1) + [60 if is_away else None]
 
 
 @pytest.mark.parametrize("outcome", [adce.Outcome.LOST, adce.Outcome.STORE_ERROR])

@@ -92,7 +92,8 @@ def test_unknown_source_is_told_with_the_likely_one(limiter):
         pass
 
 
-def test_closed_limiter_ends_every_wait_at_once_and_keeps_no_place(limiter):
+def test_closed_limiter_ends_every_wait_at_its_next_look_and_keeps_no_place(limiter, monkeypatch):
+    monkeypatch.setattr(adce, "LOOK_AGAIN_SECONDS", 0.5)
     limiter.clock = adce.Clock()
     limiter.acquire("espn")
     errors: list[adce.Error] = []

@@ -89,7 +89,7 @@ class Desk:
         self.busy[claimed.dataset.name] -= 1
         with self.database.transaction() as sql:
             ledger = adce.Ledger(sql, self.configuration, self.clock.wall(), 1)
-            return adce.finish(ledger, claimed, results, self.clock, self.dice)[0]
+            return adce.finish(ledger, claimed, results, self.clock, self.dice)
 
     def end(self, claimed: adce.Claim, outcome: adce.Outcome) -> adce.Ending:
         """Finish a claim of one task with an outcome; OK stores its object."""
@@ -176,6 +176,27 @@ def test_last_worker_is_left_to_a_source_that_has_none_whatever_matters_more(con
     assert [desk.claim().dataset.name for _ in range(5)] == ["teams"] * 4 + ["days"]
 
 
+def test_no_worker_is_left_to_a_source_that_is_paused(desk):
+    for team in "ABCDE":
+        desk.expect("teams", team=team)
+    desk.expect("days", date="2025-10-01")
+    with desk.database.transaction() as sql:
+        adce.pause(sql, "espn", 300, "asked to", desk.clock.boot())
+    assert [desk.claim().dataset.name for _ in range(5)] == ["teams"] * 5
+
+
+def test_one_program_at_a_time_asks_whether_its_source_is_back(desk):
+    for season in ("S1", "S2"):
+        desk.expect("files", season=season, name="a")
+    desk.end(desk.claim(), adce.Outcome.THROTTLED)
+    desk.clock.advance(adce.HOUR)
+    first = desk.claim()
+    assert first
+    assert desk.claim() is None
+    desk.end(first, adce.Outcome.OK)
+    assert desk.claim()
+
+
 def test_task_that_has_seen_runners_die_waits_until_it_is_alone_and_nothing_overtakes_it(desk):
     desk.expect("files", season="S1", name="a")
     for _ in range(2):
@@ -191,6 +212,35 @@ def test_task_that_has_seen_runners_die_waits_until_it_is_alone_and_nothing_over
     assert (suspect.dataset.name, suspect.runs_exclusively) == ("files", True)
     desk.end(suspect, adce.Outcome.OK)
     assert desk.claim().dataset.name == "teams"
+
+
+def test_task_that_has_seen_runners_die_is_in_no_batch(desk):
+    def claimed() -> list[str]:
+        held = desk.claim()
+        names = [task.target.fields["name"] for task in held.tasks]
+        desk.finish(held, *(result(task, adce.Outcome.OK, desk.clock) for task in held.tasks))
+        return names
+
+    desk.expect("files", season="S1", name="a")
+    desk.end(desk.claim(), adce.Outcome.INVALID)
+    desk.expect("files", season="S1", name="b")
+    for _ in range(2):
+        assert len(desk.claim().tasks) == 1
+        lose_all(desk)
+    desk.clock.advance(adce.HOUR)
+    desk.expect("files", season="S1", name="c")
+    desk.expect("files", season="S1", name="d")
+    desk.expect("files", season="S1", name="e")
+    assert [claimed() for _ in range(3)] == [["a", "c", "d"], ["b"], ["e"]]
+
+
+def test_only_runners_that_die_in_a_row_make_a_task_suspect(desk):
+    desk.expect("teams", team="A")
+    for _ in range(3):
+        assert not desk.claim().runs_exclusively
+        lose_all(desk)
+        assert desk.database.value("select last_error from queue") == "the runner crashed"
+        desk.end(desk.claim(), adce.Outcome.LOST)
 
 
 def lose_all(desk: Desk) -> None:
@@ -210,6 +260,7 @@ def test_among_equals_the_oldest_goes_first(desk):
 
 def test_without_weighting_priority_decides_and_then_age_across_datasets(configure, database, clock):
     desk = Desk(configure("priority_weighting: {enabled: false}\n" + TEXT.replace("HIGH", "LOW")), database, clock)
+    desk.drop(desk.expect("days", date="2025-10-01"))
     for name, fields in (
         ("teams", {"team": "A"}),
         ("days", {"date": "2025-10-01"}),
@@ -267,11 +318,30 @@ def test_task_gives_up_after_so_many_failures_and_stays_visible(desk):
     assert 45 <= delays[0] <= 77
     assert 89 <= delays[1] <= 152
     assert desk.claim() is None
-    assert desk.database.value("select last_error from queue where state = 'gave_up'") == "it was http_error"
+    row = desk.database.read("select attempts, last_error from queue where state = 'gave_up'")[0]
+    assert tuple(row) == (3, "it was http_error")
+
+
+@pytest.mark.parametrize(("day", "failures"), [("2025-10-02", 0), ("2025-10-01", 1)])
+def test_object_that_is_not_there_is_a_failure_once_its_day_is_a_week_ago(desk, day, failures):
+    desk.expect("days", date=day)
+    assert desk.end(desk.claim(), adce.Outcome.NOT_YET).failures == failures
+
+
+def test_retries_wake_by_the_page(desk, monkeypatch):
+    monkeypatch.setattr(adce, "PAGE", 2)
+    for team in "ABCDE":
+        desk.expect("teams", team=team)
+        desk.end(desk.claim(), adce.Outcome.INVALID)
+    with desk.database.transaction() as sql:
+        assert [adce.wake_retries(sql, desk.clock.wall() + adce.HOUR) for _ in range(4)] == [2, 2, 1, 0]
 
 
 def test_object_that_is_not_final_waits_and_its_good_attempts_do_not_lengthen_a_later_wait(desk):
     desk.expect("days", date="2025-10-01")
+    for _ in range(3):
+        desk.end(desk.claim(), adce.Outcome.THROTTLED)
+        desk.clock.advance(adce.HOUR)
     unsettled = dataclasses.replace(HELD, settled=False)
     for _ in range(8):
         claimed = desk.claim()
@@ -294,6 +364,29 @@ def test_object_that_is_not_final_is_claimed_again_when_it_is_due_and_not_before
     assert desk.claim() is None
     desk.clock.advance(1)
     assert desk.claim()
+
+
+@pytest.mark.parametrize(("size", "age"), [(9, 6 * adce.HOUR), (9, 7 * adce.HOUR), (1 << 40, 0)])
+def test_object_that_is_a_gap_when_it_was_just_stored_is_not_fetched_again_at_once(desk, size, age):
+    """The clock of the store is wrong, or the size that it tells."""
+    desk.expect("days", date="2025-10-01")
+    claimed = desk.claim()
+    stored = adce.StoredObject(claimed.tasks[0].target.key, size, "etag", int(desk.clock.wall() - age))
+    unsettled = dataclasses.replace(HELD, settled=False)
+    ending = desk.finish(claimed, adce.Result(adce.Outcome.OK, stored=stored, inspection=unsettled, requests=1))[0]
+    assert (ending.state, ending.next_at) == ("retry", desk.clock.wall() + 61)
+
+
+def test_object_without_a_day_is_fetched_once_more_and_not_again(configure, database, clock):
+    text = TEXT.replace('url: "/{team}"', 'url: "/{team}"\n    freshness: {refetch_once_after: 1h}')
+    desk = Desk(configure(text), database, clock)
+    desk.expect("teams", team="A")
+    for _ in range(2):
+        desk.end(desk.claim(), adce.Outcome.OK)
+        clock.advance(adce.HOUR)
+        with database.transaction() as sql:
+            adce.appraise_due(adce.Ledger(sql, desk.configuration, clock.wall()))
+    assert desk.claim() is None
 
 
 def test_good_attempt_clears_the_failures_before_it(desk):
@@ -329,6 +422,13 @@ def test_wait_of_a_task_grows_with_its_own_attempts_and_not_with_those_of_others
         assert 45 <= wait_of(team) <= 77
     desk.clock.advance(adce.HOUR)
     assert 89 <= wait_of("A") <= 152
+
+
+def test_lost_attempts_do_not_lengthen_a_later_wait(desk):
+    desk.expect("teams", team="A")
+    for _ in range(3):
+        desk.end(desk.claim(), adce.Outcome.LOST)
+    assert 45 <= desk.end(desk.claim(), adce.Outcome.THROTTLED).next_at - desk.clock.wall() <= 77
 
 
 @pytest.mark.parametrize("outcome", [adce.Outcome.THROTTLED, adce.Outcome.STORE_ERROR])
@@ -389,6 +489,23 @@ def test_store_failure_pauses_everything(desk):
     assert desk.claim()
 
 
+def test_object_that_a_program_left_and_that_is_invalid_is_suspect_at_once(desk):
+    desk.expect("files", season="S1", name="a")
+    claimed = desk.claim()
+    left = result(claimed.tasks[0], adce.Outcome.OK, desk.clock)
+    wrong = adce.Inspection(valid=False, verdict="not JSON", settled=False, live=False, mentions={})
+    desk.finish(claimed, dataclasses.replace(left, outcome=adce.Outcome.INVALID, inspection=wrong))
+    assert [tuple(row) for row in desk.database.read("select kind, reason, task_state from gaps")] == [
+        ("suspect", "not JSON", "retry")
+    ]
+
+
+def test_task_whose_permit_was_refused_waits_until_it_is_possible(desk):
+    desk.expect("files", season="S1", name="a")
+    ending = desk.finish(desk.claim(), adce.Result(adce.Outcome.LOST, "no permit", retry_after=300.0))[0]
+    assert (ending.state, ending.next_at, ending.failures) == ("retry", desk.clock.wall() + 301, 0)
+
+
 def test_late_finish_of_a_lost_attempt_changes_nothing(desk):
     desk.expect("teams", team="A")
     lost = desk.claim()
@@ -408,6 +525,7 @@ def test_object_that_was_dropped_meanwhile_cancels_its_task(desk):
     claimed = desk.claim()
     desk.drop(object_id)
     assert desk.end(claimed, adce.Outcome.OK).state == "cancelled"
+    assert desk.states() == {"cancelled": 1}
 
 
 def test_batch_takes_the_tasks_that_share_a_field(desk):
@@ -440,6 +558,7 @@ def test_success_rate_follows_the_latest_attempts(desk):
     desk.end(desk.claim(), adce.Outcome.HTTP_ERROR)
     rate, bonus = desk.database.read("select success_rate, bonus from datasets where dataset = 'teams'")[0]
     assert (rate, bonus) == (pytest.approx(0.9), pytest.approx(18))
+    desk.end(desk.claim(), adce.Outcome.LOST)
     desk.end(desk.claim(), adce.Outcome.OK)
     assert desk.database.value("select success_rate from datasets where dataset = 'teams'") == pytest.approx(0.91)
 
@@ -457,6 +576,12 @@ def test_daily_totals_are_the_sums_of_the_attempts_lost_ones_included(desk):
         adce.requeue_orphans(sql, desk.configuration.retry)
     totals = {row["outcome"]: (row["attempts"], row["seconds"]) for row in desk.database.read("select * from stats")}
     assert totals == {"ok": (2, 4.0), "invalid": (1, 2.0), "lost": (3, 2.0)}
+
+
+def test_daily_totals_tell_the_priority_of_what_is_done(desk):
+    desk.expect("days", date="2025-10-01")
+    desk.end(desk.claim(), adce.Outcome.OK)
+    assert desk.database.value("select priority from stats") == "HIGH"
 
 
 def fill(desk: Desk, count: int) -> None:

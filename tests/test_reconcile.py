@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import tempfile
 import threading
@@ -153,12 +154,15 @@ def test_object_that_somebody_else_wrote_closes_its_gap_without_an_attempt(desk,
 
 
 def test_object_that_vanished_is_missing_again_with_a_task_of_its_own(desk, lake):
+    desk.cycle()
+    answer(desk, adce.Outcome.INVALID)
     lake.put_day(1, [])
     desk.cycle()
     lake.delete("days/2025-10-01.json")
     desk.cycle()
     assert desk.gaps()["days/2025-10-01.json"] == "missing"
-    assert "days/2025-10-01.json" in desk.live_tasks()
+    task = "select state, attempts, last_error from queue where key = 'days/2025-10-01.json'"
+    assert tuple(desk.database.read(task)[0]) == ("pending", 0, None)
 
 
 @pytest.mark.parametrize("body", [b"<html>error page</html>", b"", b'{"a": 1}'])
@@ -194,6 +198,45 @@ def test_only_the_gap_that_changed_its_kind_is_tried_at_once(desk, lake):
     assert states == ["pending", *["retry"] * 4]
 
 
+def test_gap_whose_kind_stays_waits_on_whatever_else_changes(configure, database, lake, clock):
+    text = "retry: {initial_delay_seconds: 3600}\n" + TEXT
+    desk = Desk(configure(text), database, lake, clock)
+    desk.cycle()
+    answer(desk, adce.Outcome.NOT_YET)
+    before = waits(desk)
+    assert [state for state, _ in before] == ["retry"] * 5
+    desk.declare(configure("priority_weighting: {age_weight: 7}\n" + text))
+    desk.cycle()
+    assert waits(desk) == before
+
+
+def test_gap_that_changes_its_kind_after_a_failure_waits_on(configure, database, lake, clock):
+    desk = Desk(configure("retry: {initial_delay_seconds: 3600}\n" + TEXT), database, lake, clock)
+    lake.store.write("days/2025-10-01.json", b"<html>sorry, be back soon</html>")
+    desk.cycle()
+    answer(desk, adce.Outcome.INVALID)
+    before = waits(desk)
+    lake.delete("days/2025-10-01.json")
+    desk.cycle()
+    assert set(desk.gaps().values()) == {"missing"}
+    assert waits(desk) == before
+
+
+def waits(desk: Desk) -> list[tuple]:
+    return [tuple(row) for row in desk.database.read("select state, next_at from queue order by key")]
+
+
+def answer(desk: Desk, outcome: adce.Outcome) -> None:
+    """Every pending task is attempted once, with this outcome."""
+    with desk.database.transaction() as sql:
+        while claimed := adce.claim(sql, desk.configuration, desk.clock, {}, 5)[0]:
+            ledger, results = (
+                adce.Ledger(sql, desk.configuration, desk.clock.wall()),
+                [adce.Result(outcome, requests=1)],
+            )
+            adce.finish(ledger, claimed, results, desk.clock, random.Random(1))
+
+
 def test_parent_is_read_once_for_each_version(desk, lake):
     lake.put_day(1, ["7"])
     reads: list[str] = []
@@ -213,13 +256,30 @@ def test_parent_is_read_once_for_each_version(desk, lake):
 
 
 def test_child_that_no_parent_names_any_more_is_dropped(desk, lake):
-    lake.put_day(1, ["7", "8"])
+    lake.put_day(1, ["7", "8", "9"])
     lake.put_day(2, ["8"])
+    lake.put_game("9")
     desk.cycle()
     lake.put_day(1, [])
     row = desk.cycle()
     assert {key for key in desk.gaps() if key.startswith("games/")} == {"games/8.json"}
-    assert (row["closed"], row["dropped"]) == (1, 1)
+    assert (row["closed"], row["dropped"]) == (1, 2)
+
+
+def test_parents_that_name_more_than_a_page_are_followed_to_the_end(desk, lake, monkeypatch):
+    monkeypatch.setattr(adce, "EXPECTED_AT_ONCE", 2)
+    lake.put_day(1, list("12345"))
+    lake.put_day(2, ["5", "6"])
+    desk.cycle()
+    assert {key for key in desk.gaps() if key.startswith("games/")} == {f"games/{game}.json" for game in "123456"}
+
+
+def test_new_day_is_expected_when_it_begins_where_its_games_are_played(configure, database, lake, clock):
+    dates = "from: 2025-10-08, until: today, timezone: Asia/Tokyo"
+    desk = Desk(configure(TEXT.replace("from: 2025-10-01, to: 2025-10-05", dates)), database, lake, clock)
+    assert desk.cycle()["expected"] == 2
+    clock.advance(7 * adce.HOUR)  # the 10th there, the 9th in UTC
+    assert desk.cycle()["expected"] == 3
 
 
 def test_game_that_two_days_name_is_one_object(desk, lake):
@@ -379,17 +439,29 @@ def note_stored(ledger: adce.Ledger, lake: Lake, key: str) -> None:
     ledger.write([ledger.appraised(ledger.stored(known, stored, found))])
 
 
-def test_object_written_during_a_cycle_is_not_taken_for_lost(desk, lake):
-    lake.put_day(1, [])
+@pytest.mark.parametrize(("before", "listing"), [("stale", "days/"), ("missing", "days/"), ("lost", "games/")])
+def test_object_that_is_stored_during_a_cycle_is_not_taken_for_what_was_listed(before, listing, desk, lake):
+    """Before its own listing is compared, or before what is lost is noted."""
+    key = "days/2025-10-01.json"
+
+    class Overtaken(adce.FolderStore):
+        def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
+            entries = list(super().list(prefix, after))
+            if prefix == listing:
+                lake.put_day(1, ["7"])
+                number = desk.database.value("select max(cycle_id) from cycles")
+                with desk.database.transaction() as sql:
+                    note_stored(adce.Ledger(sql, desk.configuration, desk.clock.wall(), number), lake, key)
+            yield from entries
+
+    if before != "missing":
+        lake.put_day(1, [], final=False)
     desk.cycle()
-    lake.delete("days/2025-10-01.json")
-    steps = adce.reconcile(desk.database, desk.configuration, lake.store, desk.clock)
-    cycle_id = next(steps)
-    lake.put_day(1, [])
-    with desk.database.transaction() as sql:
-        note_stored(adce.Ledger(sql, desk.configuration, desk.clock.wall(), cycle_id), lake, "days/2025-10-01.json")
-    adce.run_cycle(steps)
-    assert "days/2025-10-01.json" not in desk.gaps()
+    if before == "lost":
+        lake.delete(key)
+    desk.cycle(Overtaken(lake.store.root))
+    assert key not in desk.gaps()
+    assert desk.database.value("select etag from objects_now where key = ?", (key,)) == lake.store.find(key).etag
 
 
 def test_object_that_is_fetched_anew_while_a_cycle_reads_it_keeps_what_was_fetched(desk, lake):
@@ -521,6 +593,67 @@ def test_children_that_a_refetched_parent_names_no_more_are_dropped_by_the_next_
     assert {key for key in desk.gaps() if key.startswith("games/")} == {"games/8.json", "games/9.json"}
 
 
+def test_what_a_fetched_parent_names_is_decided_by_the_next_cycle_when_it_is_not_new_or_no_key(desk, lake):
+    def parent() -> str:
+        return desk.database.value("select parent from objects_now where key = 'games/7.json'")
+
+    lake.put_day(2, ["7"])
+    desk.cycle()
+    fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["7"]})
+    assert parent() == "days/2025-10-02.json"
+    assert desk.cycle()["error"] is None
+    assert parent() == "days/2025-10-01.json"
+    fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["7", "x" * 400]})
+    assert desk.cycle()["error"].startswith("days/2025-10-01.json: games: the key games/xxx")
+
+
+@pytest.mark.parametrize(("was_there", "state"), [(False, "missing"), (True, "awaited")])
+def test_game_that_a_fetched_day_names_again_is_expected_at_once(was_there, state, desk, lake):
+    """What is in the store of it, the next cycle says."""
+    lake.put_day(1, ["7"])
+    if was_there:
+        lake.put_game("7")
+    desk.cycle()
+    lake.put_day(1, [])
+    desk.cycle()
+    fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["7"]})
+    assert desk.database.value("select state from objects_now where key = 'games/7.json'") == state
+
+
+MORE = """\
+  tickets:
+    {source: espn, key: "tickets/{id}", url: "/{id}", partitions: {from: days, ids: "tickets", as: id}}
+  extra:
+    {source: espn, key: "days/extra/{date}.json", url: /x, partitions: {dates: {from: 2025-10-01, to: 2025-10-01}}}
+  bills:
+    {source: espn, key: "bills/{id}", url: "/{id}", partitions: {from: extra, ids: "games", as: id}}
+"""
+
+
+def test_each_dataset_has_the_ids_of_its_own_parents_and_expression(configure, database, lake, clock):
+    desk = Desk(configure(TEXT + MORE), database, lake, clock)
+    lake.put("days/2025-10-01.json", {"final": True, "games": ["1"], "tickets": ["2"]})
+    lake.put("days/extra/2025-10-01.json", {"games": ["3"]})
+    desk.cycle()
+    fetch(desk, lake, "days/2025-10-02.json", {"final": True, "games": ["4"], "tickets": ["5"]})
+    named = {key for key in desk.gaps() if not key.startswith("days/")}
+    assert named == {"games/1.json", "tickets/2", "bills/3", "games/4.json", "tickets/5"}
+
+
+def test_every_object_is_looked_through_whatever_the_number_at_once(desk, configure, lake, monkeypatch):
+    monkeypatch.setattr(adce, "SCANNED_AT_ONCE", 2)
+    for day in range(1, 6):
+        lake.put_day(day, [])
+    desk.cycle()
+    strict = TEXT.replace("{json: true, min_bytes: 10}", '{json: true, require: ["more"]}')
+    desk.declare(configure(strict))
+    desk.cycle()
+    assert desk.gaps() == {f"days/2025-10-0{day}.json": "suspect" for day in range(1, 6)}
+    desk.declare(configure(strict.replace("to: 2025-10-05", "to: 2025-10-01")))
+    desk.cycle()
+    assert desk.gaps() == {"days/2025-10-01.json": "suspect"}
+
+
 def test_refetched_parent_that_names_far_less_is_followed_by_the_next_cycle(configure, database, lake, clock):
     desk, games = Desk(configure(TEXT), database, lake, clock), [f"g{number}" for number in range(200)]
     lake.put_day(1, games)
@@ -575,22 +708,32 @@ def test_datasets_that_only_change_their_names_keep_all(configure, database, lak
     assert {row[0] for row in database.read("select dataset from queue")} == {"boards", "matches"}
 
 
-def test_renamed_field_reaches_the_children_of_children(configure, database, lake, clock):
-    """Objects of an older declaration, whose fields have other names, are not asked for the names of others."""
-    grand = """\
+PLAYS = """\
   plays:
     source: espn
     key: "plays/{game_id}-{play}.json"
     url: "/plays/{game_id}/{play}"
     partitions: {from: games, ids: "plays", as: play}
 """
-    desk = Desk(configure(TEXT + grand), database, lake, clock)
+
+
+def test_game_that_is_named_no_more_takes_its_plays_along_and_brings_them_back(configure, database, lake, clock):
+    desk = Desk(configure(TEXT + PLAYS), database, lake, clock)
+    lake.put("games/7.json", {"id": "7", "plays": ["1", "2"]})
+    for games, expected in ((["7"], 8), ([], 5), (["7"], 8)):
+        lake.put_day(1, games)
+        assert desk.cycle()["expected"] == expected
+
+
+def test_renamed_field_reaches_the_children_of_children(configure, database, lake, clock):
+    """Objects of an older declaration, whose fields have other names, are not asked for the names of others."""
+    desk = Desk(configure(TEXT + PLAYS), database, lake, clock)
     lake.put_day(1, ["7", "8"])
     for game in "78":
         lake.put(f"games/{game}.json", {"id": game, "plays": ["1", "2"]})
         lake.put(f"clubs/{game}.json", {"id": game, "plays": ["1", "2"]})
     assert desk.cycle()["expected"] == 11
-    desk.declare(configure((TEXT + grand).replace("game_id", "club").replace('"games/{club}', '"clubs/{club}')))
+    desk.declare(configure((TEXT + PLAYS).replace("game_id", "club").replace('"games/{club}', '"clubs/{club}')))
     row = desk.cycle()
     assert (row["expected"], row["error"]) == (11, None)
     assert {key for key in desk.gaps() if "days" not in key} == {
@@ -686,15 +829,21 @@ def test_children_of_the_parents_of_before_are_expected_no_more(configure, datab
     assert {key for key in desk.gaps() if key.startswith("games/")} == {"games/9.json"}
 
 
-def test_gap_that_another_version_leaves_open_keeps_its_task(desk, lake):
+def test_gap_that_another_version_leaves_open_keeps_its_task_and_its_beginning(desk, lake):
+    def since() -> int:
+        return desk.database.value("select unixepoch(since) from gaps where key = 'games/7.json'")
+
     lake.put_day(1, ["7"])
     lake.put("games/7.json", {"id": "another"})
     desk.cycle()
-    before = desk.live_tasks()["games/7.json"]
+    before, began = desk.live_tasks()["games/7.json"], since()
     for wrong in ("yet another", "and another"):
         lake.put("games/7.json", {"id": wrong})
         desk.cycle()
-        assert desk.live_tasks()["games/7.json"] == before
+        assert (desk.live_tasks()["games/7.json"], since()) == (before, began)
+    lake.delete("games/7.json")
+    desk.cycle()
+    assert (desk.live_tasks()["games/7.json"], since()) == (before, began + 180)
     lake.put_game("7")
     desk.cycle()
     assert "games/7.json" not in desk.gaps()
@@ -721,6 +870,7 @@ def test_object_that_was_skipped_stays_so_when_it_is_expected_again(meanwhile, d
     desk.cycle()
     assert desk.database.read("select * from skipped") == []
     assert not meanwhile or retry() == 1
+    desk.cycle()
     assert "games/7.json" not in desk.gaps()
     lake.put_day(1, ["7", "8"])
     desk.cycle()
@@ -813,17 +963,20 @@ def test_cycle_that_ends_early_forgets_no_child_that_is_named_no_more(desk, lake
     assert "games/8.json" in desk.gaps()
 
 
-def test_object_that_is_lost_and_named_no_more_in_the_same_cycle_is_no_gap(desk, lake):
+@pytest.mark.parametrize("folder", ["games", "days/games"])
+def test_object_that_is_lost_and_named_no_more_in_the_same_cycle_is_no_gap(folder, configure, database, lake, clock):
+    """Also when it is listed, and lost, before the day that named it is read."""
+    desk = Desk(configure(TEXT.replace('"games/', f'"{folder}/')), database, lake, clock)
     lake.put_day(1, ["7", "8"])
-    lake.put_game("7")
-    lake.put_game("8")
+    for game in "78":
+        lake.put(f"{folder}/{game}.json", {"id": game})
     desk.cycle()
-    assert "games/7.json" not in desk.gaps()
+    assert f"{folder}/7.json" not in desk.gaps()
     lake.put_day(1, ["8"])
-    lake.delete("games/7.json")
+    lake.delete(f"{folder}/7.json")
     desk.cycle()
-    assert "games/7.json" not in desk.gaps()
-    assert desk.database.value("select state from objects_now where key = 'games/7.json'") == "dropped"
+    assert f"{folder}/7.json" not in desk.gaps()
+    assert database.value("select state from objects_now where key = ?", (f"{folder}/7.json",)) == "dropped"
 
 
 def test_clock_that_is_ahead_makes_no_object_fresher(configure, database, lake, clock):
@@ -910,6 +1063,76 @@ def test_object_is_not_expected_before_it_is_available(configure, database, lake
     with database.transaction() as sql:
         assert adce.appraise_due(adce.Ledger(sql, desk.configuration, clock.wall())) == 1
     assert sorted(desk.gaps()) == ["days/2025-10-01.json"]
+
+
+def test_nothing_is_claimed_between_a_changed_declaration_and_its_cycle(desk, configure):
+    def can_claim() -> bool:
+        with desk.database.transaction() as sql:
+            return adce.claim(sql, desk.configuration, desk.clock, {}, 5)[0] is not None
+
+    desk.cycle()
+    desk.declare(configure(TEXT))
+    assert can_claim()
+    desk.declare(configure(TEXT.replace("from: 2025-10-01", "from: 2025-10-03")))
+    assert not can_claim()
+    desk.cycle()
+    assert can_claim()
+
+
+def test_season_and_hours_that_are_declared_later_hold_for_known_objects(desk, configure):
+    desk.cycle()
+    season = 'seasons: [{label: "2025-26", end: 2026, start: 2025-10-01, finish: 2026-06-19}]\n'
+    desk.declare(configure(season + TEXT))
+    desk.cycle()
+    assert {row["season"] for row in desk.database.read("select season from gaps")} == {"2025-26"}
+    later = TEXT.replace("    freshness:", "    available_after: {hours: 240}\n    freshness:")
+    desk.declare(configure(season + later))
+    assert (desk.cycle()["expected"], desk.gaps()) == (0, {})
+
+
+def test_object_that_is_expected_no_more_has_no_state_of_its_own_and_is_never_due(configure, database, lake, clock):
+    text = TEXT.replace(', until: "final"', "")
+    desk = Desk(configure(text), database, lake, clock)
+    for day in range(1, 6):
+        lake.put_day(day, [])
+    lake.store.write("days/2025-10-02.json", b"nonsense")
+    desk.cycle()
+    desk.declare(configure(text.replace("from: 2025-10-01", "from: 2025-10-03")))
+    desk.cycle()
+    left = database.read("select state, reason, due_at from objects_now where state != 'present'")
+    assert list(map(tuple, left)) == [("dropped", None, None)] * 2
+    clock.advance(6 * adce.HOUR)
+    desk.cycle()
+    assert sorted(desk.gaps()) == [f"days/2025-10-0{day}.json" for day in (3, 4, 5)]
+
+
+def test_task_whose_object_came_before_a_crash_is_closed_and_the_object_is_due_as_any_other(
+    configure, database, lake, clock
+):
+    desk, key = Desk(configure(TEXT.replace(', until: "final"', "")), database, lake, clock), "days/2025-10-02.json"
+    desk.cycle()
+    with database.transaction() as sql:
+        assert adce.claim(sql, desk.configuration, clock, {}, 5)[0].tasks[0].target.key == key
+    lake.put_day(2, [])
+    desk.cycle()
+    with database.transaction() as sql:
+        assert adce.requeue_orphans(sql, desk.configuration.retry) == 1
+    assert key not in {row["key"] for row in database.read("select key from queue")}
+    desk.cycle()
+    clock.advance(6 * adce.HOUR)
+    desk.cycle()
+    assert desk.gaps()[key] == "stale"
+
+
+def test_day_that_is_forgotten_takes_along_what_it_named(desk, configure, lake):
+    lake.put_day(1, ["7"])
+    desk.cycle()
+    desk.declare(configure(TEXT.replace("from: 2025-10-01", "from: 2025-10-02")))
+    desk.cycle()
+    with desk.database.transaction() as sql:
+        assert adce.forget(sql, desk.clock.wall() + adce.DAY) == 3  # both objects, and the first cycle
+    assert desk.database.check() == []
+    assert desk.database.value("select count(*) from objects_now") == 4
 
 
 def test_interrupted_cycle_says_so(desk):
@@ -1183,6 +1406,8 @@ def test_counts_follow_whatever_is_done_to_the_objects(desk, lake):
         sql.execute("delete from objects where key = 'games/7.json'")
         sql.execute("update objects set priority = 'LOW', task = 'gave_up' where key like '%03.json'")
         sql.execute("update objects set season = '2025-26' where key like '%02.json'")
+        sql.execute("update objects set priority = 'HIGH' where key like '%04.json'")
+        sql.execute("delete from objects where key like '%05.json'")
     counts = desk.database.read("select * from counts where objects != 0")
     assert {tuple(row)[:5]: row[5] for row in counts} == recount(desk.database)
 

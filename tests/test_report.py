@@ -16,11 +16,14 @@ import adce
 
 DAY = 86400
 GAPS = ("missing", "stale", "suspect")
-EVERYTHING = {"source": None, "dataset": None, "year": None}
 
 
 def section(sections: list[adce.Section], name: str) -> adce.Rows:
     return next(one.rows for one in sections if one.name == name)
+
+
+def coverage(database: adce.Database, question: adce.Section = adce.COVERAGE, **filters: str) -> list[adce.Section]:
+    return adce.answers(database, (question,), **{"source": None, "dataset": None, "year": None, **filters})
 
 
 def objects_by(database: adce.Database, *columns: str) -> Counter[tuple[str, ...]]:
@@ -35,7 +38,7 @@ def tasks_by(database: adce.Database, *columns: str) -> Counter[tuple[str, ...]]
 
 def test_coverage_counts_the_objects(lived):  # noqa: F811
     counts, gave_up = objects_by(lived, "dataset", "season", "state"), tasks_by(lived, "dataset", "state")
-    rows = section(adce.coverage_sections(lived, EVERYTHING), "coverage")
+    rows = section(coverage(lived), "coverage")
     for row in rows:
         told = {state: row[state] for state in ("present", *GAPS)}
         assert told == {state: counts[row["dataset"], row["season"], state] for state in told}
@@ -46,16 +49,14 @@ def test_coverage_counts_the_objects(lived):  # noqa: F811
 
 
 def test_coverage_of_one_source_or_dataset_is_a_part_of_it(lived):  # noqa: F811
-    every = section(adce.coverage_sections(lived, EVERYTHING), "coverage")
-    assert section(adce.coverage_sections(lived, {**EVERYTHING, "source": "league"}), "coverage") == every
-    daily = section(adce.coverage_sections(lived, {**EVERYTHING, "by_day": True}), "coverage")
+    every = section(coverage(lived), "coverage")
+    assert section(coverage(lived, source="league"), "coverage") == every
+    daily = section(coverage(lived, adce.BY_DAY), "coverage")
     assert sum(row["expected"] for row in daily) == sum(row["expected"] for row in every)
     assert [row["day"] for row in daily if row["dataset"] == "days"] == sorted(
         {row["day"] for row in daily}, reverse=True
     )
-    assert section(adce.coverage_sections(lived, {**EVERYTHING, "dataset": "games"}), "coverage") == [
-        row for row in every if row["dataset"] == "games"
-    ]
+    assert section(coverage(lived, dataset="games"), "coverage") == [row for row in every if row["dataset"] == "games"]
 
 
 def test_every_figure_of_the_report_is_a_count_of_the_tables(lived):  # noqa: F811
@@ -178,11 +179,11 @@ def test_task_is_shown_with_all_its_attempts(lived):  # noqa: F811
 
 
 def test_lock_of_another_process_is_not_taken_for_the_last_run(database, tmp_path):
+    lock = adce.RunnerLock(tmp_path / "adce.db")
     with database.transaction() as sql:
         sql.execute(
             "insert into runner (only_row, pid, version, started_at, beat_at) values (1, 4711, '0.9', 100, 200)"
         )
-    lock = adce.RunnerLock(tmp_path / "adce.db")
     assert adce.runner_state(database, lock, 300)["note"] == "exited unexpectedly"
     lock.acquire()
     state = adce.runner_state(database, adce.RunnerLock(tmp_path / "adce.db"), 300)

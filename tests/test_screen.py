@@ -57,12 +57,10 @@ def test_low_terminal_cuts_the_datasets_and_keeps_what_is_done_now(paint):
     assert len(paint(5)) == 4
 
 
-def test_pace_tells_how_long_the_open_tasks_last(paint, database, clock, tmp_path):
-    desk = Desk(adce.load_configuration(tmp_path / "adce.yaml"), database, clock)
-    for _ in range(10):
-        desk.end(desk.claim(), adce.Outcome.OK)
-    clock.advance(30)
-    assert paint(50)[3] == "tasks   30 pending; 10 done in the last minute; about 3 min left"
+def test_limits_tell_how_long_the_open_tasks_last(paint, database):
+    with database.transaction() as sql:
+        sql.execute("insert into windows (scope, window_seconds, max_requests) values ('league', 60, 10)")
+    assert paint(50)[3] == "tasks   40 pending, about 3 min at the limits of the sources"
 
 
 def test_running_cycle_tells_how_far_it_is(paint, database, clock):
