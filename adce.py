@@ -5906,8 +5906,7 @@ listing!: Cycles of the last {span}
            round((max(started_at) - min(started_at)) / 60 / nullif(count(*) - 1, 0), 1) as minutes_between,
            round(avg(seconds), 3) as mean_seconds, round(max(seconds), 3) as longest, count(error) as failed,
            sum(created) as created, sum(closed) as closed, sum(list_calls) as list_calls,
-           -- S3 takes 0.005 USD for 1,000
-           round(sum(list_calls) * 0.005 / 1000, 4) as s3_list_usd
+           round(sum(list_calls) * 0.005 / 1000, 4) as s3_list_usd  -- S3 takes 0.005 USD for 1,000
     from reconciliations where started_at >= :since having count(*) > 0
 """)
 STATUS = questions("""
@@ -5928,7 +5927,8 @@ broken_channels: Channels that do not work
 """)
 COVERAGE, BY_DAY = questions("""
 coverage: Coverage by dataset and season | nothing is expected yet; run a cycle: adce.py reconcile
-    select * from coverage where {FILTER} order by source, dataset, season
+    select source, dataset, season, percent, missing, stale, suspect, gave_up, present, expected, skipped
+    from coverage where {FILTER} order by source, dataset, season
 coverage: Coverage by dataset and day | no object has such a day
     select * from coverage_by_day where {FILTER} and (:year is null or day glob :year || '-*')
     order by source, dataset, day desc
@@ -6009,10 +6009,13 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
-    numeric = {name for name in rows[0] if all(isinstance(row[name], int | float | None) for row in rows)}
-    names, cells = list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]
+    """A table; for people without columns of nothing but zeros."""
+    kept = [name for name in rows[0] if name == "percent" or any(row[name] not in (0, None) for row in rows)]
+    names = kept if kept and style == "table" else list(rows[0])
+    cells = [[_cell(row[name]) for name in names] for row in rows]
+    are_numbers = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
     if style == "table":
-        return _text_table(rows, [names, *cells], numeric, width or sys.maxsize)
+        return _text_table([names, *cells], are_numbers, width or sys.maxsize)
     import tabulate
 
     quote = html.escape if style == "html" else lambda cell: cell.replace("|", r"\|")
@@ -6021,36 +6024,29 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
         headers=[name.replace("_", " ") if style == "html" else name for name in names],
         tablefmt={"github": "github", "html": "unsafehtml"}[style],
         disable_numparse=True,
-        colalign=["right" if name in numeric else "left" for name in names],
+        colalign=["right" if is_number else "left" for is_number in are_numbers],
     )
 
 
-def _text_table(rows: Rows, lines: list[list[str]], numeric: set[str], width: int) -> str:
-    """A table for people, without columns of nothing but zeros. What does not fit stands below its row (the last
-    column), is left out (the columns on the right) or is shortened in the middle."""
-
-    def drop(column: int) -> list[str]:
-        return [line.pop(column) for line in lines]
+def _text_table(lines: list[list[str]], are_numbers: Sequence[bool], width: int) -> str:
+    """What does not fit stands below its row (the last column), is left out (the columns on the right) or is shortened
+    in the middle."""
 
     def widths(most: int = sys.maxsize) -> list[int]:
         return [min(most, max(map(len, column)) + 2) for column in zip(*lines, strict=True)]
 
-    for name in [name for name in lines[0] if name != "percent" and all(row[name] in (0, None) for row in rows)]:
-        if len(lines[0]) > 1:
-            drop(lines[0].index(name))
-    is_wide = sum(widths()) - 2 > width and len(lines[0]) > 2 and widths()[-1] > 16
-    notes = [f"    {note.strip('-')}" for note in drop(-1)] if is_wide else [""] * len(lines)
+    notes = [""] * len(lines)
+    if sum(widths()) - 2 > width and len(lines[0]) > 2 and widths()[-1] > 16:
+        notes = [f"    {line.pop().strip('-')}" for line in lines]
     while sum(widths(22)) - 2 > width and len(lines[0]) > 2:
-        drop(-1)
+        lines = [line[:-1] for line in lines]
     while (excess := sum(widths()) - 2 - width) > 0 and max(widths()) > 22:
         column, most = widths().index(max(widths())), max(20, max(widths()) - 2 - excess)
         for line in lines:
             cell = line[column]
             line[column] = f"{cell[: most // 2]}…{cell[1 + most // 2 - most :]}" if len(cell) > most else cell
-    sides, wide = [str.rjust if name in numeric else str.ljust for name in lines[0]], widths()
-    text = [
-        "".join(side(cell, n - 2) + "  " for side, cell, n in zip(sides, line, wide, strict=True)) for line in lines
-    ]
+    sides, wide = [str.rjust if is_number else str.ljust for is_number in are_numbers], widths()
+    text = ["".join(side(cell, n - 2) + "  " for side, cell, n in zip(sides, one, wide, strict=False)) for one in lines]
     text.insert(1, "  ".join("-" * (n - 2) for n in wide))
     pairs = zip(text, ["", "", *notes[1:]], strict=True)
     shown = [line.rstrip() for pair in pairs for line in pair if line.strip()]
@@ -6066,12 +6062,6 @@ def cut(line: str, columns: int) -> str:
     """As much of a line as fits: wide letters take two columns."""
     widths = (1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
     return "".join(letter for letter, end in zip(line, itertools.accumulate(widths), strict=True) if end <= columns)
-
-
-def report_sections(database: Database, scrapers: Mapping[str, str], seconds: float, now: float) -> list[Section]:
-    """The whole picture; attempts and cycles of the last `seconds`. `scrapers` are those of the datasets."""
-    span = format_duration(seconds)
-    return answers(database, REPORT, since=now - seconds, span=span, scrapers=json.dumps(scrapers))
 
 
 def scraper_of(dataset: Dataset) -> str:
@@ -6403,7 +6393,9 @@ def page(database: Database, configuration: Configuration, now: float, year: int
         database, [report["coverage"], *WEB, *(report[name] for name in ("queue", "rates", "cycles"))]
     )
     title = html.escape(f"ADCE: {status['verdict'].title}".replace("  ", ", "))
-    news = [dataclasses.replace(status["verdict"], title=""), status["alerts"], status["broken_channels"]]
+    judged = dataclasses.replace(status["verdict"], title="")
+    news = [part for part in (judged, status["alerts"], status["broken_channels"]) if part.rows]
+    blocks = ["".join(WIDE.format(render([one], "html")) for one in group) for group in ([*news, coverage], parts)]
     today, days = day_of(now).isoformat(), dict[str, dict[str, tuple[int, int]]]()
     year = year or int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
     for name, day, expected, present in database.read(CALENDAR, {"year": year}):
@@ -6416,16 +6408,12 @@ def page(database: Database, configuration: Configuration, now: float, year: int
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{PAGE_STYLE}</style></head>
 <body><main><h1>{title}</h1><p>{html.escape(configuration.store)}, {utc_text(now)}</p>
-{_blocks([*(part for part in news if part.rows), coverage])}
+{blocks[0]}
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
 <p>A square is a day: dark blue when all of it is there, light blue when a part is, orange when nothing is, grey when
 nothing is expected.</p>{"".join(_calendar(name, year, those) for name, those in days.items())}
-{_blocks(parts)}</main></body></html>
+{blocks[1]}</main></body></html>
 """
-
-
-def _blocks(sections: Sequence[Section]) -> str:
-    return "".join(WIDE.format(render([section], "html")) for section in sections)
 
 
 def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> str:
@@ -6440,7 +6428,7 @@ def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> s
         box = f'x="{week * CELL}" y="{weekday * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
         cells.append(f'<rect class="{kind}" {box}><title>{text}</title></rect>')
     incomplete = [f"{day} ({there} of {wanted})" for day, (wanted, there) in sorted(days.items()) if there < wanted]
-    words = html.escape(", ".join(incomplete[:50]) + (" ..." if len(incomplete) > 50 else ""))
+    words = ", ".join(incomplete[:50]) + (" ..." if len(incomplete) > 50 else "")
     details = f"<details><summary>{len(incomplete)} days are not complete</summary><p>{words}</p></details>"
     expected, present = (sum(pair[place] for pair in days.values()) for place in (0, 1))
     label = html.escape(f"{dataset}: {present:,} of {expected:,} in {year}")
@@ -6798,9 +6786,9 @@ def status_lines(
     judged, (tasks,) = verdict(database, configuration, now), answers(database, STATUS[1:2])[0].rows
     counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
     if minutes := minutes_left(database):
-        counts.append(f"about {format_duration(minutes * MINUTE)} at the limits of the sources")
-    head = [judged.title, f"cycle   {_cycle_text(database, now, next_cycle_in)}"]
-    head.append(f"tasks   {', '.join(counts) or 'none open'}")
+        counts.append(f"about {format_duration(minutes * MINUTE)} left")
+    texts = {"cycle": _cycle_text(database, now, next_cycle_in), "tasks": ", ".join(counts) or "none open"}
+    head = [judged.title, *(f"{name}   {text}" for name, text in texts.items())]
     body = []
     for row in judged.rows[:MOST_FINDINGS]:
         held = f" holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
@@ -6809,8 +6797,8 @@ def status_lines(
         body.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
     for row in query(database, TIGHTEST)[:MOST_FINDINGS]:
         bar = ("#" * round(20 * min(1, row["share"]))).ljust(20, "-")
-        window = format_duration(row["window_seconds"])
-        body.append(f"  {row['scope']:20} [{bar}] {row['used']:,} of {row['max_requests']:,} in {window}")
+        used = f"{row['used']:,} of {row['max_requests']:,} in {format_duration(row['window_seconds'])}"
+        body.append(f"  {row['scope']:20} [{bar}] {used}")
     return head, [*body, f"store {configuration.store}, database {configuration.database}"]
 
 
@@ -6853,7 +6841,6 @@ LOOK_SECONDS = 30
 CALM_SECONDS = 15 * MINUTE  # a condition that returns sooner was never over
 SEND_SECONDS = 15  # for one message
 FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # other effects of a full disk
-TOO_OLD_SECONDS = DAY  # for a message to be sent
 BROKEN = "channel broken"  # a condition that is shown, and not sent
 
 
@@ -6961,7 +6948,7 @@ class Alerter:
                 pause = min(max(broken["seen_at"] - broken["since"], MINUTE), HOUR)
                 waiting = waiting if now >= broken["seen_at"] + pause else []
             for alert, message in sorted(waiting, key=lambda pair: pair[1]["made_at"]):
-                is_wanted = getattr(self.settings, channel) and now - message["made_at"] < TOO_OLD_SECONDS
+                is_wanted = getattr(self.settings, channel) and now - message["made_at"] < DAY
                 if is_wanted and self._use(channel, functools.partial(sender, self.configuration, message)):
                     break
                 alert["unsent"].remove(message)
@@ -6993,9 +6980,6 @@ class Alerter:
         return error
 
 
-Message = Mapping[str, Any]  # with a subject and a text
-
-
 def revealed(text: str) -> str:
     """A text, or the value of the variable $NAME. Raises Error when there is none."""
     if not text.startswith("$"):
@@ -7018,18 +7002,13 @@ def _http(method: str, address: str, **options: Any) -> None:
         raise Error(f"HTTP {answer.status_code}")
 
 
-def _send_to_webhook(configuration: Configuration, message: Message) -> None:
-    """In the format of Slack, which many others take."""
-    _http("POST", cast(str, configuration.alerts.webhook), json={"text": f"*{message['subject']}*\n{message['text']}"})
-
-
-def _send_to_sns(configuration: Configuration, message: Message) -> None:
+def _send_to_sns(configuration: Configuration, message: Mapping[str, Any]) -> None:
     topic = cast(str, configuration.alerts.sns_topic)
     client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
     client.publish(TopicArn=topic, Subject=message["subject"][:100], Message=message["text"])
 
 
-def _send_to_command(configuration: Configuration, message: Message) -> None:
+def _send_to_command(configuration: Configuration, message: Mapping[str, Any]) -> None:
     """Subject and text are its last arguments."""
     program = Program(
         words=(*configuration.alerts.command, message["subject"], message["text"]),
@@ -7045,8 +7024,10 @@ def _send_to_command(configuration: Configuration, message: Message) -> None:
         raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
 
 
-SENDERS: Mapping[str, Callable[[Configuration, Message], None]] = {
-    "webhook": _send_to_webhook,
+SENDERS: Mapping[str, Callable[[Configuration, Mapping[str, Any]], None]] = {
+    "webhook": lambda configuration, message: _http(  # in the format of Slack, which many others take
+        "POST", str(configuration.alerts.webhook), json={"text": f"*{message['subject']}*\n{message['text']}"}
+    ),
     "sns_topic": _send_to_sns,
     "command": _send_to_command,
 }
@@ -8252,8 +8233,6 @@ def main(words: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------- Commands
 # One function for each command. Data go to stdout, everything else to stderr.
 
-NEXT_STEP = "Next: adce.py plan shows what a run would do"
-
 
 @command(LIMIT)
 def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -8355,7 +8334,7 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
             raise  # another reconcile
         cycle_id = _cycle_of_runner(database, configuration, lock, options)
     rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
-    _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], [NEXT_STEP])
+    _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)])
     if rows[0]["error"]:
         return ExitCode.ERROR
     return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
@@ -8537,8 +8516,10 @@ def command_report(arguments: Arguments, configuration: Configuration) -> None:
         print(page(database, configuration, now))
         return
     scrapers = {dataset.name: scraper_of(dataset) for dataset in configuration.datasets.values()}
-    sections = [verdict(database, configuration, now), *report_sections(database, scrapers, arguments.since, now)]
-    _print(arguments, [part for part in sections if arguments.table in (None, part.name)], ["", NEXT_STEP])
+    values = {"since": now - arguments.since, "span": format_duration(arguments.since)}
+    report = answers(database, REPORT, **values, scrapers=json.dumps(scrapers))
+    sections = [verdict(database, configuration, now), *report]
+    _print(arguments, [part for part in sections if arguments.table in (None, part.name)])
 
 
 @command(needs_declarations=False)

@@ -224,8 +224,8 @@ def test_task_that_does_not_exist_is_told(folder):
 def test_report_tells_what_is_missing_and_what_to_do_next(folder):
     done = run_adce("report", folder=folder)
     assert "HTTP 500: trouble" in done.stdout
-    assert "adce.py plan" in done.stderr
-    assert run_adce("report", "-q", folder=folder).stderr == ""
+    assert "adce.py start" in done.stdout
+    assert (done.stderr, run_adce("report", "-q", folder=folder).stderr) == ("", "")
 
 
 def test_tasks_are_filtered(folder):

@@ -26,6 +26,10 @@ def coverage(database: adce.Database, question: adce.Section = adce.COVERAGE, **
     return adce.answers(database, (question,), **{"source": None, "dataset": None, "year": None, **filters})
 
 
+def report(database: adce.Database, scrapers: dict[str, str], seconds: float, now: float) -> list[adce.Section]:
+    return adce.answers(database, adce.REPORT, since=now - seconds, span="1 d", scrapers=json.dumps(scrapers))
+
+
 def objects_by(database: adce.Database, *columns: str) -> Counter[tuple[str, ...]]:
     """Objects counted by some columns, one by one, without the counts that are kept."""
     sql = "select * from objects_now where state not in ('awaited', 'dropped')"
@@ -60,7 +64,7 @@ def test_coverage_of_one_source_or_dataset_is_a_part_of_it(lived):  # noqa: F811
 
 
 def test_every_figure_of_the_report_is_a_count_of_the_tables(lived):  # noqa: F811
-    sections = adce.report_sections(lived, {}, DAY, adce.Clock().wall())
+    sections = report(lived, {}, DAY, adce.Clock().wall())
     by_state, by_dataset = objects_by(lived, "state"), objects_by(lived, "dataset", "state")
     for row in section(sections, "coverage"):
         assert [row[state] for state in GAPS] == [by_dataset[row["dataset"], state] for state in GAPS]
@@ -77,7 +81,7 @@ def test_every_figure_of_the_report_is_a_count_of_the_tables(lived):  # noqa: F8
 
 
 def test_attempts_of_the_report_are_sums_of_the_table(lived):  # noqa: F811
-    told = section(adce.report_sections(lived, {}, DAY, adce.Clock().wall()), "attempts")
+    told = section(report(lived, {}, DAY, adce.Clock().wall()), "attempts")
     kept = lived.read("select * from attempts")
     for column in ("requests", "bytes"):
         assert sum(row[column] or 0 for row in told) == sum(attempt[column] or 0 for attempt in kept)
@@ -87,7 +91,7 @@ def test_attempts_of_the_report_are_sums_of_the_table(lived):  # noqa: F811
 
 
 def test_datasets_of_one_scraper_are_summed(lived):  # noqa: F811
-    told = adce.report_sections(lived, {"days": "GET /", "games": "GET /"}, DAY, adce.Clock().wall())
+    told = report(lived, {"days": "GET /", "games": "GET /"}, DAY, adce.Clock().wall())
     by_dataset, (together,) = section(told, "datasets"), section(told, "scrapers")
     assert together["datasets"] == len(by_dataset) == 2
     for name in ("attempts", "failed", "requests"):
@@ -118,7 +122,7 @@ datasets:
 
 
 def test_attempts_before_the_span_do_not_count(lived):  # noqa: F811
-    assert section(adce.report_sections(lived, {}, 1, adce.Clock().wall() + DAY), "attempts") == []
+    assert section(report(lived, {}, 1, adce.Clock().wall() + DAY), "attempts") == []
 
 
 def test_every_figure_of_the_status_is_a_count_of_the_tables(lived, configure):  # noqa: F811
@@ -350,7 +354,7 @@ def test_cycles_tell_their_pace_their_calls_and_what_s3_would_ask_for_them(lived
     calls = lived.value("select sum(list_calls) from cycles")
     cycles = lived.read("select started_at, seconds, created, closed from reconciliations order by cycle_id")
     span = cycles[-1]["started_at"] - cycles[0]["started_at"]
-    assert section(adce.report_sections(lived, {}, DAY, adce.Clock().wall()), "listing")[0] == {
+    assert section(report(lived, {}, DAY, adce.Clock().wall()), "listing")[0] == {
         "cycles": lived.value("select count(*) from cycles"),
         "minutes_between": round(span / 60 / (len(cycles) - 1), 1),
         "mean_seconds": pytest.approx(sum(row["seconds"] for row in cycles) / len(cycles), abs=0.001),
