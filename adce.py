@@ -4845,7 +4845,10 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
 
 
 def _end_expansion(cycle: Cycle) -> Iterator[None]:
-    """New objects for which the store could not be searched are awaited."""
+    """New objects for which the store could not be searched are awaited. If a parent that was fetched meanwhile has
+    named one, the next cycle decides which parent is the first."""
+    if cycle.new:
+        cycle.expanded = dict.fromkeys(cycle.expanded, "overtaken")
     rows: Sequence[WantedRow] = [WantedRow("", 0, None, None, None, None, None)] if cycle.new else []
     while rows:
         with cycle.ledger() as ledger:
@@ -5463,6 +5466,8 @@ def _limit_adapter(
             return pool
 
         adapter.get_connection_with_tls_context = connect_limited  # type: ignore[method-assign]
+        # a copy in another process would not be limited: it cannot be pickled
+        adapter.__attrs__ = [*adapter.__attrs__, "get_connection_with_tls_context"]
     else:
         send = adapter.send
 

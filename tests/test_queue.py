@@ -217,7 +217,7 @@ def test_task_that_has_seen_runners_die_waits_until_it_is_alone_and_nothing_over
 def test_task_that_has_seen_runners_die_is_in_no_batch(desk):
     def claimed() -> list[str]:
         held = desk.claim()
-        names = [task.target.fields["name"] for task in held.tasks]
+        names = [task.fields["name"] for task in held.tasks]
         desk.finish(held, *(result(task, adce.Outcome.OK, desk.clock) for task in held.tasks))
         return names
 
@@ -371,7 +371,7 @@ def test_object_that_is_a_gap_when_it_was_just_stored_is_not_fetched_again_at_on
     """The clock of the store is wrong, or the size that it tells."""
     desk.expect("days", date="2025-10-01")
     claimed = desk.claim()
-    stored = adce.StoredObject(claimed.tasks[0].target.key, size, "etag", int(desk.clock.wall() - age))
+    stored = adce.StoredObject(claimed.tasks[0].key, size, "etag", int(desk.clock.wall() - age))
     unsettled = dataclasses.replace(HELD, settled=False)
     ending = desk.finish(claimed, adce.Result(adce.Outcome.OK, stored=stored, inspection=unsettled, requests=1))[0]
     assert (ending.state, ending.next_at) == ("retry", desk.clock.wall() + 61)

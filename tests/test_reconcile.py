@@ -122,7 +122,8 @@ def test_existing_lake_is_adopted_without_a_task_for_what_is_there(desk, lake):
     for game in ("11", "12", "21"):
         lake.put_game(game)
     row = desk.cycle()
-    assert (row["expected"], row["present"], row["missing"], row["listed"]) == (15, 8, 7, 8)
+    assert (row["expected"], row["present"], row["missing"], row["listed"], row["looked"]) == (15, 8, 7, 8, 15)
+    assert desk.database.value("select unexpected from reconciliations") == 0
     assert row["created"] == desk.database.value("select count(*) from queue") == 7
 
 
@@ -397,6 +398,50 @@ def test_dataset_of_which_everything_is_gone_opens_no_gap_while_the_others_are_t
     assert desk.cycle(accept_loss=("games",))["missing"] == 12
 
 
+@pytest.mark.parametrize(("games", "missing"), [(10, 10), (11, 0)])
+def test_dataset_of_which_ten_objects_were_all_is_believed_to_be_gone(games, missing, desk, lake):
+    for day in range(1, 6):
+        lake.put_day(day, [str(game) for game in range(games)])
+    for game in range(games):
+        lake.put_game(str(game))
+    desk.cycle()
+    for game in range(games):
+        lake.delete(f"games/{game}.json")
+    assert desk.cycle()["missing"] == missing
+
+
+@pytest.mark.parametrize(("lost", "missing"), [(15, 15), (16, 0)])
+def test_many_losses_are_believed_up_to_a_tenth(lost, missing, configure, database, lake, clock, monkeypatch):
+    monkeypatch.setattr(adce, "BRAKE_OBJECTS", 5)
+    desk = Desk(configure(MANY), database, lake, clock)
+    keys = fill_days(desk, lake)
+    assert len(keys) == 158
+    for key in keys[:lost]:
+        lake.delete(key)
+    assert desk.cycle()["missing"] == missing
+
+
+def test_store_that_lists_nothing_at_all_is_not_believed_however_small_its_datasets(desk, lake):
+    for day in range(1, 6):
+        lake.put_day(day, list("123456"))
+    for game in "123456":
+        lake.put_game(game)
+    desk.cycle()
+    for key in [entry.key for entry in lake.store.list("")]:
+        lake.delete(key)
+    assert desk.cycle()["missing"] == 0
+
+
+def test_changed_freshness_holds_for_what_was_there_before(configure, database, lake, clock):
+    desk = Desk(configure(TEAMS), database, lake, clock)
+    lake.put("teams/ATL", {})
+    desk.cycle()
+    clock.advance(adce.HOUR)
+    desk.declare(configure(TEAMS.replace('url: "/{team}",', 'url: "/{team}", freshness: {refetch_every: 1h},')))
+    desk.cycle()
+    assert desk.gaps()["teams/ATL"] == "stale"
+
+
 class LockedStore(adce.FolderStore):
     """One of its folders cannot be listed, and one of its objects not be read."""
 
@@ -605,6 +650,28 @@ def test_what_a_fetched_parent_names_is_decided_by_the_next_cycle_when_it_is_not
     assert parent() == "days/2025-10-01.json"
     fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["7", "x" * 400]})
     assert desk.cycle()["error"].startswith("days/2025-10-01.json: games: the key games/xxx")
+
+
+def test_game_that_a_later_day_names_first_while_a_cycle_lists_has_the_first_day_after_the_next(desk, lake):
+    class Overtaken(adce.FolderStore):
+        def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
+            if prefix == "games/":
+                fetch(desk, lake, "days/2025-10-02.json", {"final": True, "games": ["7"]})
+            yield from super().list(prefix, after)
+
+    desk.cycle()
+    lake.put_day(1, ["7"])
+    desk.cycle(Overtaken(lake.store.root))
+    desk.cycle()
+    assert desk.database.value("select parent from objects_now where key = 'games/7.json'") == "days/2025-10-01.json"
+
+
+def test_what_is_expected_is_computed_anew_only_when_it_may_have_changed(desk, lake, monkeypatch):
+    lake.put_day(1, ["7"])
+    desk.cycle()
+    for name in ("expand", "children_of_parents"):
+        monkeypatch.setattr(adce, name, lambda *_, name=name: pytest.fail(name))
+    assert desk.cycle()["expected"] == 6
 
 
 @pytest.mark.parametrize(("was_there", "state"), [(False, "missing"), (True, "awaited")])
@@ -991,6 +1058,18 @@ def test_clock_that_is_ahead_makes_no_object_fresher(configure, database, lake, 
     assert desk.gaps()[key] == "stale"
 
 
+def test_object_without_a_day_that_another_program_brings_again_is_due_no_more(configure, database, lake, clock):
+    once = TEAMS.replace('url: "/{team}",', 'url: "/{team}", freshness: {refetch_once_after: 1h},')
+    desk = Desk(configure(once), database, lake, clock)
+    for number in range(2):
+        lake.put("teams/ATL", number)
+        os.utime(lake.store.root / "teams/ATL", (clock.wall(),) * 2)
+        desk.cycle()
+        clock.advance(adce.HOUR)
+    desk.cycle()
+    assert "teams/ATL" not in desk.gaps()
+
+
 BILLS = """\
   bills:
     source: espn
@@ -1112,7 +1191,7 @@ def test_task_whose_object_came_before_a_crash_is_closed_and_the_object_is_due_a
     desk, key = Desk(configure(TEXT.replace(', until: "final"', "")), database, lake, clock), "days/2025-10-02.json"
     desk.cycle()
     with database.transaction() as sql:
-        assert adce.claim(sql, desk.configuration, clock, {}, 5)[0].tasks[0].target.key == key
+        assert adce.claim(sql, desk.configuration, clock, {}, 5)[0].tasks[0].key == key
     lake.put_day(2, [])
     desk.cycle()
     with database.transaction() as sql:

@@ -345,6 +345,15 @@ def test_program_that_leaves_a_stale_object_as_it_was_has_not_fetched_it(configu
     assert errors == ["left the object as it was (exit 0): empty"]
 
 
+def test_object_whose_refetch_is_due_does_not_wait_for_the_next_cycle(configure, database, upstream):
+    upstream.route("/team", lambda *_: Answer(b"a team"))
+    way = "url: '/team?name={team}', freshness: {refetch_every: 1s}"
+    runner, _ = make_runner(configure(TEAMS.format(address=upstream.address, way=way)), database)
+    assert runner.run(max_seconds=4) == adce.ExitCode.DONE
+    assert upstream.count() > 3
+    assert database.value("select count(*) from cycles") == 1
+
+
 DAYS = """\
 sources: {{league: {{base_url: '{address}'}}}}
 datasets:

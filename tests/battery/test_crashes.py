@@ -41,7 +41,7 @@ def check_death(scene: Scene) -> None:
     """At once after it has died, before anything was mended."""
     if scene.database.exists() and scene.database.stat().st_size:
         with judge.looking_at(scene.database) as sql:
-            if sql.execute("select count(*) from sqlite_schema where name = 'counts'").fetchone()[0]:
+            if sql.execute("select count(*) from sqlite_schema where name = 'objects_now'").fetchone()[0]:
                 judge.judge_books(sql)
                 judge.judge_objects(sql, scene.store, scene.history, scene.expected)
                 judge.judge_told(sql, scene.told())
