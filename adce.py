@@ -6014,7 +6014,7 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
-    """A table; for people without columns of nothing but zeros."""
+    """A table; on a terminal without columns of nothing but zeros."""
     kept = [name for name in rows[0] if name == "percent" or any(row[name] not in (0, None) for row in rows)]
     names = kept if kept and style == "table" else list(rows[0])
     cells = [[_cell(row[name]) for name in names] for row in rows]
@@ -6390,8 +6390,8 @@ CELL = 11  # pixels
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
 
 
-def page(database: Database, configuration: Configuration, now: float, year: int | None = None) -> str:
-    """One HTML document; without a `year` that of the latest day."""
+def page(database: Database, configuration: Configuration, now: float, year: int | None = None, nearby: int = 0) -> str:
+    """One HTML document; without a `year` that of the latest day. As a file it has no links to `nearby` years."""
     status = {part.name: part for part in status_sections(database, configuration, now)}
     report = {one.name: one for one in REPORT}
     coverage, *parts = answers(
@@ -6399,15 +6399,14 @@ def page(database: Database, configuration: Configuration, now: float, year: int
     )
     title = html.escape(f"ADCE: {status['verdict'].title}".replace("  ", ", "))
     judged = dataclasses.replace(status["verdict"], title="")
-    news = [part for part in (judged, status["alerts"], status["broken_channels"]) if part.rows]
-    blocks = ["".join(WIDE.format(render([one], "html")) for one in group) for group in ([*news, coverage], parts)]
+    notices = [part for part in (judged, status["alerts"], status["broken_channels"]) if part.rows]
+    blocks = ["".join(WIDE.format(render([one], "html")) for one in group) for group in ([*notices, coverage], parts)]
     today, days = day_of(now).isoformat(), dict[str, dict[str, tuple[int, int]]]()
     year = year or int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
     for name, day, expected, present in database.read(CALENDAR, {"year": year}):
         days.setdefault(name, {})[day] = expected, present
-    links = (
-        f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in range(year - 5, year + 2)
-    )
+    years = range(year - nearby, year + 2 if nearby else year)
+    links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -6541,7 +6540,7 @@ class HealthServer(http.server.ThreadingHTTPServer):
             return 200, JSON, json.dumps(tasks_document(self.database, filters, 100))
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
-            return 200, "text/html; charset=utf-8", page(self.database, self.configuration, now, year)
+            return 200, "text/html; charset=utf-8", page(self.database, self.configuration, now, year, 5)
         return 404, TEXT, "try /health /status /tasks /metrics or /\n"
 
     def process_request(self, request: Any, client_address: Any) -> None:

@@ -110,6 +110,7 @@ def test_report_as_html_is_the_page(lake):
     done = run_adce("report", "--format", "html", folder=lake)
     assert "Coverage by day, 2025" in done.stdout
     assert done.stdout.startswith("<!doctype html>")
+    assert "href" not in done.stdout  # a file has no server to follow a link to
     assert re.search(r"<title>ADCE: ATTENTION, [\d.]+ %, 1 missing of \d+, ", done.stdout)
 
 
