@@ -6110,10 +6110,9 @@ def tasks_document(database: Database, filters: Mapping[str, str | None], most: 
     }
 
 
-BY_SOURCE = """
-    select source, sum(objects) from counts join datasets using (dataset_id)
-    where task != '' group by source having sum(objects) > 0
-"""
+BY_SOURCE = (
+    "select source, sum(objects) from counts join datasets using (dataset_id) where task != '' and objects group by 1"
+)
 
 
 def minutes_left(database: Database) -> float:
