@@ -44,7 +44,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Events                      the log and the live screen
     Alerts                      messages when a condition begins, lasts and ends
     Operator actions            pause, resume, retry, skip
-    Supervision                 who has started the runner, and is told
+    Supervision                 readiness, heartbeat and identity of the runner
     Runner                      keeps going until stopped
     Examples                    texts for the programs around ADCE
     Checks                      is everything in order, and what would a run do?
@@ -319,7 +319,7 @@ class Clock:
     def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_news: Callable[[], bool] | None = None) -> None:
         """Sleep until something is put into `wakeups`, until there are news, or for `seconds`; empties `wakeups`.
 
-        News are what cannot wake anybody, and so are asked for every now and then."""
+        `has_news` is polled: a write by another process cannot put anything into `wakeups`."""
         until, is_awake = time.monotonic() + seconds, False
         while not is_awake:
             left = max(0.0, until - time.monotonic())
@@ -391,6 +391,7 @@ create table facts (
     priorities   text,               -- digest of the day and the weights of the stored ranks
     ordered      text    not null default '{}', -- JSON: prefixes that the store lists in key order
     looked_up_to text    not null default '',   -- key where the next share of a cycle begins
+    looked_at    real,               -- start of the cycle that looked so far
     wanted_cycle text                -- JSON: options of a cycle that another process requested
 ) strict;
 
@@ -415,7 +416,7 @@ create table datasets (
     source       text    not null,
     active       integer not null,   -- 0: no longer declared
     ready        integer not null default 1,  -- 0: adce.yaml has changed, and no cycle has followed yet
-    expansion    text    not null default '', -- digest of the inputs of its expected objects; '': to be computed
+    expansion    text    not null default '', -- inputs of its expected objects; '': to be computed
     reading      text    not null default '', -- digest of the rules by which contents were judged
     changed      integer not null default 0,  -- grows with every change of its objects or of their mentions
     success_rate real    not null default 1,  -- 0 to 1, moving average
@@ -475,8 +476,8 @@ create table counts (
     dataset_id   integer not null references datasets,
     season       text    not null,   -- '': none
     state        text    not null,
-    task         text    not null,   -- '': none, and so is its priority
-    priority     text    not null,
+    task         text    not null,   -- '': none
+    priority     text    not null,   -- '': no task
     objects      integer not null,
     primary key (dataset_id, season, state, task, priority)
 ) strict, without rowid;
@@ -796,7 +797,7 @@ class Database:
     def __init__(self, path: str, writer: sqlite3.Connection, reader: sqlite3.Connection) -> None:
         self.path = path
         self._writer, self._reader = writer, reader
-        self._writing = threading.Lock()  # guards _writer: whoever wants a transaction waits here, in turn
+        self._writing = threading.Lock()  # guards _writer: threads wait here for a transaction
         self._durable = True  # guarded by _writing, too: what the writer is set to
         self._patience = float(BUSY_SECONDS)
         writer.execute(f"pragma busy_timeout = {BUSY_STEP_SECONDS * 1000:.0f}")
@@ -996,10 +997,9 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute(f"pragma journal_size_limit = {8 << 20}")
     digest = hashlib.sha256(VIEWS.encode()).hexdigest()
     if connection.execute("select views from facts").fetchone()[0] != digest:
-        drops = "".join(
-            f"drop view if exists {name};" for name in re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE)
-        )
-        script = f"begin immediate; {drops} {VIEWS} update facts set views = '{digest}'; commit;"  # noqa: S608  # no input
+        names = re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE)
+        drops = "".join(f"drop view if exists {name}; " for name in names)
+        script = f"begin immediate; {drops}{VIEWS} update facts set views = '{digest}'; commit;"  # noqa: S608  # no input
         try:
             connection.executescript(script)
         finally:
@@ -1008,12 +1008,13 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _has_schema(connection: sqlite3.Connection, path: Path) -> bool:
+    # asked first: what another process creates meanwhile is found when this one wants to create it
+    is_empty = connection.execute("select count(*) from sqlite_schema").fetchone()[0] == 0
     application_id = connection.execute("pragma application_id").fetchone()[0]
     version = connection.execute("pragma user_version").fetchone()[0]
-    is_empty = connection.execute("select count(*) from sqlite_schema").fetchone()[0] == 0
     if application_id != APPLICATION_ID and not is_empty:
         raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
-    if version not in (0, SCHEMA_VERSION):
+    if version != SCHEMA_VERSION and not is_empty:
         raise DatabaseError(
             f"{path} has schema {version}, this ADCE needs {SCHEMA_VERSION}",
             f"move {path} away: the next run rebuilds it from the store, without its history",
@@ -3471,7 +3472,7 @@ class Limiter:
                 granted = self._try(described, owner, give_up_at, is_waiting=is_waiting)
                 if isinstance(granted, float):
                     is_waiting = True
-                    self._sleep(granted)
+                    self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
                 elif self.clock.boot() <= granted.send_before:
                     return self._hold(ActivePermit(granted, described))
                 else:  # this process was suspended, or the disk took very long
@@ -3484,6 +3485,8 @@ class Limiter:
 
     def _try(self, source: Source, owner: str, give_up_at: float, *, is_waiting: bool) -> Permit | float:
         """A permit, or the boot time of the next look."""
+        if self._closed.is_set():
+            raise Error("the limiter was closed")
         self.database.check_place()
         with self.database.transaction() as sql:
             now, limiting = self.clock.boot(), self.configuration.rate_limiting
@@ -3498,11 +3501,6 @@ class Limiter:
             enqueue_waiter(sql, source.name, owner, opens, looks_at)
             return looks_at
 
-    def _sleep(self, until: float) -> None:
-        self.clock.wait(queue.SimpleQueue(), until - self.clock.boot())
-        if self._closed.is_set():
-            raise Error("the limiter was closed")
-
     def _hold(self, held: ActivePermit) -> ActivePermit:
         with self._guard:
             self._held[held] = held.permit.deadline
@@ -3513,7 +3511,8 @@ class Limiter:
 
     def _keep_alive(self) -> None:
         """A request that takes longer than its source's timeout goes on counting while this process lives."""
-        while not self._closed.wait(KEEP_ALIVE_SECONDS):
+        while self._held or not self._closed.is_set():
+            time.sleep(KEEP_ALIVE_SECONDS)
             with contextlib.suppress(DatabaseError):
                 self._extend_deadlines(self.clock.boot())
 
@@ -3522,7 +3521,7 @@ class Limiter:
         with self._guard:
             due = [held for held, deadline in self._held.items() if deadline - now < 2 * KEEP_ALIVE_SECONDS]
         if due:
-            longer = "update requests set deadline = ? where request_id = ? and finished_at is null"
+            longer = "update requests set deadline = max(deadline, ?) where request_id = ? and finished_at is null"
             with self.database.transaction(durable=False) as sql:
                 sql.executemany(longer, [(later, held.permit.request_id) for held in due])
             with self._guard:
@@ -3854,11 +3853,11 @@ def declare(database: Database, configuration: Configuration, clock: Clock) -> N
         declare_datasets(sql, configuration)
 
 
-def expansion_digest(sql: sqlite3.Connection, configuration: Configuration, dataset: Dataset, now: float) -> str:
-    """A digest of everything that the expected objects of a dataset follow from."""
-    changed = sql.execute("select changed from datasets where dataset = ?", (dataset.partitions.parent,)).fetchone()
-    today = None if changed else day_of(now, timezone_of(dataset))
-    return _digest(dataset.key.text, dataset.partitions, configuration.seasons, today, tuple(changed or ()))
+def expansion_inputs(sql: sqlite3.Connection, dataset: Dataset, now: float) -> str:
+    """What the expected objects of a dataset follow from, besides adce.yaml: the state of its parents, or the day."""
+    parents = "select changed from datasets where dataset = ?"
+    changed = sql.execute(parents, (dataset.partitions.parent,)).fetchone()
+    return str(changed[0]) if changed else day_of(now, timezone_of(dataset)).isoformat()
 
 
 def children_of_parents(ledger: Ledger, child: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
@@ -3974,9 +3973,13 @@ def expect_children(ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str
         keys = json.dumps([row.key for row in rows])
         known = "select key from objects where key in (select value from json_each(?)) and state != 'dropped'"
         taken = {row[0] for row in ledger.sql.execute(known, (keys,))}
-        if taken or len(ledger.problems) > before:
+        expanding = "select expansion = '' from datasets where dataset = ?"
+        is_expanding = rows and ledger.sql.execute(expanding, (child.name,)).fetchone()[0]  # from before this parent
+        if taken or is_expanding or len(ledger.problems) > before:
             ledger.touch(parent.dataset)
-        ledger.sql.executemany(UPSERT_OBJECT, [(*row, int(ledger.now)) for row in rows if row.key not in taken])
+        ledger.sql.executemany(
+            UPSERT_OBJECT, [(*row, int(ledger.now)) for row in reversed(rows) if row.key not in taken]
+        )
         new = (
             "o.key in (select value from json_each(:keys)) and o.state = 'awaited' and not o.proven and o.etag is null"
         )
@@ -4059,7 +4062,7 @@ def claim(
         if openings[source.name].at > now:
             continue
         is_exclusive = head["crashes"] >= configuration.retry.crash_limit()
-        if is_exclusive and free < configuration.max_concurrent_scrapers:
+        if is_exclusive and any(busy.values()):
             del openings[source.name]
             break
         granted = None
@@ -4359,10 +4362,8 @@ def forget(sql: sqlite3.Connection, before: float) -> int:
     totals of the days stay, and so does the last cycle. Returns how many rows: FORGOTTEN_AT_ONCE or more mean that
     there may be more."""
     oldest = "select attempt_id, started_at, outcome from attempts order by attempt_id limit ?"
-    attempts = itertools.takewhile(
-        lambda row: row["started_at"] < before, sql.execute(oldest, (FORGOTTEN_AT_ONCE,)).fetchall()
-    )
-    ended = [(row["attempt_id"],) for row in attempts if row["outcome"] != Outcome.RUNNING]
+    attempts = sql.execute(oldest, (FORGOTTEN_AT_ONCE,)).fetchall()
+    ended = [(number,) for number, began, outcome in attempts if began < before and outcome != Outcome.RUNNING]
     sql.executemany("delete from attempts where attempt_id = ?", ended)
     limits = {"before": int(before), "most": FORGOTTEN_AT_ONCE}
     dropped = """
@@ -4380,7 +4381,7 @@ def forget(sql: sqlite3.Connection, before: float) -> int:
             where started_at < :before and cycle_id < (select max(cycle_id) from reconciliations)
             order by cycle_id limit :most)
     """
-    sql.execute("delete from alerts where ended_at < ?", (int(before),))
+    sql.execute("delete from alerts where ended_at < ? and unsent = '[]'", (int(before),))
     return len(ended) + len(objects) + sql.execute(cycles, limits).rowcount
 
 
@@ -4483,12 +4484,11 @@ SINGLE_RANGES = 200  # open objects below a prefix; with more than that, all of 
 def share_of_keys(database: Database, configuration: Configuration, now: float) -> KeyRange:
     """The next part of all keys, as large as the time since the last cycle asks for."""
     total = database.value("select coalesce(sum(objects), 0) from counts where state != 'dropped'")
-    last = database.value("select max(started_at) from reconciliations where seconds is not null")
+    looked_up_to, last = database.read("select looked_up_to, looked_at from facts")[0]
     elapsed = max(0.0, now - last) if last is not None else math.inf
     size = max(LEAST_SHARE, math.ceil(total * min(1.0, elapsed / configuration.full_seconds)))
     if size >= total:
         return ALL_KEYS
-    looked_up_to = database.value("select looked_up_to from facts")
     last_of_share = "select key from objects where key > ? and state != 'dropped' order by key limit 1 offset ?"
     high = database.value(last_of_share, (looked_up_to, size - 1)) or LAST_KEY
     return KeyRange(looked_up_to + "\0" if looked_up_to else "", high)
@@ -4584,15 +4584,15 @@ class Cycle:
         self.there: collections.Counter[int] = collections.Counter()  # objects that were present, by dataset
         self.ahead: ReadAhead | None = None
         self.compared: set[str] = set()  # prefixes
-        self.expanded: dict[str, str] = {}  # digests of datasets whose new objects are not inserted yet
+        self.expanded: dict[str, str] = {}  # inputs of datasets whose new objects are not inserted yet
         self.new = 0  # objects that wait for their insertion
         self.losses: dict[int, array.array[int]] = {}  # objects that were present, by dataset
         self.problems: list[str] = []
-        self.started, self.calls_before = clock.boot(), store.calls
+        self.started_at, self.started, self.calls_before = clock.wall(), clock.boot(), store.calls
         self.saves_at = self.started + SAVED_EVERY_SECONDS
         with database.transaction() as sql:
             sql.execute("update reconciliations set error = ?, seconds = 0 where seconds is null", (RUNNER_CRASHED,))
-            begun = sql.execute("insert into reconciliations (started_at) values (?)", (clock.wall(),))
+            begun = sql.execute("insert into reconciliations (started_at) values (?)", (self.started_at,))
             self.cycle_id = cast(int, begun.lastrowid)
             self.options = options.merged(sql.execute("select wanted_cycle from facts").fetchone()[0])
             sql.execute("update facts set wanted_cycle = null")
@@ -4615,9 +4615,10 @@ class Cycle:
     def new_keys(self, keys: KeyRange) -> list[str]:
         """Some of the objects in a range of keys that are expected and not known yet."""
         new = "select key from wanted where fields is not null and key >= ? and key <= ? order by key limit ?"
-        with self.database.transaction() as sql:
-            parameters = (keys.low, keys.high, SINGLE_RANGES + 1)
-            return [row[0] for row in sql.execute(new, parameters)] if self.new else []
+        if not self.new:
+            return []
+        with self.database.transaction(durable=False) as sql:
+            return [row[0] for row in sql.execute(new, (keys.low, keys.high, SINGLE_RANGES + 1))]
 
     def save_progress(self) -> None:
         """Store what was compared so far, now and then."""
@@ -4799,7 +4800,8 @@ def reconcile(
         if not cycle.is_braked:  # else the same keys are listed, and the loss is reported, once more
             with database.transaction() as sql:
                 following = "" if cycle.share.high == LAST_KEY else cycle.share.high
-                sql.execute("update facts set looked_up_to = ?", (following,))
+                looked = "update facts set looked_up_to = ?, looked_at = ?"
+                sql.execute(looked, (following, cycle.started_at))
         cycle.note_store(None)
     except StoreError as error:
         cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
@@ -4820,11 +4822,11 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     """Make the expected objects of datasets those of now. A dataset whose inputs are unchanged is skipped."""
     with cycle.ledger() as ledger:
         expansions = dict(ledger.sql.execute("select dataset, expansion from datasets").fetchall())
-        digests = {one: expansion_digest(ledger.sql, cycle.configuration, one, ledger.now) for one in level}
-        stale = {one: digest for one, digest in digests.items() if expansions[one.name] != digest}
+        inputs = {one: expansion_inputs(ledger.sql, one, ledger.now) for one in level}
+        stale = {one: now for one, now in inputs.items() if expansions[one.name] != now}
         begin = "update datasets set expansion = '' where dataset = ?"
         ledger.sql.executemany(begin, [(one.name,) for one in stale])
-    kept = dict.fromkeys(stale, 0)
+    kept, last = dict.fromkeys(stale, 0), cycle.database.value("select max(object_id) from objects") or 0
     for dataset in stale:
         problems_before = len(cycle.problems)
         pages = _pages_of_children(cycle, dataset) if dataset.partitions.parent else _pages(cycle, dataset)
@@ -4838,14 +4840,14 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
             stale[dataset] = "with problems"  # the next cycle expands it, and reports them, again
     live = "select sum(objects) from counts join datasets using (dataset_id) where dataset = ? and state != 'dropped'"
     shrunk = [one.name for one, count in kept.items() if (cycle.database.value(live, (one.name,)) or 0) != count]
-    yield from _drop_unexpected(cycle, shrunk)
+    yield from _drop_unexpected(cycle, shrunk, last)
     with cycle.ledger() as ledger:
         ledger.sql.executemany("update datasets set ready = 1 where dataset = ?", [(one.name,) for one in level])
     cycle.expanded = {one.name: digest for one, digest in stale.items()}
 
 
 def _end_expansion(cycle: Cycle) -> Iterator[None]:
-    """New objects for which the store could not be searched are awaited. If a parent that was fetched meanwhile has
+    """New objects below a place that could not be listed are awaited. If a parent that was fetched meanwhile has
     named one, the next cycle decides which parent is the first."""
     if cycle.new:
         cycle.expanded = dict.fromkeys(cycle.expanded, "overtaken")
@@ -4897,20 +4899,21 @@ def _drop_undeclared(cycle: Cycle) -> Iterator[None]:
         group by dataset
         having sum(objects) > 0
     """
-    yield from _drop_unexpected(cycle, [row[0] for row in cycle.database.read(undeclared)])
+    last = cycle.database.value("select max(object_id) from objects") or 0
+    yield from _drop_unexpected(cycle, [row[0] for row in cycle.database.read(undeclared)], last)
 
 
-def _drop_unexpected(cycle: Cycle, datasets: Sequence[str]) -> Iterator[None]:
-    """Drop the objects of expanded datasets that are not wanted."""
+def _drop_unexpected(cycle: Cycle, datasets: Sequence[str], last: int) -> Iterator[None]:
+    """Drop the objects of expanded datasets that are not wanted, up to the last that was known before."""
     unwanted = """
         o.object_id > :after and o.object_id <= :last
         and d.dataset in (select value from json_each(:datasets))
         and not exists (select 1 from wanted w where w.key = o.key)
     """
-    last = cycle.database.value("select max(object_id) from objects") or 0
     for after in range(0, last if datasets else 0, SCANNED_AT_ONCE):
+        page = {"after": after, "last": min(after + SCANNED_AT_ONCE, last), "datasets": json.dumps(datasets)}
         with cycle.ledger() as ledger:
-            ledger.drop(unwanted, {"after": after, "last": after + SCANNED_AT_ONCE, "datasets": json.dumps(datasets)})
+            ledger.drop(unwanted, page)
         yield
 
 
@@ -5019,6 +5022,9 @@ def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]
                     row = _seen(row, entry, now, is_read=name not in readers)
                 rows.append((number, parent_id, ledger.appraised(row)))
             inserted = ledger.insert(rows)
+            if wanted:
+                known = "update wanted set fields = null where key >= ? and key <= ?"
+                ledger.sql.execute(known, (wanted[0].key, wanted[-1].key))
         cycle.new -= inserted
         cycle.looked += inserted
         cycle.unexpected -= sum(row.key in listed for row in wanted) if inserted else 0
@@ -5124,30 +5130,30 @@ def _reviewed(ledger: Ledger, row: ObjectRow, *, is_everything: bool) -> ObjectR
 
 
 def _resize_gaps(cycle: Cycle) -> Iterator[None]:
-    """The size of a gap is the number of objects that one batch would bring."""
+    """The size of a gap is the number of objects that one batch would bring. Very many wait for the next cycle."""
     for dataset in cycle.configuration.datasets.values():
-        while dataset.batch and (
-            resized := cycle.database.read(
-                """
-                select object_id, size
-                from (
-                    select object_id, gap_size, min(?, count(*) over (partition by fields ->> ?)) as size
-                    from objects
-                    where dataset_id = (select dataset_id from datasets where dataset = ?) and task is not null
-                      and state != 'dropped'
-                )
-                where size != gap_size
-                limit ?
-                """,
-                (dataset.batch.max, dataset.batch.by, dataset.name, RESIZED_AT_ONCE),
+        if not dataset.batch:
+            continue
+        resized = cycle.database.read(
+            """
+            select object_id, size
+            from (
+                select object_id, gap_size, min(?, count(*) over (partition by fields ->> ?)) as size
+                from objects
+                where dataset_id = (select dataset_id from datasets where dataset = ?) and task is not null
+                  and state != 'dropped'
             )
-        ):
-            sizes = dict(map(tuple, resized))
-            for chunk in chunks(iter(sizes), NOTED_AT_ONCE):
-                with cycle.ledger() as ledger:
-                    rows = [row._replace(gap_size=sizes[row.object_id]) for row in ledger.some(chunk)]
-                    ledger.write(ledger.ranked(row) for row in rows if row.task is not None)
-                yield
+            where size != gap_size
+            limit ?
+            """,
+            (dataset.batch.max, dataset.batch.by, dataset.name, RESIZED_AT_ONCE),
+        )
+        sizes = dict(map(tuple, resized))
+        for chunk in chunks(iter(sizes), NOTED_AT_ONCE):
+            with cycle.ledger() as ledger:
+                rows = [row._replace(gap_size=sizes[row.object_id]) for row in ledger.some(chunk)]
+                ledger.write(ledger.ranked(row) for row in rows if row.task is not None)
+            yield
 
 
 # ---------------------------------------------------------------- Requests
@@ -5252,7 +5258,7 @@ def request(claimed: Claim, store: Store, clock: Clock) -> Result:
         if clock.boot() > begun + claimed.source.timeout_seconds + STANDSTILL_SECONDS:
             return Result(Outcome.LOST, "this program stood still meanwhile", requests=1)
         if deadline.passed or isinstance(error, requests.Timeout):
-            return Result(Outcome.TIMEOUT, f"no whole answer within {claimed.source.timeout_seconds:g} s", requests=1)
+            return Result(Outcome.TIMEOUT, f"timed out after {claimed.source.timeout_seconds:g} s", requests=1)
         if isinstance(error, requests.exceptions.ContentDecodingError):
             return Result(Outcome.INVALID, "its encoding is broken", requests=1)
         outcome, text = _no_answer(error)
@@ -5267,8 +5273,8 @@ def _no_answer(error: BaseException) -> tuple[Outcome, str]:
     if any(isinstance(cause, unconnected) for cause in _causes(error)):
         return Outcome.UNREACHABLE, f"cannot be reached: {_words(error)}"
     if isinstance(error, urllib3.exceptions.TimeoutError):
-        return Outcome.TIMEOUT, "did not answer in time"
-    return Outcome.BROKEN, f"broke the connection: {_words(error)}"
+        return Outcome.TIMEOUT, "timed out"
+    return Outcome.BROKEN, f"connection closed by server ({_words(error)})"
 
 
 class _Deadline:
@@ -5776,7 +5782,7 @@ def _returned_blocks(value: Any) -> Iterator[bytes]:
 
 
 def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
-    """Bring the objects of a claimed into the store. One result for each target; never raises.
+    """Bring the objects of a claim into the store. One result for each task; never raises.
 
     An object that is in the store already, and whole, is not asked for again."""
     try:
@@ -7149,8 +7155,8 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
 
 
 # ---------------------------------------------------------------- Supervision
-# Who has started the runner, and what they are told: systemd over its socket, and other processes of ADCE
-# through the database. Headlines: notify(), next_orders().
+# The runner's readiness, heartbeat and identity: for systemd over its socket, for other processes in the database.
+# Headlines: notify(), register_runner().
 
 
 def notify(*lines: str) -> None:
@@ -7207,7 +7213,7 @@ class Workers:
         self.running: dict[Future[list[Result]], Claim] = {}
 
     def free(self) -> int:
-        """How many have nothing to do, and may have."""
+        """How many can take a task."""
         if any(claimed.runs_exclusively for claimed in self.running.values()):
             return 0
         return self.count - len(self.running)
@@ -7286,7 +7292,7 @@ class Runner:
         log: Path | None = None,
     ) -> ExitCode:
         """Work until stopped. With `once`: one cycle, then one attempt at every open task. `address` and `log` are
-        told to those who look for the runner."""
+        stored for other commands."""
         self.once, self.stop_at = once, self.clock.boot() + max_seconds
         self._start(address, log)
         try:
@@ -7423,8 +7429,7 @@ class Runner:
             begun.append(dataclasses.replace(hop, permit=granted))
         if not self.once:
             wake_retries(sql, self.clock.wall())
-            if self.steps is None:  # else the cycle does that
-                appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
+            appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
         busy = self.workers.at_work()
         busy.update(claimed.dataset.name for claimed in [*hops, *begun])
         while free > len(begun) and not any(one.runs_exclusively for one in [*hops, *begun]):
@@ -7492,8 +7497,7 @@ class Runner:
         if self.unrecorded:
             instants.append(now + 1)
         if self.workers.free() and not self.once:  # else the next free worker looks
-            due = "select min(next_at) from objects where next_at is not null and (? or task = 'retry')"
-            next_at = self.database.value(due, (self.steps is None,))
+            next_at = self.database.value("select min(next_at) from objects where next_at is not null")
             instants += [] if next_at is None else [now + next_at - wall]
         return max(0.0, min(instants) - now)
 
@@ -7503,7 +7507,7 @@ class Runner:
         limit = self.clock.boot() + self.configuration.grace_seconds
         notify("STOPPING=1")
         if self.steps is not None:
-            with contextlib.suppress(DatabaseError):  # what failed first is what is told
+            with contextlib.suppress(DatabaseError):  # the first error is reported
                 cast(Any, self.steps).close()
         if running := len(self.workers.running):
             self.journal.write("INFO", "stopping", running=running, grace=self.configuration.grace_seconds)
@@ -7524,7 +7528,8 @@ class Runner:
         reason, left = self.stop_reason, dict[str, int]()
         with contextlib.suppress(DatabaseError):
             with self.database.transaction() as sql:
-                sql.execute("update runner set stopped_at = ?, note = ?", (int(self.clock.wall()), reason))
+                ended = "update runner set stopped_at = ?, note = ? where pid = ? and stopped_at is null"
+                sql.execute(ended, (int(self.clock.wall()), reason, os.getpid()))
             left = dict(map(tuple, self.database.read("select state, count(*) from queue group by state")))
             if self.journal.screen:
                 self.journal.screen.paint(self.clock.wall(), [], None)
@@ -7754,8 +7759,8 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
     for what, check in checks.items():
         try:
             rows.append({"result": "ok", "what": what, "details": check(configuration)})
-        except Error as error:
-            details = f"{error}; {error.hint}" if error.hint else str(error)
+        except (Error, OSError) as error:
+            details = f"{error}; {hint}" if (hint := getattr(error, "hint", "")) else str(error)
             rows.append({"result": "FAIL", "what": what, "details": details})
     return rows
 
@@ -8256,7 +8261,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
     note = "Nothing was written and nothing was asked; the store was only listed and read."
     _print(arguments, answers(database, PLAN, most=arguments.limit, before=json.dumps(before)), ["", note])
     if error:
-        print(f"adce.py: the cycle had trouble: {error}", file=sys.stderr)
+        print(f"adce.py: the cycle failed: {error}", file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
 
 

@@ -287,7 +287,7 @@ def test_plan_that_could_not_look_says_so_even_when_quiet(tmp_path):
     (tmp_path / "lake").write_text("a file in its place")
     done = run_adce("plan", "-q", "--format", "json", folder=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("adce.py: the cycle had trouble: the store ")
+    assert done.stderr.startswith("adce.py: the cycle failed: the store ")
     assert "complete" not in done.stdout
 
 

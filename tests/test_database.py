@@ -95,6 +95,7 @@ def make_zeroed(path: Path) -> None:
             lambda path: make_newer(path, adce.SCHEMA_VERSION - 1),
             f"has schema {adce.SCHEMA_VERSION - 1}, this ADCE needs {adce.SCHEMA_VERSION}",
         ),
+        (lambda path: make_newer(path, 0), f"has schema 0, this ADCE needs {adce.SCHEMA_VERSION}"),
         (make_broken, "malformed"),
         (make_zeroed, "malformed|is a database of another program|not a database"),
         (

@@ -111,6 +111,8 @@ def test_closed_limiter_ends_every_wait_at_its_next_look_and_keeps_no_place(limi
     for thread in threads:
         thread.join(5)
     assert len(errors) == 5
+    with pytest.raises(adce.Error, match="closed"):
+        limiter.acquire("espn")
     assert limiter.database.value("select count(*) from waiters") == 0
 
 

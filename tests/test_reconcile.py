@@ -666,6 +666,21 @@ def test_game_that_a_later_day_names_first_while_a_cycle_lists_has_the_first_day
     assert desk.database.value("select parent from objects_now where key = 'games/7.json'") == "days/2025-10-01.json"
 
 
+def test_game_that_a_day_names_when_its_page_is_past_is_not_dropped(desk, lake):
+    lake.put_day(2, ["7"])
+    is_named, wanted = False, "select count(*) from wanted where key like 'games/%'"
+    for _ in adce.reconcile(desk.database, desk.configuration, lake.store, desk.clock):
+        with desk.database.transaction() as sql:
+            is_past = sql.execute(wanted).fetchone()[0]
+        if is_past and not is_named:
+            is_named = True
+            fetch(desk, lake, "days/2025-10-01.json", {"final": True, "games": ["9"]})
+    known = "select state from objects_now where key = 'games/9.json'"
+    assert (is_named, desk.database.value(known)) == (True, "missing")
+    desk.cycle()
+    assert desk.database.value(known) == "missing"
+
+
 def test_what_is_expected_is_computed_anew_only_when_it_may_have_changed(desk, lake, monkeypatch):
     lake.put_day(1, ["7"])
     desk.cycle()

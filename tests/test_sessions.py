@@ -171,7 +171,7 @@ def test_timeouts_in_a_row_pause_the_source(shop, upstream):
     for _ in range(2):
         with pytest.raises(requests.Timeout):
             session.get("/a", timeout=0.1)
-    with pytest.raises(adce.RateLimitedError, match="5 min: did not answer in time"):
+    with pytest.raises(adce.RateLimitedError, match="5 min: timed out"):
         adce.shared_limiter(shop.config).acquire("shop", 10)
 
 
