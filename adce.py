@@ -5822,24 +5822,22 @@ class Section:
 # Fragments of the questions below. Percents are rounded down: 100 means all.
 FRAGMENTS = {
     "SUMS": """sum(present) * 10000 / nullif(sum(expected), 0) / 100.0 as percent,
-        coalesce(sum(missing), 0) as missing, coalesce(sum(stale), 0) as stale, coalesce(sum(suspect), 0) as suspect,
-        coalesce(sum(gave_up), 0) as gave_up, coalesce(sum(present), 0) as present,
-        coalesce(sum(expected), 0) as expected""",
-    "OPEN": ", ".join(
-        f"coalesce(sum(iif(task = '{state}', objects, 0)), 0) as {state}"
-        for state in ("pending", "retry", "running", "gave_up")
-    ),
+        ifnull(sum(missing), 0) as missing, ifnull(sum(stale), 0) as stale, ifnull(sum(suspect), 0) as suspect,
+        ifnull(sum(gave_up), 0) as gave_up, ifnull(sum(present), 0) as present, ifnull(sum(expected), 0) as expected""",
+    "OPEN": """ifnull(sum(iif(task = 'pending', objects, 0)), 0) as pending,
+        ifnull(sum(iif(task = 'retry', objects, 0)), 0) as retry,
+        ifnull(sum(iif(task = 'running', objects, 0)), 0) as running,
+        ifnull(sum(iif(task = 'gave_up', objects, 0)), 0) as gave_up""",
+    "BY_TASK": "task in ('retry', 'running', 'gave_up')",  # lets SQLite use the index objects_by_task
     "FILTER": "(:source is null or source = :source) and (:dataset is null or dataset = :dataset)",
-    # an attempt at its place among those of its dataset, the fastest first
-    "ENDED": """(select d.source, d.dataset, a.outcome, a.seconds, a.requests, a.bytes,
-                        a.outcome not in ('ok', 'not_yet', 'lost') as has_failed,
-                        row_number() over (partition by o.dataset_id order by a.seconds) as place,
-                        count(*) over (partition by o.dataset_id) as number
-                 from attempts a join objects o using (object_id) join datasets d using (dataset_id)
-                 where a.started_at >= :since and a.outcome != 'running')""",
+    "ATTEMPTS": """attempts a join objects o using (object_id) join datasets d using (dataset_id)
+        where a.started_at >= :since""",
     "FIGURES": """count(*) as attempts, sum(outcome = 'ok') as ok, sum(outcome = 'not_yet') as not_yet,
-        sum(has_failed) as failed, round(100.0 * sum(has_failed) / count(*), 1) as error_percent,
+        sum(outcome not in ('ok', 'not_yet', 'lost')) as failed,
+        round(100.0 * sum(outcome not in ('ok', 'not_yet', 'lost')) / count(*), 1) as error_percent,
         sum(requests) as requests, sum(bytes) as bytes""",
+    "RATES": """select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
+        from rates order by scope = 'global', scope, window_seconds""",
     # sources that cannot be asked now
     "PAUSED": """with paused as (
         select source from datasets
@@ -5897,19 +5895,21 @@ datasets: Attempts of the last {span}
            round(min(seconds) filter (where place >= 0.50 * number), 3) as p50,
            round(min(seconds) filter (where place >= 0.95 * number), 3) as p95,
            round(min(seconds) filter (where place >= 0.99 * number), 3) as p99
-    from {ENDED} group by source, dataset
+    from (select d.source, d.dataset, outcome, seconds, requests, bytes,
+                 row_number() over (partition by o.dataset_id order by seconds) as place,  -- the fastest first
+                 count(*) over (partition by o.dataset_id) as number
+          from {ATTEMPTS} and outcome != 'running')
+    group by source, dataset
 scrapers: By scraper
-    select coalesce(value, 'no longer declared') as scraper, count(distinct dataset) as datasets, {FIGURES}
-    from {ENDED} left join json_each(:scrapers) on key = dataset group by scraper
+    select coalesce((select value from json_each(:scrapers) where key = d.dataset), 'no longer declared') as scraper,
+           count(distinct d.dataset) as datasets, {FIGURES}
+    from {ATTEMPTS} and outcome != 'running' group by scraper
 attempts: How attempts of the last {span} ended
-    select d.dataset, a.outcome, count(*) as attempts, sum(a.requests) as requests,
-           round(avg(a.seconds), 3) as mean_seconds, round(max(a.seconds), 3) as longest, sum(a.bytes) as bytes
-    from attempts a join objects o using (object_id) join datasets d using (dataset_id)
-    where a.started_at >= :since
-    group by d.dataset, a.outcome order by d.dataset, attempts desc
+    select d.dataset, outcome, count(*) as attempts, sum(requests) as requests, round(avg(seconds), 3) as mean_seconds,
+           round(max(seconds), 3) as longest, sum(bytes) as bytes
+    from {ATTEMPTS} group by d.dataset, outcome order by d.dataset, attempts desc
 rates: Rate limits
-    select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
-    from rates order by scope = 'global', scope, window_seconds
+    {RATES}
 cycles: The last cycles
     select * from cycles order by cycle_id desc limit 5
 listing!: Cycles of the last {span}
@@ -5917,8 +5917,7 @@ listing!: Cycles of the last {span}
            round((max(started_at) - min(started_at)) / 60 / nullif(count(*) - 1, 0), 1) as minutes_between,
            round(avg(seconds), 3) as mean_seconds, round(max(seconds), 3) as longest, count(error) as failed,
            sum(created) as created, sum(closed) as closed, sum(list_calls) as list_calls,
-           -- S3 takes 0.005 USD for 1,000
-           round(sum(list_calls) * 0.005 / 1000, 4) as s3_list_usd
+           round(sum(list_calls) * 0.005 / 1000, 4) as s3_list_usd  -- S3 takes 0.005 USD for 1,000
     from reconciliations where started_at >= :since having count(*) > 0
 """)
 STATUS = questions("""
@@ -5931,8 +5930,7 @@ tasks!: Tasks
 cycle!: Last cycle | no cycle yet
     select * from cycles order by cycle_id desc limit 1
 sources: Sources
-    select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
-    from rates order by scope = 'global', scope, window_seconds
+    {RATES}
 alerts: Alerts
     select * from open_alerts
 broken_channels: Channels that do not work
@@ -5940,12 +5938,21 @@ broken_channels: Channels that do not work
 """)
 COVERAGE, BY_DAY = questions("""
 coverage: Coverage by dataset and season | nothing is expected yet; run a cycle: adce.py reconcile
-    select * from coverage where {FILTER} order by source, dataset, season
+    select source, dataset, season, percent, missing, stale, suspect, gave_up, present, expected, skipped
+    from coverage where {FILTER} order by source, dataset, season
 coverage: Coverage by dataset and day | no object has such a day
     select * from coverage_by_day where {FILTER} and (:year is null or day glob :year || '-*')
     order by source, dataset, day desc
 """)
 PLAN = questions("""
+changes: What would be expected | the same as now
+    with after as (
+        select dataset, sum(objects) as n from counts join datasets using (dataset_id)
+        where state not in ('dropped', 'skipped') group by dataset)
+    select dataset, coalesce(value, 0) as expected_now, coalesce(n, 0) as expected_then
+    from (select dataset from after union select key from json_each(:before))
+    left join after using (dataset) left join json_each(:before) on key = dataset
+    where expected_now != expected_then
 datasets: What would be asked for | nothing
     {PAUSED}
     select dataset, sum(state = 'pending' and source not in paused) as now,
@@ -5953,12 +5960,19 @@ datasets: What would be asked for | nothing
            sum(state = 'retry') as later, sum(state = 'gave_up') as gave_up,
            min(case when state = 'retry' then next_at end) as next_retry, max(last_error) as last_error
     from queue group by dataset
-sources: How long that takes, with a request for each task
+sources: How long that takes at the limits, with a request for each task
+    -- a request that a window does not allow now waits for one more of these windows, or for several
     with pending as (
         select source, sum(objects) as tasks from counts join datasets using (dataset_id)
-        where task = 'pending' and active group by source having sum(objects) > 0)
-    select source, tasks, round(max(tasks * window_seconds / max_requests) / 60, 1) as least_minutes
-    from pending left join windows on scope = source group by source
+        where task = 'pending' and active group by source having sum(objects) > 0),
+    needs as (
+        select p.source, tasks, iif(scope = 'global', sum(tasks) over (partition by scope, window_seconds), tasks) as n,
+               window_seconds, max_requests, used, unixepoch(blocked_until) - unixepoch() as paused
+        from pending p left join rates on scope in (p.source, 'global'))
+    select source, tasks, round((coalesce(max(0, max(paused)), 0) + max(
+               (max(0, n - max(0, max_requests - used)) + max_requests - 1) / max_requests * window_seconds)) / 60, 1)
+               as least_minutes
+    from needs group by source
 first: First of them (at most {most}) | nothing can start now
     {PAUSED}
     select score, priority, dataset, key, reason, attempts
@@ -6006,20 +6020,48 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
+    """A table; on a terminal without columns of nothing but zeros."""
+    kept = [name for name in rows[0] if name == "percent" or any(row[name] not in (0, None) for row in rows)]
+    names = kept if kept and style == "table" else list(rows[0])
+    cells = [[_cell(row[name]) for name in names] for row in rows]
+    are_numbers = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
+    if style == "table":
+        return _text_table([names, *cells], are_numbers, width or sys.maxsize)
     import tabulate
 
-    quotes: Mapping[str, Callable[[str], str]] = {"html": html.escape, "github": lambda cell: cell.replace("|", r"\|")}
-    quote = quotes.get(style, str)
-    numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]]
-    text = tabulate.tabulate(
-        [[quote(_cell(value)) for value in row.values()] for row in rows],
-        headers=[name.replace("_", " ") if style == "html" else name for name in rows[0]],
-        tablefmt={"table": "simple", "github": "github", "html": "unsafehtml"}[style],
+    quote = html.escape if style == "html" else lambda cell: cell.replace("|", r"\|")
+    return tabulate.tabulate(
+        [[quote(cell) for cell in row] for row in cells],
+        headers=[name.replace("_", " ") if style == "html" else name for name in names],
+        tablefmt={"github": "github", "html": "unsafehtml"}[style],
         disable_numparse=True,
-        colalign=["right" if is_number else "left" for is_number in numeric],
+        colalign=["right" if is_number else "left" for is_number in are_numbers],
     )
-    lines = [line.rstrip() for line in text.splitlines()]
-    return "\n".join(line if not width or line == cut(line, width) else f"{cut(line, width - 1)}…" for line in lines)
+
+
+def _text_table(lines: list[list[str]], are_numbers: Sequence[bool], width: int) -> str:
+    """What does not fit stands below its row (the last column), is left out (the columns on the right) or is shortened
+    in the middle."""
+
+    def widths(most: int = sys.maxsize) -> list[int]:
+        return [min(most, max(map(len, column)) + 2) for column in zip(*lines, strict=True)]
+
+    notes = [""] * len(lines)
+    if sum(widths()) - 2 > width and len(lines[0]) > 2 and widths()[-1] > 16:
+        notes = [f"    {line.pop().strip('-')}" for line in lines]
+    while sum(widths(22)) - 2 > width and len(lines[0]) > 2:
+        lines = [line[:-1] for line in lines]
+    while (excess := sum(widths()) - 2 - width) > 0 and max(widths()) > 22:
+        column, most = widths().index(max(widths())), max(20, max(widths()) - 2 - excess)
+        for line in lines:
+            cell = line[column]
+            line[column] = f"{cell[: most // 2]}…{cell[1 + most // 2 - most :]}" if len(cell) > most else cell
+    sides, wide = [str.rjust if is_number else str.ljust for is_number in are_numbers], widths()
+    text = ["".join(side(cell, n - 2) + "  " for side, cell, n in zip(sides, one, wide, strict=False)) for one in lines]
+    text.insert(1, "  ".join("-" * (n - 2) for n in wide))
+    pairs = zip(text, ["", "", *notes[1:]], strict=True)
+    shown = [line.rstrip() for pair in pairs for line in pair if line.strip()]
+    return "\n".join(line if line == cut(line, width) else f"{cut(line, width - 1)}…" for line in shown)
 
 
 def _cell(value: Any) -> str:
@@ -6031,12 +6073,6 @@ def cut(line: str, columns: int) -> str:
     """As much of a line as fits: wide letters take two columns."""
     widths = (1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
     return "".join(letter for letter, end in zip(line, itertools.accumulate(widths), strict=True) if end <= columns)
-
-
-def report_sections(database: Database, scrapers: Mapping[str, str], seconds: float, now: float) -> list[Section]:
-    """The whole picture; attempts and cycles of the last `seconds`. `scrapers` are those of the datasets."""
-    values = {"since": now - seconds, "span": format_duration(seconds), "scrapers": json.dumps(scrapers)}
-    return answers(database, REPORT, **values)
 
 
 def scraper_of(dataset: Dataset) -> str:
@@ -6070,67 +6106,66 @@ def task_sections(database: Database, task_id: int) -> list[Section]:
 
 def tasks_document(database: Database, filters: Mapping[str, str | None], most: int) -> dict[str, Any]:
     """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
-    named = {part.name: part.rows for part in answers(database, (REPORT[3], PLAN[1]))}
-    by_source = """
-        select source, sum(objects) as tasks from counts join datasets using (dataset_id)
-        where task != '' and active group by source having tasks > 0
-    """
+    by_source: dict[str, int] = dict(map(tuple, database.read(BY_SOURCE)))
     return {
-        "total_tasks": database.value("select coalesce(sum(objects), 0) from counts where task != ''"),
-        "by_priority": {row["priority"]: row for row in named["queue"]},
-        "by_source": dict(map(tuple, database.read(by_source))),
-        "estimated_total_minutes": max((row["least_minutes"] or 0 for row in named["sources"]), default=0),
+        "total_tasks": sum(by_source.values()),
+        "by_priority": {row["priority"]: row for row in answers(database, REPORT[3:4])[0].rows},
+        "by_source": by_source,
+        "estimated_total_minutes": minutes_left(database),
         "tasks": tasks_sections(database, filters, most)[0].rows,
     }
 
 
-def plan_sections(database: Database, before: Mapping[str, int], most: int) -> list[Section]:
-    """What a run would do with the queue as it is; what was expected `before` the configuration was read."""
-    after = expected_by_dataset(database)
-    changes = [
-        {"dataset": name, "expected_now": before.get(name, 0), "expected_then": after.get(name, 0)}
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name, 0) != after.get(name, 0)
-    ]
-    changed = Section("changes", "What would be expected", changes, empty="the same as now")
-    return [changed, *answers(database, PLAN, most=most)]
+BY_SOURCE = (
+    "select source, sum(objects) from counts join datasets using (dataset_id) where task != '' and objects group by 1"
+)
+
+
+def minutes_left(database: Database) -> float:
+    """The time until the last pending task has its permit, by the limits and pauses of the sources."""
+    return max((row["least_minutes"] or 0.0 for row in answers(database, PLAN[2:3])[0].rows), default=0.0)
 
 
 # ---------------------------------------------------------------- Conditions
 # What needs attention, each as a question by an index. One cause is one condition: what a blocked source holds up is no
 # condition of its own. Headlines: CONDITIONS, problems(), status_sections().
 
+CRASHED, STUCK = "exited unexpectedly", "loop stuck"
+REMARKS = ("no limits", "changed", "seasons over")
+SHOWN_ONLY = (*REMARKS, "paused", "cycle", "channel")  # on screens; alerts wait until it is worse,
+SENT_ONLY = ("source blocked", "cycles fail")  # and then have these
 BEAT_SECONDS = 10  # between two heartbeats of the main loop
 LEAST_FREE_BYTES = 100 << 20
-COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": "loop stuck"}  # and their problems
-FACTS: Mapping[str, Any] = {
-    "blocked_pauses": 3,  # in a row, or
-    "blocked_seconds": 30 * MINUTE,  # at once: then a source is blocked
-    "last_attempts": 200,  # whose errors count
-    "few_attempts": 20,  # fewer prove nothing
-    "day": DAY,
-    "vanished": VANISHED,
-    "dropped_objects": 100,  # and so many percent in one cycle: then the expected objects shrank
-    "dropped_percent": 10,
-}
+COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": STUCK}  # and their problems
 # what a blocked source has held up counts from the end of that
 BLOCKS = """
     with blocks as (
         select about as source, max(coalesce(ended_at, :now)) as over_at
         from alerts where condition = 'source blocked' group by about)
 """
-# condition: the command that helps; and its subjects, each with a sentence about it
+# condition, ! if work stands still: the command that helps; and its subjects, each with a sentence about it
 CONDITIONS = questions("""
-source blocked: adce.py resume {about}
+source blocked!: adce.py resume {about}
     select scope as about, 'paused until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset, 'unixepoch')
            || ': ' || reason as text
     from scopes, facts
-    where scope != 'global' and (throttles >= :blocked_pauses or (throttles > 0 and paused_for >= :blocked_seconds))
+    where scope != 'global' and (throttles >= 3 or (throttles > 0 and paused_for >= 1800))  -- for half an hour at once
 gave up: adce.py tasks --state gave_up --dataset {about}
-    select dataset as about, sum(objects) || ' objects gave up, last error: '
-           || (select last_error from objects o where o.task = 'gave_up' and o.dataset_id = c.dataset_id) as text
+    select dataset as about, sum(objects) || ' gave up, last error: ' || (
+               select last_error from objects o
+               where o.dataset_id = c.dataset_id and o.task = 'gave_up' and o.{BY_TASK}) as text
     from counts c join datasets using (dataset_id)
     where task = 'gave_up' group by dataset having sum(objects) > 0
+never answered: adce.py tasks --dataset {about}
+    select dataset as about, sum(attempts) || ' attempts, and the source never had such an object: '
+           || coalesce((select a.url from attempts a join objects o using (object_id)
+                        where o.dataset_id = t.dataset_id and a.url is not null
+                          and a.attempt_id > (select max(attempt_id) from attempts) - 200
+                        order by a.attempt_id desc limit 1), 'see its url') as text
+    from daily_totals t join datasets using (dataset_id)
+    where active and not exists (select 1 from counts c where c.dataset_id = t.dataset_id and state = 'present'
+                                 and objects > 0)
+    group by dataset having sum(attempts) >= 5 and min(outcome) = 'not_yet' and max(outcome) = 'not_yet'
 critical gap: adce.py tasks --dataset {about}
     select dataset as about, 'a CRITICAL object has been missing since '
            || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text
@@ -6141,15 +6176,15 @@ critical gap: adce.py tasks --dataset {about}
 errors: adce.py report
     select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
     from (select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
-                 a.attempt_id > (select max(attempt_id) from attempts) - :few_attempts as is_late
+                 a.attempt_id > (select max(attempt_id) from attempts) - 20 as is_late
           from attempts a join objects using (object_id) join datasets using (dataset_id)
           join scopes s on s.scope = source and s.failures = 0 and s.throttles = 0  -- else it may be away
           left join blocks using (source)
-          where outcome != 'running' and started_at > max(:now - :day, coalesce(over_at, 0))
-            and a.attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
-    having count(*) >= :few_attempts and sum(failed) * 100 > count(*) * :error_percent
+          where outcome != 'running' and started_at > max(:now - 86400, coalesce(over_at, 0))
+            and a.attempt_id > (select max(attempt_id) from attempts) - 200)
+    having count(*) >= 20 and sum(failed) * 100 > count(*) * :error_percent
        and max(failed and is_late)  -- else that is over
-nothing collected: adce.py logs
+nothing collected!: adce.py logs
     select 'lake' as about, 'nothing was collected in ' || cycles || ' cycles, though tasks of '
            || group_concat(dataset, ', ') || ' could be done' as text
     from (select min(started_at) as began, count(*) as cycles
@@ -6161,13 +6196,13 @@ nothing collected: adce.py logs
       and (exists (select 1 from objects o
                    where o.dataset_id = d.dataset_id and o.task = 'pending' and o.detected_at < began)
            or exists (select 1 from objects o
-                      where o.dataset_id = d.dataset_id and o.task = 'retry' and o.failures > 0
+                      where o.dataset_id = d.dataset_id and o.task = 'retry' and o.{BY_TASK} and o.failures > 0
                         and o.detected_at < began))
       and not exists (select 1 from attempts
                       where outcome = 'ok' and started_at + seconds > began
-                        and attempt_id > (select max(attempt_id) from attempts) - :last_attempts)
+                        and attempt_id > (select max(attempt_id) from attempts) - 200)
     having count(*) > 0
-mass loss: adce.py report cycles
+mass loss!: adce.py report cycles
     select 'lake' as about, error as text
     from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
     where instr(error, :vanished)
@@ -6175,22 +6210,32 @@ expected objects shrank: adce.py plan
     select 'lake' as about, dropped || ' of ' || (expected + dropped) || ' objects are no longer expected; if that is '
            || 'a mistake in adce.yaml, correct it: the next cycle expects them again' as text
     from (select * from reconciliations where seconds is not null order by cycle_id desc limit 1)
-    where dropped > :dropped_objects and dropped * 100 > (expected + dropped) * :dropped_percent
-cycles fail: adce.py check
+    where dropped > 100 and dropped * 100 > (expected + dropped) * 10
+paused!: adce.py resume {about}
+    select scope as about, iif(seconds > 0, 'paused' || iif(seconds < 172800, ' for ' || ((seconds + 59) / 60) ||
+           ' min more', '') || ': ', 'asked again, one task at a time, after: ') || coalesce(reason, '') as text
+    from (select *, cast(paused_until + wall_offset - :now as integer) as seconds from scopes, facts)
+    where (seconds > 0 or throttles >= 3) and not glob(:store, reason)
+cycle: adce.py check
+    select 'lake' as about, 'the last cycle could not look at everything: ' || error as text
+    from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
+    where error is not null and not instr(error, :vanished)
+channel: adce.py check
+    select channel as about, 'alerts cannot be sent: ' || error || iif(waiting, ', ' || waiting || ' wait', '') as text
+    from broken_channels
+no limits: adce.py explain rate_limiting
+    select value as about, 'has no limits' as text from json_each(:unlimited)
+changed: adce.py restart
+    select :file as about, 'has changed since the runner started' as text from runner
+    where stopped_at is null and :changed_at > started_at + 1
+seasons over: adce.py explain seasons
+    select 'seasons' as about, 'all of them are over: add the next one' as text
+    where :last_day < date(:now, 'unixepoch')
+cycles fail!: adce.py check
     select 'lake' as about, max(error) as text
     from (select error from reconciliations where seconds is not null order by cycle_id desc limit 2)
     having count(error) = 2
 """)
-
-
-def conditions(database: Database, configuration: Configuration, now: float) -> dict[tuple[str, str], str]:
-    """The CONDITIONS that hold: name and subject, and a sentence about it."""
-    settings = configuration.alerts
-    values = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR, **FACTS}
-    values |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles}
-    return {
-        (one.name, row["about"]): row["text"] for one in CONDITIONS for row in database.read(BLOCKS + one.sql, values)
-    }
 
 
 def problems(
@@ -6216,19 +6261,34 @@ def problems(
     found = {"store unusable": bad_store} if bad_store else {}
     silent = now - max(beat, since)  # the last beat may be that of an earlier run
     if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
-        found["loop stuck"] = f"the main loop has been stuck for {format_duration(silent)}"
+        found[STUCK] = f"the main loop has been stuck for {format_duration(silent)}"
     return found
 
 
-def next_steps(database: Database) -> list[str]:
-    """Commands that answer the questions which the figures raise."""
-    count = "select sum(objects) from counts where task "
-    steps = {
-        "adce.py tasks --state gave_up     what gave up, and why": f"{count} = 'gave_up'",
-        "adce.py plan                      what the next run would do": f"{count} != ''",
-        "adce.py check                     is everything in order?": "select error from cycles order by cycle_id desc",
-    }
-    return [step for step, sql in steps.items() if database.value(f"{sql} limit 1")]
+def conditions(
+    database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
+) -> dict[tuple[str, str], tuple[str, str, str]]:
+    """What holds now: for each name and subject a mark (x: work stands still, !: something is wrong, -: a remark), a
+    sentence, and the command that helps."""
+    settings, path, scopes = configuration.alerts, configuration.path, configuration.rate_limiting.scopes
+    values: dict[str, Any] = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR}
+    values |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles, "vanished": VANISHED}
+    unlimited = [name for name in configuration.sources if not scopes.keys() & {name, GLOBAL}]
+    last_day = max((str(season.finish) for season in configuration.seasons), default=None)
+    values |= {"store": f"{STORE_TROUBLE}*", "last_day": last_day, "unlimited": json.dumps(unlimited)}
+    values |= {"file": path.name, "changed_at": path.stat().st_mtime if path.exists() else 0}
+    ill = problems(database, configuration, now, since, error)
+    found = {(name, "runner"): ("x", text, "adce.py check") for name, text in ill.items()}
+    if (free := shutil.disk_usage(configuration.database.parent).free) < LEAST_FREE_BYTES:
+        found["disk low", "database"] = "x", f"{free >> 20} MB left beside {configuration.database.name}", "df -h"
+    with contextlib.suppress(DatabaseError):  # that is one of its problems
+        for one in CONDITIONS:
+            mark = "x" if one.is_one else "-" if one.name in REMARKS else "!"
+            for about, text in database.read(BLOCKS + one.sql, values):
+                found[one.name, about] = mark, excerpt(text.encode(), 1000), one.title.format(about=about)
+    if {name for name, _ in found} & {"mass loss", "store unusable"}:
+        found.pop(("cycles fail", "lake"), None)  # for that reason
+    return found
 
 
 def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, Any]:
@@ -6238,14 +6298,36 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
         return {"runner": "running", "pid": holder or None}
     if row is None:
         return {"runner": "never ran"}
-    beat = {"last_sign_of_life": utc_text(row["beat_at"])}
-    if holder is None and row["stopped_at"]:
-        return {"runner": "not running", **beat, "stopped_at": utc_text(row["stopped_at"]), "note": row["note"]}
+    started_at, beat_at, stopped_at = (utc_text(row[name]) for name in ("started_at", "beat_at", "stopped_at"))
     if holder is None:
-        return {"runner": "not running", **beat, "note": "exited unexpectedly"}
-    started = {"started_at": utc_text(row["started_at"]), **beat, "uptime": format_duration(now - row["started_at"])}
-    names = {name: row[name] for name in ("address", "unit", "log")}
-    return {"runner": "running", "pid": holder, "version": row["version"], **started, **names}
+        ended = {"stopped_at": stopped_at, "note": row["note"]} if stopped_at else {"note": CRASHED}
+        return {"runner": "not running", "last_sign_of_life": beat_at, **ended}
+    times = {"started_at": started_at, "last_sign_of_life": beat_at, "uptime": format_duration(now - row["started_at"])}
+    return {"runner": "running", **{name: row[name] for name in ("pid", "version", "address", "unit", "log")}, **times}
+
+
+def verdict(database: Database, configuration: Configuration, now: float) -> Section:
+    """What is wrong, the worst first, what it holds up, and the command that helps; the title is the headline."""
+    state = runner_state(database, RunnerLock(configuration.database), now)
+    (lake,) = answers(database, STATUS[:1])[0].rows
+    gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
+    found = conditions(database, configuration, now, now - HOUR)
+    if state["runner"] != "running":
+        mark = "x" if state.get("note") == CRASHED else "!" if gaps else "-"
+        found.pop((STUCK, "runner"), None)
+        text = ": ".join(filter(None, (state["runner"], state.get("note"))))
+        found["no runner", "runner"] = mark, text, "adce.py start"
+    tasks: dict[str, int] = dict(map(tuple, database.read(BY_SOURCE)))
+    rows: Rows = [
+        {"": mark, "about": about, "what": text, "holds_up": tasks.get(about) if mark == "x" else None, "try": hint}
+        for (name, about), (mark, text, hint) in found.items()
+        if name not in SENT_ONLY
+    ]
+    rows.sort(key=lambda row: ("x!-".index(row[""]), -(row["holds_up"] or 0)))
+    word = "ATTENTION" if rows and rows[0][""] != "-" else "FILLING" if gaps else "COMPLETE"
+    amount = f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
+    up = f"up {state['uptime']}" if "uptime" in state else state["runner"]
+    return Section("verdict", f"{word}  {amount}  runner {up}", rows, empty="")
 
 
 def status_sections(database: Database, configuration: Configuration, now: float) -> list[Section]:
@@ -6258,7 +6340,8 @@ def status_sections(database: Database, configuration: Configuration, now: float
         "database_bytes": path.stat().st_size + (log.stat().st_size if log.exists() else 0),
         "disk_free_bytes": shutil.disk_usage(path.parent).free,
     }
-    return [Section("runner", "Runner", [overview], is_one=True), *answers(database, STATUS)]
+    judged = verdict(database, configuration, now)
+    return [judged, Section("runner", "Runner", [overview], is_one=True), *answers(database, STATUS)]
 
 
 # ---------------------------------------------------------------- Page
@@ -6267,19 +6350,12 @@ def status_sections(database: Database, configuration: Configuration, now: float
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 PAGE_STYLE = """
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; --line: #8886; --none: #8883;
-        --all: #1b4f9c; --part: #7fb2e5; --gap: #d9822b; --lost: #b3261e; }
-body { max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } p { overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
-.cards { display: flex; flex-wrap: wrap; gap: .6rem; margin: 0; }
-.cards div { border: 1px solid var(--line); border-radius: .4rem; padding: .4rem .8rem; }
-.cards dt { font-size: .85rem; } .cards dd { margin: 0; font-size: 1.2rem; }
-.wide { overflow-x: auto; } svg { display: block; }
-table { border-collapse: collapse; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
-.all { fill: var(--all); } .part { fill: var(--part); } .gap { fill: var(--gap); } .lost { fill: var(--lost); }
-.none { fill: var(--none); }
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; } p { overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
+.wide { overflow-x: auto; } svg { display: block; } table { border-collapse: collapse; }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #8886; }
+.all { fill: #1b4f9c; } .part { fill: #7fb2e5; } .gap { fill: #d9822b; } .none { fill: #8883; }
 """
 WEB = questions("""
 queue: First in the queue | nothing is open
@@ -6296,7 +6372,7 @@ running: Running now | nothing
     select o.key, d.source, o.attempts as attempt,
            round(max(0, (julianday('now') - 2440587.5) * 86400 - a.started_at), 1) as seconds
     from objects o join attempts a using (attempt_id) join datasets d using (dataset_id)
-    where o.task = 'running'
+    where o.task = 'running' and o.{BY_TASK}
 attempts: The last attempts
     select * from recent_attempts limit 20
 """)
@@ -6319,76 +6395,34 @@ CELL = 11  # pixels
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
 
 
-def page(database: Database, configuration: Configuration, now: float, year: int | None = None) -> str:
-    """One HTML document; without a `year` that of the latest day."""
+def page(database: Database, configuration: Configuration, now: float, year: int | None = None, nearby: int = 0) -> str:
+    """One HTML document; without a `year` that of the latest day. As a file it has no links to `nearby` years."""
     status = {part.name: part for part in status_sections(database, configuration, now)}
     report = {one.name: one for one in REPORT}
     coverage, *parts = answers(
         database, [report["coverage"], *WEB, *(report[name] for name in ("queue", "rates", "cycles"))]
     )
-    facts = {name: part.rows[0] if part.rows else {} for name, part in status.items()}
-    gaps, alerts = sum(facts["lake"][kind] for kind in GAPS), len(status["alerts"].rows)
-    verdict = "complete" if facts["lake"]["expected"] else "nothing expected yet"
-    if gaps:
-        verdict = f"{gaps:,} gap{'s' if gaps > 1 else ''}"
-    elif facts["cycle"].get("error"):
-        verdict = "not known: the last cycle could not look at everything"
-    title = html.escape(f"ADCE: {verdict}" + (f", {alerts} alert{'s' if alerts > 1 else ''}" if alerts else ""))
-    cards = {"runner": facts["runner"]["runner"], **facts["lake"], **facts["tasks"]}
-    items = (f"<div><dt>{name}</dt><dd>{html.escape(_cell(value))}</dd></div>" for name, value in cards.items())
-    news, year = [status["alerts"], status["broken_channels"]], year or latest_year(database, now)
-    links = (
-        f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in range(year - 5, year + 2)
-    )
+    title = html.escape(f"ADCE: {status['verdict'].title}".replace("  ", ", "))
+    judged = dataclasses.replace(status["verdict"], title="")
+    notices = [part for part in (judged, status["alerts"], status["broken_channels"]) if part.rows]
+    blocks = ["".join(WIDE.format(render([one], "html")) for one in group) for group in ([*notices, coverage], parts)]
+    today, days = day_of(now).isoformat(), dict[str, dict[str, tuple[int, int]]]()
+    year = year or int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
+    for name, day, expected, present in database.read(CALENDAR, {"year": year}):
+        days.setdefault(name, {})[day] = expected, present
+    years = range(year - nearby, year + 2 if nearby else year)
+    links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{PAGE_STYLE}</style></head>
 <body><main><h1>{title}</h1><p>{html.escape(configuration.store)}, {utc_text(now)}</p>
-<dl class="cards">{"".join(items).replace("_", " ")}</dl>
-{_blocks([*(part for part in news if part.rows), coverage])}
+{blocks[0]}
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
 <p>A square is a day: dark blue when all of it is there, light blue when a part is, orange when nothing is, grey when
-nothing is expected.</p>{"".join(_calendar(name, year, days) for name, days in days_of(database, year).items())}
-{_blocks(parts)}</main></body></html>
+nothing is expected.</p>{"".join(_calendar(name, year, those) for name, those in days.items())}
+{blocks[1]}</main></body></html>
 """
-
-
-def _blocks(sections: Sequence[Section]) -> str:
-    return "".join(WIDE.format(render([section], "html")) for section in sections)
-
-
-def latest_year(database: Database, now: float) -> int:
-    """The last year, up to now, that has days."""
-    today = day_of(now).isoformat()
-    return int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
-
-
-def days_of(database: Database, year: int) -> dict[str, dict[str, tuple[int, int]]]:
-    """Expected and present objects of each day of a year, by dataset."""
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, day, expected, present in database.read(CALENDAR, {"year": year}):
-        found.setdefault(name, {})[day] = expected, present
-    return found
-
-
-def coverage_sections(database: Database, filters: Mapping[str, Any], now: float | None = None) -> list[Section]:
-    """What is expected and what is there, by dataset and season, or of what has a day by that, the latest first; with
-    `now` also a year in a line for each dataset, a letter for each week."""
-    year, by_day = filters.get("year"), filters.get("by_day")
-    (section,) = answers(database, (BY_DAY if by_day else COVERAGE,), **filters)
-    if by_day or now is None:
-        return [dataclasses.replace(section, empty=f"nothing of {year}") if by_day and year else section]
-    year, rows = year or latest_year(database, now), []
-    for name, days in days_of(database, year).items():
-        weeks = [(0, 0)] * 53
-        for day, (expected, present) in days.items():
-            week = (datetime.date.fromisoformat(day).timetuple().tm_yday - 1) // 7
-            weeks[week] = weeks[week][0] + expected, weeks[week][1] + present
-        letters = ("." if not wanted else "#" if have == wanted else "+" if have else "x" for wanted, have in weeks)
-        rows.append({"dataset": name, "weeks": "".join(letters)})
-    title = f"The weeks of {year}: # all there, + a part, x nothing, . nothing expected"
-    return [section, Section("weeks", title, rows, empty="no dataset has days in it")]
 
 
 def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> str:
@@ -6403,7 +6437,7 @@ def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> s
         box = f'x="{week * CELL}" y="{weekday * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
         cells.append(f'<rect class="{kind}" {box}><title>{text}</title></rect>')
     incomplete = [f"{day} ({there} of {wanted})" for day, (wanted, there) in sorted(days.items()) if there < wanted]
-    words = html.escape(", ".join(incomplete[:50]) + (" ..." if len(incomplete) > 50 else ""))
+    words = ", ".join(incomplete[:50]) + (" ..." if len(incomplete) > 50 else "")
     details = f"<details><summary>{len(incomplete)} days are not complete</summary><p>{words}</p></details>"
     expected, present = (sum(pair[place] for pair in days.values()) for place in (0, 1))
     label = html.escape(f"{dataset}: {present:,} of {expected:,} in {year}")
@@ -6511,7 +6545,7 @@ class HealthServer(http.server.ThreadingHTTPServer):
             return 200, JSON, json.dumps(tasks_document(self.database, filters, 100))
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
-            return 200, "text/html; charset=utf-8", page(self.database, self.configuration, now, year)
+            return 200, "text/html; charset=utf-8", page(self.database, self.configuration, now, year, 5)
         return 404, TEXT, "try /health /status /tasks /metrics or /\n"
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -6574,6 +6608,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 # The log: one line for each event. On a terminal, a live screen instead. Headlines: Journal, LiveScreen.
 
 SCREEN_SECONDS = 0.5
+MOST_FINDINGS = 5  # of a verdict, and most sources, on one screen
 LEVELS = {"DEBUG": "<7>", "INFO": "<6>", "WARN": "<4>", "ERROR": "<3>"}
 LOG_BYTES = 10 << 20
 
@@ -6671,11 +6706,8 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
 
 def announce_cycle(journal: Journal, database: Database) -> None:
     """One line for the cycle that has just ended."""
-    sql = """
-        select cycle_id as id, expected, present, missing, stale, suspect, created, closed, listed, seconds, error
-        from cycles order by cycle_id desc limit 1
-    """
-    (row,) = query(database, sql)
+    figures = "expected, present, missing, stale, suspect, created, closed, listed, seconds, error"
+    (row,) = query(database, f"select cycle_id as id, {figures} from cycles order by cycle_id desc limit 1")  # noqa: S608
     journal.write("ERROR" if row["error"] else "INFO", "cycle", **row)
 
 
@@ -6744,23 +6776,39 @@ def _cycle_text(database: Database, now: float, next_cycle_in: float | None) -> 
         return "none yet"
     if cycle["seconds"] is not None:
         following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
-        return f"{cycle['id']} done{following}"
+        return f"{cycle['id']} done {format_duration(cycle['elapsed'] - cycle['seconds'])} ago{following}"
     left = f", {format_duration(cycle['left'])} left" if cycle["left"] else ""
     return f"{cycle['id']}: {cycle['looked']:,} of {cycle['known']:,} objects{left}"
 
 
-def _tasks_text(database: Database, now: float) -> str:
-    """How many tasks are open, how many ended in the last minute, and the time left at that rate."""
-    span = min(MINUTE, max(1, now - (database.value("select started_at from runner") or 0)))
-    ended = database.value("select count(*) from attempts where outcome = 'ok' and started_at > ?", (now - span,))
-    open_now = "select coalesce(sum(objects), 0) from counts where task in ('pending', 'retry', 'running')"
-    waiting: int = database.value(open_now)
-    rate = f", {ended:,} ended in the last {'minute' if span == MINUTE else format_duration(span)}" if ended else ""
-    left = f", {format_duration(waiting * span / ended)} left" if ended and waiting else ""
-    return f"{waiting:,} open{rate}{left}"
+# the tightest window of each source
+TIGHTEST = """
+    select scope, used, max_requests, window_seconds, max(1.0 * used / max_requests) as share
+    from rates where max_requests group by scope order by scope = 'global', share desc, scope
+"""
 
 
-LEAST_TABLE_LINES = 4  # two of them are its head
+def status_lines(
+    database: Database, configuration: Configuration, now: float, next_cycle_in: float | None = None
+) -> tuple[list[str], list[str]]:
+    """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
+    judged, (tasks,) = verdict(database, configuration, now), answers(database, STATUS[1:2])[0].rows
+    counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
+    if minutes := minutes_left(database):
+        counts.append(f"about {format_duration(minutes * MINUTE)} left")
+    texts = {"cycle": _cycle_text(database, now, next_cycle_in), "tasks": ", ".join(counts) or "none open"}
+    head = [judged.title, *(f"{name}   {text}" for name, text in texts.items())]
+    body = []
+    for row in judged.rows[:MOST_FINDINGS]:
+        held = f" holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
+        body += [f"  {row['']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]
+    if len(judged.rows) > MOST_FINDINGS:
+        body.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
+    for row in query(database, TIGHTEST)[:MOST_FINDINGS]:
+        bar = ("#" * round(20 * min(1, row["share"]))).ljust(20, "-")
+        used = f"{row['used']:,} of {row['max_requests']:,} in {format_duration(row['window_seconds'])}"
+        body.append(f"  {row['scope']:20} [{bar}] {used}")
+    return head, [*body, f"store {configuration.store}, database {configuration.database}"]
 
 
 class LiveScreen:
@@ -6778,37 +6826,20 @@ class LiveScreen:
     def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None) -> None:
         """Draw the present state over the last one."""
         size = shutil.get_terminal_size()
-        head, table, foot = self._lines(now, running, next_cycle_in)
-        foot += self.last_lines
+        head, body = status_lines(self.database, self.configuration, now, next_cycle_in)
+        coverage = dataclasses.replace(answers(self.database, REPORT[1:2])[0], title="")
+        body += render([coverage], "table", size.columns - 1).splitlines() if coverage.rows else []
+        head.insert(0, f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly")
+        foot = [f"workers {', '.join(running) or 'idle'}", *self.last_lines]
         room = max(0, size.lines - 1 - len(head) - len(foot))
-        if len(table) > room:
-            table = [*table[: room - 1], f"... and {len(table) - room + 1} more"] if room > LEAST_TABLE_LINES else []
-        shown = [cut(line, size.columns - 1) for line in [*head, *table, *foot]][: max(2, size.lines - 1)]
+        if len(body) > room:
+            body = [*body[: room - 1], f"... and {len(body) - room + 1} more"] if room > 1 else []
+        shown = [cut(line, size.columns - 1) for line in [*head, *body, *foot]][: max(2, size.lines - 1)]
         up = f"\x1b[{self._height}F" if self._height else ""  # to the first column: Ctrl-C has written ^C
         self._height = len(shown)
         with contextlib.suppress(OSError):  # the terminal is gone, the work is not
             self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in shown) + "\x1b[J")
             self.stream.flush()
-
-    def _lines(
-        self, now: float, running: Sequence[str], next_cycle_in: float | None
-    ) -> tuple[list[str], list[str], list[str]]:
-        """Cycle and tasks, the datasets, and sources and workers."""
-        coverage, rates = (part.rows for part in answers(self.database, (REPORT[1], STATUS[3])))
-        pauses = {row["scope"]: f"{row['blocked_until']}: {row['why'][8:]}" for row in rates if row["blocked_until"]}
-        used = ", ".join(
-            f"{row['scope']} {row['used']}/{row['max_requests']} in {row['window_seconds']:g} s"
-            for row in rates
-            if row["used"] and row["max_requests"]
-        )
-        head = [
-            f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly  store {self.configuration.store}",
-            f"cycle   {_cycle_text(self.database, now, next_cycle_in)}",
-            f"tasks   {_tasks_text(self.database, now)}",
-        ]
-        table = render([Section("", "", coverage, empty="nothing is expected yet")], "table").splitlines()
-        foot = [f"asked   {used or 'nothing lately'}", *(f"paused  {name} until {why}" for name, why in pauses.items())]
-        return head, table, [*foot, f"workers {', '.join(running) or 'idle'}"]
 
 
 # ---------------------------------------------------------------- Alerts
@@ -6818,9 +6849,7 @@ class LiveScreen:
 LOOK_SECONDS = 30
 CALM_SECONDS = 15 * MINUTE  # a condition that returns sooner was never over
 SEND_SECONDS = 15  # for one message
-MOST_LETTERS = 1000  # of a text
 FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # other effects of a full disk
-TOO_OLD_SECONDS = DAY  # for a message to be sent
 BROKEN = "channel broken"  # a condition that is shown, and not sent
 
 
@@ -6865,16 +6894,8 @@ class Alerter:
     def conditions(self) -> dict[tuple[str, str], str]:
         """The conditions that hold now: name and subject, and a sentence about it."""
         now, error = self.clock.wall(), self.journal.database_error
-        ill = problems(self.database, self.configuration, now, self.started_at, error)
-        found = {(name, "runner"): text for name, text in ill.items()}
-        with contextlib.suppress(DatabaseError):  # that is one of its problems
-            found |= conditions(self.database, self.configuration, now)
-        if {name for name, _ in found} & {"mass loss", "store unusable"}:
-            found.pop(("cycles fail", "lake"), None)  # for that reason
-        found = {key: excerpt(text.encode(), MOST_LETTERS) for key, text in found.items()}
-        free = shutil.disk_usage(self.configuration.database.parent).free
-        if free < LEAST_FREE_BYTES:
-            found["disk low", "database"] = f"{free >> 20} MB left beside {self.configuration.database.name}"
+        holds = conditions(self.database, self.configuration, now, self.started_at, error)
+        found = {key: text for key, (_, text, _) in holds.items() if key[0] not in SHOWN_ONLY}
         if "disk low" in {name for name, _ in [*found, *self._lasting()]}:
             found = {key: text for key, text in found.items() if not re.search(FULL, text)}
         return found
@@ -6899,10 +6920,8 @@ class Alerter:
                 self._notify(alert, "over: ", f"it lasted {format_duration(alert['seen_at'] - alert['since'])}")
 
     def _begin(self, condition: str, about: str, text: str) -> dict[str, Any]:
-        instants = dict.fromkeys(("since", "seen_at", "notified_at"), int(self.clock.wall()))
-        self.alerts.append(
-            {"condition": condition, "about": about, "text": text, **instants, "ended_at": None, "unsent": []}
-        )
+        begun: dict[str, Any] = {"condition": condition, "about": about, "text": text, "ended_at": None, "unsent": []}
+        self.alerts.append(begun | dict.fromkeys(("since", "seen_at", "notified_at"), int(self.clock.wall())))
         return self.alerts[-1]
 
     def _notify(self, alert: dict[str, Any], prefix: str, text: str) -> None:
@@ -6915,15 +6934,14 @@ class Alerter:
 
     def save(self) -> None:
         """Store the alerts; those that are over and sent are then no longer kept here. Until it succeeds, all are."""
-        put = """
-            insert or replace into alerts
-            values (:condition, :about, :since, :text, :seen_at, :notified_at, :ended_at, :unsent)
-        """
         if not self.alerts:
             return
         try:
             with self.database.transaction() as sql:
-                sql.executemany(put, [{**alert, "unsent": json.dumps(alert["unsent"])} for alert in self.alerts])
+                for alert in self.alerts:
+                    names = ("condition", "about", "since", "text", "seen_at", "notified_at", "ended_at")
+                    values = [*(alert[name] for name in names), json.dumps(alert["unsent"])]
+                    sql.execute("insert or replace into alerts values (?, ?, ?, ?, ?, ?, ?, ?)", values)
         except DatabaseError as error:
             self.journal.write("WARN", "alerts", error=str(error))
         else:
@@ -6939,7 +6957,7 @@ class Alerter:
                 pause = min(max(broken["seen_at"] - broken["since"], MINUTE), HOUR)
                 waiting = waiting if now >= broken["seen_at"] + pause else []
             for alert, message in sorted(waiting, key=lambda pair: pair[1]["made_at"]):
-                is_wanted = getattr(self.settings, channel) and now - message["made_at"] < TOO_OLD_SECONDS
+                is_wanted = getattr(self.settings, channel) and now - message["made_at"] < DAY
                 if is_wanted and self._use(channel, functools.partial(sender, self.configuration, message)):
                     break
                 alert["unsent"].remove(message)
@@ -6971,9 +6989,6 @@ class Alerter:
         return error
 
 
-Message = Mapping[str, Any]  # with a subject and a text
-
-
 def revealed(text: str) -> str:
     """A text, or the value of the variable $NAME. Raises Error when there is none."""
     if not text.startswith("$"):
@@ -6987,28 +7002,22 @@ def _http(method: str, address: str, **options: Any) -> None:
     """Send a request to an address that may be a secret. Raises Error, which does not name it."""
     import requests
 
+    options |= {"allow_redirects": False}  # a redirect would lose the body
     try:
-        answer = requests.request(
-            method, revealed(address), timeout=SEND_SECONDS, allow_redirects=False, **options
-        )  # a redirect would lose the body
+        answer = requests.request(method, revealed(address), timeout=SEND_SECONDS, **options)
     except requests.RequestException as error:
         raise Error(_no_answer(error)[1]) from None
     if answer.status_code >= 300:
         raise Error(f"HTTP {answer.status_code}")
 
 
-def _send_to_webhook(configuration: Configuration, message: Message) -> None:
-    """In the format of Slack, which many others take."""
-    _http("POST", cast(str, configuration.alerts.webhook), json={"text": f"*{message['subject']}*\n{message['text']}"})
-
-
-def _send_to_sns(configuration: Configuration, message: Message) -> None:
+def _send_to_sns(configuration: Configuration, message: Mapping[str, Any]) -> None:
     topic = cast(str, configuration.alerts.sns_topic)
     client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
     client.publish(TopicArn=topic, Subject=message["subject"][:100], Message=message["text"])
 
 
-def _send_to_command(configuration: Configuration, message: Message) -> None:
+def _send_to_command(configuration: Configuration, message: Mapping[str, Any]) -> None:
     """Subject and text are its last arguments."""
     program = Program(
         words=(*configuration.alerts.command, message["subject"], message["text"]),
@@ -7024,8 +7033,10 @@ def _send_to_command(configuration: Configuration, message: Message) -> None:
         raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
 
 
-SENDERS: Mapping[str, Callable[[Configuration, Message], None]] = {
-    "webhook": _send_to_webhook,
+SENDERS: Mapping[str, Callable[[Configuration, Mapping[str, Any]], None]] = {
+    "webhook": lambda configuration, message: _http(  # in the format of Slack, which many others take
+        "POST", str(configuration.alerts.webhook), json={"text": f"*{message['subject']}*\n{message['text']}"}
+    ),
     "sns_topic": _send_to_sns,
     "command": _send_to_command,
 }
@@ -8248,7 +8259,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
                 pass
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
     note = "Nothing was written and nothing was asked; the store was only listed and read."
-    _print(arguments, plan_sections(database, before, arguments.limit), ["", note])
+    _print(arguments, answers(database, PLAN, most=arguments.limit, before=json.dumps(before)), ["", note])
     if error:
         print(f"adce.py: the cycle failed: {error}", file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
@@ -8331,7 +8342,7 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
             raise  # another reconcile
         cycle_id = _cycle_of_runner(database, configuration, lock, options)
     rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
-    _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)], next_steps(database))
+    _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)])
     if rows[0]["error"]:
         return ExitCode.ERROR
     return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
@@ -8502,22 +8513,33 @@ def command_acquire(arguments: Arguments, configuration: Configuration) -> int:
     return run_held(limiter, held, arguments.words) if arguments.words else ExitCode.DONE
 
 
-@command(option("--since", type=DURATION, default=DAY, metavar="24h", help="how far back attempts count"))
+@command(
+    option("table", nargs="?", choices=["verdict", *(one.name for one in REPORT)], help="only this table"),
+    option("--since", type=DURATION, default=DAY, metavar="24h", help="how far back attempts count"),
+)
 def command_report(arguments: Arguments, configuration: Configuration) -> None:
-    """Show coverage, queue, attempts, limits and cycles."""
+    """Show what is wrong, coverage, queue, attempts, limits and cycles."""
     database, now = _existing(configuration), Clock().wall()
-    if arguments.format == "html":
+    if arguments.format == "html" and not arguments.table:
         print(page(database, configuration, now))
         return
     scrapers = {dataset.name: scraper_of(dataset) for dataset in configuration.datasets.values()}
-    _print(arguments, report_sections(database, scrapers, arguments.since, now), ["", *next_steps(database)])
+    values = {"since": now - arguments.since, "span": format_duration(arguments.since)}
+    report = answers(database, REPORT, **values, scrapers=json.dumps(scrapers))
+    sections = [verdict(database, configuration, now), *report]
+    _print(arguments, [part for part in sections if arguments.table in (None, part.name)])
 
 
 @command(needs_declarations=False)
 def command_status(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show the state of runner, lake, tasks and sources; exit 4 when no runner works."""
     database, lock = _existing(configuration), RunnerLock(configuration.database)
-    _print(arguments, status_sections(database, configuration, Clock().wall()))
+    if arguments.format == "table":
+        head, body = status_lines(database, configuration, Clock().wall())
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+        print("\n".join(cut(line, width) for line in head + body))
+    else:
+        _print(arguments, status_sections(database, configuration, Clock().wall()))
     return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
 
 
@@ -8558,13 +8580,12 @@ def command_task(arguments: Arguments, configuration: Configuration) -> None:
 @command(
     *FILTERS,
     option("--by-day", action="store_true", help="by dataset and day"),
-    option("--year", type=YEAR, help="the year of the days, or of the weeks below the table"),
+    option("--year", type=YEAR, help="only the days of this year"),
 )
 def command_coverage(arguments: Arguments, configuration: Configuration) -> None:
     """Show what is expected and what is there, by dataset and season."""
     database = _existing(configuration)
-    now = Clock().wall() if arguments.format == "table" else None
-    _print(arguments, coverage_sections(database, vars(arguments), now))
+    _print(arguments, answers(database, (BY_DAY if arguments.by_day else COVERAGE,), **vars(arguments)))
 
 
 @command(option("--online", action="store_true", help="the sources too"))

@@ -404,7 +404,7 @@ def test_figures_of_each_cycle_are_put_once_into_cloudwatch_and_a_good_one_is_pi
     assert database.read("select * from broken_channels") == []
 
 
-HURRIED = "import sys, adce; adce.LOOK_SECONDS = 0.1; adce._open_standard_files(); sys.exit(adce.main(sys.argv[1:]))"
+HURRIED = "import sys, adce; adce.LOOK_SECONDS = 0.1; sys.exit(adce.main(sys.argv[1:]))"
 AWAY = """
 health_check: {enabled: false}
 retry: {max_attempts: 1}

@@ -224,8 +224,8 @@ def test_task_that_does_not_exist_is_told(folder):
 def test_report_tells_what_is_missing_and_what_to_do_next(folder):
     done = run_adce("report", folder=folder)
     assert "HTTP 500: trouble" in done.stdout
-    assert "adce.py plan" in done.stderr
-    assert run_adce("report", "-q", folder=folder).stderr == ""
+    assert "adce.py start" in done.stdout
+    assert (done.stderr, run_adce("report", "-q", folder=folder).stderr) == ("", "")
 
 
 def test_tasks_are_filtered(folder):
@@ -275,7 +275,7 @@ def test_dry_run_of_once_names_the_retries_that_it_would_not_wait_for(folder, tm
 def test_plan_tells_how_long_it_takes_at_the_tightest_limit_of_each_source(tmp_path):
     limits = "rate_limiting: {source_limits: {league: {requests_per_minute: 12, requests_per_hour: 60}}}"
     write_league(tmp_path, "http://127.0.0.1:9", last=30, limits=limits)
-    for text, minutes in ((limits, 30.0), ("", None)):  # 60 an hour are one a minute
+    for text, minutes in ((limits, 2.0), ("", None)):  # 12 now, 12 a minute later, and the last 6 after another
         yaml = (tmp_path / "adce.yaml").read_text().replace(limits, text)
         (tmp_path / "adce.yaml").write_text(yaml)
         done = run_adce("plan", "--format", "json", folder=tmp_path)
@@ -352,7 +352,7 @@ def test_store_that_cannot_be_reached_is_told(tmp_path):
     path.write_text(path.read_text().replace("store: lake", "store: s3://bucket/prefix"))
     nobody = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     checked = run_adce("check", folder=tmp_path, **nobody)
-    assert (checked.returncode, "FAIL      store" in checked.stdout) == (1, True)
+    assert (checked.returncode, bool(re.search("FAIL +store", checked.stdout))) == (1, True)
     done = run_adce("run", "--once", folder=tmp_path, **nobody)
     assert (done.returncode, "cannot use s3://bucket/prefix/" in done.stderr) == (12, True)
 
@@ -604,7 +604,7 @@ def test_retry_of_nothing_asks_nothing(folder):
 def test_coverage_of_a_year_shows_its_days(folder):
     rows = json.loads(run_adce("coverage", "--by-day", "--year", "2025", "--format", "json", folder=folder).stdout)
     assert {row["day"][:4] for row in rows} == {"2025"}
-    assert "nothing of 2024" in run_adce("coverage", "--by-day", "--year", "2024", folder=folder).stdout
+    assert "no object has such a day" in run_adce("coverage", "--by-day", "--year", "2024", folder=folder).stdout
 
 
 def test_rules_for_prometheus_know_the_pace_and_the_port(tmp_path):

@@ -162,7 +162,9 @@ def test_page_does_not_call_complete_what_nobody_could_look_at(own, configure, d
     with database.transaction() as sql:
         sql.execute("update objects set state = 'present'")
         sql.execute("insert into alerts values ('cycles fail', 'lake', 1, '', 1, 1, null, '[]')")
-    assert "<h1>ADCE: not known: the last cycle could not look at everything, 1 alert</h1>" in get(f"{own}/").text
+    text = get(f"{own}/").text
+    assert "<h1>ADCE: ATTENTION, 100.0 %, all of 6, " in text
+    assert "the last cycle could not look at everything: " in text
 
 
 def test_status_tasks_and_metrics_answer(served):
@@ -186,7 +188,7 @@ def test_database_that_is_gone_is_told(own, tmp_path):
 
 def test_page_is_one_document_that_asks_for_nothing(served):
     answer = get(f"{served}/")
-    assert "<title>ADCE: 6 gaps</title>" in answer.text
+    assert "<title>ADCE: ATTENTION, 0.0 %, 6 missing of 6, runner not running</title>" in answer.text
     assert re.findall(r"<script|src=|url\(|@import|javascript:|http-equiv", answer.text) == []
     assert all(link.startswith("?year=") for link in re.findall(r'href="([^"]*)"', answer.text))
 

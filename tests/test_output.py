@@ -74,11 +74,8 @@ def test_every_format_of_everything_is_whole(style, line, lake):
     assert done.stdout.strip()
 
 
-def test_weeks_of_a_year_are_drawn_a_letter_each(lake):
-    done = run_adce("coverage", "--year", "2025", folder=lake)
-    weeks = dict(line.split() for line in done.stdout.splitlines() if line.endswith("." * 40))
-    assert weeks == {"days": "+" + "." * 52, "games": "#" + "." * 52}
-    assert run_adce("coverage", "--year", "25", folder=lake).returncode == 2
+def test_year_is_a_number_of_four_digits(lake):
+    assert run_adce("coverage", "--by-day", "--year", "25", folder=lake).returncode == 2
 
 
 @pytest.mark.parametrize("line", SHOWING + TEXTS)

@@ -344,7 +344,7 @@ def test_terminal_shows_the_live_screen_and_a_pipe_none_of_it(league, tmp_path):
     shown = terminal.end()
     assert terminal.process.returncode == 0
     assert "\x1b[" in shown and "Ctrl-C stops cleanly" in shown
-    assert re.search(r"league +games +100 +0", shown)
+    assert re.search(r"league +games +100 +(\d+) +\1\s", shown)
     again = run_adce("run", "--once", folder=tmp_path)
     assert "\x1b" not in again.stdout + again.stderr
 

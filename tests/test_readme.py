@@ -89,7 +89,7 @@ def test_demo_fills_its_lake_and_breaks_no_limit(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "counted 0 beyond its limits" in done.stdout
     assert re.search(r"^present +(\d+)\nexpected +\1$", done.stdout, re.MULTILINE)
-    shown = re.search(r"^```\n(Coverage by dataset\n.+?)```", README, re.DOTALL | re.MULTILINE)
+    shown = re.search(r"^```\n(COMPLETE .+?)```", README, re.DOTALL | re.MULTILINE)
     assert shown
     printed = [line.split() for line in done.stdout.splitlines()]
     for title, head in re.findall(r"^(\w.+)\n(\w.+)\n---", shown[1], re.MULTILINE):

@@ -16,11 +16,18 @@ import adce
 
 DAY = 86400
 GAPS = ("missing", "stale", "suspect")
-EVERYTHING = {"source": None, "dataset": None, "year": None}
 
 
 def section(sections: list[adce.Section], name: str) -> adce.Rows:
     return next(one.rows for one in sections if one.name == name)
+
+
+def coverage(database: adce.Database, question: adce.Section = adce.COVERAGE, **filters: str) -> list[adce.Section]:
+    return adce.answers(database, (question,), **{"source": None, "dataset": None, "year": None, **filters})
+
+
+def report(database: adce.Database, scrapers: dict[str, str], seconds: float, now: float) -> list[adce.Section]:
+    return adce.answers(database, adce.REPORT, since=now - seconds, span="1 d", scrapers=json.dumps(scrapers))
 
 
 def objects_by(database: adce.Database, *columns: str) -> Counter[tuple[str, ...]]:
@@ -35,7 +42,7 @@ def tasks_by(database: adce.Database, *columns: str) -> Counter[tuple[str, ...]]
 
 def test_coverage_counts_the_objects(lived):  # noqa: F811
     counts, gave_up = objects_by(lived, "dataset", "season", "state"), tasks_by(lived, "dataset", "state")
-    rows = section(adce.coverage_sections(lived, EVERYTHING), "coverage")
+    rows = section(coverage(lived), "coverage")
     for row in rows:
         told = {state: row[state] for state in ("present", *GAPS)}
         assert told == {state: counts[row["dataset"], row["season"], state] for state in told}
@@ -46,20 +53,18 @@ def test_coverage_counts_the_objects(lived):  # noqa: F811
 
 
 def test_coverage_of_one_source_or_dataset_is_a_part_of_it(lived):  # noqa: F811
-    every = section(adce.coverage_sections(lived, EVERYTHING), "coverage")
-    assert section(adce.coverage_sections(lived, {**EVERYTHING, "source": "league"}), "coverage") == every
-    daily = section(adce.coverage_sections(lived, {**EVERYTHING, "by_day": True}), "coverage")
+    every = section(coverage(lived), "coverage")
+    assert section(coverage(lived, source="league"), "coverage") == every
+    daily = section(coverage(lived, adce.BY_DAY), "coverage")
     assert sum(row["expected"] for row in daily) == sum(row["expected"] for row in every)
     assert [row["day"] for row in daily if row["dataset"] == "days"] == sorted(
         {row["day"] for row in daily}, reverse=True
     )
-    assert section(adce.coverage_sections(lived, {**EVERYTHING, "dataset": "games"}), "coverage") == [
-        row for row in every if row["dataset"] == "games"
-    ]
+    assert section(coverage(lived, dataset="games"), "coverage") == [row for row in every if row["dataset"] == "games"]
 
 
 def test_every_figure_of_the_report_is_a_count_of_the_tables(lived):  # noqa: F811
-    sections = adce.report_sections(lived, {}, DAY, adce.Clock().wall())
+    sections = report(lived, {}, DAY, adce.Clock().wall())
     by_state, by_dataset = objects_by(lived, "state"), objects_by(lived, "dataset", "state")
     for row in section(sections, "coverage"):
         assert [row[state] for state in GAPS] == [by_dataset[row["dataset"], state] for state in GAPS]
@@ -76,7 +81,7 @@ def test_every_figure_of_the_report_is_a_count_of_the_tables(lived):  # noqa: F8
 
 
 def test_attempts_of_the_report_are_sums_of_the_table(lived):  # noqa: F811
-    told = section(adce.report_sections(lived, {}, DAY, adce.Clock().wall()), "attempts")
+    told = section(report(lived, {}, DAY, adce.Clock().wall()), "attempts")
     kept = lived.read("select * from attempts")
     for column in ("requests", "bytes"):
         assert sum(row[column] or 0 for row in told) == sum(attempt[column] or 0 for attempt in kept)
@@ -86,7 +91,7 @@ def test_attempts_of_the_report_are_sums_of_the_table(lived):  # noqa: F811
 
 
 def test_datasets_of_one_scraper_are_summed(lived):  # noqa: F811
-    told = adce.report_sections(lived, {"days": "GET /", "games": "GET /"}, DAY, adce.Clock().wall())
+    told = report(lived, {"days": "GET /", "games": "GET /"}, DAY, adce.Clock().wall())
     by_dataset, (together,) = section(told, "datasets"), section(told, "scrapers")
     assert together["datasets"] == len(by_dataset) == 2
     for name in ("attempts", "failed", "requests"):
@@ -117,10 +122,10 @@ datasets:
 
 
 def test_attempts_before_the_span_do_not_count(lived):  # noqa: F811
-    assert section(adce.report_sections(lived, {}, 1, adce.Clock().wall() + DAY), "attempts") == []
+    assert section(report(lived, {}, 1, adce.Clock().wall() + DAY), "attempts") == []
 
 
-def test_every_figure_of_the_status_is_a_count_of_the_tables(lived, configure, tmp_path):  # noqa: F811
+def test_every_figure_of_the_status_is_a_count_of_the_tables(lived, configure):  # noqa: F811
     configuration = configure(league_text("http://127.0.0.1:9"))
     configuration.database.touch()
     sections = adce.status_sections(lived, configuration, adce.Clock().wall())
@@ -158,7 +163,7 @@ def test_tasks_are_shown_the_most_urgent_first(database):
             sql.execute(objects, (number, f"{number}.json", now, now, rank))
     (told,) = adce.tasks_sections(database, {"state": None, "dataset": None, "source": None}, 3)
     assert [row["task_id"] for row in told.rows] == [2, 4, 3]
-    first = section(adce.plan_sections(database, {}, 3), "first")
+    first = section(adce.answers(database, adce.PLAN, most=3, before="{}"), "first")
     assert [row["key"] for row in first] == ["2.json", "4.json", "3.json"]
 
 
@@ -251,6 +256,34 @@ def test_table_is_cut_to_the_width_of_a_terminal():
     assert max(map(len, lines)) == 20
 
 
+WIDE_ROWS = [
+    {
+        "id": n,
+        "source": "league",
+        "key": f"raw/a-rather-long-folder/{n}.json",
+        "stale": 0,
+        "n": n,
+        "error": "HTTP 500 " * 5,
+    }
+    for n in (1, 2)
+]
+
+
+def test_wide_table_shows_what_differs_and_puts_errors_below():
+    lines = adce.render([adce.Section("x", "", WIDE_ROWS)], "table", width=40).splitlines()
+    assert lines[0].split() == ["id", "source", "key", "n"]
+    assert lines[2].split() == ["1", "league", "raw/a-rather…older/1.json", "1"]
+    assert lines[3] == f"    {WIDE_ROWS[0]['error'][:35]}…"
+    assert max(map(len, lines)) <= 40
+
+
+def test_columns_of_zeros_are_left_out_for_people_alone():
+    for style, is_shown in (("table", False), ("csv", True), ("github", True), ("html", True), ("json", True)):
+        assert ("stale" in adce.render([adce.Section("x", "", WIDE_ROWS)], style)) == is_shown
+    assert adce.render([adce.Section("x", "", [{"n": 0}])], "table") == "n\n-\n0"
+    assert "percent" in adce.render([adce.Section("x", "", [{"n": 1, "percent": 0.0}])], "table")
+
+
 def test_nothing_is_said_in_words():
     assert adce.render([adce.Section("x", "Things", [], empty="none so far")], "table") == "Things\nnone so far"
 
@@ -321,7 +354,7 @@ def test_cycles_tell_their_pace_their_calls_and_what_s3_would_ask_for_them(lived
     calls = lived.value("select sum(list_calls) from cycles")
     cycles = lived.read("select started_at, seconds, created, closed from reconciliations order by cycle_id")
     span = cycles[-1]["started_at"] - cycles[0]["started_at"]
-    assert section(adce.report_sections(lived, {}, DAY, adce.Clock().wall()), "listing")[0] == {
+    assert section(report(lived, {}, DAY, adce.Clock().wall()), "listing")[0] == {
         "cycles": lived.value("select count(*) from cycles"),
         "minutes_between": round(span / 60 / (len(cycles) - 1), 1),
         "mean_seconds": pytest.approx(sum(row["seconds"] for row in cycles) / len(cycles), abs=0.001),
