@@ -2266,8 +2266,7 @@ class Inspection:
 
 
 class ObjectRow(NamedTuple):
-    """A row of objects: the facts, the state that follows from them, and the open task. Instants are seconds since
-    1970."""
+    """A row of objects: facts, the state that follows, and the open task. Instants are seconds since 1970."""
 
     object_id: int = 0
     dataset: str = ""
@@ -3146,8 +3145,7 @@ def _finished_at(sql: sqlite3.Connection, scope: str, number: int) -> float:
 def grant(
     sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_seconds: float, now: float, owner: str = ""
 ) -> Permit:
-    """Take a permit, and give up the place of `owner` among the waiters. `opening` has just said, in this transaction,
-    that it is possible now."""
+    """Take a permit, and with it the place of `owner` among the waiters. `opening` has just allowed it."""
     if owner:
         sql.execute("delete from waiters where source = ? and owner = ?", (source, owner))
     send_before = now + SEND_WITHIN_SECONDS
@@ -3249,8 +3247,7 @@ def remove_waiter(sql: sqlite3.Connection, owner: str, now: float, keep: Iterabl
 
 
 def hold_sources_after_restore(sql: sqlite3.Connection, now: float) -> None:
-    """A backup does not know the requests since it was made. At its first use each source is paused for its longest
-    window. `now` is boot time."""
+    """At the first use of a backup, which misses the latest requests, pause each source for its longest window."""
     if sql.execute("update facts set is_backup = 0 where is_backup").rowcount:
         sql.execute(
             """
@@ -3319,8 +3316,7 @@ def parse_retry_after(text: str | None, date: str | None) -> float | None:
 
 
 def classify(source: Source, status: int, headers: Mapping[str, str], body: bytes = b"") -> Result:
-    """The meaning of an HTTP response. OK: the body may be the object. Errors can come with status 200, and a missing
-    object with 403."""
+    """The meaning of an HTTP response. Errors can come with status 200, and a missing object with 403."""
     if status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000]):
         return Result(Outcome.NOT_YET, "HTTP 403: no such object", status)
     text = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}"
@@ -3741,12 +3737,12 @@ class Ledger:
 
     def stored(self, known: ObjectRow, entry: StoredObject, found: Inspection) -> ObjectRow:
         """The row of an object that ADCE has just stored, before its appraisal."""
-        since = {"cycle_id": self.cycle_id or known.cycle_id, "seen_at": known.seen_at or int(self.now)}
-        judged = {"verdict": found.verdict, "settled": found.settled, "live": found.live}
-        stored = {"etag": entry.etag, "size": entry.size, "modified_at": entry.modified_at}
-        read_etag = None if found.problems else entry.etag
-        facts: Mapping[str, Any] = {"proven": 1, "read_etag": read_etag, **since, **judged, **stored}
-        return known._replace(**facts)
+        known = known._replace(
+            proven=1, cycle_id=self.cycle_id or known.cycle_id, seen_at=known.seen_at or int(self.now)
+        )
+        judged: Mapping[str, Any] = {"verdict": found.verdict, "settled": found.settled, "live": found.live}
+        stored: Mapping[str, Any] = {"etag": entry.etag, "size": entry.size, "modified_at": entry.modified_at}
+        return known._replace(**judged, **stored, read_etag=None if found.problems else entry.etag)
 
 
 # ---------------------------------------------------------------- Expectations
@@ -4113,20 +4109,14 @@ def _others_in_batch(
     sql: sqlite3.Connection, configuration: Configuration, first: ObjectRow, batch: Batch
 ) -> list[ObjectRow]:
     """The best pending tasks that share the field of the batch with the first."""
+    shared = (configuration.retry.crash_limit(), batch.by, first.fields[batch.by], batch.max - 1)
     return Ledger(sql, configuration, 0).objects(
         """
         d.dataset = ? and o.task = 'pending' and o.object_id != ? and o.crashes < ? and o.fields ->> ? = ?
         order by o.rank desc, o.object_id
         limit ?
         """,
-        (
-            first.dataset,
-            first.object_id,
-            configuration.retry.crash_limit(),
-            batch.by,
-            first.fields[batch.by],
-            batch.max - 1,
-        ),
+        (first.dataset, first.object_id, *shared),
     )
 
 
@@ -4602,8 +4592,7 @@ class Cycle:
 
     @contextlib.contextmanager
     def ledger(self) -> Iterator[Ledger]:
-        """A transaction whose changes count for this cycle. Whatever a power cut undoes of it, the next cycle finds
-        again."""
+        """A transaction whose changes count for this cycle. What a power cut undoes, the next cycle finds again."""
         with self.database.transaction(durable=False) as sql:
             ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
             yield ledger
@@ -4855,11 +4844,8 @@ def _end_expansion(cycle: Cycle) -> Iterator[None]:
     while rows:
         with cycle.ledger() as ledger:
             rows = new_objects(ledger, rows[-1].key + "\0", LAST_KEY)
-            known = ledger.sql.execute(
-                "select key from objects where key in (select value from json_each(?))",
-                (json.dumps([row.key for row in rows]),),
-            ).fetchall()
-            there = {row[0] for row in known}
+            known = "select key from objects where key in (select value from json_each(?))"
+            there = {row[0] for row in ledger.sql.execute(known, (json.dumps([row.key for row in rows]),))}
             ledger.sql.executemany(UPSERT_OBJECT, [(*row, int(ledger.now)) for row in rows if row.key not in there])
         yield
     cycle.new = 0
@@ -5214,12 +5200,8 @@ REDIRECTS = (301, 302, 303, 307, 308)
 KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
 
 
-class _TooLargeError(Exception):
-    pass
-
-
-class _TooLateError(Exception):
-    pass
+class _EndedError(Exception):
+    """Ends a request early, with its result."""
 
 
 def request(claimed: Claim, store: Store, clock: Clock) -> Result:
@@ -5231,7 +5213,7 @@ def request(claimed: Claim, store: Store, clock: Clock) -> Result:
 
     def about_to_send() -> None:
         if claimed.permit and clock.boot() > claimed.permit.send_before:
-            raise _TooLateError
+            raise _EndedError(Result(Outcome.LOST, "its permit ran out before it was sent"))
 
     try:
         with deadline, requests.Session() as opened:
@@ -5250,10 +5232,8 @@ def request(claimed: Claim, store: Store, clock: Clock) -> Result:
                 if deadline.passed:  # a socket that we closed looks like one that has no more to say
                     raise requests.Timeout
                 return _judge(claimed, response, body, store)
-    except _TooLateError:
-        return Result(Outcome.LOST, "its permit ran out before it was sent")
-    except _TooLargeError:
-        return Result(Outcome.INVALID, f"longer than {claimed.dataset.validate.max_bytes} bytes", requests=1)
+    except _EndedError as ended:
+        return cast(Result, ended.args[0])
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         if clock.boot() > begun + claimed.source.timeout_seconds + STANDSTILL_SECONDS:
             return Result(Outcome.LOST, "this program stood still meanwhile", requests=1)
@@ -5262,7 +5242,7 @@ def request(claimed: Claim, store: Store, clock: Clock) -> Result:
         if isinstance(error, requests.exceptions.ContentDecodingError):
             return Result(Outcome.INVALID, "its encoding is broken", requests=1)
         outcome, text = _no_answer(error)
-        return Result(outcome, f"{_host(claimed.url)} {text}", requests=1)
+        return Result(outcome, f"{urllib.parse.urlsplit(claimed.url).hostname} {text}", requests=1)
 
 
 def _no_answer(error: BaseException) -> tuple[Outcome, str]:
@@ -5349,10 +5329,6 @@ def _origin(url: str) -> tuple[str, str]:
     return parts.scheme, parts.netloc
 
 
-def _host(url: str) -> str:
-    return urllib.parse.urlsplit(url).hostname or "?"
-
-
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """An exception and what lies behind it, the innermost last."""
     inner: Any = error
@@ -5373,7 +5349,7 @@ def _read_body(response: Any, most: int) -> bytes:
     for block in response.iter_content(BLOCK_BYTES):
         size += len(block)
         if size > most:
-            raise _TooLargeError
+            raise _EndedError(Result(Outcome.INVALID, f"longer than {most} bytes", requests=1))
         blocks.append(block)
     return b"".join(blocks)
 
@@ -7312,8 +7288,8 @@ class Runner:
             self._say_goodbye()
         if not once:
             return ExitCode.DONE
-        trouble = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
-        if trouble and trouble != STOPPED_EARLY:
+        failure = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
+        if failure and failure != STOPPED_EARLY:
             return ExitCode.ERROR
         left = self.database.value("select sum(objects) from counts where state in ('missing', 'stale', 'suspect')")
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
@@ -7915,8 +7891,7 @@ START_SECONDS = 60
 
 
 def start_runner(configuration: Configuration, words: Sequence[str], log: Path) -> int:
-    """Start `adce.py run` in the background and return its process id once it works. Raises Error with its output
-    when it exits at once."""
+    """Start `adce.py run` in the background; return its process id. Raises Error with its output when it exits."""
     log_file(log).close()
     lock, clock, said_before = RunnerLock(configuration.database), Clock(), log.stat().st_size
     if (holder := lock.holder()) is not None:
