@@ -4349,8 +4349,7 @@ def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
 
 def forget(sql: sqlite3.Connection, before: float) -> int:
     """Remove some of the attempts and cycles from before an instant, and objects that were no longer expected then; the
-    totals of the days stay, and so does the last cycle. Returns how many rows: FORGOTTEN_AT_ONCE or more mean that
-    there may be more."""
+    totals of the days stay, and so does the last cycle. Returns how many rows."""
     oldest = "select attempt_id, started_at, outcome from attempts order by attempt_id limit ?"
     attempts = sql.execute(oldest, (FORGOTTEN_AT_ONCE,)).fetchall()
     ended = [(number,) for number, began, outcome in attempts if began < before and outcome != Outcome.RUNNING]
@@ -4537,17 +4536,18 @@ class CycleOptions:
 
     def merged(self, wanted: str | None) -> CycleOptions:
         """These options and those of a requested cycle, in JSON."""
-        is_full, losses = json.loads(wanted or "[false, []]")
-        return CycleOptions(self.is_full or is_full, self.accept_loss.union(losses))
+        other = json.loads(wanted or "{}")
+        is_full = self.is_full or bool(other.get("is_full"))
+        return CycleOptions(is_full, self.accept_loss.union(other.get("accept_loss", ())))
 
 
 def request_cycle(sql: sqlite3.Connection, options: CycleOptions) -> int:
     """Request a cycle from the runner. Returns the id that it will have: the next cycle follows every request."""
-    wanted, last = sql.execute(
-        "select wanted_cycle, (select coalesce(max(cycle_id), 0) from reconciliations) from facts"
-    ).fetchone()
+    requested = "select wanted_cycle, (select coalesce(max(cycle_id), 0) from reconciliations) from facts"
+    wanted, last = sql.execute(requested).fetchone()
     merged = options.merged(wanted)
-    sql.execute("update facts set wanted_cycle = ?", (json.dumps([merged.is_full, sorted(merged.accept_loss)]),))
+    wanted = json.dumps({"is_full": merged.is_full, "accept_loss": sorted(merged.accept_loss)})
+    sql.execute("update facts set wanted_cycle = ?", (wanted,))
     return cast(int, last) + 1
 
 
