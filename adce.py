@@ -6327,7 +6327,7 @@ def status_sections(database: Database, configuration: Configuration, now: float
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 PAGE_STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
-body { max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; } p { overflow-wrap: anywhere; }
+body { max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; background: Canvas; } p { overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
 .wide { overflow-x: auto; } svg { display: block; } table { border-collapse: collapse; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #8886; }
