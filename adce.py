@@ -2559,8 +2559,7 @@ def may_still_appear(season: Season | None, day: str | None, now: float) -> bool
 # Headlines: Store, FolderStore, S3Store, open_store().
 
 
-@dataclass(frozen=True, slots=True)
-class StoredObject:
+class StoredObject(NamedTuple):
     """One object as the store lists it."""
 
     key: str
@@ -3934,10 +3933,15 @@ def _note_conflict(ledger: Ledger, dataset: Dataset, row: WantedRow, owner: int)
         ledger.problems.append(f"{text}; give each a key of its own")
 
 
-def new_objects(ledger: Ledger, low: str, high: str) -> list[WantedRow]:
-    """Up to a page of the new objects between two keys, in order. The caller inserts them."""
-    page = "select * from wanted where fields is not null and key >= ? and key <= ? order by key limit ?"
-    return list(map(WantedRow._make, ledger.sql.execute(page, (low, high, EXPECTED_AT_ONCE))))
+def new_objects(ledger: Ledger, datasets: Iterable[str], low: str, high: str) -> list[WantedRow]:
+    """Up to a page of the new objects of some datasets between two keys, in order. The caller inserts them."""
+    page = """
+        select * from wanted where fields is not null and key >= ? and key <= ?
+          and dataset_id in (select dataset_id from datasets where dataset in (select value from json_each(?)))
+        order by key limit ?
+    """
+    parameters = (low, high, json.dumps(list(datasets)), EXPECTED_AT_ONCE)
+    return list(map(WantedRow._make, ledger.sql.execute(page, parameters)))
 
 
 def note_mentions(ledger: Ledger, parent: ObjectRow, found: Inspection) -> set[tuple[str, str]]:
@@ -4348,8 +4352,7 @@ def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
 
 
 def forget(sql: sqlite3.Connection, before: float) -> int:
-    """Remove some of the attempts and cycles from before an instant, and objects that were no longer expected then; the
-    totals of the days stay, and so does the last cycle. Returns how many rows."""
+    """Remove some attempts, cycles (but the last) and dropped objects from before an instant. Returns how many rows."""
     oldest = "select attempt_id, started_at, outcome from attempts order by attempt_id limit ?"
     attempts = sql.execute(oldest, (FORGOTTEN_AT_ONCE,)).fetchall()
     ended = [(number,) for number, began, outcome in attempts if began < before and outcome != Outcome.RUNNING]
@@ -4843,7 +4846,7 @@ def _end_expansion(cycle: Cycle) -> Iterator[None]:
     rows: Sequence[WantedRow] = [WantedRow("", 0, None, None, None, None, None)] if cycle.new else []
     while rows:
         with cycle.ledger() as ledger:
-            rows = new_objects(ledger, rows[-1].key + "\0", LAST_KEY)
+            rows = new_objects(ledger, cycle.expanded, rows[-1].key + "\0", LAST_KEY)
             known = "select key from objects where key in (select value from json_each(?))"
             there = {row[0] for row in ledger.sql.execute(known, (json.dumps([row.key for row in rows]),))}
             ledger.sql.executemany(UPSERT_OBJECT, [(*row, int(ledger.now)) for row in rows if row.key not in there])
@@ -5000,7 +5003,7 @@ def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]
     readers = _readers(cycle)
     while count >= EXPECTED_AT_ONCE:
         with cycle.ledger() as ledger:
-            wanted, rows, now = new_objects(ledger, low, keys.high), [], int(ledger.now)
+            wanted, rows, now = new_objects(ledger, cycle.expanded, low, keys.high), [], int(ledger.now)
             for key, number, fields, season, day, available_at, parent_id in wanted:
                 name, entry = names[number], listed.get(key)
                 row = ObjectRow(0, name, key, fields or "", season, day, available_at, since=now)
@@ -5008,9 +5011,6 @@ def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]
                     row = _seen(row, entry, now, is_read=name not in readers)
                 rows.append((number, parent_id, ledger.appraised(row)))
             inserted = ledger.insert(rows)
-            if wanted:
-                known = "update wanted set fields = null where key >= ? and key <= ?"
-                ledger.sql.execute(known, (wanted[0].key, wanted[-1].key))
         cycle.new -= inserted
         cycle.looked += inserted
         cycle.unexpected -= sum(row.key in listed for row in wanted) if inserted else 0

@@ -85,7 +85,7 @@ def expect(database: adce.Database, configuration: adce.Configuration, now: floa
         sql.execute("delete from wanted")
         ledger = adce.Ledger(sql, configuration, now)
         adce.expect(ledger, configuration.datasets["days"], [({"date": day}, None)])
-        new = [(*row, int(now)) for row in adce.new_objects(ledger, "", adce.LAST_KEY)]
+        new = [(*row, int(now)) for row in adce.new_objects(ledger, configuration.datasets, "", adce.LAST_KEY)]
         sql.executemany(adce.UPSERT_OBJECT, new)
         row = ledger.objects("o.key = :key", {"key": f"days/{day}.json"})[0]
         return ledger.note(row, proven=1).object_id

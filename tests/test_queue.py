@@ -67,7 +67,7 @@ class Desk:
             sql.execute("delete from wanted")
             ledger = adce.Ledger(sql, self.configuration, self.clock.wall())
             adce.expect(ledger, dataset, [(fields, None)])
-            new = [(*row, int(ledger.now)) for row in adce.new_objects(ledger, "", adce.LAST_KEY)]
+            new = [(*row, int(ledger.now)) for row in adce.new_objects(ledger, [name], "", adce.LAST_KEY)]
             sql.executemany(adce.UPSERT_OBJECT, new)
             row = ledger.objects("o.key = :key", {"key": key})[0]
             return ledger.note(row, proven=1).object_id
