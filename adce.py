@@ -4835,7 +4835,7 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     yield from _drop_unexpected(cycle, shrunk, last)
     with cycle.ledger() as ledger:
         ledger.sql.executemany("update datasets set ready = 1 where dataset = ?", [(one.name,) for one in level])
-    cycle.expanded = {one.name: digest for one, digest in stale.items()}
+    cycle.expanded = {one.name: now for one, now in stale.items()}
 
 
 def _end_expansion(cycle: Cycle) -> Iterator[None]:
@@ -4854,7 +4854,7 @@ def _end_expansion(cycle: Cycle) -> Iterator[None]:
     cycle.new = 0
     with cycle.ledger() as ledger:
         done = "update datasets set expansion = ? where dataset = ?"
-        ledger.sql.executemany(done, [(digest, name) for name, digest in cycle.expanded.items()])
+        ledger.sql.executemany(done, [(inputs, name) for name, inputs in cycle.expanded.items()])
 
 
 def _pages(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
@@ -5111,8 +5111,8 @@ def _reviewed(ledger: Ledger, row: ObjectRow, *, is_everything: bool) -> ObjectR
     if is_everything:
         if row.etag is not None and not must_be_read(ledger.configuration, dataset):
             row = row._replace(**{**UNREAD, "read_etag": row.etag})
-        row = ledger.appraised(row._replace(gap_size=row.gap_size if dataset.batch else 1))
-    return ledger.ranked(row) if row.task is not None else row
+        row = ledger.appraised(row)
+    return row if row.task is None else ledger.ranked(row if dataset.batch else row._replace(gap_size=1))
 
 
 def _resize_gaps(cycle: Cycle) -> Iterator[None]:
