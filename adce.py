@@ -1197,10 +1197,6 @@ def holds(expression: str, fields: Fields, document: Any) -> bool:
 NEEDED = dataclasses.MISSING  # the default of a required key, and the value of a node that is not of its kind
 
 
-class MistakeError(ValueError):
-    """Why a value is not of its kind, as a whole message."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Kind:
     """A kind of single values, checked by its JSON Schema. Text with a pattern needs no quotes."""
@@ -1211,7 +1207,7 @@ class Kind:
     fields: re.Pattern[str] | None = None  # how it names {fields}, if it may
 
     def convert(self, node: Any) -> Any:
-        """The value of a YAML node. Raises MistakeError with a message, or an error of the conversion."""
+        """The value of a YAML node. Raises ConfigurationError with a message, or an error of the conversion."""
         rule, tag, value = self.schema, tag_of(node), node.value
         is_good: object
         if "pattern" in rule or "enum" in rule:
@@ -1230,7 +1226,7 @@ class Kind:
                 import yaml
 
                 read = json.dumps(yaml.safe_load(value), default=str)
-                raise MistakeError(f'{value} is read as {read}; write "{value}"')
+                raise ConfigurationError(f'{value} is read as {read}; write "{value}"')
         if not is_good:
             raise ValueError(value)
         return self.make(value)
@@ -1249,7 +1245,7 @@ def _expression(text: str) -> str:
     except (jmespath.exceptions.JMESPathError, ValueError) as error:
         column = getattr(error, "lex_position", None)
         where = f" at its character {column + 1}" if column is not None and column >= 0 else ""
-        raise MistakeError(f"not a JMESPath expression{where}: {text}") from None
+        raise ConfigurationError(f"not a JMESPath expression{where}: {text}") from None
     return text
 
 
@@ -1257,9 +1253,9 @@ def _regex(text: str) -> str:
     try:
         groups = re.compile(text).groups
     except (re.error, OverflowError, RecursionError) as error:
-        raise MistakeError(f"not a regular expression: {error}") from None
+        raise ConfigurationError(f"not a regular expression: {error}") from None
     if groups != 1:
-        raise MistakeError(f"needs one group ( ) for the id, has {groups}")
+        raise ConfigurationError(f"needs one group ( ) for the id, has {groups}")
     return text
 
 
@@ -1267,7 +1263,7 @@ def _day(text: str) -> str | datetime.date:
     try:
         return text if text in ("yesterday", "today") else datetime.date.fromisoformat(text)
     except ValueError:
-        raise MistakeError(f"{text} is no day of the calendar") from None
+        raise ConfigurationError(f"{text} is no day of the calendar") from None
 
 
 class AvailableAfter(NamedTuple):
@@ -1294,11 +1290,8 @@ def _duration(text: str) -> int | None:
 
 
 BUCKET_OR_FOLDER = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|(?![sS]3:)((?!://).)+"
-DATE_FORM, DURATION_FORM, DURATION_WORDS = (
-    r"\d{4}-\d\d-\d\d",
-    r"\s*\d*[1-9]\d*\s*[smhd]\s*",
-    "a duration like 90s, 15m, 6h or 1d",
-)
+DATE_FORM, DURATION_FORM = r"\d{4}-\d\d-\d\d", r"\s*\d*[1-9]\d*\s*[smhd]\s*"
+DURATION_WORDS = "a duration like 90s, 15m, 6h or 1d"
 
 Text = Annotated[str, Kind("text")]
 File = Annotated[Path, Kind("the path of a file", make=Path)]
@@ -1344,6 +1337,7 @@ class Setting:
     default: Any = NEEDED  # as in adce.yaml
     beside: tuple[str, ...] = ()  # it has an effect only beside one of these keys,
     against: tuple[str, ...] = ()  # and none beside any of these
+    needs: str = ""  # and none on objects without this field
     unit: int = 1  # the record has the value in a unit that is so much smaller
     attribute: str = ""  # of the record
     declared: Any = None  # the annotation of the field
@@ -1369,18 +1363,18 @@ def settings_of(record: type) -> Mapping[str, Setting]:
     return found
 
 
-def shape_of(declared: Any) -> tuple[str, Any]:
-    """What an annotation declares: a block and its record, a list and its item, a mapping with its names and items, or
-    a value and its Kind. A field that is converted after reading is Annotated with what is read."""
+def shape_of(declared: Any) -> tuple[str, Any, Any]:
+    """What an annotation declares: a block, list, mapping or value; the names in a mapping; and the record, item or
+    Kind. A field that is converted after reading is Annotated with what is read."""
     while typing.get_origin(declared) in (types.UnionType, typing.Union):
         declared = typing.get_args(declared)[0]  # the other one is None
     if dataclasses.is_dataclass(declared):
-        return "block", declared
+        return "block", None, declared
     if typing.get_origin(declared) is Annotated:
         (inner,) = declared.__metadata__
-        return ("value", inner) if isinstance(inner, Kind) else shape_of(inner)
+        return ("value", None, inner) if isinstance(inner, Kind) else shape_of(inner)
     parts = typing.get_args(declared)
-    return ("list", parts[0]) if typing.get_origin(declared) is tuple else ("mapping", parts)
+    return ("list", None, parts[0]) if typing.get_origin(declared) is tuple else ("mapping", *parts)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -1594,8 +1588,8 @@ class Freshness:
     refetch_every: Duration = setting("maximum age; with `until`, the interval until it holds (1h)", None)
     until: Expression | None = setting("condition on the body that makes an object final", None)
     refetch_once_after: Duration = setting("one refetch, this long after its day ends", None, against=("until",))
-    current: Duration = setting("maximum age during its season", None, against=("until",))
-    past: Duration = setting("maximum age after its season", None, against=("until",))
+    current: Duration = setting("maximum age during its season", None, against=("until",), needs="season")
+    past: Duration = setting("maximum age after its season", None, against=("until",), needs="season")
     live: Live | None = setting("short intervals while an object changes", None)
 
 
@@ -1640,7 +1634,7 @@ class Dataset:
     command: tuple[FieldText, ...] = setting("program that fetches objects", ())
     call: Callee | None = setting("Python function that fetches an object", None)
     output: Output = setting(
-        "stdout: the command prints the object; store: it writes it", "store", beside=("command",), against=("batch",)
+        "store: it writes objects; stdout: prints one", "store", beside=("command",), against=("batch",)
     )
     environment: tuple[Text, ...] = setting("further environment variables of the program", (), beside=PROGRAM)
     batch: Batch | None = setting(
@@ -1652,7 +1646,7 @@ class Dataset:
     max_concurrent: Count | None = setting("maximum workers on this dataset", None)
     freshness: Freshness = setting("refetch rules", Freshness())
     validate: Validation = setting("rules that a body must pass", Validation())
-    available_after: Available | None = setting("earliest time to expect an object: on its day, or after its end", None)
+    available_after: Available | None = setting("not expected before: on its day, or after its end", None, needs="date")
     priority: Urgency = setting("auto: from the age of its date or season", "auto")
 
 
@@ -1664,10 +1658,13 @@ class Configuration:
     database: File = setting("SQLite file with all state", Path("adce.db"))
     store: Lake = setting("location of the lake", "lake")
     interval_seconds: Positive = setting(
-        "time between the starts of two cycles", 15, name="reconciliation_interval_minutes", unit=MINUTE
+        "from one cycle to the next", 15, name="reconciliation_interval_minutes", unit=MINUTE
     )
     interval_hours: Positive | None = setting(
-        "the older form", None, name="reconciliation_interval_hours", against=("reconciliation_interval_minutes",)
+        "older form of reconciliation_interval_minutes",
+        None,
+        name="reconciliation_interval_hours",
+        against=("reconciliation_interval_minutes",),
     )
     full_seconds: Positive = setting("time to list the whole store", 24, name="full_reconciliation_hours", unit=HOUR)
     queue_check_seconds: Positive = setting("maximum sleep of the main loop", 10)
@@ -1729,10 +1726,8 @@ def problems_in(block: object) -> Problems:
 
 
 def conflicts(record: type, given: Sequence[str]) -> Problems:
-    """Keys that are missing, that exclude one another, or that have no effect beside the others.
-
-    A record may have ONE_OF: pairs of a key, or an empty text, and of a group of which exactly one must stand in the
-    block when that key does."""
+    """Keys that are missing, that exclude one another, or that have no effect beside the others. ONE_OF of a record
+    has pairs of a key, or an empty text, and of a group of which exactly one must stand beside that key."""
     for when, names in getattr(record, "ONE_OF", ()):
         has = [name for name in names if name in given]
         if len(has) != 1 and (not when or when in given):
@@ -1749,11 +1744,11 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
 @functools.cache
 def all_settings(declared: Any = Configuration, path: str = "") -> Mapping[str, Setting]:
     """Every key of adce.yaml, or of a part of it, by its path, in which `*` is any name or number."""
-    shape, inner = shape_of(declared)
-    if shape in ("list", "mapping"):
-        return all_settings(inner if shape == "list" else inner[1], f"{path}.*")
+    shape, _, inner = shape_of(declared)
+    if shape != "block":
+        return {} if shape == "value" else all_settings(inner, f"{path}.*".strip("."))
     found: dict[str, Setting] = {}
-    for name, one in settings_of(inner).items() if shape == "block" else ():
+    for name, one in settings_of(inner).items():
         here = f"{path}.{name}".strip(".")
         found |= {here: one, **all_settings(one.declared, here)}
     return found
@@ -1823,7 +1818,7 @@ class Reader:
     def parse(self, declared: Any, node: Any, path: str = "") -> Any:
         """The value of a node as it is declared; NEEDED, and a problem, when it is not of its kind."""
         self.places[path] = _place(node.start_mark)
-        shape, inner = shape_of(declared)
+        shape, names, inner = shape_of(declared)
         if shape == "value":
             return self._value(inner, node, path)
         if node.id != ("sequence" if shape == "list" else "mapping") or (shape == "list" and not node.value):
@@ -1831,28 +1826,26 @@ class Reader:
             return NEEDED
         if shape == "block":
             return self._record(inner, node, path)
-        if shape == "list":
-            values = [self.parse(inner, one, f"{path}.{number}") for number, one in enumerate(node.value)]
-            return tuple(value for value in values if value is not NEEDED)
-        names, item = inner
-        known, other = ({}, item) if names is str else (dict.fromkeys(names, item), None)
-        return self._values(known, other, node, path)
+        if shape == "mapping":
+            return self._values({} if names is str else dict.fromkeys(names, inner), inner, node, path)
+        values = [self.parse(inner, one, f"{path}.{number}") for number, one in enumerate(node.value)]
+        return tuple(value for value in values if value is not NEEDED)
 
     def _value(self, kind: Kind, node: Any, path: str) -> Any:
         try:
             value = kind.convert(node)
-        except MistakeError as error:
+        except ConfigurationError as error:
             self.complain(path, str(error))
+            return NEEDED
         except (ValueError, TypeError, AttributeError, LookupError, OSError):  # also of a list or a mapping
             self.complain(path, f"expected {kind.expected}, found {_describe(node)}")
-        else:
-            if kind.fields:
-                self.templates[path] = Template(node.value, kind.fields)
-            return value
-        return NEEDED
+            return NEEDED
+        if kind.fields:
+            self.templates[path] = Template(node.value, kind.fields)
+        return value
 
     def _values(self, known: Mapping[str, Any], other: Any, node: Any, path: str) -> dict[str, Any]:
-        """The good values of a mapping, which are declared by name in `known`, else as `other`."""
+        """The good values of a mapping, declared by name in `known`, or all as `other`."""
         found = {}
         for name_node, value_node in node.value:
             name = name_node.value if name_node.id == "scalar" else "?"
@@ -1861,7 +1854,7 @@ class Reader:
                 self.problems.add((*place, here, f"duplicate key, first set at line {self.places[here][0]}"))
                 continue
             self.places[here] = place
-            if not (declared := known.get(name, other)):
+            if not (declared := known.get(name) if known else other):
                 self.complain(here, f"unknown key{_hint(here, value_node, known)}")
             elif (value := self.parse(declared, value_node, here)) is not NEEDED:
                 found[name] = value
@@ -1900,10 +1893,8 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
     """What does not hold between blocks."""
     sources: Mapping[str, Any] = configuration.sources
     for one, other in itertools.combinations(configuration.seasons, 2):  # by their starts
-        if one.label == other.label or one.end == other.end:
-            yield f"seasons.{read.seasons.index(other)}", f"season {other.label} is declared twice"
-        if other.start <= one.finish:
-            yield f"seasons.{read.seasons.index(other)}.start", f"season {other.label} overlaps season {one.label}"
+        if one.label == other.label or one.end == other.end or other.start <= one.finish:
+            yield f"seasons.{read.seasons.index(other)}", f"season {other.label} repeats or overlaps season {one.label}"
     if "global" in sources:
         yield "sources.global", "a source cannot be named global"
     for path, template in reader.templates.items():
@@ -1965,10 +1956,9 @@ def _object_problems(reader: Reader, configuration: Configuration, dataset: Data
             yield from ((name, text) for text in _text_problems(template, fields[block]))
     if not configuration.seasons:
         yield from ((f"partitions.{name}seasons", "no seasons are declared") for name in ("", "dates."))
-    if not declared & {"season", *(["date"] if configuration.seasons else [])}:
-        yield from ((f"freshness.{name}", "has no effect: its objects have no season") for name in ("current", "past"))
-    if "date" not in declared:
-        yield "available_after", "has no effect: its objects have no date"
+    has = {"", *declared, *(["season"] if configuration.seasons and "date" in declared else [])}
+    lacking = ((path, one.needs) for path, one in all_settings(Dataset).items() if one.needs not in has)
+    yield from ((path, f"has no effect: its objects have no {name}") for path, name in lacking)
     if dataset.batch and dataset.batch.by not in declared:
         yield "batch.by", f'no field "{dataset.batch.by}"{suggest(dataset.batch.by, declared)}'
     elif dataset.batch and dataset.command and own == (dataset.batch.by,):
@@ -1976,23 +1966,19 @@ def _object_problems(reader: Reader, configuration: Configuration, dataset: Data
     source = configuration.sources.get(dataset.source)
     if source and dataset.url and not (source.base_url or dataset.url.text.startswith(("http://", "https://"))):
         yield "url", f"{dataset.url.text} is no address: give source {dataset.source} a base_url"
-    if not any(_text_problems(key, declared)):
-        yield from (("key", text) for text in _key_problems(configuration, dataset, declared))
-
-
-def _key_problems(configuration: Configuration, dataset: Dataset, declared: set[str]) -> Iterator[str]:
-    key, own = dataset.key, dataset.partitions.own_fields()
+    if any(_text_problems(key, declared)):
+        return
     days = ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
     keys = [key.render({**dict.fromkeys(declared, "1"), "date": day}, str) for day in days]
     if {"", ".", "..", STAGING} & {*keys[0].split("/")} or re.search(r"[\x00-\x1f\x7f]", key.text):
-        yield f"{key.text}: a key has no empty, . or .. parts and does not start or end with /"
+        yield "key", f"{key.text}: a key has no empty, . or .. parts and does not start or end with /"
     missing = [name for name in own if not re.search(rf"{{{name}[:}}]", key.text)]
-    yield from (f"does not name {{{name}}}: its objects would overwrite one another" for name in missing)
+    yield from (("key", f"does not name {{{name}}}: its objects would overwrite one another") for name in missing)
     if dataset.partitions.dates and not missing and len({*keys}) < len(days):
-        yield "its date format gives different days the same key"
+        yield "key", "its date format gives different days the same key"
     for other in itertools.takewhile(lambda one: one.name != dataset.name, configuration.datasets.values()):
         if other.key.shape() == key.shape():
-            yield f'the same keys as dataset "{other.name}": two datasets cannot share objects'
+            yield "key", f'the same keys as dataset "{other.name}": two datasets cannot share objects'
 
 
 def _resolve(reader: Reader, read: Configuration) -> Configuration:
@@ -2039,8 +2025,11 @@ def load_configuration(path: Path) -> Configuration:
     """Read adce.yaml. Raises ConfigurationError, which lists every problem with its place."""
     import yaml
 
-    text, reader, configuration = _read_text_file(path), Reader(), None
+    reader, configuration = Reader(), None
     try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
+        text = path.read_text(encoding="utf-8-sig")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
             reader.complain("", "the file is empty")
@@ -2055,6 +2044,10 @@ def load_configuration(path: Path) -> Configuration:
         reader.problems.add((*_place(mark), "", f"not YAML: {what}"))
     except RecursionError:
         reader.complain("", "nested too deeply")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}", "name another file with -c FILE") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
     if not reader.problems and configuration:
         return configuration
     lines, blocks, problems = text.splitlines(), [], sorted(reader.problems)
@@ -2074,17 +2067,6 @@ def database_named_in(path: Path) -> Path:
     return path.parent / (named[1].strip("\"'") if named else DEFAULT_DATABASE)
 
 
-def _read_text_file(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {path}: {error.strerror}", "name another file with -c FILE") from error
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
-
-
 def explain(wanted: str | None) -> list[dict[str, Any]]:
     """A row for the key that `wanted` names, by its path or the end of it, and for each key in it; else for each block.
 
@@ -2098,13 +2080,11 @@ def explain(wanted: str | None) -> list[dict[str, Any]]:
         raise Error(f'unknown key "{wanted}"{suggest(wanted or "", names)}', '"adce.py explain" lists the blocks')
     rows = []
     for path, one in ((path, settings[path]) for path in found):
-        default, text = one.default, None
-        if default is NEEDED:
-            text = "required"
-        elif isinstance(default, int | float | str | Path | dict) and default not in ("", {}):
-            text = json.dumps(default, default=str).strip('"')
+        is_shown = isinstance(one.default, int | float | str | Path | dict) and one.default not in ("", {})
+        text = json.dumps(one.default, default=str).strip('"') if is_shown else None
+        default = "required" if one.default is NEEDED else text
         kind, beside = json_schema(one.declared)["title"], " or ".join(one.beside)
-        rows.append({"key": path, "kind": kind, "default": text, "beside": beside, "meaning": one.meaning})
+        rows.append({"key": path, "kind": kind, "default": default, "beside": beside, "meaning": one.meaning})
     return rows
 
 
@@ -2120,19 +2100,19 @@ def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def json_schema(declared: Any = Configuration) -> dict[str, Any]:
     """The JSON Schema (Draft 2020-12) of adce.yaml, or of a part of it. What must hold between blocks is not in it."""
-    shape, inner = shape_of(declared)
+    shape, names, inner = shape_of(declared)
     if shape == "value":
         return {"title": inner.expected, **inner.schema}
-    if shape == "list":
+    if shape != "block":
         item = json_schema(inner)
-        return {"title": f"a list, each {item['title']}", "type": "array", "minItems": 1, "items": item}
-    if shape == "mapping":
-        item = json_schema(inner[1])
-        names = {} if inner[0] is str else {"propertyNames": {"enum": list(inner[0])}}
-        return {"title": f"a mapping, each {item['title']}", "type": "object", "additionalProperties": item, **names}
+        title = f"a {shape}, each {item['title']}"
+        if shape == "list":
+            return {"title": title, "type": "array", "minItems": 1, "items": item}
+        known_names = {} if names is str else {"propertyNames": {"enum": list(names)}}
+        return {"title": title, "type": "object", "additionalProperties": item, **known_names}
 
-    def needs(when: Sequence[str], how: str, names: Sequence[str]) -> dict[str, Any]:
-        return {"if": {"required": when}, "then": {how: [{"required": [name]} for name in names]}}
+    def needs(when: Sequence[str], how: str, others: Sequence[str]) -> dict[str, Any]:
+        return {"if": {"required": when}, "then": {how: [{"required": [name]} for name in others]}}
 
     known = settings_of(inner)
     rules = [needs([when] if when else [], "oneOf", group) for when, group in getattr(inner, "ONE_OF", ())]
