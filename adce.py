@@ -1731,8 +1731,8 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
     for when, names in getattr(record, "ONE_OF", ()):
         has = [name for name in names if name in given]
         if len(has) != 1 and (not when or when in given):
-            listed = f"exactly one of {', '.join(names[:-1])} and {names[-1]}" if names[1:] else names[0]
-            yield "", f"needs {listed}, has {' and '.join(has) or 'none'}"
+            needed = f"needs exactly one of {', '.join(names[:-1])} and {names[-1]}, has {' and '.join(has) or 'none'}"
+            yield "", needed if names[1:] else f'"{names[0]}" is missing'
     for name, one in settings_of(record).items():
         if name not in given:
             yield from [("", f'"{name}" is missing')] * (one.default is NEEDED)
@@ -1900,12 +1900,9 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
     for path, template in reader.templates.items():
         if path.startswith("sources."):
             yield from ((path, text) for text in _text_problems(template, set()))
-    tables: dict[str, Mapping[str, Any]] = {
-        "priority_weighting.source_multipliers": read.priority_weighting.source_multipliers,
-        "rate_limiting.source_limits": read.rate_limiting.source_limits,
-    }
-    for path, names in tables.items():  # undeclared sources do no harm, unless they are misspelt or stand for others
-        for name in names.keys() - sources.keys():
+    for path in ("priority_weighting.source_multipliers", "rate_limiting.source_limits"):
+        names: Mapping[str, Any] = functools.reduce(getattr, path.split("."), cast(Any, read))
+        for name in names.keys() - sources.keys():  # no harm, unless it is misspelt or stands for others
             hint = "; use global_limits" if name == "global" else suggest(name, sources.keys() - names.keys())
             if hint or name == "default":
                 yield f"{path}.{name}", f'source "{name}" is not defined{hint}'
@@ -1972,7 +1969,7 @@ def _object_problems(reader: Reader, configuration: Configuration, dataset: Data
     keys = [key.render({**dict.fromkeys(declared, "1"), "date": day}, str) for day in days]
     if {"", ".", "..", STAGING} & {*keys[0].split("/")} or re.search(r"[\x00-\x1f\x7f]", key.text):
         yield "key", f"{key.text}: a key has no empty, . or .. parts and does not start or end with /"
-    missing = [name for name in own if not re.search(rf"{{{name}[:}}]", key.text)]
+    missing = [name for name in own if name not in dict(key.pattern.findall(key.text))]
     yield from (("key", f"does not name {{{name}}}: its objects would overwrite one another") for name in missing)
     if dataset.partitions.dates and not missing and len({*keys}) < len(days):
         yield "key", "its date format gives different days the same key"

@@ -343,6 +343,10 @@ MISPLACED = {
         edited("{dates: {from: 2024-01-01}}", "{dates: {from: 2024-01-01}, as: day}"),
         ['8:49: datasets.days.partitions.as: has no effect without "from" or "seasons"'],
     ),
+    "ids without the name of their field": (
+        BASE + CHILD.replace(", as: game_id", ""),
+        ['13:17: datasets.games.partitions: "as" is missing'],
+    ),
     "times beside same_as": (
         BASE
         + CHILD
