@@ -2059,7 +2059,9 @@ def load_configuration(path: Path) -> Configuration:
 
 def database_named_in(path: Path) -> Path:
     """The database of a configuration that cannot be used otherwise."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = ""
+    with contextlib.suppress(OSError):
+        text = path.read_text(encoding="utf-8", errors="replace")
     named = re.search(r"""^["']?database["']?:[ \t]*("[^"]+"|'[^']+'|[^\s#]+)""", text, re.MULTILINE)
     return path.parent / (named[1].strip("\"'") if named else DEFAULT_DATABASE)
 
