@@ -19,10 +19,9 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Schema                      the tables: the centre of the design
     Views                       what people read of them
     Database                    one safe door to the SQLite file; its lock and its backups
-    Templates and expressions   texts with fields, JMESPath
-    Reader                      kinds of values; YAML to records, all mistakes at once
+    Values                      texts with fields, JMESPath, kinds of values in adce.yaml
     Settings                    every key of adce.yaml, declared once
-    Reading                     what must hold between them, and their reference
+    Reading                     YAML to settings, all mistakes at once; their reference
     Objects                     what should exist, and what a whole object is
     Store                       the objects that exist: in a folder, or in S3
     Limits                      which requests are possible, and when
@@ -1123,14 +1122,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---------------------------------------------------------------- Templates and expressions
-# Texts with fields in them (keys, urls, words of commands), and JMESPath over the bodies of objects. Headlines:
-# Template, search(), holds().
+# ---------------------------------------------------------------- Values
+# Texts with fields in them (keys, urls, words of commands), JMESPath over the bodies of objects, the kinds of values
+# in adce.yaml, and how the field of a record declares a key. Headlines: Template, search(), holds(), Kind, setting().
 
 Fields = Mapping[str, str]  # the values of a partition by name; dates as 2024-12-15
 
 FIELD_IN_TEXT = re.compile(r"\{([a-z_][a-z0-9_]*)(?::([^{}]+))?\}")
 FIELD_IN_EXPRESSION = re.compile(r"\{([a-z_][a-z0-9_]*)(?::((?:%[A-Za-z]|[-_./ ])+))?\}")
+SPLIT = functools.cache(re.Pattern[str].split)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1140,27 +1140,18 @@ class Template:
     text: str
     pattern: re.Pattern[str] = FIELD_IN_TEXT
 
-    def fields(self) -> list[str]:
-        """The names of the fields in it, in order."""
-        return [match[1] for match in self.pattern.finditer(self.text)]
-
     def shape(self) -> str:
         """The text with every field blanked: templates of one shape may produce the same text."""
         return self.pattern.sub("{}", self.text)
 
     def render(self, fields: Fields, quote: Callable[[str], str]) -> str:
         """The text with every field replaced by its quoted value; the slashes of a date's format stay."""
-        words = list(_split(self.pattern, self.text))  # text, field, format, text, field, format, text
+        words = list(SPLIT(self.pattern, self.text))  # text, field, format, text, field, format, text
         for place in range(1, len(words), 3):
             value, form = fields[words[place]], words[place + 1]
             words[place] = "/".join(map(quote, _format_day(value, form))) if form else quote(value)
             words[place + 1] = ""
         return "".join(words)
-
-
-@functools.cache
-def _split(pattern: re.Pattern[str], text: str) -> list[str]:
-    return pattern.split(text)
 
 
 @functools.lru_cache(4096)  # a date is a part of many keys
@@ -1177,22 +1168,14 @@ def quote_for_expression(value: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _compile(expression: str) -> Any:
-    """A JMESPath expression in which `!a.b` means not a.b. By the letter it is (!a).b, which is always null
-    because a truth has no fields, so nothing that means something changes its meaning."""
-    import jmespath
+    """A JMESPath expression in which `!a.b` means not a.b. By the grammar it is (!a).b, which is always null
+    because a boolean has no fields, so no useful expression changes its meaning."""
     import jmespath.parser
 
-    return jmespath.parser.ParsedResult(expression, _negate_whole(jmespath.compile(expression).parsed))
-
-
-def _negate_whole(node: Any) -> Any:
-    if not isinstance(node, dict):
-        return node
-    first, *others = children = [_negate_whole(child) for child in node["children"]] or [None]
-    if node["type"] in ("subexpression", "index_expression") and first["type"] == "not_expression":
-        whole = {**node, "children": [*first["children"], *others]}
-        return {"type": "not_expression", "children": [whole]}
-    return {**node, "children": children if node["children"] else []}
+    parser = jmespath.parser.Parser()
+    powers = {**parser.BINDING_POWER, "not": parser.BINDING_POWER["dot"] - 1}
+    vars(parser).update(BINDING_POWER=powers, _CACHE={})  # the cache of the class is for its own grammar
+    return parser.parse(expression)
 
 
 def search(expression: str, fields: Fields, document: Any) -> Any:
@@ -1211,46 +1194,76 @@ def holds(expression: str, fields: Fields, document: Any) -> bool:
     return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
 
 
-# ---------------------------------------------------------------- Reader
-# From YAML to records: the kinds of single values, how the fields of a record declare the keys of a block, and the
-# reader, which collects all problems with their places. A kind stands in the annotation of a field. YAML's own traps
-# (12:30, no, 010) are named. Headlines: Kind, setting(), Reader.
-
-MAX_NODES = 20_000
 NEEDED = dataclasses.MISSING  # the default of a required key, and the value of a node that is not of its kind
-Problem = tuple[int, int, str, str]  # its line and column, which count from 1, the path of the key, and what is wrong
-Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
-
-
-class MistakeError(ValueError):
-    """Why a value is not of its kind, as a whole message."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kind:
-    """A kind of single values. `make` makes one of its text, or of the keys and nodes of a mapping, or raises."""
+    """A kind of single values, checked by its JSON Schema. Text with a pattern needs no quotes."""
 
     expected: str
-    make: Callable[[Any], Any] = str
-    tags: tuple[str, ...] = ("str",)  # of YAML; none for any
     schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string"})
-    may_repeat: bool = False  # in a list
+    make: Callable[[Any], Any] = lambda value: value  # of a text, a number, or the keys and nodes of a mapping
     fields: re.Pattern[str] | None = None  # how it names {fields}, if it may
 
     def convert(self, node: Any) -> Any:
-        """The value of a node. Raises MistakeError with the message, or an error of the conversion."""
-        tag = _tag(node)
-        if "str" in self.tags and tag not in ("str", "null", "sequence", "mapping"):
-            import yaml
+        """The value of a YAML node. Raises ConfigurationError with a message, or an error of the conversion."""
+        rule, tag, value = self.schema, tag_of(node), node.value
+        is_good: object
+        if "pattern" in rule or "enum" in rule:
+            is_good = tag != "null" and re.fullmatch(rule.get("pattern") or "|".join(rule["enum"]), value)
+        elif rule["type"] in ("integer", "number"):
+            form = r"[-+]?(0|[1-9]\d{0,14})" + r"(\.\d+)?" * (rule["type"] == "number")  # more digits overflow a float
+            is_good = tag in ("int", "float") and re.fullmatch(form, value)
+            value = float(value) if "." in value else int(value)
+            is_good = is_good and rule.get("minimum", value) <= value <= rule.get("maximum", value)
+            is_good = is_good and value > rule.get("exclusiveMinimum", -math.inf)
+        elif tag == "mapping":
+            is_good, value = "object" in rule["type"], [(key.value, part) for key, part in value]
+        else:
+            is_good = tag == ("bool" if rule["type"] == "boolean" else "str")
+            if rule["type"] != "boolean" and tag in ("bool", "int", "float", "timestamp"):
+                import yaml
 
-            read = yaml.safe_load(node.value)
-            number = "the number " if isinstance(read, int | float) and not isinstance(read, bool) else ""
-            raise MistakeError(f'{node.value} is read as {number}{json.dumps(read, default=str)}; write "{node.value}"')
-        if tag not in self.tags and (self.tags or node.id != "scalar"):
-            raise ValueError(tag)
-        if "pattern" in self.schema and not re.fullmatch(self.schema["pattern"], node.value):
-            raise ValueError(node.value)
-        return self.make([(key.value, value) for key, value in node.value] if tag == "mapping" else node.value)
+                read = json.dumps(yaml.safe_load(value), default=str)
+                raise ConfigurationError(f'{value} is read as {read}; write "{value}"')
+        if not is_good:
+            raise ValueError(value)
+        return self.make(value)
+
+
+def tag_of(node: Any) -> str:
+    """What YAML takes a node for: str, int, float, bool, null, timestamp, sequence or mapping."""
+    return cast(str, node.tag.rpartition(":")[2] if node.id == "scalar" else node.id)
+
+
+def _expression(text: str) -> str:
+    import jmespath.exceptions
+
+    try:
+        _compile(FIELD_IN_EXPRESSION.sub("x", text))
+    except (jmespath.exceptions.JMESPathError, ValueError) as error:
+        column = getattr(error, "lex_position", None)
+        where = f" at its character {column + 1}" if column is not None and column >= 0 else ""
+        raise ConfigurationError(f"not a JMESPath expression{where}: {text}") from None
+    return text
+
+
+def _regex(text: str) -> str:
+    try:
+        groups = re.compile(text).groups
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigurationError(f"not a regular expression: {error}") from None
+    if groups != 1:
+        raise ConfigurationError(f"needs one group ( ) for the id, has {groups}")
+    return text
+
+
+def _day(text: str) -> str | datetime.date:
+    try:
+        return text if text in ("yesterday", "today") else datetime.date.fromisoformat(text)
+    except ValueError:
+        raise ConfigurationError(f"{text} is no day of the calendar") from None
 
 
 class AvailableAfter(NamedTuple):
@@ -1260,115 +1273,59 @@ class AvailableAfter(NamedTuple):
     seconds: int = 0
 
 
-def _tag(node: Any) -> str:
-    return cast(str, node.tag.rpartition(":")[2] if node.id == "scalar" else node.id)
-
-
-def _number(text: str) -> float:
-    if not re.fullmatch(r"[-+]?(0|[1-9]\d{0,14})(\.\d+)?", text):  # more digits overflow a float
-        raise ValueError(text)
-    return float(text) if "." in text else int(text)
-
-
-def _expression(text: str) -> str:
-    import jmespath.exceptions
-
-    try:
-        jmespath.compile(FIELD_IN_EXPRESSION.sub("x", text))
-    except (jmespath.exceptions.JMESPathError, ValueError) as error:
-        column = getattr(error, "lex_position", None)
-        where = f" at its character {column + 1}" if column is not None and column >= 0 else ""
-        raise MistakeError(f"not a JMESPath expression{where}: {text}") from None
-    return text
-
-
-def _regex(text: str) -> str:
-    try:
-        groups = re.compile(text).groups
-    except (re.error, OverflowError, RecursionError) as error:
-        raise MistakeError(f"not a regular expression: {error}") from None
-    if groups != 1:
-        raise MistakeError(f"needs one group ( ) for the id, has {groups}")
-    return text
-
-
-def _day(text: str) -> str | datetime.date:
-    try:
-        return text if text in ("yesterday", "today") else datetime.date.fromisoformat(text)
-    except ValueError:
-        raise MistakeError(f"{text} is no day of the calendar") from None
-
-
 def _available(given: str | list[tuple[str, Any]]) -> AvailableAfter:
     if isinstance(given, str):
         return AvailableAfter(time=datetime.time.fromisoformat(given))
     ((name, node),) = given
-    if name != "hours" or _tag(node) not in ("int", "float") or (hours := _number(node.value)) < 0:
-        raise ValueError(name)
-    return AvailableAfter(seconds=round(hours * HOUR))
+    hours = Kind("hours", {"type": "number", "minimum": 0}).convert(node)
+    return {"hours": AvailableAfter(seconds=round(hours * HOUR))}[name]
 
 
-def _numbers(expected: str, *, is_whole: bool = False, **bounds: float) -> Kind:
-    """Numbers within bounds, which have their names in a JSON Schema."""
-    least = bounds.get("minimum", math.nextafter(bounds.get("exclusiveMinimum", -math.inf), math.inf))
-
-    def make(text: str) -> float:
-        number = _number(text)
-        if least <= number <= bounds.get("maximum", math.inf) and (isinstance(number, int) or not is_whole):
-            return number
-        raise ValueError(text) if "maximum" in bounds else MistakeError(f"{text} is not {expected}")
-
-    return Kind(expected, make, ("int", "float"), {"type": "integer" if is_whole else "number", **bounds})
+def _like(pattern: str) -> Mapping[str, Any]:
+    return {"type": "string", "pattern": f"^({pattern})$"}
 
 
-def _matching(expected: str, pattern: str, make: Callable[[str], Any] = str, *tags: str) -> Kind:
-    return Kind(expected, make, tags, {"type": "string", "pattern": f"^({pattern})$"})
+def _duration(text: str) -> int | None:
+    return None if text == "never" else parse_duration(text)
 
 
-def _one_of(expected: str, *words: str) -> Kind:
-    return Kind(expected, lambda text: words[words.index(text)], (), {"enum": words})
-
-
-def _durations(never: float | None) -> Kind:
-    """Seconds, with a value of its own for `never`."""
-    expected, pattern = "a duration like 90s, 15m, 6h or 1d (or never)", r"never|\s*\d*[1-9]\d*\s*[smhd]\s*"
-    return _matching(expected, pattern, lambda text: never if text == "never" else parse_duration(text))
-
+BUCKET_OR_FOLDER = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|(?![sS]3:)((?!://).)+"
+DATE_FORM, DURATION_FORM = r"\d{4}-\d\d-\d\d", r"\s*\d*[1-9]\d*\s*[smhd]\s*"
+DURATION_WORDS = "a duration like 90s, 15m, 6h or 1d"
 
 Text = Annotated[str, Kind("text")]
-Word = Annotated[str, Kind("text", may_repeat=True)]
-File = Annotated[Path, Kind("the path of a file", Path)]
-Lake = Annotated[str, Kind("a folder or s3://bucket/prefix")]
-Address = Annotated[str, Kind("an http or https address", lambda text: text.rstrip("/"))]
-FieldText = Annotated[Template, Kind("text with {fields}", Template, may_repeat=True, fields=FIELD_IN_TEXT)]
+File = Annotated[Path, Kind("the path of a file", make=Path)]
+Lake = Annotated[str, Kind("a folder or s3://bucket/prefix", _like(BUCKET_OR_FOLDER))]
+Address = Annotated[
+    str, Kind("an http or https address", _like(r"https?://[^/\s?#]+[^\s?#]*"), lambda text: text.rstrip("/"))
+]
+Header = Annotated[str, Kind("plain ASCII text", _like(r"[\x20-\x7e]*"))]
+FieldText = Annotated[Template, Kind("text with {fields}", make=Template, fields=FIELD_IN_TEXT)]
 SearchText = Annotated[str, Kind("text", fields=FIELD_IN_EXPRESSION)]
-Expression = Annotated[str, Kind("a JMESPath expression", _expression, fields=FIELD_IN_EXPRESSION)]
-Regex = Annotated[str, Kind("a regular expression with one group", _regex)]
-Timezone = Annotated[str, Kind("a time zone like America/New_York", lambda text: zoneinfo.ZoneInfo(text).key)]
-Callee = Annotated[str, _matching("module:function", r"[\w.]+:\w+")]
-Hex = Annotated[str, _matching("bytes in hexadecimal, in quotes", r"\s*([0-9A-Fa-f]{2}\s*)+", str, "str")]
-Date = Annotated[datetime.date, _matching("a date like 2024-10-22", r"\d{4}-\d\d-\d\d", _day)]
+Expression = Annotated[str, Kind("a JMESPath expression", make=_expression, fields=FIELD_IN_EXPRESSION)]
+Regex = Annotated[str, Kind("a regular expression with one group", make=_regex)]
+Timezone = Annotated[str, Kind("a time zone like America/New_York", make=lambda text: zoneinfo.ZoneInfo(text).key)]
+FieldName = Annotated[str, Kind("a name of small letters", _like("[a-z_][a-z0-9_]*"))]
+Callee = Annotated[str, Kind("module:function", _like(r"[\w.]+:\w+"))]
+Hex = Annotated[str, Kind("bytes in hexadecimal", _like(r"\s*([0-9A-Fa-f]{2}\s*)+"))]
+Date = Annotated[datetime.date, Kind("a date like 2024-10-22", _like(DATE_FORM), _day)]
 LastDay = Annotated[
-    str | datetime.date,
-    _matching("yesterday, today or a date like 2024-10-22", r"yesterday|today|\d{4}-\d\d-\d\d", _day),
+    str | datetime.date, Kind("yesterday, today or a date like 2024-10-22", _like(f"yesterday|today|{DATE_FORM}"), _day)
 ]
-All = Annotated[bool, _matching("the word all", "all", bool)]
-Duration = Annotated[int, _durations(None)]
-Period = Annotated[float, _durations(math.inf)]
-Number = Annotated[float, _numbers("a number")]
-Positive = Annotated[float, _numbers("a number above 0", exclusiveMinimum=0)]
-Percent = Annotated[float, _numbers("a number from 0 to 100", minimum=0, maximum=100)]
-Count = Annotated[int, _numbers("a whole number of 1 or more", is_whole=True, minimum=1)]
-Port = Annotated[int, _numbers("a port from 0 to 65535", is_whole=True, minimum=0, maximum=65535)]
-Status = Annotated[int, _numbers("an HTTP status", is_whole=True, minimum=100, maximum=599)]
-Urgency = Annotated[str, _one_of("auto, CRITICAL, HIGH, MEDIUM or LOW", "auto", *Priority)]
-Output = Annotated[str, _one_of("store or stdout", "store", "stdout")]
-Switch = Annotated[
-    bool, Kind("true or false", lambda text: text.lower() in ("true", "yes", "on"), ("bool",), {"type": "boolean"})
-]
-Available = Annotated[
-    AvailableAfter, Kind('"HH:MM" or {hours: N}', _available, ("str", "mapping"), {"type": ["string", "object"]})
-]
+All = Annotated[bool, Kind("the word all", {"enum": ["all"]}, bool)]
+Interval = Annotated[int, Kind(DURATION_WORDS, _like(DURATION_FORM), _duration)]
+Duration = Annotated[int | None, Kind(f"{DURATION_WORDS} (or never)", _like(f"never|{DURATION_FORM}"), _duration)]
+Number = Annotated[float, Kind("a number", {"type": "number"})]
+Positive = Annotated[float, Kind("a number above 0", {"type": "number", "exclusiveMinimum": 0})]
+Percent = Annotated[float, Kind("a number from 0 to 100", {"type": "number", "minimum": 0, "maximum": 100})]
+Count = Annotated[int, Kind("a whole number of 1 or more", {"type": "integer", "minimum": 1})]
+Several = Annotated[int, Kind("a whole number of 2 or more", {"type": "integer", "minimum": 2})]
+Port = Annotated[int, Kind("a port from 0 to 65535", {"type": "integer", "minimum": 0, "maximum": 65535})]
+Status = Annotated[int, Kind("an HTTP status", {"type": "integer", "minimum": 100, "maximum": 599})]
+Urgency = Annotated[str, Kind("auto, CRITICAL, HIGH, MEDIUM or LOW", {"enum": ["auto", *Priority]})]
+Output = Annotated[str, Kind("store or stdout", {"enum": ["store", "stdout"]})]
+Switch = Annotated[bool, Kind("true or false", {"type": "boolean"}, lambda text: text.lower() in ("true", "yes", "on"))]
+Available = Annotated[AvailableAfter, Kind('"HH:MM" or {hours: N}', {"type": ["string", "object"]}, _available)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1378,17 +1335,17 @@ class Setting:
     name: str
     meaning: str
     default: Any = NEEDED  # as in adce.yaml
-    beside: tuple[str, ...] = ()  # it has an effect only beside one of these keys
-    against: tuple[str, ...] = ()  # and none beside one of these
-    reason: str = ""  # why, where that needs other words
+    beside: tuple[str, ...] = ()  # it has an effect only beside one of these keys,
+    against: tuple[str, ...] = ()  # and none beside any of these
+    needs: str = ""  # and none on objects without this field
     unit: int = 1  # the record has the value in a unit that is so much smaller
     attribute: str = ""  # of the record
     declared: Any = None  # the annotation of the field
 
 
 def setting(meaning: str, default: Any = NEEDED, **more: Any) -> Any:
-    """A field of a record that a key of adce.yaml sets; its annotation says which values it takes. `more` is as of
-    Setting, with `name` where the key has another than the field, and `default` is as in adce.yaml."""
+    """A field of a record that a key of adce.yaml sets. Its annotation says which values it takes; `more` is as in
+    Setting, with a `name` when the key has another one than the field."""
     one = Setting(more.pop("name", ""), meaning, default, **more)
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata={"setting": one})
@@ -1406,18 +1363,18 @@ def settings_of(record: type) -> Mapping[str, Setting]:
     return found
 
 
-def shape_of(declared: Any) -> tuple[str, Any]:
-    """What an annotation declares: a block of a record, a list of an item, a mapping of a name and an item, or a value
-    of a Kind. What a record changes after it was read is Annotated with that as it is read."""
+def shape_of(declared: Any) -> tuple[str, Any, Any]:
+    """What an annotation declares: a block, list, mapping or value; the names in a mapping; and the record, item or
+    Kind. A field that is converted after reading is Annotated with what is read."""
     while typing.get_origin(declared) in (types.UnionType, typing.Union):
         declared = typing.get_args(declared)[0]  # the other one is None
     if dataclasses.is_dataclass(declared):
-        return "block", declared
+        return "block", None, declared
     if typing.get_origin(declared) is Annotated:
         (inner,) = declared.__metadata__
-        return ("value", inner) if isinstance(inner, Kind) else shape_of(inner)
+        return ("value", None, inner) if isinstance(inner, Kind) else shape_of(inner)
     parts = typing.get_args(declared)
-    return ("list", parts[0]) if typing.get_origin(declared) is tuple else ("mapping", parts)
+    return ("list", None, parts[0]) if typing.get_origin(declared) is tuple else ("mapping", *parts)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -1426,146 +1383,14 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f', did you mean "{near[0]}"?' if near else ""
 
 
-def join_path(path: str, name: str) -> str:
-    """The path of a key in a block; an empty name stands for the block itself."""
-    return f"{path}.{name}" if path and name else path or name
-
-
-def _describe(node: Any) -> str:
-    kinds = {"sequence": "a list", "mapping": "a mapping", "null": "nothing"}
-    texts = {"str": "text", "int": "a number", "float": "a number", "bool": "yes or no"}
-    return kinds.get(_tag(node)) or f"{node.value!r} ({texts.get(_tag(node), 'a date')})"
-
-
-class Reader:
-    """The problems of one file, the place of every path in it, and the texts that may name fields. `hint` completes the
-    message about an unknown key: of its path, its value and the keys known beside it. `problems_in` checks a block."""
-
-    def __init__(self, hint: Callable[[str, Any, Iterable[str]], str], problems_in: Callable[[Any], Problems]) -> None:
-        self.problems: list[Problem] = []
-        self.places: dict[str, tuple[int, int]] = {}
-        self.templates: dict[str, Template] = {}
-        self.hint, self.problems_in = hint, problems_in
-        self._nodes_left = MAX_NODES
-
-    def complain(self, path: str, text: str) -> None:
-        """Note a problem at the place of `path`, or of the nearest block around it."""
-        place = path
-        while place not in self.places and place:
-            place = place.rpartition(".")[0]
-        self.problems.append((*self.places.get(place, (1, 1)), path, text))
-
-    def is_sound(self, path: str, *apart: str) -> bool:
-        """Whether nothing is wrong in a block, apart from some of its keys."""
-        wrong = {where for _, _, where, _ in self.problems if f"{where}.".startswith(f"{path}.")}
-        return wrong <= {f"{path}.{name}" for name in apart}
-
-    def parse(self, declared: Any, node: Any, path: str) -> Any:
-        """The value of a node as it is declared; NEEDED, and a problem, when it is not of its kind.
-
-        Raises ConfigurationError after MAX_NODES values."""
-        self.places[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
-        self._nodes_left -= 1
-        if self._nodes_left < 0:
-            raise ConfigurationError(f"more than {MAX_NODES:,} values", "is an alias repeated?")
-        shape, inner = shape_of(declared)
-        if shape == "list":
-            return self._list(inner, node, path)
-        if shape != "value" and node.id != "mapping":
-            self.complain(path, f"expected a mapping, found {_describe(node)}")
-            return NEEDED
-        if shape == "block":
-            return self._record(inner, node, path)
-        if shape == "mapping":
-            names, item = inner
-            known, other = ({}, item) if names is str else (dict.fromkeys(names, item), None)
-            values = self._values(known, other, node, path)
-            return {name: value for name, value in values.items() if value is not NEEDED}
-        try:
-            value = inner.convert(node)
-        except MistakeError as error:
-            self.complain(path, str(error))
-        except (ValueError, TypeError, AttributeError, LookupError, OSError):  # also of a list or a mapping
-            self.complain(path, f"expected {inner.expected}, found {_describe(node)}")
-        else:
-            if inner.fields:
-                self.templates[path] = Template(node.value, inner.fields)
-            return value
-        return NEEDED
-
-    def _list(self, item: Any, node: Any, path: str) -> Any:
-        if node.id != "sequence" or not node.value:
-            found = "an empty one" if node.id == "sequence" else _describe(node)
-            self.complain(path, f"expected a list, found {found}")
-            return NEEDED
-        values = [self.parse(item, one, f"{path}.{number}") for number, one in enumerate(node.value)]
-        good = tuple(value for value in values if value is not NEEDED)
-        if len(set(map(str, good))) < len(good) and not getattr(shape_of(item)[1], "may_repeat", False):
-            self.complain(path, "the same value stands twice")
-        return good
-
-    def _values(self, known: Mapping[str, Any], other: Any, node: Any, path: str) -> dict[str, Any]:
-        """The values of a mapping, which are declared by name in `known`, else as `other`."""
-        found = {}
-        for name_node, value_node in node.value:
-            name = name_node.value if name_node.id == "scalar" else "?"
-            here, place = join_path(path, name), (name_node.start_mark.line + 1, name_node.start_mark.column + 1)
-            if here in self.places:
-                self.problems.append((*place, here, f"duplicate key, first set at line {self.places[here][0]}"))
-                continue
-            self.places[here] = place
-            if declared := known.get(name, other):
-                found[name] = self.parse(declared, value_node, here)
-            else:
-                self.complain(here, f"unknown key{self.hint(here, value_node, known)}")
-        return found
-
-    def _record(self, record: Any, node: Any, path: str) -> Any:
-        """A wrong value has its default; without a required one there is no record."""
-        known = settings_of(record)
-        given = self._values({name: one.declared for name, one in known.items()}, None, node, path)
-        values: dict[str, Any] = {"name": path.rpartition(".")[2]} if "name" in record.__slots__ else {}
-        for one, value in ((known[name], value) for name, value in given.items() if value is not NEEDED):
-            values[one.attribute] = value * one.unit if one.unit > 1 else value
-        for name, text in conflicts(record, [*given]):
-            self.complain(join_path(path, name), text)
-        if any(one.default is NEEDED and one.attribute not in values for one in known.values()):
-            return NEEDED
-        made = record(**values)
-        for name, text in self.problems_in(made):
-            if not name or name.partition(".")[0] in given:  # else it is no mistake of the file's
-                self.complain(join_path(path, name), text)
-        return made
-
-
-def conflicts(record: type, given: Sequence[str]) -> Problems:
-    """Keys that are missing, that exclude one another, or that have no effect beside the others.
-
-    A record may have ONE_OF: pairs of a key, or an empty text, and of a group of which exactly one must stand in the
-    block when that key does."""
-    known = settings_of(record)
-    yield from (("", f'"{name}" is missing') for name in known if known[name].default is NEEDED and name not in given)
-    for when, names in getattr(record, "ONE_OF", ()):
-        has = [name for name in names if name in given]
-        if len(has) != 1 and (not when or when in given):
-            listed = f"{', '.join(names[:-1])} and {names[-1]}"
-            yield "", f"needs exactly one of {listed}, has {' and '.join(has) or 'none'}"
-    for one in map(known.__getitem__, given):
-        if one.beside and not set(one.beside) & set(given):
-            others = " or ".join(f'"{other}"' for other in one.beside)
-            yield one.name, one.reason or f"has no effect without {others}"
-        for other in [other for other in one.against if other in given]:
-            yield one.name, one.reason or f'has no effect beside "{other}"'
-
-
 # ---------------------------------------------------------------- Settings
 # Everything that may stand in adce.yaml: a record for each block, a field for each key with its kind, its meaning
 # and its default. A key is added here and nowhere else: a field of its block's record, and in problems_in() what must
 # hold between it and others. Headlines: RateLimiting, Source, Dataset, Configuration, problems_in().
 
 STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
-BUCKET_URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")  # with the prefix in it
 NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
+Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -1667,10 +1492,9 @@ class Alerts:
 
     webhook: Text | None = setting("URL of a Slack-compatible webhook, or $NAME", None)
     sns_topic: Text | None = setting("ARN of an SNS topic, or $NAME", None)
-    command: tuple[Word, ...] = setting("program to run; subject and text become its last arguments", ())
+    command: tuple[Text, ...] = setting("program to run; subject and text become its last arguments", ())
     ping: Text | None = setting("URL requested after each good cycle, or $NAME", None)
     cloudwatch: Text | None = setting("CloudWatch namespace for the figures of each cycle", None)
-    remind_seconds: Period = setting("interval of reminders while a condition lasts", DAY, name="remind_every")
     error_percent: Percent = setting("maximum share of failures in the last 200 attempts", 10)
     quiet_cycles: Count = setting("cycles without a good attempt, though tasks are due, before an alert", 8)
     critical_gap_hours: Positive = setting("age of a CRITICAL gap that raises an alert", 24)
@@ -1705,7 +1529,7 @@ class Source:
 
     name: str
     base_url: Address = setting("prefix of the `url` of each dataset", "")
-    headers: Mapping[str, Text] = setting("request headers; only harmless ones follow a redirect to another host", {})
+    headers: Mapping[str, Header] = setting("request headers; only harmless ones follow a redirect to another host", {})
     timeout_seconds: Positive = setting("limit for a whole request, body included", 30)
     max_concurrent: Count = setting("maximum workers on this source", 5)
     error_when: Expression | None = setting("condition on a body that makes it an error, whatever the status", None)
@@ -1730,14 +1554,16 @@ class Partitions:
     """The partitions of a dataset: one object each. One of dates, seasons_as, values or parent is set."""
 
     BASES: ClassVar = ("dates", "seasons", "values", "from")
-    ONE_OF: ClassVar = (("", (*BASES, "same_as")), ("from", ("ids", "regex")))
+    ONE_OF: ClassVar = (("", (*BASES, "same_as")), ("from", ("ids", "regex")), ("from", ("as",)))
     dates: Dates | None = setting("one object a day", None)
     seasons_as: Annotated[str, All] | None = setting("one object for each season that has begun", None, name="seasons")
     values: NamedValues = setting("one object for each combination of field values", ())
     parent: Text | None = setting("one object for each id in the objects of this parent dataset", None, name="from")
     ids: Expression | None = setting("finds ids in JSON; {field} is a field of the parent", None, beside=("from",))
     regex: Regex | None = setting("finds ids in any text", None, beside=("from",))
-    names: Text = setting("field of an id; form of a season: label or end", "", name="as", beside=("from", "seasons"))
+    names: FieldName = setting(
+        "field of an id; form of a season: label or end", "", name="as", beside=("from", "seasons")
+    )
     times: NamedValues = setting("further fields, as in values", (), beside=BASES)
     same_as: Text | None = setting("use the partitions of this dataset", None)
 
@@ -1752,18 +1578,18 @@ class Live:
     """An object that changes all the time for a while, such as a day with games in progress."""
 
     expression: Expression = setting("condition on the body of an object in progress", name="while")
-    every: Annotated[int, Period] = setting("refetch interval while the condition holds")
+    every: Interval = setting("refetch interval while the condition holds")
 
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
     """Refetch rules of objects in the store. Durations in seconds; None is never."""
 
-    refetch_every: Duration | None = setting("maximum age; with `until`, the interval until it holds (1h)", None)
+    refetch_every: Duration = setting("maximum age; with `until`, the interval until it holds (1h)", None)
     until: Expression | None = setting("condition on the body that makes an object final", None)
-    refetch_once_after: Duration | None = setting("one refetch, this long after its day ends", None, against=("until",))
-    current: Duration | None = setting("maximum age during its season", None, against=("until",))
-    past: Duration | None = setting("maximum age after its season", None, against=("until",))
+    refetch_once_after: Duration = setting("one refetch, this long after its day ends", None, against=("until",))
+    current: Duration = setting("maximum age during its season", None, against=("until",), needs="season")
+    past: Duration = setting("maximum age after its season", None, against=("until",), needs="season")
     live: Live | None = setting("short intervals while an object changes", None)
 
 
@@ -1775,12 +1601,6 @@ class Validation:
     min_bytes: Count = setting("minimum size", 1)
     max_bytes: Count = setting("maximum size", 256 << 20)
     require: tuple[Expression, ...] = setting("conditions, all of which must hold: not null, false or empty", ())
-    alternatives: tuple[Expression, ...] = setting(
-        "conditions, one of which is enough instead of `require`",
-        (),
-        beside=("require",),
-        reason='they are alternatives to "require", which is missing',
-    )
     contains: tuple[SearchText, ...] = setting("texts that must be in the body; {field} is allowed", ())
     not_contains: tuple[SearchText, ...] = setting("texts that must not be in the body; {field} is allowed", ())
     starts_with_hex: Hex = setting("first bytes of the body", "")
@@ -1788,7 +1608,7 @@ class Validation:
 
     def needs_content(self) -> bool:
         """Whether a size alone cannot settle it."""
-        texts = self.require + self.alternatives + self.contains + self.not_contains
+        texts = self.require + self.contains + self.not_contains
         return self.json or bool(texts or self.starts_with_hex or self.ends_with_hex)
 
 
@@ -1797,7 +1617,7 @@ class Batch:
     """Objects that one command fetches together: they share the field `by`."""
 
     by: Text = setting("the field that the objects of a batch share")
-    max: Count = setting("maximum objects of a batch", 50)
+    max: Several = setting("maximum objects of a batch", 50)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1813,19 +1633,20 @@ class Dataset:
     url: FieldText | None = setting("URL of a GET request, relative to base_url", None)
     command: tuple[FieldText, ...] = setting("program that fetches objects", ())
     call: Callee | None = setting("Python function that fetches an object", None)
-    output: Output = setting("stdout: the command prints the object; store: it writes it", "store", beside=("command",))
+    output: Output = setting(
+        "store: it writes objects; stdout: prints one", "store", beside=("command",), against=("batch",)
+    )
     environment: tuple[Text, ...] = setting("further environment variables of the program", (), beside=PROGRAM)
     batch: Batch | None = setting(
         "one command for several objects; {game_ids} lists all values of game_id, with commas",
         None,
         beside=("command",),
-        reason="only a command can bring many objects",
     )
     timeout_seconds: Positive = setting("limit for a command or a call", 600, beside=PROGRAM)
     max_concurrent: Count | None = setting("maximum workers on this dataset", None)
     freshness: Freshness = setting("refetch rules", Freshness())
     validate: Validation = setting("rules that a body must pass", Validation())
-    available_after: Available | None = setting("earliest time to expect an object: on its day, or after its end", None)
+    available_after: Available | None = setting("not expected before: on its day, or after its end", None, needs="date")
     priority: Urgency = setting("auto: from the age of its date or season", "auto")
 
 
@@ -1837,14 +1658,13 @@ class Configuration:
     database: File = setting("SQLite file with all state", Path("adce.db"))
     store: Lake = setting("location of the lake", "lake")
     interval_seconds: Positive = setting(
-        "time between the starts of two cycles", 15, name="reconciliation_interval_minutes", unit=MINUTE
+        "from one cycle to the next", 15, name="reconciliation_interval_minutes", unit=MINUTE
     )
     interval_hours: Positive | None = setting(
-        "the older form of reconciliation_interval_minutes",
+        "older form of reconciliation_interval_minutes",
         None,
         name="reconciliation_interval_hours",
         against=("reconciliation_interval_minutes",),
-        reason='sets the same as "reconciliation_interval_minutes"; give one of them',
     )
     full_seconds: Positive = setting("time to list the whole store", 24, name="full_reconciliation_hours", unit=HOUR)
     queue_check_seconds: Positive = setting("maximum sleep of the main loop", 10)
@@ -1867,17 +1687,15 @@ class Configuration:
     def ancestors_of(self, name: str) -> list[str]:
         """The datasets that it descends from, the nearest first, up to one that is not there or there again."""
         line = [name]
-        while line[-1] in self.datasets and line[-1] not in line[:-1]:
-            if not (parent := self.datasets[line[-1]].partitions.parent):
-                break
-            line.append(parent)
+        while (above := self.datasets.get(line[-1])) and above.partitions.parent and line[-1] not in line[:-1]:
+            line.append(above.partitions.parent)
         return line[1:]
 
     def levels(self) -> list[list[Dataset]]:
         """The datasets in levels, parents before their children."""
         depths = {name: len(self.ancestors_of(name)) for name in self.datasets}
-        levels = sorted({*depths.values()})
-        return [[self.datasets[name] for name in depths if depths[name] == level] for level in levels]
+        by_depth = itertools.groupby(sorted(depths, key=depths.__getitem__), depths.__getitem__)
+        return [[self.datasets[name] for name in names] for _, names in by_depth]
 
     def fields_of(self, name: str) -> set[str]:
         """Every field that templates of this dataset may name."""
@@ -1895,14 +1713,6 @@ def problems_in(block: object) -> Problems:
             yield "", "burst_size needs a limit such as requests_per_minute to refill it"
         case Retry() if block.initial_delay_seconds > block.max_delay_seconds:
             yield "initial_delay_seconds", f"{block.initial_delay_seconds} is more than max_delay_seconds"
-        case Source():
-            if block.name == "global":
-                yield "", "a source cannot be named global"
-            if block.base_url and not re.match(r"https?://[^/\s?#]+[^\s?#]*$", block.base_url):
-                yield "base_url", f"{block.base_url} is not an http or https address"
-            for header, text in block.headers.items():
-                if not re.fullmatch(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+", header) or not re.fullmatch(r"[\x20-\x7e]*", text):
-                    yield f"headers.{header}", "not a header: names are letters and hyphens, values are plain ASCII"
         case Dates():
             for name, end in (("to", block.last), ("until", block.until)):
                 if block.first and isinstance(end, datetime.date) and end < block.first:
@@ -1911,66 +1721,64 @@ def problems_in(block: object) -> Problems:
                 yield "until", 'is a second end beside "to"; give one of them'
         case Partitions(parent=None) if block.seasons_as and block.names not in ("", "label", "end"):
             yield "as", f"expected label or end, found {block.names!r}"
-        case Partitions(parent=str()) if not re.fullmatch(r"[a-z_][a-z0-9_]*", block.names):
-            yield "as" if block.names else "", "needs `as: NAME` with a name of small letters"
-        case Live() if block.every == math.inf:
-            yield "every", "how often? give a duration"
         case Validation() if block.max_bytes < block.min_bytes:
             yield "max_bytes", f"{block.max_bytes} is less than min_bytes"
-        case Dataset(batch=Batch(max=size), output=output):
-            if size == 1:
-                yield "batch.max", "has no effect: a batch holds more than 1 object"
-            if output == "stdout":
-                yield "output", "only a command for one object can print it"
-        case Configuration(store=store) if store[:3].lower() == "s3:" and not BUCKET_URL.fullmatch(store):
-            yield "store", f"{store} is not s3://bucket/prefix"
-        case Configuration(store=store) if "://" in store and not store.startswith("s3://"):
-            yield "store", f"{store}: a store is a folder or s3://bucket/prefix"
 
 
-# ---------------------------------------------------------------- Reading
-# From a file to a configuration: what must hold between the records, and every mistake with its line and a hint; and
-# the reference of all keys. Headlines: load_configuration(), explain(), json_schema().
-
-MAX_FILE_BYTES = 1 << 20
-DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
-DATE_CODES = "aAbBcCdDeFgGhHIjmMpRSTuUVwWxXyY"  # of strftime: those that a date has and every platform knows
-# Keys of the system that ADCE replaces: the key that took their place, or what to do instead.
-FORMER = {
-    "alerts.alert_on": "each condition is an alert",
-    "alerts.channels": "set alerts.sns_topic and alerts.webhook",
-    "alerts.enabled": "without a channel nothing is sent",
-    "dry_run": 'use "adce.py plan"',
-    "exponential_backoff": "delays always grow",
-    "health_check.alert_thresholds": "set alerts.error_percent and alerts.critical_gap_hours",
-    "logging": 'use "adce.py run --log FILE"',
-    "maintenance": 'use "adce.py pause SOURCE --for 2h"',
-    "max_orchestrator_runtime_minutes": 'use "adce.py run --max-minutes N"',
-    "max_retries": "retry.max_attempts",
-    "rate_limiting.backoff.enabled": "without backoff there is none",
-    "retry_delay_seconds": "retry.initial_delay_seconds",
-    "scheduled_tasks": "declare datasets",
-    "task_processing": "the score orders all open tasks",
-    "task_queue_file": "the queue is in the database",
-    "test_mode": 'use "adce.py run --once"',
-    **dict.fromkeys(("enabled", "last_updated", "metadata", "version"), "it had no effect"),
-    **dict.fromkeys(("fallback_to_sample", "use_aws_inventory"), "the store itself is listed"),
-    **dict.fromkeys(("health_check.check_interval_seconds", "min_tasks_to_trigger"), "not needed"),
-    **dict.fromkeys(("integration", "performance", "resource_limits"), "not supported"),
-}
+def conflicts(record: type, given: Sequence[str]) -> Problems:
+    """Keys that are missing, that exclude one another, or that have no effect beside the others. ONE_OF of a record
+    has pairs of a key, or an empty text, and of a group of which exactly one must stand beside that key."""
+    for when, names in getattr(record, "ONE_OF", ()):
+        has = [name for name in names if name in given]
+        if len(has) != 1 and (not when or when in given):
+            needed = f"needs exactly one of {', '.join(names[:-1])} and {names[-1]}, has {' and '.join(has) or 'none'}"
+            yield "", needed if names[1:] else f'"{names[0]}" is missing'
+    for name, one in settings_of(record).items():
+        if name not in given:
+            yield from [("", f'"{name}" is missing')] * (one.default is NEEDED)
+        elif one.beside and not set(one.beside) & set(given):
+            yield name, "has no effect without " + " or ".join(f'"{other}"' for other in one.beside)
+        yield from ((name, f'has no effect beside "{other}"') for other in one.against if {name, other} <= set(given))
 
 
 @functools.cache
 def all_settings(declared: Any = Configuration, path: str = "") -> Mapping[str, Setting]:
     """Every key of adce.yaml, or of a part of it, by its path, in which `*` is any name or number."""
-    shape, inner = shape_of(declared)
-    if shape in ("list", "mapping"):
-        return all_settings(inner if shape == "list" else inner[1], f"{path}.*")
+    shape, _, inner = shape_of(declared)
+    if shape != "block":
+        return {} if shape == "value" else all_settings(inner, f"{path}.*".strip("."))
     found: dict[str, Setting] = {}
-    for name, one in settings_of(inner).items() if shape == "block" else ():
-        here = join_path(path, name)
+    for name, one in settings_of(inner).items():
+        here = f"{path}.{name}".strip(".")
         found |= {here: one, **all_settings(one.declared, here)}
     return found
+
+
+# ---------------------------------------------------------------- Reading
+# From a file to a configuration, with every mistake, its line and a hint; and the reference of all keys. Headlines:
+# Reader, load_configuration(), explain(), json_schema().
+
+MAX_FILE_BYTES = 1 << 20
+DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
+DATE_CODES = "aAbBcCdDeFgGhHIjmMpRSTuUVwWxXyY"  # of strftime: those that a date has and every platform knows
+# Keys of the system that ADCE replaces, and former ones: the key that took their place, or what to do instead.
+FORMER = {
+    "alternatives": "combine conditions of require with ||",
+    "channels": "set alerts.webhook, alerts.sns_topic or alerts.command",
+    "check_interval_seconds": "health is checked at each request",
+    "dry_run": 'use "adce.py plan"',
+    "enabled": "a block that is absent is off",
+    "logging": 'use "adce.py run --log FILE"',
+    "maintenance": 'use "adce.py pause SOURCE --for 2h"',
+    "max_orchestrator_runtime_minutes": 'use "adce.py run --max-minutes N"',
+    "max_retries": "retry.max_attempts",
+    "retry_delay_seconds": "retry.initial_delay_seconds",
+    "scheduled_tasks": "declare datasets",
+    "task_processing": "the score orders all open tasks",
+    "task_queue_file": "the queue is in the database",
+    "test_mode": 'use "adce.py run --once"',
+    "version": "it has no effect",
+}
 
 
 def _hint(path: str, node: Any, known: Iterable[str]) -> str:
@@ -1979,7 +1787,7 @@ def _hint(path: str, node: Any, known: Iterable[str]) -> str:
     inner = [key.value for key, _ in node.value if str(key.value) in paths] if node.id == "mapping" else []
     if inner and "." not in path:
         return f"; {' and '.join(inner)} in it {'belong' if inner[1:] else 'belongs'} at the top level"
-    if advice := FORMER.get(path):
+    if advice := FORMER.get(name):
         return f', did you mean "{advice}"?' if advice in paths else f"; remove it: {advice}"
     homes = [one.rpartition(".")[0] for one in paths if one.rpartition(".")[2] == name]
     if 0 < len(homes) <= 2:
@@ -1987,45 +1795,135 @@ def _hint(path: str, node: Any, known: Iterable[str]) -> str:
     return suggest(name, known)
 
 
-def _problems(reader: Reader, configuration: Configuration, seasons: Sequence[Season]) -> Problems:
-    """What does not hold between blocks: of the seasons as they stand in the file, of the sources, of the datasets."""
-    for (_, season), (number, other) in itertools.combinations(enumerate(seasons), 2):
-        if season.label == other.label or season.end == other.end:
-            yield f"seasons.{number}", f"season {season.label} is declared twice"
-        if season.start <= other.finish and other.start <= season.finish:
-            yield f"seasons.{number}.start", f"season {other.label} overlaps season {season.label}"
+class Reader:
+    """The problems of one file, the place of every path in it, and the texts that may name fields."""
+
+    def __init__(self) -> None:
+        self.problems = set[tuple[int, int, str, str]]()  # line and column from 1, path of the key, what is wrong
+        self.places: dict[str, tuple[int, int]] = {}
+        self.templates: dict[str, Template] = {}
+
+    def complain(self, path: str, text: str) -> None:
+        """Note a problem at the place of `path`, or of the nearest block around it."""
+        place = path = path.strip(".")
+        while place not in self.places and place:
+            place = place.rpartition(".")[0]
+        self.problems.add((*self.places.get(place, (1, 1)), path, text))
+
+    def is_sound(self, path: str, *apart: str) -> bool:
+        """Whether nothing is wrong in a block, apart from some of its keys."""
+        wrong = {where for _, _, where, _ in self.problems if f"{where}.".startswith(f"{path}.")}
+        return wrong <= {f"{path}.{name}" for name in apart}
+
+    def parse(self, declared: Any, node: Any, path: str = "") -> Any:
+        """The value of a node as it is declared; NEEDED, and a problem, when it is not of its kind."""
+        self.places[path] = _place(node.start_mark)
+        shape, names, inner = shape_of(declared)
+        if shape == "value":
+            return self._value(inner, node, path)
+        if node.id != ("sequence" if shape == "list" else "mapping") or (shape == "list" and not node.value):
+            self.complain(path, f"expected a {'list' if shape == 'list' else 'mapping'}, found {_describe(node)}")
+            return NEEDED
+        if shape == "block":
+            return self._record(inner, node, path)
+        if shape == "mapping":
+            return self._values({} if names is str else dict.fromkeys(names, inner), inner, node, path)
+        values = [self.parse(inner, one, f"{path}.{number}") for number, one in enumerate(node.value)]
+        return tuple(value for value in values if value is not NEEDED)
+
+    def _value(self, kind: Kind, node: Any, path: str) -> Any:
+        try:
+            value = kind.convert(node)
+        except ConfigurationError as error:
+            self.complain(path, str(error))
+            return NEEDED
+        except (ValueError, TypeError, AttributeError, LookupError, OSError):  # also of a list or a mapping
+            self.complain(path, f"expected {kind.expected}, found {_describe(node)}")
+            return NEEDED
+        if kind.fields:
+            self.templates[path] = Template(node.value, kind.fields)
+        return value
+
+    def _values(self, known: Mapping[str, Any], other: Any, node: Any, path: str) -> dict[str, Any]:
+        """The good values of a mapping, declared by name in `known`, or all as `other`."""
+        found = {}
+        for name_node, value_node in node.value:
+            name = name_node.value if name_node.id == "scalar" else "?"
+            here, place = f"{path}.{name}".strip("."), _place(name_node.start_mark)
+            if here in self.places:
+                self.problems.add((*place, here, f"duplicate key, first set at line {self.places[here][0]}"))
+                continue
+            self.places[here] = place
+            if not (declared := known.get(name) if known else other):
+                self.complain(here, f"unknown key{_hint(here, value_node, known)}")
+            elif (value := self.parse(declared, value_node, here)) is not NEEDED:
+                found[name] = value
+        return found
+
+    def _record(self, record: Any, node: Any, path: str) -> Any:
+        """A wrong value has its default; without a required one there is no record."""
+        known = settings_of(record)
+        found = self._values({name: one.declared for name, one in known.items()}, None, node, path)
+        given = [name for name in known if f"{path}.{name}".strip(".") in self.places]
+        for name, text in conflicts(record, given):
+            self.complain(f"{path}.{name}", text)
+        if any(one.default is NEEDED and name not in found for name, one in known.items()):
+            return NEEDED
+        values: dict[str, Any] = {"name": path.rpartition(".")[2]} if "name" in record.__slots__ else {}
+        for one, value in ((known[name], value) for name, value in found.items()):
+            values[one.attribute] = value * one.unit if one.unit > 1 else value
+        made = record(**values)
+        for name, text in problems_in(made):
+            if not name or name in given:  # else it is no mistake of the file's
+                self.complain(f"{path}.{name}", text)
+        return made
+
+
+def _place(mark: Any) -> tuple[int, int]:
+    return (mark.line + 1, mark.column + 1) if mark else (1, 1)
+
+
+def _describe(node: Any) -> str:
+    words = {"sequence": "a list" if node.value else "an empty list", "mapping": "a mapping", "null": "nothing"}
+    texts = {"str": "text", "int": "a number", "float": "a number", "bool": "yes or no"}
+    return words.get(tag_of(node)) or f"{node.value!r} ({texts.get(tag_of(node), 'a date')})"
+
+
+def _problems(reader: Reader, read: Configuration, configuration: Configuration) -> Problems:
+    """What does not hold between blocks."""
     sources: Mapping[str, Any] = configuration.sources
+    for one, other in itertools.combinations(configuration.seasons, 2):  # by their starts
+        if one.label == other.label or one.end == other.end or other.start <= one.finish:
+            yield f"seasons.{read.seasons.index(other)}", f"season {other.label} repeats or overlaps season {one.label}"
+    if "global" in sources:
+        yield "sources.global", "a source cannot be named global"
     for path, template in reader.templates.items():
         if path.startswith("sources."):
             yield from ((path, text) for text in _text_problems(template, set()))
-    tables: dict[str, Mapping[str, Any]] = {
-        "priority_weighting.source_multipliers": configuration.priority_weighting.source_multipliers,
-        "rate_limiting.source_limits": configuration.rate_limiting.source_limits,
-    }
-    for path, names in tables.items():
-        for name in names:  # of an undeclared source, which does no harm, unless it is a misspelt one
-            if name == "global":
-                yield f"{path}.{name}", "a source cannot be named global; use global_limits"
-            elif name not in sources and (hint := suggest(name, [one for one in sources if one not in names])):
+    for path in ("priority_weighting.source_multipliers", "rate_limiting.source_limits"):
+        names: Mapping[str, Any] = functools.reduce(getattr, path.split("."), cast(Any, read))
+        for name in names.keys() - sources.keys():  # no harm, unless it is misspelt or stands for others
+            hint = "; use global_limits" if name == "global" else suggest(name, sources.keys() - names.keys())
+            if hint or name == "default":
                 yield f"{path}.{name}", f'source "{name}" is not defined{hint}'
-            elif name == "default" and name not in sources:
-                yield f"{path}.{name}", 'has no effect: no source is named "default"'
-    for dataset in configuration.datasets.values():
-        for name, text in _dataset_problems(reader, configuration, dataset):
-            yield f"datasets.{dataset.name}.{name}", text
+    for name, dataset in read.datasets.items():
+        path, source, line = f"datasets.{name}", dataset.source, [name, *configuration.ancestors_of(name)]
+        if source not in sources and f"sources.{source}" not in reader.places:
+            yield f"{path}.source", f'source "{source}" is not defined{suggest(source, sources)}'
+        if text := _broken_reference(reader, line, read.datasets):
+            yield f"{path}.partitions.from", text
+        elif {name, line[-1]} <= configuration.datasets.keys():
+            problems = _object_problems(reader, configuration, configuration.datasets[name])
+            yield from ((f"{path}.{key}", text) for key, text in problems)
 
 
-def _dataset_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
-    names, sources = configuration.datasets, configuration.sources
-    line = [dataset.name, *configuration.ancestors_of(dataset.name)]
-    if dataset.source not in sources and f"sources.{dataset.source}" not in reader.places:
-        yield "source", f'source "{dataset.source}" is not defined{suggest(dataset.source, sources)}'
+def _broken_reference(reader: Reader, line: Sequence[str], known: Iterable[str]) -> str | None:
+    """What is wrong with a chain of datasets, each of which names the next."""
     if line[-1] in line[:-1]:
-        yield "partitions.from", "cycle: " + " -> ".join(line)
-    elif line[-1] not in names and len(line) == 2 and f"datasets.{line[-1]}" not in reader.places:
-        yield "partitions.from", f'dataset "{line[-1]}" is not defined{suggest(line[-1], names)}'
-    elif line[-1] in names and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line):
-        yield from _object_problems(reader, configuration, dataset)
+        return "cycle: " + " -> ".join(line)
+    if len(line) == 2 and f"datasets.{line[1]}" not in reader.places:
+        return f'dataset "{line[1]}" is not defined{suggest(line[1], known)}'
+    return None
 
 
 def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
@@ -2055,25 +1953,23 @@ def _object_problems(reader: Reader, configuration: Configuration, dataset: Data
             yield from ((name, text) for text in _text_problems(template, fields[block]))
     if not configuration.seasons:
         yield from ((f"partitions.{name}seasons", "no seasons are declared") for name in ("", "dates."))
-    if not declared & {"season", *(["date"] if configuration.seasons else [])}:
-        yield from ((f"freshness.{name}", "has no effect: its objects have no season") for name in ("current", "past"))
-    if "date" not in declared:
-        yield "available_after", "has no effect: its objects have no date"
+    has = {"", *declared, *(["season"] if configuration.seasons and "date" in declared else [])}
+    lacking = ((path, one.needs) for path, one in all_settings(Dataset).items() if one.needs not in has)
+    yield from ((path, f"has no effect: its objects have no {name}") for path, name in lacking)
     if dataset.batch and dataset.batch.by not in declared:
         yield "batch.by", f'no field "{dataset.batch.by}"{suggest(dataset.batch.by, declared)}'
     elif dataset.batch and dataset.command and own == (dataset.batch.by,):
         yield "batch.by", f"has no effect: no two objects share a {dataset.batch.by}"
     source = configuration.sources.get(dataset.source)
-    address = source.base_url + dataset.url.text if source and dataset.url else "https://"
-    if not address.startswith(("http://", "https://")):
-        yield "url", f"{address} is no address: give source {dataset.source} a base_url"
+    if source and dataset.url and not (source.base_url or dataset.url.text.startswith(("http://", "https://"))):
+        yield "url", f"{dataset.url.text} is no address: give source {dataset.source} a base_url"
     if any(_text_problems(key, declared)):
         return
     days = ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
     keys = [key.render({**dict.fromkeys(declared, "1"), "date": day}, str) for day in days]
     if {"", ".", "..", STAGING} & {*keys[0].split("/")} or re.search(r"[\x00-\x1f\x7f]", key.text):
         yield "key", f"{key.text}: a key has no empty, . or .. parts and does not start or end with /"
-    missing = [name for name in own if name not in key.fields()]
+    missing = [name for name in own if name not in dict(key.pattern.findall(key.text))]
     yield from (("key", f"does not name {{{name}}}: its objects would overwrite one another") for name in missing)
     if dataset.partitions.dates and not missing and len({*keys}) < len(days):
         yield "key", "its date format gives different days the same key"
@@ -2083,34 +1979,32 @@ def _object_problems(reader: Reader, configuration: Configuration, dataset: Data
 
 
 def _resolve(reader: Reader, read: Configuration) -> Configuration:
-    """With absolute paths, sorted seasons, the scopes of the limits, and for `same_as` the partitions of the other."""
-    folder, limiting, datasets = read.path.parent, read.rate_limiting, {}
+    """With absolute paths, sorted seasons, the scopes of the limits, and for `same_as` the partitions of the other.
+    Without datasets whose partitions are unknown."""
+    datasets = {}
     for name, dataset in read.datasets.items():
         line, partitions = [name], dataset.partitions
-        while (other := partitions.same_as) and other in read.datasets and other not in line:
-            line.append(other)
-            partitions = read.datasets[other].partitions
-        if other in line:
-            reader.complain(f"datasets.{name}.partitions.same_as", "cycle: " + " -> ".join([*line, other]))
-        elif other and f"datasets.{other}" not in reader.places:
-            text = f'dataset "{other}" is not defined{suggest(other, read.datasets)}'
-            reader.complain(f"datasets.{line[-1]}.partitions.same_as", text)
-        if not other and all(reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line[1:]):
+        while partitions.same_as and line[-1] not in line[:-1]:
+            line.append(partitions.same_as)
+            partitions = read.datasets[line[-1]].partitions if line[-1] in read.datasets else Partitions()
+        if text := _broken_reference(reader, line, read.datasets):
+            reader.complain(f"datasets.{name}.partitions.same_as", text)
+        elif line[-1] in read.datasets and all(
+            reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line
+        ):
             values, times = (tuple(dict(given).items()) for given in (partitions.values, partitions.times))
             partitions = dataclasses.replace(partitions, values=values, times=times)
             if partitions.seasons_as:
                 partitions = dataclasses.replace(partitions, seasons_as=partitions.names or "label", names="")
             datasets[name] = dataclasses.replace(dataset, partitions=partitions)
-    limits = {**limiting.source_limits, "global": limiting.global_limits}
-    limiting = RateLimiting(enabled=False)
-    if read.rate_limiting.enabled:
-        limiting = dataclasses.replace(read.rate_limiting, scopes={name: one.scope() for name, one in limits.items()})
+    limiting = read.rate_limiting
+    scopes = {name: one.scope() for name, one in {**limiting.source_limits, "global": limiting.global_limits}.items()}
     return dataclasses.replace(
         read,
-        database=folder / read.database,
-        store=read.store.rstrip("/") if "://" in read.store else str(folder / Path(read.store).expanduser()),
+        database=read.path.parent / read.database,
+        store=read.store.rstrip("/") if "://" in read.store else str(read.path.parent / Path(read.store).expanduser()),
         interval_seconds=read.interval_hours * HOUR if read.interval_hours else read.interval_seconds,
-        rate_limiting=limiting,
+        rate_limiting=dataclasses.replace(limiting, scopes=scopes) if limiting.enabled else RateLimiting(enabled=False),
         seasons=tuple(sorted(read.seasons, key=lambda season: season.start)),
         datasets=datasets,
     )
@@ -2128,28 +2022,32 @@ def load_configuration(path: Path) -> Configuration:
     """Read adce.yaml. Raises ConfigurationError, which lists every problem with its place."""
     import yaml
 
-    text, reader, configuration = _read_text_file(path), Reader(_hint, problems_in), None
+    reader, configuration = Reader(), None
     try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
+        text = path.read_text(encoding="utf-8-sig")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
             reader.complain("", "the file is empty")
-        elif (read := reader.parse(Configuration, node, "")) is not NEEDED:
-            seasons = read.seasons if reader.is_sound("seasons") else ()  # else their numbers are not the file's
+        elif (read := reader.parse(Configuration, node)) is not NEEDED:
             configuration = _resolve(reader, dataclasses.replace(read, path=path.absolute()))
-            for where, what in _problems(reader, configuration, seasons):
+            for where, what in _problems(reader, read, configuration):
                 if where in reader.places:  # else `same_as` has it from another dataset
                     reader.complain(where, what)
-    except yaml.MarkedYAMLError as error:
-        mark = error.context_mark if error.context and "quoted scalar" in error.context else error.problem_mark
-        place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        reader.problems.append((*place, "", f"not YAML: {error.problem or error.context}"))
     except yaml.YAMLError as error:
-        reader.complain("", f"not YAML: {' '.join(str(error).split())}")
+        mark = getattr(error, "context_mark" if "quoted scalar" in str(error) else "problem_mark", None)
+        what = getattr(error, "problem", None) or " ".join(str(error).split())
+        reader.problems.add((*_place(mark), "", f"not YAML: {what}"))
     except RecursionError:
         reader.complain("", "nested too deeply")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}", "name another file with -c FILE") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
     if not reader.problems and configuration:
         return configuration
-    lines, blocks, problems = text.splitlines(), [], sorted(set(reader.problems))
+    lines, blocks, problems = text.splitlines(), [], sorted(reader.problems)
     for number, column, where, what in problems:
         blocks.append(f"{path.name}:{number}:{column}: {f'{where}: ' if where else ''}{what}")
         if number <= len(lines) and lines[number - 1].strip():
@@ -2162,23 +2060,10 @@ def load_configuration(path: Path) -> Configuration:
 def database_named_in(path: Path) -> Path:
     """The database of a configuration that cannot be used otherwise."""
     text = ""
-    with contextlib.suppress(ConfigurationError):
-        text = _read_text_file(path)
+    with contextlib.suppress(OSError):
+        text = path.read_text(encoding="utf-8", errors="replace")
     named = re.search(r"""^["']?database["']?:[ \t]*("[^"]+"|'[^']+'|[^\s#]+)""", text, re.MULTILINE)
     return path.parent / (named[1].strip("\"'") if named else DEFAULT_DATABASE)
-
-
-def _read_text_file(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigurationError(f"there is no configuration at {path}", "name one with -c FILE") from None
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {path}: {error.strerror}", "name another file with -c FILE") from error
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
 
 
 def explain(wanted: str | None) -> list[dict[str, Any]]:
@@ -2194,15 +2079,11 @@ def explain(wanted: str | None) -> list[dict[str, Any]]:
         raise Error(f'unknown key "{wanted}"{suggest(wanted or "", names)}', '"adce.py explain" lists the blocks')
     rows = []
     for path, one in ((path, settings[path]) for path in found):
-        default, text = one.default, None
-        if default is NEEDED:
-            text = "required"
-        elif one.declared == Period:
-            text = f"{default // DAY}d"
-        elif isinstance(default, int | float | str | Path | dict) and default not in ("", {}):
-            text = json.dumps(default, default=str).strip('"')
+        is_shown = isinstance(one.default, int | float | str | Path | dict) and one.default not in ("", {})
+        text = json.dumps(one.default, default=str).strip('"') if is_shown else None
+        default = "required" if one.default is NEEDED else text
         kind, beside = json_schema(one.declared)["title"], " or ".join(one.beside)
-        rows.append({"key": path, "kind": kind, "default": text, "beside": beside, "meaning": one.meaning})
+        rows.append({"key": path, "kind": kind, "default": default, "beside": beside, "meaning": one.meaning})
     return rows
 
 
@@ -2218,26 +2099,24 @@ def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def json_schema(declared: Any = Configuration) -> dict[str, Any]:
     """The JSON Schema (Draft 2020-12) of adce.yaml, or of a part of it. What must hold between blocks is not in it."""
-    shape, inner = shape_of(declared)
+    shape, names, inner = shape_of(declared)
     if shape == "value":
         return {"title": inner.expected, **inner.schema}
-    if shape in ("list", "mapping"):
-        item = json_schema(inner if shape == "list" else inner[1])
+    if shape != "block":
+        item = json_schema(inner)
         title = f"a {shape}, each {item['title']}"
         if shape == "list":
-            is_unique = not getattr(shape_of(inner)[1], "may_repeat", False)
-            return {"title": title, "type": "array", "minItems": 1, "uniqueItems": is_unique, "items": item}
-        names = {} if inner[0] is str else {"propertyNames": {"enum": list(inner[0])}}
-        return {"title": title, "type": "object", "additionalProperties": item, **names}
-    known, rules = settings_of(inner), list[Any]()
-    for when, group in getattr(inner, "ONE_OF", ()):
-        exactly = {"oneOf": [{"required": [name]} for name in group]}
-        rules.append({"if": {"required": [when]}, "then": exactly} if when else exactly)
-    for name, one in known.items():
-        if one.beside:
-            others = {"anyOf": [{"required": [other]} for other in one.beside]}
-            rules.append({"if": {"required": [name]}, "then": others})
-        rules += [{"not": {"required": [name, other]}} for other in one.against]
+            return {"title": title, "type": "array", "minItems": 1, "items": item}
+        known_names = {} if names is str else {"propertyNames": {"enum": list(names)}}
+        return {"title": title, "type": "object", "additionalProperties": item, **known_names}
+
+    def needs(when: Sequence[str], how: str, others: Sequence[str]) -> dict[str, Any]:
+        return {"if": {"required": when}, "then": {how: [{"required": [name]} for name in others]}}
+
+    known = settings_of(inner)
+    rules = [needs([when] if when else [], "oneOf", group) for when, group in getattr(inner, "ONE_OF", ())]
+    rules += [needs([name], "anyOf", one.beside) for name, one in known.items() if one.beside]
+    rules += [{"not": {"required": [name, other]}} for name, one in known.items() for other in one.against]
     return {
         **({"$schema": "https://json-schema.org/draft/2020-12/schema"} if inner is Configuration else {}),
         "title": "a mapping",
@@ -2466,16 +2345,14 @@ def _verdict(validation: Validation, fields: Fields, body: bytes, *, is_json: bo
         for part in validation.not_contains:
             if Template(part, FIELD_IN_EXPRESSION).render(fields, str) in text:
                 return None, f"contains {part!r}"
-    if not (is_json or validation.json or validation.require or validation.alternatives):
+    if not (is_json or validation.json or validation.require):
         return None, None
     try:
         document = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {str(error)[:100]}"
     failed = next((expression for expression in validation.require if not holds(expression, fields, document)), None)
-    if failed and not any(holds(expression, fields, document) for expression in validation.alternatives):
-        return document, f"not true: {failed}"
-    return document, None
+    return document, f"not true: {failed}" if failed else None
 
 
 def _refuse_constant(name: str) -> None:
@@ -6919,7 +6796,7 @@ class Alerter:
             alert.update(text=text, seen_at=now)
             if key not in lasting:
                 self._notify(alert, "", text)
-            elif now - alert["notified_at"] >= self.settings.remind_seconds:
+            elif now - alert["notified_at"] >= DAY:
                 alert["notified_at"] = now
                 self._notify(alert, "still ", f"for {format_duration(now - alert['since'])}: {text}")
         for key, alert in lasting.items():

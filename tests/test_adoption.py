@@ -26,7 +26,7 @@ datasets:
     url: "/scoreboard?dates={{date:%Y%m%d}}"
     partitions: {{dates: {{from: 1970-01-01, to: {last}}}}}
     freshness: {{refetch_every: 6h, until: "events || page.content.events"}}
-    validate: {{json: true, require: ["events"], alternatives: ["page.content.events"]}}
+    validate: {{json: true, require: ["events || page.content.events"]}}
   espn_play_by_play:
     source: espn
     key: "espn_play_by_play/{{game_id}}.json"

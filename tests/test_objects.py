@@ -189,7 +189,7 @@ WHOLE = b'{"id": "7", "plays": [1, 2]}'
         ),
         ({"require": ("id == '{game_id}'",)}, WHOLE, None),
         ({"require": ("id == '8'",)}, WHOLE, "not true: id == '8'"),
-        ({"require": ("id == '8'",), "alternatives": ("no", "plays")}, WHOLE, None),
+        ({"require": ("id == '8' || no || plays",)}, WHOLE, None),
         ({"contains": ("plays", "{game_id}")}, WHOLE, None),
         ({"contains": ("goals",)}, WHOLE, "does not contain 'goals'"),
         ({"not_contains": ("plays",)}, WHOLE, "contains 'plays'"),
