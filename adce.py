@@ -5178,18 +5178,23 @@ def _resize_gaps(cycle: Cycle) -> Iterator[None]:
 # One HTTP request: a deadline for all of it, a cap on its size, no hidden retries. A redirect is handed back, because
 # each hop needs a permit of its own. Headlines: keep(), look(), request().
 
+CONNECT_SECONDS = 10
+STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about the source
+BLOCK_BYTES = 64 << 10
+MAX_REDIRECTS = 5
+KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
+
 
 def look(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
-    """What the store holds under a key, judged; None when there is nothing."""
-    stored = store.find(target.key)
+    """The object that the store holds under a key, judged; None when there is none."""
+    stored, most = store.find(target.key), claimed.dataset.validate.max_bytes
     if stored is None:
         return None
-    most = claimed.dataset.validate.max_bytes
     if stored.size > most:
         return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
     try:
         inspection = inspect(claimed.dataset, target.fields, store.read(target.key), claimed.children)
-    except KeyError:
+    except KeyError:  # deleted meanwhile
         return None
     outcome = Outcome.OK if inspection.valid else Outcome.INVALID
     return Result(outcome, inspection.verdict, stored=stored, inspection=inspection)
@@ -5202,18 +5207,17 @@ def _refused(error: StoreError) -> Result:
 
 
 def keep(claimed: Claim, target: ObjectRow, body: bytes, store: Store, http_status: int | None = None) -> Result:
-    """Validate a body, then store it. `requests` counts the HTTP request that brought it."""
-    requests = 0 if http_status is None else 1
-    if len(body) > claimed.dataset.validate.max_bytes:
-        return Result(Outcome.INVALID, f"longer than {claimed.dataset.validate.max_bytes} bytes", requests=requests)
+    """Validate a body, then store it."""
+    most = claimed.dataset.validate.max_bytes
+    if len(body) > most:
+        return Result(Outcome.INVALID, f"longer than {most} bytes", http_status)
     inspection = inspect(claimed.dataset, target.fields, body, claimed.children)
     if not inspection.valid:
-        return Result(Outcome.INVALID, inspection.verdict, http_status, requests=requests)
+        return Result(Outcome.INVALID, inspection.verdict, http_status)
     try:
-        stored = store.write(target.key, body)
+        return Result(Outcome.OK, None, http_status, store.write(target.key, body), inspection)
     except StoreError as error:
-        return dataclasses.replace(_refused(error), http_status=http_status, requests=requests)
-    return Result(Outcome.OK, None, http_status, stored, inspection, requests)
+        return dataclasses.replace(_refused(error), http_status=http_status)
 
 
 def describe(error: BaseException) -> str:
@@ -5224,128 +5228,110 @@ def describe(error: BaseException) -> str:
         return type(error).__name__
 
 
-CONNECT_SECONDS = 10
-STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about the source
-BLOCK_BYTES = 64 << 10
-MAX_REDIRECTS = 5
-REDIRECTS = (301, 302, 303, 307, 308)
-KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
-
-
-class _EndedError(Exception):
-    """Ends a request early, with its result."""
-
-
 def request(claimed: Claim, store: Store, clock: Clock) -> Result:
-    """One HTTP request with a deadline for all of it, at most max_bytes long."""
+    """One HTTP request with a deadline for all of it. Reads at most a block more than max_bytes."""
     import requests
     import urllib3
 
-    begun, deadline = clock.boot(), _Deadline(claimed.source.timeout_seconds)
-
-    def about_to_send() -> None:
-        if claimed.permit and clock.boot() > claimed.permit.send_before:
-            raise _EndedError(Result(Outcome.LOST, "its permit ran out before it was sent"))
-
+    begun, seconds = clock.boot(), claimed.source.timeout_seconds
+    deadline = _Deadline(seconds)
     try:
         with deadline, requests.Session() as opened:
-            about_to_send()
             opened.trust_env = claimed.source.trust_env
             for scheme in ("http://", "https://"):
-                opened.mount(scheme, _adapter(deadline, about_to_send))
-            with opened.get(
-                claimed.url,
-                headers=_headers(claimed),
-                timeout=(min(CONNECT_SECONDS, claimed.source.timeout_seconds), claimed.source.timeout_seconds),
-                stream=True,
-                allow_redirects=False,
-            ) as response:
-                body = _read_body(response, claimed.dataset.validate.max_bytes)
-                if deadline.passed:  # a socket that we closed looks like one that has no more to say
+                opened.mount(scheme, _adapter(claimed, deadline, clock))
+            timeout = (min(CONNECT_SECONDS, seconds), seconds)
+            options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False}
+            with opened.get(claimed.url, headers=_headers(claimed), **options) as response:
+                body = bytearray()
+                for block in response.iter_content(BLOCK_BYTES):
+                    body += block
+                    if len(body) > claimed.dataset.validate.max_bytes:
+                        break
+                if deadline.passed:  # the socket that was shut looks like the end of the body
                     raise requests.Timeout
-                return _judge(claimed, response, body, store)
-    except _EndedError as ended:
-        return cast(Result, ended.args[0])
+                result = _judge(claimed, response, bytes(body), store)
+    except Error as error:
+        return Result(Outcome.LOST, str(error))
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-        if clock.boot() > begun + claimed.source.timeout_seconds + STANDSTILL_SECONDS:
-            return Result(Outcome.LOST, "this program stood still meanwhile", requests=1)
-        if deadline.passed or isinstance(error, requests.Timeout):
-            return Result(Outcome.TIMEOUT, f"timed out after {claimed.source.timeout_seconds:g} s", requests=1)
-        if isinstance(error, requests.exceptions.ContentDecodingError):
-            return Result(Outcome.INVALID, "its encoding is broken", requests=1)
-        outcome, text = _no_answer(error)
-        return Result(outcome, f"{urllib.parse.urlsplit(claimed.url).hostname} {text}", requests=1)
+        if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
+            result = Result(Outcome.LOST, "this program stood still meanwhile")
+        elif deadline.passed or isinstance(error, requests.Timeout):
+            result = Result(Outcome.TIMEOUT, f"timed out after {seconds:g} s")
+        elif isinstance(error, requests.exceptions.ContentDecodingError):
+            result = Result(Outcome.INVALID, "its encoding is broken")
+        else:
+            outcome, text = _no_answer(error)
+            result = Result(outcome, f"{urllib.parse.urlsplit(claimed.url).hostname} {text}")
+    return dataclasses.replace(result, requests=1)
 
 
-def _no_answer(error: BaseException) -> tuple[Outcome, str]:
-    """What an exception of urllib3, or of requests around one, says about the source."""
-    import urllib3
-
-    unconnected = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError)
-    if any(isinstance(cause, unconnected) for cause in _causes(error)):
-        return Outcome.UNREACHABLE, f"cannot be reached: {_words(error)}"
-    if isinstance(error, urllib3.exceptions.TimeoutError):
-        return Outcome.TIMEOUT, "timed out"
-    return Outcome.BROKEN, f"connection closed by server ({_words(error)})"
-
-
-class _Deadline:
-    """Ends a request when its time is over, by shutting its socket from a watching thread: a server that
-    sends a byte now and then never trips a timeout for a single read."""
+class _Deadline(threading.Timer):
+    """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
+    the timeout of a single read."""
 
     def __init__(self, seconds: float) -> None:
-        self.passed = False
-        self._sockets: list[socket.socket] = []
-        self._lock = threading.Lock()  # guards _sockets
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
+        super().__init__(seconds, self._end)
+        self.daemon, self.passed = True, False
+        self._handle: socket.socket | None = None
 
     def watch(self, connected: socket.socket) -> None:
-        """By a second handle: TLS and http.client let go of the first while the answer is still coming."""
-        with self._lock:
-            self._sockets.append(connected.dup())
+        """By a second handle: TLS and http.client let go of the first while the response is still coming."""
+        self._handle = connected.dup()
         if self.passed:
             self._end()
 
     def _end(self) -> None:
         self.passed = True
-        with self._lock:
-            for handle in self._sockets:
-                with contextlib.suppress(OSError):  # it is closed already
-                    handle.shutdown(socket.SHUT_RDWR)
+        if self._handle:
+            with contextlib.suppress(OSError):  # the server has closed it already
+                self._handle.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> None:
-        self._timer.start()
+        self.start()
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        with self._lock:
-            while self._sockets:
-                self._sockets.pop().close()
+        self.cancel()
+        self.join()
+        if self._handle:
+            self._handle.close()
 
 
-def _adapter(deadline: _Deadline, about_to_send: Callable[[], None]) -> Any:
-    """A transport without retries whose sockets the deadline watches, and that asks once more when one is ready."""
+def _on_pools(adapter: Any, prepare: Callable[[Any], None]) -> None:
+    """Prepare each connection pool of an adapter of requests before a use of it, also when it is prepared already."""
+    connect = type(adapter).get_connection_with_tls_context
+
+    def connect_prepared(*arguments: Any, **options: Any) -> Any:
+        pool = connect(adapter, *arguments, **options)
+        prepare(pool)
+        return pool
+
+    adapter.get_connection_with_tls_context = connect_prepared
+
+
+def _adapter(claimed: Claim, deadline: _Deadline, clock: Clock) -> Any:
+    """A transport without retries. The deadline watches its socket, and the permit is checked once more when that is
+    ready."""
     import requests.adapters
 
-    class Adapter(requests.adapters.HTTPAdapter):
-        def get_connection_with_tls_context(self, *arguments: Any, **options: Any) -> Any:
-            pool: Any = super().get_connection_with_tls_context(*arguments, **options)
-            kind = pool.ConnectionCls
+    def prepare(pool: Any) -> None:
+        kind = pool.ConnectionCls
 
-            def open_socket(connection: Any) -> Any:
-                connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
-                deadline.watch(connected)
-                return connected
+        def open_socket(connection: Any) -> Any:
+            connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
+            deadline.watch(connected)
+            return connected
 
-            def connect(connection: Any) -> None:
-                kind.connect(connection)  # TLS included
-                about_to_send()
+        def connect(connection: Any) -> None:
+            kind.connect(connection)  # TLS included
+            if claimed.permit and clock.boot() > claimed.permit.send_before:
+                raise Error("its permit ran out before it was sent")
 
-            pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": open_socket, "connect": connect})
-            return pool
+        pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": open_socket, "connect": connect})
 
-    return Adapter(pool_connections=1, pool_maxsize=1)
+    adapter = requests.adapters.HTTPAdapter()
+    _on_pools(adapter, prepare)
+    return adapter
 
 
 def _headers(claimed: Claim) -> dict[str, str]:
@@ -5361,52 +5347,37 @@ def _origin(url: str) -> tuple[str, str]:
     return parts.scheme, parts.netloc
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what lies behind it, the innermost last."""
-    inner: Any = error
+def _no_answer(error: BaseException) -> tuple[Outcome, str]:
+    """The meaning of an exception of urllib3, or of requests around one, for the source. Its text is the innermost
+    reason, without the address, which may hold a key."""
+    import urllib3
+
+    causes, inner = list[BaseException](), cast(Any, error)
     while isinstance(inner, BaseException):
-        yield inner
+        causes.append(inner)
         inner = getattr(inner, "reason", None) or inner.__cause__ or inner.__context__
-
-
-def _words(error: BaseException) -> str:
-    """The innermost reason in its own words: not the address, which may hold a key."""
-    *_, innermost = _causes(error)
-    text = innermost.strerror if isinstance(innermost, OSError) and innermost.strerror else type(innermost).__name__
-    return text[:100]
-
-
-def _read_body(response: Any, most: int) -> bytes:
-    blocks, size = [], 0
-    for block in response.iter_content(BLOCK_BYTES):
-        size += len(block)
-        if size > most:
-            raise _EndedError(Result(Outcome.INVALID, f"longer than {most} bytes", requests=1))
-        blocks.append(block)
-    return b"".join(blocks)
+    words = (getattr(causes[-1], "strerror", None) or type(causes[-1]).__name__)[:100]
+    unconnected = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError)
+    if any(isinstance(cause, unconnected) for cause in causes):
+        return Outcome.UNREACHABLE, f"cannot be reached: {words}"
+    if isinstance(error, urllib3.exceptions.TimeoutError):
+        return Outcome.TIMEOUT, "timed out"
+    return Outcome.BROKEN, f"connection closed by server ({words})"
 
 
 def _judge(claimed: Claim, response: Any, body: bytes, store: Store) -> Result:
-    """What an answer means. Errors can come with status 200, and "not there yet" with 403."""
+    """The meaning of a response. A redirect is the next request to make."""
     status = response.status_code
-    if status in REDIRECTS and "location" in response.headers:
-        return _redirected(claimed, response)
-    answer = classify(claimed.source, status, response.headers, body)
-    if answer.outcome is Outcome.OK:
-        return keep(claimed, claimed.tasks[0], body, store, status)
-    return dataclasses.replace(answer, requests=1)
-
-
-def _redirected(claimed: Claim, response: Any) -> Result:
+    if not response.is_redirect:
+        answer = classify(claimed.source, status, response.headers, body)
+        return keep(claimed, claimed.tasks[0], body, store, status) if answer.outcome is Outcome.OK else answer
     target = urllib.parse.urljoin(claimed.url, response.headers["location"])
-    parts, status = urllib.parse.urlsplit(target), response.status_code
+    parts = urllib.parse.urlsplit(target)
     if claimed.hops >= MAX_REDIRECTS:
-        return Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status, requests=1)
+        return Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status)
     if parts.scheme not in ("http", "https") or (parts.scheme == "http" and claimed.url.startswith("https:")):
-        return Result(
-            Outcome.HTTP_ERROR, f"redirected to {parts.scheme}://{parts.hostname}, which is refused", status, requests=1
-        )
-    return Result(Outcome.RUNNING, None, status, requests=1, redirect=target)
+        return Result(Outcome.HTTP_ERROR, f"redirected to {parts.scheme}://{parts.hostname}, which is refused", status)
+    return Result(Outcome.RUNNING, None, status, redirect=target)
 
 
 # ---------------------------------------------------------------- Sessions
@@ -5449,73 +5420,56 @@ def limit(session: Any, source: str, config: str | os.PathLike[str] | None = Non
     unknown source, and when an adapter is limited for another source already."""
     limiter = shared_limiter(config)
     limiter.source(source)
-
-    def ask() -> contextlib.AbstractContextManager[ActivePermit]:
-        return limiter.permit(source, wait)
-
     for adapter in session.adapters.values():
-        _limit_adapter(adapter, source, ask)
+        owner = getattr(adapter, "adce_source", source)  # sessions may share an adapter
+        if owner != source:
+            raise Error(f'this session is limited for source "{owner}" already', "give each source its own session")
+        adapter.adce_source = source
+        _limit_adapter(adapter, functools.partial(limiter.permit, source, wait))
     return session
 
 
-def _limit_adapter(
-    adapter: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]
-) -> None:
-    """Give every HTTP request of an adapter a permit."""
+Ask = Callable[[], contextlib.AbstractContextManager[ActivePermit]]
+
+
+def _limit_adapter(adapter: Any, ask: Ask) -> None:
+    """Give every HTTP request of an adapter a permit. urllib3 sends several for one that it retries."""
     import requests.adapters
 
-    owner = getattr(adapter, "adce_source", None)
-    if owner not in (None, source):
-        raise Error(f'this session is limited for source "{owner}" already', "give each source a session of its own")
-    if owner:
-        return
-    if isinstance(adapter, requests.adapters.HTTPAdapter):  # its pools ask for permits
-        connect = adapter.get_connection_with_tls_context
-        limiting = threading.Lock()  # of a pool that several threads want at once
-
-        def connect_limited(*arguments: Any, **options: Any) -> Any:
-            pool = connect(*arguments, **options)
-            with limiting:
-                _limit_pool(pool, source, ask)
-            return pool
-
-        adapter.get_connection_with_tls_context = connect_limited  # type: ignore[method-assign]
+    if isinstance(adapter, requests.adapters.HTTPAdapter):
+        _on_pools(adapter, functools.partial(_limit_pool, ask))
         # a copy in another process would not be limited: it cannot be pickled
-        adapter.__attrs__ = [*adapter.__attrs__, "get_connection_with_tls_context"]
-    else:
-        send = adapter.send
+        adapter.__attrs__ = [*type(adapter).__attrs__, "get_connection_with_tls_context"]
+        return
+    send = functools.partial(type(adapter).send, adapter)
 
-        def send_limited(*arguments: Any, **options: Any) -> Any:
-            with ask():
-                return send(*arguments, **options)
+    def send_limited(*arguments: Any, **options: Any) -> Any:
+        with ask():
+            return send(*arguments, **options)
 
-        adapter.send = send_limited
-    adapter.adce_source = source  # also for another session that shares it
+    adapter.send = send_limited
 
 
-def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]) -> None:
-    """urllib3 retries and redirects inside one call; this is the place where each of its requests passes."""
+def _limit_pool(ask: Ask, pool: Any) -> None:
     import urllib3
 
-    if hasattr(pool, "adce_source"):
-        return
-    make_request = pool._make_request  # noqa: SLF001
+    make_request = type(pool)._make_request  # noqa: SLF001  # each request passes it, also a retry
 
     def make_limited_request(connection: Any, *arguments: Any, **options: Any) -> Any:
         with ask() as held:
             if connection.sock and urllib3.util.connection.is_connection_dropped(connection):
-                connection.close()  # the server has not waited for us; it connects again
+                connection.close()  # by the server, during the wait; it connects again
                 if pool.proxy is not None and pool.scheme == "https":
                     pool._prepare_proxy(connection)  # noqa: SLF001  # which has forgotten its tunnel
             try:
-                response = make_request(connection, *arguments, **options)
+                response = make_request(pool, connection, *arguments, **options)
             except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
                 held.failed(*_no_answer(error))
                 raise
             held.answered(response.status, response.headers)
             return response
 
-    pool._make_request, pool.adce_source = make_limited_request, source  # noqa: SLF001
+    pool._make_request = make_limited_request  # noqa: SLF001
 
 
 # ---------------------------------------------------------------- Programs
