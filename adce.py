@@ -5478,9 +5478,8 @@ def _limit_pool(ask: Ask, pool: Any) -> None:
 # run_command(), call_function(), fetch().
 
 TAIL_BYTES = 2000  # of the output, kept with the attempt
-PIPE_BLOCKS = 16  # a pipe holds no more
 TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
-LONGEST_STEP_SECONDS = 0.2  # between reads: one that has escaped may hold the output open, so EOF says nothing
+DRAIN_SECONDS = 0.5  # for the rest of the output: a process that has escaped may hold the pipe open
 KILLING_ROUNDS = 100
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
 SIGNALS = {member.value: member.name for member in signal.Signals}
@@ -5488,22 +5487,11 @@ FAILURE = "failure"  # the file in which a call reports an exception
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
-    """A program to run. Its environment is `environment` and the variables named in INHERITED."""
-
-    words: tuple[str, ...]
-    folder: Path
-    environment: Mapping[str, str]
-    seconds: float  # for all of it
-    max_bytes: int | None = None  # its standard output is wanted, up to this length
-
-
-@dataclass(frozen=True, slots=True)
 class ProgramEnd:
     """How a program ended."""
 
     text: str  # exit 1, killed by SIGSEGV, timed out, printed more than 10 bytes
-    tail: bytes  # the end of its output
+    tail: bytes = b""  # the end of its output
     body: bytes = b""  # its standard output, when that was wanted
 
     def is_good(self) -> bool:
@@ -5511,73 +5499,59 @@ class ProgramEnd:
         return self.text == "exit 0"
 
 
-class _Output:
-    """One pipe of a program: the end of the output, or with a limit all of it."""
+def run_program(
+    words: Sequence[str], folder: Path, environment: Mapping[str, str], seconds: float, max_bytes: int | None = None
+) -> ProgramEnd:
+    """Run a program to its end, for `seconds` at most. With `max_bytes` its standard output is kept up to that length.
 
-    def __init__(self, pipe: Any, limit: int | None = None) -> None:
-        self.pipe, self.limit, self.kept = pipe, limit, bytearray()
-        os.set_blocking(pipe.fileno(), False)
-
-    def read(self) -> bool:
-        """Read one block. False at EOF, when no data is ready, or beyond the limit."""
-        block = b""
-        with contextlib.suppress(BlockingIOError):
-            block = os.read(self.pipe.fileno(), BLOCK_BYTES)
-        self.kept += block
-        if self.limit is None:
-            del self.kept[:-TAIL_BYTES]
-        return bool(block) and not self.is_too_long()
-
-    def is_too_long(self) -> bool:
-        return self.limit is not None and len(self.kept) > self.limit
-
-
-def run_program(program: Program, clock: Clock) -> ProgramEnd:
-    """Run a program to its end, or end it. Raises OSError or ValueError when it cannot be started."""
-    is_wanted = program.max_bytes is not None
+    It gets `environment` and the variables named in INHERITED. Raises OSError or ValueError when it cannot start."""
+    tail, body, text = bytearray(), bytearray(), ""
     with subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
-        program.words,
+        words,
+        bufsize=0,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE if is_wanted else subprocess.STDOUT,
-        env={name: os.environ[name] for name in INHERITED if name in os.environ} | dict(program.environment),
-        cwd=program.folder,
+        stderr=subprocess.STDOUT if max_bytes is None else subprocess.PIPE,
+        env={name: os.environ[name] for name in INHERITED if name in os.environ} | dict(environment),
+        cwd=folder,
         start_new_session=True,
     ) as process:
-        printed = _Output(process.stdout, program.max_bytes)
-        outputs = [printed, _Output(process.stderr)] if is_wanted else [printed]
+        outputs: list[tuple[Any, ...]] = [(process.stderr or process.stdout, tail)]
+        if max_bytes is not None:
+            outputs.append((process.stdout, body, max_bytes))
+        readers = [threading.Thread(target=_read_output, args=output, daemon=True) for output in outputs]
         try:
-            is_over = _watch(process, outputs, program.seconds, clock)
+            for reader in readers:
+                reader.start()
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            text = "timed out"
+            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGCONT)  # a stopped process cannot handle SIGTERM
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TERMINATE_SECONDS)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                os.killpg(process.pid, signal.SIGCONT)  # a stopped process cannot handle SIGTERM
-                _watch(process, outputs, TERMINATE_SECONDS, clock)
             with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing but zombies is left
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
-            end_processes(program.environment["ADCE_DB"], program.environment["ADCE_TASK"])
-        for output in outputs:
-            any(not output.read() for _ in range(PIPE_BLOCKS))  # one that has escaped may print for ever
-    text = f"exit {code}" if code >= 0 else f"killed by {SIGNALS.get(-code, f'signal {-code}')}"
-    text = text if is_over else "timed out"
-    text = f"printed more than {program.max_bytes} bytes" if printed.is_too_long() else text
-    return ProgramEnd(text, bytes(outputs[-1].kept), bytes(printed.kept) if is_wanted else b"")
+            end_processes(environment["ADCE_DB"], environment["ADCE_TASK"])
+        for reader in readers:
+            reader.join(DRAIN_SECONDS)
+    if max_bytes is not None and len(body) > max_bytes:
+        text = f"printed more than {max_bytes} bytes"
+    ended = f"exit {code}" if code >= 0 else f"killed by {SIGNALS.get(-code, f'signal {-code}')}"
+    return ProgramEnd(text or ended, bytes(tail), bytes(body))
 
 
-def _watch(process: subprocess.Popen[bytes], outputs: Sequence[_Output], seconds: float, clock: Clock) -> bool:
-    """Read the output of a program until it ends. False when the time is over or the output too long."""
-    until, step = clock.boot() + seconds, 0.0
-    while process.poll() is None:
-        if clock.boot() >= until or outputs[0].is_too_long():
-            return False
-        if any([output.read() for output in outputs]):  # noqa: C419  # each of them, or one would wait for the other
-            step = 0.0
-        else:
-            step = min(2 * step + 0.0001, LONGEST_STEP_SECONDS, until - clock.boot())
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(step)
-    return True
+def _read_output(pipe: Any, kept: bytearray, max_bytes: int | None = None) -> None:
+    """Keep the end of what a program prints, or with `max_bytes` its start: past that, SIGPIPE ends the program."""
+    with pipe, contextlib.suppress(OSError, ValueError):  # closed, because a process that has escaped holds it
+        while block := pipe.read(BLOCK_BYTES):
+            kept += block
+            if max_bytes is None:
+                del kept[:-TAIL_BYTES]
+            elif len(kept) > max_bytes:
+                break
 
 
 def end_processes(database: str, tasks: str = "") -> int:
@@ -5599,17 +5573,17 @@ def end_processes(database: str, tasks: str = "") -> int:
 
 def _environments() -> Iterator[tuple[int, str]]:
     """The processes of this machine, with a space around each variable that they began with."""
-    with contextlib.suppress(OSError):  # no descriptor is left: the next start repeats it
-        if (PROC / "self/environ").exists():
-            for name in filter(str.isdigit, os.listdir(PROC)):  # noqa: PTH208  # names only
-                with contextlib.suppress(OSError):  # it has ended, or is another user's
-                    variables = os.fsdecode((PROC / name / "environ").read_bytes())
-                    yield int(name), f" {variables} ".replace("\0", " ")
-            return
+    if not (PROC / "self/environ").exists():
         words = ["ps", "-axEww" if sys.platform == "darwin" else "axeww", "-o", "pid=,command="]
         for line in subprocess.run(words, capture_output=True, check=False).stdout.splitlines():  # noqa: S603
             number, _, text = os.fsdecode(line.strip()).partition(" ")
             yield int(number), f"{text} "
+        return
+    with contextlib.suppress(OSError):  # no descriptor is left: the next start repeats it
+        for name in filter(str.isdigit, os.listdir(PROC)):  # noqa: PTH208  # names only
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                variables = os.fsdecode((PROC / name / "environ").read_bytes())
+                yield int(name), f" {variables} ".replace("\0", " ")
 
 
 def output_folder(database: Path) -> Path:
@@ -5617,76 +5591,68 @@ def output_folder(database: Path) -> Path:
     return database.with_name(f"{database.name}-output")
 
 
-def run_command(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
+def run_command(claimed: Claim, store: Store) -> list[Result]:
     """Run the program of a command or a call; it has succeeded for each object that is whole in the store afterwards.
 
     A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
-    outputs, most = output_folder(Path(claimed.environment["ADCE_DB"])), claimed.dataset.validate.max_bytes
+    dataset, outputs = claimed.dataset, output_folder(Path(claimed.environment["ADCE_DB"]))
+    most, is_printed = dataset.validate.max_bytes, dataset.output == "stdout"
+    words, environment = _command_line(claimed)
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
-        place = Path(folder) if claimed.dataset.batch else Path(folder, "object")
-        program = _program(claimed, place)
+        place = Path(folder) if dataset.batch else Path(folder, "object")
+        environment["ADCE_OUTPUT"] = str(place)
+        limits = dataset.timeout_seconds, most if is_printed else None
         try:
-            end = run_program(program, clock)
+            end = run_program(words, Path(environment["ADCE_CONFIG"]).parent, environment, *limits)
         except (OSError, ValueError) as error:
-            text = f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}"
+            text = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
             return [Result(Outcome.ERROR, text)] * len(claimed.tasks)
-        output = end.tail.decode("utf-8", "replace")
-        if claimed.dataset.call and (failure := _read_file(Path(folder, FAILURE), BLOCK_BYTES)):
+        output, results = end.tail.decode("utf-8", "replace"), []
+        if dataset.call and (failure := _read_file(Path(folder, FAILURE), BLOCK_BYTES)):
             outcome, text, retry_after = json.loads(failure)
             return [Result(Outcome(outcome), text, retry_after=retry_after, output=output)]
-        results = []
         for target in claimed.tasks:
-            handed = place / target.key if claimed.dataset.batch else place
-            body = end.body if claimed.dataset.output == "stdout" else _read_file(handed, most)
+            handed = place / target.key if dataset.batch else place
+            body = end.body if is_printed else _read_file(handed, most)
             results.append(dataclasses.replace(_judge_end(claimed, target, end, body, store), output=output))
         return results
 
 
-def _program(claimed: Claim, place: Path) -> Program:
-    """A command gets the variables that its dataset names; a call all of them, as a part of this program."""
-    dataset, fields, environment = claimed.dataset, dict(claimed.tasks[0].fields), dict(claimed.environment)
+def _command_line(claimed: Claim) -> tuple[list[str], dict[str, str]]:
+    """The words and the variables of a program. A command gets the variables that its dataset names; a call all of
+    them, as a part of this program."""
+    dataset, fields = claimed.dataset, dict(claimed.tasks[0].fields)
     if dataset.call:  # -u: the output of one that is killed is complete
         words = [sys.executable, "-u", str(Path(__file__).resolve()), "call", dataset.call]
         words += [f"{name}={text}" for name, text in fields.items()]
         limits = {"ADCE_MAX_BYTES": str(dataset.validate.max_bytes), "ADCE_WAIT": str(dataset.timeout_seconds)}
-        environment = {**os.environ, **limits, **environment}
-    else:
-        for name in dataset.partitions.own_fields():
-            fields[f"{name}s"] = ",".join(target.fields[name] for target in claimed.tasks)
-        words = [word.render(fields, str) for word in dataset.command]
-        environment = {name: os.environ[name] for name in dataset.environment if name in os.environ} | environment
-    return Program(
-        words=tuple(words),
-        folder=Path(environment["ADCE_CONFIG"]).parent,
-        environment={**environment, "ADCE_OUTPUT": str(place)},
-        seconds=dataset.timeout_seconds,
-        max_bytes=dataset.validate.max_bytes if dataset.output == "stdout" else None,
-    )
+        return words, {**os.environ, **limits, **claimed.environment}
+    for name in dataset.partitions.own_fields():
+        fields[f"{name}s"] = ",".join(target.fields[name] for target in claimed.tasks)
+    inherited = {name: os.environ[name] for name in dataset.environment if name in os.environ}
+    return [word.render(fields, str) for word in dataset.command], {**inherited, **claimed.environment}
 
 
 def _judge_end(claimed: Claim, target: ObjectRow, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
-    """The result of a program for one object. A command that leaves no bytes has brought nothing."""
+    """The result of a program for one object: what it handed over, or what it left in the store. An object that was
+    there before does not count, and a command that leaves no bytes has brought nothing."""
     if end.is_good() and body is not None and (body or claimed.dataset.call):
         return keep(claimed, target, body, store)
-    failed = Result(
-        outcome=Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR,
-        error=f"({end.text}): {excerpt(end.tail[-120:])}",
-    )
     if body:
-        text = f"handed over {len(body)} bytes, which are not taken {failed.error}"
-        return dataclasses.replace(failed, error=text)
-    return _look_again(claimed, target, store, failed)
-
-
-def _look_again(claimed: Claim, target: ObjectRow, store: Store, otherwise: Result) -> Result:
-    """The object that a program has left in the store; one that was there before does not count."""
-    found = look(claimed, target, store)
-    if found and found.stored and (found.stored.etag, found.stored.modified_at) != (target.etag, target.modified_at):
-        return found
-    done = "left the object as it was" if found else "left no object"
-    return dataclasses.replace(otherwise, error=f"{done} {otherwise.error}")
+        done = f"handed over {len(body)} bytes, which are not taken"
+    else:
+        found = look(claimed, target, store)
+        if (
+            found
+            and found.stored
+            and (found.stored.etag, found.stored.modified_at) != (target.etag, target.modified_at)
+        ):
+            return found
+        done = "left the object as it was" if found else "left no object"
+    outcome = Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR
+    return Result(outcome, f"{done} ({end.text}): {excerpt(end.tail[-120:])}")
 
 
 def _read_file(place: Path, most: int) -> bytes | None:
@@ -5752,9 +5718,7 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
             found = look(claimed, claimed.tasks[0], store)
             if found and found.outcome is Outcome.OK:
                 return [found]
-        if claimed.dataset.command or claimed.dataset.call:
-            return run_command(claimed, store, clock)
-        return [request(claimed, store, clock)]
+        return [request(claimed, store, clock)] if claimed.url else run_command(claimed, store)
     except StoreError as error:
         return [_refused(error)] * len(claimed.tasks)
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
@@ -6981,16 +6945,12 @@ def _send_to_sns(configuration: Configuration, message: Mapping[str, Any]) -> No
 
 def _send_to_command(configuration: Configuration, message: Mapping[str, Any]) -> None:
     """Subject and text are its last arguments."""
-    program = Program(
-        words=(*configuration.alerts.command, message["subject"], message["text"]),
-        folder=configuration.path.parent,
-        environment={"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"},
-        seconds=SEND_SECONDS,
-    )
+    words = (*configuration.alerts.command, message["subject"], message["text"])
+    environment = {"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"}
     try:
-        end = run_program(program, Clock())
+        end = run_program(words, configuration.path.parent, environment, SEND_SECONDS)
     except (OSError, ValueError) as error:
-        raise Error(f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}") from None
+        raise Error(f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}") from None
     if not end.is_good():
         raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
 
