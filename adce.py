@@ -44,11 +44,10 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Events                      the log and the live screen
     Alerts                      messages when a condition begins, lasts and ends
     Operator actions            pause, resume, retry, skip
-    Supervision                 readiness, heartbeat and identity of the runner
+    Supervision                 the runner as a process: systemd, signals, start, stop
     Runner                      keeps going until stopped
     Examples                    texts for the programs around ADCE
     Checks                      is everything in order, and what would a run do?
-    Background                  the runner as a process
     Command line                from words to an exit code
     Commands                    obeys: one function for each that does
 """
@@ -5307,6 +5306,8 @@ def _on_pools(adapter: Any, prepare: Callable[[Any], None]) -> None:
         return pool
 
     adapter.get_connection_with_tls_context = connect_prepared
+    # a copy in another process would not be prepared: it cannot be pickled
+    adapter.__attrs__ = [*type(adapter).__attrs__, "get_connection_with_tls_context"]
 
 
 def _adapter(claimed: Claim, deadline: _Deadline, clock: Clock) -> Any:
@@ -5416,8 +5417,8 @@ def session(source: str, config: str | os.PathLike[str] | None = None, wait: flo
 def limit(session: Any, source: str, config: str | os.PathLike[str] | None = None, wait: float | None = None) -> Any:
     """Put a requests.Session that exists under the limits of a source, and return it.
 
-    Its adapters stay, with their retries; one that is mounted later is not limited. Raises Error for an
-    unknown source, and when an adapter is limited for another source already."""
+    Its adapters stay, with their retries, and must be HTTPAdapters; one that is mounted later is not limited. Raises
+    Error for an unknown source, and when an adapter is limited for another source already."""
     limiter = shared_limiter(config)
     limiter.source(source)
     for adapter in session.adapters.values():
@@ -5425,35 +5426,15 @@ def limit(session: Any, source: str, config: str | os.PathLike[str] | None = Non
         if owner != source:
             raise Error(f'this session is limited for source "{owner}" already', "give each source its own session")
         adapter.adce_source = source
-        _limit_adapter(adapter, functools.partial(limiter.permit, source, wait))
+        _on_pools(adapter, functools.partial(_limit_pool, functools.partial(limiter.permit, source, wait)))
     return session
 
 
-Ask = Callable[[], contextlib.AbstractContextManager[ActivePermit]]
-
-
-def _limit_adapter(adapter: Any, ask: Ask) -> None:
-    """Give every HTTP request of an adapter a permit. urllib3 sends several for one that it retries."""
-    import requests.adapters
-
-    if isinstance(adapter, requests.adapters.HTTPAdapter):
-        _on_pools(adapter, functools.partial(_limit_pool, ask))
-        # a copy in another process would not be limited: it cannot be pickled
-        adapter.__attrs__ = [*type(adapter).__attrs__, "get_connection_with_tls_context"]
-        return
-    send = functools.partial(type(adapter).send, adapter)
-
-    def send_limited(*arguments: Any, **options: Any) -> Any:
-        with ask():
-            return send(*arguments, **options)
-
-    adapter.send = send_limited
-
-
-def _limit_pool(ask: Ask, pool: Any) -> None:
+def _limit_pool(ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]], pool: Any) -> None:
+    """Give every request of a connection pool a permit, also those that urllib3 repeats."""
     import urllib3
 
-    make_request = type(pool)._make_request  # noqa: SLF001  # each request passes it, also a retry
+    make_request = type(pool)._make_request  # noqa: SLF001  # which each of them passes
 
     def make_limited_request(connection: Any, *arguments: Any, **options: Any) -> Any:
         with ask() as held:
@@ -5493,10 +5474,6 @@ class ProgramEnd:
     text: str  # exit 1, killed by SIGSEGV, timed out, printed more than 10 bytes
     tail: bytes = b""  # the end of its output
     body: bytes = b""  # its standard output, when that was wanted
-
-    def is_good(self) -> bool:
-        """Its exit code was 0."""
-        return self.text == "exit 0"
 
 
 def run_program(
@@ -5638,17 +5615,13 @@ def _command_line(claimed: Claim) -> tuple[list[str], dict[str, str]]:
 def _judge_end(claimed: Claim, target: ObjectRow, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
     """The result of a program for one object: what it handed over, or what it left in the store. An object that was
     there before does not count, and a command that leaves no bytes has brought nothing."""
-    if end.is_good() and body is not None and (body or claimed.dataset.call):
+    if end.text == "exit 0" and body is not None and (body or claimed.dataset.call):
         return keep(claimed, target, body, store)
     if body:
         done = f"handed over {len(body)} bytes, which are not taken"
     else:
-        found = look(claimed, target, store)
-        if (
-            found
-            and found.stored
-            and (found.stored.etag, found.stored.modified_at) != (target.etag, target.modified_at)
-        ):
+        before, found = (target.etag, target.modified_at), look(claimed, target, store)
+        if found and found.stored and (found.stored.etag, found.stored.modified_at) != before:
             return found
         done = "left the object as it was" if found else "left no object"
     outcome = Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR
@@ -6951,7 +6924,7 @@ def _send_to_command(configuration: Configuration, message: Mapping[str, Any]) -
         end = run_program(words, configuration.path.parent, environment, SEND_SECONDS)
     except (OSError, ValueError) as error:
         raise Error(f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}") from None
-    if not end.is_good():
+    if end.text != "exit 0":
         raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
 
 
@@ -7077,57 +7050,145 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
 
 
 # ---------------------------------------------------------------- Supervision
-# The runner's readiness, heartbeat and identity: for systemd over its socket, for other processes in the database.
-# Headlines: notify(), register_runner().
+# The runner as a process: systemd, signals, its start in the background, its end and its log; a command under a permit.
+# Headlines: notify(), obey_signals(), start_runner(), stop_runner(), run_held().
+
+START_SECONDS = 60
 
 
 def notify(*lines: str) -> None:
-    """Tell the service manager, if there is one (sd_notify(3))."""
+    """Send a state to the service manager, if there is one (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if not lines or not address.startswith(("/", "@")):
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.settimeout(1)
-        sender.sendto("\n".join(lines).encode(), re.sub("^@", "\0", address))
+    if address.startswith(("/", "@")):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(1)
+            sender.sendto("\n".join(lines).encode(), re.sub("^@", "\0", address))
 
 
 def watchdog_seconds() -> float:
-    """How often systemd wants a sign of life; without end when it wants none (sd_watchdog_enabled(3))."""
+    """The longest time between two signs of life; infinite without a watchdog (sd_watchdog_enabled(3))."""
     microseconds = os.environ.get("WATCHDOG_USEC", "")
-    is_meant = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-    return int(microseconds) / 1e6 if microseconds.isdigit() and int(microseconds) and is_meant else math.inf
-
-
-def sign_of_life() -> list[str]:
-    """What systemd's watchdog wants to hear, if it listens."""
-    return ["WATCHDOG=1"] if watchdog_seconds() < math.inf else []
+    is_mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(microseconds) / 1e6 if microseconds.isdigit() and int(microseconds) and is_mine else math.inf
 
 
 def systemd_unit() -> str | None:
     """The control group of the unit that this process is the main process of, such as /system.slice/adce.service."""
-    if os.environ.get("SYSTEMD_EXEC_PID") != str(os.getpid()):
-        return None
-    with contextlib.suppress(OSError):
-        for line in (PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("0::", "1:name=systemd:")):
-                return line.rpartition(":")[2]
-    return None
+    found = None
+    if os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()):
+        with contextlib.suppress(OSError):
+            groups = (PROC / "self/cgroup").read_text(encoding="utf-8")
+            found = re.search("^(?:0:|1:name=systemd):(.+)$", groups, re.MULTILINE)
+    return found and found[1]
 
 
-def register_runner(sql: sqlite3.Connection, address: str | None, log: Path | None, now: float) -> None:
-    """This process works on the database now. It answers at `address` over HTTP, and writes to `log`."""
-    row = (os.getpid(), __version__, int(now), int(now), address, systemd_unit(), str(log) if log else None)
-    sql.execute("insert or replace into runner values (1, ?, ?, ?, ?, ?, ?, ?, null, null)", row)
+def obey_signals(database: Path, stop: Callable[[str], None]) -> None:
+    """The first signal stops the runner cleanly, the second at once; the next start requeues what ran."""
+    seen: list[int] = []
+
+    def obey(number: int, _frame: object) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            end_processes(str(database))
+            os._exit(ExitCode.INTERRUPTED)
+        stop(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, obey)
+
+
+def start_runner(configuration: Configuration, words: Sequence[str], log: Path) -> int:
+    """Start `adce.py run` in the background; return its process id. Raises Error with its output when it exits."""
+    log_file(log).close()
+    lock, clock, said_before = RunnerLock(configuration.database), Clock(), log.stat().st_size
+    command = [sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path)]
+    command += ["--db", str(configuration.database), "run", "--log", str(log), *words]
+    until, registered = clock.boot() + START_SECONDS, "select pid from runner where stopped_at is null"
+    with contextlib.closing(open_database(configuration.database)) as database, log.open("ab") as output:
+        process = subprocess.Popen(  # noqa: S603  # this very program
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        while lock.holder() != process.pid or database.value(registered) != process.pid:
+            if process.poll() is not None:
+                said = log.read_bytes()[said_before:].decode("utf-8", "replace").strip()
+                failure = Error(f"the runner exited at once with exit code {process.returncode}\n{said}".rstrip())
+                failure.exit_code = process.returncode if process.returncode > 0 else ExitCode.ERROR
+                raise failure
+            if clock.boot() > until:
+                raise Error(f"the runner (process {process.pid}) is not ready after {START_SECONDS} s", f"see {log}")
+            time.sleep(NEWS_SECONDS)
+    return process.pid
+
+
+def stop_runner(configuration: Configuration, seconds: float | None) -> int | None:
+    """Stop the runner and wait for its end, `seconds` or 15 more than its grace time. Returns its process id, or None
+    when there is none. Raises Error when it does not stop in time, OSError when it belongs to another user."""
+    lock, clock = RunnerLock(configuration.database), Clock()
+    holder, seconds = lock.holder(), configuration.grace_seconds + 15 if seconds is None else seconds
+    if holder == 0:
+        raise Error(f"{lock.path} does not name the process that holds it", "stop that process yourself")
+    if holder:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(holder, signal.SIGTERM)
+    until = clock.boot() + seconds
+    while holder and lock.holder() == holder:
+        if clock.boot() > until:
+            text = f"process {holder} did not stop within {format_duration(seconds)}"
+            raise Error(text, "run stop again: a second signal ends it at once")
+        time.sleep(NEWS_SECONDS)
+    return holder
+
+
+def run_held(limiter: Limiter, held: ActivePermit, words: Sequence[str]) -> int:
+    """Run a command that uses a permit and return its exit code. SIGTERM and SIGHUP are passed on to it; SIGINT reaches
+    it from the terminal."""
+    early: list[int] = []  # signals before there is a process to pass them on to
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: early.append(number))
+    try:
+        process = subprocess.Popen(words)  # noqa: S603  # the user's own words, without a shell
+    except OSError as error:
+        limiter.release(held, used=False)
+        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    signal.signal(signal.SIGINT, lambda *_: None)
+    for missed in early:
+        process.send_signal(missed)
+    code = process.wait()
+    if code == 0:
+        held.answered(200, {})
+    limiter.release(held)
+    return code if code >= 0 else 128 - code
+
+
+def show_log(database: Database, most: int, *, follow: bool) -> None:
+    """Become the program that shows the log of the last runner. Raises Error when there is none."""
+    row = next(iter(database.read("select unit, log from runner")), None)
+    if row and row["log"] and Path(row["log"]).exists():
+        words = ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
+    elif row and row["unit"]:
+        kind, unit = "--user-unit" if "/user@" in row["unit"] else "--unit", row["unit"].rpartition("/")[2]
+        words = ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]
+    else:
+        hint = "`adce.py start` logs to a file, `run --log FILE` to FILE, a unit of systemd to the journal"
+        raise Error("the last runner kept no log", hint)
+    sys.stdout.flush()
+    try:
+        os.execvp(words[0], words)  # noqa: S606  # the system's own programs
+    except OSError as error:
+        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------- Runner
-# Keeps going until told to stop. The main thread makes every decision (claim, finish, reconcile) and
-# writes all tasks; workers run fetch() on plain data; health threads only read. It sleeps until the next
-# event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
+# Works until it is stopped. The main thread makes every decision (claim, finish, reconcile) and writes all
+# tasks; workers run fetch() on plain data; health threads only read. It sleeps until the next event: a
+# finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
 
 
 class Workers:
-    """A pool, and what it is doing."""
+    """A pool, and its executions."""
 
     def __init__(self, configuration: Configuration, store: Store, clock: Clock, wake: Callable[[], None]) -> None:
         self.count, self.store, self.clock, self.wake = configuration.max_concurrent_scrapers, store, clock, wake
@@ -7141,15 +7202,11 @@ class Workers:
         return self.count - len(self.running)
 
     def keys(self) -> list[str]:
-        """What they are bringing."""
+        """One key of each execution."""
         return [claimed.tasks[0].key for claimed in self.running.values()]
 
-    def at_work(self) -> collections.Counter[str]:
-        """How many executions there are of each dataset."""
-        return collections.Counter(claimed.dataset.name for claimed in self.running.values())
-
     def submit(self, claimed: Claim) -> None:
-        """Have it done."""
+        """Begin an execution."""
         future = self.pool.submit(fetch, claimed, self.store, self.clock)
         self.running[future] = claimed
         future.add_done_callback(lambda _: self.wake())
@@ -7164,39 +7221,24 @@ class Workers:
                 except BaseException as error:  # noqa: BLE001  # a broken pool
                     yield claimed, [Result(Outcome.LOST, describe(error))] * len(claimed.tasks)
 
-    def stop(self) -> list[Claim]:
-        """Take no more. Returns what has not ended."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        left = list(self.running.values())
-        self.running.clear()
-        return left
-
 
 class Runner:
-    """One run on one database: `run()` returns when it is told to stop, or when `once` is done."""
+    """One run on one database: `run()` returns when it is stopped, or when `once` is done."""
 
-    def __init__(
-        self,
-        configuration: Configuration,
-        database: Database,
-        store: Store,
-        journal: Journal,
-        clock: Clock | None = None,
-    ) -> None:
+    def __init__(self, configuration: Configuration, database: Database, store: Store, journal: Journal) -> None:
         self.configuration, self.database, self.store, self.journal = configuration, database, store, journal
-        self.clock = clock or journal.clock
+        self.clock = journal.clock
         self.rng = random.Random()  # noqa: S311  # spreads retries, guards nothing
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.workers = Workers(configuration, store, self.clock, lambda: self.wakeups.put("finished"))
         self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
         self.beat_seconds = min(BEAT_SECONDS, watchdog_seconds() / 3)
-        self.hops: list[Claim] = []
+        self.hops: list[Claim] = []  # redirects, which hold no worker while they wait for a permit of their own
         self.unrecorded: list[tuple[Claim, list[Result]]] = []
         self.steps: Iterator[int] | None = None
         self.cycle_id: int | None = None
         self.next_cycle_at = self.next_beat_at = -math.inf
-        self.options, self.stop_at = CycleOptions(), math.inf
-        self.stop_reason: str | None = None
+        self.stop_at, self.stop_reason = math.inf, ""
         self.once = self.is_waiting = self.cycle_waits = False
 
     def stop(self, reason: str) -> None:
@@ -7206,12 +7248,7 @@ class Runner:
         self.wakeups.put("stop")
 
     def run(
-        self,
-        *,
-        once: bool = False,
-        max_seconds: float = math.inf,
-        address: str | None = None,
-        log: Path | None = None,
+        self, *, once: bool = False, max_seconds: float = math.inf, address: str | None = None, log: Path | None = None
     ) -> ExitCode:
         """Work until stopped. With `once`: one cycle, then one attempt at every open task. `address` and `log` are
         stored for other commands."""
@@ -7221,8 +7258,7 @@ class Runner:
             while not self.stop_reason:
                 try:
                     self._turn()
-                    if not self.unrecorded:
-                        self.journal.report_database_error(None)
+                    self.journal.report_database_error(None)
                 except DatabaseTroubleError as error:
                     self.database.check_place()
                     if once and not self.stop_reason:
@@ -7231,7 +7267,7 @@ class Runner:
                     self.clock.wait(self.wakeups, TROUBLE_SECONDS)
         finally:
             self._finish_running()
-            self._say_goodbye()
+            self._log_stop()
         if not once:
             return ExitCode.DONE
         failure = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
@@ -7241,34 +7277,28 @@ class Runner:
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
 
     def _start(self, address: str | None, log: Path | None) -> None:
-        ended = self._sweep()
+        """Clear away what a crash has left, prepare the store, and register this process as the runner."""
+        ended, configuration = self._sweep(), self.configuration
         ahead = ReadAhead(self.listers, lambda: self.wakeups.put("prepared"))
-        preparing = ahead.submit(prepare_store, self.database, self.configuration, self.store)
+        preparing = ahead.submit(prepare_store, self.database, configuration, self.store)
         while not preparing.done():
             self.clock.wait(self.wakeups, MINUTE)
             if self.stop_reason:
                 return
         preparing.result()
-        declare(self.database, self.configuration, self.clock)
+        declare(self.database, configuration, self.clock)
+        now = int(self.clock.wall())
+        row = (os.getpid(), __version__, now, now, address, systemd_unit(), str(log) if log else None)
         with self.database.transaction() as sql:
-            orphans = requeue_orphans(sql, self.configuration.retry)
-            register_runner(sql, address, log, self.clock.wall())
-        self.journal.write(
-            "INFO",
-            "start",
-            version=__version__,
-            pid=os.getpid(),
-            config=self.configuration.path,
-            database=self.configuration.database,
-            store=self.configuration.store,
-            workers=self.configuration.max_concurrent_scrapers,
-            requeued=orphans or None,
-            ended=ended or None,
-        )
+            orphans = requeue_orphans(sql, configuration.retry)
+            sql.execute("insert or replace into runner values (1, ?, ?, ?, ?, ?, ?, ?, null, null)", row)
+        facts = {"version": __version__, "pid": os.getpid(), "config": configuration.path}
+        facts |= {"database": configuration.database, "store": configuration.store}
+        self.journal.write("INFO", "start", **facts, requeued=orphans or None, ended=ended or None)
         notify("READY=1")
 
     def _sweep(self) -> int:
-        """End what commands have left: processes, which are counted, and files."""
+        """Remove the files of programs and kill their processes. Returns the number of processes."""
         shutil.rmtree(output_folder(self.configuration.database), ignore_errors=True)
         return end_processes(str(self.configuration.database.resolve()))
 
@@ -7276,9 +7306,10 @@ class Runner:
         """One turn of the main loop. All that has finished and all that is claimed is one transaction."""
         self._advance_cycle()
         openings = self._work(may_claim=self.steps is None or not self.once)
+        self.journal.report_pauses(self.database)
         self._beat()
         wait = self._seconds_to_next_event(openings)
-        is_idle = self.steps is None and not (self.workers.running or self.unrecorded)
+        is_idle = self.steps is None and not self.workers.running
         if self.clock.boot() >= self.stop_at:
             self.stop("its time was up")
         elif self.once and is_idle and all(opening.is_pause for opening in openings.values()):
@@ -7295,7 +7326,7 @@ class Runner:
                 return
             self.next_cycle_at = math.inf if self.once else now + self.configuration.interval_seconds
             ahead = ReadAhead(self.listers, lambda: self.wakeups.put("page"))
-            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, self.options, ahead)
+            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, CycleOptions(), ahead)
         try:
             step = next(self.steps)
             self.cycle_id, self.cycle_waits = step or self.cycle_id, step == 0
@@ -7314,22 +7345,23 @@ class Runner:
         """Record what has finished and give every free worker the best task, in one transaction. Returns what the
         sources wait for, if any worker is free. What the database does not take now is kept and recorded later."""
         self.unrecorded += self.workers.finished()
-        if not (self.unrecorded or (may_claim and self.workers.free() > 0) or self.is_waiting):
+        if not (self.unrecorded or self.is_waiting or (may_claim and self.workers.free() > 0)):
             return {}
         log: list[Callable[[], None]] = []
         hops, openings, begun = list(self.hops), dict[str, Opening](), list[Claim]()
         with self.database.transaction() as sql:
             for claimed, results in self.unrecorded:
-                self._record(sql, claimed, results, (hops, log))
+                if (target := results[0].redirect) and claimed.permit:
+                    release(sql, claimed.permit, self.clock.boot())
+                    hops.append(dataclasses.replace(claimed, permit=None, url=target, hops=claimed.hops + 1))
+                else:
+                    log += self._record(sql, claimed, results)
             if may_claim:
                 openings = self._claim(sql, hops, begun)
-            is_waiting = self.is_waiting
-            if openings or is_waiting:
-                is_waiting = keep_places(sql, openings, self.clock.boot(), self.configuration.queue_check_seconds)
-            if self.unrecorded:
-                log.append(functools.partial(self.journal.report_pauses, self.database))
-        self.unrecorded.clear()
-        self.hops, self.is_waiting = hops, is_waiting
+            if openings or self.is_waiting:
+                seconds = self.configuration.queue_check_seconds
+                self.is_waiting = keep_places(sql, openings, self.clock.boot(), seconds)
+        self.unrecorded, self.hops = [], hops
         for claimed in begun:
             self.workers.submit(claimed)
         for write in log:
@@ -7337,23 +7369,22 @@ class Runner:
         return openings
 
     def _claim(self, sql: sqlite3.Connection, hops: list[Claim], begun: list[Claim]) -> dict[str, Opening]:
-        """Claim for every free worker: first the redirects that wait for permits of their own, then the best tasks."""
+        """Claim for every free worker: first the redirects, then the best tasks."""
         openings = dict[str, Opening]()
         limiting, free = self.configuration.rate_limiting, self.workers.free()
         for hop in list(hops):
             source, now = hop.source, self.clock.boot()
             opens = opening(sql, limiting, source.name, now, RUNNER)
-            if free <= len(begun) or opens.at > now:
-                openings |= {source.name: opens} if opens.at > now else {}
-                continue
-            granted = grant(sql, limiting, source.name, source.timeout_seconds, now, RUNNER)
-            hops.remove(hop)
-            begun.append(dataclasses.replace(hop, permit=granted))
+            if opens.at > now:
+                openings[source.name] = opens
+            elif free > len(begun):
+                granted = grant(sql, limiting, source.name, source.timeout_seconds, now, RUNNER)
+                hops.remove(hop)
+                begun.append(dataclasses.replace(hop, permit=granted))
         if not self.once:
             wake_retries(sql, self.clock.wall())
             appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
-        busy = self.workers.at_work()
-        busy.update(claimed.dataset.name for claimed in [*hops, *begun])
+        busy = collections.Counter(one.dataset.name for one in [*self.workers.running.values(), *hops, *begun])
         while free > len(begun) and not any(one.runs_exclusively for one in [*hops, *begun]):
             claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun))
             if claimed is None:
@@ -7362,29 +7393,15 @@ class Runner:
             begun.append(claimed)
         return openings if free > len(begun) else {}
 
-    def _record(
-        self,
-        sql: sqlite3.Connection,
-        claimed: Claim,
-        results: list[Result],
-        effects: tuple[list[Claim], list[Callable[[], None]]],
-    ) -> None:
-        """Record an execution that has finished. A redirect becomes a hop, which holds no worker while it waits for a
-        permit of its own. Log lines are written after the commit."""
-        hops, log = effects
-        if results[0].redirect and claimed.permit and not self.stop_reason:
-            release(sql, claimed.permit, self.clock.boot())
-            hops.append(dataclasses.replace(claimed, permit=None, url=results[0].redirect, hops=claimed.hops + 1))
-            return
+    def _record(self, sql: sqlite3.Connection, claimed: Claim, results: Sequence[Result]) -> list[Callable[[], None]]:
+        """Record an execution that has finished. Returns the log lines to write after the commit."""
         results = [dataclasses.replace(result, requests=result.requests + claimed.hops) for result in results]
-        if results[0].redirect:
-            results = [Result(Outcome.LOST, "stopped before the redirect was followed", requests=results[0].requests)]
         ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
         endings = finish(ledger, claimed, results, self.clock, self.rng)
-        for problem in ledger.problems[:MOST_PROBLEMS]:
-            log.append(functools.partial(self.journal.write, "WARN", "children", problem=problem))
-        most = self.configuration.retry.max_attempts
-        log += [functools.partial(announce_ending, self.journal, claimed, ending, most) for ending in endings]
+        journal, most = self.journal, self.configuration.retry.max_attempts
+        problems = ledger.problems[:MOST_PROBLEMS]
+        log = [functools.partial(journal.write, "WARN", "children", problem=problem) for problem in problems]
+        return [*log, *(functools.partial(announce_ending, journal, claimed, ending, most) for ending in endings)]
 
     def _collect(self) -> None:
         """Record what has finished, if the database takes it now."""
@@ -7394,17 +7411,16 @@ class Runner:
             self.journal.report_database_error(error)
 
     def _beat(self) -> None:
-        now = self.clock.boot()
+        now, wall = self.clock.boot(), self.clock.wall()
         if now >= self.next_beat_at:
             self.next_beat_at = now + self.beat_seconds
             self.database.check_place()
             announce_progress(self.journal, self.database)
-            self.journal.report_pauses(self.database)
             with self.database.transaction() as sql:
-                sql.execute("update runner set beat_at = ?", (int(self.clock.wall()),))
-                sql.execute("update facts set wall_offset = ?", (self.clock.wall() - now,))
-                forget(sql, self.clock.wall() - self.configuration.retention_seconds)
-            notify(*sign_of_life(), f"STATUS={status_line(self.database)}")
+                sql.execute("update runner set beat_at = ?", (int(wall),))
+                sql.execute("update facts set wall_offset = ?", (wall - now,))
+                forget(sql, wall - self.configuration.retention_seconds)
+            notify("WATCHDOG=1", f"STATUS={status_line(self.database)}")
         self.journal.paint(self.workers.keys(), self.next_cycle_at)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
@@ -7416,8 +7432,6 @@ class Runner:
         instants += [opening.at for opening in openings.values()]
         if self.journal.screen:
             instants.append(self.journal.next_paint_at)
-        if self.unrecorded:
-            instants.append(now + 1)
         if self.workers.free() and not self.once:  # else the next free worker looks
             next_at = self.database.value("select min(next_at) from objects where next_at is not null")
             instants += [] if next_at is None else [now + next_at - wall]
@@ -7437,28 +7451,29 @@ class Runner:
             self.journal.paint(self.workers.keys(), math.inf)
             self.clock.wait(self.wakeups, min(1.0, limit - self.clock.boot()))
             self._collect()
-            notify(*sign_of_life())
-        self.listers.shutdown(wait=False, cancel_futures=True)
-        for claimed in [*self.workers.stop(), *self.hops]:
-            was_asked = bool(claimed.url) and claimed not in self.hops
-            lost = Result(Outcome.LOST, "the runner stopped", requests=int(was_asked))
+            notify("WATCHDOG=1")
+        for pool in (self.listers, self.workers.pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+        left = [(claimed, int(bool(claimed.url))) for claimed in self.workers.running.values()]
+        for claimed, requests in [*left, *((hop, 0) for hop in self.hops)]:
+            lost = Result(Outcome.LOST, "the runner stopped", requests=requests)
             self.unrecorded.append((claimed, [lost] * len(claimed.tasks)))
+        self.workers.running.clear()
         self._sweep()
         self._collect()
 
-    def _say_goodbye(self) -> None:
-        reason, left = self.stop_reason, dict[str, int]()
+    def _log_stop(self) -> None:
+        left = dict[str, int]()
         with contextlib.suppress(DatabaseError):
             with self.database.transaction() as sql:
                 ended = "update runner set stopped_at = ?, note = ? where pid = ? and stopped_at is null"
-                sql.execute(ended, (int(self.clock.wall()), reason, os.getpid()))
+                sql.execute(ended, (int(self.clock.wall()), self.stop_reason, os.getpid()))
             left = dict(map(tuple, self.database.read("select state, count(*) from queue group by state")))
             if self.journal.screen:
                 self.journal.screen.paint(self.clock.wall(), [], None)
         self.journal.screen = None
-        self.journal.write(
-            "INFO", "stop", reason=reason, **{name: left.get(name) for name in ("pending", "retry", "gave_up")}
-        )
+        counts = {state: left.get(state) for state in ("pending", "retry", "gave_up")}
+        self.journal.write("INFO", "stop", reason=self.stop_reason, **counts)
 
 
 # ---------------------------------------------------------------- Examples
@@ -7829,131 +7844,6 @@ def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
         yield database, store
 
 
-# ---------------------------------------------------------------- Background
-# Processes and signals: the runner started without a terminal, stopped, and its log; a command under a permit.
-# Headlines: start_runner(), stop_runner(), run_held().
-
-START_SECONDS = 60
-
-
-def start_runner(configuration: Configuration, words: Sequence[str], log: Path) -> int:
-    """Start `adce.py run` in the background; return its process id. Raises Error with its output when it exits."""
-    log_file(log).close()
-    lock, clock, said_before = RunnerLock(configuration.database), Clock(), log.stat().st_size
-    if (holder := lock.holder()) is not None:
-        raise LockedError(f"another runner works on this database (process {holder or 'unknown'})", "adce.py status")
-    command = [sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path)]
-    command += ["--db", str(configuration.database), "run", "--log", str(log), *words]
-    with log.open("ab") as output:
-        process = subprocess.Popen(  # noqa: S603  # this very program
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    until = clock.boot() + START_SECONDS
-    while not _is_at_work(configuration, process.pid):
-        if process.poll() is not None:
-            said = log.read_bytes()[said_before:].decode("utf-8", "replace").strip()
-            failure = Error(f"the runner exited at once with exit code {process.returncode}\n{said}".rstrip())
-            failure.exit_code = process.returncode if process.returncode > 0 else ExitCode.ERROR
-            raise failure
-        if clock.boot() > until and lock.holder() == process.pid:
-            break  # its first cycle takes long
-        if clock.boot() > until:
-            raise Error(f"the runner (process {process.pid}) is not ready after {START_SECONDS} s", f"see {log}")
-        clock.wait(queue.SimpleQueue(), NEWS_SECONDS)
-    return process.pid
-
-
-def _is_at_work(configuration: Configuration, number: int) -> bool:
-    """Whether this process works on the database."""
-    if RunnerLock(configuration.database).holder() != number:
-        return False
-    with contextlib.closing(open_database(configuration.database)) as database:
-        return bool(database.value("select pid = ? from runner where stopped_at is null", (number,)))
-
-
-def stop_runner(configuration: Configuration, seconds: float | None) -> int | None:
-    """Stop the runner and wait for its end, `seconds` or 15 more than its grace time. Returns its process id, or None
-    when there is none. Raises Error when it cannot be signalled, or does not stop in time."""
-    lock, clock = RunnerLock(configuration.database), Clock()
-    holder, seconds = lock.holder(), configuration.grace_seconds + 15 if seconds is None else seconds
-    if holder is None:
-        return None
-    if not holder:
-        raise Error(f"{lock.path} does not name the process that holds it", "stop that process yourself")
-    try:
-        os.kill(holder, signal.SIGTERM)
-    except ProcessLookupError:
-        return holder
-    except PermissionError as error:
-        raise Error(f"process {holder} belongs to another user", "stop it as that user") from error
-    until = clock.boot() + seconds
-    while lock.holder() == holder:
-        if clock.boot() > until:
-            raise Error(
-                f"process {holder} did not stop within {format_duration(seconds)}",
-                "run stop again: a second signal ends it at once",
-            )
-        clock.wait(queue.SimpleQueue(), NEWS_SECONDS)
-    return holder
-
-
-def obey_signals(runner: Runner) -> None:
-    """The first signal stops the runner cleanly, the second at once; the next start requeues what ran."""
-    seen: list[int] = []
-
-    def obey(number: int, _frame: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            end_processes(str(runner.configuration.database))
-            os._exit(ExitCode.INTERRUPTED)
-        runner.stop(signal.Signals(number).name)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, obey)
-
-
-def run_held(limiter: Limiter, held: ActivePermit, words: Sequence[str]) -> int:
-    """Run a command that uses a permit and return its exit code. SIGTERM and SIGHUP are passed on to it; SIGINT reaches
-    it from the terminal."""
-    early: list[int] = []  # signals before there is a process to pass them on to
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: early.append(number))
-    try:
-        process = subprocess.Popen(words)  # noqa: S603  # the user's own words, without a shell
-    except OSError as error:
-        limiter.release(held, used=False)
-        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: process.send_signal(number))
-    signal.signal(signal.SIGINT, lambda *_: None)
-    for missed in early:
-        process.send_signal(missed)
-    code = process.wait()
-    if code == 0:
-        held.answered(200, {})
-    limiter.release(held)
-    return code if code >= 0 else 128 - code
-
-
-def show_log(database: Database, most: int, *, follow: bool) -> None:
-    """Become the command that shows the log of the last runner. Raises Error when there is none."""
-    row = next(iter(database.read("select unit, log from runner")), None)
-    if row and row["log"] and Path(row["log"]).exists():
-        words = ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
-    elif row and row["unit"]:
-        kind, unit = "--user-unit" if "/user@" in row["unit"] else "--unit", row["unit"].rpartition("/")[2]
-        words = ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]
-    else:
-        hint = "`adce.py start` logs to a file, `run --log FILE` to FILE, a unit of systemd to the journal"
-        raise Error("the last runner kept no log", hint)
-    sys.stdout.flush()
-    try:
-        os.execvp(words[0], words)  # noqa: S606  # the system's own programs
-    except OSError as error:
-        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
-
-
 # ---------------------------------------------------------------- Command line
 # From words to a command, and to an exit code. Headlines: command(), main().
 
@@ -8217,7 +8107,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
     runner = Runner(configuration, database, open_store(configuration.store), journal)
     if not (arguments.log or arguments.quiet) and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         journal.screen = LiveScreen(sys.stderr, database, configuration)
-    obey_signals(runner)
+    obey_signals(configuration.database, runner.stop)
     with contextlib.ExitStack() as stack:
         address = None
         if configuration.health_check.enabled and not arguments.once:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import heapq
 import io
@@ -440,8 +441,8 @@ class World:
             body = b"<html>down for maintenance</html>"
         elif dice < 0.07 and not spec.hops:
             status, headers = 302, {"location": spec.url + "&again=1"}
-        answer = mock.Mock(status_code=status, headers=headers)
-        return adce._judge(spec, answer, body, store)
+        answer = mock.Mock(status_code=status, headers=headers, is_redirect=status == 302)
+        return dataclasses.replace(adce._judge(spec, answer, body, store), requests=1)
 
     def document(self, url: str) -> bytes | None:
         """The truth at this instant. A day's two games end by the next morning; every third day has another second game
