@@ -5237,8 +5237,8 @@ def request(claimed: Claim, store: Store, clock: Clock) -> Result:
     try:
         with deadline, requests.Session() as opened:
             opened.trust_env = claimed.source.trust_env
-            for scheme in ("http://", "https://"):
-                opened.mount(scheme, _adapter(claimed, deadline, clock))
+            for adapter in opened.adapters.values():  # none of them retries
+                _on_pools(adapter, functools.partial(_watch_pool, claimed, deadline, clock))
             timeout = (min(CONNECT_SECONDS, seconds), seconds)
             options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False}
             with opened.get(claimed.url, headers=_headers(claimed), **options) as response:
@@ -5310,29 +5310,21 @@ def _on_pools(adapter: Any, prepare: Callable[[Any], None]) -> None:
     adapter.__attrs__ = [*type(adapter).__attrs__, "get_connection_with_tls_context"]
 
 
-def _adapter(claimed: Claim, deadline: _Deadline, clock: Clock) -> Any:
-    """A transport without retries. The deadline watches its socket, and the permit is checked once more when that is
-    ready."""
-    import requests.adapters
+def _watch_pool(claimed: Claim, deadline: _Deadline, clock: Clock, pool: Any) -> None:
+    """The deadline watches each socket of a pool, and the permit is checked once more when that is ready."""
+    kind = pool.ConnectionCls
 
-    def prepare(pool: Any) -> None:
-        kind = pool.ConnectionCls
+    def open_socket(connection: Any) -> Any:
+        connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
+        deadline.watch(connected)
+        return connected
 
-        def open_socket(connection: Any) -> Any:
-            connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
-            deadline.watch(connected)
-            return connected
+    def connect(connection: Any) -> None:
+        kind.connect(connection)  # TLS included
+        if claimed.permit and clock.boot() > claimed.permit.send_before:
+            raise Error("its permit ran out before it was sent")
 
-        def connect(connection: Any) -> None:
-            kind.connect(connection)  # TLS included
-            if claimed.permit and clock.boot() > claimed.permit.send_before:
-                raise Error("its permit ran out before it was sent")
-
-        pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": open_socket, "connect": connect})
-
-    adapter = requests.adapters.HTTPAdapter()
-    _on_pools(adapter, prepare)
-    return adapter
+    pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": open_socket, "connect": connect})
 
 
 def _headers(claimed: Claim) -> dict[str, str]:
@@ -7187,41 +7179,6 @@ def show_log(database: Database, most: int, *, follow: bool) -> None:
 # finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
 
 
-class Workers:
-    """A pool, and its executions."""
-
-    def __init__(self, configuration: Configuration, store: Store, clock: Clock, wake: Callable[[], None]) -> None:
-        self.count, self.store, self.clock, self.wake = configuration.max_concurrent_scrapers, store, clock, wake
-        self.pool: Executor = ThreadPoolExecutor(self.count, "adce-worker")
-        self.running: dict[Future[list[Result]], Claim] = {}
-
-    def free(self) -> int:
-        """How many can take a task."""
-        if any(claimed.runs_exclusively for claimed in self.running.values()):
-            return 0
-        return self.count - len(self.running)
-
-    def keys(self) -> list[str]:
-        """One key of each execution."""
-        return [claimed.tasks[0].key for claimed in self.running.values()]
-
-    def submit(self, claimed: Claim) -> None:
-        """Begin an execution."""
-        future = self.pool.submit(fetch, claimed, self.store, self.clock)
-        self.running[future] = claimed
-        future.add_done_callback(lambda _: self.wake())
-
-    def finished(self) -> Iterator[tuple[Claim, list[Result]]]:
-        """The executions that have ended since the last call."""
-        for future, claimed in list(self.running.items()):
-            if future.done():
-                del self.running[future]
-                try:
-                    yield claimed, future.result()
-                except BaseException as error:  # noqa: BLE001  # a broken pool
-                    yield claimed, [Result(Outcome.LOST, describe(error))] * len(claimed.tasks)
-
-
 class Runner:
     """One run on one database: `run()` returns when it is stopped, or when `once` is done."""
 
@@ -7230,7 +7187,8 @@ class Runner:
         self.clock = journal.clock
         self.rng = random.Random()  # noqa: S311  # spreads retries, guards nothing
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.workers = Workers(configuration, store, self.clock, lambda: self.wakeups.put("finished"))
+        self.pool: Executor = ThreadPoolExecutor(configuration.max_concurrent_scrapers, "adce-worker")
+        self.running: dict[Future[list[Result]], Claim] = {}
         self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
         self.beat_seconds = min(BEAT_SECONDS, watchdog_seconds() / 3)
         self.hops: list[Claim] = []  # redirects, which hold no worker while they wait for a permit of their own
@@ -7266,8 +7224,7 @@ class Runner:
                     self.journal.report_database_error(error)
                     self.clock.wait(self.wakeups, TROUBLE_SECONDS)
         finally:
-            self._finish_running()
-            self._log_stop()
+            self._finish()
         if not once:
             return ExitCode.DONE
         failure = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
@@ -7309,7 +7266,7 @@ class Runner:
         self.journal.report_pauses(self.database)
         self._beat()
         wait = self._seconds_to_next_event(openings)
-        is_idle = self.steps is None and not self.workers.running
+        is_idle = self.steps is None and not self.running
         if self.clock.boot() >= self.stop_at:
             self.stop("its time was up")
         elif self.once and is_idle and all(opening.is_pause for opening in openings.values()):
@@ -7341,11 +7298,16 @@ class Runner:
                     while wake_retries(sql, sys.maxsize) >= PAGE:
                         pass
 
+    def _free_workers(self) -> int:
+        is_exclusive = any(claimed.runs_exclusively for claimed in self.running.values())
+        return 0 if is_exclusive else self.configuration.max_concurrent_scrapers - len(self.running)
+
     def _work(self, *, may_claim: bool) -> dict[str, Opening]:
         """Record what has finished and give every free worker the best task, in one transaction. Returns what the
         sources wait for, if any worker is free. What the database does not take now is kept and recorded later."""
-        self.unrecorded += self.workers.finished()
-        if not (self.unrecorded or self.is_waiting or (may_claim and self.workers.free() > 0)):
+        for future in [future for future in self.running if future.done()]:
+            self.unrecorded.append((self.running.pop(future), future.result()))
+        if not (self.unrecorded or self.is_waiting or (may_claim and self._free_workers() > 0)):
             return {}
         log: list[Callable[[], None]] = []
         hops, openings, begun = list(self.hops), dict[str, Opening](), list[Claim]()
@@ -7363,7 +7325,9 @@ class Runner:
                 self.is_waiting = keep_places(sql, openings, self.clock.boot(), seconds)
         self.unrecorded, self.hops = [], hops
         for claimed in begun:
-            self.workers.submit(claimed)
+            future = self.pool.submit(fetch, claimed, self.store, self.clock)
+            self.running[future] = claimed
+            future.add_done_callback(lambda _: self.wakeups.put("finished"))
         for write in log:
             write()
         return openings
@@ -7371,7 +7335,7 @@ class Runner:
     def _claim(self, sql: sqlite3.Connection, hops: list[Claim], begun: list[Claim]) -> dict[str, Opening]:
         """Claim for every free worker: first the redirects, then the best tasks."""
         openings = dict[str, Opening]()
-        limiting, free = self.configuration.rate_limiting, self.workers.free()
+        limiting, free = self.configuration.rate_limiting, self._free_workers()
         for hop in list(hops):
             source, now = hop.source, self.clock.boot()
             opens = opening(sql, limiting, source.name, now, RUNNER)
@@ -7384,7 +7348,7 @@ class Runner:
         if not self.once:
             wake_retries(sql, self.clock.wall())
             appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
-        busy = collections.Counter(one.dataset.name for one in [*self.workers.running.values(), *hops, *begun])
+        busy = collections.Counter(one.dataset.name for one in [*self.running.values(), *hops, *begun])
         while free > len(begun) and not any(one.runs_exclusively for one in [*hops, *begun]):
             claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun))
             if claimed is None:
@@ -7421,7 +7385,7 @@ class Runner:
                 sql.execute("update facts set wall_offset = ?", (wall - now,))
                 forget(sql, wall - self.configuration.retention_seconds)
             notify("WATCHDOG=1", f"STATUS={status_line(self.database)}")
-        self.journal.paint(self.workers.keys(), self.next_cycle_at)
+        self.journal.paint([claimed.tasks[0].key for claimed in self.running.values()], self.next_cycle_at)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
         """How long nothing can happen; while a cycle goes on there is always something to do."""
@@ -7432,37 +7396,35 @@ class Runner:
         instants += [opening.at for opening in openings.values()]
         if self.journal.screen:
             instants.append(self.journal.next_paint_at)
-        if self.workers.free() and not self.once:  # else the next free worker looks
+        if self._free_workers() and not self.once:  # else the next free worker looks
             next_at = self.database.value("select min(next_at) from objects where next_at is not null")
             instants += [] if next_at is None else [now + next_at - wall]
         return max(0.0, min(instants) - now)
 
-    def _finish_running(self) -> None:
-        """Let running attempts finish within the grace time; the rest return to the queue."""
+    def _finish(self) -> None:
+        """Let running attempts finish within the grace time; the rest return to the queue. Then log the end."""
         self.stop_reason = self.stop_reason or "an error"
         limit = self.clock.boot() + self.configuration.grace_seconds
         notify("STOPPING=1")
         if self.steps is not None:
             with contextlib.suppress(DatabaseError):  # the first error is reported
                 cast(Any, self.steps).close()
-        if running := len(self.workers.running):
-            self.journal.write("INFO", "stopping", running=running, grace=self.configuration.grace_seconds)
-        while self.workers.running and self.clock.boot() < limit:
-            self.journal.paint(self.workers.keys(), math.inf)
+        if self.running:
+            self.journal.write("INFO", "stopping", running=len(self.running), grace=self.configuration.grace_seconds)
+        while self.running and self.clock.boot() < limit:
+            self.journal.paint([claimed.tasks[0].key for claimed in self.running.values()], math.inf)
             self.clock.wait(self.wakeups, min(1.0, limit - self.clock.boot()))
             self._collect()
             notify("WATCHDOG=1")
-        for pool in (self.listers, self.workers.pool):
+        for pool in (self.listers, self.pool):
             pool.shutdown(wait=False, cancel_futures=True)
-        left = [(claimed, int(bool(claimed.url))) for claimed in self.workers.running.values()]
-        for claimed, requests in [*left, *((hop, 0) for hop in self.hops)]:
+        sent = [(claimed, int(bool(claimed.url))) for claimed in self.running.values()]
+        for claimed, requests in [*sent, *((hop, 0) for hop in self.hops)]:
             lost = Result(Outcome.LOST, "the runner stopped", requests=requests)
             self.unrecorded.append((claimed, [lost] * len(claimed.tasks)))
-        self.workers.running.clear()
+        self.running.clear()
         self._sweep()
         self._collect()
-
-    def _log_stop(self) -> None:
         left = dict[str, int]()
         with contextlib.suppress(DatabaseError):
             with self.database.transaction() as sql:

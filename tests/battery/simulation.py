@@ -480,7 +480,7 @@ class World:
             database.__class__, database.world = Database, self  # type: ignore[attr-defined]
             journal = adce.Journal(io.StringIO(), clock=self.clock)
             self.runner = runner = adce.Runner(self.configuration, database, self.lake, journal)
-            runner.workers.pool = runner.listers = Workers(self)
+            runner.pool = runner.listers = Workers(self)
             runner.beat_seconds, runner.rng = 3600.0, random.Random(self.random.random())
             self.note("start")
             try:
