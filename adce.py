@@ -5459,8 +5459,7 @@ SIGNALS = {member.value: member.name for member in signal.Signals}
 FAILURE = "failure"  # the file in which a call reports an exception
 
 
-@dataclass(frozen=True, slots=True)
-class ProgramEnd:
+class ProgramEnd(NamedTuple):
     """How a program ended."""
 
     text: str  # exit 1, killed by SIGSEGV, timed out, printed more than 10 bytes
@@ -5542,13 +5541,13 @@ def end_processes(database: str, tasks: str = "") -> int:
 
 def _environments() -> Iterator[tuple[int, str]]:
     """The processes of this machine, with a space around each variable that they began with."""
-    if not (PROC / "self/environ").exists():
-        words = ["ps", "-axEww" if sys.platform == "darwin" else "axeww", "-o", "pid=,command="]
-        for line in subprocess.run(words, capture_output=True, check=False).stdout.splitlines():  # noqa: S603
-            number, _, text = os.fsdecode(line.strip()).partition(" ")
-            yield int(number), f"{text} "
-        return
-    with contextlib.suppress(OSError):  # no descriptor is left: the next start repeats it
+    with contextlib.suppress(OSError):  # no descriptor is left, or there is no ps: the next start repeats it
+        if not (PROC / "self/environ").exists():
+            words = ["ps", "-axEww" if sys.platform == "darwin" else "axeww", "-o", "pid=,command="]
+            for line in subprocess.run(words, capture_output=True, check=False).stdout.splitlines():  # noqa: S603
+                number, _, text = os.fsdecode(line.strip()).partition(" ")
+                yield int(number), f"{text} "
+            return
         for name in filter(str.isdigit, os.listdir(PROC)):  # noqa: PTH208  # names only
             with contextlib.suppress(OSError):  # it has ended, or is another user's
                 variables = os.fsdecode((PROC / name / "environ").read_bytes())
@@ -5594,8 +5593,7 @@ def _command_line(claimed: Claim) -> tuple[list[str], dict[str, str]]:
     them, as a part of this program."""
     dataset, fields = claimed.dataset, dict(claimed.tasks[0].fields)
     if dataset.call:  # -u: the output of one that is killed is complete
-        words = [sys.executable, "-u", str(Path(__file__).resolve()), "call", dataset.call]
-        words += [f"{name}={text}" for name, text in fields.items()]
+        words = [sys.executable, "-u", str(Path(__file__).resolve()), "call", dataset.call, json.dumps(fields)]
         limits = {"ADCE_MAX_BYTES": str(dataset.validate.max_bytes), "ADCE_WAIT": str(dataset.timeout_seconds)}
         return words, {**os.environ, **limits, **claimed.environment}
     for name in dataset.partitions.own_fields():
@@ -5630,8 +5628,8 @@ def _read_file(place: Path, most: int) -> bytes | None:
 
 
 def call_function(words: Sequence[str]) -> ExitCode:
-    """The program of a call: MODULE:FUNCTION FIELD=VALUE... Calls the function with the fields that it names, and with
-    `session` if it names that: a session under the limits of its source.
+    """The program of a call: MODULE:FUNCTION and the fields as JSON. Calls the function with the fields that it names,
+    and with `session` if it names that: a session under the limits of its source.
 
     The bytes, the iterator of bytes or the file that it returns go to $ADCE_OUTPUT, an exception beside it."""
     place, most = Path(os.environ["ADCE_OUTPUT"]), int(os.environ["ADCE_MAX_BYTES"])
@@ -5641,8 +5639,7 @@ def call_function(words: Sequence[str]) -> ExitCode:
         function = getattr(importlib.import_module(module), name)
         parameters = signature(function).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        fields: dict[str, Any] = {field: text for field, _, text in (word.partition("=") for word in words[1:])}
-        fields = {field: text for field, text in fields.items() if takes_all or field in parameters}
+        fields = {field: text for field, text in json.loads(words[1]).items() if takes_all or field in parameters}
         if takes_all or "session" in parameters:
             fields["session"] = session(os.environ["ADCE_SOURCE"], wait=float(os.environ["ADCE_WAIT"]))
         value = function(**fields)
@@ -5665,7 +5662,8 @@ def _returned_blocks(value: Any) -> Iterator[bytes]:
     """The bytes that a function has returned. Raises TypeError when it has returned anything else."""
     if isinstance(value, str | Path):
         with Path(value).open("rb") as file:
-            yield from iter(functools.partial(file.read, BLOCK_BYTES), b"")
+            while block := file.read(BLOCK_BYTES):
+                yield block
     elif isinstance(value, bytes | bytearray | memoryview):
         yield bytes(value)
     elif isinstance(value, Iterator):
@@ -7234,7 +7232,7 @@ class Runner:
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
 
     def _start(self, address: str | None, log: Path | None) -> None:
-        """Clear away what a crash has left, prepare the store, and register this process as the runner."""
+        """End the programs of a crashed runner, prepare the store, and register this process as the runner."""
         ended, configuration = self._sweep(), self.configuration
         ahead = ReadAhead(self.listers, lambda: self.wakeups.put("prepared"))
         preparing = ahead.submit(prepare_store, self.database, configuration, self.store)
@@ -7303,8 +7301,8 @@ class Runner:
         return 0 if is_exclusive else self.configuration.max_concurrent_scrapers - len(self.running)
 
     def _work(self, *, may_claim: bool) -> dict[str, Opening]:
-        """Record what has finished and give every free worker the best task, in one transaction. Returns what the
-        sources wait for, if any worker is free. What the database does not take now is kept and recorded later."""
+        """Record the finished executions and claim the best tasks for the free workers, in one transaction; if that
+        fails, the next one records them. Returns when sources can be asked that a free worker waits for."""
         for future in [future for future in self.running if future.done()]:
             self.unrecorded.append((self.running.pop(future), future.result()))
         if not (self.unrecorded or self.is_waiting or (may_claim and self._free_workers() > 0)):
@@ -7368,7 +7366,7 @@ class Runner:
         return [*log, *(functools.partial(announce_ending, journal, claimed, ending, most) for ending in endings)]
 
     def _collect(self) -> None:
-        """Record what has finished, if the database takes it now."""
+        """Record the finished executions, if the database can be written now."""
         try:
             self._work(may_claim=False)
         except DatabaseError as error:
