@@ -5328,11 +5328,10 @@ def _watch_pool(claimed: Claim, deadline: _Deadline, clock: Clock, pool: Any) ->
 
 
 def _headers(claimed: Claim) -> dict[str, str]:
-    """Secrets for one host are not sent to another."""
-    headers = dict(claimed.source.headers)
-    if _origin(claimed.url) != _origin(claimed.source.base_url or claimed.url):
-        headers = {name: text for name, text in headers.items() if name.lower() in KEPT_ON_OTHER_HOSTS}
-    return headers
+    """Secrets for one host are not sent to another, to which it redirects."""
+    headers, own_url = claimed.source.headers, url_of(claimed.dataset, claimed.source, claimed.tasks[0].fields)
+    is_own = _origin(claimed.url) == _origin(own_url)
+    return {name: text for name, text in headers.items() if is_own or name.lower() in KEPT_ON_OTHER_HOSTS}
 
 
 def _origin(url: str) -> tuple[str, str]:
