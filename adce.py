@@ -43,11 +43,10 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Events                      the log and the live screen
     Alerts                      messages when a condition begins, lasts and ends
     Operator actions            pause, resume, retry, skip
-    Supervision                 readiness, heartbeat and identity of the runner
+    Supervision                 the runner as a process: systemd, signals, start, stop
     Runner                      keeps going until stopped
     Examples                    texts for the programs around ADCE
     Checks                      is everything in order, and what would a run do?
-    Background                  the runner as a process
     Command line                from words to an exit code
     Commands                    obeys: one function for each that does
 """
@@ -5055,18 +5054,23 @@ def _resize_gaps(cycle: Cycle) -> Iterator[None]:
 # One HTTP request: a deadline for all of it, a cap on its size, no hidden retries. A redirect is handed back, because
 # each hop needs a permit of its own. Headlines: keep(), look(), request().
 
+CONNECT_SECONDS = 10
+STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about the source
+BLOCK_BYTES = 64 << 10
+MAX_REDIRECTS = 5
+KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
+
 
 def look(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
-    """What the store holds under a key, judged; None when there is nothing."""
-    stored = store.find(target.key)
+    """The object that the store holds under a key, judged; None when there is none."""
+    stored, most = store.find(target.key), claimed.dataset.validate.max_bytes
     if stored is None:
         return None
-    most = claimed.dataset.validate.max_bytes
     if stored.size > most:
         return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
     try:
         inspection = inspect(claimed.dataset, target.fields, store.read(target.key), claimed.children)
-    except KeyError:
+    except KeyError:  # deleted meanwhile
         return None
     outcome = Outcome.OK if inspection.valid else Outcome.INVALID
     return Result(outcome, inspection.verdict, stored=stored, inspection=inspection)
@@ -5079,18 +5083,17 @@ def _refused(error: StoreError) -> Result:
 
 
 def keep(claimed: Claim, target: ObjectRow, body: bytes, store: Store, http_status: int | None = None) -> Result:
-    """Validate a body, then store it. `requests` counts the HTTP request that brought it."""
-    requests = 0 if http_status is None else 1
-    if len(body) > claimed.dataset.validate.max_bytes:
-        return Result(Outcome.INVALID, f"longer than {claimed.dataset.validate.max_bytes} bytes", requests=requests)
+    """Validate a body, then store it."""
+    most = claimed.dataset.validate.max_bytes
+    if len(body) > most:
+        return Result(Outcome.INVALID, f"longer than {most} bytes", http_status)
     inspection = inspect(claimed.dataset, target.fields, body, claimed.children)
     if not inspection.valid:
-        return Result(Outcome.INVALID, inspection.verdict, http_status, requests=requests)
+        return Result(Outcome.INVALID, inspection.verdict, http_status)
     try:
-        stored = store.write(target.key, body)
+        return Result(Outcome.OK, None, http_status, store.write(target.key, body), inspection)
     except StoreError as error:
-        return dataclasses.replace(_refused(error), http_status=http_status, requests=requests)
-    return Result(Outcome.OK, None, http_status, stored, inspection, requests)
+        return dataclasses.replace(_refused(error), http_status=http_status)
 
 
 def describe(error: BaseException) -> str:
@@ -5101,136 +5104,111 @@ def describe(error: BaseException) -> str:
         return type(error).__name__
 
 
-CONNECT_SECONDS = 10
-STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about the source
-BLOCK_BYTES = 64 << 10
-MAX_REDIRECTS = 5
-REDIRECTS = (301, 302, 303, 307, 308)
-KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
-
-
-class _EndedError(Exception):
-    """Ends a request early, with its result."""
-
-
 def request(claimed: Claim, store: Store, clock: Clock) -> Result:
-    """One HTTP request with a deadline for all of it, at most max_bytes long."""
+    """One HTTP request with a deadline for all of it. Reads at most a block more than max_bytes."""
     import requests
     import urllib3
 
-    begun, deadline = clock.boot(), _Deadline(claimed.source.timeout_seconds)
-
-    def about_to_send() -> None:
-        if claimed.permit and clock.boot() > claimed.permit.send_before:
-            raise _EndedError(Result(Outcome.LOST, "its permit ran out before it was sent"))
-
+    begun, seconds = clock.boot(), claimed.source.timeout_seconds
+    deadline = _Deadline(seconds)
     try:
         with deadline, requests.Session() as opened:
-            about_to_send()
             opened.trust_env = claimed.source.trust_env
-            for scheme in ("http://", "https://"):
-                opened.mount(scheme, _adapter(deadline, about_to_send))
-            with opened.get(
-                claimed.url,
-                headers=_headers(claimed),
-                timeout=(min(CONNECT_SECONDS, claimed.source.timeout_seconds), claimed.source.timeout_seconds),
-                stream=True,
-                allow_redirects=False,
-            ) as response:
-                body = _read_body(response, claimed.dataset.validate.max_bytes)
-                if deadline.passed:  # a socket that we closed looks like one that has no more to say
+            for adapter in opened.adapters.values():  # none of them retries
+                _on_pools(adapter, functools.partial(_watch_pool, claimed, deadline, clock))
+            timeout = (min(CONNECT_SECONDS, seconds), seconds)
+            options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False}
+            with opened.get(claimed.url, headers=_headers(claimed), **options) as response:
+                body = bytearray()
+                for block in response.iter_content(BLOCK_BYTES):
+                    body += block
+                    if len(body) > claimed.dataset.validate.max_bytes:
+                        break
+                if deadline.passed:  # the socket that was shut looks like the end of the body
                     raise requests.Timeout
-                return _judge(claimed, response, body, store)
-    except _EndedError as ended:
-        return cast(Result, ended.args[0])
+                result = _judge(claimed, response, bytes(body), store)
+    except Error as error:
+        return Result(Outcome.LOST, str(error))
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-        if clock.boot() > begun + claimed.source.timeout_seconds + STANDSTILL_SECONDS:
-            return Result(Outcome.LOST, "this program stood still meanwhile", requests=1)
-        if deadline.passed or isinstance(error, requests.Timeout):
-            return Result(Outcome.TIMEOUT, f"timed out after {claimed.source.timeout_seconds:g} s", requests=1)
-        if isinstance(error, requests.exceptions.ContentDecodingError):
-            return Result(Outcome.INVALID, "its encoding is broken", requests=1)
-        outcome, text = _no_answer(error)
-        return Result(outcome, f"{urllib.parse.urlsplit(claimed.url).hostname} {text}", requests=1)
+        if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
+            result = Result(Outcome.LOST, "this program stood still meanwhile")
+        elif deadline.passed or isinstance(error, requests.Timeout):
+            result = Result(Outcome.TIMEOUT, f"timed out after {seconds:g} s")
+        elif isinstance(error, requests.exceptions.ContentDecodingError):
+            result = Result(Outcome.INVALID, "its encoding is broken")
+        else:
+            outcome, text = _no_answer(error)
+            result = Result(outcome, f"{urllib.parse.urlsplit(claimed.url).hostname} {text}")
+    return dataclasses.replace(result, requests=1)
 
 
-def _no_answer(error: BaseException) -> tuple[Outcome, str]:
-    """What an exception of urllib3, or of requests around one, says about the source."""
-    import urllib3
-
-    unconnected = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError)
-    if any(isinstance(cause, unconnected) for cause in _causes(error)):
-        return Outcome.UNREACHABLE, f"cannot be reached: {_words(error)}"
-    if isinstance(error, urllib3.exceptions.TimeoutError):
-        return Outcome.TIMEOUT, "timed out"
-    return Outcome.BROKEN, f"connection closed by server ({_words(error)})"
-
-
-class _Deadline:
-    """Ends a request when its time is over, by shutting its socket from a watching thread: a server that
-    sends a byte now and then never trips a timeout for a single read."""
+class _Deadline(threading.Timer):
+    """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
+    the timeout of a single read."""
 
     def __init__(self, seconds: float) -> None:
-        self.passed = False
-        self._sockets: list[socket.socket] = []
-        self._lock = threading.Lock()  # guards _sockets
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
+        super().__init__(seconds, self._end)
+        self.daemon, self.passed = True, False
+        self._handle: socket.socket | None = None
 
     def watch(self, connected: socket.socket) -> None:
-        """By a second handle: TLS and http.client let go of the first while the answer is still coming."""
-        with self._lock:
-            self._sockets.append(connected.dup())
+        """By a second handle: TLS and http.client let go of the first while the response is still coming."""
+        self._handle = connected.dup()
         if self.passed:
             self._end()
 
     def _end(self) -> None:
         self.passed = True
-        with self._lock:
-            for handle in self._sockets:
-                with contextlib.suppress(OSError):  # it is closed already
-                    handle.shutdown(socket.SHUT_RDWR)
+        if self._handle:
+            with contextlib.suppress(OSError):  # the server has closed it already
+                self._handle.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> None:
-        self._timer.start()
+        self.start()
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        with self._lock:
-            while self._sockets:
-                self._sockets.pop().close()
+        self.cancel()
+        self.join()
+        if self._handle:
+            self._handle.close()
 
 
-def _adapter(deadline: _Deadline, about_to_send: Callable[[], None]) -> Any:
-    """A transport without retries whose sockets the deadline watches, and that asks once more when one is ready."""
-    import requests.adapters
+def _on_pools(adapter: Any, prepare: Callable[[Any], None]) -> None:
+    """Prepare each connection pool of an adapter of requests before a use of it, also when it is prepared already."""
+    connect = type(adapter).get_connection_with_tls_context
 
-    class Adapter(requests.adapters.HTTPAdapter):
-        def get_connection_with_tls_context(self, *arguments: Any, **options: Any) -> Any:
-            pool: Any = super().get_connection_with_tls_context(*arguments, **options)
-            kind = pool.ConnectionCls
+    def connect_prepared(*arguments: Any, **options: Any) -> Any:
+        pool = connect(adapter, *arguments, **options)
+        prepare(pool)
+        return pool
 
-            def open_socket(connection: Any) -> Any:
-                connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
-                deadline.watch(connected)
-                return connected
+    adapter.get_connection_with_tls_context = connect_prepared
+    # a copy in another process would not be prepared: it cannot be pickled
+    adapter.__attrs__ = [*type(adapter).__attrs__, "get_connection_with_tls_context"]
 
-            def connect(connection: Any) -> None:
-                kind.connect(connection)  # TLS included
-                about_to_send()
 
-            pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": open_socket, "connect": connect})
-            return pool
+def _watch_pool(claimed: Claim, deadline: _Deadline, clock: Clock, pool: Any) -> None:
+    """The deadline watches each socket of a pool, and the permit is checked once more when that is ready."""
+    kind = pool.ConnectionCls
 
-    return Adapter(pool_connections=1, pool_maxsize=1)
+    def open_socket(connection: Any) -> Any:
+        connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
+        deadline.watch(connected)
+        return connected
+
+    def connect(connection: Any) -> None:
+        kind.connect(connection)  # TLS included
+        if claimed.permit and clock.boot() > claimed.permit.send_before:
+            raise Error("its permit ran out before it was sent")
+
+    pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": open_socket, "connect": connect})
 
 
 def _headers(claimed: Claim) -> dict[str, str]:
-    """Secrets for one host are not sent to another."""
-    headers = dict(claimed.source.headers)
-    if _origin(claimed.url) != _origin(claimed.source.base_url or claimed.url):
-        headers = {name: text for name, text in headers.items() if name.lower() in KEPT_ON_OTHER_HOSTS}
-    return headers
+    """Secrets for one host are not sent to another, to which it redirects."""
+    headers, own_url = claimed.source.headers, url_of(claimed.dataset, claimed.source, claimed.tasks[0].fields)
+    is_own = _origin(claimed.url) == _origin(own_url)
+    return {name: text for name, text in headers.items() if is_own or name.lower() in KEPT_ON_OTHER_HOSTS}
 
 
 def _origin(url: str) -> tuple[str, str]:
@@ -5238,52 +5216,37 @@ def _origin(url: str) -> tuple[str, str]:
     return parts.scheme, parts.netloc
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what lies behind it, the innermost last."""
-    inner: Any = error
+def _no_answer(error: BaseException) -> tuple[Outcome, str]:
+    """The meaning of an exception of urllib3, or of requests around one, for the source. Its text is the innermost
+    reason, without the address, which may hold a key."""
+    import urllib3
+
+    causes, inner = list[BaseException](), cast(Any, error)
     while isinstance(inner, BaseException):
-        yield inner
+        causes.append(inner)
         inner = getattr(inner, "reason", None) or inner.__cause__ or inner.__context__
-
-
-def _words(error: BaseException) -> str:
-    """The innermost reason in its own words: not the address, which may hold a key."""
-    *_, innermost = _causes(error)
-    text = innermost.strerror if isinstance(innermost, OSError) and innermost.strerror else type(innermost).__name__
-    return text[:100]
-
-
-def _read_body(response: Any, most: int) -> bytes:
-    blocks, size = [], 0
-    for block in response.iter_content(BLOCK_BYTES):
-        size += len(block)
-        if size > most:
-            raise _EndedError(Result(Outcome.INVALID, f"longer than {most} bytes", requests=1))
-        blocks.append(block)
-    return b"".join(blocks)
+    words = (getattr(causes[-1], "strerror", None) or type(causes[-1]).__name__)[:100]
+    unconnected = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError)
+    if any(isinstance(cause, unconnected) for cause in causes):
+        return Outcome.UNREACHABLE, f"cannot be reached: {words}"
+    if isinstance(error, urllib3.exceptions.TimeoutError):
+        return Outcome.TIMEOUT, "timed out"
+    return Outcome.BROKEN, f"connection closed by server ({words})"
 
 
 def _judge(claimed: Claim, response: Any, body: bytes, store: Store) -> Result:
-    """What an answer means. Errors can come with status 200, and "not there yet" with 403."""
+    """The meaning of a response. A redirect is the next request to make."""
     status = response.status_code
-    if status in REDIRECTS and "location" in response.headers:
-        return _redirected(claimed, response)
-    answer = classify(claimed.source, status, response.headers, body)
-    if answer.outcome is Outcome.OK:
-        return keep(claimed, claimed.tasks[0], body, store, status)
-    return dataclasses.replace(answer, requests=1)
-
-
-def _redirected(claimed: Claim, response: Any) -> Result:
+    if not response.is_redirect:
+        answer = classify(claimed.source, status, response.headers, body)
+        return keep(claimed, claimed.tasks[0], body, store, status) if answer.outcome is Outcome.OK else answer
     target = urllib.parse.urljoin(claimed.url, response.headers["location"])
-    parts, status = urllib.parse.urlsplit(target), response.status_code
+    parts = urllib.parse.urlsplit(target)
     if claimed.hops >= MAX_REDIRECTS:
-        return Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status, requests=1)
+        return Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status)
     if parts.scheme not in ("http", "https") or (parts.scheme == "http" and claimed.url.startswith("https:")):
-        return Result(
-            Outcome.HTTP_ERROR, f"redirected to {parts.scheme}://{parts.hostname}, which is refused", status, requests=1
-        )
-    return Result(Outcome.RUNNING, None, status, requests=1, redirect=target)
+        return Result(Outcome.HTTP_ERROR, f"redirected to {parts.scheme}://{parts.hostname}, which is refused", status)
+    return Result(Outcome.RUNNING, None, status, redirect=target)
 
 
 # ---------------------------------------------------------------- Sessions
@@ -5322,77 +5285,40 @@ def session(source: str, config: str | os.PathLike[str] | None = None, wait: flo
 def limit(session: Any, source: str, config: str | os.PathLike[str] | None = None, wait: float | None = None) -> Any:
     """Put a requests.Session that exists under the limits of a source, and return it.
 
-    Its adapters stay, with their retries; one that is mounted later is not limited. Raises Error for an
-    unknown source, and when an adapter is limited for another source already."""
+    Its adapters stay, with their retries, and must be HTTPAdapters; one that is mounted later is not limited. Raises
+    Error for an unknown source, and when an adapter is limited for another source already."""
     limiter = shared_limiter(config)
     limiter.source(source)
-
-    def ask() -> contextlib.AbstractContextManager[ActivePermit]:
-        return limiter.permit(source, wait)
-
     for adapter in session.adapters.values():
-        _limit_adapter(adapter, source, ask)
+        owner = getattr(adapter, "adce_source", source)  # sessions may share an adapter
+        if owner != source:
+            raise Error(f'this session is limited for source "{owner}" already', "give each source its own session")
+        adapter.adce_source = source
+        _on_pools(adapter, functools.partial(_limit_pool, functools.partial(limiter.permit, source, wait)))
     return session
 
 
-def _limit_adapter(
-    adapter: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]
-) -> None:
-    """Give every HTTP request of an adapter a permit."""
-    import requests.adapters
-
-    owner = getattr(adapter, "adce_source", None)
-    if owner not in (None, source):
-        raise Error(f'this session is limited for source "{owner}" already', "give each source a session of its own")
-    if owner:
-        return
-    if isinstance(adapter, requests.adapters.HTTPAdapter):  # its pools ask for permits
-        connect = adapter.get_connection_with_tls_context
-        limiting = threading.Lock()  # of a pool that several threads want at once
-
-        def connect_limited(*arguments: Any, **options: Any) -> Any:
-            pool = connect(*arguments, **options)
-            with limiting:
-                _limit_pool(pool, source, ask)
-            return pool
-
-        adapter.get_connection_with_tls_context = connect_limited  # type: ignore[method-assign]
-        # a copy in another process would not be limited: it cannot be pickled
-        adapter.__attrs__ = [*adapter.__attrs__, "get_connection_with_tls_context"]
-    else:
-        send = adapter.send
-
-        def send_limited(*arguments: Any, **options: Any) -> Any:
-            with ask():
-                return send(*arguments, **options)
-
-        adapter.send = send_limited
-    adapter.adce_source = source  # also for another session that shares it
-
-
-def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]]) -> None:
-    """urllib3 retries and redirects inside one call; this is the place where each of its requests passes."""
+def _limit_pool(ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]], pool: Any) -> None:
+    """Give every request of a connection pool a permit, also those that urllib3 repeats."""
     import urllib3
 
-    if hasattr(pool, "adce_source"):
-        return
-    make_request = pool._make_request  # noqa: SLF001
+    make_request = type(pool)._make_request  # noqa: SLF001  # which each of them passes
 
     def make_limited_request(connection: Any, *arguments: Any, **options: Any) -> Any:
         with ask() as held:
             if connection.sock and urllib3.util.connection.is_connection_dropped(connection):
-                connection.close()  # the server has not waited for us; it connects again
+                connection.close()  # by the server, during the wait; it connects again
                 if pool.proxy is not None and pool.scheme == "https":
                     pool._prepare_proxy(connection)  # noqa: SLF001  # which has forgotten its tunnel
             try:
-                response = make_request(connection, *arguments, **options)
+                response = make_request(pool, connection, *arguments, **options)
             except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
                 held.failed(*_no_answer(error))
                 raise
             held.answered(response.status, response.headers)
             return response
 
-    pool._make_request, pool.adce_source = make_limited_request, source  # noqa: SLF001
+    pool._make_request = make_limited_request  # noqa: SLF001
 
 
 # ---------------------------------------------------------------- Programs
@@ -5401,106 +5327,75 @@ def _limit_pool(pool: Any, source: str, ask: Callable[[], contextlib.AbstractCon
 # run_command(), call_function(), fetch().
 
 TAIL_BYTES = 2000  # of the output, kept with the attempt
-PIPE_BLOCKS = 16  # a pipe holds no more
 TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
-LONGEST_STEP_SECONDS = 0.2  # between reads: one that has escaped may hold the output open, so EOF says nothing
+DRAIN_SECONDS = 0.5  # for the rest of the output: a process that has escaped may hold the pipe open
 KILLING_ROUNDS = 100
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
 SIGNALS = {member.value: member.name for member in signal.Signals}
 FAILURE = "failure"  # the file in which a call reports an exception
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
-    """A program to run. Its environment is `environment` and the variables named in INHERITED."""
-
-    words: tuple[str, ...]
-    folder: Path
-    environment: Mapping[str, str]
-    seconds: float  # for all of it
-    max_bytes: int | None = None  # its standard output is wanted, up to this length
-
-
-@dataclass(frozen=True, slots=True)
-class ProgramEnd:
+class ProgramEnd(NamedTuple):
     """How a program ended."""
 
     text: str  # exit 1, killed by SIGSEGV, timed out, printed more than 10 bytes
-    tail: bytes  # the end of its output
+    tail: bytes = b""  # the end of its output
     body: bytes = b""  # its standard output, when that was wanted
 
-    def is_good(self) -> bool:
-        """Its exit code was 0."""
-        return self.text == "exit 0"
 
+def run_program(
+    words: Sequence[str], folder: Path, environment: Mapping[str, str], seconds: float, max_bytes: int | None = None
+) -> ProgramEnd:
+    """Run a program to its end, for `seconds` at most. With `max_bytes` its standard output is kept up to that length.
 
-class _Output:
-    """One pipe of a program: the end of the output, or with a limit all of it."""
-
-    def __init__(self, pipe: Any, limit: int | None = None) -> None:
-        self.pipe, self.limit, self.kept = pipe, limit, bytearray()
-        os.set_blocking(pipe.fileno(), False)
-
-    def read(self) -> bool:
-        """Read one block. False at EOF, when no data is ready, or beyond the limit."""
-        block = b""
-        with contextlib.suppress(BlockingIOError):
-            block = os.read(self.pipe.fileno(), BLOCK_BYTES)
-        self.kept += block
-        if self.limit is None:
-            del self.kept[:-TAIL_BYTES]
-        return bool(block) and not self.is_too_long()
-
-    def is_too_long(self) -> bool:
-        return self.limit is not None and len(self.kept) > self.limit
-
-
-def run_program(program: Program, clock: Clock) -> ProgramEnd:
-    """Run a program to its end, or end it. Raises OSError or ValueError when it cannot be started."""
-    is_wanted = program.max_bytes is not None
+    It gets `environment` and the variables named in INHERITED. Raises OSError or ValueError when it cannot start."""
+    tail, body, text = bytearray(), bytearray(), ""
     with subprocess.Popen(  # noqa: S603  # the user's own program, without a shell
-        program.words,
+        words,
+        bufsize=0,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE if is_wanted else subprocess.STDOUT,
-        env={name: os.environ[name] for name in INHERITED if name in os.environ} | dict(program.environment),
-        cwd=program.folder,
+        stderr=subprocess.STDOUT if max_bytes is None else subprocess.PIPE,
+        env={name: os.environ[name] for name in INHERITED if name in os.environ} | dict(environment),
+        cwd=folder,
         start_new_session=True,
     ) as process:
-        printed = _Output(process.stdout, program.max_bytes)
-        outputs = [printed, _Output(process.stderr)] if is_wanted else [printed]
+        outputs: list[tuple[Any, ...]] = [(process.stderr or process.stdout, tail)]
+        if max_bytes is not None:
+            outputs.append((process.stdout, body, max_bytes))
+        readers = [threading.Thread(target=_read_output, args=output, daemon=True) for output in outputs]
         try:
-            is_over = _watch(process, outputs, program.seconds, clock)
+            for reader in readers:
+                reader.start()
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            text = "timed out"
+            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGCONT)  # a stopped process cannot handle SIGTERM
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TERMINATE_SECONDS)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                os.killpg(process.pid, signal.SIGCONT)  # a stopped process cannot handle SIGTERM
-                _watch(process, outputs, TERMINATE_SECONDS, clock)
             with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing but zombies is left
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
-            end_processes(program.environment["ADCE_DB"], program.environment["ADCE_TASK"])
-        for output in outputs:
-            any(not output.read() for _ in range(PIPE_BLOCKS))  # one that has escaped may print for ever
-    text = f"exit {code}" if code >= 0 else f"killed by {SIGNALS.get(-code, f'signal {-code}')}"
-    text = text if is_over else "timed out"
-    text = f"printed more than {program.max_bytes} bytes" if printed.is_too_long() else text
-    return ProgramEnd(text, bytes(outputs[-1].kept), bytes(printed.kept) if is_wanted else b"")
+            end_processes(environment["ADCE_DB"], environment["ADCE_TASK"])
+        for reader in readers:
+            reader.join(DRAIN_SECONDS)
+    if max_bytes is not None and len(body) > max_bytes:
+        text = f"printed more than {max_bytes} bytes"
+    ended = f"exit {code}" if code >= 0 else f"killed by {SIGNALS.get(-code, f'signal {-code}')}"
+    return ProgramEnd(text or ended, bytes(tail), bytes(body))
 
 
-def _watch(process: subprocess.Popen[bytes], outputs: Sequence[_Output], seconds: float, clock: Clock) -> bool:
-    """Read the output of a program until it ends. False when the time is over or the output too long."""
-    until, step = clock.boot() + seconds, 0.0
-    while process.poll() is None:
-        if clock.boot() >= until or outputs[0].is_too_long():
-            return False
-        if any([output.read() for output in outputs]):  # noqa: C419  # each of them, or one would wait for the other
-            step = 0.0
-        else:
-            step = min(2 * step + 0.0001, LONGEST_STEP_SECONDS, until - clock.boot())
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(step)
-    return True
+def _read_output(pipe: Any, kept: bytearray, max_bytes: int | None = None) -> None:
+    """Keep the end of what a program prints, or with `max_bytes` its start: past that, SIGPIPE ends the program."""
+    with pipe, contextlib.suppress(OSError, ValueError):  # closed, because a process that has escaped holds it
+        while block := pipe.read(BLOCK_BYTES):
+            kept += block
+            if max_bytes is None:
+                del kept[:-TAIL_BYTES]
+            elif len(kept) > max_bytes:
+                break
 
 
 def end_processes(database: str, tasks: str = "") -> int:
@@ -5522,17 +5417,17 @@ def end_processes(database: str, tasks: str = "") -> int:
 
 def _environments() -> Iterator[tuple[int, str]]:
     """The processes of this machine, with a space around each variable that they began with."""
-    with contextlib.suppress(OSError):  # no descriptor is left: the next start repeats it
-        if (PROC / "self/environ").exists():
-            for name in filter(str.isdigit, os.listdir(PROC)):  # noqa: PTH208  # names only
-                with contextlib.suppress(OSError):  # it has ended, or is another user's
-                    variables = os.fsdecode((PROC / name / "environ").read_bytes())
-                    yield int(name), f" {variables} ".replace("\0", " ")
+    with contextlib.suppress(OSError):  # no descriptor is left, or there is no ps: the next start repeats it
+        if not (PROC / "self/environ").exists():
+            words = ["ps", "-axEww" if sys.platform == "darwin" else "axeww", "-o", "pid=,command="]
+            for line in subprocess.run(words, capture_output=True, check=False).stdout.splitlines():  # noqa: S603
+                number, _, text = os.fsdecode(line.strip()).partition(" ")
+                yield int(number), f"{text} "
             return
-        words = ["ps", "-axEww" if sys.platform == "darwin" else "axeww", "-o", "pid=,command="]
-        for line in subprocess.run(words, capture_output=True, check=False).stdout.splitlines():  # noqa: S603
-            number, _, text = os.fsdecode(line.strip()).partition(" ")
-            yield int(number), f"{text} "
+        for name in filter(str.isdigit, os.listdir(PROC)):  # noqa: PTH208  # names only
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                variables = os.fsdecode((PROC / name / "environ").read_bytes())
+                yield int(name), f" {variables} ".replace("\0", " ")
 
 
 def output_folder(database: Path) -> Path:
@@ -5540,76 +5435,63 @@ def output_folder(database: Path) -> Path:
     return database.with_name(f"{database.name}-output")
 
 
-def run_command(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
+def run_command(claimed: Claim, store: Store) -> list[Result]:
     """Run the program of a command or a call; it has succeeded for each object that is whole in the store afterwards.
 
     A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
-    outputs, most = output_folder(Path(claimed.environment["ADCE_DB"])), claimed.dataset.validate.max_bytes
+    dataset, outputs = claimed.dataset, output_folder(Path(claimed.environment["ADCE_DB"]))
+    most, is_printed = dataset.validate.max_bytes, dataset.output == "stdout"
+    words, environment = _command_line(claimed)
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
-        place = Path(folder) if claimed.dataset.batch else Path(folder, "object")
-        program = _program(claimed, place)
+        place = Path(folder) if dataset.batch else Path(folder, "object")
+        environment["ADCE_OUTPUT"] = str(place)
+        limits = dataset.timeout_seconds, most if is_printed else None
         try:
-            end = run_program(program, clock)
+            end = run_program(words, Path(environment["ADCE_CONFIG"]).parent, environment, *limits)
         except (OSError, ValueError) as error:
-            text = f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}"
+            text = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
             return [Result(Outcome.ERROR, text)] * len(claimed.tasks)
-        output = end.tail.decode("utf-8", "replace")
-        if claimed.dataset.call and (failure := _read_file(Path(folder, FAILURE), BLOCK_BYTES)):
+        output, results = end.tail.decode("utf-8", "replace"), []
+        if dataset.call and (failure := _read_file(Path(folder, FAILURE), BLOCK_BYTES)):
             outcome, text, retry_after = json.loads(failure)
             return [Result(Outcome(outcome), text, retry_after=retry_after, output=output)]
-        results = []
         for target in claimed.tasks:
-            handed = place / target.key if claimed.dataset.batch else place
-            body = end.body if claimed.dataset.output == "stdout" else _read_file(handed, most)
+            handed = place / target.key if dataset.batch else place
+            body = end.body if is_printed else _read_file(handed, most)
             results.append(dataclasses.replace(_judge_end(claimed, target, end, body, store), output=output))
         return results
 
 
-def _program(claimed: Claim, place: Path) -> Program:
-    """A command gets the variables that its dataset names; a call all of them, as a part of this program."""
-    dataset, fields, environment = claimed.dataset, dict(claimed.tasks[0].fields), dict(claimed.environment)
+def _command_line(claimed: Claim) -> tuple[list[str], dict[str, str]]:
+    """The words and the variables of a program. A command gets the variables that its dataset names; a call all of
+    them, as a part of this program."""
+    dataset, fields = claimed.dataset, dict(claimed.tasks[0].fields)
     if dataset.call:  # -u: the output of one that is killed is complete
-        words = [sys.executable, "-u", str(Path(__file__).resolve()), "call", dataset.call]
-        words += [f"{name}={text}" for name, text in fields.items()]
+        words = [sys.executable, "-u", str(Path(__file__).resolve()), "call", dataset.call, json.dumps(fields)]
         limits = {"ADCE_MAX_BYTES": str(dataset.validate.max_bytes), "ADCE_WAIT": str(dataset.timeout_seconds)}
-        environment = {**os.environ, **limits, **environment}
-    else:
-        for name in dataset.partitions.own_fields():
-            fields[f"{name}s"] = ",".join(target.fields[name] for target in claimed.tasks)
-        words = [word.render(fields, str) for word in dataset.command]
-        environment = {name: os.environ[name] for name in dataset.environment if name in os.environ} | environment
-    return Program(
-        words=tuple(words),
-        folder=Path(environment["ADCE_CONFIG"]).parent,
-        environment={**environment, "ADCE_OUTPUT": str(place)},
-        seconds=dataset.timeout_seconds,
-        max_bytes=dataset.validate.max_bytes if dataset.output == "stdout" else None,
-    )
+        return words, {**os.environ, **limits, **claimed.environment}
+    for name in dataset.partitions.own_fields():
+        fields[f"{name}s"] = ",".join(target.fields[name] for target in claimed.tasks)
+    inherited = {name: os.environ[name] for name in dataset.environment if name in os.environ}
+    return [word.render(fields, str) for word in dataset.command], {**inherited, **claimed.environment}
 
 
 def _judge_end(claimed: Claim, target: ObjectRow, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
-    """The result of a program for one object. A command that leaves no bytes has brought nothing."""
-    if end.is_good() and body is not None and (body or claimed.dataset.call):
+    """The result of a program for one object: what it handed over, or what it left in the store. An object that was
+    there before does not count, and a command that leaves no bytes has brought nothing."""
+    if end.text == "exit 0" and body is not None and (body or claimed.dataset.call):
         return keep(claimed, target, body, store)
-    failed = Result(
-        outcome=Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR,
-        error=f"({end.text}): {excerpt(end.tail[-120:])}",
-    )
     if body:
-        text = f"handed over {len(body)} bytes, which are not taken {failed.error}"
-        return dataclasses.replace(failed, error=text)
-    return _look_again(claimed, target, store, failed)
-
-
-def _look_again(claimed: Claim, target: ObjectRow, store: Store, otherwise: Result) -> Result:
-    """The object that a program has left in the store; one that was there before does not count."""
-    found = look(claimed, target, store)
-    if found and found.stored and (found.stored.etag, found.stored.modified_at) != (target.etag, target.modified_at):
-        return found
-    done = "left the object as it was" if found else "left no object"
-    return dataclasses.replace(otherwise, error=f"{done} {otherwise.error}")
+        done = f"handed over {len(body)} bytes, which are not taken"
+    else:
+        before, found = (target.etag, target.modified_at), look(claimed, target, store)
+        if found and found.stored and (found.stored.etag, found.stored.modified_at) != before:
+            return found
+        done = "left the object as it was" if found else "left no object"
+    outcome = Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR
+    return Result(outcome, f"{done} ({end.text}): {excerpt(end.tail[-120:])}")
 
 
 def _read_file(place: Path, most: int) -> bytes | None:
@@ -5622,8 +5504,8 @@ def _read_file(place: Path, most: int) -> bytes | None:
 
 
 def call_function(words: Sequence[str]) -> ExitCode:
-    """The program of a call: MODULE:FUNCTION FIELD=VALUE... Calls the function with the fields that it names, and with
-    `session` if it names that: a session under the limits of its source.
+    """The program of a call: MODULE:FUNCTION and the fields as JSON. Calls the function with the fields that it names,
+    and with `session` if it names that: a session under the limits of its source.
 
     The bytes, the iterator of bytes or the file that it returns go to $ADCE_OUTPUT, an exception beside it."""
     place, most = Path(os.environ["ADCE_OUTPUT"]), int(os.environ["ADCE_MAX_BYTES"])
@@ -5633,8 +5515,7 @@ def call_function(words: Sequence[str]) -> ExitCode:
         function = getattr(importlib.import_module(module), name)
         parameters = signature(function).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        fields: dict[str, Any] = {field: text for field, _, text in (word.partition("=") for word in words[1:])}
-        fields = {field: text for field, text in fields.items() if takes_all or field in parameters}
+        fields = {field: text for field, text in json.loads(words[1]).items() if takes_all or field in parameters}
         if takes_all or "session" in parameters:
             fields["session"] = session(os.environ["ADCE_SOURCE"], wait=float(os.environ["ADCE_WAIT"]))
         value = function(**fields)
@@ -5657,7 +5538,8 @@ def _returned_blocks(value: Any) -> Iterator[bytes]:
     """The bytes that a function has returned. Raises TypeError when it has returned anything else."""
     if isinstance(value, str | Path):
         with Path(value).open("rb") as file:
-            yield from iter(functools.partial(file.read, BLOCK_BYTES), b"")
+            while block := file.read(BLOCK_BYTES):
+                yield block
     elif isinstance(value, bytes | bytearray | memoryview):
         yield bytes(value)
     elif isinstance(value, Iterator):
@@ -5675,9 +5557,7 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
             found = look(claimed, claimed.tasks[0], store)
             if found and found.outcome is Outcome.OK:
                 return [found]
-        if claimed.dataset.command or claimed.dataset.call:
-            return run_command(claimed, store, clock)
-        return [request(claimed, store, clock)]
+        return [request(claimed, store, clock)] if claimed.url else run_command(claimed, store)
     except StoreError as error:
         return [_refused(error)] * len(claimed.tasks)
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
@@ -6904,17 +6784,13 @@ def _send_to_sns(configuration: Configuration, message: Mapping[str, Any]) -> No
 
 def _send_to_command(configuration: Configuration, message: Mapping[str, Any]) -> None:
     """Subject and text are its last arguments."""
-    program = Program(
-        words=(*configuration.alerts.command, message["subject"], message["text"]),
-        folder=configuration.path.parent,
-        environment={"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"},
-        seconds=SEND_SECONDS,
-    )
+    words = (*configuration.alerts.command, message["subject"], message["text"])
+    environment = {"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"}
     try:
-        end = run_program(program, Clock())
+        end = run_program(words, configuration.path.parent, environment, SEND_SECONDS)
     except (OSError, ValueError) as error:
-        raise Error(f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}") from None
-    if not end.is_good():
+        raise Error(f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}") from None
+    if end.text != "exit 0":
         raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
 
 
@@ -7040,126 +6916,161 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
 
 
 # ---------------------------------------------------------------- Supervision
-# The runner's readiness, heartbeat and identity: for systemd over its socket, for other processes in the database.
-# Headlines: notify(), register_runner().
+# The runner as a process: systemd, signals, its start in the background, its end and its log; a command under a permit.
+# Headlines: notify(), obey_signals(), start_runner(), stop_runner(), run_held().
+
+START_SECONDS = 60
 
 
 def notify(*lines: str) -> None:
-    """Tell the service manager, if there is one (sd_notify(3))."""
+    """Send a state to the service manager, if there is one (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if not lines or not address.startswith(("/", "@")):
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.settimeout(1)
-        sender.sendto("\n".join(lines).encode(), re.sub("^@", "\0", address))
+    if address.startswith(("/", "@")):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(1)
+            sender.sendto("\n".join(lines).encode(), re.sub("^@", "\0", address))
 
 
 def watchdog_seconds() -> float:
-    """How often systemd wants a sign of life; without end when it wants none (sd_watchdog_enabled(3))."""
+    """The longest time between two signs of life; infinite without a watchdog (sd_watchdog_enabled(3))."""
     microseconds = os.environ.get("WATCHDOG_USEC", "")
-    is_meant = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-    return int(microseconds) / 1e6 if microseconds.isdigit() and int(microseconds) and is_meant else math.inf
-
-
-def sign_of_life() -> list[str]:
-    """What systemd's watchdog wants to hear, if it listens."""
-    return ["WATCHDOG=1"] if watchdog_seconds() < math.inf else []
+    is_mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(microseconds) / 1e6 if microseconds.isdigit() and int(microseconds) and is_mine else math.inf
 
 
 def systemd_unit() -> str | None:
     """The control group of the unit that this process is the main process of, such as /system.slice/adce.service."""
-    if os.environ.get("SYSTEMD_EXEC_PID") != str(os.getpid()):
-        return None
-    with contextlib.suppress(OSError):
-        for line in (PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("0::", "1:name=systemd:")):
-                return line.rpartition(":")[2]
-    return None
+    found = None
+    if os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()):
+        with contextlib.suppress(OSError):
+            groups = (PROC / "self/cgroup").read_text(encoding="utf-8")
+            found = re.search("^(?:0:|1:name=systemd):(.+)$", groups, re.MULTILINE)
+    return found and found[1]
 
 
-def register_runner(sql: sqlite3.Connection, address: str | None, log: Path | None, now: float) -> None:
-    """This process works on the database now. It answers at `address` over HTTP, and writes to `log`."""
-    row = (os.getpid(), __version__, int(now), int(now), address, systemd_unit(), str(log) if log else None)
-    sql.execute("insert or replace into runner values (1, ?, ?, ?, ?, ?, ?, ?, null, null)", row)
+def obey_signals(database: Path, stop: Callable[[str], None]) -> None:
+    """The first signal stops the runner cleanly, the second at once; the next start requeues what ran."""
+    seen: list[int] = []
+
+    def obey(number: int, _frame: object) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            end_processes(str(database))
+            os._exit(ExitCode.INTERRUPTED)
+        stop(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, obey)
+
+
+def start_runner(configuration: Configuration, words: Sequence[str], log: Path) -> int:
+    """Start `adce.py run` in the background; return its process id. Raises Error with its output when it exits."""
+    log_file(log).close()
+    lock, clock, said_before = RunnerLock(configuration.database), Clock(), log.stat().st_size
+    command = [sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path)]
+    command += ["--db", str(configuration.database), "run", "--log", str(log), *words]
+    until, registered = clock.boot() + START_SECONDS, "select pid from runner where stopped_at is null"
+    with contextlib.closing(open_database(configuration.database)) as database, log.open("ab") as output:
+        process = subprocess.Popen(  # noqa: S603  # this very program
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        while lock.holder() != process.pid or database.value(registered) != process.pid:
+            if process.poll() is not None:
+                said = log.read_bytes()[said_before:].decode("utf-8", "replace").strip()
+                failure = Error(f"the runner exited at once with exit code {process.returncode}\n{said}".rstrip())
+                failure.exit_code = process.returncode if process.returncode > 0 else ExitCode.ERROR
+                raise failure
+            if clock.boot() > until:
+                raise Error(f"the runner (process {process.pid}) is not ready after {START_SECONDS} s", f"see {log}")
+            time.sleep(NEWS_SECONDS)
+    return process.pid
+
+
+def stop_runner(configuration: Configuration, seconds: float | None) -> int | None:
+    """Stop the runner and wait for its end, `seconds` or 15 more than its grace time. Returns its process id, or None
+    when there is none. Raises Error when it does not stop in time, OSError when it belongs to another user."""
+    lock, clock = RunnerLock(configuration.database), Clock()
+    holder, seconds = lock.holder(), configuration.grace_seconds + 15 if seconds is None else seconds
+    if holder == 0:
+        raise Error(f"{lock.path} does not name the process that holds it", "stop that process yourself")
+    if holder:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(holder, signal.SIGTERM)
+    until = clock.boot() + seconds
+    while holder and lock.holder() == holder:
+        if clock.boot() > until:
+            text = f"process {holder} did not stop within {format_duration(seconds)}"
+            raise Error(text, "run stop again: a second signal ends it at once")
+        time.sleep(NEWS_SECONDS)
+    return holder
+
+
+def run_held(limiter: Limiter, held: ActivePermit, words: Sequence[str]) -> int:
+    """Run a command that uses a permit and return its exit code. SIGTERM and SIGHUP are passed on to it; SIGINT reaches
+    it from the terminal."""
+    early: list[int] = []  # signals before there is a process to pass them on to
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: early.append(number))
+    try:
+        process = subprocess.Popen(words)  # noqa: S603  # the user's own words, without a shell
+    except OSError as error:
+        limiter.release(held, used=False)
+        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    signal.signal(signal.SIGINT, lambda *_: None)
+    for missed in early:
+        process.send_signal(missed)
+    code = process.wait()
+    if code == 0:
+        held.answered(200, {})
+    limiter.release(held)
+    return code if code >= 0 else 128 - code
+
+
+def show_log(database: Database, most: int, *, follow: bool) -> None:
+    """Become the program that shows the log of the last runner. Raises Error when there is none."""
+    row = next(iter(database.read("select unit, log from runner")), None)
+    if row and row["log"] and Path(row["log"]).exists():
+        words = ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
+    elif row and row["unit"]:
+        kind, unit = "--user-unit" if "/user@" in row["unit"] else "--unit", row["unit"].rpartition("/")[2]
+        words = ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]
+    else:
+        hint = "`adce.py start` logs to a file, `run --log FILE` to FILE, a unit of systemd to the journal"
+        raise Error("the last runner kept no log", hint)
+    sys.stdout.flush()
+    try:
+        os.execvp(words[0], words)  # noqa: S606  # the system's own programs
+    except OSError as error:
+        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------- Runner
-# Keeps going until told to stop. The main thread makes every decision (claim, finish, reconcile) and
-# writes all tasks; workers run fetch() on plain data; health threads only read. It sleeps until the next
-# event: a finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
-
-
-class Workers:
-    """A pool, and what it is doing."""
-
-    def __init__(self, configuration: Configuration, store: Store, clock: Clock, wake: Callable[[], None]) -> None:
-        self.count, self.store, self.clock, self.wake = configuration.max_concurrent_scrapers, store, clock, wake
-        self.pool: Executor = ThreadPoolExecutor(self.count, "adce-worker")
-        self.running: dict[Future[list[Result]], Claim] = {}
-
-    def free(self) -> int:
-        """How many can take a task."""
-        if any(claimed.runs_exclusively for claimed in self.running.values()):
-            return 0
-        return self.count - len(self.running)
-
-    def keys(self) -> list[str]:
-        """What they are bringing."""
-        return [claimed.tasks[0].key for claimed in self.running.values()]
-
-    def at_work(self) -> collections.Counter[str]:
-        """How many executions there are of each dataset."""
-        return collections.Counter(claimed.dataset.name for claimed in self.running.values())
-
-    def submit(self, claimed: Claim) -> None:
-        """Have it done."""
-        future = self.pool.submit(fetch, claimed, self.store, self.clock)
-        self.running[future] = claimed
-        future.add_done_callback(lambda _: self.wake())
-
-    def finished(self) -> Iterator[tuple[Claim, list[Result]]]:
-        """The executions that have ended since the last call."""
-        for future, claimed in list(self.running.items()):
-            if future.done():
-                del self.running[future]
-                try:
-                    yield claimed, future.result()
-                except BaseException as error:  # noqa: BLE001  # a broken pool
-                    yield claimed, [Result(Outcome.LOST, describe(error))] * len(claimed.tasks)
-
-    def stop(self) -> list[Claim]:
-        """Take no more. Returns what has not ended."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        left = list(self.running.values())
-        self.running.clear()
-        return left
+# Works until it is stopped. The main thread makes every decision (claim, finish, reconcile) and writes all
+# tasks; workers run fetch() on plain data; health threads only read. It sleeps until the next event: a
+# finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
 
 
 class Runner:
-    """One run on one database: `run()` returns when it is told to stop, or when `once` is done."""
+    """One run on one database: `run()` returns when it is stopped, or when `once` is done."""
 
-    def __init__(
-        self,
-        configuration: Configuration,
-        database: Database,
-        store: Store,
-        journal: Journal,
-        clock: Clock | None = None,
-    ) -> None:
+    def __init__(self, configuration: Configuration, database: Database, store: Store, journal: Journal) -> None:
         self.configuration, self.database, self.store, self.journal = configuration, database, store, journal
-        self.clock = clock or journal.clock
+        self.clock = journal.clock
         self.rng = random.Random()  # noqa: S311  # spreads retries, guards nothing
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.workers = Workers(configuration, store, self.clock, lambda: self.wakeups.put("finished"))
+        self.pool: Executor = ThreadPoolExecutor(configuration.max_concurrent_scrapers, "adce-worker")
+        self.running: dict[Future[list[Result]], Claim] = {}
         self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
         self.beat_seconds = min(BEAT_SECONDS, watchdog_seconds() / 3)
-        self.hops: list[Claim] = []
+        self.hops: list[Claim] = []  # redirects, which hold no worker while they wait for a permit of their own
         self.unrecorded: list[tuple[Claim, list[Result]]] = []
         self.steps: Iterator[int] | None = None
         self.cycle_id: int | None = None
         self.next_cycle_at = self.next_beat_at = -math.inf
-        self.options, self.stop_at = CycleOptions(), math.inf
-        self.stop_reason: str | None = None
+        self.stop_at, self.stop_reason = math.inf, ""
         self.once = self.is_waiting = self.cycle_waits = False
 
     def stop(self, reason: str) -> None:
@@ -7169,12 +7080,7 @@ class Runner:
         self.wakeups.put("stop")
 
     def run(
-        self,
-        *,
-        once: bool = False,
-        max_seconds: float = math.inf,
-        address: str | None = None,
-        log: Path | None = None,
+        self, *, once: bool = False, max_seconds: float = math.inf, address: str | None = None, log: Path | None = None
     ) -> ExitCode:
         """Work until stopped. With `once`: one cycle, then one attempt at every open task. `address` and `log` are
         stored for other commands."""
@@ -7184,8 +7090,7 @@ class Runner:
             while not self.stop_reason:
                 try:
                     self._turn()
-                    if not self.unrecorded:
-                        self.journal.report_database_error(None)
+                    self.journal.report_database_error(None)
                 except DatabaseTroubleError as error:
                     self.database.check_place()
                     if once and not self.stop_reason:
@@ -7193,8 +7098,7 @@ class Runner:
                     self.journal.report_database_error(error)
                     self.clock.wait(self.wakeups, TROUBLE_SECONDS)
         finally:
-            self._finish_running()
-            self._say_goodbye()
+            self._finish()
         if not once:
             return ExitCode.DONE
         failure = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
@@ -7204,34 +7108,28 @@ class Runner:
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
 
     def _start(self, address: str | None, log: Path | None) -> None:
-        ended = self._sweep()
+        """End the programs of a crashed runner, prepare the store, and register this process as the runner."""
+        ended, configuration = self._sweep(), self.configuration
         ahead = ReadAhead(self.listers, lambda: self.wakeups.put("prepared"))
-        preparing = ahead.submit(prepare_store, self.database, self.configuration, self.store)
+        preparing = ahead.submit(prepare_store, self.database, configuration, self.store)
         while not preparing.done():
             self.clock.wait(self.wakeups, MINUTE)
             if self.stop_reason:
                 return
         preparing.result()
-        declare(self.database, self.configuration, self.clock)
+        declare(self.database, configuration, self.clock)
+        now = int(self.clock.wall())
+        row = (os.getpid(), __version__, now, now, address, systemd_unit(), str(log) if log else None)
         with self.database.transaction() as sql:
-            orphans = requeue_orphans(sql, self.configuration.retry)
-            register_runner(sql, address, log, self.clock.wall())
-        self.journal.write(
-            "INFO",
-            "start",
-            version=__version__,
-            pid=os.getpid(),
-            config=self.configuration.path,
-            database=self.configuration.database,
-            store=self.configuration.store,
-            workers=self.configuration.max_concurrent_scrapers,
-            requeued=orphans or None,
-            ended=ended or None,
-        )
+            orphans = requeue_orphans(sql, configuration.retry)
+            sql.execute("insert or replace into runner values (1, ?, ?, ?, ?, ?, ?, ?, null, null)", row)
+        facts = {"version": __version__, "pid": os.getpid(), "config": configuration.path}
+        facts |= {"database": configuration.database, "store": configuration.store}
+        self.journal.write("INFO", "start", **facts, requeued=orphans or None, ended=ended or None)
         notify("READY=1")
 
     def _sweep(self) -> int:
-        """End what commands have left: processes, which are counted, and files."""
+        """Remove the files of programs and kill their processes. Returns the number of processes."""
         shutil.rmtree(output_folder(self.configuration.database), ignore_errors=True)
         return end_processes(str(self.configuration.database.resolve()))
 
@@ -7239,9 +7137,10 @@ class Runner:
         """One turn of the main loop. All that has finished and all that is claimed is one transaction."""
         self._advance_cycle()
         openings = self._work(may_claim=self.steps is None or not self.once)
+        self.journal.report_pauses(self.database)
         self._beat()
         wait = self._seconds_to_next_event(openings)
-        is_idle = self.steps is None and not (self.workers.running or self.unrecorded)
+        is_idle = self.steps is None and not self.running
         if self.clock.boot() >= self.stop_at:
             self.stop("its time was up")
         elif self.once and is_idle and all(opening.is_pause for opening in openings.values()):
@@ -7258,7 +7157,7 @@ class Runner:
                 return
             self.next_cycle_at = math.inf if self.once else now + self.configuration.interval_seconds
             ahead = ReadAhead(self.listers, lambda: self.wakeups.put("page"))
-            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, self.options, ahead)
+            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, CycleOptions(), ahead)
         try:
             step = next(self.steps)
             self.cycle_id, self.cycle_waits = step or self.cycle_id, step == 0
@@ -7273,50 +7172,57 @@ class Runner:
                     while wake_retries(sql, sys.maxsize) >= PAGE:
                         pass
 
+    def _free_workers(self) -> int:
+        is_exclusive = any(claimed.runs_exclusively for claimed in self.running.values())
+        return 0 if is_exclusive else self.configuration.max_concurrent_scrapers - len(self.running)
+
     def _work(self, *, may_claim: bool) -> dict[str, Opening]:
-        """Record what has finished and give every free worker the best task, in one transaction. Returns what the
-        sources wait for, if any worker is free. What the database does not take now is kept and recorded later."""
-        self.unrecorded += self.workers.finished()
-        if not (self.unrecorded or (may_claim and self.workers.free() > 0) or self.is_waiting):
+        """Record the finished executions and claim the best tasks for the free workers, in one transaction; if that
+        fails, the next one records them. Returns when sources can be asked that a free worker waits for."""
+        for future in [future for future in self.running if future.done()]:
+            self.unrecorded.append((self.running.pop(future), future.result()))
+        if not (self.unrecorded or self.is_waiting or (may_claim and self._free_workers() > 0)):
             return {}
         log: list[Callable[[], None]] = []
         hops, openings, begun = list(self.hops), dict[str, Opening](), list[Claim]()
         with self.database.transaction() as sql:
             for claimed, results in self.unrecorded:
-                self._record(sql, claimed, results, (hops, log))
+                if (target := results[0].redirect) and claimed.permit:
+                    release(sql, claimed.permit, self.clock.boot())
+                    hops.append(dataclasses.replace(claimed, permit=None, url=target, hops=claimed.hops + 1))
+                else:
+                    log += self._record(sql, claimed, results)
             if may_claim:
                 openings = self._claim(sql, hops, begun)
-            is_waiting = self.is_waiting
-            if openings or is_waiting:
-                is_waiting = keep_places(sql, openings, self.clock.boot(), self.configuration.queue_check_seconds)
-            if self.unrecorded:
-                log.append(functools.partial(self.journal.report_pauses, self.database))
-        self.unrecorded.clear()
-        self.hops, self.is_waiting = hops, is_waiting
+            if openings or self.is_waiting:
+                seconds = self.configuration.queue_check_seconds
+                self.is_waiting = keep_places(sql, openings, self.clock.boot(), seconds)
+        self.unrecorded, self.hops = [], hops
         for claimed in begun:
-            self.workers.submit(claimed)
+            future = self.pool.submit(fetch, claimed, self.store, self.clock)
+            self.running[future] = claimed
+            future.add_done_callback(lambda _: self.wakeups.put("finished"))
         for write in log:
             write()
         return openings
 
     def _claim(self, sql: sqlite3.Connection, hops: list[Claim], begun: list[Claim]) -> dict[str, Opening]:
-        """Claim for every free worker: first the redirects that wait for permits of their own, then the best tasks."""
+        """Claim for every free worker: first the redirects, then the best tasks."""
         openings = dict[str, Opening]()
-        limiting, free = self.configuration.rate_limiting, self.workers.free()
+        limiting, free = self.configuration.rate_limiting, self._free_workers()
         for hop in list(hops):
             source, now = hop.source, self.clock.boot()
             opens = opening(sql, limiting, source.name, now, RUNNER)
-            if free <= len(begun) or opens.at > now:
-                openings |= {source.name: opens} if opens.at > now else {}
-                continue
-            granted = grant(sql, limiting, source.name, source.timeout_seconds, now, RUNNER)
-            hops.remove(hop)
-            begun.append(dataclasses.replace(hop, permit=granted))
+            if opens.at > now:
+                openings[source.name] = opens
+            elif free > len(begun):
+                granted = grant(sql, limiting, source.name, source.timeout_seconds, now, RUNNER)
+                hops.remove(hop)
+                begun.append(dataclasses.replace(hop, permit=granted))
         if not self.once:
             wake_retries(sql, self.clock.wall())
             appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
-        busy = self.workers.at_work()
-        busy.update(claimed.dataset.name for claimed in [*hops, *begun])
+        busy = collections.Counter(one.dataset.name for one in [*self.running.values(), *hops, *begun])
         while free > len(begun) and not any(one.runs_exclusively for one in [*hops, *begun]):
             claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun))
             if claimed is None:
@@ -7325,50 +7231,35 @@ class Runner:
             begun.append(claimed)
         return openings if free > len(begun) else {}
 
-    def _record(
-        self,
-        sql: sqlite3.Connection,
-        claimed: Claim,
-        results: list[Result],
-        effects: tuple[list[Claim], list[Callable[[], None]]],
-    ) -> None:
-        """Record an execution that has finished. A redirect becomes a hop, which holds no worker while it waits for a
-        permit of its own. Log lines are written after the commit."""
-        hops, log = effects
-        if results[0].redirect and claimed.permit and not self.stop_reason:
-            release(sql, claimed.permit, self.clock.boot())
-            hops.append(dataclasses.replace(claimed, permit=None, url=results[0].redirect, hops=claimed.hops + 1))
-            return
+    def _record(self, sql: sqlite3.Connection, claimed: Claim, results: Sequence[Result]) -> list[Callable[[], None]]:
+        """Record an execution that has finished. Returns the log lines to write after the commit."""
         results = [dataclasses.replace(result, requests=result.requests + claimed.hops) for result in results]
-        if results[0].redirect:
-            results = [Result(Outcome.LOST, "stopped before the redirect was followed", requests=results[0].requests)]
         ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
         endings = finish(ledger, claimed, results, self.clock, self.rng)
-        for problem in ledger.problems[:MOST_PROBLEMS]:
-            log.append(functools.partial(self.journal.write, "WARN", "children", problem=problem))
-        most = self.configuration.retry.max_attempts
-        log += [functools.partial(announce_ending, self.journal, claimed, ending, most) for ending in endings]
+        journal, most = self.journal, self.configuration.retry.max_attempts
+        problems = ledger.problems[:MOST_PROBLEMS]
+        log = [functools.partial(journal.write, "WARN", "children", problem=problem) for problem in problems]
+        return [*log, *(functools.partial(announce_ending, journal, claimed, ending, most) for ending in endings)]
 
     def _collect(self) -> None:
-        """Record what has finished, if the database takes it now."""
+        """Record the finished executions, if the database can be written now."""
         try:
             self._work(may_claim=False)
         except DatabaseError as error:
             self.journal.report_database_error(error)
 
     def _beat(self) -> None:
-        now = self.clock.boot()
+        now, wall = self.clock.boot(), self.clock.wall()
         if now >= self.next_beat_at:
             self.next_beat_at = now + self.beat_seconds
             self.database.check_place()
             announce_progress(self.journal, self.database)
-            self.journal.report_pauses(self.database)
             with self.database.transaction() as sql:
-                sql.execute("update runner set beat_at = ?", (int(self.clock.wall()),))
-                sql.execute("update facts set wall_offset = ?", (self.clock.wall() - now,))
-                forget(sql, self.clock.wall() - self.configuration.retention_seconds)
-            notify(*sign_of_life(), f"STATUS={status_line(self.database)}")
-        self.journal.paint(self.workers.keys(), self.next_cycle_at)
+                sql.execute("update runner set beat_at = ?", (int(wall),))
+                sql.execute("update facts set wall_offset = ?", (wall - now,))
+                forget(sql, wall - self.configuration.retention_seconds)
+            notify("WATCHDOG=1", f"STATUS={status_line(self.database)}")
+        self.journal.paint([claimed.tasks[0].key for claimed in self.running.values()], self.next_cycle_at)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
         """How long nothing can happen; while a cycle goes on there is always something to do."""
@@ -7379,49 +7270,46 @@ class Runner:
         instants += [opening.at for opening in openings.values()]
         if self.journal.screen:
             instants.append(self.journal.next_paint_at)
-        if self.unrecorded:
-            instants.append(now + 1)
-        if self.workers.free() and not self.once:  # else the next free worker looks
+        if self._free_workers() and not self.once:  # else the next free worker looks
             next_at = self.database.value("select min(next_at) from objects where next_at is not null")
             instants += [] if next_at is None else [now + next_at - wall]
         return max(0.0, min(instants) - now)
 
-    def _finish_running(self) -> None:
-        """Let running attempts finish within the grace time; the rest return to the queue."""
+    def _finish(self) -> None:
+        """Let running attempts finish within the grace time; the rest return to the queue. Then log the end."""
         self.stop_reason = self.stop_reason or "an error"
         limit = self.clock.boot() + self.configuration.grace_seconds
         notify("STOPPING=1")
         if self.steps is not None:
             with contextlib.suppress(DatabaseError):  # the first error is reported
                 cast(Any, self.steps).close()
-        if running := len(self.workers.running):
-            self.journal.write("INFO", "stopping", running=running, grace=self.configuration.grace_seconds)
-        while self.workers.running and self.clock.boot() < limit:
-            self.journal.paint(self.workers.keys(), math.inf)
+        if self.running:
+            self.journal.write("INFO", "stopping", running=len(self.running), grace=self.configuration.grace_seconds)
+        while self.running and self.clock.boot() < limit:
+            self.journal.paint([claimed.tasks[0].key for claimed in self.running.values()], math.inf)
             self.clock.wait(self.wakeups, min(1.0, limit - self.clock.boot()))
             self._collect()
-            notify(*sign_of_life())
-        self.listers.shutdown(wait=False, cancel_futures=True)
-        for claimed in [*self.workers.stop(), *self.hops]:
-            was_asked = bool(claimed.url) and claimed not in self.hops
-            lost = Result(Outcome.LOST, "the runner stopped", requests=int(was_asked))
+            notify("WATCHDOG=1")
+        for pool in (self.listers, self.pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+        sent = [(claimed, int(bool(claimed.url))) for claimed in self.running.values()]
+        for claimed, requests in [*sent, *((hop, 0) for hop in self.hops)]:
+            lost = Result(Outcome.LOST, "the runner stopped", requests=requests)
             self.unrecorded.append((claimed, [lost] * len(claimed.tasks)))
+        self.running.clear()
         self._sweep()
         self._collect()
-
-    def _say_goodbye(self) -> None:
-        reason, left = self.stop_reason, dict[str, int]()
+        left = dict[str, int]()
         with contextlib.suppress(DatabaseError):
             with self.database.transaction() as sql:
                 ended = "update runner set stopped_at = ?, note = ? where pid = ? and stopped_at is null"
-                sql.execute(ended, (int(self.clock.wall()), reason, os.getpid()))
+                sql.execute(ended, (int(self.clock.wall()), self.stop_reason, os.getpid()))
             left = dict(map(tuple, self.database.read("select state, count(*) from queue group by state")))
             if self.journal.screen:
                 self.journal.screen.paint(self.clock.wall(), [], None)
         self.journal.screen = None
-        self.journal.write(
-            "INFO", "stop", reason=reason, **{name: left.get(name) for name in ("pending", "retry", "gave_up")}
-        )
+        counts = {state: left.get(state) for state in ("pending", "retry", "gave_up")}
+        self.journal.write("INFO", "stop", reason=self.stop_reason, **counts)
 
 
 # ---------------------------------------------------------------- Examples
@@ -7792,131 +7680,6 @@ def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
         yield database, store
 
 
-# ---------------------------------------------------------------- Background
-# Processes and signals: the runner started without a terminal, stopped, and its log; a command under a permit.
-# Headlines: start_runner(), stop_runner(), run_held().
-
-START_SECONDS = 60
-
-
-def start_runner(configuration: Configuration, words: Sequence[str], log: Path) -> int:
-    """Start `adce.py run` in the background; return its process id. Raises Error with its output when it exits."""
-    log_file(log).close()
-    lock, clock, said_before = RunnerLock(configuration.database), Clock(), log.stat().st_size
-    if (holder := lock.holder()) is not None:
-        raise LockedError(f"another runner works on this database (process {holder or 'unknown'})", "adce.py status")
-    command = [sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path)]
-    command += ["--db", str(configuration.database), "run", "--log", str(log), *words]
-    with log.open("ab") as output:
-        process = subprocess.Popen(  # noqa: S603  # this very program
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    until = clock.boot() + START_SECONDS
-    while not _is_at_work(configuration, process.pid):
-        if process.poll() is not None:
-            said = log.read_bytes()[said_before:].decode("utf-8", "replace").strip()
-            failure = Error(f"the runner exited at once with exit code {process.returncode}\n{said}".rstrip())
-            failure.exit_code = process.returncode if process.returncode > 0 else ExitCode.ERROR
-            raise failure
-        if clock.boot() > until and lock.holder() == process.pid:
-            break  # its first cycle takes long
-        if clock.boot() > until:
-            raise Error(f"the runner (process {process.pid}) is not ready after {START_SECONDS} s", f"see {log}")
-        clock.wait(queue.SimpleQueue(), NEWS_SECONDS)
-    return process.pid
-
-
-def _is_at_work(configuration: Configuration, number: int) -> bool:
-    """Whether this process works on the database."""
-    if RunnerLock(configuration.database).holder() != number:
-        return False
-    with contextlib.closing(open_database(configuration.database)) as database:
-        return bool(database.value("select pid = ? from runner where stopped_at is null", (number,)))
-
-
-def stop_runner(configuration: Configuration, seconds: float | None) -> int | None:
-    """Stop the runner and wait for its end, `seconds` or 15 more than its grace time. Returns its process id, or None
-    when there is none. Raises Error when it cannot be signalled, or does not stop in time."""
-    lock, clock = RunnerLock(configuration.database), Clock()
-    holder, seconds = lock.holder(), configuration.grace_seconds + 15 if seconds is None else seconds
-    if holder is None:
-        return None
-    if not holder:
-        raise Error(f"{lock.path} does not name the process that holds it", "stop that process yourself")
-    try:
-        os.kill(holder, signal.SIGTERM)
-    except ProcessLookupError:
-        return holder
-    except PermissionError as error:
-        raise Error(f"process {holder} belongs to another user", "stop it as that user") from error
-    until = clock.boot() + seconds
-    while lock.holder() == holder:
-        if clock.boot() > until:
-            raise Error(
-                f"process {holder} did not stop within {format_duration(seconds)}",
-                "run stop again: a second signal ends it at once",
-            )
-        clock.wait(queue.SimpleQueue(), NEWS_SECONDS)
-    return holder
-
-
-def obey_signals(runner: Runner) -> None:
-    """The first signal stops the runner cleanly, the second at once; the next start requeues what ran."""
-    seen: list[int] = []
-
-    def obey(number: int, _frame: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            end_processes(str(runner.configuration.database))
-            os._exit(ExitCode.INTERRUPTED)
-        runner.stop(signal.Signals(number).name)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, obey)
-
-
-def run_held(limiter: Limiter, held: ActivePermit, words: Sequence[str]) -> int:
-    """Run a command that uses a permit and return its exit code. SIGTERM and SIGHUP are passed on to it; SIGINT reaches
-    it from the terminal."""
-    early: list[int] = []  # signals before there is a process to pass them on to
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: early.append(number))
-    try:
-        process = subprocess.Popen(words)  # noqa: S603  # the user's own words, without a shell
-    except OSError as error:
-        limiter.release(held, used=False)
-        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: process.send_signal(number))
-    signal.signal(signal.SIGINT, lambda *_: None)
-    for missed in early:
-        process.send_signal(missed)
-    code = process.wait()
-    if code == 0:
-        held.answered(200, {})
-    limiter.release(held)
-    return code if code >= 0 else 128 - code
-
-
-def show_log(database: Database, most: int, *, follow: bool) -> None:
-    """Become the command that shows the log of the last runner. Raises Error when there is none."""
-    row = next(iter(database.read("select unit, log from runner")), None)
-    if row and row["log"] and Path(row["log"]).exists():
-        words = ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
-    elif row and row["unit"]:
-        kind, unit = "--user-unit" if "/user@" in row["unit"] else "--unit", row["unit"].rpartition("/")[2]
-        words = ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]
-    else:
-        hint = "`adce.py start` logs to a file, `run --log FILE` to FILE, a unit of systemd to the journal"
-        raise Error("the last runner kept no log", hint)
-    sys.stdout.flush()
-    try:
-        os.execvp(words[0], words)  # noqa: S606  # the system's own programs
-    except OSError as error:
-        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
-
-
 # ---------------------------------------------------------------- Command line
 # From words to a command, and to an exit code. Headlines: command(), main().
 
@@ -8180,7 +7943,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
     runner = Runner(configuration, database, open_store(configuration.store), journal)
     if not (arguments.log or arguments.quiet) and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         journal.screen = LiveScreen(sys.stderr, database, configuration)
-    obey_signals(runner)
+    obey_signals(configuration.database, runner.stop)
     with contextlib.ExitStack() as stack:
         address = None
         if configuration.health_check.enabled and not arguments.once:

@@ -115,7 +115,7 @@ def test_each_game_is_in_the_lake_within_a_minute_of_its_end(tmp_path, upstream)
     configuration = adce.load_configuration(tmp_path / "adce.yaml")
     database, store = adce.open_database(configuration.database), Shelf(tmp_path / "lake", clock)
     runner = adce.Runner(configuration, database, store, adce.Journal(io.StringIO(), clock=clock))
-    runner.workers.pool = runner.listers = Inline()
+    runner.pool = runner.listers = Inline()
     runner.run(max_seconds=24 * 3600)
     assert sorted(evening.collected) == sorted(evening.ends)
     late = {game: evening.collected[game] - end for game, end in evening.ends.items()}

@@ -349,6 +349,14 @@ def test_secret_header_is_sent_to_its_own_host_and_port_only(base_url, is_sent, 
     assert ("hunter2" in str(sent), sent["User-Agent"]) == (is_sent, "me")
 
 
+def test_secret_header_of_a_source_without_base_url_follows_no_redirect_to_another_host(upstream, store):
+    upstream.answer("/x", Answer(GOOD))
+    spec = specification(upstream.address, base_url="", headers=SECRETS)
+    dataset = dataclasses.replace(spec.dataset, url=adce.Template(f"{NOWHERE}/x"))
+    assert fetch(dataclasses.replace(spec, dataset=dataset, hops=1), store).outcome is O.OK
+    assert "hunter2" not in str(upstream.arrivals[0].headers)
+
+
 @pytest.mark.parametrize("address", [NOWHERE, "http://no.invalid", "http://user:hunter2@127.0.0.1:9"])
 def test_secret_of_the_address_is_in_no_error(address, store):
     result = fetch(specification(address, "/x?api_key=hunter2"), store)

@@ -522,7 +522,7 @@ rate_limiting:
     configuration = adce.load_configuration(tmp_path / "adce.yaml")
     with contextlib.closing(adce.open_database(configuration.database)) as database:
         runner = adce.Runner(configuration, database, adce.open_store(configuration.store), adce.Journal(io.StringIO()))
-        runner.workers.pool = AtOnce()
+        runner.pool = AtOnce()
         database._writer.execute("pragma wal_autocheckpoint = 0")
         log, statements, sizes = tmp_path / "adce.db-wal", list[str](), list[int]()
         announce = adce.announce_cycle

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 from conftest import ROOT
-from requests.adapters import BaseAdapter, HTTPAdapter
+from requests.adapters import HTTPAdapter
 from test_permits import shop_text
 from upstream import Answer, Upstream, json_answer
 from urllib3.util import Retry
@@ -94,23 +94,6 @@ def test_every_request_of_a_session_that_exists_is_counted_and_finished(shop, up
         session.get(f"{upstream.address}/a", timeout=0.3)
     assert upstream.count() == asked
     assert shop.counted() == (asked, 0)
-
-
-def test_adapter_of_another_kind_is_limited_too(shop):
-    class Canned(BaseAdapter):
-        def send(self, request, **options):
-            answer = requests.Response()
-            answer.status_code, answer.request, answer.url = 200, request, request.url
-            return answer
-
-        def close(self):
-            pass
-
-    session = requests.Session()
-    session.mount("canned://", Canned())
-    adce.limit(session, "shop", shop.config)
-    assert session.get("canned://x").status_code == 200
-    assert shop.counted() == (1, 0)
 
 
 def test_session_waits_for_its_window(shop, upstream):

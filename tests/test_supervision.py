@@ -215,18 +215,6 @@ def test_signs_of_life_go_on_while_attempts_may_finish(one_manager, start, tmp_p
     assert stopped(process)[0] == 0
 
 
-@pytest.mark.parametrize("environment", [{}, {"WATCHDOG_USEC": "300000", "WATCHDOG_PID": "1"}])
-def test_without_a_watchdog_for_this_process_there_is_no_sign_of_life(environment, one_manager, start, tmp_path):
-    fill_box(tmp_path, "A")
-    write_box(tmp_path)
-    process = start(NOTIFY_SOCKET=one_manager.address, **environment)
-    wait_until(lambda: has_begun(tmp_path))
-    process.terminate()
-    assert stopped(process)[0] == 0
-    one_manager.hear_until("STOPPING=1")
-    assert [message for _, message in one_manager.heard if "WATCHDOG=1" in message] == []
-
-
 def test_watchdog_of_another_process_does_not_hurry_this_one(one_manager, start, tmp_path):
     fill_box(tmp_path, "A")
     write_box(tmp_path)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import heapq
 import io
@@ -440,8 +441,8 @@ class World:
             body = b"<html>down for maintenance</html>"
         elif dice < 0.07 and not spec.hops:
             status, headers = 302, {"location": spec.url + "&again=1"}
-        answer = mock.Mock(status_code=status, headers=headers)
-        return adce._judge(spec, answer, body, store)
+        answer = mock.Mock(status_code=status, headers=headers, is_redirect=status == 302)
+        return dataclasses.replace(adce._judge(spec, answer, body, store), requests=1)
 
     def document(self, url: str) -> bytes | None:
         """The truth at this instant. A day's two games end by the next morning; every third day has another second game
@@ -456,17 +457,17 @@ class World:
             return json.dumps({"date": value, "final": is_final, "games": games}).encode()
         return json.dumps({"id": value, "text": "x" * 50}).encode()
 
-    def run_command(self, spec: adce.Claim, store: adce.Store, clock: adce.Clock) -> list[adce.Result]:
+    def run_command(self, spec: adce.Claim, store: adce.Store) -> list[adce.Result]:
         """Stands in for a program that writes some of its objects to the store itself."""
-        results, failed = [], adce.Result(adce.Outcome.ERROR, "(exit 0)")
+        results, end = [], adce.ProgramEnd("exit 0")
         for target in spec.tasks:
             dice = 1.0 if self.is_calm else self.random.random()
             if self.kind in ("away", "broken", "errors") or dice < 0.05:
-                results.append(adce._look_again(spec, target, store, failed))
+                results.append(adce._judge_end(spec, target, end, None, store))
                 continue
             body = json.dumps({"id": target.fields["game_id"]}).encode()
             store.write(target.key, body[:9] if dice < 0.08 else body)
-            results.append(adce._look_again(spec, target, store, failed))
+            results.append(adce._judge_end(spec, target, end, None, store))
         return results
 
     # ------------------------------------------------------------ a life
@@ -479,7 +480,7 @@ class World:
             database.__class__, database.world = Database, self  # type: ignore[attr-defined]
             journal = adce.Journal(io.StringIO(), clock=self.clock)
             self.runner = runner = adce.Runner(self.configuration, database, self.lake, journal)
-            runner.workers.pool = runner.listers = Workers(self)
+            runner.pool = runner.listers = Workers(self)
             runner.beat_seconds, runner.rng = 3600.0, random.Random(self.random.random())
             self.note("start")
             try:

@@ -52,7 +52,7 @@ def test_outage_of_two_days_is_one_alert_a_reminder_a_day_and_one_end(kind, fold
     database = adce.open_database(configuration.database)
     journal = adce.Journal(io.StringIO(), clock=world.clock)
     runner = adce.Runner(configuration, database, world.lake, journal)
-    runner.workers.pool = runner.listers = Workers(world)
+    runner.pool = runner.listers = Workers(world)
     world.watch(adce.Alerter(configuration, database, journal, world.clock))
     runner.run(max_seconds=5 * 24 * HOUR)
     told = "source blocked, league"
