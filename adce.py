@@ -376,7 +376,7 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 # seconds since 1970 (UTC); boot times, so marked, are seconds since the machine started. Headline: TABLES.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
@@ -547,7 +547,6 @@ create table reconciliations (
     seconds      real,               -- null: not finished
     listed       integer not null default 0, -- objects listed by the store
     looked       integer not null default 0, -- expected objects compared with that: all, or a share
-    unexpected   integer not null default 0, -- listed objects that no dataset expects
     list_calls   integer not null default 0,
     expected     integer not null default 0,
     present      integer not null default 0,
@@ -4604,7 +4603,7 @@ class Cycle:
         self, database: Database, configuration: Configuration, store: Store, clock: Clock, options: CycleOptions
     ) -> None:
         self.database, self.configuration, self.store, self.clock = database, configuration, store, clock
-        self.listed = self.looked = self.unexpected = self.created = self.closed = self.dropped = 0
+        self.listed = self.looked = self.created = self.closed = self.dropped = 0
         self.is_braked = False
         self.there: collections.Counter[int] = collections.Counter()  # objects that were present, by dataset
         self.ahead: ReadAhead | None = None
@@ -4666,16 +4665,14 @@ class Cycle:
             "seconds": self.clock.boot() - self.started,
             "list_calls": self.store.calls - self.calls_before,
             "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
-            **{
-                name: getattr(self, name) for name in ("listed", "looked", "unexpected", "created", "closed", "dropped")
-            },
+            **{name: getattr(self, name) for name in ("listed", "looked", "created", "closed", "dropped")},
         }
         with self.database.transaction() as sql:
             sql.execute(
                 """
                 update reconciliations
-                set seconds = :seconds, listed = :listed, looked = :looked, unexpected = :unexpected,
-                    list_calls = :list_calls, created = :created, closed = :closed, dropped = :dropped, error = :error,
+                set seconds = :seconds, listed = :listed, looked = :looked, list_calls = :list_calls,
+                    created = :created, closed = :closed, dropped = :dropped, error = :error,
                     (expected, present, missing, stale, suspect) = (
                         select coalesce(sum(objects), 0),
                                coalesce(sum(objects) filter (where state = 'present'), 0),
@@ -4996,7 +4993,6 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
     """Compare the listed part of a range of keys with the known objects there, which may be many more."""
     listed, low = {entry.key: entry for entry in page}, keys.low
     cycle.listed += len(page)
-    cycle.unexpected += len(page)
     while True:
         known = cycle.database.read(
             """
@@ -5011,7 +5007,6 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
         differing = []
         for object_id, key, etag, proven, dataset_id, is_news in known:
             entry = listed.get(key)
-            cycle.unexpected -= entry is not None
             cycle.there[dataset_id] += etag is not None
             if is_news:
                 continue  # stored since this listing may have begun
@@ -5045,7 +5040,6 @@ def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]
             inserted = ledger.insert(rows)
         cycle.new -= inserted
         cycle.looked += inserted
-        cycle.unexpected -= sum(row.key in listed for row in wanted) if inserted else 0
         count, low = len(wanted), wanted[-1].key + "\0" if wanted else ""
         yield
 
