@@ -763,30 +763,31 @@ create view cycles as
 
 
 # ---------------------------------------------------------------- Database
-# One safe door to the file: one writing connection behind a lock, one that can only read. Nothing slow happens
-# inside a transaction, and nothing else in this process opens the file, because closing it would drop SQLite's
-# locks. Headlines: Database, open_database(), RunnerLock, back_up().
+# The SQLite file: one connection that writes, behind a lock, and one that can only read. Nothing slow happens inside
+# a transaction, and nothing else in this process opens the file, because closing it would drop SQLite's locks.
+# Headlines: Database, open_database(), RunnerLock, back_up().
 
 BUSY_SECONDS = 30  # for which another program may hold its transaction
-BUSY_STEP_SECONDS = 0.25  # meanwhile signals are obeyed so often
-HURRIED_SECONDS = 1
-DAMAGE_HINT = (
-    "put a backup in its place, and remove the files whose names end with -wal and -shm, or move all three away: "
-    "a new one is filled from the store, without its history"
-)
+BUSY_STEP_SECONDS = 0.25  # of waiting inside SQLite, where Python runs no signal handler
 TROUBLE_SECONDS = 10  # before a database that cannot be used now is tried again
 CONNECTION_SETTINGS = """
+pragma synchronous = full;
+pragma journal_size_limit = 8388608;
 pragma foreign_keys = on;
 pragma trusted_schema = off;
 pragma cell_size_check = on;
 """
-NO_SPACE_HINT = "free some disk space; nothing is lost meanwhile"
+DAMAGE_HINT = (
+    "put a backup in its place, and remove the files whose names end with -wal and -shm, or move all three away: "
+    "a new one is filled from the store, without its history"
+)
 HINTS = {
-    "SQLITE_FULL": NO_SPACE_HINT,
-    "SQLITE_IOERR_WRITE": NO_SPACE_HINT,
+    "SQLITE_FULL": "free some disk space; nothing is lost meanwhile",
+    "SQLITE_IOERR_WRITE": "free some disk space; nothing is lost meanwhile",
     "SQLITE_BUSY": "another program holds a transaction on this file; close it",
     "SQLITE_CORRUPT": DAMAGE_HINT,
     "SQLITE_NOTADB": DAMAGE_HINT,
+    "UnicodeDecodeError": DAMAGE_HINT,  # in the name of a table
 }
 
 
@@ -796,14 +797,22 @@ class Database:
     def __init__(self, path: str, writer: sqlite3.Connection, reader: sqlite3.Connection) -> None:
         self.path = path
         self._writer, self._reader = writer, reader
-        self._writing = threading.Lock()  # guards _writer: threads wait here for a transaction
-        self._durable = True  # guarded by _writing, too: what the writer is set to
+        self._writing, self._reading = threading.Lock(), threading.Lock()  # guard the connections
+        self._durable = True  # setting of the writer
+        self._data_version = -1  # last seen by the writer
         self._patience = float(BUSY_SECONDS)
+        self._pid, self._inode = os.getpid(), _inode(path)
         writer.execute(f"pragma busy_timeout = {BUSY_STEP_SECONDS * 1000:.0f}")
-        self._version = -1  # and what it last saw of the others
-        self._reading = threading.Lock()  # guards _reader
-        self._pid = os.getpid()
-        self._identity = _identity(path)
+
+    @contextlib.contextmanager
+    def _hold(self, lock: threading.Lock) -> Iterator[None]:
+        if os.getpid() != self._pid:
+            raise DatabaseError(
+                f"{self.path} was opened before this process was forked",
+                "start the other process anew; multiprocessing: use the method spawn",
+            )
+        with lock, _translation(self.path):
+            yield
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
@@ -811,8 +820,7 @@ class Database:
 
         One that need not be durable is faster, and all see it, but a power cut may undo it. Raises
         DatabaseError when SQLite cannot do it, for instance because the disk is full."""
-        self._check_process()
-        with self._writing, _translation(self.path):
+        with self._hold(self._writing):
             try:
                 if durable != self._durable:
                     self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
@@ -820,30 +828,27 @@ class Database:
                 self._begin()
                 yield self._writer
                 self._writer.execute("commit")
-            finally:  # whatever interrupted it, and wherever
+            finally:  # also after an interrupt
                 if self._writer.in_transaction:
                     self._writer.execute("rollback")
 
     def _begin(self) -> None:
-        waited = 0.0
-        while True:
+        for tries in itertools.count(1):
             try:
                 self._writer.execute("begin immediate")
             except sqlite3.OperationalError as error:
-                waited += BUSY_STEP_SECONDS  # in SQLite, where no signal is obeyed
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited >= self._patience:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or tries * BUSY_STEP_SECONDS >= self._patience:
                     raise
             else:
                 return
 
     def hurry(self) -> None:
         """From now on, do not wait long for other programs."""
-        self._patience = HURRIED_SECONDS
+        self._patience = 1
 
     def read(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a query, as of one moment. Never waits for a writer."""
-        self._check_process()
-        with self._reading, _translation(self.path):
+        with self._hold(self._reading):
             return self._reader.execute(sql, parameters).fetchall()
 
     def value(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> Any:
@@ -852,32 +857,27 @@ class Database:
         return rows[0][0] if rows else None
 
     def has_news(self) -> bool:
-        """Whether another connection, of whatever process, has written since this was last asked. Takes some
-        microseconds: SQLite keeps count (pragma data_version)."""
-        self._check_process()
-        with self._writing, _translation(self.path):
-            version: int = self._writer.execute("pragma data_version").fetchone()[0]
-            known, self._version = self._version, version
-        return version != known
+        """Whether another connection, of any process, has written since the last call. Takes some microseconds."""
+        with self._hold(self._writing):
+            known = self._data_version
+            self._data_version = self._writer.execute("pragma data_version").fetchone()[0]
+        return self._data_version != known
 
     def check(self) -> list[str]:
         """Every damage that can be found, in words; empty when all is well."""
-        problems = [row[0] for row in self.read("pragma integrity_check") if row[0] != "ok"]
-        problems += [
-            f"a row of {row[0]} names a row of {row[2]} that is gone" for row in self.read("pragma foreign_key_check")
-        ]
-        return problems
+        damages = [row[0] for row in self.read("pragma integrity_check") if row[0] != "ok"]
+        orphans = self.read("pragma foreign_key_check")
+        return damages + [f"a row of {row[0]} names a row of {row[2]} that is gone" for row in orphans]
 
     def check_place(self) -> None:
         """Raises NoDatabaseError when the file was moved, replaced or deleted: SQLite would go on writing to it."""
-        if self._identity and _identity(self.path) != self._identity:
+        if _inode(self.path) != self._inode:
             raise NoDatabaseError(f"{self.path} was moved, replaced or deleted while in use", "start again")
 
     def copy(self) -> Database:
         """The same contents in memory: what is tried there changes nothing here."""
-        self._check_process()
         memory = _connect(":memory:")
-        with self._reading, _translation(self.path):
+        with self._hold(self._reading):
             self._reader.backup(memory)
         return Database(self.path, memory, memory)
 
@@ -887,59 +887,48 @@ class Database:
             self._reader.close()
             self._writer.close()
 
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise DatabaseError(
-                f"{self.path} was opened before this process was forked",
-                "start the other process anew; multiprocessing: use the method spawn",
-            )
-
 
 @contextlib.contextmanager
 def _translation(context: str) -> Iterator[None]:
     """Turns the errors of SQLite into a DatabaseError with a hint."""
     try:
         yield
-    except UnicodeDecodeError as error:  # SQLite names damaged things as it finds them
-        raise DatabaseError(f"{context}: database disk image is malformed", DAMAGE_HINT) from error
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
         hint = next((hint for start, hint in HINTS.items() if name.startswith(start)), "")
         raise (DatabaseTroubleError if passes else DatabaseError)(f"{context}: {error} ({name})", hint) from error
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _inode(path: str) -> int:
     try:
-        status = Path(path).stat()
+        return Path(path).stat().st_ino
     except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return 0
 
 
-def _connect(path: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=path.startswith("file:")
-    )
+def _connect(path: Path | str) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
     connection.executescript(CONNECTION_SETTINGS)
     return connection
 
 
 def open_database(path: Path, *, must_exist: bool = False) -> Database:
-    """Open the database; create its schema in a new file.
+    """Open the database; create it when there is none.
 
     Raises NoDatabaseError when `must_exist` and it does not, DatabaseError when it is not usable."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise DatabaseError(f"{path} is not a regular file", "name the database file itself in `database:`")
-    if must_exist and not (path.exists() and path.stat().st_size):
-        raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
-    if not path.exists():
-        _create_file(path)
+    if not path.exists() or not path.stat().st_size:
+        if must_exist:
+            raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
+        _create(path)
     with _translation(str(path)), contextlib.ExitStack() as opened:
-        writer = opened.enter_context(contextlib.closing(_connect(str(path))))
-        _prepare(writer, path)
-        reader = _connect(str(path))
+        writer, reader = (opened.enter_context(contextlib.closing(_connect(path))) for _ in range(2))
+        _check_schema(writer, path)
+        writer.execute("pragma journal_mode = wal")  # of a backup, too
+        _renew_views(writer)
         reader.execute("pragma query_only = on")
         opened.pop_all()
     return Database(str(path), writer, reader)
@@ -948,92 +937,84 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
 def memory_database() -> Database:
     """An empty database that is gone when it is closed."""
     connection = _connect(":memory:")
-    _prepare(connection, Path(":memory:"))
+    _create_tables(connection)
+    _renew_views(connection)
     return Database(":memory:", connection, connection)
 
 
-def _create_file(path: Path) -> None:
+def _create(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    except FileExistsError:
-        return
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
+        with (
+            contextlib.suppress(FileExistsError),
+            _new_file(path) as draft,
+            contextlib.closing(_connect(draft)) as made,
+        ):
+            _create_tables(made)
     except OSError as error:
         raise DatabaseError(f"cannot create {path}: {error.strerror}", "see `database:` in adce.yaml") from error
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A draft, mode 0600, that is at `path` afterwards: whole, on the disk, and in the place of no other file. Raises
+    FileExistsError when there is one."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        draft.touch(0o600)
+        yield draft
+        _sync(draft)
+        os.link(draft, path)
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _create_tables(connection: sqlite3.Connection) -> None:
+    numbers = f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION};"
+    connection.executescript(f"pragma journal_mode = wal; begin; {numbers} {TABLES} commit;")
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Raises DatabaseError for the file of another program or version. There are no migrations, because a new database
+    finds everything but its history in the store."""
+    if connection.execute("pragma application_id").fetchone()[0] != APPLICATION_ID:
+        raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
+    version = connection.execute("pragma user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        raise DatabaseError(
+            f"{path} has schema {version}, this ADCE needs {SCHEMA_VERSION}",
+            f"move {path} away: the next run rebuilds it from the store, without its history",
+        )
+
+
+def _renew_views(connection: sqlite3.Connection) -> None:
+    digest = hashlib.sha256(VIEWS.encode()).hexdigest()
+    if connection.execute("select views from facts").fetchone()[0] != digest:
+        drops = "".join(f"drop view if exists {name}; " for name in re.findall(r"create view (\w+)", VIEWS))
+        script = f"begin immediate; {drops}{VIEWS} update facts set views = '{digest}'; commit;"  # noqa: S608  # no input
+        connection.executescript(script)
 
 
 def quarantine_stale_wal(path: Path) -> None:
     """Rename a write-ahead log that does not belong to the database file, before this process opens it: closing the
     file later would drop its locks."""
     # A WAL left by a killed process would be replayed into a restored backup. The header of a backup says that it has
-    # none (https://sqlite.org/fileformat2.html, 1.3.3). One process at a time looks, at the header last: whatever else
-    # starts now has looked already, and changes the header before it makes a WAL of its own.
+    # none (https://sqlite.org/fileformat2.html, 1.3.3). One process at a time looks, at the header last: one that has
+    # looked changes the header before it makes a WAL of its own.
     wal = path.with_name(f"{path.name}-wal")
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(os.close, folder)
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        left = wal.stat()
-        with path.open("rb") as file:
-            has_wal = file.read(20)[18:] != b"\x01\x01"
-            if not has_wal and left.st_size and left.st_mtime_ns <= os.fstat(file.fileno()).st_ctime_ns:
-                wal.rename(f"{wal}.{int(left.st_mtime)}")
-
-
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Create the schema in an empty file. Raises DatabaseError for a file with another one: there are no migrations,
-    because a new database finds everything but its history in the store."""
-    if not _has_schema(connection, path):
-        create = f"begin immediate; {TABLES} pragma application_id = {APPLICATION_ID};"
-        try:
-            connection.executescript(f"{create} pragma user_version = {SCHEMA_VERSION}; commit;")
-        except sqlite3.OperationalError:
-            if connection.in_transaction:
-                connection.execute("rollback")
-            if not _has_schema(connection, path):  # else another process has just created it
-                raise
-    connection.execute("pragma synchronous = full")
-    connection.execute(f"pragma journal_size_limit = {8 << 20}")
-    digest = hashlib.sha256(VIEWS.encode()).hexdigest()
-    if connection.execute("select views from facts").fetchone()[0] != digest:
-        names = re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE)
-        drops = "".join(f"drop view if exists {name}; " for name in names)
-        script = f"begin immediate; {drops}{VIEWS} update facts set views = '{digest}'; commit;"  # noqa: S608  # no input
-        try:
-            connection.executescript(script)
-        finally:
-            if connection.in_transaction:
-                connection.execute("rollback")
-
-
-def _has_schema(connection: sqlite3.Connection, path: Path) -> bool:
-    # asked first: what another process creates meanwhile is found when this one wants to create it
-    is_empty = connection.execute("select count(*) from sqlite_schema").fetchone()[0] == 0
-    application_id = connection.execute("pragma application_id").fetchone()[0]
-    version = connection.execute("pragma user_version").fetchone()[0]
-    if application_id != APPLICATION_ID and not is_empty:
-        raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
-    if version != SCHEMA_VERSION and not is_empty:
-        raise DatabaseError(
-            f"{path} has schema {version}, this ADCE needs {SCHEMA_VERSION}",
-            f"move {path} away: the next run rebuilds it from the store, without its history",
-        )
-    _use_wal(connection)
-    return not is_empty
-
-
-def _use_wal(connection: sqlite3.Connection) -> None:
-    # Processes that switch together fail with SQLITE_BUSY at once: the busy timeout does not hold for this.
-    give_up_at = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("pragma journal_mode = wal")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
-                raise
-            time.sleep(0.01)
-        else:
-            return
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if wal.exists() and file.read(20)[18:] == b"\x01\x01":
+            wal.rename(f"{wal}.{int(wal.stat().st_mtime)}")
 
 
 class RunnerLock:
@@ -1044,10 +1025,8 @@ class RunnerLock:
         self._file: TextIO | None = None
 
     def holder(self) -> int | None:
-        """The process id of the living holder, or None."""
-        if not self.path.exists():
-            return None
-        with self.path.open(encoding="ascii", errors="replace") as file:
+        """The process id of the living holder, or None; 0 when it is unknown."""
+        with contextlib.suppress(FileNotFoundError), self.path.open(encoding="ascii", errors="replace") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -1058,23 +1037,20 @@ class RunnerLock:
     def acquire(self) -> None:
         """Take the lock for the life of this process. Raises LockedError."""
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self.path.touch(0o600)
+            file = self.path.open("r+", encoding="ascii", errors="replace")
         except OSError as error:
-            raise DatabaseError(
-                f"cannot write {self.path}: {error.strerror}", "the folder of the database must be writable"
-            ) from error
-        file = os.fdopen(descriptor, "r+", encoding="ascii", errors="replace")
+            hint = "the folder of the database must be writable"
+            raise DatabaseError(f"cannot write {self.path}: {error.strerror}", hint) from error
         while True:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             holder = self.holder()
-            if holder is not None:  # else another process only looked whether there is one
+            if holder is not None:  # else another process looked for the holder just now
                 file.close()
-                raise LockedError(
-                    f"another runner works on this database (process {holder or 'unknown'})",
-                    "look at it with: adce.py status",
-                )
+                text = f"another runner works on this database (process {holder or 'unknown'})"
+                raise LockedError(text, "look at it with: adce.py status")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -1092,34 +1068,16 @@ def back_up(path: Path, copy: Path) -> None:
     there whole or not at all. Raises DatabaseError, also when there is something at `copy` already."""
     if copy.exists() or copy.is_symlink():
         raise DatabaseError(f"{copy} exists already", "name a new file; nothing was written")
-    if not copy.parent.is_dir():  # it may be a disk that is not mounted
-        raise DatabaseError(f"there is no folder {copy.parent}", "make it first; nothing was written")
-    draft = copy.with_name(f"{copy.name}.{os.getpid()}.part")
-    _create_file(draft)
     try:
-        with _translation(f"cannot copy {path}"):
-            with contextlib.closing(_connect(str(path))) as source:
+        with _translation(f"cannot copy {path}"), _new_file(copy) as draft:
+            with contextlib.closing(_connect(path)) as source:
                 source.execute("vacuum into ?", (str(draft),))
-            with contextlib.closing(_connect(str(draft))) as made:
+            with contextlib.closing(_connect(draft)) as made:
                 made.execute("update facts set is_backup = 1")
                 if made.execute("pragma integrity_check").fetchone()[0] != "ok":
                     raise DatabaseError(f"the copy of {path} is damaged", "adce.py check")
-        _sync(draft)  # which SQLite does not do here
-        os.link(draft, copy)  # unlike a rename, never over a file that has come meanwhile
-        _sync(copy.parent)
     except OSError as error:
         raise DatabaseError(f"cannot write {copy}: {error.strerror}", "name another file") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- Templates and expressions
