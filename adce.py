@@ -16,9 +16,8 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
 
     Vocabulary                  states, outcomes, exit codes, errors
     Time                        instants and durations; the only reader of the clock
-    Schema                      the tables: the centre of the design
-    Views                       what people read of them
-    Database                    one safe door to the SQLite file; its lock and its backups
+    Schema                      the tables, the centre of the design, and the views of them
+    Database                    the SQLite file, its lock and its backups
     Templates and expressions   texts with fields, JMESPath
     Reader                      kinds of values; YAML to records, all mistakes at once
     Settings                    every key of adce.yaml, declared once
@@ -290,7 +289,6 @@ class OutOfOrderError(StoreError):
 MINUTE, HOUR, DAY = 60, 3600, 86400
 NEWS_SECONDS = 0.1
 PROC = Path("/proc")  # where there is one
-DURATION_UNITS = {"s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
 
 
 class Clock:
@@ -304,32 +302,29 @@ class Clock:
         """Seconds since the machine started, the same for all of its processes. Never steps.
 
         Suspended time is included on Linux. Elsewhere it may not be: then a limit lasts longer, never shorter."""
-        number = getattr(time, "CLOCK_BOOTTIME", None)
-        return time.monotonic() if number is None else time.clock_gettime(number)
+        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
     def boot_id(self) -> str:
-        """The name of this boot, since boot times of two boots must not be compared; "unknown" where there is none.
-
-        A name made from wall time would change when the clock is set, and all requests so far would be forgotten.
-        Without a name only a boot time that is smaller than before proves another boot."""
+        """The name of this boot, because boot times of two boots must not be compared. "unknown" where there is none:
+        then only a boot time smaller than before proves another boot."""
+        # A name made from wall time would change when the clock is set, and all requests so far would be forgotten.
         with contextlib.suppress(OSError):
             return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return "unknown"
 
     def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_news: Callable[[], bool] | None = None) -> None:
-        """Sleep until something is put into `wakeups`, until there are news, or for `seconds`; empties `wakeups`.
+        """Sleep for `seconds`, until something is put into `wakeups`, or until `has_news`; empty `wakeups`.
 
         `has_news` is polled: a write by another process cannot put anything into `wakeups`."""
-        until, is_awake = time.monotonic() + seconds, False
-        while not is_awake:
-            left = max(0.0, until - time.monotonic())
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
                 wakeups.get(timeout=min(left, NEWS_SECONDS) if has_news else left)
-                is_awake = True
-            is_awake = is_awake or time.monotonic() >= until or (has_news is not None and has_news())
-        with contextlib.suppress(queue.Empty):
-            while True:
-                wakeups.get_nowait()
+                break
+            if has_news and has_news():
+                break
+        while not wakeups.empty():
+            wakeups.get_nowait()
 
 
 def parse_duration(text: str) -> int:
@@ -337,20 +332,16 @@ def parse_duration(text: str) -> int:
     match = re.fullmatch(r"(\d{1,9})\s*([smhd])", text.strip())
     if not match:
         raise ValueError(f"{text!r} is not a duration; write 90s, 15m, 6h or 1d")
-    return int(match[1]) * DURATION_UNITS[match[2]]
+    return int(match[1]) * {"s": 1, "m": MINUTE, "h": HOUR, "d": DAY}[match[2]]
 
 
 def format_duration(seconds: float) -> str:
     """A duration in at most two units, for people: 42 s, 3 min 12 s, 6 h, 4 d 2 h."""
     whole = round(seconds)
-    for size, name, smaller, smaller_name in (
-        (DAY, "d", HOUR, "h"),
-        (HOUR, "h", MINUTE, "min"),
-        (MINUTE, "min", 1, "s"),
-    ):
+    for size, name, part, part_name in ((DAY, "d", HOUR, "h"), (HOUR, "h", MINUTE, "min"), (MINUTE, "min", 1, "s")):
         if whole >= size:
-            rest = whole % size // smaller
-            return f"{whole // size} {name} {rest} {smaller_name}" if rest else f"{whole // size} {name}"
+            rest = whole % size // part
+            return f"{whole // size} {name} {rest} {part_name}" if rest else f"{whole // size} {name}"
     return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
 
 
@@ -372,8 +363,9 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 
 
 # ---------------------------------------------------------------- Schema
-# The tables: the centre of the design. One row of `objects` is an object and its open task. Instants are
-# seconds since 1970 (UTC); boot times, so marked, are seconds since the machine started. Headline: TABLES.
+# The tables: the centre of the design. One row of `objects` is an object and its open task. Instants are seconds
+# since 1970 (UTC); boot times, so marked, are seconds since the machine started. The views are the contract for
+# readers: plain names, UTC times as text, live scores; created anew when their text changes. Headlines: TABLES, VIEWS.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
 SCHEMA_VERSION = 11
@@ -483,25 +475,25 @@ create table counts (
 ) strict, without rowid;
 create trigger objects_counted_in after insert on objects begin
     insert into counts
-    values (new.dataset_id, coalesce(new.season, ''), new.state, coalesce(new.task, ''),
+    values (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''),
             iif(new.task is null, '', new.priority), 1)
     on conflict do update set objects = objects + 1;
 end;
 create trigger objects_counted_out after delete on objects begin
-    update counts set objects = objects - 1
-    where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state
-      and task = coalesce(old.task, '') and priority = iif(old.task is null, '', old.priority);
+    insert into counts
+    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''),
+            iif(old.task is null, '', old.priority), -1)
+    on conflict do update set objects = objects - 1;
 end;
 create trigger objects_recounted after update of dataset_id, season, state, task, priority on objects
 when (old.state, old.task, old.priority, old.season, old.dataset_id)
      is not (new.state, new.task, new.priority, new.season, new.dataset_id) begin
-    update counts set objects = objects - 1
-    where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state
-      and task = coalesce(old.task, '') and priority = iif(old.task is null, '', old.priority);
     insert into counts
-    values (new.dataset_id, coalesce(new.season, ''), new.state, coalesce(new.task, ''),
+    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''),
+            iif(old.task is null, '', old.priority), -1),
+           (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''),
             iif(new.task is null, '', new.priority), 1)
-    on conflict do update set objects = objects + 1;
+    on conflict do update set objects = objects + excluded.objects;
 end;
 
 create table mentions (
@@ -625,11 +617,6 @@ create table alerts (
 insert into facts (only_row) values (1);
 """
 
-
-# ---------------------------------------------------------------- Views
-# The contract for readers: plain names, UTC times as text, live scores. Created anew whenever this text
-# changes. Headline: VIEWS.
-
 VIEWS = """
 create view queue as
     -- Every open task.
@@ -668,13 +655,6 @@ create view coverage as
     from summed c join datasets d using (dataset_id)
     where c.expected > 0 or c.skipped > 0;
 
-create view skipped as
-    -- Objects that the operator excluded; `retry ID` includes one again.
-    select d.dataset, o.key, o.skipped as reason, strftime('%Y-%m-%dT%H:%M:%SZ', o.since, 'unixepoch') as since,
-           o.season, o.object_id as task_id
-    from objects o join datasets d using (dataset_id)
-    where o.state = 'skipped';
-
 create view coverage_by_day as
     -- The same for objects with a day, by day.
     select d.source, d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present,
@@ -688,7 +668,8 @@ create view objects_now as
     select d.dataset, o.key, o.state, o.size,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.modified_at, 'unixepoch') as fetched_at,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as due_at,
-           p.key as parent, o.season, o.day, o.fields, o.etag, o.reason
+           p.key as parent, o.season, o.day, o.fields, o.etag, coalesce(o.skipped, o.reason) as reason,
+           o.object_id as task_id
     from objects o join datasets d using (dataset_id)
     left join objects p on p.object_id = o.parent_id;
 
@@ -709,18 +690,15 @@ create view rates as
            (select count(*) from requests r
              where r.finished_at is null and (s.scope = 'global' or r.source = s.scope)) as in_flight,
            coalesce(a.waiting, 0) as waiting,
-           strftime('%Y-%m-%dT%H:%M:%SZ', iif(s.paused_until > n.at, s.paused_until + n.wall_offset, null),
-                    'unixepoch') as blocked_until,
-           iif(s.paused_until > n.at, s.reason, null) as reason,
-           -- rounded up to a whole second
-           strftime('%Y-%m-%dT%H:%M:%SZ', cast(
-               iif(s.paused_until > n.at, s.paused_until, l.opens_at) + n.wall_offset + 0.999 as integer), 'unixepoch')
-               as free_at,
-           iif(s.paused_until > n.at, 'paused: ' || s.reason, l.reason) as why
+           strftime('%Y-%m-%dT%H:%M:%SZ', p.paused_until + n.wall_offset, 'unixepoch') as blocked_until, p.reason,
+           strftime('%Y-%m-%dT%H:%M:%SZ', cast(  -- rounded up to a whole second
+               coalesce(p.paused_until, l.opens_at) + n.wall_offset + 0.999 as integer), 'unixepoch') as free_at,
+           coalesce('paused: ' || p.reason, l.reason) as why
     from scopes s
     join now n
-    left join windows w using (scope)
-    left join waiting a using (scope)
+    left join scopes p on p.scope = s.scope and p.paused_until > n.at
+    left join windows w on w.scope = s.scope
+    left join waiting a on a.scope = s.scope
     left join waiters l on l.waiter_id = a.first;
 
 create view recent_attempts as
@@ -8443,7 +8421,7 @@ def _confirm(question: str) -> bool:
 
 @command(
     option("task_ids", type=COUNT, nargs="+", metavar="ID"),
-    option("--reason", default="excluded by the operator", metavar="TEXT", help="shown in the view skipped"),
+    option("--reason", default="excluded by the operator", metavar="TEXT", help="shown in the view objects_now"),
 )
 def command_skip(arguments: Arguments, configuration: Configuration) -> None:
     """Exclude the objects of these tasks until they are retried."""
