@@ -770,7 +770,7 @@ HINTS = {
 
 
 class Database:
-    """The open database. Safe to share between threads, useless after a fork."""
+    """The open database. Threads may share it; after a fork it is useless."""
 
     def __init__(self, path: str, writer: sqlite3.Connection, reader: sqlite3.Connection) -> None:
         self.path = path
@@ -794,10 +794,8 @@ class Database:
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """One `begin immediate` transaction: committed at the end, rolled back on any exception.
-
-        One that need not be durable is faster, and all see it, but a power cut may undo it. Raises
-        DatabaseError when SQLite cannot do it, for instance because the disk is full."""
+        """One `begin immediate` transaction: committed at the end, rolled back on any exception. One that is not
+        durable is faster, but a power cut may undo it. Raises DatabaseError, for instance when the disk is full."""
         with self._hold(self._writing):
             try:
                 if durable != self._durable:
@@ -860,7 +858,7 @@ class Database:
         return Database(self.path, memory, memory)
 
     def close(self) -> None:
-        """Close both connections, when no other thread is at work with them: SQLite would crash."""
+        """Close both connections, after waiting for the threads that use them: else SQLite would crash."""
         with self._reading, self._writing:
             self._reader.close()
             self._writer.close()
@@ -868,7 +866,7 @@ class Database:
 
 @contextlib.contextmanager
 def _translation(context: str) -> Iterator[None]:
-    """Turns the errors of SQLite into a DatabaseError with a hint."""
+    """Raise errors of SQLite as a DatabaseError with a hint."""
     try:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -898,11 +896,12 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
     Raises NoDatabaseError when `must_exist` and it does not, DatabaseError when it is not usable."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise DatabaseError(f"{path} is not a regular file", "name the database file itself in `database:`")
-    if not path.exists() or not path.stat().st_size:
-        if must_exist:
-            raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
-        _create(path)
+    is_there = path.exists() and path.stat().st_size
+    if must_exist and not is_there:
+        raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
     with _translation(str(path)), contextlib.ExitStack() as opened:
+        if not is_there:
+            _create(path)
         writer, reader = (opened.enter_context(contextlib.closing(_connect(path))) for _ in range(2))
         _check_schema(writer, path)
         writer.execute("pragma journal_mode = wal")  # of a backup, too
@@ -925,20 +924,18 @@ def _create(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.stat().st_size:
             path.unlink()
-        with (
-            contextlib.suppress(FileExistsError),
-            _new_file(path) as draft,
-            contextlib.closing(_connect(draft)) as made,
-        ):
+        with _new_file(path) as draft, contextlib.closing(_connect(draft)) as made:
             _create_tables(made)
+    except FileExistsError:
+        return  # another process was faster
     except OSError as error:
         raise DatabaseError(f"cannot create {path}: {error.strerror}", "see `database:` in adce.yaml") from error
 
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """A draft, mode 0600, that is at `path` afterwards: whole, on the disk, and in the place of no other file. Raises
-    FileExistsError when there is one."""
+    """A draft, mode 0600, that gets the name `path` at the end, whole and on the disk. Raises FileExistsError when
+    there is such a file."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         draft.touch(0o600)
@@ -983,11 +980,11 @@ def _renew_views(connection: sqlite3.Connection) -> None:
 
 
 def quarantine_stale_wal(path: Path) -> None:
-    """Rename a write-ahead log that does not belong to the database file, before this process opens it: closing the
-    file later would drop its locks."""
+    """Rename a WAL that does not belong to the database file. To be called before this process opens the database,
+    because it closes the file."""
     # A WAL left by a killed process would be replayed into a restored backup. The header of a backup says that it has
-    # none (https://sqlite.org/fileformat2.html, 1.3.3). One process at a time looks, at the header last: one that has
-    # looked changes the header before it makes a WAL of its own.
+    # none (https://sqlite.org/fileformat2.html, 1.3.3). Processes check one after the other, the header last: one that
+    # has checked changes the header before it makes a WAL of its own.
     wal = path.with_name(f"{path.name}-wal")
     with contextlib.suppress(OSError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -1014,18 +1011,13 @@ class RunnerLock:
 
     def acquire(self) -> None:
         """Take the lock for the life of this process. Raises LockedError."""
-        try:
-            self.path.touch(0o600)
-            file = self.path.open("r+", encoding="ascii", errors="replace")
-        except OSError as error:
-            hint = "the folder of the database must be writable"
-            raise DatabaseError(f"cannot write {self.path}: {error.strerror}", hint) from error
+        self.path.touch(0o600)
+        file = self.path.open("r+", encoding="ascii", errors="replace")
         while True:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            holder = self.holder()
-            if holder is not None:  # else another process looked for the holder just now
+            if (holder := self.holder()) is not None:  # else another process looked for the holder just now
                 file.close()
                 text = f"another runner works on this database (process {holder or 'unknown'})"
                 raise LockedError(text, "look at it with: adce.py status")
@@ -1042,8 +1034,8 @@ class RunnerLock:
 
 
 def back_up(path: Path, copy: Path) -> None:
-    """Copy the database at `path`, as of one moment, into a new file, mode 0600. The copy is checked, on the disk, and
-    there whole or not at all. Raises DatabaseError, also when there is something at `copy` already."""
+    """Copy the database at `path`, as of one moment, into a new file, mode 0600: whole, checked and on the disk, or not
+    at all. Raises DatabaseError, also when `copy` exists."""
     if copy.exists() or copy.is_symlink():
         raise DatabaseError(f"{copy} exists already", "name a new file; nothing was written")
     try:
