@@ -16,9 +16,8 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
 
     Vocabulary                  states, outcomes, exit codes, errors
     Time                        instants and durations; the only reader of the clock
-    Schema                      the tables: the centre of the design
-    Views                       what people read of them
-    Database                    one safe door to the SQLite file; its lock and its backups
+    Schema                      the tables, the centre of the design, and the views of them
+    Database                    the SQLite file, its lock and its backups
     Values                      texts with fields, JMESPath, kinds of values in adce.yaml
     Settings                    every key of adce.yaml, declared once
     Reading                     YAML to settings, all mistakes at once; their reference
@@ -288,7 +287,6 @@ class OutOfOrderError(StoreError):
 MINUTE, HOUR, DAY = 60, 3600, 86400
 NEWS_SECONDS = 0.1
 PROC = Path("/proc")  # where there is one
-DURATION_UNITS = {"s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
 
 
 class Clock:
@@ -302,32 +300,29 @@ class Clock:
         """Seconds since the machine started, the same for all of its processes. Never steps.
 
         Suspended time is included on Linux. Elsewhere it may not be: then a limit lasts longer, never shorter."""
-        number = getattr(time, "CLOCK_BOOTTIME", None)
-        return time.monotonic() if number is None else time.clock_gettime(number)
+        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
     def boot_id(self) -> str:
-        """The name of this boot, since boot times of two boots must not be compared; "unknown" where there is none.
-
-        A name made from wall time would change when the clock is set, and all requests so far would be forgotten.
-        Without a name only a boot time that is smaller than before proves another boot."""
+        """The name of this boot, because boot times of two boots must not be compared. "unknown" where there is none:
+        then only a boot time smaller than before proves another boot."""
+        # A name made from wall time would change when the clock is set, and all requests so far would be forgotten.
         with contextlib.suppress(OSError):
             return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return "unknown"
 
     def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_news: Callable[[], bool] | None = None) -> None:
-        """Sleep until something is put into `wakeups`, until there are news, or for `seconds`; empties `wakeups`.
+        """Sleep for `seconds`, until something is put into `wakeups`, or until `has_news`; empty `wakeups`.
 
         `has_news` is polled: a write by another process cannot put anything into `wakeups`."""
-        until, is_awake = time.monotonic() + seconds, False
-        while not is_awake:
-            left = max(0.0, until - time.monotonic())
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
                 wakeups.get(timeout=min(left, NEWS_SECONDS) if has_news else left)
-                is_awake = True
-            is_awake = is_awake or time.monotonic() >= until or (has_news is not None and has_news())
-        with contextlib.suppress(queue.Empty):
-            while True:
-                wakeups.get_nowait()
+                break
+            if has_news and has_news():
+                break
+        while not wakeups.empty():
+            wakeups.get_nowait()
 
 
 def parse_duration(text: str) -> int:
@@ -335,20 +330,16 @@ def parse_duration(text: str) -> int:
     match = re.fullmatch(r"(\d{1,9})\s*([smhd])", text.strip())
     if not match:
         raise ValueError(f"{text!r} is not a duration; write 90s, 15m, 6h or 1d")
-    return int(match[1]) * DURATION_UNITS[match[2]]
+    return int(match[1]) * {"s": 1, "m": MINUTE, "h": HOUR, "d": DAY}[match[2]]
 
 
 def format_duration(seconds: float) -> str:
     """A duration in at most two units, for people: 42 s, 3 min 12 s, 6 h, 4 d 2 h."""
     whole = round(seconds)
-    for size, name, smaller, smaller_name in (
-        (DAY, "d", HOUR, "h"),
-        (HOUR, "h", MINUTE, "min"),
-        (MINUTE, "min", 1, "s"),
-    ):
+    for size, name, part, part_name in ((DAY, "d", HOUR, "h"), (HOUR, "h", MINUTE, "min"), (MINUTE, "min", 1, "s")):
         if whole >= size:
-            rest = whole % size // smaller
-            return f"{whole // size} {name} {rest} {smaller_name}" if rest else f"{whole // size} {name}"
+            rest = whole % size // part
+            return f"{whole // size} {name} {rest} {part_name}" if rest else f"{whole // size} {name}"
     return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
 
 
@@ -370,11 +361,12 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 
 
 # ---------------------------------------------------------------- Schema
-# The tables: the centre of the design. One row of `objects` is an object and its open task. Instants are
-# seconds since 1970 (UTC); boot times, so marked, are seconds since the machine started. Headline: TABLES.
+# The tables: the centre of the design. One row of `objects` is an object and its open task. Instants are seconds
+# since 1970 (UTC); boot times, so marked, are seconds since the machine started. The views are the contract for
+# readers: plain names, UTC times as text, live scores; created anew when their text changes. Headlines: TABLES, VIEWS.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
@@ -481,25 +473,25 @@ create table counts (
 ) strict, without rowid;
 create trigger objects_counted_in after insert on objects begin
     insert into counts
-    values (new.dataset_id, coalesce(new.season, ''), new.state, coalesce(new.task, ''),
+    values (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''),
             iif(new.task is null, '', new.priority), 1)
     on conflict do update set objects = objects + 1;
 end;
 create trigger objects_counted_out after delete on objects begin
-    update counts set objects = objects - 1
-    where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state
-      and task = coalesce(old.task, '') and priority = iif(old.task is null, '', old.priority);
+    insert into counts
+    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''),
+            iif(old.task is null, '', old.priority), -1)
+    on conflict do update set objects = objects - 1;
 end;
 create trigger objects_recounted after update of dataset_id, season, state, task, priority on objects
 when (old.state, old.task, old.priority, old.season, old.dataset_id)
      is not (new.state, new.task, new.priority, new.season, new.dataset_id) begin
-    update counts set objects = objects - 1
-    where dataset_id = old.dataset_id and season = coalesce(old.season, '') and state = old.state
-      and task = coalesce(old.task, '') and priority = iif(old.task is null, '', old.priority);
     insert into counts
-    values (new.dataset_id, coalesce(new.season, ''), new.state, coalesce(new.task, ''),
+    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''),
+            iif(old.task is null, '', old.priority), -1),
+           (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''),
             iif(new.task is null, '', new.priority), 1)
-    on conflict do update set objects = objects + 1;
+    on conflict do update set objects = objects + excluded.objects;
 end;
 
 create table mentions (
@@ -545,7 +537,6 @@ create table reconciliations (
     seconds      real,               -- null: not finished
     listed       integer not null default 0, -- objects listed by the store
     looked       integer not null default 0, -- expected objects compared with that: all, or a share
-    unexpected   integer not null default 0, -- listed objects that no dataset expects
     list_calls   integer not null default 0,
     expected     integer not null default 0,
     present      integer not null default 0,
@@ -624,11 +615,6 @@ create table alerts (
 insert into facts (only_row) values (1);
 """
 
-
-# ---------------------------------------------------------------- Views
-# The contract for readers: plain names, UTC times as text, live scores. Created anew whenever this text
-# changes. Headline: VIEWS.
-
 VIEWS = """
 create view queue as
     -- Every open task.
@@ -667,13 +653,6 @@ create view coverage as
     from summed c join datasets d using (dataset_id)
     where c.expected > 0 or c.skipped > 0;
 
-create view skipped as
-    -- Objects that the operator excluded; `retry ID` includes one again.
-    select d.dataset, o.key, o.skipped as reason, strftime('%Y-%m-%dT%H:%M:%SZ', o.since, 'unixepoch') as since,
-           o.season, o.object_id as task_id
-    from objects o join datasets d using (dataset_id)
-    where o.state = 'skipped';
-
 create view coverage_by_day as
     -- The same for objects with a day, by day.
     select d.source, d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present,
@@ -687,7 +666,8 @@ create view objects_now as
     select d.dataset, o.key, o.state, o.size,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.modified_at, 'unixepoch') as fetched_at,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as due_at,
-           p.key as parent, o.season, o.day, o.fields, o.etag, o.reason
+           p.key as parent, o.season, o.day, o.fields, o.etag, coalesce(o.skipped, o.reason) as reason,
+           o.object_id as task_id
     from objects o join datasets d using (dataset_id)
     left join objects p on p.object_id = o.parent_id;
 
@@ -708,18 +688,15 @@ create view rates as
            (select count(*) from requests r
              where r.finished_at is null and (s.scope = 'global' or r.source = s.scope)) as in_flight,
            coalesce(a.waiting, 0) as waiting,
-           strftime('%Y-%m-%dT%H:%M:%SZ', iif(s.paused_until > n.at, s.paused_until + n.wall_offset, null),
-                    'unixepoch') as blocked_until,
-           iif(s.paused_until > n.at, s.reason, null) as reason,
-           -- rounded up to a whole second
-           strftime('%Y-%m-%dT%H:%M:%SZ', cast(
-               iif(s.paused_until > n.at, s.paused_until, l.opens_at) + n.wall_offset + 0.999 as integer), 'unixepoch')
-               as free_at,
-           iif(s.paused_until > n.at, 'paused: ' || s.reason, l.reason) as why
+           strftime('%Y-%m-%dT%H:%M:%SZ', p.paused_until + n.wall_offset, 'unixepoch') as blocked_until, p.reason,
+           strftime('%Y-%m-%dT%H:%M:%SZ', cast(  -- rounded up to a whole second
+               coalesce(p.paused_until, l.opens_at) + n.wall_offset + 0.999 as integer), 'unixepoch') as free_at,
+           coalesce('paused: ' || p.reason, l.reason) as why
     from scopes s
     join now n
-    left join windows w using (scope)
-    left join waiting a using (scope)
+    left join scopes p on p.scope = s.scope and p.paused_until > n.at
+    left join windows w on w.scope = s.scope
+    left join waiting a on a.scope = s.scope
     left join waiters l on l.waiter_id = a.first;
 
 create view recent_attempts as
@@ -762,56 +739,62 @@ create view cycles as
 
 
 # ---------------------------------------------------------------- Database
-# One safe door to the file: one writing connection behind a lock, one that can only read. Nothing slow happens
-# inside a transaction, and nothing else in this process opens the file, because closing it would drop SQLite's
-# locks. Headlines: Database, open_database(), RunnerLock, back_up().
+# The SQLite file: one connection that writes, behind a lock, and one that can only read. Nothing slow happens inside
+# a transaction, and nothing else in this process opens the file, because closing it would drop SQLite's locks.
+# Headlines: Database, open_database(), RunnerLock, back_up().
 
 BUSY_SECONDS = 30  # for which another program may hold its transaction
-BUSY_STEP_SECONDS = 0.25  # meanwhile signals are obeyed so often
-HURRIED_SECONDS = 1
-DAMAGE_HINT = (
-    "put a backup in its place, and remove the files whose names end with -wal and -shm, or move all three away: "
-    "a new one is filled from the store, without its history"
-)
+BUSY_STEP_SECONDS = 0.25  # of waiting inside SQLite, where Python runs no signal handler
 TROUBLE_SECONDS = 10  # before a database that cannot be used now is tried again
 CONNECTION_SETTINGS = """
+pragma synchronous = full;
+pragma journal_size_limit = 8388608;
 pragma foreign_keys = on;
 pragma trusted_schema = off;
 pragma cell_size_check = on;
 """
-NO_SPACE_HINT = "free some disk space; nothing is lost meanwhile"
+DAMAGE_HINT = (
+    "put a backup in its place, and remove the files whose names end with -wal and -shm, or move all three away: "
+    "a new one is filled from the store, without its history"
+)
 HINTS = {
-    "SQLITE_FULL": NO_SPACE_HINT,
-    "SQLITE_IOERR_WRITE": NO_SPACE_HINT,
+    "SQLITE_FULL": "free some disk space; nothing is lost meanwhile",
+    "SQLITE_IOERR_WRITE": "free some disk space; nothing is lost meanwhile",
     "SQLITE_BUSY": "another program holds a transaction on this file; close it",
     "SQLITE_CORRUPT": DAMAGE_HINT,
     "SQLITE_NOTADB": DAMAGE_HINT,
+    "UnicodeDecodeError": DAMAGE_HINT,  # in the name of a table
 }
 
 
 class Database:
-    """The open database. Safe to share between threads, useless after a fork."""
+    """The open database. Threads may share it; after a fork it is useless."""
 
     def __init__(self, path: str, writer: sqlite3.Connection, reader: sqlite3.Connection) -> None:
         self.path = path
         self._writer, self._reader = writer, reader
-        self._writing = threading.Lock()  # guards _writer: threads wait here for a transaction
-        self._durable = True  # guarded by _writing, too: what the writer is set to
+        self._writing, self._reading = threading.Lock(), threading.Lock()  # guard the connections
+        self._durable = True  # setting of the writer
+        self._data_version = -1  # last seen by the writer
         self._patience = float(BUSY_SECONDS)
+        self._pid, self._inode = os.getpid(), _inode(path)
         writer.execute(f"pragma busy_timeout = {BUSY_STEP_SECONDS * 1000:.0f}")
-        self._version = -1  # and what it last saw of the others
-        self._reading = threading.Lock()  # guards _reader
-        self._pid = os.getpid()
-        self._identity = _identity(path)
+
+    @contextlib.contextmanager
+    def _hold(self, lock: threading.Lock) -> Iterator[None]:
+        if os.getpid() != self._pid:
+            raise DatabaseError(
+                f"{self.path} was opened before this process was forked",
+                "start the other process anew; multiprocessing: use the method spawn",
+            )
+        with lock, _translation(self.path):
+            yield
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """One `begin immediate` transaction: committed at the end, rolled back on any exception.
-
-        One that need not be durable is faster, and all see it, but a power cut may undo it. Raises
-        DatabaseError when SQLite cannot do it, for instance because the disk is full."""
-        self._check_process()
-        with self._writing, _translation(self.path):
+        """One `begin immediate` transaction: committed at the end, rolled back on any exception. One that is not
+        durable is faster, but a power cut may undo it. Raises DatabaseError, for instance when the disk is full."""
+        with self._hold(self._writing):
             try:
                 if durable != self._durable:
                     self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
@@ -819,30 +802,27 @@ class Database:
                 self._begin()
                 yield self._writer
                 self._writer.execute("commit")
-            finally:  # whatever interrupted it, and wherever
+            finally:  # also after an interrupt
                 if self._writer.in_transaction:
                     self._writer.execute("rollback")
 
     def _begin(self) -> None:
-        waited = 0.0
-        while True:
+        for tries in itertools.count(1):
             try:
                 self._writer.execute("begin immediate")
             except sqlite3.OperationalError as error:
-                waited += BUSY_STEP_SECONDS  # in SQLite, where no signal is obeyed
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited >= self._patience:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or tries * BUSY_STEP_SECONDS >= self._patience:
                     raise
             else:
                 return
 
     def hurry(self) -> None:
         """From now on, do not wait long for other programs."""
-        self._patience = HURRIED_SECONDS
+        self._patience = 1
 
     def read(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a query, as of one moment. Never waits for a writer."""
-        self._check_process()
-        with self._reading, _translation(self.path):
+        with self._hold(self._reading):
             return self._reader.execute(sql, parameters).fetchall()
 
     def value(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> Any:
@@ -851,94 +831,79 @@ class Database:
         return rows[0][0] if rows else None
 
     def has_news(self) -> bool:
-        """Whether another connection, of whatever process, has written since this was last asked. Takes some
-        microseconds: SQLite keeps count (pragma data_version)."""
-        self._check_process()
-        with self._writing, _translation(self.path):
-            version: int = self._writer.execute("pragma data_version").fetchone()[0]
-            known, self._version = self._version, version
-        return version != known
+        """Whether another connection, of any process, has written since the last call. Takes some microseconds."""
+        with self._hold(self._writing):
+            known = self._data_version
+            self._data_version = self._writer.execute("pragma data_version").fetchone()[0]
+        return self._data_version != known
 
     def check(self) -> list[str]:
         """Every damage that can be found, in words; empty when all is well."""
-        problems = [row[0] for row in self.read("pragma integrity_check") if row[0] != "ok"]
-        problems += [
-            f"a row of {row[0]} names a row of {row[2]} that is gone" for row in self.read("pragma foreign_key_check")
-        ]
-        return problems
+        damages = [row[0] for row in self.read("pragma integrity_check") if row[0] != "ok"]
+        orphans = self.read("pragma foreign_key_check")
+        return damages + [f"a row of {row[0]} names a row of {row[2]} that is gone" for row in orphans]
 
     def check_place(self) -> None:
         """Raises NoDatabaseError when the file was moved, replaced or deleted: SQLite would go on writing to it."""
-        if self._identity and _identity(self.path) != self._identity:
+        if _inode(self.path) != self._inode:
             raise NoDatabaseError(f"{self.path} was moved, replaced or deleted while in use", "start again")
 
     def copy(self) -> Database:
         """The same contents in memory: what is tried there changes nothing here."""
-        self._check_process()
         memory = _connect(":memory:")
-        with self._reading, _translation(self.path):
+        with self._hold(self._reading):
             self._reader.backup(memory)
         return Database(self.path, memory, memory)
 
     def close(self) -> None:
-        """Close both connections, when no other thread is at work with them: SQLite would crash."""
+        """Close both connections, after waiting for the threads that use them: else SQLite would crash."""
         with self._reading, self._writing:
             self._reader.close()
             self._writer.close()
 
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise DatabaseError(
-                f"{self.path} was opened before this process was forked",
-                "start the other process anew; multiprocessing: use the method spawn",
-            )
-
 
 @contextlib.contextmanager
 def _translation(context: str) -> Iterator[None]:
-    """Turns the errors of SQLite into a DatabaseError with a hint."""
+    """Raise errors of SQLite as a DatabaseError with a hint."""
     try:
         yield
-    except UnicodeDecodeError as error:  # SQLite names damaged things as it finds them
-        raise DatabaseError(f"{context}: database disk image is malformed", DAMAGE_HINT) from error
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
         hint = next((hint for start, hint in HINTS.items() if name.startswith(start)), "")
         raise (DatabaseTroubleError if passes else DatabaseError)(f"{context}: {error} ({name})", hint) from error
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _inode(path: str) -> int:
     try:
-        status = Path(path).stat()
+        return Path(path).stat().st_ino
     except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return 0
 
 
-def _connect(path: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=path.startswith("file:")
-    )
+def _connect(path: Path | str) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
     connection.executescript(CONNECTION_SETTINGS)
     return connection
 
 
 def open_database(path: Path, *, must_exist: bool = False) -> Database:
-    """Open the database; create its schema in a new file.
+    """Open the database; create it when there is none.
 
     Raises NoDatabaseError when `must_exist` and it does not, DatabaseError when it is not usable."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise DatabaseError(f"{path} is not a regular file", "name the database file itself in `database:`")
-    if must_exist and not (path.exists() and path.stat().st_size):
+    is_there = path.exists() and path.stat().st_size
+    if must_exist and not is_there:
         raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
-    if not path.exists():
-        _create_file(path)
     with _translation(str(path)), contextlib.ExitStack() as opened:
-        writer = opened.enter_context(contextlib.closing(_connect(str(path))))
-        _prepare(writer, path)
-        reader = _connect(str(path))
+        if not is_there:
+            _create(path)
+        writer, reader = (opened.enter_context(contextlib.closing(_connect(path))) for _ in range(2))
+        _check_schema(writer, path)
+        writer.execute("pragma journal_mode = wal")  # of a backup, too
+        _renew_views(writer)
         reader.execute("pragma query_only = on")
         opened.pop_all()
     return Database(str(path), writer, reader)
@@ -947,92 +912,82 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
 def memory_database() -> Database:
     """An empty database that is gone when it is closed."""
     connection = _connect(":memory:")
-    _prepare(connection, Path(":memory:"))
+    _create_tables(connection)
+    _renew_views(connection)
     return Database(":memory:", connection, connection)
 
 
-def _create_file(path: Path) -> None:
+def _create(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
+        with _new_file(path) as draft, contextlib.closing(_connect(draft)) as made:
+            _create_tables(made)
     except FileExistsError:
-        return
+        return  # another process was faster
     except OSError as error:
         raise DatabaseError(f"cannot create {path}: {error.strerror}", "see `database:` in adce.yaml") from error
 
 
-def quarantine_stale_wal(path: Path) -> None:
-    """Rename a write-ahead log that does not belong to the database file, before this process opens it: closing the
-    file later would drop its locks."""
-    # A WAL left by a killed process would be replayed into a restored backup. The header of a backup says that it has
-    # none (https://sqlite.org/fileformat2.html, 1.3.3). One process at a time looks, at the header last: whatever else
-    # starts now has looked already, and changes the header before it makes a WAL of its own.
-    wal = path.with_name(f"{path.name}-wal")
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(os.close, folder)
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        left = wal.stat()
-        with path.open("rb") as file:
-            has_wal = file.read(20)[18:] != b"\x01\x01"
-            if not has_wal and left.st_size and left.st_mtime_ns <= os.fstat(file.fileno()).st_ctime_ns:
-                wal.rename(f"{wal}.{int(left.st_mtime)}")
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A draft, mode 0600, that gets the name `path` at the end, whole and on the disk. Raises FileExistsError when
+    there is such a file."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        draft.touch(0o600)
+        yield draft
+        _sync(draft)
+        os.link(draft, path)
+        _sync(path.parent)
 
 
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Create the schema in an empty file. Raises DatabaseError for a file with another one: there are no migrations,
-    because a new database finds everything but its history in the store."""
-    if not _has_schema(connection, path):
-        create = f"begin immediate; {TABLES} pragma application_id = {APPLICATION_ID};"
-        try:
-            connection.executescript(f"{create} pragma user_version = {SCHEMA_VERSION}; commit;")
-        except sqlite3.OperationalError:
-            if connection.in_transaction:
-                connection.execute("rollback")
-            if not _has_schema(connection, path):  # else another process has just created it
-                raise
-    connection.execute("pragma synchronous = full")
-    connection.execute(f"pragma journal_size_limit = {8 << 20}")
-    digest = hashlib.sha256(VIEWS.encode()).hexdigest()
-    if connection.execute("select views from facts").fetchone()[0] != digest:
-        names = re.findall(r"^create view (\w+)", VIEWS, re.MULTILINE)
-        drops = "".join(f"drop view if exists {name}; " for name in names)
-        script = f"begin immediate; {drops}{VIEWS} update facts set views = '{digest}'; commit;"  # noqa: S608  # no input
-        try:
-            connection.executescript(script)
-        finally:
-            if connection.in_transaction:
-                connection.execute("rollback")
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _has_schema(connection: sqlite3.Connection, path: Path) -> bool:
-    # asked first: what another process creates meanwhile is found when this one wants to create it
-    is_empty = connection.execute("select count(*) from sqlite_schema").fetchone()[0] == 0
-    application_id = connection.execute("pragma application_id").fetchone()[0]
-    version = connection.execute("pragma user_version").fetchone()[0]
-    if application_id != APPLICATION_ID and not is_empty:
+def _create_tables(connection: sqlite3.Connection) -> None:
+    numbers = f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION};"
+    connection.executescript(f"pragma journal_mode = wal; begin; {numbers} {TABLES} commit;")
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Raises DatabaseError for the file of another program or version. There are no migrations, because a new database
+    finds everything but its history in the store."""
+    if connection.execute("pragma application_id").fetchone()[0] != APPLICATION_ID:
         raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
-    if version != SCHEMA_VERSION and not is_empty:
+    version = connection.execute("pragma user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
         raise DatabaseError(
             f"{path} has schema {version}, this ADCE needs {SCHEMA_VERSION}",
             f"move {path} away: the next run rebuilds it from the store, without its history",
         )
-    _use_wal(connection)
-    return not is_empty
 
 
-def _use_wal(connection: sqlite3.Connection) -> None:
-    # Processes that switch together fail with SQLITE_BUSY at once: the busy timeout does not hold for this.
-    give_up_at = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("pragma journal_mode = wal")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
-                raise
-            time.sleep(0.01)
-        else:
-            return
+def _renew_views(connection: sqlite3.Connection) -> None:
+    digest = hashlib.sha256(VIEWS.encode()).hexdigest()
+    if connection.execute("select views from facts").fetchone()[0] != digest:
+        drops = "".join(f"drop view if exists {name}; " for name in re.findall(r"create view (\w+)", VIEWS))
+        script = f"begin immediate; {drops}{VIEWS} update facts set views = '{digest}'; commit;"  # noqa: S608  # no input
+        connection.executescript(script)
+
+
+def quarantine_stale_wal(path: Path) -> None:
+    """Rename a WAL that does not belong to the database file. To be called before this process opens the database,
+    because it closes the file."""
+    # A WAL left by a killed process would be replayed into a restored backup. The header of a backup says that it has
+    # none (https://sqlite.org/fileformat2.html, 1.3.3). Processes check one after the other, the header last: one that
+    # has checked changes the header before it makes a WAL of its own.
+    wal = path.with_name(f"{path.name}-wal")
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if wal.exists() and file.read(20)[18:] == b"\x01\x01":
+            wal.rename(f"{wal}.{int(wal.stat().st_mtime)}")
 
 
 class RunnerLock:
@@ -1043,10 +998,8 @@ class RunnerLock:
         self._file: TextIO | None = None
 
     def holder(self) -> int | None:
-        """The process id of the living holder, or None."""
-        if not self.path.exists():
-            return None
-        with self.path.open(encoding="ascii", errors="replace") as file:
+        """The process id of the living holder, or None; 0 when it is unknown."""
+        with contextlib.suppress(FileNotFoundError), self.path.open(encoding="ascii", errors="replace") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -1056,24 +1009,16 @@ class RunnerLock:
 
     def acquire(self) -> None:
         """Take the lock for the life of this process. Raises LockedError."""
-        try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise DatabaseError(
-                f"cannot write {self.path}: {error.strerror}", "the folder of the database must be writable"
-            ) from error
-        file = os.fdopen(descriptor, "r+", encoding="ascii", errors="replace")
+        self.path.touch(0o600)
+        file = self.path.open("r+", encoding="ascii", errors="replace")
         while True:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            holder = self.holder()
-            if holder is not None:  # else another process only looked whether there is one
+            if (holder := self.holder()) is not None:  # else another process looked for the holder just now
                 file.close()
-                raise LockedError(
-                    f"another runner works on this database (process {holder or 'unknown'})",
-                    "look at it with: adce.py status",
-                )
+                text = f"another runner works on this database (process {holder or 'unknown'})"
+                raise LockedError(text, "look at it with: adce.py status")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -1087,38 +1032,20 @@ class RunnerLock:
 
 
 def back_up(path: Path, copy: Path) -> None:
-    """Copy the database at `path`, as of one moment, into a new file, mode 0600. The copy is checked, on the disk, and
-    there whole or not at all. Raises DatabaseError, also when there is something at `copy` already."""
+    """Copy the database at `path`, as of one moment, into a new file, mode 0600: whole, checked and on the disk, or not
+    at all. Raises DatabaseError, also when `copy` exists."""
     if copy.exists() or copy.is_symlink():
         raise DatabaseError(f"{copy} exists already", "name a new file; nothing was written")
-    if not copy.parent.is_dir():  # it may be a disk that is not mounted
-        raise DatabaseError(f"there is no folder {copy.parent}", "make it first; nothing was written")
-    draft = copy.with_name(f"{copy.name}.{os.getpid()}.part")
-    _create_file(draft)
     try:
-        with _translation(f"cannot copy {path}"):
-            with contextlib.closing(_connect(str(path))) as source:
+        with _translation(f"cannot copy {path}"), _new_file(copy) as draft:
+            with contextlib.closing(_connect(path)) as source:
                 source.execute("vacuum into ?", (str(draft),))
-            with contextlib.closing(_connect(str(draft))) as made:
+            with contextlib.closing(_connect(draft)) as made:
                 made.execute("update facts set is_backup = 1")
                 if made.execute("pragma integrity_check").fetchone()[0] != "ok":
                     raise DatabaseError(f"the copy of {path} is damaged", "adce.py check")
-        _sync(draft)  # which SQLite does not do here
-        os.link(draft, copy)  # unlike a rename, never over a file that has come meanwhile
-        _sync(copy.parent)
     except OSError as error:
         raise DatabaseError(f"cannot write {copy}: {error.strerror}", "name another file") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- Values
@@ -4480,7 +4407,7 @@ class Cycle:
         self, database: Database, configuration: Configuration, store: Store, clock: Clock, options: CycleOptions
     ) -> None:
         self.database, self.configuration, self.store, self.clock = database, configuration, store, clock
-        self.listed = self.looked = self.unexpected = self.created = self.closed = self.dropped = 0
+        self.listed = self.looked = self.created = self.closed = self.dropped = 0
         self.is_braked = False
         self.there: collections.Counter[int] = collections.Counter()  # objects that were present, by dataset
         self.ahead: ReadAhead | None = None
@@ -4542,16 +4469,14 @@ class Cycle:
             "seconds": self.clock.boot() - self.started,
             "list_calls": self.store.calls - self.calls_before,
             "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
-            **{
-                name: getattr(self, name) for name in ("listed", "looked", "unexpected", "created", "closed", "dropped")
-            },
+            **{name: getattr(self, name) for name in ("listed", "looked", "created", "closed", "dropped")},
         }
         with self.database.transaction() as sql:
             sql.execute(
                 """
                 update reconciliations
-                set seconds = :seconds, listed = :listed, looked = :looked, unexpected = :unexpected,
-                    list_calls = :list_calls, created = :created, closed = :closed, dropped = :dropped, error = :error,
+                set seconds = :seconds, listed = :listed, looked = :looked, list_calls = :list_calls,
+                    created = :created, closed = :closed, dropped = :dropped, error = :error,
                     (expected, present, missing, stale, suspect) = (
                         select coalesce(sum(objects), 0),
                                coalesce(sum(objects) filter (where state = 'present'), 0),
@@ -4872,7 +4797,6 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
     """Compare the listed part of a range of keys with the known objects there, which may be many more."""
     listed, low = {entry.key: entry for entry in page}, keys.low
     cycle.listed += len(page)
-    cycle.unexpected += len(page)
     while True:
         known = cycle.database.read(
             """
@@ -4887,7 +4811,6 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
         differing = []
         for object_id, key, etag, proven, dataset_id, is_news in known:
             entry = listed.get(key)
-            cycle.unexpected -= entry is not None
             cycle.there[dataset_id] += etag is not None
             if is_news:
                 continue  # stored since this listing may have begun
@@ -4921,7 +4844,6 @@ def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]
             inserted = ledger.insert(rows)
         cycle.new -= inserted
         cycle.looked += inserted
-        cycle.unexpected -= sum(row.key in listed for row in wanted) if inserted else 0
         count, low = len(wanted), wanted[-1].key + "\0" if wanted else ""
         yield
 
@@ -8131,7 +8053,7 @@ def _confirm(question: str) -> bool:
 
 @command(
     option("task_ids", type=COUNT, nargs="+", metavar="ID"),
-    option("--reason", default="excluded by the operator", metavar="TEXT", help="shown in the view skipped"),
+    option("--reason", default="excluded by the operator", metavar="TEXT", help="shown in the view objects_now"),
 )
 def command_skip(arguments: Arguments, configuration: Configuration) -> None:
     """Exclude the objects of these tasks until they are retried."""

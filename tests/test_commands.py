@@ -520,7 +520,7 @@ def test_check_sees_channels_that_cannot_work_and_names_no_secret(alerts, told, 
 def test_backup_makes_no_folder(folder, tmp_path):
     done = run_adce("backup", str(tmp_path / "disk" / "copy.db"), folder=folder)
     assert (done.returncode, (tmp_path / "disk").exists()) == (1, False)
-    assert "there is no folder" in done.stderr
+    assert "No such file or directory" in done.stderr
 
 
 @pytest.mark.parametrize("words", [("tasks", "--limit", "x"), ("run", "--max-minutes", "soon")])

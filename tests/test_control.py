@@ -489,7 +489,9 @@ def test_skipped_object_is_no_gap_until_it_is_retried(failing, folder, start):
     done = do("skip", str(number), "--reason", "never\x1bplayed", folder=folder)
     assert (done.returncode, done.stdout) == (0, "1 object excluded; undo with: adce.py retry ID\n")
     assert rows(folder, "select key from gaps order by key") == [("things/B",), ("things/C",)]
-    assert rows(folder, "select key, reason, task_id from skipped") == [("things/A", "never\x1bplayed", number)]
+    assert rows(folder, "select key, reason, task_id from objects_now where state = 'skipped'") == [
+        ("things/A", "never\x1bplayed", number)
+    ]
     (told,) = json.loads(do("coverage", "--format", "json", folder=folder).stdout)
     assert (told["expected"], told["missing"], told["skipped"]) == (2, 2, 1)
     shown = do("task", str(number), folder=folder).stdout
@@ -508,7 +510,7 @@ def test_skipped_object_is_no_gap_until_it_is_retried(failing, folder, start):
     assert kept["detected_at"] == "2025-10-09T08:53:20Z"  # the same task, with its age
     wait_until((folder / "lake/things/A").exists, SOON)
     assert "things/A" in do("task", str(number), folder=folder).stdout  # the same, with its age
-    assert rows(folder, "select count(*) from skipped") == [(0,)]
+    assert rows(folder, "select count(*) from objects_now where state = 'skipped'") == [(0,)]
 
 
 def test_skipped_object_stays_skipped_over_restarts_and_full_cycles(failing, folder):
@@ -543,7 +545,7 @@ def test_skipping_a_running_task_lets_it_end_and_wants_it_no_more(folder, start)
     (folder / "go").touch()
     wait_until(lambda: states(folder) == [], SOON)
     assert rows(folder, "select count(*) from gaps") == [(0,)]
-    assert rows(folder, "select key from skipped") == [("things/A",)]
+    assert rows(folder, "select key from objects_now where state = 'skipped'") == [("things/A",)]
     assert do("retry", number, folder=folder).returncode == 0
     wait_until(lambda: present(folder) == 1, SOON)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import sqlite3
@@ -251,6 +252,31 @@ def test_processes_that_start_together_make_one_schema(make, tmp_path):
     assert [process.exitcode for process in processes] == [0] * 4
     with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
         assert database.check() == []
+
+
+def test_database_that_cannot_be_created_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(adce.DatabaseError, match=r"cannot create .* No space left on device"):
+        adce.open_database(tmp_path / "adce.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_database_that_another_process_creates_first_is_the_one_in_use(tmp_path, monkeypatch):
+    link = os.link
+
+    def come_first(draft: Path, path: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        with contextlib.closing(adce.open_database(path)) as first, first.transaction() as sql:
+            sql.execute("update facts set store = 'theirs'")
+        link(draft, path)
+
+    monkeypatch.setattr(os, "link", come_first)
+    with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
+        assert database.value("select store from facts") == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["adce.db"]
 
 
 def test_copy_is_independent(database):

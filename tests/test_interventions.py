@@ -161,7 +161,7 @@ class InterventionMachine(RuleBasedStateMachine):
         stored = sorted(map(tuple, database.read("select key, task_id, state from queue")))
         are_open = [team for team in TEAMS if self.state[team] in OPEN]
         assert stored == [(team, self.task_ids[team], self.state[team]) for team in are_open]
-        assert {row[0] for row in database.read("select key from skipped")} == self.skipped
+        assert {row[0] for row in database.read("select key from objects_now where state = 'skipped'")} == self.skipped
         wanted = {team for team in TEAMS if team not in self.skipped and self.state[team] != "done"}
         assert {row[0] for row in database.read("select key from gaps")} == wanted
         for row in database.read("select expected, skipped from coverage"):
@@ -235,7 +235,7 @@ def test_skipped_object_that_is_no_longer_declared_is_forgotten(tmp_path):
     assert do("skip", str(number), folder=tmp_path).returncode == 0
     write_box(tmp_path, names="B")
     do("reconcile", folder=tmp_path)
-    assert rows(tmp_path, "select key from skipped") == []
+    assert rows(tmp_path, "select key from objects_now where state = 'skipped'") == []
     do("retry", str(number), folder=tmp_path)
     assert rows(tmp_path, "select key from gaps") == [("things/B",)]
 
@@ -245,11 +245,11 @@ def test_skipped_object_of_a_dataset_that_is_no_longer_declared_is_forgotten(tmp
     do("reconcile", folder=tmp_path)
     ((number,),) = rows(tmp_path, "select task_id from queue where key = 'things/A'")
     assert do("skip", str(number), folder=tmp_path).returncode == 0
-    assert rows(tmp_path, "select key from skipped") == [("things/A",)]
+    assert rows(tmp_path, "select key from objects_now where state = 'skipped'") == [("things/A",)]
     path = tmp_path / "adce.yaml"
     path.write_text(path.read_text().replace("  things:", "  others:").replace('"things/', '"others/'))
     do("reconcile", folder=tmp_path)
-    assert rows(tmp_path, "select key from skipped") == []
+    assert rows(tmp_path, "select key from objects_now where state = 'skipped'") == []
     assert rows(tmp_path, "select dataset, expected, skipped from coverage") == [("others", 1, 0)]
 
 

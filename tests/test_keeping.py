@@ -133,7 +133,7 @@ def test_backup_of_a_busy_database_is_whole_and_nobody_elses(desk, tmp_path):
         copy = adce.open_database(path, must_exist=True)
         assert (copy.check(), copy.value("select count(*) from queue")) == ([], 4)
         copy.close()
-    assert not list(tmp_path.glob("*.part*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_backup_overwrites_nothing_and_leaves_nothing_when_it_fails(desk, tmp_path):
@@ -143,7 +143,7 @@ def test_backup_overwrites_nothing_and_leaves_nothing_when_it_fails(desk, tmp_pa
         with pytest.raises(adce.DatabaseError):
             adce.back_up(tmp_path / "adce.db", path)
     assert (tmp_path / "there").read_text() == "precious"
-    assert not list(tmp_path.rglob("*.part*"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_backup_is_on_the_disk_before_it_has_its_name(desk, tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_file_that_comes_during_a_backup_is_not_replaced(desk, tmp_path, monkeyp
     with pytest.raises(adce.DatabaseError, match="File exists"):
         adce.back_up(tmp_path / "adce.db", tmp_path / "copy.db")
     assert (tmp_path / "copy.db").read_text() == "precious"
-    assert not list(tmp_path.glob("*.part*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_restored_database_asks_nobody_until_what_it_does_not_know_has_left_the_windows(desk, tmp_path):

@@ -311,7 +311,7 @@ class World:
         with self.beside() as (database, ledger):
             for scope in ("league", "shop", adce.GLOBAL):
                 adce.resume_source(ledger.sql, scope, self.clock.boot())
-            unwanted = [row[0] for row in database.read("select task_id from skipped")]
+            unwanted = [row[0] for row in database.read("select task_id from objects_now where state = 'skipped'")]
             adce.retry_tasks(ledger, [row[0] for row in database.read("select task_id from queue")] + unwanted)
 
     @contextlib.contextmanager

@@ -177,8 +177,8 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut": (lambda body: body[: len(body) // 2], "malformed"),
     "cut in its header": (lambda body: body[:50], "not a database|malformed"),
     "a text": (lambda _: b"This is my diary. " * 500, "is not a database"),
-    "a newer schema": (partial(with_schema, adce.SCHEMA_VERSION + 1), "has schema 11, this ADCE needs 10"),
-    "an older schema": (partial(with_schema, adce.SCHEMA_VERSION - 1), "has schema 9, this ADCE needs 10"),
+    "a newer schema": (partial(with_schema, adce.SCHEMA_VERSION + 1), f"has schema {adce.SCHEMA_VERSION + 1}, this"),
+    "an older schema": (partial(with_schema, adce.SCHEMA_VERSION - 1), f"has schema {adce.SCHEMA_VERSION - 1}, this"),
     "zeros": (lambda body: bytes(len(body)), "not a database|another program|malformed"),
 }
 
