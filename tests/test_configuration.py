@@ -781,7 +781,6 @@ def test_hints_lead_from_the_replaced_system_to_a_working_file(configure, tmp_pa
         ("datasets.*.freshness.live.every", "datasets.*.freshness.live.every", "required"),
         ("datasets.days.batch.max", "datasets.*.batch.max", "50"),
         ("full_reconciliation_hours", "full_reconciliation_hours", "24"),
-        ("remind_every", "alerts.remind_every", "1d"),
         ("trust_env", "sources.*.trust_env", "false"),
         ("base_scores", "priority_weighting.base_scores", '{"CRITICAL": 1000, "HIGH": 100, "MEDIUM": 10, "LOW": 1}'),
         ("store", "store", "lake"),
