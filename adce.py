@@ -6368,12 +6368,14 @@ WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by k
 def page(database: Database, configuration: Configuration, now: float, year: int | None = None, nearby: int = 0) -> str:
     """One HTML document; without a `year` that of the latest day. As a file it has no links to `nearby` years."""
     status = {part.name: part for part in status_sections(database, configuration, now)}
-    coverage, *limits = answers(database, REPORT, "coverage", "queue", "rates", "cycles")
-    parts = [*answers(database, WEB), *limits]
     title = html.escape(f"ADCE: {status['verdict'].title}".replace("  ", ", "))
-    judged = dataclasses.replace(status["verdict"], title="")
-    notices = [part for part in (judged, status["alerts"]) if part.rows]
-    blocks = ["".join(WIDE.format(render([one], "html")) for one in group) for group in ([*notices, coverage], parts)]
+    judged, coverage = dataclasses.replace(status["verdict"], title=""), answers(database, REPORT, "coverage")
+    above = [judged, status["alerts"], *coverage]
+    below = [*answers(database, WEB), *answers(database, REPORT, "queue", "rates", "cycles")]
+    blocks = [
+        "".join(WIDE.format(render([part], "html")) for part in parts if part.rows or part.empty)
+        for parts in (above, below)
+    ]
     today, days = day_of(now).isoformat(), dict[str, dict[str, tuple[int, int]]]()
     year = year or int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
     for name, day, expected, present in database.read(CALENDAR, {"year": year}):
@@ -6662,8 +6664,7 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
 
 def announce_cycle(journal: Journal, database: Database) -> None:
     """One line for the cycle that has just ended."""
-    figures = "expected, present, missing, stale, suspect, created, closed, listed, seconds, error"
-    (row,) = query(database, f"select cycle_id as id, {figures} from cycles order by cycle_id desc limit 1")  # noqa: S608
+    (row,) = answers(database, STATUS, "cycle")[0].rows
     journal.write("ERROR" if row["error"] else "INFO", "cycle", **row)
 
 
@@ -6842,20 +6843,20 @@ class Alerter:
 
     def _notify(self, alert: dict[str, Any], prefix: str, text: str) -> None:
         """Log a message, and leave it to every channel."""
-        subject, now = f"{prefix}{alert['condition']}, {alert['about']}", self.clock.wall()
+        subject = f"{prefix}{alert['condition']}, {alert['about']}"
         self.journal.write("WARN", "alert", subject=subject, text=text)
         body = f"{text}\nhost {socket.gethostname()}, {self.configuration.database}\nTry: adce.py status"
-        message = {"subject": f"ADCE: {subject}", "text": body, "made_at": now, "next_at": now, "error": None}
+        message = {"subject": f"ADCE: {subject}", "text": body, "made_at": self.clock.wall(), "next_age": 0}
         alert["unsent"] += [{"channel": channel, **message} for channel in SENDERS if getattr(self.settings, channel)]
 
     def _save(self) -> None:
         """Store the alerts; those that are over and sent are then no longer kept here. Until it succeeds, all are."""
-        names = ("condition", "about", "since", "text", "seen_at", "notified_at", "ended_at")
-        rows = [(*(alert[name] for name in names), json.dumps(alert["unsent"])) for alert in self.alerts]
+        row = "(:condition, :about, :since, :text, :seen_at, :notified_at, :ended_at, :unsent)"
+        rows = [{**alert, "unsent": json.dumps(alert["unsent"])} for alert in self.alerts]
         try:
             if rows:
                 with self.database.transaction() as sql:
-                    sql.executemany("insert or replace into alerts values (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+                    sql.executemany(f"insert or replace into alerts values {row}", rows)  # noqa: S608
         except DatabaseError as error:
             self.journal.write("WARN", "alerts", error=str(error))
         else:
@@ -6864,26 +6865,22 @@ class Alerter:
     def send(self) -> None:
         """Send what waits, in order. A channel that fails is tried again after as long as its first message has waited,
         at least a minute and at most an hour, and gets nothing that is older than a day."""
-        for channel in SENDERS:
+        for channel, sender in SENDERS.items():
             waiting = [(alert, one) for alert in self.alerts for one in alert["unsent"] if one["channel"] == channel]
             for alert, message in sorted(waiting, key=lambda pair: pair[1]["made_at"]):
-                if not self._deliver(alert, message):
+                age = self.clock.wall() - message["made_at"]
+                is_wanted = getattr(self.settings, channel) and age < DAY
+                if is_wanted and age < message["next_age"]:
                     break
-
-    def _deliver(self, alert: dict[str, Any], message: dict[str, Any]) -> bool:
-        """Send a message if it is due. Returns whether its channel can take the next one."""
-        now, channel, error = self.clock.wall(), message["channel"], None
-        age = now - message["made_at"]
-        if getattr(self.settings, channel) and age < DAY:
-            if now < message["next_at"]:
-                return False
-            error = self._use(channel, functools.partial(SENDERS[channel], self.configuration, message))
-        if error:
-            message |= {"error": error, "next_at": now + min(max(age, MINUTE), HOUR)}
-        else:
-            alert["unsent"].remove(message)
-        self._save()
-        return error is None
+                send = functools.partial(sender, self.configuration, message)
+                error = self._use(channel, send) if is_wanted else None
+                if error:
+                    message |= {"error": error, "next_age": age + min(max(age, MINUTE), HOUR)}
+                else:
+                    alert["unsent"].remove(message)
+                self._save()
+                if error:
+                    break
 
     def report_cycle(self) -> None:
         """Report each cycle once: its figures to CloudWatch and, when it was good, a request to `ping`."""
@@ -6943,10 +6940,7 @@ def _send_to_command(configuration: Configuration, message: Mapping[str, Any]) -
         environment={"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"},
         seconds=SEND_SECONDS,
     )
-    try:
-        end = run_program(program, Clock())
-    except (OSError, ValueError) as error:
-        raise Error(f"cannot start {program.words[0]}: {getattr(error, 'strerror', None) or error}") from None
+    end = run_program(program, Clock())
     if not end.is_good():
         raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
 
