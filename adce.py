@@ -6018,7 +6018,7 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
     text = tabulate.tabulate(
         cells,
         headers=headers,
-        tablefmt={"table": "plain", "github": "github", "html": "unsafehtml"}[style],
+        tablefmt={"table": "plain", "github": "github", "html": "html"}[style],
         disable_numparse=True,
         colalign=["right" if is_number else "left" for is_number in are_numbers],
     )
@@ -6045,7 +6045,7 @@ def _fitted(lines: list[list[str]], are_numbers: Sequence[bool], width: int) -> 
 def _cell(value: Any, style: str) -> str:
     text = "-" if value is None else f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return html.escape(text) if style == "html" else text.replace("|", r"\|") if style == "github" else text
+    return text.replace("|", r"\|") if style == "github" else text
 
 
 def cut(line: str, columns: int) -> str:
@@ -6302,14 +6302,8 @@ def verdict(database: Database, configuration: Configuration, now: float) -> Sec
 
 def status_sections(database: Database, configuration: Configuration, now: float) -> list[Section]:
     """In one screen: is it running, is the lake complete, what is under way, which sources can be asked."""
-    path, log = configuration.database, configuration.database.with_name(f"{configuration.database.name}-wal")
-    overview = {
-        **runner_state(database, RunnerLock(path), now),
-        "database": str(path),
-        "store": configuration.store or None,
-        "database_bytes": path.stat().st_size + (log.stat().st_size if log.exists() else 0),
-        "disk_free_bytes": shutil.disk_usage(path.parent).free,
-    }
+    state = runner_state(database, RunnerLock(configuration.database), now)
+    overview = {**state, "database": str(configuration.database), "store": configuration.store or None}
     judged = verdict(database, configuration, now)
     return [judged, Section("runner", "Runner", [overview], is_one=True), *answers(database, STATUS)]
 
@@ -6354,7 +6348,7 @@ CALENDAR = """
     join datasets d on d.dataset_id = c.dataset_id
     where c.state in ('present', 'missing', 'stale', 'suspect') and c.objects > 0
       and o.day between :year || '-01-01' and :year || '-12-31'
-    group by d.dataset, o.day
+    group by d.dataset, o.day order by d.dataset, o.day
 """
 LATEST_DAY = """
     select max((select max(o.day) from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '')
@@ -6367,19 +6361,17 @@ WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by k
 
 def page(database: Database, configuration: Configuration, now: float, year: int | None = None, nearby: int = 0) -> str:
     """One HTML document; without a `year` that of the latest day. As a file it has no links to `nearby` years."""
-    status = {part.name: part for part in status_sections(database, configuration, now)}
-    title = html.escape(f"ADCE: {status['verdict'].title}".replace("  ", ", "))
-    judged, coverage = dataclasses.replace(status["verdict"], title=""), answers(database, REPORT, "coverage")
-    above = [judged, status["alerts"], *coverage]
+    judged = verdict(database, configuration, now)
+    title = html.escape(f"ADCE: {judged.title}".replace("  ", ", "))
+    above = [dataclasses.replace(judged, title=""), *answers(database, REPORT, "coverage")]
     below = [*answers(database, WEB), *answers(database, REPORT, "queue", "rates", "cycles")]
     blocks = [
         "".join(WIDE.format(render([part], "html")) for part in parts if part.rows or part.empty)
         for parts in (above, below)
     ]
-    today, days = day_of(now).isoformat(), dict[str, dict[str, tuple[int, int]]]()
+    today = day_of(now).isoformat()
     year = year or int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
-    for name, day, expected, present in database.read(CALENDAR, {"year": year}):
-        days.setdefault(name, {})[day] = expected, present
+    days = itertools.groupby(database.read(CALENDAR, {"year": year}), key=lambda row: row["dataset"])
     years = range(year - nearby, year + 2 if nearby else year)
     links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
     return f"""<!doctype html>
@@ -6390,29 +6382,29 @@ def page(database: Database, configuration: Configuration, now: float, year: int
 {blocks[0]}
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
 <p>A square is a day: dark blue when all of it is there, light blue when a part is, orange when nothing is, grey when
-nothing is expected.</p>{"".join(_calendar(name, year, those) for name, those in days.items())}
+nothing is expected.</p>{"".join(_calendar(name, year, list(rows)) for name, rows in days)}
 {blocks[1]}</main></body></html>
 """
 
 
-def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> str:
+def _calendar(dataset: str, year: int, rows: Sequence[sqlite3.Row]) -> str:
     """A year of days: a column is a week, a cell a day, its title says what its colour does."""
-    first, cells = datetime.date(year, 1, 1), []
+    days, first, cells = {row["day"]: row for row in rows}, datetime.date(year, 1, 1), []
     for number in range((datetime.date(year + 1, 1, 1) - first).days):
-        day = first + datetime.timedelta(days=number)
-        expected, present = days.get(day.isoformat(), (0, 0))
-        kind = "none" if not expected else "all" if present == expected else "part" if present else "gap"
+        day, kind, text = first + datetime.timedelta(days=number), "none", "nothing expected"
+        if row := days.get(day.isoformat()):
+            kind = "all" if row["present"] == row["expected"] else "part" if row["present"] else "gap"
+            text = f"{row['present']} of {row['expected']}"
         week, weekday = divmod(number + first.weekday(), 7)
-        text = f"{day:%a} {day}: {f'{present} of {expected}' if expected else 'nothing expected'}"
         box = f'x="{week * CELL}" y="{weekday * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
-        cells.append(f'<rect class="{kind}" {box}><title>{text}</title></rect>')
-    incomplete = [f"{day} ({there} of {wanted})" for day, (wanted, there) in sorted(days.items()) if there < wanted]
-    words = ", ".join(incomplete[:50]) + (" ..." if len(incomplete) > 50 else "")
-    details = f"<details><summary>{len(incomplete)} days are not complete</summary><p>{words}</p></details>"
-    expected, present = (sum(pair[place] for pair in days.values()) for place in (0, 1))
+        cells.append(f'<rect class="{kind}" {box}><title>{day:%a} {day}: {text}</title></rect>')
+    expected, present = (sum(row[name] for row in rows) for name in ("expected", "present"))
     label = html.escape(f"{dataset}: {present:,} of {expected:,} in {year}")
     svg = f'<svg role="img" aria-label="{label}" width="{54 * CELL}" height="{7 * CELL}">{"".join(cells)}</svg>'
-    return f"<h3>{label}</h3>{WIDE.format(svg)}{details if incomplete else ''}"
+    gaps = [f"{row['day']} ({row['present']} of {row['expected']})" for row in rows if row["present"] < row["expected"]]
+    words = ", ".join(gaps[:50]) + " ..." * (len(gaps) > 50)
+    details = f"<details><summary>{len(gaps)} days are not complete</summary><p>{words}</p></details>" if gaps else ""
+    return f"<h3>{label}</h3>{WIDE.format(svg)}{details}"
 
 
 # Each metric has its name, ! for a counter, and its meaning. The last column is the value, the others are labels.

@@ -1310,7 +1310,7 @@ def test_long_cycle_tells_how_far_it_is(configure, database, lake, clock, shares
     for _ in adce.reconcile(database, desk.configuration, lake.store, clock, options):
         clock.advance(6)
         adce.announce_progress(journal, database)
-    told = re.findall(r'progress cycle="1: (\d+) of (\d+) objects(, .* left)?" to_read=(\d+)', lines.getvalue())
+    told = re.findall(r'progress cycle="\d+: (\d+) of (\d+) objects(, .* left)?" to_read=(\d+)', lines.getvalue())
     looked = [int(one[0]) for one in told]
     assert looked == sorted(looked)
     assert told[-1] == (str(len(keys) + 1), str(len(keys) + 1), "", "0")  # the game is known by now
