@@ -6122,9 +6122,10 @@ class Condition(NamedTuple):
     is_quiet: bool = False  # shown on screens, and not sent as an alert
 
 
-# For the questions below; what a blocked source has held up counts from the end of that.
+# For the questions below. Objects that a blocked source has held up count from the end of that pause.
 LATEST = """
     with last as (select * from reconciliations where seconds is not null order by cycle_id desc limit 1),
+    late as (select * from attempts where attempt_id > (select max(attempt_id) from attempts) - 200),
     blocks as (
         select about as source, max(coalesce(ended_at, :now)) as over_at
         from alerts where condition = 'source blocked' group by about)
@@ -6147,10 +6148,9 @@ gave up: ! adce.py tasks --state gave_up --dataset {about}
     where task = 'gave_up' group by dataset having sum(objects) > 0
 never answered: ! adce.py tasks --dataset {about}
     select dataset as about, sum(attempts) || ' attempts, and the source never had such an object: '
-           || coalesce((select a.url from attempts a join objects o using (object_id)
-                        where o.dataset_id = t.dataset_id and a.url is not null
-                          and a.attempt_id > (select max(attempt_id) from attempts) - 200
-                        order by a.attempt_id desc limit 1), 'see its url') as text
+           || coalesce((select url from late join objects o using (object_id)
+                        where o.dataset_id = t.dataset_id and url is not null order by late.attempt_id desc limit 1),
+                       'see its url') as text
     from daily_totals t join datasets using (dataset_id)
     where active and not exists (select 1 from counts c where c.dataset_id = t.dataset_id and state = 'present'
                                  and objects > 0)
@@ -6165,13 +6165,12 @@ critical gap: ! adce.py tasks --dataset {about}
 errors: ! adce.py report
     select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
     from (select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
-                 a.attempt_id > (select max(attempt_id) from attempts) - 20 as is_late
-          from attempts a join objects using (object_id) join datasets using (dataset_id)
+                 late.attempt_id > (select max(attempt_id) from attempts) - 20 as is_latest
+          from late join objects using (object_id) join datasets using (dataset_id)
           join scopes s on s.scope = source and s.failures = 0 and s.throttles = 0  -- else it may be away
           left join blocks using (source)
-          where outcome != 'running' and started_at > max(:now - 86400, coalesce(over_at, 0))
-            and a.attempt_id > (select max(attempt_id) from attempts) - 200)
-    having count(*) >= 20 and sum(failed) * 10 > count(*) and max(failed and is_late)  -- else that is over
+          where outcome != 'running' and started_at > max(:now - 86400, coalesce(over_at, 0)))
+    having count(*) >= 20 and sum(failed) * 10 > count(*) and max(failed and is_latest)  -- else that is over
 nothing collected: x adce.py logs
     select 'lake' as about, 'nothing was collected in ' || cycles || ' cycles, though tasks of '
            || group_concat(dataset, ', ') || ' could be done' as text
@@ -6182,9 +6181,7 @@ nothing collected: x adce.py logs
       and max(paused_until, (select paused_until from scopes where scope = 'global')) + wall_offset < began
       and exists (select 1 from objects o
                   where o.dataset_id = d.dataset_id and o.task = 'pending' and o.detected_at < began)
-      and not exists (select 1 from attempts
-                      where outcome = 'ok' and started_at + seconds > began
-                        and attempt_id > (select max(attempt_id) from attempts) - 200)
+      and not exists (select 1 from late where outcome = 'ok' and started_at + seconds > began)
     having count(*) > 0
 mass loss: x adce.py report cycles
     select 'lake' as about, error as text from last where instr(error, :vanished)
