@@ -6262,10 +6262,8 @@ def conditions(
 def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, Any]:
     """Whether a runner works, and its last heartbeat."""
     row, holder = next(iter(query(database, "select * from runner")), None), lock.holder()
-    if holder is not None and (row is None or row["pid"] != holder):  # it has not registered itself yet
-        return {"runner": "running", "pid": holder or None}
-    if row is None:
-        return {"runner": "never ran"}
+    if row is None or holder not in (None, row["pid"]):  # the present one has not registered itself yet
+        return {"runner": "never ran"} if holder is None else {"runner": "running", "pid": holder or None}
     started_at, beat_at, stopped_at = (utc_text(row[name]) for name in ("started_at", "beat_at", "stopped_at"))
     if holder is None:
         ended = {"stopped_at": stopped_at, "note": row["note"]} if stopped_at else {"note": CRASHED}
@@ -6337,20 +6335,9 @@ running: Running now | nothing
 attempts: The last attempts
     select * from recent_attempts limit 20
 """)
-CALENDAR = """
-    select d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present
-    from counts c
-    cross join objects o indexed by objects_by_state
-        on o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state
-    join datasets d on d.dataset_id = c.dataset_id
-    where c.state in ('present', 'missing', 'stale', 'suspect') and c.objects > 0
-      and o.day between :year || '-01-01' and :year || '-12-31'
-    group by d.dataset, o.day order by d.dataset, o.day
-"""
-LATEST_DAY = """
-    select max((select max(o.day) from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '')
-                and o.state = c.state and o.day <= :today))
-    from counts c where c.objects > 0
+DAYS = """
+    select dataset, day, expected, present from coverage_by_day
+    where day between :year || '-01-01' and :year || '-12-31' order by dataset, day
 """
 CELL = 11  # pixels
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
@@ -6366,9 +6353,9 @@ def page(database: Database, configuration: Configuration, now: float, year: int
         "".join(WIDE.format(render([part], "html")) for part in parts if part.rows or part.empty)
         for parts in (above, below)
     ]
-    today = day_of(now).isoformat()
-    year = year or int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
-    days = itertools.groupby(database.read(CALENDAR, {"year": year}), key=lambda row: row["dataset"])
+    latest = "select coalesce(max(day), :today) from objects where day <= :today and state != 'dropped'"
+    year = year or int(database.value(latest, {"today": day_of(now).isoformat()})[:4])
+    days = itertools.groupby(database.read(DAYS, {"year": year}), key=lambda row: row["dataset"])
     years = range(year - nearby, year + 2 if nearby else year)
     links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
     return f"""<!doctype html>
@@ -6533,31 +6520,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
-        path, _, text = self.path.partition("?")
-        answer = 403, TEXT, "this server answers to localhost only\n"  # the name of another site may point here
-        if host in ("localhost", "127.0.0.1", "[::1]"):
-            try:
-                answer = self.server.answer(path, dict(urllib.parse.parse_qsl(text)))
-            except (DatabaseError, OSError) as error:
-                answer = 503, TEXT, f"{error}\n"
-        self._send(*answer)
-
-    def _refuse(self) -> None:
-        self._send(405, TEXT, "this server is only read\n", Allow="GET, HEAD")
-
-    do_HEAD = do_GET  # noqa: N815
-    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse  # noqa: N815
-
-    def _send(self, status: int, kind: str, text: str, **headers: str) -> None:
+        path, _, options = self.path.partition("?")
+        try:
+            if self.command not in ("GET", "HEAD"):
+                status, kind, text = 405, TEXT, "this server is only read\n"
+            elif host in ("localhost", "127.0.0.1", "[::1]"):
+                status, kind, text = self.server.answer(path, dict(urllib.parse.parse_qsl(options)))
+            else:  # the name of another site may point here
+                status, kind, text = 403, TEXT, "this server answers to localhost only\n"
+        except (DatabaseError, OSError) as error:
+            status, kind, text = 503, TEXT, f"{error}\n"
         body = text.encode()
-        headers |= {"Content-Type": kind, "Content-Length": str(len(body)), "Content-Security-Policy": PAGE_POLICY}
-        headers |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+        headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Content-Security-Policy": PAGE_POLICY}
+        headers |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Allow": "GET, HEAD"}
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET  # noqa: N815
 
     def log_message(self, *_: object) -> None:
         """Requests are not logged."""
