@@ -6218,6 +6218,7 @@ def problems(
         return {"database unusable": error}
     found, store = dict[str, str](), open_store(configuration.store)
     try:
+        database.check_place()
         beat = database.value("select beat_at from runner") or 0
         sql = """select coalesce((select substr(reason, length(:prefix) + 1) from rates
                                   where scope = 'global' and glob(:prefix || '*', reason)), store_error) from facts"""
@@ -6482,6 +6483,7 @@ class HealthServer(http.server.ThreadingHTTPServer):
             body = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
             text = json.dumps({**body, "problems": [*found.values()], "components": components})
             return (503 if found else 200), JSON, text
+        self.database.check_place()
         if path == "/metrics" and options.get("format") != "json":
             return 200, TEXT.replace(";", "; version=0.0.4;"), metrics_text(self.database)
         if path in ("/status", "/metrics"):
@@ -6752,6 +6754,8 @@ class LiveScreen:
 LOOK_SECONDS = 30
 CALM_SECONDS = 15 * MINUTE  # a condition that returns sooner was never over
 SEND_SECONDS = 15  # for one message
+CHANNELS = ("webhook", "sns_topic", "command")  # of alerts; `ping` and `cloudwatch` get each cycle
+FIGURES = ("expected", "present", "missing", "stale", "suspect", "list_calls")  # for CloudWatch, and the open tasks
 FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # other effects of a full disk
 
 
@@ -6819,7 +6823,7 @@ class Alerter:
         self.journal.write("WARN", "alert", subject=subject, text=text)
         body = f"{text}\nhost {socket.gethostname()}, {self.configuration.database}\nTry: adce.py status"
         message = {"subject": f"ADCE: {subject}", "text": body, "made_at": self.clock.wall(), "next_age": 0}
-        alert["unsent"] += [{"channel": channel, **message} for channel in SENDERS if getattr(self.settings, channel)]
+        alert["unsent"] += [{"channel": channel, **message} for channel in CHANNELS if getattr(self.settings, channel)]
 
     def _save(self) -> None:
         """Store the alerts; those that are over and sent are then no longer kept here. Until it succeeds, all are."""
@@ -6837,15 +6841,13 @@ class Alerter:
     def send(self) -> None:
         """Send what waits, in order. A channel that fails is tried again after as long as its first message has waited,
         at least a minute and at most an hour, and gets nothing that is older than a day."""
-        for channel, sender in SENDERS.items():
+        for channel in CHANNELS:
             waiting = [(alert, one) for alert in self.alerts for one in alert["unsent"] if one["channel"] == channel]
             for alert, message in sorted(waiting, key=lambda pair: pair[1]["made_at"]):
                 age = self.clock.wall() - message["made_at"]
-                is_wanted = getattr(self.settings, channel) and age < DAY
-                if is_wanted and age < message["next_age"]:
+                if age < min(message["next_age"], DAY):
                     break
-                send = functools.partial(sender, self.configuration, message)
-                error = self._use(channel, send) if is_wanted else None
+                error = self._use(channel, message) if age < DAY else None
                 if error:
                     message |= {"error": error, "next_age": age + min(max(age, MINUTE), HOUR)}
                 else:
@@ -6856,21 +6858,21 @@ class Alerter:
 
     def report_cycle(self) -> None:
         """Report each cycle once: its figures to CloudWatch and, when it was good, a request to `ping`."""
-        rows = query(self.database, "select * from cycles where seconds is not null order by cycle_id desc limit 1")
-        if not rows or rows[0]["cycle_id"] == self.cycle_id:
-            return
-        self.cycle_id = rows[0]["cycle_id"]
-        if self.settings.cloudwatch:
-            self._use("cloudwatch", functools.partial(put_metrics, self.settings.cloudwatch, self.database, rows[0]))
-        if self.settings.ping and rows[0]["error"] is None:
-            self._use("ping", functools.partial(_http, "GET", self.settings.ping))
+        for cycle in query(self.database, "select * from cycles where seconds is not null order by 1 desc limit 1"):
+            if cycle["cycle_id"] != self.cycle_id:
+                self.cycle_id = cycle["cycle_id"]
+                tasks = self.database.read("select 'tasks_' || state, count(*) from queue group by state")
+                self._use("cloudwatch", cycle | dict(map(tuple, tasks)))
+                if cycle["error"] is None:
+                    self._use("ping", cycle)
 
-    def _use(self, channel: str, send: Callable[[], None]) -> str | None:
-        """Use a channel. Returns its error."""
+    def _use(self, channel: str, message: Mapping[str, Any]) -> str | None:
+        """Use a channel, if it is configured. Returns its error."""
         try:
-            send()
+            if getattr(self.settings, channel):
+                deliver(channel, self.configuration, message)
         except Exception as problem:  # noqa: BLE001  # whatever a library raises is an error of the channel
-            error = str(problem) if isinstance(problem, Error) else type(problem).__name__  # it may name the address
+            error = str(problem) if isinstance(problem, Error | OSError) else type(problem).__name__  # no address
             self.journal.write("WARN", "channel", channel=channel, error=error)
             return error
         return None
@@ -6883,6 +6885,36 @@ def revealed(text: str) -> str:
     if text[1:] not in os.environ:
         raise Error(f"{text} is not in the environment")
     return os.environ[text[1:]].strip()
+
+
+def deliver(channel: str, configuration: Configuration, message: Mapping[str, Any]) -> None:
+    """Send the subject and text of an alert; to `ping` and `cloudwatch`, a cycle and the number of open tasks."""
+    settings = configuration.alerts
+    if channel == "webhook":  # in the format of Slack, which many others take
+        _http("POST", str(settings.webhook), json={"text": f"*{message['subject']}*\n{message['text']}"})
+    elif channel == "ping":
+        _http("GET", str(settings.ping))
+    elif channel == "command":  # subject and text are its last arguments
+        program = Program(
+            words=(*settings.command, message["subject"], message["text"]),
+            folder=configuration.path.parent,
+            environment={"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"},
+            seconds=SEND_SECONDS,
+        )
+        end = run_program(program, Clock())
+        if not end.is_good():
+            raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
+    elif channel == "sns_topic":
+        topic = str(settings.sns_topic)
+        client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
+        client.publish(TopicArn=topic, Subject=message["subject"][:100], Message=message["text"])
+    elif channel == "cloudwatch":
+        started_at, seconds = datetime.datetime.fromisoformat(message["started_at"]), message["seconds"]
+        common = {"Timestamp": started_at + datetime.timedelta(seconds=seconds), "Unit": "Count"}
+        names = (name for name in message if name in FIGURES or name.startswith("tasks_"))
+        metrics = [{"MetricName": name, "Value": message[name], **common} for name in names]
+        metrics.append({**common, "MetricName": "cycle", "Value": seconds, "Unit": "Seconds"})
+        _aws_client("cloudwatch").put_metric_data(Namespace=settings.cloudwatch, MetricData=metrics)
 
 
 def _http(method: str, address: str, **options: Any) -> None:
@@ -6898,50 +6930,12 @@ def _http(method: str, address: str, **options: Any) -> None:
         raise Error(f"HTTP {answer.status_code}")
 
 
-def _send_to_sns(configuration: Configuration, message: Mapping[str, Any]) -> None:
-    topic = cast(str, configuration.alerts.sns_topic)
-    client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
-    client.publish(TopicArn=topic, Subject=message["subject"][:100], Message=message["text"])
-
-
-def _send_to_command(configuration: Configuration, message: Mapping[str, Any]) -> None:
-    """Subject and text are its last arguments."""
-    program = Program(
-        words=(*configuration.alerts.command, message["subject"], message["text"]),
-        folder=configuration.path.parent,
-        environment={"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"},
-        seconds=SEND_SECONDS,
-    )
-    end = run_program(program, Clock())
-    if not end.is_good():
-        raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
-
-
-SENDERS: Mapping[str, Callable[[Configuration, Mapping[str, Any]], None]] = {
-    "webhook": lambda configuration, message: _http(  # in the format of Slack, which many others take
-        "POST", str(configuration.alerts.webhook), json={"text": f"*{message['subject']}*\n{message['text']}"}
-    ),
-    "sns_topic": _send_to_sns,
-    "command": _send_to_command,
-}
-
-
 def _aws_client(service: str, region: str | None = None) -> Any:
     import boto3
     import botocore.config
 
     limits = botocore.config.Config(connect_timeout=5, read_timeout=SEND_SECONDS, retries={"total_max_attempts": 2})
     return boto3.session.Session().client(service, region_name=region, config=limits)
-
-
-def put_metrics(namespace: str, database: Database, cycle: Mapping[str, Any]) -> None:
-    """Put the figures of a cycle and the number of open tasks into CloudWatch, in one call."""
-    when = datetime.datetime.fromisoformat(cycle["started_at"]) + datetime.timedelta(seconds=cycle["seconds"])
-    figures = {name: cycle[name] for name in ("expected", "present", "missing", "stale", "suspect", "list_calls")}
-    figures |= {f"tasks_{row[0]}": row[1] for row in database.read("select state, count(*) from queue group by state")}
-    values = [("cycle", cycle["seconds"], "Seconds"), *((name, value, "Count") for name, value in figures.items())]
-    metrics = [{"MetricName": name, "Timestamp": when, "Value": value, "Unit": unit} for name, value, unit in values]
-    _aws_client("cloudwatch").put_metric_data(Namespace=namespace, MetricData=metrics)
 
 
 # ---------------------------------------------------------------- Operator actions
