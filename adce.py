@@ -92,6 +92,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -713,16 +714,8 @@ create view open_alerts as
            strftime('%Y-%m-%dT%H:%M:%SZ', since, 'unixepoch') as since,
            strftime('%Y-%m-%dT%H:%M:%SZ', notified_at, 'unixepoch') as notified_at
     from alerts
-    where ended_at is null and condition != 'channel broken'
+    where ended_at is null
     order by alerts.since;
-
-create view broken_channels as
-    -- Channels for alerts and figures that do not work now, and how many alerts wait for them.
-    select about as channel, text as error, strftime('%Y-%m-%dT%H:%M:%SZ', since, 'unixepoch') as since,
-           (select count(*) from alerts a where instr(a.unsent, '"' || b.about || '"')) as waiting
-    from alerts b
-    where ended_at is null and condition = 'channel broken'
-    order by channel;
 
 create view stats as
     -- Attempts by day, kept for ever.
@@ -1414,16 +1407,19 @@ class HealthCheck:
 
 @dataclass(frozen=True, slots=True)
 class Alerts:
-    """Alert channels and thresholds. An address may be $NAME, a variable of the environment."""
+    """Alert channels. An address may be $NAME, a variable of the environment."""
 
     webhook: Text | None = setting("URL of a Slack-compatible webhook, or $NAME", None)
     sns_topic: Text | None = setting("ARN of an SNS topic, or $NAME", None)
     command: tuple[Text, ...] = setting("program to run; subject and text become its last arguments", ())
     ping: Text | None = setting("URL requested after each good cycle, or $NAME", None)
     cloudwatch: Text | None = setting("CloudWatch namespace for the figures of each cycle", None)
+<<<<<<< HEAD
     error_percent: Percent = setting("maximum share of failures in the last 200 attempts", 10)
     quiet_cycles: Count = setting("cycles without a good attempt, though tasks are due, before an alert", 8)
     critical_gap_hours: Positive = setting("age of a CRITICAL gap that raises an alert", 24)
+=======
+>>>>>>> h-screens
 
 
 @dataclass(frozen=True, slots=True)
@@ -1600,7 +1596,7 @@ class Configuration:
     priority_weighting: PriorityWeighting = setting("the score, which orders the queue", PriorityWeighting())
     rate_limiting: RateLimiting = setting("rate limits; absent: none", RateLimiting(enabled=False))
     health_check: HealthCheck = setting("HTTP server; absent: none", HealthCheck(enabled=False))
-    alerts: Alerts = setting("alert channels and thresholds", Alerts())
+    alerts: Alerts = setting("alert channels", Alerts())
     retry: Retry = setting("retries of failed tasks", Retry())
     seasons: tuple[Season, ...] = setting("the seasons of `seasons: all`", ())
     sources: Mapping[str, Source] = setting("upstreams with their own limits, by name", {})
@@ -1651,6 +1647,7 @@ def problems_in(block: object) -> Problems:
             yield "max_bytes", f"{block.max_bytes} is less than min_bytes"
 
 
+<<<<<<< HEAD
 def conflicts(record: type, given: Sequence[str]) -> Problems:
     """Keys that are missing, that exclude one another, or that have no effect beside the others. ONE_OF of a record
     has pairs of a key, or an empty text, and of a group of which exactly one must stand beside that key."""
@@ -1665,6 +1662,38 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
         elif one.beside and not set(one.beside) & set(given):
             yield name, "has no effect without " + " or ".join(f'"{other}"' for other in one.beside)
         yield from ((name, f'has no effect beside "{other}"') for other in one.against if {name, other} <= set(given))
+=======
+# ---------------------------------------------------------------- Reading
+# From a file to a configuration: what must hold between the records, and every mistake with its line and a hint; and
+# the reference of all keys. Headlines: load_configuration(), explain(), json_schema().
+
+MAX_FILE_BYTES = 1 << 20
+DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
+DATE_CODES = "aAbBcCdDeFgGhHIjmMpRSTuUVwWxXyY"  # of strftime: those that a date has and every platform knows
+# Keys of the system that ADCE replaces: the key that took their place, or what to do instead.
+FORMER = {
+    "alerts.alert_on": "each condition is an alert",
+    "alerts.channels": "set alerts.sns_topic and alerts.webhook",
+    "alerts.enabled": "without a channel nothing is sent",
+    "dry_run": 'use "adce.py plan"',
+    "exponential_backoff": "delays always grow",
+    "health_check.alert_thresholds": "the thresholds of alerts are fixed",
+    "logging": 'use "adce.py run --log FILE"',
+    "maintenance": 'use "adce.py pause SOURCE --for 2h"',
+    "max_orchestrator_runtime_minutes": 'use "adce.py run --max-minutes N"',
+    "max_retries": "retry.max_attempts",
+    "rate_limiting.backoff.enabled": "without backoff there is none",
+    "retry_delay_seconds": "retry.initial_delay_seconds",
+    "scheduled_tasks": "declare datasets",
+    "task_processing": "the score orders all open tasks",
+    "task_queue_file": "the queue is in the database",
+    "test_mode": 'use "adce.py run --once"',
+    **dict.fromkeys(("enabled", "last_updated", "metadata", "version"), "it had no effect"),
+    **dict.fromkeys(("fallback_to_sample", "use_aws_inventory"), "the store itself is listed"),
+    **dict.fromkeys(("health_check.check_interval_seconds", "min_tasks_to_trigger"), "not needed"),
+    **dict.fromkeys(("integration", "performance", "resource_limits"), "not supported"),
+}
+>>>>>>> h-screens
 
 
 @functools.cache
@@ -5491,6 +5520,7 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
 # anything. Headlines: REPORT, answers(), render().
 
 FORMATS = ("table", "json", "csv", "github", "html")
+NARROWEST = 8  # characters of a column on a terminal
 Rows = list[dict[str, Any]]
 
 
@@ -5508,21 +5538,16 @@ class Section:
 
 # Fragments of the questions below. Percents are rounded down: 100 means all.
 FRAGMENTS = {
-    "SUMS": """sum(present) * 10000 / nullif(sum(expected), 0) / 100.0 as percent,
-        ifnull(sum(missing), 0) as missing, ifnull(sum(stale), 0) as stale, ifnull(sum(suspect), 0) as suspect,
-        ifnull(sum(gave_up), 0) as gave_up, ifnull(sum(present), 0) as present, ifnull(sum(expected), 0) as expected""",
-    "OPEN": """ifnull(sum(iif(task = 'pending', objects, 0)), 0) as pending,
-        ifnull(sum(iif(task = 'retry', objects, 0)), 0) as retry,
-        ifnull(sum(iif(task = 'running', objects, 0)), 0) as running,
-        ifnull(sum(iif(task = 'gave_up', objects, 0)), 0) as gave_up""",
+    "SUMS": "sum(present) * 10000 / nullif(sum(expected), 0) / 100.0 as percent, "
+    + ", ".join(f"ifnull(sum({name}), 0) as {name}" for name in (*GAPS, "gave_up", "present", "expected")),
+    "OPEN": ", ".join(
+        f"ifnull(sum(objects * (task = '{state}')), 0) as {state}"
+        for state in ("pending", "retry", "running", "gave_up")
+    ),
     "BY_TASK": "task in ('retry', 'running', 'gave_up')",  # lets SQLite use the index objects_by_task
     "FILTER": "(:source is null or source = :source) and (:dataset is null or dataset = :dataset)",
     "ATTEMPTS": """attempts a join objects o using (object_id) join datasets d using (dataset_id)
         where a.started_at >= :since""",
-    "FIGURES": """count(*) as attempts, sum(outcome = 'ok') as ok, sum(outcome = 'not_yet') as not_yet,
-        sum(outcome not in ('ok', 'not_yet', 'lost')) as failed,
-        round(100.0 * sum(outcome not in ('ok', 'not_yet', 'lost')) / count(*), 1) as error_percent,
-        sum(requests) as requests, sum(bytes) as bytes""",
     "RATES": """select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
         from rates order by scope = 'global', scope, window_seconds""",
     # sources that cannot be asked now
@@ -5546,11 +5571,12 @@ def query(database: Database, sql: str, parameters: Mapping[str, Any] | Sequence
     return [dict(row) for row in database.read(sql, parameters)]
 
 
-def answers(database: Database, screen: Sequence[Section], **values: Any) -> list[Section]:
-    """The sections of a screen with their rows. Titles and SQL may name `values`."""
+def answers(database: Database, screen: Sequence[Section], *names: str, **values: Any) -> list[Section]:
+    """The sections of a screen, or those named, with their rows. Titles and SQL may name `values`."""
     return [
         dataclasses.replace(one, title=one.title.format(**values), rows=query(database, one.sql, values))
         for one in screen
+        if not names or one.name in names
     ]
 
 
@@ -5578,7 +5604,10 @@ reasons: Why objects are missing, stale or suspect
     from reasons join datasets using (dataset_id)
     order by objects desc limit 20
 datasets: Attempts of the last {span}
-    select source, dataset, {FIGURES},
+    select source, dataset, count(*) as attempts, sum(outcome = 'ok') as ok, sum(outcome = 'not_yet') as not_yet,
+           sum(outcome not in ('ok', 'not_yet', 'lost')) as failed,
+           round(100.0 * sum(outcome not in ('ok', 'not_yet', 'lost')) / count(*), 1) as error_percent,
+           sum(requests) as requests, sum(bytes) as bytes,
            round(min(seconds) filter (where place >= 0.50 * number), 3) as p50,
            round(min(seconds) filter (where place >= 0.95 * number), 3) as p95,
            round(min(seconds) filter (where place >= 0.99 * number), 3) as p99
@@ -5587,10 +5616,6 @@ datasets: Attempts of the last {span}
                  count(*) over (partition by o.dataset_id) as number
           from {ATTEMPTS} and outcome != 'running')
     group by source, dataset
-scrapers: By scraper
-    select coalesce((select value from json_each(:scrapers) where key = d.dataset), 'no longer declared') as scraper,
-           count(distinct d.dataset) as datasets, {FIGURES}
-    from {ATTEMPTS} and outcome != 'running' group by scraper
 attempts: How attempts of the last {span} ended
     select d.dataset, outcome, count(*) as attempts, sum(requests) as requests, round(avg(seconds), 3) as mean_seconds,
            round(max(seconds), 3) as longest, sum(bytes) as bytes
@@ -5599,13 +5624,6 @@ rates: Rate limits
     {RATES}
 cycles: The last cycles
     select * from cycles order by cycle_id desc limit 5
-listing!: Cycles of the last {span}
-    select count(*) as cycles,
-           round((max(started_at) - min(started_at)) / 60 / nullif(count(*) - 1, 0), 1) as minutes_between,
-           round(avg(seconds), 3) as mean_seconds, round(max(seconds), 3) as longest, count(error) as failed,
-           sum(created) as created, sum(closed) as closed, sum(list_calls) as list_calls,
-           round(sum(list_calls) * 0.005 / 1000, 4) as s3_list_usd  -- S3 takes 0.005 USD for 1,000
-    from reconciliations where started_at >= :since having count(*) > 0
 """)
 STATUS = questions("""
 lake!: Lake
@@ -5620,8 +5638,6 @@ sources: Sources
     {RATES}
 alerts: Alerts
     select * from open_alerts
-broken_channels: Channels that do not work
-    select * from broken_channels
 """)
 COVERAGE, BY_DAY = questions("""
 coverage: Coverage by dataset and season | nothing is expected yet; run a cycle: adce.py reconcile
@@ -5707,67 +5723,56 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
-    """A table; on a terminal without columns of nothing but zeros."""
-    kept = [name for name in rows[0] if name == "percent" or any(row[name] not in (0, None) for row in rows)]
-    names = kept if kept and style == "table" else list(rows[0])
-    cells = [[_cell(row[name]) for name in names] for row in rows]
-    are_numbers = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
-    if style == "table":
-        return _text_table([names, *cells], are_numbers, width or sys.maxsize)
+    """A table; on a terminal without columns of nothing but zeros, and with texts wrapped to fit its width."""
     import tabulate
 
-    quote = html.escape if style == "html" else lambda cell: cell.replace("|", r"\|")
-    return tabulate.tabulate(
-        [[quote(cell) for cell in row] for row in cells],
-        headers=[name.replace("_", " ") if style == "html" else name for name in names],
-        tablefmt={"github": "github", "html": "unsafehtml"}[style],
+    kept = [name for name in rows[0] if name == "percent" or any(row[name] not in (0, None) for row in rows)]
+    names = kept if kept and style == "table" else list(rows[0])
+    cells = [[_cell(row[name], style) for name in names] for row in rows]
+    are_numbers = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
+    headers = [name.replace("_", " ") if style == "html" else name for name in names]
+    room = width if width and style == "table" else sys.maxsize
+    if style == "table":
+        cells, headers = _fitted([names, *cells], are_numbers, room), []
+    text = tabulate.tabulate(
+        cells,
+        headers=headers,
+        tablefmt={"table": "plain", "github": "github", "html": "html"}[style],
         disable_numparse=True,
         colalign=["right" if is_number else "left" for is_number in are_numbers],
     )
+    lines = (line.rstrip() for line in text.splitlines())
+    return "\n".join(line if line == cut(line, room) else f"{cut(line, room - 1)}…" for line in lines)
 
 
-def _text_table(lines: list[list[str]], are_numbers: Sequence[bool], width: int) -> str:
-    """What does not fit stands below its row (the last column), is left out (the columns on the right) or is shortened
-    in the middle."""
-
-    def widths(most: int = sys.maxsize) -> list[int]:
-        return [min(most, max(map(len, column)) + 2) for column in zip(*lines, strict=True)]
-
-    notes = [""] * len(lines)
-    if sum(widths()) - 2 > width and len(lines[0]) > 2 and widths()[-1] > 16:
-        notes = [f"    {line.pop().strip('-')}" for line in lines]
-    while sum(widths(22)) - 2 > width and len(lines[0]) > 2:
-        lines = [line[:-1] for line in lines]
-    while (excess := sum(widths()) - 2 - width) > 0 and max(widths()) > 22:
-        column, most = widths().index(max(widths())), max(20, max(widths()) - 2 - excess)
-        for line in lines:
-            cell = line[column]
-            line[column] = f"{cell[: most // 2]}…{cell[1 + most // 2 - most :]}" if len(cell) > most else cell
-    sides, wide = [str.rjust if is_number else str.ljust for is_number in are_numbers], widths()
-    text = ["".join(side(cell, n - 2) + "  " for side, cell, n in zip(sides, one, wide, strict=False)) for one in lines]
-    text.insert(1, "  ".join("-" * (n - 2) for n in wide))
-    pairs = zip(text, ["", "", *notes[1:]], strict=True)
-    shown = [line.rstrip() for pair in pairs for line in pair if line.strip()]
-    return "\n".join(line if line == cut(line, width) else f"{cut(line, width - 1)}…" for line in shown)
+def _fitted(lines: list[list[str]], are_numbers: Sequence[bool], width: int) -> list[list[str]]:
+    """The lines of a table with its head underlined, and with the longest texts wrapped so that it fits if it can."""
+    pairs = zip(zip(*lines, strict=True), are_numbers, strict=True)
+    sizes = [(max(map(len, cells)), max(map(len, cells[1:])) if is_number else 0) for cells, is_number in pairs]
+    for most in range(max(NARROWEST, *(size for size, _ in sizes)), NARROWEST - 1, -1):
+        widths = [max(min(size, most), unbroken) for size, unbroken in sizes]
+        if sum(widths) + 2 * len(widths) - 2 <= width:
+            break
+    lines[0] = [name if len(name) <= n else name.replace("_", " ") for name, n in zip(lines[0], widths, strict=True)]
+    wrapped = [
+        [cell if len(cell) <= n else "\n".join(textwrap.wrap(cell, n)) for cell, n in zip(line, widths, strict=True)]
+        for line in lines
+    ]
+    return [wrapped[0], ["-" * n for n in widths], *wrapped[1:]]
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, style: str) -> str:
     text = "-" if value is None else f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text.replace("|", r"\|") if style == "github" else text
 
 
 def cut(line: str, columns: int) -> str:
     """As much of a line as fits: wide letters take two columns."""
+    if 2 * len(line) <= columns:
+        return line
     widths = (1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
     return "".join(letter for letter, end in zip(line, itertools.accumulate(widths), strict=True) if end <= columns)
-
-
-def scraper_of(dataset: Dataset) -> str:
-    """What brings its objects, without what differs between them; several datasets may share it."""
-    if dataset.url:
-        return f"GET {dataset.url.text.partition('?')[0].partition('{')[0]}"
-    words = [template.text for template in dataset.command]
-    return dataset.call or " ".join(itertools.takewhile(lambda word: "{" not in word, words))
 
 
 def tasks_sections(database: Database, filters: Mapping[str, str | None], most: int) -> list[Section]:
@@ -5791,137 +5796,135 @@ def task_sections(database: Database, task_id: int) -> list[Section]:
     return sections
 
 
+def tasks_by_source(database: Database) -> dict[str, int]:
+    """How many tasks of each source are open."""
+    sql = """select source, sum(objects) from counts join datasets using (dataset_id)
+             where task != '' and objects > 0 group by source"""
+    return dict(map(tuple, database.read(sql)))
+
+
+def minutes_left(database: Database) -> float:
+    """The time until the last pending task has its permit, by the limits and pauses of the sources."""
+    return max((row["least_minutes"] or 0.0 for row in answers(database, PLAN, "sources")[0].rows), default=0.0)
+
+
 def tasks_document(database: Database, filters: Mapping[str, str | None], most: int) -> dict[str, Any]:
     """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
-    by_source: dict[str, int] = dict(map(tuple, database.read(BY_SOURCE)))
+    by_source = tasks_by_source(database)
     return {
         "total_tasks": sum(by_source.values()),
-        "by_priority": {row["priority"]: row for row in answers(database, REPORT[3:4])[0].rows},
+        "by_priority": {row["priority"]: row for row in answers(database, REPORT, "queue")[0].rows},
         "by_source": by_source,
         "estimated_total_minutes": minutes_left(database),
         "tasks": tasks_sections(database, filters, most)[0].rows,
     }
 
 
-BY_SOURCE = (
-    "select source, sum(objects) from counts join datasets using (dataset_id) where task != '' and objects group by 1"
-)
-
-
-def minutes_left(database: Database) -> float:
-    """The time until the last pending task has its permit, by the limits and pauses of the sources."""
-    return max((row["least_minutes"] or 0.0 for row in answers(database, PLAN[2:3])[0].rows), default=0.0)
-
-
 # ---------------------------------------------------------------- Conditions
 # What needs attention, each as a question by an index. One cause is one condition: what a blocked source holds up is no
-# condition of its own. Headlines: CONDITIONS, problems(), status_sections().
+# condition of its own. Headlines: CONDITIONS, problems(), verdict().
 
 CRASHED, STUCK = "exited unexpectedly", "loop stuck"
-REMARKS = ("no limits", "changed", "seasons over")
-SHOWN_ONLY = (*REMARKS, "paused", "cycle", "channel")  # on screens; alerts wait until it is worse,
-SENT_ONLY = ("source blocked", "cycles fail")  # and then have these
 BEAT_SECONDS = 10  # between two heartbeats of the main loop
 LEAST_FREE_BYTES = 100 << 20
 COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": STUCK}  # and their problems
-# what a blocked source has held up counts from the end of that
-BLOCKS = """
-    with blocks as (
+
+
+class Condition(NamedTuple):
+    """Something that needs attention, and the command that helps."""
+
+    name: str
+    about: str
+    mark: str  # x: work stands still, !: something is wrong, -: a remark, which is never sent
+    text: str
+    hint: str
+    is_quiet: bool = False  # shown on screens, and not sent as an alert
+
+
+# For the questions below. Objects that a blocked source has held up count from the end of that pause.
+LATEST = """
+    with last as (select * from reconciliations where seconds is not null order by cycle_id desc limit 1),
+    late as (select * from attempts where attempt_id > (select max(attempt_id) from attempts) - 200),
+    blocks as (
         select about as source, max(coalesce(ended_at, :now)) as over_at
         from alerts where condition = 'source blocked' group by about)
 """
-# condition, ! if work stands still: the command that helps; and its subjects, each with a sentence about it
+# condition: its mark and the command that helps; its subjects, a sentence about each, and whether it is quiet
 CONDITIONS = questions("""
-source blocked!: adce.py resume {about}
-    select scope as about, 'paused until ' || strftime('%Y-%m-%dT%H:%M:%SZ', paused_until + wall_offset, 'unixepoch')
-           || ': ' || reason as text
-    from scopes, facts
-    where scope != 'global' and (throttles >= 3 or (throttles > 0 and paused_for >= 1800))  -- for half an hour at once
-gave up: adce.py tasks --state gave_up --dataset {about}
+source blocked: x adce.py resume {about}
+    select scope as about, iif(seconds > 0, 'paused' || iif(seconds < 172800, ' for ' || ((seconds + 59) / 60) ||
+           ' min more', '') || ': ', 'asked again, one task at a time, after: ') || coalesce(reason, '') as text,
+           scope = 'global' or not lasts as is_quiet
+    from (select *, cast(paused_until + wall_offset - :now as integer) as seconds,
+                 throttles >= 3 or (throttles > 0 and paused_for >= 1800) as lasts  -- half an hour at once
+          from scopes, facts)
+    where (seconds > 0 or lasts) and not glob(:store, coalesce(reason, ''))
+gave up: ! adce.py tasks --state gave_up --dataset {about}
     select dataset as about, sum(objects) || ' gave up, last error: ' || (
                select last_error from objects o
                where o.dataset_id = c.dataset_id and o.task = 'gave_up' and o.{BY_TASK}) as text
     from counts c join datasets using (dataset_id)
     where task = 'gave_up' group by dataset having sum(objects) > 0
-never answered: adce.py tasks --dataset {about}
+never answered: ! adce.py tasks --dataset {about}
     select dataset as about, sum(attempts) || ' attempts, and the source never had such an object: '
-           || coalesce((select a.url from attempts a join objects o using (object_id)
-                        where o.dataset_id = t.dataset_id and a.url is not null
-                          and a.attempt_id > (select max(attempt_id) from attempts) - 200
-                        order by a.attempt_id desc limit 1), 'see its url') as text
+           || coalesce((select url from late join objects o using (object_id)
+                        where o.dataset_id = t.dataset_id and url is not null order by late.attempt_id desc limit 1),
+                       'see its url') as text
     from daily_totals t join datasets using (dataset_id)
     where active and not exists (select 1 from counts c where c.dataset_id = t.dataset_id and state = 'present'
                                  and objects > 0)
     group by dataset having sum(attempts) >= 5 and min(outcome) = 'not_yet' and max(outcome) = 'not_yet'
-critical gap: adce.py tasks --dataset {about}
+critical gap: ! adce.py tasks --dataset {about}
     select dataset as about, 'a CRITICAL object has been missing since '
            || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text
     from objects indexed by objects_by_age join datasets using (dataset_id) left join blocks using (source)
     where priority = 'CRITICAL' and task is not null and task != 'gave_up'
-      and detected_at < :now - :critical_gap_seconds and coalesce(over_at, 0) < :now - :critical_gap_seconds
+      and detected_at < :now - 86400 and coalesce(over_at, 0) < :now - 86400
     group by dataset
-errors: adce.py report
+errors: ! adce.py report
     select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
     from (select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
-                 a.attempt_id > (select max(attempt_id) from attempts) - 20 as is_late
-          from attempts a join objects using (object_id) join datasets using (dataset_id)
+                 late.attempt_id > (select max(attempt_id) from attempts) - 20 as is_latest
+          from late join objects using (object_id) join datasets using (dataset_id)
           join scopes s on s.scope = source and s.failures = 0 and s.throttles = 0  -- else it may be away
           left join blocks using (source)
-          where outcome != 'running' and started_at > max(:now - 86400, coalesce(over_at, 0))
-            and a.attempt_id > (select max(attempt_id) from attempts) - 200)
-    having count(*) >= 20 and sum(failed) * 100 > count(*) * :error_percent
-       and max(failed and is_late)  -- else that is over
-nothing collected!: adce.py logs
+          where outcome != 'running' and started_at > max(:now - 86400, coalesce(over_at, 0)))
+    having count(*) >= 20 and sum(failed) * 10 > count(*) and max(failed and is_latest)  -- else that is over
+nothing collected: x adce.py logs
     select 'lake' as about, 'nothing was collected in ' || cycles || ' cycles, though tasks of '
            || group_concat(dataset, ', ') || ' could be done' as text
     from (select min(started_at) as began, count(*) as cycles
-          from (select * from reconciliations where seconds is not null order by cycle_id desc limit :quiet_cycles))
+          from (select * from reconciliations where seconds is not null order by cycle_id desc limit 8))
     cross join datasets d join scopes on scope = d.source join facts left join blocks using (source)
-    where cycles = :quiet_cycles and coalesce(over_at, 0) < began
+    where cycles = 8 and coalesce(over_at, 0) < began
       and max(paused_until, (select paused_until from scopes where scope = 'global')) + wall_offset < began
-      -- what waits for its time alone, such as a day that is not final, has not failed
-      and (exists (select 1 from objects o
-                   where o.dataset_id = d.dataset_id and o.task = 'pending' and o.detected_at < began)
-           or exists (select 1 from objects o
-                      where o.dataset_id = d.dataset_id and o.task = 'retry' and o.{BY_TASK} and o.failures > 0
-                        and o.detected_at < began))
-      and not exists (select 1 from attempts
-                      where outcome = 'ok' and started_at + seconds > began
-                        and attempt_id > (select max(attempt_id) from attempts) - 200)
+      and exists (select 1 from objects o
+                  where o.dataset_id = d.dataset_id and o.task = 'pending' and o.detected_at < began)
+      and not exists (select 1 from late where outcome = 'ok' and started_at + seconds > began)
     having count(*) > 0
-mass loss!: adce.py report cycles
-    select 'lake' as about, error as text
-    from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
-    where instr(error, :vanished)
-expected objects shrank: adce.py plan
+mass loss: x adce.py report cycles
+    select 'lake' as about, error as text from last where instr(error, :vanished)
+cycles fail: ! adce.py check
+    select 'lake' as about, 'the last cycle could not look at everything: ' || error as text,
+           (select error from reconciliations r where seconds is not null and r.cycle_id < last.cycle_id
+            order by cycle_id desc limit 1) is null as is_quiet
+    from last where error is not null and not instr(error, :vanished) and :unusable is null
+expected objects shrank: ! adce.py plan
     select 'lake' as about, dropped || ' of ' || (expected + dropped) || ' objects are no longer expected; if that is '
            || 'a mistake in adce.yaml, correct it: the next cycle expects them again' as text
-    from (select * from reconciliations where seconds is not null order by cycle_id desc limit 1)
-    where dropped > 100 and dropped * 100 > (expected + dropped) * 10
-paused!: adce.py resume {about}
-    select scope as about, iif(seconds > 0, 'paused' || iif(seconds < 172800, ' for ' || ((seconds + 59) / 60) ||
-           ' min more', '') || ': ', 'asked again, one task at a time, after: ') || coalesce(reason, '') as text
-    from (select *, cast(paused_until + wall_offset - :now as integer) as seconds from scopes, facts)
-    where (seconds > 0 or throttles >= 3) and not glob(:store, reason)
-cycle: adce.py check
-    select 'lake' as about, 'the last cycle could not look at everything: ' || error as text
-    from (select error from reconciliations where seconds is not null order by cycle_id desc limit 1)
-    where error is not null and not instr(error, :vanished)
-channel: adce.py check
-    select channel as about, 'alerts cannot be sent: ' || error || iif(waiting, ', ' || waiting || ' wait', '') as text
-    from broken_channels
-no limits: adce.py explain rate_limiting
+    from last where dropped > 100 and dropped * 10 > expected + dropped
+channel: ! adce.py check
+    select json_extract(value, '$.channel') as about, 'alerts cannot be sent: ' || max(json_extract(value, '$.error'))
+           || ', ' || count(*) || ' wait' as text, 1 as is_quiet
+    from alerts join json_each(unsent) group by about having max(json_extract(value, '$.error')) is not null
+no limits: - adce.py explain rate_limiting
     select value as about, 'has no limits' as text from json_each(:unlimited)
-changed: adce.py restart
+changed: - adce.py restart
     select :file as about, 'has changed since the runner started' as text from runner
     where stopped_at is null and :changed_at > started_at + 1
-seasons over: adce.py explain seasons
+seasons over: - adce.py explain seasons
     select 'seasons' as about, 'all of them are over: add the next one' as text
     where :last_day < date(:now, 'unixepoch')
-cycles fail!: adce.py check
-    select 'lake' as about, max(error) as text
-    from (select error from reconciliations where seconds is not null order by cycle_id desc limit 2)
-    having count(error) = 2
 """)
 
 
@@ -5932,20 +5935,20 @@ def problems(
     know an `error` of its database."""
     if error:
         return {"database unusable": error}
+    found, store = dict[str, str](), open_store(configuration.store)
     try:
+        database.check_place()
         beat = database.value("select beat_at from runner") or 0
-        sql = "select reason from rates where scope = 'global' and glob(?, reason)"
-        reason = database.value(sql, (f"{STORE_TROUBLE}*",))
-        fails = database.value("select store_error from facts")
-        store = open_store(configuration.store)
-        if isinstance(store, FolderStore) and is_store_known(database, configuration):
+        sql = """select coalesce((select substr(reason, length(:prefix) + 1) from rates
+                                  where scope = 'global' and glob(:prefix || '*', reason)), store_error) from facts"""
+        if fails := database.value(sql, {"prefix": STORE_TROUBLE}):
+            found["store unusable"] = fails
+        elif isinstance(store, FolderStore) and is_store_known(database, configuration):
             store.require_mark()
     except DatabaseError as problem:
         return {"database unusable": str(problem)}
     except StoreError as problem:
-        fails = str(problem)
-    bad_store = reason.removeprefix(STORE_TROUBLE) if reason else fails
-    found = {"store unusable": bad_store} if bad_store else {}
+        found["store unusable"] = str(problem)
     silent = now - max(beat, since)  # the last beat may be that of an earlier run
     if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
         found[STUCK] = f"the main loop has been stuck for {format_duration(silent)}"
@@ -5954,37 +5957,33 @@ def problems(
 
 def conditions(
     database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
-) -> dict[tuple[str, str], tuple[str, str, str]]:
-    """What holds now: for each name and subject a mark (x: work stands still, !: something is wrong, -: a remark), a
-    sentence, and the command that helps."""
-    settings, path, scopes = configuration.alerts, configuration.path, configuration.rate_limiting.scopes
-    values: dict[str, Any] = {"now": now, "critical_gap_seconds": settings.critical_gap_hours * HOUR}
-    values |= {"error_percent": settings.error_percent, "quiet_cycles": settings.quiet_cycles, "vanished": VANISHED}
+) -> list[Condition]:
+    """What holds now."""
+    ill = problems(database, configuration, now, since, error)
+    found = [Condition(name, "runner", "x", text, "adce.py check") for name, text in ill.items()]
+    if (free := shutil.disk_usage(configuration.database.parent).free) < LEAST_FREE_BYTES:
+        text = f"{free >> 20} MB left beside {configuration.database.name}"
+        found.append(Condition("disk low", "database", "x", text, "df -h"))
+    path, scopes = configuration.path, configuration.rate_limiting.scopes
     unlimited = [name for name in configuration.sources if not scopes.keys() & {name, GLOBAL}]
     last_day = max((str(season.finish) for season in configuration.seasons), default=None)
-    values |= {"store": f"{STORE_TROUBLE}*", "last_day": last_day, "unlimited": json.dumps(unlimited)}
-    values |= {"file": path.name, "changed_at": path.stat().st_mtime if path.exists() else 0}
-    ill = problems(database, configuration, now, since, error)
-    found = {(name, "runner"): ("x", text, "adce.py check") for name, text in ill.items()}
-    if (free := shutil.disk_usage(configuration.database.parent).free) < LEAST_FREE_BYTES:
-        found["disk low", "database"] = "x", f"{free >> 20} MB left beside {configuration.database.name}", "df -h"
+    values = {"now": now, "vanished": VANISHED, "store": f"{STORE_TROUBLE}*", "unusable": ill.get("store unusable")}
+    values |= {"unlimited": json.dumps(unlimited), "last_day": last_day, "file": path.name}
+    values |= {"changed_at": path.stat().st_mtime if path.exists() else 0}
     with contextlib.suppress(DatabaseError):  # that is one of its problems
         for one in CONDITIONS:
-            mark = "x" if one.is_one else "-" if one.name in REMARKS else "!"
-            for about, text in database.read(BLOCKS + one.sql, values):
-                found[one.name, about] = mark, excerpt(text.encode(), 1000), one.title.format(about=about)
-    if {name for name, _ in found} & {"mass loss", "store unusable"}:
-        found.pop(("cycles fail", "lake"), None)  # for that reason
+            mark, _, hint = one.title.partition(" ")
+            for about, text, *quiet in database.read(LATEST + one.sql, values):
+                words = excerpt(text.encode(), 1000), hint.format(about=about)
+                found.append(Condition(one.name, about, mark, *words, is_quiet=any(quiet) or mark == "-"))
     return found
 
 
 def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, Any]:
     """Whether a runner works, and its last heartbeat."""
     row, holder = next(iter(query(database, "select * from runner")), None), lock.holder()
-    if holder is not None and (row is None or row["pid"] != holder):  # it has not registered itself yet
-        return {"runner": "running", "pid": holder or None}
-    if row is None:
-        return {"runner": "never ran"}
+    if row is None or holder not in (None, row["pid"]):  # the present one has not registered itself yet
+        return {"runner": "never ran"} if holder is None else {"runner": "running", "pid": holder or None}
     started_at, beat_at, stopped_at = (utc_text(row[name]) for name in ("started_at", "beat_at", "stopped_at"))
     if holder is None:
         ended = {"stopped_at": stopped_at, "note": row["note"]} if stopped_at else {"note": CRASHED}
@@ -5996,19 +5995,18 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
 def verdict(database: Database, configuration: Configuration, now: float) -> Section:
     """What is wrong, the worst first, what it holds up, and the command that helps; the title is the headline."""
     state = runner_state(database, RunnerLock(configuration.database), now)
-    (lake,) = answers(database, STATUS[:1])[0].rows
+    (lake,) = answers(database, STATUS, "lake")[0].rows
     gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
     found = conditions(database, configuration, now, now - HOUR)
     if state["runner"] != "running":
         mark = "x" if state.get("note") == CRASHED else "!" if gaps else "-"
-        found.pop((STUCK, "runner"), None)
         text = ": ".join(filter(None, (state["runner"], state.get("note"))))
-        found["no runner", "runner"] = mark, text, "adce.py start"
-    tasks: dict[str, int] = dict(map(tuple, database.read(BY_SOURCE)))
+        found = [one for one in found if one.name != STUCK]
+        found.append(Condition("no runner", "runner", mark, text, "adce.py start"))
+    tasks = tasks_by_source(database)
     rows: Rows = [
         {"": mark, "about": about, "what": text, "holds_up": tasks.get(about) if mark == "x" else None, "try": hint}
-        for (name, about), (mark, text, hint) in found.items()
-        if name not in SENT_ONLY
+        for _, about, mark, text, hint, _ in found
     ]
     rows.sort(key=lambda row: ("x!-".index(row[""]), -(row["holds_up"] or 0)))
     word = "ATTENTION" if rows and rows[0][""] != "-" else "FILLING" if gaps else "COMPLETE"
@@ -6019,14 +6017,8 @@ def verdict(database: Database, configuration: Configuration, now: float) -> Sec
 
 def status_sections(database: Database, configuration: Configuration, now: float) -> list[Section]:
     """In one screen: is it running, is the lake complete, what is under way, which sources can be asked."""
-    path, log = configuration.database, configuration.database.with_name(f"{configuration.database.name}-wal")
-    overview = {
-        **runner_state(database, RunnerLock(path), now),
-        "database": str(path),
-        "store": configuration.store or None,
-        "database_bytes": path.stat().st_size + (log.stat().st_size if log.exists() else 0),
-        "disk_free_bytes": shutil.disk_usage(path.parent).free,
-    }
+    state = runner_state(database, RunnerLock(configuration.database), now)
+    overview = {**state, "database": str(configuration.database), "store": configuration.store or None}
     judged = verdict(database, configuration, now)
     return [judged, Section("runner", "Runner", [overview], is_one=True), *answers(database, STATUS)]
 
@@ -6063,20 +6055,9 @@ running: Running now | nothing
 attempts: The last attempts
     select * from recent_attempts limit 20
 """)
-CALENDAR = """
-    select d.dataset, o.day, count(*) as expected, sum(o.state = 'present') as present
-    from counts c
-    cross join objects o indexed by objects_by_state
-        on o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state
-    join datasets d on d.dataset_id = c.dataset_id
-    where c.state in ('present', 'missing', 'stale', 'suspect') and c.objects > 0
-      and o.day between :year || '-01-01' and :year || '-12-31'
-    group by d.dataset, o.day
-"""
-LATEST_DAY = """
-    select max((select max(o.day) from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '')
-                and o.state = c.state and o.day <= :today))
-    from counts c where c.objects > 0
+DAYS = """
+    select dataset, day, expected, present from coverage_by_day
+    where day between :year || '-01-01' and :year || '-12-31' order by dataset, day
 """
 CELL = 11  # pixels
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
@@ -6084,19 +6065,17 @@ WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by k
 
 def page(database: Database, configuration: Configuration, now: float, year: int | None = None, nearby: int = 0) -> str:
     """One HTML document; without a `year` that of the latest day. As a file it has no links to `nearby` years."""
-    status = {part.name: part for part in status_sections(database, configuration, now)}
-    report = {one.name: one for one in REPORT}
-    coverage, *parts = answers(
-        database, [report["coverage"], *WEB, *(report[name] for name in ("queue", "rates", "cycles"))]
-    )
-    title = html.escape(f"ADCE: {status['verdict'].title}".replace("  ", ", "))
-    judged = dataclasses.replace(status["verdict"], title="")
-    notices = [part for part in (judged, status["alerts"], status["broken_channels"]) if part.rows]
-    blocks = ["".join(WIDE.format(render([one], "html")) for one in group) for group in ([*notices, coverage], parts)]
-    today, days = day_of(now).isoformat(), dict[str, dict[str, tuple[int, int]]]()
-    year = year or int((database.value(LATEST_DAY, {"today": today}) or today)[:4])
-    for name, day, expected, present in database.read(CALENDAR, {"year": year}):
-        days.setdefault(name, {})[day] = expected, present
+    judged = verdict(database, configuration, now)
+    title = html.escape(f"ADCE: {judged.title}".replace("  ", ", "))
+    above = [dataclasses.replace(judged, title=""), *answers(database, REPORT, "coverage")]
+    below = [*answers(database, WEB), *answers(database, REPORT, "queue", "rates", "cycles")]
+    blocks = [
+        "".join(WIDE.format(render([part], "html")) for part in parts if part.rows or part.empty)
+        for parts in (above, below)
+    ]
+    latest = "select coalesce(max(day), :today) from objects where day <= :today and state != 'dropped'"
+    year = year or int(database.value(latest, {"today": day_of(now).isoformat()})[:4])
+    days = itertools.groupby(database.read(DAYS, {"year": year}), key=lambda row: row["dataset"])
     years = range(year - nearby, year + 2 if nearby else year)
     links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
     return f"""<!doctype html>
@@ -6107,29 +6086,29 @@ def page(database: Database, configuration: Configuration, now: float, year: int
 {blocks[0]}
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
 <p>A square is a day: dark blue when all of it is there, light blue when a part is, orange when nothing is, grey when
-nothing is expected.</p>{"".join(_calendar(name, year, those) for name, those in days.items())}
+nothing is expected.</p>{"".join(_calendar(name, year, list(rows)) for name, rows in days)}
 {blocks[1]}</main></body></html>
 """
 
 
-def _calendar(dataset: str, year: int, days: Mapping[str, tuple[int, int]]) -> str:
+def _calendar(dataset: str, year: int, rows: Sequence[sqlite3.Row]) -> str:
     """A year of days: a column is a week, a cell a day, its title says what its colour does."""
-    first, cells = datetime.date(year, 1, 1), []
+    days, first, cells = {row["day"]: row for row in rows}, datetime.date(year, 1, 1), []
     for number in range((datetime.date(year + 1, 1, 1) - first).days):
-        day = first + datetime.timedelta(days=number)
-        expected, present = days.get(day.isoformat(), (0, 0))
-        kind = "none" if not expected else "all" if present == expected else "part" if present else "gap"
+        day, kind, text = first + datetime.timedelta(days=number), "none", "nothing expected"
+        if row := days.get(day.isoformat()):
+            kind = "all" if row["present"] == row["expected"] else "part" if row["present"] else "gap"
+            text = f"{row['present']} of {row['expected']}"
         week, weekday = divmod(number + first.weekday(), 7)
-        text = f"{day:%a} {day}: {f'{present} of {expected}' if expected else 'nothing expected'}"
         box = f'x="{week * CELL}" y="{weekday * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
-        cells.append(f'<rect class="{kind}" {box}><title>{text}</title></rect>')
-    incomplete = [f"{day} ({there} of {wanted})" for day, (wanted, there) in sorted(days.items()) if there < wanted]
-    words = ", ".join(incomplete[:50]) + (" ..." if len(incomplete) > 50 else "")
-    details = f"<details><summary>{len(incomplete)} days are not complete</summary><p>{words}</p></details>"
-    expected, present = (sum(pair[place] for pair in days.values()) for place in (0, 1))
+        cells.append(f'<rect class="{kind}" {box}><title>{day:%a} {day}: {text}</title></rect>')
+    expected, present = (sum(row[name] for row in rows) for name in ("expected", "present"))
     label = html.escape(f"{dataset}: {present:,} of {expected:,} in {year}")
     svg = f'<svg role="img" aria-label="{label}" width="{54 * CELL}" height="{7 * CELL}">{"".join(cells)}</svg>'
-    return f"<h3>{label}</h3>{WIDE.format(svg)}{details if incomplete else ''}"
+    gaps = [f"{row['day']} ({row['present']} of {row['expected']})" for row in rows if row["present"] < row["expected"]]
+    words = ", ".join(gaps[:50]) + " ..." * (len(gaps) > 50)
+    details = f"<details><summary>{len(gaps)} days are not complete</summary><p>{words}</p></details>" if gaps else ""
+    return f"<h3>{label}</h3>{WIDE.format(svg)}{details}"
 
 
 # Each metric has its name, ! for a counter, and its meaning. The last column is the value, the others are labels.
@@ -6223,6 +6202,7 @@ class HealthServer(http.server.ThreadingHTTPServer):
             body = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
             text = json.dumps({**body, "problems": [*found.values()], "components": components})
             return (503 if found else 200), JSON, text
+        self.database.check_place()
         if path == "/metrics" and options.get("format") != "json":
             return 200, TEXT.replace(";", "; version=0.0.4;"), metrics_text(self.database)
         if path in ("/status", "/metrics"):
@@ -6261,31 +6241,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
-        path, _, text = self.path.partition("?")
-        answer = 403, TEXT, "this server answers to localhost only\n"  # the name of another site may point here
-        if host in ("localhost", "127.0.0.1", "[::1]"):
-            try:
-                answer = self.server.answer(path, dict(urllib.parse.parse_qsl(text)))
-            except (DatabaseError, OSError) as error:
-                answer = 503, TEXT, f"{error}\n"
-        self._send(*answer)
-
-    def _refuse(self) -> None:
-        self._send(405, TEXT, "this server is only read\n", Allow="GET, HEAD")
-
-    do_HEAD = do_GET  # noqa: N815
-    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse  # noqa: N815
-
-    def _send(self, status: int, kind: str, text: str, **headers: str) -> None:
+        path, _, options = self.path.partition("?")
+        try:
+            if self.command not in ("GET", "HEAD"):
+                status, kind, text = 405, TEXT, "this server is only read\n"
+            elif host in ("localhost", "127.0.0.1", "[::1]"):
+                status, kind, text = self.server.answer(path, dict(urllib.parse.parse_qsl(options)))
+            else:  # the name of another site may point here
+                status, kind, text = 403, TEXT, "this server answers to localhost only\n"
+        except (DatabaseError, OSError) as error:
+            status, kind, text = 503, TEXT, f"{error}\n"
         body = text.encode()
-        headers |= {"Content-Type": kind, "Content-Length": str(len(body)), "Content-Security-Policy": PAGE_POLICY}
-        headers |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+        headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Content-Security-Policy": PAGE_POLICY}
+        headers |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Allow": "GET, HEAD"}
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET  # noqa: N815
 
     def log_message(self, *_: object) -> None:
         """Requests are not logged."""
@@ -6306,10 +6282,14 @@ class Journal:
     def __init__(
         self, stream: TextIO | logging.StreamHandler[Any], level: str = "INFO", clock: Clock | None = None
     ) -> None:
+        logging.raiseExceptions = False  # a closed terminal or a full disk stops nothing
         self.clock = clock or Clock()
-        self.handler = stream if isinstance(stream, logging.StreamHandler) else _LineStream(stream)
-        self.stream, self.is_journald = self.handler.stream, _is_journald(self.handler.stream)
+        self.handler = stream if isinstance(stream, logging.StreamHandler) else logging.StreamHandler(stream)
         self.handler.setLevel(level)
+        self.stream, self.is_journald = self.handler.stream, False
+        with contextlib.suppress(OSError, ValueError):  # $JOURNAL_STREAM alone is inherited by too many
+            status = os.fstat(self.stream.fileno())
+            self.is_journald = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
         self.database_error: str | None = None  # as last reported
         self.paused: dict[str, float] = {}  # until when, by source, as last reported
         self.screen: LiveScreen | None = None
@@ -6330,7 +6310,7 @@ class Journal:
         words = [f" {name}={_logged(value)}" for name, value in fields.items() if value is not None]
         line = f"{head}{event}{''.join(words)}"
         if number >= self.handler.level and self.screen:
-            self.screen.note(line)
+            self.screen.last_lines = [*self.screen.last_lines[-4:], line]
         elif number >= self.handler.level:
             self.handler.handle(logging.makeLogRecord({"levelno": number, "msg": line}))
 
@@ -6344,16 +6324,16 @@ class Journal:
 
     def report_pauses(self, database: Database) -> None:
         """Log the pauses of sources that have begun since the last call, and those that are over."""
+        now, paused = self.clock.boot(), dict[str, float]()
         sql = "select scope, paused_until, reason from scopes where paused_until > ?"
-        now = self.clock.boot()
-        paused = {row["scope"]: row for row in database.read(sql, (now,))}
-        for scope, (_, until, reason) in paused.items():
+        for scope, until, reason in database.read(sql, (now,)):
+            paused[scope] = until
             if self.paused.get(scope) != until:
-                begun = {"source": scope, "until": utc_text(self.clock.wall() + until - now), "reason": reason}
-                self.write("WARN", "paused", **begun)
+                at = utc_text(self.clock.wall() + until - now)
+                self.write("WARN", "paused", source=scope, until=at, reason=reason)
         for scope in sorted(self.paused.keys() - paused.keys()):
             self.write("INFO", "resumed", source=scope)
-        self.paused = {scope: row["paused_until"] for scope, row in paused.items()}
+        self.paused = paused
 
 
 def _logged(value: Any) -> str:
@@ -6361,27 +6341,11 @@ def _logged(value: Any) -> str:
     return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
 
 
-def _is_journald(stream: TextIO) -> bool:
-    """Whether systemd reads this stream ($JOURNAL_STREAM alone is inherited by too many)."""
-    try:
-        status = os.fstat(stream.fileno())
-    except (OSError, ValueError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-
-
-class _LineStream(logging.StreamHandler[TextIO]):
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name of its base
-        """A closed terminal stops nothing."""
-
-
 def log_file(path: Path) -> logging.StreamHandler[Any]:
     """A log that only its owner can read; at LOG_BYTES it becomes FILE.1. Raises Error when it cannot be written."""
     from logging.handlers import RotatingFileHandler
 
     class Handler(RotatingFileHandler):
-        handleError = _LineStream.handleError  # noqa: N815  # a full disk stops nothing
-
         def _open(self) -> Any:
             return open(self.baseFilename, "a", encoding="utf-8", opener=functools.partial(os.open, mode=0o600))
 
@@ -6393,108 +6357,85 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
 
 def announce_cycle(journal: Journal, database: Database) -> None:
     """One line for the cycle that has just ended."""
-    figures = "expected, present, missing, stale, suspect, created, closed, listed, seconds, error"
-    (row,) = query(database, f"select cycle_id as id, {figures} from cycles order by cycle_id desc limit 1")  # noqa: S608
+    (row,) = answers(database, STATUS, "cycle")[0].rows
     journal.write("ERROR" if row["error"] else "INFO", "cycle", **row)
 
 
 def announce_progress(journal: Journal, database: Database) -> None:
-    """One line for a cycle that takes long: how many objects it has compared, and how many it has still to read."""
-    cycle = last_cycle(database, journal.clock.wall())
-    if cycle and cycle["seconds"] is None and cycle["elapsed"] >= SAVED_EVERY_SECONDS:
+    """One line for a cycle that takes long, and how many objects it has still to read."""
+    now = journal.clock.wall()
+    sql = "select seconds is null and started_at <= ? from reconciliations order by cycle_id desc limit 1"
+    if database.value(sql, (now - SAVED_EVERY_SECONDS,)):
         to_read = database.value("select count(*) from objects where etag is not read_etag and etag is not null")
-        fields = {name: cycle[name] for name in ("id", "looked", "known")}
-        left = cycle["left"] and format_duration(cycle["left"])
-        journal.write("INFO", "progress", **fields, to_read=to_read, left=left)
-
-
-def last_cycle(database: Database, now: float) -> Mapping[str, Any] | None:
-    """The last cycle: the objects that it has compared, of how many, for how long, and the seconds that are left."""
-    sql = """
-        select *, iif(looked > 0 and looked < known, (known - looked) * elapsed / looked, null) as left
-        from (select cycle_id as id, looked, seconds, :now - started_at as elapsed,
-                     (select coalesce(sum(objects), 0) from counts where state != 'dropped') as known
-              from reconciliations order by cycle_id desc limit 1)
-    """
-    return next(iter(query(database, sql, {"now": now})), None)
+        journal.write("INFO", "progress", cycle=_cycle_text(database, now), to_read=to_read)
 
 
 def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
     """One line for the end of an attempt."""
     result = ending.result
     level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
-    journal.write(
-        "DEBUG" if level == "WARN" and not ending.counted else level,
-        ending.state,
-        dataset=claimed.dataset.name,
-        key=ending.task.key,
-        outcome=result.outcome,
-        failures=f"{ending.failures}/{max_attempts}" if ending.failures else None,
-        bytes=result.stored.size if result.stored else None,
-        error=result.error,
-        next=utc_text(ending.next_at),
-        task=ending.task.object_id,
-    )
+    fields: dict[str, Any] = {"dataset": claimed.dataset.name, "key": ending.task.key, "outcome": result.outcome}
+    fields |= {"failures": f"{ending.failures}/{max_attempts}" if ending.failures else None}
+    fields |= {"bytes": result.stored.size if result.stored else None, "error": result.error}
+    fields |= {"next": utc_text(ending.next_at), "task": ending.task.object_id}
+    journal.write("DEBUG" if level == "WARN" and not ending.counted else level, ending.state, **fields)
 
 
 def status_line(database: Database) -> str:
     """The state of the lake in one line, for the service manager."""
-    lake, tasks = (part.rows[0] for part in answers(database, STATUS[:2]))
+    lake, tasks = (part.rows[0] for part in answers(database, STATUS, "lake", "tasks"))
     gaps = [f"{lake[kind]} {kind}" for kind in GAPS if lake[kind]]
     return ", ".join([f"{lake['present']} of {lake['expected']} objects", *gaps, f"{tasks['running']} running"])
 
 
 def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Iterator[int]:
-    """The steps of a cycle; on a terminal, a progress line is repainted once a second."""
-    began = shown = clock.boot()
+    """The steps of a cycle; on a terminal, with a line about it every few seconds."""
+    shown = clock.boot()
     for step in steps:
         yield step
-        now = clock.boot()
-        if now >= shown + 1 and sys.stderr.isatty():
-            shown = now
-            print(f"\r\x1b[K{_cycle_text(database, clock.wall(), None)}", end="", file=sys.stderr, flush=True)
-    if shown > began:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty() and clock.boot() >= shown + SAVED_EVERY_SECONDS:
+            shown = clock.boot()
+            print(f"cycle {_cycle_text(database, clock.wall())}", file=sys.stderr)
 
 
-def _cycle_text(database: Database, now: float, next_cycle_in: float | None) -> str:
-    cycle = last_cycle(database, now)
-    if cycle is None:
-        return "none yet"
-    if cycle["seconds"] is not None:
-        following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
-        return f"{cycle['id']} done {format_duration(cycle['elapsed'] - cycle['seconds'])} ago{following}"
-    left = f", {format_duration(cycle['left'])} left" if cycle["left"] else ""
-    return f"{cycle['id']}: {cycle['looked']:,} of {cycle['known']:,} objects{left}"
-
-
-# the tightest window of each source
-TIGHTEST = """
-    select scope, used, max_requests, window_seconds, max(1.0 * used / max_requests) as share
-    from rates where max_requests group by scope order by scope = 'global', share desc, scope
-"""
+def _cycle_text(database: Database, now: float, next_cycle_in: float | None = None) -> str:
+    """The last cycle: how far it is, or when it ended."""
+    sql = """
+        select cycle_id, seconds, looked, (select coalesce(sum(objects), 0) from counts where state != 'dropped'),
+               :now - started_at
+        from reconciliations order by cycle_id desc limit 1
+    """
+    for number, seconds, looked, known, elapsed in database.read(sql, {"now": now}):
+        if seconds is not None:
+            following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
+            return f"{number} done {format_duration(elapsed - seconds)} ago{following}"
+        left = f", {format_duration((known - looked) * elapsed / looked)} left" if 0 < looked < known else ""
+        return f"{number}: {looked:,} of {known:,} objects{left}"
+    return "none yet"
 
 
 def status_lines(
     database: Database, configuration: Configuration, now: float, next_cycle_in: float | None = None
 ) -> tuple[list[str], list[str]]:
     """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
-    judged, (tasks,) = verdict(database, configuration, now), answers(database, STATUS[1:2])[0].rows
+    judged, (tasks,) = verdict(database, configuration, now), answers(database, STATUS, "tasks")[0].rows
     counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
     if minutes := minutes_left(database):
         counts.append(f"about {format_duration(minutes * MINUTE)} left")
-    texts = {"cycle": _cycle_text(database, now, next_cycle_in), "tasks": ", ".join(counts) or "none open"}
-    head = [judged.title, *(f"{name}   {text}" for name, text in texts.items())]
-    body = []
+    cycle = _cycle_text(database, now, next_cycle_in)
+    head, body = [judged.title, f"cycle   {cycle}", f"tasks   {', '.join(counts) or 'none open'}"], []
     for row in judged.rows[:MOST_FINDINGS]:
         held = f" holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
         body += [f"  {row['']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]
     if len(judged.rows) > MOST_FINDINGS:
         body.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
-    for row in query(database, TIGHTEST)[:MOST_FINDINGS]:
-        bar = ("#" * round(20 * min(1, row["share"]))).ljust(20, "-")
-        used = f"{row['used']:,} of {row['max_requests']:,} in {format_duration(row['window_seconds'])}"
-        body.append(f"  {row['scope']:20} [{bar}] {used}")
+    tightest = """
+        select scope, used, max_requests, window_seconds, max(1.0 * used / max_requests) as share
+        from rates where max_requests group by scope order by scope = 'global', share desc, scope
+    """
+    for scope, used, most, seconds, share in database.read(tightest)[:MOST_FINDINGS]:
+        bar = ("#" * round(20 * min(1, share))).ljust(20, "-")
+        body.append(f"  {scope:20} [{bar}] {used:,} of {most:,} in {format_duration(seconds)}")
     return head, [*body, f"store {configuration.store}, database {configuration.database}"]
 
 
@@ -6503,25 +6444,21 @@ class LiveScreen:
 
     def __init__(self, stream: TextIO, database: Database, configuration: Configuration) -> None:
         self.stream, self.database, self.configuration = stream, database, configuration
-        self.last_lines: list[str] = []
+        self.last_lines: list[str] = []  # events, at the foot
         self._height = 0
-
-    def note(self, line: str) -> None:
-        """Keep an event for the foot of the screen."""
-        self.last_lines = [*self.last_lines[-4:], line]
 
     def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None) -> None:
         """Draw the present state over the last one."""
-        size = shutil.get_terminal_size()
+        width, height = shutil.get_terminal_size()
         head, body = status_lines(self.database, self.configuration, now, next_cycle_in)
-        coverage = dataclasses.replace(answers(self.database, REPORT[1:2])[0], title="")
-        body += render([coverage], "table", size.columns - 1).splitlines() if coverage.rows else []
+        coverage = answers(self.database, REPORT, "coverage")
+        body += render(coverage, "table", width - 1).splitlines()[1:] if coverage[0].rows else []
         head.insert(0, f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly")
         foot = [f"workers {', '.join(running) or 'idle'}", *self.last_lines]
-        room = max(0, size.lines - 1 - len(head) - len(foot))
+        room = max(0, height - 1 - len(head) - len(foot))
         if len(body) > room:
             body = [*body[: room - 1], f"... and {len(body) - room + 1} more"] if room > 1 else []
-        shown = [cut(line, size.columns - 1) for line in [*head, *body, *foot]][: max(2, size.lines - 1)]
+        shown = [cut(line, width - 1) for line in [*head, *body, *foot]][: max(2, height - 1)]
         up = f"\x1b[{self._height}F" if self._height else ""  # to the first column: Ctrl-C has written ^C
         self._height = len(shown)
         with contextlib.suppress(OSError):  # the terminal is gone, the work is not
@@ -6536,8 +6473,9 @@ class LiveScreen:
 LOOK_SECONDS = 30
 CALM_SECONDS = 15 * MINUTE  # a condition that returns sooner was never over
 SEND_SECONDS = 15  # for one message
+CHANNELS = ("webhook", "sns_topic", "command")  # of alerts; `ping` and `cloudwatch` get each cycle
+FIGURES = ("expected", "present", "missing", "stale", "suspect", "list_calls")  # for CloudWatch, and the open tasks
 FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # other effects of a full disk
-BROKEN = "channel broken"  # a condition that is shown, and not sent
 
 
 class Alerter:
@@ -6550,9 +6488,6 @@ class Alerter:
         self.settings, self.started_at, self._stopped = configuration.alerts, clock.wall(), threading.Event()
         unfinished = query(database, "select * from alerts where ended_at is null or unsent != '[]'")
         self.alerts: list[dict[str, Any]] = [{**row, "unsent": json.loads(row["unsent"])} for row in unfinished]
-        for alert in self.alerts:
-            if alert["condition"] == BROKEN and not getattr(self.settings, alert["about"]):  # no longer configured
-                alert["ended_at"] = alert["seen_at"]
         self.cycle_id = database.value("select max(cycle_id) from cycles where seconds is not null")
 
     def start(self) -> None:
@@ -6572,108 +6507,101 @@ class Alerter:
         """Look once, and send what is due."""
         try:
             self.look()
-            self.save()
             self.send()
             self.report_cycle()
         except (DatabaseError, OSError) as error:
             self.journal.write("WARN", "alerts", error=str(error))
 
-    def conditions(self) -> dict[tuple[str, str], str]:
-        """The conditions that hold now: name and subject, and a sentence about it."""
-        now, error = self.clock.wall(), self.journal.database_error
-        holds = conditions(self.database, self.configuration, now, self.started_at, error)
-        found = {key: text for key, (_, text, _) in holds.items() if key[0] not in SHOWN_ONLY}
-        if "disk low" in {name for name, _ in [*found, *self._lasting()]}:
-            found = {key: text for key, text in found.items() if not re.search(FULL, text)}
-        return found
-
-    def _lasting(self) -> dict[tuple[str, str], dict[str, Any]]:
-        return {(alert["condition"], alert["about"]): alert for alert in self.alerts if alert["ended_at"] is None}
-
     def look(self) -> None:
         """Begin, continue and end alerts."""
-        now, found, lasting = int(self.clock.wall()), self.conditions(), self._lasting()
+        now, error = int(self.clock.wall()), self.journal.database_error
+        holds = conditions(self.database, self.configuration, self.clock.wall(), self.started_at, error)
+        found = {(one.name, one.about): one.text for one in holds if not one.is_quiet}
+        lasting = {(alert["condition"], alert["about"]): alert for alert in self.alerts if alert["ended_at"] is None}
+        if "disk low" in {name for name, _ in [*found, *lasting]}:
+            found = {key: text for key, text in found.items() if not re.search(FULL, text)}
         for key, text in found.items():
-            alert = lasting.get(key) or self._begin(*key, text)
-            alert.update(text=text, seen_at=now)
             if key not in lasting:
+<<<<<<< HEAD
                 self._notify(alert, "", text)
             elif now - alert["notified_at"] >= DAY:
                 alert["notified_at"] = now
                 self._notify(alert, "still ", f"for {format_duration(now - alert['since'])}: {text}")
+=======
+                times = {"since": now, "notified_at": now, "ended_at": None}
+                lasting[key] = {"condition": key[0], "about": key[1], "unsent": [], **times}
+                self.alerts.append(lasting[key])
+                self._notify(lasting[key], "", text)
+            elif now - lasting[key]["notified_at"] >= DAY:
+                lasting[key]["notified_at"] = now
+                self._notify(lasting[key], "still ", f"for {format_duration(now - lasting[key]['since'])}: {text}")
+            lasting[key] |= {"text": text, "seen_at": now}
+>>>>>>> h-screens
         for key, alert in lasting.items():
-            if key not in found and alert["condition"] != BROKEN and now - alert["seen_at"] >= CALM_SECONDS:
+            if key not in found and now - alert["seen_at"] >= CALM_SECONDS:
                 alert["ended_at"] = alert["seen_at"]
                 self._notify(alert, "over: ", f"it lasted {format_duration(alert['seen_at'] - alert['since'])}")
-
-    def _begin(self, condition: str, about: str, text: str) -> dict[str, Any]:
-        begun: dict[str, Any] = {"condition": condition, "about": about, "text": text, "ended_at": None, "unsent": []}
-        self.alerts.append(begun | dict.fromkeys(("since", "seen_at", "notified_at"), int(self.clock.wall())))
-        return self.alerts[-1]
+        self._save()
 
     def _notify(self, alert: dict[str, Any], prefix: str, text: str) -> None:
         """Log a message, and leave it to every channel."""
         subject = f"{prefix}{alert['condition']}, {alert['about']}"
         self.journal.write("WARN", "alert", subject=subject, text=text)
         body = f"{text}\nhost {socket.gethostname()}, {self.configuration.database}\nTry: adce.py status"
-        message = {"subject": f"ADCE: {subject}", "text": body, "made_at": self.clock.wall()}
-        alert["unsent"] += [{"channel": channel, **message} for channel in SENDERS if getattr(self.settings, channel)]
+        message = {"subject": f"ADCE: {subject}", "text": body, "made_at": self.clock.wall(), "next_age": 0}
+        alert["unsent"] += [{"channel": channel, **message} for channel in CHANNELS if getattr(self.settings, channel)]
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Store the alerts; those that are over and sent are then no longer kept here. Until it succeeds, all are."""
-        if not self.alerts:
-            return
+        row = "(:condition, :about, :since, :text, :seen_at, :notified_at, :ended_at, :unsent)"
+        rows = [{**alert, "unsent": json.dumps(alert["unsent"])} for alert in self.alerts]
         try:
-            with self.database.transaction() as sql:
-                for alert in self.alerts:
-                    names = ("condition", "about", "since", "text", "seen_at", "notified_at", "ended_at")
-                    values = [*(alert[name] for name in names), json.dumps(alert["unsent"])]
-                    sql.execute("insert or replace into alerts values (?, ?, ?, ?, ?, ?, ?, ?)", values)
+            if rows:
+                with self.database.transaction() as sql:
+                    sql.executemany(f"insert or replace into alerts values {row}", rows)  # noqa: S608
         except DatabaseError as error:
             self.journal.write("WARN", "alerts", error=str(error))
         else:
             self.alerts = [alert for alert in self.alerts if alert["ended_at"] is None or alert["unsent"]]
 
     def send(self) -> None:
-        """Send what waits, in order. A broken channel is tried again after as long as it has been broken, at least a
-        minute and at most an hour, and gets nothing that is older than a day."""
-        now = self.clock.wall()
-        for channel, sender in SENDERS.items():
+        """Send what waits, in order. A channel that fails is tried again after as long as its first message has waited,
+        at least a minute and at most an hour, and gets nothing that is older than a day."""
+        for channel in CHANNELS:
             waiting = [(alert, one) for alert in self.alerts for one in alert["unsent"] if one["channel"] == channel]
-            if broken := self._lasting().get((BROKEN, channel)):
-                pause = min(max(broken["seen_at"] - broken["since"], MINUTE), HOUR)
-                waiting = waiting if now >= broken["seen_at"] + pause else []
             for alert, message in sorted(waiting, key=lambda pair: pair[1]["made_at"]):
-                is_wanted = getattr(self.settings, channel) and now - message["made_at"] < DAY
-                if is_wanted and self._use(channel, functools.partial(sender, self.configuration, message)):
+                age = self.clock.wall() - message["made_at"]
+                if age < min(message["next_age"], DAY):
                     break
-                alert["unsent"].remove(message)
-                self.save()
+                error = self._use(channel, message) if age < DAY else None
+                if error:
+                    message |= {"error": error, "next_age": age + min(max(age, MINUTE), HOUR)}
+                else:
+                    alert["unsent"].remove(message)
+                self._save()
+                if error:
+                    break
 
     def report_cycle(self) -> None:
         """Report each cycle once: its figures to CloudWatch and, when it was good, a request to `ping`."""
-        rows = query(self.database, "select * from cycles where seconds is not null order by cycle_id desc limit 1")
-        if not rows or rows[0]["cycle_id"] == self.cycle_id:
-            return
-        self.cycle_id = rows[0]["cycle_id"]
-        if self.settings.cloudwatch:
-            self._use("cloudwatch", functools.partial(put_metrics, self.settings.cloudwatch, self.database, rows[0]))
-        if self.settings.ping and rows[0]["error"] is None:
-            self._use("ping", functools.partial(_http, "GET", self.settings.ping))
+        for cycle in query(self.database, "select * from cycles where seconds is not null order by 1 desc limit 1"):
+            if cycle["cycle_id"] != self.cycle_id:
+                self.cycle_id = cycle["cycle_id"]
+                tasks = self.database.read("select 'tasks_' || state, count(*) from queue group by state")
+                self._use("cloudwatch", cycle | dict(map(tuple, tasks)))
+                if cycle["error"] is None:
+                    self._use("ping", cycle)
 
-    def _use(self, channel: str, send: Callable[[], None]) -> str | None:
-        """Use a channel. Returns its error, and keeps that in the alert BROKEN until it works again."""
-        error, broken, now = None, self._lasting().get((BROKEN, channel)), int(self.clock.wall())
+    def _use(self, channel: str, message: Mapping[str, Any]) -> str | None:
+        """Use a channel, if it is configured. Returns its error."""
         try:
-            send()
+            if getattr(self.settings, channel):
+                deliver(channel, self.configuration, message)
         except Exception as problem:  # noqa: BLE001  # whatever a library raises is an error of the channel
-            error = str(problem) if isinstance(problem, Error) else type(problem).__name__  # it may name the address
+            error = str(problem) if isinstance(problem, Error | OSError) else type(problem).__name__  # no address
             self.journal.write("WARN", "channel", channel=channel, error=error)
-            broken = broken or self._begin(BROKEN, channel, error)
-        if broken:
-            broken.update(text=error or broken["text"], seen_at=now, ended_at=None if error else now)
-            self.save()
-        return error
+            return error
+        return None
 
 
 def revealed(text: str) -> str:
@@ -6683,6 +6611,36 @@ def revealed(text: str) -> str:
     if text[1:] not in os.environ:
         raise Error(f"{text} is not in the environment")
     return os.environ[text[1:]].strip()
+
+
+def deliver(channel: str, configuration: Configuration, message: Mapping[str, Any]) -> None:
+    """Send the subject and text of an alert; to `ping` and `cloudwatch`, a cycle and the number of open tasks."""
+    settings = configuration.alerts
+    if channel == "webhook":  # in the format of Slack, which many others take
+        _http("POST", str(settings.webhook), json={"text": f"*{message['subject']}*\n{message['text']}"})
+    elif channel == "ping":
+        _http("GET", str(settings.ping))
+    elif channel == "command":  # subject and text are its last arguments
+        program = Program(
+            words=(*settings.command, message["subject"], message["text"]),
+            folder=configuration.path.parent,
+            environment={"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"},
+            seconds=SEND_SECONDS,
+        )
+        end = run_program(program, Clock())
+        if not end.is_good():
+            raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
+    elif channel == "sns_topic":
+        topic = str(settings.sns_topic)
+        client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
+        client.publish(TopicArn=topic, Subject=message["subject"][:100], Message=message["text"])
+    elif channel == "cloudwatch":
+        started_at, seconds = datetime.datetime.fromisoformat(message["started_at"]), message["seconds"]
+        common = {"Timestamp": started_at + datetime.timedelta(seconds=seconds), "Unit": "Count"}
+        names = (name for name in message if name in FIGURES or name.startswith("tasks_"))
+        metrics = [{"MetricName": name, "Value": message[name], **common} for name in names]
+        metrics.append({**common, "MetricName": "cycle", "Value": seconds, "Unit": "Seconds"})
+        _aws_client("cloudwatch").put_metric_data(Namespace=settings.cloudwatch, MetricData=metrics)
 
 
 def _http(method: str, address: str, **options: Any) -> None:
@@ -6698,6 +6656,7 @@ def _http(method: str, address: str, **options: Any) -> None:
         raise Error(f"HTTP {answer.status_code}")
 
 
+<<<<<<< HEAD
 def _send_to_sns(configuration: Configuration, message: Mapping[str, Any]) -> None:
     topic = cast(str, configuration.alerts.sns_topic)
     client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
@@ -6725,22 +6684,14 @@ SENDERS: Mapping[str, Callable[[Configuration, Mapping[str, Any]], None]] = {
 }
 
 
+=======
+>>>>>>> h-screens
 def _aws_client(service: str, region: str | None = None) -> Any:
     import boto3
     import botocore.config
 
     limits = botocore.config.Config(connect_timeout=5, read_timeout=SEND_SECONDS, retries={"total_max_attempts": 2})
     return boto3.session.Session().client(service, region_name=region, config=limits)
-
-
-def put_metrics(namespace: str, database: Database, cycle: Mapping[str, Any]) -> None:
-    """Put the figures of a cycle and the number of open tasks into CloudWatch, in one call."""
-    when = datetime.datetime.fromisoformat(cycle["started_at"]) + datetime.timedelta(seconds=cycle["seconds"])
-    figures = {name: cycle[name] for name in ("expected", "present", "missing", "stale", "suspect", "list_calls")}
-    figures |= {f"tasks_{row[0]}": row[1] for row in database.read("select state, count(*) from queue group by state")}
-    values = [("cycle", cycle["seconds"], "Seconds"), *((name, value, "Count") for name, value in figures.items())]
-    metrics = [{"MetricName": name, "Timestamp": when, "Value": value, "Unit": unit} for name, value, unit in values]
-    _aws_client("cloudwatch").put_metric_data(Namespace=namespace, MetricData=metrics)
 
 
 # ---------------------------------------------------------------- Operator actions
@@ -8092,9 +8043,7 @@ def command_report(arguments: Arguments, configuration: Configuration) -> None:
     if arguments.format == "html" and not arguments.table:
         print(page(database, configuration, now))
         return
-    scrapers = {dataset.name: scraper_of(dataset) for dataset in configuration.datasets.values()}
-    values = {"since": now - arguments.since, "span": format_duration(arguments.since)}
-    report = answers(database, REPORT, **values, scrapers=json.dumps(scrapers))
+    report = answers(database, REPORT, since=now - arguments.since, span=format_duration(arguments.since))
     sections = [verdict(database, configuration, now), *report]
     _print(arguments, [part for part in sections if arguments.table in (None, part.name)])
 

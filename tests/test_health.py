@@ -181,9 +181,10 @@ def test_status_tasks_and_metrics_answer(served):
 
 def test_database_that_is_gone_is_told(own, tmp_path):
     (tmp_path / "adce.db").rename(tmp_path / "moved.db")
-    answer = get(f"{own}/status")
+    answers = [get(f"{own}{path}") for path in ("/status", "/health", "/")]
     (tmp_path / "moved.db").rename(tmp_path / "adce.db")
-    assert (answer.status_code, "No such file" in answer.text) == (503, True)
+    assert [answer.status_code for answer in answers] == [503] * 3
+    assert all("was moved, replaced or deleted" in answer.text for answer in answers)
 
 
 def test_page_is_one_document_that_asks_for_nothing(served):

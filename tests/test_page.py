@@ -137,9 +137,9 @@ def test_each_number_is_the_same_wherever_it_is_told(lake, address):
         assert sum(row["expected"] for row in report[name]) == expected
         assert sum(row["missing"] for row in report[name]) == missing
     assert (report["total"]["present"], len(report["cycles"])) == (present, cycles)
-    assert sum(row["attempts"] for row in report["scrapers"]) == attempts
+    assert sum(row["attempts"] for row in report["datasets"]) == attempts
     assert sum(row["attempts"] for row in report["attempts"]) == attempts
-    assert sum(row["bytes"] for row in report["scrapers"]) == stored
+    assert sum(row["bytes"] for row in report["datasets"]) == stored
     assert sum(row["objects"] for row in report["reasons"]) == open_tasks
     assert sum(row["pending"] + row["retry"] + row["gave_up"] for row in report["queue"]) == open_tasks
 

@@ -26,8 +26,8 @@ def coverage(database: adce.Database, question: adce.Section = adce.COVERAGE, **
     return adce.answers(database, (question,), **{"source": None, "dataset": None, "year": None, **filters})
 
 
-def report(database: adce.Database, scrapers: dict[str, str], seconds: float, now: float) -> list[adce.Section]:
-    return adce.answers(database, adce.REPORT, since=now - seconds, span="1 d", scrapers=json.dumps(scrapers))
+def report(database: adce.Database, seconds: float, now: float) -> list[adce.Section]:
+    return adce.answers(database, adce.REPORT, since=now - seconds, span="1 d")
 
 
 def objects_by(database: adce.Database, *columns: str) -> Counter[tuple[str, ...]]:
@@ -64,7 +64,7 @@ def test_coverage_of_one_source_or_dataset_is_a_part_of_it(lived):  # noqa: F811
 
 
 def test_every_figure_of_the_report_is_a_count_of_the_tables(lived):  # noqa: F811
-    sections = report(lived, {}, DAY, adce.Clock().wall())
+    sections = report(lived, DAY, adce.Clock().wall())
     by_state, by_dataset = objects_by(lived, "state"), objects_by(lived, "dataset", "state")
     for row in section(sections, "coverage"):
         assert [row[state] for state in GAPS] == [by_dataset[row["dataset"], state] for state in GAPS]
@@ -81,7 +81,7 @@ def test_every_figure_of_the_report_is_a_count_of_the_tables(lived):  # noqa: F8
 
 
 def test_attempts_of_the_report_are_sums_of_the_table(lived):  # noqa: F811
-    told = section(report(lived, {}, DAY, adce.Clock().wall()), "attempts")
+    told = section(report(lived, DAY, adce.Clock().wall()), "attempts")
     kept = lived.read("select * from attempts")
     for column in ("requests", "bytes"):
         assert sum(row[column] or 0 for row in told) == sum(attempt[column] or 0 for attempt in kept)
@@ -90,39 +90,8 @@ def test_attempts_of_the_report_are_sums_of_the_table(lived):  # noqa: F811
     assert {row["outcome"] for row in told} == {attempt["outcome"] for attempt in kept}
 
 
-def test_datasets_of_one_scraper_are_summed(lived):  # noqa: F811
-    told = report(lived, {"days": "GET /", "games": "GET /"}, DAY, adce.Clock().wall())
-    by_dataset, (together,) = section(told, "datasets"), section(told, "scrapers")
-    assert together["datasets"] == len(by_dataset) == 2
-    for name in ("attempts", "failed", "requests"):
-        assert together[name] == sum(row[name] for row in by_dataset)
-    kept = lived.value("select count(*) from attempts where outcome not in ('ok', 'not_yet', 'lost')")
-    assert together["error_percent"] == round(100 * kept / together["attempts"], 1)
-
-
-@pytest.mark.parametrize(
-    ("asked", "scraper"),
-    [
-        ('url: "/summary?event={date}"', "GET /summary"),
-        ('url: "/days/{date}.json"', "GET /days/"),
-        ('command: [python, scrape.py, "{date}"]', "python scrape.py"),
-        ("call: scrapers:day", "scrapers:day"),
-    ],
-)
-def test_scraper_is_named_without_what_differs_between_objects(asked, scraper, configure):
-    text = """
-sources: {web: {base_url: "http://127.0.0.1:9"}}
-datasets:
-  days:
-    source: web
-    key: "days/{date}"
-    partitions: {dates: {from: 2026-01-01}}
-    """
-    assert adce.scraper_of(configure(text + asked + "\n").datasets["days"]) == scraper
-
-
 def test_attempts_before_the_span_do_not_count(lived):  # noqa: F811
-    assert section(report(lived, {}, 1, adce.Clock().wall() + DAY), "attempts") == []
+    assert section(report(lived, 1, adce.Clock().wall() + DAY), "attempts") == []
 
 
 def test_every_figure_of_the_status_is_a_count_of_the_tables(lived, configure):  # noqa: F811
@@ -269,12 +238,17 @@ WIDE_ROWS = [
 ]
 
 
-def test_wide_table_shows_what_differs_and_puts_errors_below():
+def test_texts_of_a_wide_table_are_wrapped_and_numbers_are_not():
     lines = adce.render([adce.Section("x", "", WIDE_ROWS)], "table", width=40).splitlines()
-    assert lines[0].split() == ["id", "source", "key", "n"]
-    assert lines[2].split() == ["1", "league", "raw/a-rather…older/1.json", "1"]
-    assert lines[3] == f"    {WIDE_ROWS[0]['error'][:35]}…"
+    assert lines[0].split() == ["id", "source", "key", "n", "error"]
+    assert lines[2].split() == ["1", "league", "raw/a-", "1", "HTTP", "500"]
     assert max(map(len, lines)) <= 40
+    for row in WIDE_ROWS:
+        assert "".join(line[12:23].strip() for line in lines).count(row["key"]) == 1
+    numbers = [{"number_of_requests": 123456789012, "text": "x" * 20}]
+    lines = adce.render([adce.Section("x", "", numbers)], "table", width=22).splitlines()
+    assert [line.split() for line in lines[:3]] == [["number", "of", "text"], ["requests"], ["-" * 12, "-" * 8]]
+    assert lines[3].split() == ["123456789012", "x" * 8]
 
 
 def test_columns_of_zeros_are_left_out_for_people_alone():
@@ -348,20 +322,3 @@ def test_labels_are_escaped(database):
         sql.execute("insert into daily_totals values ('2025-01-01', 1, 'LOW', 'ok', 3, 1.5, 10)")
     samples = parse_metrics(adce.metrics_text(database))
     assert samples["adce_attempts_total", (("dataset", name), ("outcome", "ok"))] == 3
-
-
-def test_cycles_tell_their_pace_their_calls_and_what_s3_would_ask_for_them(lived):  # noqa: F811
-    calls = lived.value("select sum(list_calls) from cycles")
-    cycles = lived.read("select started_at, seconds, created, closed from reconciliations order by cycle_id")
-    span = cycles[-1]["started_at"] - cycles[0]["started_at"]
-    assert section(report(lived, {}, DAY, adce.Clock().wall()), "listing")[0] == {
-        "cycles": lived.value("select count(*) from cycles"),
-        "minutes_between": round(span / 60 / (len(cycles) - 1), 1),
-        "mean_seconds": pytest.approx(sum(row["seconds"] for row in cycles) / len(cycles), abs=0.001),
-        "longest": round(max(row["seconds"] for row in cycles), 3),
-        "failed": 0,
-        "created": sum(row["created"] for row in cycles),
-        "closed": sum(row["closed"] for row in cycles),
-        "list_calls": calls,
-        "s3_list_usd": round(calls * 0.005 / 1000, 4),
-    }

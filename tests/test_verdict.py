@@ -90,8 +90,7 @@ def drop_many(lake: Lake) -> None:
 
 
 def break_a_channel(lake: Lake) -> None:
-    waits = json.dumps([{"channel": "webhook"}])
-    lake.write("insert into alerts values ('channel broken', 'webhook', 1, 'HTTP 500', 1, 1, null, '[]')")
+    waits = json.dumps([{"channel": "webhook", "error": "HTTP 500", "made_at": 1}])
     lake.write("insert into alerts values ('gave up', 'games', 1, '', 1, 1, 2, ?)", (waits,))
 
 
@@ -198,7 +197,7 @@ def test_status_fits_a_terminal_and_says_the_same_as_report(lake, tmp_path):
 
 def test_estimate_counts_limits_and_pauses(lake):
     def minutes() -> float:
-        return adce.answers(lake.database, adce.PLAN[2:3])[0].rows[0]["least_minutes"]
+        return adce.answers(lake.database, adce.PLAN, "sources")[0].rows[0]["least_minutes"]
 
     assert minutes() == 0.0  # 6 of 60 now
     lake.write("update windows set max_requests = 2")
