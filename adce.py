@@ -1414,12 +1414,6 @@ class Alerts:
     command: tuple[Text, ...] = setting("program to run; subject and text become its last arguments", ())
     ping: Text | None = setting("URL requested after each good cycle, or $NAME", None)
     cloudwatch: Text | None = setting("CloudWatch namespace for the figures of each cycle", None)
-<<<<<<< HEAD
-    error_percent: Percent = setting("maximum share of failures in the last 200 attempts", 10)
-    quiet_cycles: Count = setting("cycles without a good attempt, though tasks are due, before an alert", 8)
-    critical_gap_hours: Positive = setting("age of a CRITICAL gap that raises an alert", 24)
-=======
->>>>>>> h-screens
 
 
 @dataclass(frozen=True, slots=True)
@@ -1647,7 +1641,6 @@ def problems_in(block: object) -> Problems:
             yield "max_bytes", f"{block.max_bytes} is less than min_bytes"
 
 
-<<<<<<< HEAD
 def conflicts(record: type, given: Sequence[str]) -> Problems:
     """Keys that are missing, that exclude one another, or that have no effect beside the others. ONE_OF of a record
     has pairs of a key, or an empty text, and of a group of which exactly one must stand beside that key."""
@@ -1662,38 +1655,6 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
         elif one.beside and not set(one.beside) & set(given):
             yield name, "has no effect without " + " or ".join(f'"{other}"' for other in one.beside)
         yield from ((name, f'has no effect beside "{other}"') for other in one.against if {name, other} <= set(given))
-=======
-# ---------------------------------------------------------------- Reading
-# From a file to a configuration: what must hold between the records, and every mistake with its line and a hint; and
-# the reference of all keys. Headlines: load_configuration(), explain(), json_schema().
-
-MAX_FILE_BYTES = 1 << 20
-DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
-DATE_CODES = "aAbBcCdDeFgGhHIjmMpRSTuUVwWxXyY"  # of strftime: those that a date has and every platform knows
-# Keys of the system that ADCE replaces: the key that took their place, or what to do instead.
-FORMER = {
-    "alerts.alert_on": "each condition is an alert",
-    "alerts.channels": "set alerts.sns_topic and alerts.webhook",
-    "alerts.enabled": "without a channel nothing is sent",
-    "dry_run": 'use "adce.py plan"',
-    "exponential_backoff": "delays always grow",
-    "health_check.alert_thresholds": "the thresholds of alerts are fixed",
-    "logging": 'use "adce.py run --log FILE"',
-    "maintenance": 'use "adce.py pause SOURCE --for 2h"',
-    "max_orchestrator_runtime_minutes": 'use "adce.py run --max-minutes N"',
-    "max_retries": "retry.max_attempts",
-    "rate_limiting.backoff.enabled": "without backoff there is none",
-    "retry_delay_seconds": "retry.initial_delay_seconds",
-    "scheduled_tasks": "declare datasets",
-    "task_processing": "the score orders all open tasks",
-    "task_queue_file": "the queue is in the database",
-    "test_mode": 'use "adce.py run --once"',
-    **dict.fromkeys(("enabled", "last_updated", "metadata", "version"), "it had no effect"),
-    **dict.fromkeys(("fallback_to_sample", "use_aws_inventory"), "the store itself is listed"),
-    **dict.fromkeys(("health_check.check_interval_seconds", "min_tasks_to_trigger"), "not needed"),
-    **dict.fromkeys(("integration", "performance", "resource_limits"), "not supported"),
-}
->>>>>>> h-screens
 
 
 @functools.cache
@@ -6522,12 +6483,6 @@ class Alerter:
             found = {key: text for key, text in found.items() if not re.search(FULL, text)}
         for key, text in found.items():
             if key not in lasting:
-<<<<<<< HEAD
-                self._notify(alert, "", text)
-            elif now - alert["notified_at"] >= DAY:
-                alert["notified_at"] = now
-                self._notify(alert, "still ", f"for {format_duration(now - alert['since'])}: {text}")
-=======
                 times = {"since": now, "notified_at": now, "ended_at": None}
                 lasting[key] = {"condition": key[0], "about": key[1], "unsent": [], **times}
                 self.alerts.append(lasting[key])
@@ -6536,7 +6491,6 @@ class Alerter:
                 lasting[key]["notified_at"] = now
                 self._notify(lasting[key], "still ", f"for {format_duration(now - lasting[key]['since'])}: {text}")
             lasting[key] |= {"text": text, "seen_at": now}
->>>>>>> h-screens
         for key, alert in lasting.items():
             if key not in found and now - alert["seen_at"] >= CALM_SECONDS:
                 alert["ended_at"] = alert["seen_at"]
@@ -6621,14 +6575,10 @@ def deliver(channel: str, configuration: Configuration, message: Mapping[str, An
     elif channel == "ping":
         _http("GET", str(settings.ping))
     elif channel == "command":  # subject and text are its last arguments
-        program = Program(
-            words=(*settings.command, message["subject"], message["text"]),
-            folder=configuration.path.parent,
-            environment={"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"},
-            seconds=SEND_SECONDS,
-        )
-        end = run_program(program, Clock())
-        if not end.is_good():
+        words = (*settings.command, message["subject"], message["text"])
+        environment = {"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"}
+        end = run_program(words, configuration.path.parent, environment, SEND_SECONDS)
+        if end.text != "exit 0":
             raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
     elif channel == "sns_topic":
         topic = str(settings.sns_topic)
@@ -6656,36 +6606,6 @@ def _http(method: str, address: str, **options: Any) -> None:
         raise Error(f"HTTP {answer.status_code}")
 
 
-<<<<<<< HEAD
-def _send_to_sns(configuration: Configuration, message: Mapping[str, Any]) -> None:
-    topic = cast(str, configuration.alerts.sns_topic)
-    client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
-    client.publish(TopicArn=topic, Subject=message["subject"][:100], Message=message["text"])
-
-
-def _send_to_command(configuration: Configuration, message: Mapping[str, Any]) -> None:
-    """Subject and text are its last arguments."""
-    words = (*configuration.alerts.command, message["subject"], message["text"])
-    environment = {"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"}
-    try:
-        end = run_program(words, configuration.path.parent, environment, SEND_SECONDS)
-    except (OSError, ValueError) as error:
-        raise Error(f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}") from None
-    if end.text != "exit 0":
-        raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
-
-
-SENDERS: Mapping[str, Callable[[Configuration, Mapping[str, Any]], None]] = {
-    "webhook": lambda configuration, message: _http(  # in the format of Slack, which many others take
-        "POST", str(configuration.alerts.webhook), json={"text": f"*{message['subject']}*\n{message['text']}"}
-    ),
-    "sns_topic": _send_to_sns,
-    "command": _send_to_command,
-}
-
-
-=======
->>>>>>> h-screens
 def _aws_client(service: str, region: str | None = None) -> Any:
     import boto3
     import botocore.config

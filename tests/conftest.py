@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from s3_server import MotoServer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -21,6 +26,20 @@ settings.register_profile("ci", derandomize=True)  # a new example belongs on a 
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 import adce  # noqa: E402
+
+for name in ("COLUMNS", "LINES", "NO_COLOR", "JOURNAL_STREAM", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+    os.environ.pop(name, None)  # they change what the program prints and to whom
+found = [folder for folder in os.get_exec_path() if os.access(folder, os.X_OK)]
+os.environ["PATH"] = os.pathsep.join(found)  # `su` leaves folders in it that the user may not search
+
+# Under `nohup` and in the background of a script these signals are ignored, and children inherit that. Here they are
+# caught instead: pytest and its workers live on, and each program under test starts with the default handlers.
+IGNORED = "ADCE_TESTS_IGNORED_SIGNALS"
+os.environ.setdefault(
+    IGNORED, " ".join(str(int(n)) for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_IGN)
+)
+for number in os.environ[IGNORED].split():
+    signal.signal(int(number), lambda *_: None)
 
 
 class ManualClock(adce.Clock):
@@ -72,6 +91,14 @@ def upstream() -> Iterator[Upstream]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def aws() -> Iterator[MotoServer]:
+    from s3_server import MotoServer  # moto takes half a second to load
+
+    with MotoServer() as server:
+        yield server
+
+
 @pytest.fixture
 def configure(tmp_path: Path) -> Callable[[str], adce.Configuration]:
     """Write a text as adce.yaml and load it."""
@@ -97,7 +124,7 @@ def start_adce(*words: str, folder: Path, **environment: str) -> subprocess.Pope
     )
 
 
-def run_adce(*words: str, folder: Path, seconds: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_adce(*words: str, folder: Path, seconds: float = 100, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the program itself in a folder to its end."""
     process = start_adce(*words, folder=folder, **environment)
     try:

@@ -54,7 +54,7 @@ def command_line(*words: str) -> list[str]:
     return [sys.executable, str(ROOT / "adce.py"), *words]
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -106,14 +106,14 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-def stopped(process: subprocess.Popen[str], seconds: float = 20) -> tuple[int, str]:
+def stopped(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
     """The exit code of a process that ends, and what it wrote to stderr."""
     _, err = process.communicate(timeout=seconds)
     return process.returncode, err
 
 
 def do(
-    *words: str, folder: Path, stdin: str | None = None, seconds: float = 60, **environment: str
+    *words: str, folder: Path, stdin: str | None = None, seconds: float = 100, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """One command line to its end."""
     return subprocess.run(

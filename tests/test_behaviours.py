@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from conftest import run_adce
+from runners import wait_until
 from upstream import Upstream, json_answer
 
 import adce
@@ -24,7 +26,7 @@ WHOLE = '{"id": "7"}'
 KEY = "games/7.json"
 WRITE = f"mkdir -p lake/games; echo '{WHOLE}' > lake/{KEY}"
 LATE_SECONDS = 0.4  # the patience with those that never end by themselves
-SLACK_SECONDS = 4  # of a busy machine
+SLACK_SECONDS = 12  # of a busy machine; less than the patience with the others
 MEGABYTE = 1 << 20
 
 
@@ -51,7 +53,7 @@ LENGTHY = pytest.mark.battery
 LATE = {"patience": LATE_SECONDS}
 STUBBORN = {"patience": LATE_SECONDS, "within": adce.TERMINATE_SECONDS + SLACK_SECONDS}
 PRINTED = {"output": "stdout"}
-PYTHON = f"{sys.executable} -I -S -c"
+PYTHON = f"{shlex.quote(sys.executable)} -I -S -c"
 DAEMON = """
 import os
 if os.fork():
@@ -322,13 +324,6 @@ def forget_peak() -> int:
     return peak_memory()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-
-
 @contextmanager
 def nothing_left(folder: Path) -> Iterator[None]:
     """No process, file, descriptor, thread, variable or memory of a scraper is there after the block."""
@@ -337,7 +332,7 @@ def nothing_left(folder: Path) -> Iterator[None]:
     yield
     assert peak_memory() - held < 60 * MEGABYTE
     assert (descriptors(), threading.active_count(), dict(os.environ), Path.cwd()) == before
-    wait_until(lambda: not processes_of(folder), 3)
+    wait_until(lambda: not processes_of(folder))
     output = adce.output_folder(folder / "adce.db")
     assert not output.exists() or not list(output.iterdir())
     assert not list((folder / "lake" / adce.STAGING).iterdir())

@@ -82,7 +82,7 @@ def known_to(desk: Desk) -> list[list[tuple]]:
     return [[tuple(row) for row in desk.database.read(question)] for question in questions]
 
 
-@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(n, marks=pytest.mark.battery) for n in range(20, 200))])
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(n, marks=pytest.mark.battery) for n in range(8, 200))])
 def test_what_has_changed_comes_to_what_a_fresh_database_finds(seed, configure, database, lake, clock):
     dice = random.Random(seed)
     wishes = Wishes(dice)

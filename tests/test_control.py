@@ -34,7 +34,7 @@ from runners import (
 from upstream import Answer, Upstream
 
 HEALTH = "health_check: {enabled: true, port: 0}"
-SOON = 10  # a generous bound for what should happen at once
+SOON = 30  # a generous bound for what should happen at once
 
 
 @pytest.fixture
@@ -198,13 +198,10 @@ def test_stop_tells_of_a_stuck_runner(folder, start):
 
 def test_stop_with_no_patience_does_not_wait(folder, start):
     fill_box(folder, "A")
-    write_box(folder)
+    write_box(folder, grace=300)
     start().send_signal(signal.SIGSTOP)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        done = do("stop", "--timeout", "0s", folder=folder, seconds=2)
-        assert done.returncode == 1
-        return
-    pytest.fail("it waited")
+    done = do("stop", "--timeout", "0s", folder=folder, seconds=60)
+    assert done.returncode == 1
 
 
 def test_health_tells_of_a_loop_that_is_stuck(folder, start):

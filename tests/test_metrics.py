@@ -40,6 +40,7 @@ def free_port() -> int:
 
 
 @needs_prometheus
+@pytest.mark.battery
 def test_promtool_finds_nothing_to_say_of_the_metrics(lake):
     with contextlib.closing(adce.open_database(lake / "adce.db")) as database:
         text = adce.metrics_text(database)
@@ -48,6 +49,7 @@ def test_promtool_finds_nothing_to_say_of_the_metrics(lake):
 
 
 @needs_prometheus
+@pytest.mark.battery
 def test_promtool_accepts_the_rules(lake):
     done = run_adce("example", "alerts", folder=lake)
     (lake / "rules.yml").write_text(done.stdout)
@@ -73,6 +75,7 @@ def test_rules_and_panels_ask_for_metrics_that_exist(lake):
 
 
 @needs_prometheus
+@pytest.mark.battery
 def test_prometheus_scrapes_the_runner(lake, upstream):
     port, own = free_port(), free_port()
     text = (lake / "adce.yaml").read_text()

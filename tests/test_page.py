@@ -46,6 +46,7 @@ def address(lake) -> Iterator[str]:
 
 
 @needs_chromium
+@pytest.mark.battery
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 1120, 1920])
 def test_page_is_one_quiet_response_that_fits_its_window(width, scheme, address, tmp_path):

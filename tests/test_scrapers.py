@@ -76,7 +76,7 @@ def test_verdict_is_what_the_store_holds_afterwards(script, outcome, reason, sto
     result = run(specification(tmp_path, *shell(script), timeout_seconds=seconds), store)[0]
     assert (result.outcome, result.requests) == (outcome, 0)
     assert (reason or "") in (result.error or "")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 def test_object_counts_although_the_folder_of_its_program_cannot_be_removed(store, tmp_path, monkeypatch):
@@ -118,12 +118,12 @@ def test_program_that_has_shed_its_environment_and_holds_the_output_is_not_waite
     started = time.monotonic()
     result = run(specification(tmp_path, *shell("setsid env -i /bin/sleep 60 & echo $! > shed; echo done")), store)[0]
     assert result.error == "left no object (exit 0): done"
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     os.kill(int((tmp_path / "shed").read_text()), signal.SIGKILL)
 
 
 def wait_for_end(number: int) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while is_alive(number):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -29,8 +29,8 @@ from upstream import Answer, Upstream
 
 PHASES = ("idle", "listing", "fetching", "storing", "in a command", "in a call")
 BUSY = PHASES[2:]  # an attempt runs
-MARGIN = 5  # seconds beyond the grace time
-SOON = 2  # seconds, where nothing at all has to be waited for
+MARGIN = 20  # seconds beyond the grace time
+SOON = 15  # seconds, where nothing at all has to be waited for
 LINGER = """\
 trap '' TERM
 setsid sleep 600 &
@@ -115,7 +115,7 @@ def clear_away(folder: Path) -> None:
 
 def what_is_left(folder: Path) -> dict[str, object]:
     """Everything that a clean stop must not leave."""
-    wait_until(lambda: not processes_of(folder), seconds=5)
+    wait_until(lambda: not processes_of(folder), MARGIN)
     return {
         "running tasks": rows(folder, "select count(*) from queue where state = 'running'")[0][0],
         "running attempts": rows(folder, "select count(*) from attempts where outcome = 'running'")[0][0],

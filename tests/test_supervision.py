@@ -161,14 +161,14 @@ def test_second_runner_tells_the_manager_nothing(one_manager, start, tmp_path):
 @pytest.mark.parametrize("held", [[], ["list"]])
 def test_sign_of_life_comes_at_least_once_in_each_span(held, one_manager, start, tmp_path):
     """Idle, and while a listing takes for ever: that is not in the way of the main loop."""
-    seconds = 1.5
+    seconds = 4.0
     with HeldBucket(held) as bucket:
         fill_box(tmp_path, "A")
         write_box(tmp_path, store="s3://lake" if held else "lake")
         microseconds = str(int(seconds * 1e6))
         start(NOTIFY_SOCKET=one_manager.address, WATCHDOG_USEC=microseconds, **bucket.environment)
         one_manager.hear_until("READY=1")
-        for _ in range(4):
+        for _ in range(2):
             one_manager.hear_until("WATCHDOG=1")
     instants = [instant for instant, _ in one_manager.heard]
     spans = [after - before for before, after in itertools.pairwise(instants)]
@@ -205,14 +205,15 @@ def test_loop_that_cannot_write_gives_no_sign_of_life_until_it_can(one_manager, 
 
 def test_signs_of_life_go_on_while_attempts_may_finish(one_manager, start, tmp_path):
     (tmp_path / "a_scraper.py").write_text("import threading\ndef wait(name): threading.Event().wait()\n")
-    write_box(tmp_path, way='call: "a_scraper:wait"', grace=2.5)
-    process = start(NOTIFY_SOCKET=one_manager.address, WATCHDOG_USEC="3000000")
+    write_box(tmp_path, way='call: "a_scraper:wait"', grace=60)
+    process = start(NOTIFY_SOCKET=one_manager.address, WATCHDOG_USEC="300000")
     wait_until(lambda: rows(tmp_path, "select 1 from queue where state = 'running'"))
     process.terminate()
     one_manager.hear_until("STOPPING=1")
-    one_manager.hear_until("WATCHDOG=1", seconds=3)
-    one_manager.hear_until("WATCHDOG=1", seconds=3)
-    assert stopped(process)[0] == 0
+    for _ in range(3):
+        one_manager.hear_until("WATCHDOG=1")
+    process.terminate()
+    assert stopped(process)[0] == 130
 
 
 def test_watchdog_of_another_process_does_not_hurry_this_one(one_manager, start, tmp_path):

@@ -15,16 +15,10 @@ from pathlib import Path
 
 import pytest
 from conftest import run_adce, start_adce
+from runners import wait_until
 from upstream import Answer
 
 import adce
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def rows(folder: Path, sql: str) -> list[tuple]:
@@ -276,8 +270,8 @@ def test_function_that_never_returns_is_killed_and_its_worker_goes_on(tmp_path):
     (tmp_path / "a_scraper.py").write_text(STUCK)
     (tmp_path / "adce.yaml").write_text(ENDLESS.format(n=numbers(2)))
     started = time.monotonic()
-    done = run_adce("run", "--once", folder=tmp_path, seconds=30)
-    assert (done.returncode, time.monotonic() - started < 20) == (3, True), done.stderr
+    done = run_adce("run", "--once", folder=tmp_path)
+    assert (done.returncode, time.monotonic() - started < 50) == (3, True), done.stderr
     assert rows(tmp_path, "select sum(present), sum(missing) from coverage") == [(2, 2)]
     stuck = rows(tmp_path, "select state, last_error from queue")
     assert stuck == [("retry", "left no object (timed out): empty")] * 2
@@ -337,9 +331,9 @@ def test_orphans_are_ended_also_when_the_next_start_comes_by_another_path(stubbo
 def test_stop_past_the_grace_time_leaves_no_process(stubborn, tmp_path):
     started = time.monotonic()
     stubborn.terminate()
-    stubborn.communicate(timeout=15)
-    assert (stubborn.returncode, time.monotonic() - started < 10) == (0, True)
-    wait_until(lambda: living(tmp_path) == [], 3)
+    stubborn.communicate(timeout=60)
+    assert (stubborn.returncode, time.monotonic() - started < 30) == (0, True)
+    wait_until(lambda: living(tmp_path) == [])
     assert rows(tmp_path, "select state from queue") == [("pending",)] * 2
 
 
@@ -354,11 +348,11 @@ def test_second_signal_leaves_no_process(stubborn, tmp_path):
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: "stopping" in process.stderr.readline())
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 130
+        assert process.wait(20) == 130
     finally:
         process.kill()
         process.communicate()
-    wait_until(lambda: living(tmp_path) == [], 3)
+    wait_until(lambda: living(tmp_path) == [])
 
 
 KILLER = """
