@@ -585,18 +585,19 @@ create table windows (
 ) strict, without rowid;
 
 create table requests (
-    -- Every HTTP request that still counts in a window of its source or of global. Boot times.
-    request_id    integer primary key,
-    source        text    not null references scopes,
-    granted_at    real    not null,
-    deadline      real    not null,  -- counts as finished then, whatever became of its client
-    finished_at   real,              -- null: in flight
-    source_number integer,           -- the n-th finished of its source
-    global_number integer            -- the n-th finished of all
+    -- HTTP requests in flight. Boot times.
+    request_id   integer primary key, -- random: none is used again
+    source       text    not null references scopes,
+    deadline     real    not null    -- counts as finished then, whatever became of its client
 ) strict;
-create index requests_in_flight on requests (source, deadline) where finished_at is null;
-create unique index requests_by_source on requests (source, source_number) where source_number is not null;
-create unique index requests_by_number on requests (global_number) where global_number is not null;
+
+create table finished (
+    -- HTTP requests that still count in a window: each in its source and in global. Boot times.
+    scope        text    not null references scopes,
+    finished_at  real    not null,
+    number       integer not null,   -- the n-th of its scope
+    primary key (scope, finished_at, number)
+) strict, without rowid;
 
 create table waiters (
     -- Clients that wait for a permit, in order of arrival. Boot times.
@@ -704,11 +705,10 @@ create view rates as
         group by scope
     )
     select s.scope, w.window_seconds, w.max_requests,
-           (select count(*) from requests r
-             where (s.scope = 'global' or r.source = s.scope)
-               and (r.finished_at is null or r.finished_at > n.at - w.window_seconds)) as used,
-           (select count(*) from requests r
-             where r.finished_at is null and (s.scope = 'global' or r.source = s.scope)) as in_flight,
+           (select count(*) from requests r where s.scope in (r.source, 'global'))
+           + (select count(*) from finished f
+               where f.scope = s.scope and f.finished_at > n.at - w.window_seconds) as used,
+           (select count(*) from requests r where s.scope in (r.source, 'global')) as in_flight,
            coalesce(a.waiting, 0) as waiting,
            strftime('%Y-%m-%dT%H:%M:%SZ', iif(s.paused_until > n.at, s.paused_until + n.wall_offset, null),
                     'unixepoch') as blocked_until,
@@ -2967,8 +2967,6 @@ def open_store(address: str) -> Store:
 GLOBAL = "global"
 SEND_WITHIN_SECONDS = 10  # an unused permit is void then
 RELEASE_WITHIN_SECONDS = 10  # after the end of a request; then its client counts as dead
-EXPIRE_EVERY = 4  # permits
-EXPIRED_AT_ONCE = 16
 LATE_SECONDS = 2  # a waiter that does not look again by then is gone
 
 
@@ -2977,7 +2975,6 @@ class Permit:
     """The right to send one HTTP request. Boot times."""
 
     request_id: int
-    source: str
     send_before: float
     deadline: float  # counts as finished then
 
@@ -2992,44 +2989,30 @@ class Opening:
     is_pause: bool = False
 
 
-# One row for each window of a source and of global. With k requests in flight or ahead, the (N - k)-th last finish
-# must be W ago (freed_by); if the (slow_from - k)-th last is not, backoff applies (slowed_by).
+# One row for each window of a source and of global: the requests in flight, the waiters ahead of `owner`, and the
+# requests that finished within the window.
 OBSERVATION = """
     with observed as materialized (
         select s.*,
-               iif(s.scope = 'global',
-                   (select coalesce(max(global_number), 0) from requests where global_number is not null),
-                   (select coalesce(max(source_number), 0) from requests
-                     where source = s.scope and source_number is not null)) as finished,
-               (select count(*)
-                  from requests indexed by requests_in_flight
-                 where finished_at is null and (s.scope = 'global' or source = s.scope)) as in_flight,
-               (select min(deadline)
-                  from requests indexed by requests_in_flight
-                 where finished_at is null and (s.scope = 'global' or source = s.scope)) as deadline,
+               (select count(*) from requests r where s.scope in (r.source, 'global')) as in_flight,
+               (select min(deadline) from requests) as deadline,
                (select count(*)
                   from waiters
                  where expires_at >= :now
                    and iif(s.scope = 'global', waits_for = 'global' or opens_at <= :now, source = s.scope)
                    and waiter_id < coalesce(
                        (select waiter_id from waiters where source = :source and owner = :owner),
-                       9223372036854775807)) as ahead
+                       9223372036854775807)) as ahead,
+               (select number from finished f where f.scope = s.scope order by finished_at desc, number desc limit 1)
+                   as last_number
         from scopes s
         where s.scope in (:source, 'global')
     )
     select o.*, w.window_seconds, w.max_requests, w.slow_from,
-           iif(o.scope = 'global',
-               (select finished_at from requests
-                 where global_number = o.finished + o.in_flight + o.ahead + 1 - w.max_requests),
-               (select finished_at from requests
-                 where source = o.scope and source_number = o.finished + o.in_flight + o.ahead + 1 - w.max_requests)
-           ) as freed_by,
-           iif(o.scope = 'global',
-               (select finished_at from requests
-                 where global_number = o.finished + o.in_flight + o.ahead + 1 - w.slow_from),
-               (select finished_at from requests
-                 where source = o.scope and source_number = o.finished + o.in_flight + o.ahead + 1 - w.slow_from)
-           ) as slowed_by
+           coalesce(1 + last_number - (
+               select number from finished f
+               where f.scope = o.scope and f.finished_at > :now - w.window_seconds
+               order by finished_at, number limit 1), 0) as used
     from observed o
     left join windows w using (scope)
 """
@@ -3039,7 +3022,10 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
     """Make the stored limits those of the configuration. Earlier requests keep counting."""
     boot_id, offset = clock.boot_id(), clock.wall() - clock.boot()
     known = sql.execute("select boot_id, wall_offset from facts").fetchone()
-    if known["boot_id"] is not None and (known["boot_id"] != boot_id or _has_gone_back(sql, clock.boot())):
+    latest = sql.execute("select max(max(granted_at, paused_until - paused_for)) from scopes").fetchone()[0] or 0
+    # A boot may have no name: then one is noticed when the latest grant or pause lies in the future, by more than
+    # rounding. One that is not noticed makes limits last longer.
+    if known["boot_id"] is not None and (known["boot_id"] != boot_id or latest > clock.boot() + 1):
         _carry_over_reboot(sql, known["wall_offset"] - offset)
     sql.execute("update facts set boot_id = ?, wall_offset = ?", (boot_id, offset))
     sql.execute("delete from windows")
@@ -3063,25 +3049,11 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
     hold_sources_after_restore(sql, clock.boot())
 
 
-def _has_gone_back(sql: sqlite3.Connection, now: float) -> bool:
-    """Whether a grant or a pause lies in the future, as after a reboot of a machine whose boots have no names. One that
-    is not noticed makes limits last longer."""
-    begun = """
-        select max(instant) from (
-            select granted_at as instant from requests
-            union all
-            select max(granted_at, paused_until - paused_for) from scopes)
-    """
-    return cast(float, sql.execute(begun).fetchone()[0] or 0) > now + 1  # a second: more than rounding
-
-
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
     """Boot times start again at 0. All earlier requests count as finished at that instant, which is later than the
     truth and so never grants too early. `shift` is the old wall offset less the new one."""
-    in_flight = sql.execute("select request_id, source from requests where finished_at is null").fetchall()
-    for request_id, source in in_flight:
-        _finish(sql, request_id, source, 0.0)
-    sql.execute("update requests set granted_at = 0, finished_at = 0, deadline = 0")
+    sql.execute("update finished set finished_at = 0")
+    _count(sql, sql.execute("delete from requests returning source").fetchall(), 0.0)
     sql.execute("delete from waiters")
     sql.execute(
         """
@@ -3099,7 +3071,9 @@ def opening(sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: f
     Waiters that arrived before `owner` come first, and all of them if `owner` does not wait yet."""
     rows = sql.execute(OBSERVATION, {"source": source, "owner": owner, "now": now}).fetchall()
     if any((row["deadline"] or now) < now for row in rows):
-        _reap(sql, now)
+        # The clients of overdue requests are dead. The requests finish now, not when they were granted.
+        overdue = sql.execute("delete from requests where deadline < ? returning source", (now,)).fetchall()
+        _count(sql, overdue, now)
         return opening(sql, limiting, source, now, owner)
     candidates = (candidate for row in rows for candidate in _openings(sql, row, limiting.backoff, now))
     return max(candidates, key=lambda candidate: candidate.at, default=Opening(now))
@@ -3121,56 +3095,41 @@ def _openings(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff | None
     if row["max_requests"] is None:
         return
     name = f"{scope}: {row['max_requests']} in {row['window_seconds']:g} s"
-    opens_at = _window_opens_at(row, now)
-    if opens_at > now:
-        yield Opening(opens_at, f"{name} used up", scope)
-    elif backoff and row["slow_from"] is not None:
-        slowed_until = _backoff_ends_at(sql, row, backoff, now)
+    taken = row["used"] + row["in_flight"] + ahead
+    if taken >= row["max_requests"]:
+        yield Opening(_leaves_at(sql, row, taken - row["max_requests"], now), f"{name} used up", scope)
+    elif backoff and row["slow_from"] is not None and taken >= row["slow_from"]:
+        leaves_at = _leaves_at(sql, row, 0, now)  # then there may be less to slow down
+        slowed_until = min(leaves_at, row["granted_at"] + _delay(row, backoff, taken, leaves_at))
         if slowed_until > now:
             yield Opening(slowed_until, f"{name} nearly used up", scope)
 
 
-def _window_opens_at(row: sqlite3.Row, now: float) -> float:
-    """The rule. Requests that are still to finish take one window for each N of them, at the least."""
-    unfinished = row["in_flight"] + row["ahead"]
-    if unfinished >= row["max_requests"]:
-        return now + float(row["window_seconds"] * (unfinished // row["max_requests"]))
-    return now if row["freed_by"] is None else float(row["freed_by"] + row["window_seconds"])
+def _leaves_at(sql: sqlite3.Connection, row: sqlite3.Row, index: int, now: float) -> float:
+    """When this one of the requests in a window, the oldest first, leaves it. Those that are still to finish take one
+    window for each N of them, at the least."""
+    seconds: float = row["window_seconds"]
+    counted = """
+        select finished_at from finished
+        where scope = ? and finished_at > ?
+        order by finished_at, number limit 1 offset ?
+    """
+    finished = sql.execute(counted, (row["scope"], now - seconds, index)).fetchone()
+    if finished is None:
+        return now + seconds * max(1, (row["in_flight"] + row["ahead"]) // row["max_requests"])
+    leaves_at: float = finished[0] + seconds
+    return leaves_at if leaves_at - seconds >= finished[0] else math.nextafter(leaves_at, math.inf)  # rounded down
 
 
-def _backoff_ends_at(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff, now: float) -> float:
-    """Past the threshold the delay since the last permit grows with each further request of the window. Unless it is
-    strict, it is never longer than spreading the rest of the quota evenly over the rest of the window: the plain rule
-    leaves 10 to 20% of the quota unused."""
-    ahead, most, slow_from = row["ahead"], row["max_requests"], row["slow_from"]
-    window_began = now - row["window_seconds"]
-    if row["in_flight"] + ahead < slow_from and (row["slowed_by"] is None or row["slowed_by"] <= window_began):
-        return now
-    numbers = range(max(1, row["finished"] - most + 1), row["finished"] + 1)
-    position = bisect.bisect_right(numbers, window_began, key=lambda number: _finished_at(sql, row["scope"], number))
-    used = row["in_flight"] + len(numbers) - position
-    oldest = _finished_at(sql, row["scope"], numbers[position]) if position < len(numbers) else now
-    leaves_at: float = oldest + row["window_seconds"]
-    last: float = row["granted_at"] if used >= slow_from else now  # requests up to the threshold go at once
-    slowed_ahead = ahead - max(0, slow_from - used)
-    used = max(used, slow_from)
-    delay = backoff.initial_delay_seconds * backoff.exponential_factor ** min(used - slow_from, 64)
+def _delay(row: sqlite3.Row, backoff: Backoff, taken: int, leaves_at: float) -> float:
+    """Seconds between two permits past the threshold of backoff. They grow with each further request of the window.
+    Unless backoff is strict, they are never more than spreading the rest of the quota evenly over the time until
+    `leaves_at`: the plain rule leaves 10 to 20% of the quota unused."""
+    delay = backoff.initial_delay_seconds * backoff.exponential_factor ** min(taken - row["slow_from"], 64)
     delay = min(delay, backoff.max_delay_seconds)
-    if not backoff.strict:
-        delay = min(delay, max(0.0, leaves_at - last) / (most - used + 1))
-    # when the oldest request leaves the window there may be less to slow down
-    slowed_until: float = max(last + delay, now) + delay * slowed_ahead
-    return min(slowed_until, leaves_at)
-
-
-def _finished_at(sql: sqlite3.Connection, scope: str, number: int) -> float:
-    """Boot time at which the n-th finished request finished; long ago if its row is gone."""
-    if scope == GLOBAL:
-        row = sql.execute("select finished_at from requests where global_number = ?", (number,)).fetchone()
-    else:
-        of_source = "select finished_at from requests where source = ? and source_number = ?"
-        row = sql.execute(of_source, (scope, number)).fetchone()
-    return cast(float, row[0]) if row else -math.inf
+    if backoff.strict:
+        return delay
+    return min(delay, max(0.0, leaves_at - row["granted_at"]) / (row["max_requests"] - taken + 1))
 
 
 def grant(
@@ -3179,77 +3138,46 @@ def grant(
     """Take a permit, and with it the place of `owner` among the waiters. `opening` has just allowed it."""
     if owner:
         sql.execute("delete from waiters where source = ? and owner = ?", (source, owner))
+    sql.execute(
+        """
+        update scopes
+        set granted_at = :now,
+            -- without a bucket there is no debt either
+            tokens = max(0, min(coalesce(burst_size, 0), tokens + (:now - tokens_at) * refill_per_second) - 1),
+            tokens_at = :now
+        where scope in (:source, 'global')
+        """,
+        {"now": now, "source": source},
+    )
+    # an hour is always kept, for limits that are declared or enabled later
+    longest = max([HOUR, *(limit.seconds for limits in limiting.scopes.values() for limit in limits.windows)])
+    sql.execute("delete from finished where scope in (?, 'global') and finished_at <= ?", (source, now - longest))
     send_before = now + SEND_WITHIN_SECONDS
     deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
-    if limiting.backoff or any(limits.burst_size for limits in limiting.scopes.values()):
-        sql.execute(
-            """
-            update scopes
-            set granted_at = :now,
-                -- without a bucket there is no debt either
-                tokens = max(0, min(coalesce(burst_size, 0), tokens + (:now - tokens_at) * refill_per_second) - 1),
-                tokens_at = :now
-            where scope in (:source, 'global')
-            """,
-            {"now": now, "source": source},
-        )
-    inserted = sql.execute(
-        "insert into requests (source, granted_at, deadline) values (?, ?, ?)", (source, now, deadline)
-    )
-    request_id = cast(int, inserted.lastrowid)
-    if request_id % EXPIRE_EVERY == 0:
-        _expire(sql, limiting, now)
-    return Permit(request_id, source, send_before, deadline)
+    inserted = sql.execute("insert into requests values (random(), ?, ?)", (source, deadline))
+    return Permit(cast(int, inserted.lastrowid), send_before, deadline)
 
 
 def release(sql: sqlite3.Connection, permit: Permit, now: float, *, used: bool = True) -> None:
     """The request of a permit is over, or was never sent."""
-    if used:
-        _finish(sql, permit.request_id, permit.source, now)
-    else:
-        sql.execute("delete from requests where request_id = ? and finished_at is null", (permit.request_id,))
+    over = "delete from requests where request_id = ? returning source"
+    released = sql.execute(over, (permit.request_id,)).fetchall()
+    _count(sql, released if used else [], now)
 
 
-def _reap(sql: sqlite3.Connection, now: float) -> None:
-    """The client of an overdue request is dead. The request finishes now, not when it was granted."""
-    overdue = "select * from requests indexed by requests_in_flight where finished_at is null and deadline < ?"
-    for request_id, source, *_ in sql.execute(overdue, (now,)).fetchall():
-        _finish(sql, request_id, source, now)
-
-
-def _finish(sql: sqlite3.Connection, request_id: int, source: str, now: float) -> None:
-    sql.execute(
+def _count(sql: sqlite3.Connection, requests: Iterable[sqlite3.Row], now: float) -> None:
+    """Count requests, which were in flight, as finished now."""
+    sql.executemany(
         """
-        update requests
-        set finished_at = :now,
-            source_number = (
-                select coalesce(max(source_number), 0) + 1 from requests
-                where source = :source and source_number is not null),
-            global_number = (
-                select coalesce(max(global_number), 0) + 1 from requests where global_number is not null)
-        where request_id = :request_id and finished_at is null
+        insert into finished
+        select scope, :now, 1 + coalesce((
+                   select number from finished f
+                   where f.scope = s.scope
+                   order by finished_at desc, number desc limit 1), 0)
+        from scopes s
+        where scope in (:source, 'global')
         """,
-        {"now": now, "source": source, "request_id": request_id},
-    )
-
-
-def _expire(sql: sqlite3.Connection, limiting: RateLimiting, now: float) -> None:
-    """Remove a few of the oldest finished requests that no window counts any more. An hour is always kept, for limits
-    that are declared or enabled later."""
-    horizon = max([HOUR, *(limit.seconds for limits in limiting.scopes.values() for limit in limits.windows)])
-    sql.execute(
-        """
-        delete from requests where request_id in (
-            select request_id from (
-                select request_id, finished_at
-                from requests
-                where global_number is not null
-                order by global_number
-                limit :few
-            ) where finished_at <= :before
-        )
-        """,
-        {"few": EXPIRED_AT_ONCE, "before": now - horizon},
+        [{"source": request["source"], "now": now} for request in requests],
     )
 
 

@@ -7,6 +7,7 @@ import heapq
 import itertools
 import math
 import multiprocessing
+import re
 import sqlite3
 import time
 from collections.abc import Iterable
@@ -355,7 +356,7 @@ def test_requests_stay_as_long_as_a_window_counts_them_and_little_longer():
         asked.append(desk.clock.boot())
         desk.clock.advance(20)
     counted = [at for at in asked if at > asked[-1] - 7200]
-    kept = [row[0] for row in desk.database.read("select finished_at from requests order by finished_at desc")]
+    kept = [row[0] for row in desk.database.read("select finished_at from finished where scope = 'global' order by 1 desc")]
     assert kept[: len(counted)] == counted[::-1]
     assert len(kept) <= len(counted) + 5
 
@@ -582,7 +583,7 @@ def test_idle_limiter_grants_at_the_very_instant_it_has_promised_and_no_sooner(r
     assert desk.ask(source)
 
 
-def test_no_statement_scans_the_requests():
+def test_no_statement_scans_the_finished_requests():
     desk = Desk(limiting(adce.Backoff(), espn=windows((5, 10), (50, 100)), **{"global": windows((60, 100))}))
     statements: list[str] = []
     desk.database._writer.set_trace_callback(statements.append)
@@ -594,13 +595,9 @@ def test_no_statement_scans_the_requests():
     desk.database._writer.set_trace_callback(None)
     texts = {text for text in statements if text.split()[0] in ("select", "update", "delete", "insert")}
     plans = {row[3] for text in texts for row in desk.database.read(f"explain query plan {text}")}
-    assert {
-        name for name in ("by_source", "by_number", "in_flight") if any(f"requests_{name}" in plan for plan in plans)
-    }
-    # the index of what is in flight is as long as there are workers
-    assert {plan for plan in plans if plan.startswith("SCAN requests")} <= {
-        "SCAN requests USING INDEX requests_in_flight"
-    }
+    assert any(plan.startswith("SEARCH f USING PRIMARY KEY") for plan in plans)
+    # the requests in flight are as many as there are workers
+    assert [plan for plan in plans if re.match(r"SCAN (f|finished)\b", plan)] == []
 
 
 def ask_in_a_process(database: str, address: str, seconds: float) -> None:
