@@ -26,8 +26,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Objects                     what should exist, and what a whole object is
     Store                       the objects that exist: in a folder, or in S3
     Limits                      which requests are possible, and when
-    Responses                   what a response means, for the task and for its source
-    Permits                     the limits for other threads and processes
+    Permits                     what a response means; the limits for other threads and processes
     Object states               facts, and the state, task and score that follow
     Expectations                the expected objects, as one computed set
     Queue                       the best task whose source can be asked
@@ -57,7 +56,6 @@ from __future__ import annotations
 
 import argparse
 import array
-import bisect
 import collections
 import contextlib
 import csv
@@ -102,7 +100,6 @@ import types
 import typing
 import unicodedata
 import urllib.parse
-import weakref
 import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -3003,6 +3000,7 @@ OBSERVATION = """
                    and waiter_id < coalesce(
                        (select waiter_id from waiters where source = :source and owner = :owner),
                        9223372036854775807)) as ahead,
+               (select min(finished_at) from finished f where f.scope = s.scope) as oldest,
                (select number from finished f where f.scope = s.scope order by finished_at desc, number desc limit 1)
                    as last_number
         from scopes s
@@ -3070,10 +3068,13 @@ def opening(sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: f
 
     Waiters that arrived before `owner` come first, and all of them if `owner` does not wait yet."""
     rows = sql.execute(OBSERVATION, {"source": source, "owner": owner, "now": now}).fetchall()
-    if any((row["deadline"] or now) < now for row in rows):
+    # an hour is always kept, for limits that are declared or enabled later
+    counts_from = now - max([HOUR, *(limit.seconds for one in limiting.scopes.values() for limit in one.windows)])
+    if any((row["deadline"] or now) < now or (row["oldest"] or now) < counts_from - MINUTE for row in rows):
         # The clients of overdue requests are dead. The requests finish now, not when they were granted.
         overdue = sql.execute("delete from requests where deadline < ? returning source", (now,)).fetchall()
         _count(sql, overdue, now)
+        sql.execute("delete from finished where scope in (?, 'global') and finished_at <= ?", (source, counts_from))
         return opening(sql, limiting, source, now, owner)
     candidates = (candidate for row in rows for candidate in _openings(sql, row, limiting.backoff, now))
     return max(candidates, key=lambda candidate: candidate.at, default=Opening(now))
@@ -3114,27 +3115,23 @@ def _leaves_at(sql: sqlite3.Connection, row: sqlite3.Row, index: int, now: float
         where scope = ? and finished_at > ?
         order by finished_at, number limit 1 offset ?
     """
-    finished = sql.execute(counted, (row["scope"], now - seconds, index)).fetchone()
-    if finished is None:
-        return now + seconds * max(1, (row["in_flight"] + row["ahead"]) // row["max_requests"])
-    leaves_at: float = finished[0] + seconds
-    return leaves_at if leaves_at - seconds >= finished[0] else math.nextafter(leaves_at, math.inf)  # rounded down
+    for (finished_at,) in sql.execute(counted, (row["scope"], now - seconds, index)).fetchall():
+        leaves_at: float = finished_at + seconds
+        return leaves_at if leaves_at - seconds >= finished_at else math.nextafter(leaves_at, math.inf)  # by rounding
+    rounds: int = (row["in_flight"] + row["ahead"]) // row["max_requests"]
+    return now + seconds * max(1, rounds)
 
 
 def _delay(row: sqlite3.Row, backoff: Backoff, taken: int, leaves_at: float) -> float:
     """Seconds between two permits past the threshold of backoff. They grow with each further request of the window.
     Unless backoff is strict, they are never more than spreading the rest of the quota evenly over the time until
     `leaves_at`: the plain rule leaves 10 to 20% of the quota unused."""
-    delay = backoff.initial_delay_seconds * backoff.exponential_factor ** min(taken - row["slow_from"], 64)
-    delay = min(delay, backoff.max_delay_seconds)
-    if backoff.strict:
-        return delay
-    return min(delay, max(0.0, leaves_at - row["granted_at"]) / (row["max_requests"] - taken + 1))
+    growing: float = backoff.initial_delay_seconds * backoff.exponential_factor ** min(taken - row["slow_from"], 64)
+    even: float = max(0.0, leaves_at - row["granted_at"]) / (row["max_requests"] - taken + 1)
+    return min(growing, backoff.max_delay_seconds, math.inf if backoff.strict else even)
 
 
-def grant(
-    sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_seconds: float, now: float, owner: str = ""
-) -> Permit:
+def grant(sql: sqlite3.Connection, source: str, timeout_seconds: float, now: float, owner: str = "") -> Permit:
     """Take a permit, and with it the place of `owner` among the waiters. `opening` has just allowed it."""
     if owner:
         sql.execute("delete from waiters where source = ? and owner = ?", (source, owner))
@@ -3149,9 +3146,6 @@ def grant(
         """,
         {"now": now, "source": source},
     )
-    # an hour is always kept, for limits that are declared or enabled later
-    longest = max([HOUR, *(limit.seconds for limits in limiting.scopes.values() for limit in limits.windows)])
-    sql.execute("delete from finished where scope in (?, 'global') and finished_at <= ?", (source, now - longest))
     send_before = now + SEND_WITHIN_SECONDS
     deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
     inserted = sql.execute("insert into requests values (random(), ?, ?)", (source, deadline))
@@ -3220,13 +3214,16 @@ def hold_sources_after_restore(sql: sqlite3.Connection, now: float) -> None:
         )
 
 
-# ---------------------------------------------------------------- Responses
-# The meaning of a response: one function turns it into an outcome, one records what it says about the
-# source. A pause is a pause, whatever its cause. Headlines: classify(), record_response().
+# ---------------------------------------------------------------- Permits
+# The meaning of a response: one function turns it into an outcome, one records its consequences for the source. A pause
+# is a pause, whatever its cause. Then the limits for other threads and processes: a client that must wait joins the
+# waiters and sleeps, outside every lock, until its next look is worth it. Headlines: classify(), record_response(),
+# Limiter, permit().
 
 LONGEST_RETRY_AFTER = DAY
 FIRST_PAUSE_SECONDS = 60
 STORE_TROUBLE = "store: "  # prefix of the reason of a pause that the store caused
+LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -3309,23 +3306,18 @@ def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now:
     )
 
 
-def failure_threshold(source: Source, answer: Result) -> int:
-    """The number of such responses in a row that means the source is down; 0: none does."""
-    traits = answer.outcome.traits
-    if answer.outcome is Outcome.HTTP_ERROR and (answer.http_status or 0) >= 500:
-        return source.blocked_when.failures_in_a_row
-    return getattr(source.blocked_when, traits.setting) if traits.setting else traits.source_after
-
-
 def record_response(sql: sqlite3.Connection, source: Source, answer: Result, now: float) -> SourceHealth:
     """Record what a response says about its source; pause it when it is down or asks for a pause.
 
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
     Meanwhile one request at a time probes the source."""
-    threshold = failure_threshold(source, answer)
-    if answer.outcome.traits.passing:
+    traits, is_throttled = answer.outcome.traits, answer.outcome is Outcome.THROTTLED
+    if traits.passing:
         return SourceHealth()
-    if not threshold and answer.outcome is not Outcome.THROTTLED:  # a request from before a pause shows nothing new
+    is_server_error = answer.outcome is Outcome.HTTP_ERROR and (answer.http_status or 0) >= 500
+    setting = "failures_in_a_row" if is_server_error else traits.setting
+    threshold = getattr(source.blocked_when, setting) if setting else traits.source_after
+    if not threshold and not is_throttled:  # a request from before a pause shows nothing new
         works = """
             update scopes set failures = 0, throttles = 0
             where scope = ? and paused_until <= ? and (failures or throttles)
@@ -3334,37 +3326,21 @@ def record_response(sql: sqlite3.Connection, source: Source, answer: Result, now
         return SourceHealth()
     state = "select failures, throttles, paused_until from scopes where scope = ?"
     failures, throttles, paused_until = sql.execute(state, (source.name,)).fetchone()
-    longest, is_paused = source.blocked_when.pause_seconds, paused_until > now
-    growing = min(FIRST_PAUSE_SECONDS * 2.0 ** min(throttles, 30), max(longest, FIRST_PAUSE_SECONDS))
-    seconds = None
-    if answer.outcome is Outcome.THROTTLED:
-        failures, seconds = 0, growing
-        if answer.retry_after is not None:
-            seconds = min(max(answer.retry_after, 0.0), LONGEST_RETRY_AFTER)
-    else:
-        failures += 1
-        if failures >= threshold:
-            seconds = longest if answer.outcome is Outcome.TIMEOUT else growing
-    if answer.retry_after is None and is_paused:
-        seconds = None
+    failures = 0 if is_throttled else failures + 1
+    longest, is_paused, seconds = source.blocked_when.pause_seconds, paused_until > now, None
+    if answer.retry_after is not None:
+        seconds = min(answer.retry_after, LONGEST_RETRY_AFTER)
+    elif not is_paused and answer.outcome is Outcome.TIMEOUT and failures >= threshold:
+        seconds = longest
+    elif not is_paused and (is_throttled or failures >= threshold):
+        seconds = min(FIRST_PAUSE_SECONDS * 2.0 ** min(throttles, 30), max(longest, FIRST_PAUSE_SECONDS))
     if seconds is not None:
         throttles += not (is_paused and throttles)
         pause(sql, source.name, seconds, answer.error or answer.outcome, now)
     sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
     # a scraper or a page that fails may be to blame itself; twice in a row no response at all is not its fault
-    doubt = threshold if answer.outcome.traits.rated else 2
-    return SourceHealth(
-        is_source=answer.outcome is not Outcome.THROTTLED and failures >= doubt,
-        pause_seconds=seconds,
-    )
-
-
-# ---------------------------------------------------------------- Permits
-# The limits for other threads and processes. A client that must wait joins the waiters and sleeps, outside
-# every lock, until its next look is worth it. Headlines: Limiter, permit().
-
-LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
-KEEP_ALIVE_SECONDS = 5
+    is_source = not is_throttled and failures >= (threshold if traits.rated else 2)
+    return SourceHealth(is_source, seconds)
 
 
 class ActivePermit:
@@ -3388,12 +3364,6 @@ class Limiter:
 
     def __init__(self, configuration: Configuration, database: Database, clock: Clock | None = None) -> None:
         self.configuration, self.database, self.clock = configuration, database, clock or Clock()
-        self._name, self._places = f"{os.getpid()}.{secrets.token_hex(2)}", itertools.count(1)
-        self._guard = threading.Lock()  # guards what follows
-        # with its deadline; one that its owner has lost, interrupted, is not kept alive for ever
-        self._held: weakref.WeakKeyDictionary[ActivePermit, float] = weakref.WeakKeyDictionary()
-        self._keeper: threading.Thread | None = None
-        self._closed = threading.Event()
         with database.transaction() as sql:
             declare_limits(sql, configuration, self.clock)
 
@@ -3409,7 +3379,7 @@ class Limiter:
 
         The request counts as in flight until the block ends. A block that ends without an exception got a good
         response, unless it says otherwise. Raises RateLimitedError as soon as `wait` is too short as things are, and
-        Error for an unknown source or when closed."""
+        Error for an unknown source."""
         held = self.acquire(source, wait)
         try:
             yield held
@@ -3420,34 +3390,29 @@ class Limiter:
 
     def acquire(self, source: str, wait: float | None = None) -> ActivePermit:
         """The same without a block: the caller must release() what it gets."""
-        described, owner, is_waiting = self.source(source), f"{self._name}.{next(self._places)}", False
+        described, owner = self.source(source), secrets.token_hex(8)
         give_up_at = math.inf if wait is None else self.clock.boot() + wait
         try:
-            while True:
-                granted = self._try(described, owner, give_up_at, is_waiting=is_waiting)
-                if isinstance(granted, float):
-                    is_waiting = True
-                    self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
-                elif self.clock.boot() <= granted.send_before:
-                    return self._hold(ActivePermit(granted, described))
-                else:  # this process was suspended, or the disk took very long
-                    self.release(ActivePermit(granted, described), used=False)
-                    is_waiting = False
+            while isinstance(granted := self._try(described, owner, give_up_at), float):
+                self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
         except BaseException:
             with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
                 remove_waiter(sql, owner, self.clock.boot())
             raise
+        held = ActivePermit(granted, described)
+        if self.clock.boot() <= granted.send_before:
+            return held
+        self.release(held, used=False)  # this process was suspended, or the disk took very long
+        return self.acquire(source, None if wait is None else give_up_at - self.clock.boot())
 
-    def _try(self, source: Source, owner: str, give_up_at: float, *, is_waiting: bool) -> Permit | float:
+    def _try(self, source: Source, owner: str, give_up_at: float) -> Permit | float:
         """A permit, or the boot time of the next look."""
-        if self._closed.is_set():
-            raise Error("the limiter was closed")
         self.database.check_place()
         with self.database.transaction() as sql:
             now, limiting = self.clock.boot(), self.configuration.rate_limiting
             opens = opening(sql, limiting, source.name, now, owner)
             if opens.at <= now:
-                return grant(sql, limiting, source.name, source.timeout_seconds, now, owner if is_waiting else "")
+                return grant(sql, source.name, source.timeout_seconds, now, owner)
             if opens.at > give_up_at:
                 wait = format_duration(opens.at - now)
                 text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
@@ -3456,37 +3421,9 @@ class Limiter:
             enqueue_waiter(sql, source.name, owner, opens, looks_at)
             return looks_at
 
-    def _hold(self, held: ActivePermit) -> ActivePermit:
-        with self._guard:
-            self._held[held] = held.permit.deadline
-            if self._keeper is None:
-                self._keeper = threading.Thread(target=self._keep_alive, name="adce-permits", daemon=True)
-                self._keeper.start()
-        return held
-
-    def _keep_alive(self) -> None:
-        """A request that takes longer than its source's timeout goes on counting while this process lives."""
-        while self._held or not self._closed.is_set():
-            time.sleep(KEEP_ALIVE_SECONDS)
-            with contextlib.suppress(DatabaseError):
-                self._extend_deadlines(self.clock.boot())
-
-    def _extend_deadlines(self, now: float) -> None:
-        later = now + 4 * KEEP_ALIVE_SECONDS
-        with self._guard:
-            due = [held for held, deadline in self._held.items() if deadline - now < 2 * KEEP_ALIVE_SECONDS]
-        if due:
-            longer = "update requests set deadline = max(deadline, ?) where request_id = ? and finished_at is null"
-            with self.database.transaction(durable=False) as sql:
-                sql.executemany(longer, [(later, held.permit.request_id) for held in due])
-            with self._guard:
-                self._held.update({held: later for held in due if held in self._held})
-
     def release(self, held: ActivePermit, *, used: bool = True) -> None:
         """The request is over, or was never sent. If that cannot be written now, it counts until its deadline: that is
         safe. Whether a response is good is known, and counts, when the attempt ends that it belongs to."""
-        with self._guard:
-            self._held.pop(held, None)
         is_news = held.answer is not None and held.answer.outcome is not Outcome.OK
         with contextlib.suppress(DatabaseError), self.database.transaction(durable=is_news) as sql:
             now = self.clock.boot()
@@ -3498,10 +3435,6 @@ class Limiter:
             responses = (Outcome.OK, Outcome.HTTP_ERROR, Outcome.NOT_YET)
             if held.answer and not (is_judged_later and held.answer.outcome in responses):
                 record_response(sql, held.source, held.answer, now)
-
-    def close(self) -> None:
-        """End every wait for a permit with an Error, at its next look. The database stays open."""
-        self._closed.set()
 
 
 @functools.cache
@@ -3980,7 +3913,8 @@ class Ending:
 
 
 HEADS = f"""
-    select head.*, d.bonus, d.source, s.throttles > 0 as is_probed, s.paused_until > ? as is_paused
+    select head.*, d.bonus, d.source, s.throttles > 0 as is_probed, s.paused_until > ? as is_paused,
+           exists (select 1 from waiters w where w.source = d.source and w.owner = 'runner') as is_waiting
     from datasets d
     join ({SELECT_OBJECTS}) head on head.object_id = (
         select object_id from objects
@@ -4027,7 +3961,8 @@ def claim(
             break
         granted = None
         if dataset.url:
-            granted = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now, RUNNER)
+            owner = RUNNER if head["is_waiting"] else ""
+            granted = grant(sql, source.name, source.timeout_seconds, now, owner)
         first = ObjectRow._make(head[: len(ObjectRow._fields)])
         rows = [first]
         if dataset.batch and not is_exclusive:
@@ -7360,7 +7295,7 @@ class Runner:
             if free <= len(begun) or opens.at > now:
                 openings |= {source.name: opens} if opens.at > now else {}
                 continue
-            granted = grant(sql, limiting, source.name, source.timeout_seconds, now, RUNNER)
+            granted = grant(sql, source.name, source.timeout_seconds, now, RUNNER)
             hops.remove(hop)
             begun.append(dataclasses.replace(hop, permit=granted))
         if not self.once:
