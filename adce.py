@@ -30,7 +30,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Object states               facts, and the state, task and score that follow
     Expectations                the expected objects, as one computed set
     Queue                       the best task whose source can be asked
-    Results                     the end of an attempt
+    Results                     the end of an attempt; pause, resume, retry and skip
     Listing                     which parts of the store to list, page by page
     Cycles                      one reconciliation in progress, and contents to read
     Reconcile                   expected against present
@@ -42,7 +42,6 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Page                        the same in a browser, for Prometheus and over HTTP
     Events                      the log and the live screen
     Alerts                      messages when a condition begins, lasts and ends
-    Operator actions            pause, resume, retry, skip
     Supervision                 readiness, heartbeat and identity of the runner
     Runner                      keeps going until stopped
     Examples                    texts for the programs around ADCE
@@ -3101,7 +3100,8 @@ def _openings(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff | None
         yield Opening(_leaves_at(sql, row, taken - row["max_requests"], now), f"{name} used up", scope)
     elif backoff and row["slow_from"] is not None and taken >= row["slow_from"]:
         leaves_at = _leaves_at(sql, row, 0, now)  # then there may be less to slow down
-        slowed_until = min(leaves_at, row["granted_at"] + _delay(row, backoff, taken, leaves_at))
+        last: float = now if ahead else row["granted_at"]  # those ahead come first, now or later
+        slowed_until = min(leaves_at, last + _delay(row, backoff, taken, leaves_at - last))
         if slowed_until > now:
             yield Opening(slowed_until, f"{name} nearly used up", scope)
 
@@ -3122,12 +3122,12 @@ def _leaves_at(sql: sqlite3.Connection, row: sqlite3.Row, index: int, now: float
     return now + seconds * max(1, rounds)
 
 
-def _delay(row: sqlite3.Row, backoff: Backoff, taken: int, leaves_at: float) -> float:
+def _delay(row: sqlite3.Row, backoff: Backoff, taken: int, left: float) -> float:
     """Seconds between two permits past the threshold of backoff. They grow with each further request of the window.
-    Unless backoff is strict, they are never more than spreading the rest of the quota evenly over the time until
-    `leaves_at`: the plain rule leaves 10 to 20% of the quota unused."""
+    Unless backoff is strict, they are never more than spreading the rest of the quota evenly over the seconds `left`
+    until one leaves the window: the plain rule leaves 10 to 20% of the quota unused."""
     growing: float = backoff.initial_delay_seconds * backoff.exponential_factor ** min(taken - row["slow_from"], 64)
-    even: float = max(0.0, leaves_at - row["granted_at"]) / (row["max_requests"] - taken + 1)
+    even: float = max(0.0, left) / (row["max_requests"] - taken + 1)
     return min(growing, backoff.max_delay_seconds, math.inf if backoff.strict else even)
 
 
@@ -3175,28 +3175,32 @@ def _count(sql: sqlite3.Connection, requests: Iterable[sqlite3.Row], now: float)
     )
 
 
-def enqueue_waiter(sql: sqlite3.Connection, source: str, owner: str, opens: Opening, looks_at: float) -> None:
-    """Join the end of the queue for a source, or keep the place in it, until the next look at `looks_at`."""
+def keep_places(
+    sql: sqlite3.Connection, owner: str, openings: Mapping[str, Opening], now: float, seconds: float = 0
+) -> bool:
+    """Keep the places of an owner among the waiters for the sources it waits for, or join their ends, and give up all
+    others. Returns whether it has any. It looks again after `seconds` at the latest."""
+    waiting = {source: opens for source, opens in openings.items() if opens.at > now}
     sql.execute(
+        """
+        delete from waiters
+        where (owner = :owner and source not in (select value from json_each(:waiting)))
+           or expires_at < :long_ago
+        """,
+        {"owner": owner, "waiting": json.dumps(list(waiting)), "long_ago": now - MINUTE},
+    )
+    sql.executemany(
         """
         insert into waiters (source, owner, waits_for, opens_at, reason, expires_at)
         values (?1, ?2, ?3, ?4, ?5, ?6)
         on conflict do update set waits_for = ?3, opens_at = ?4, reason = ?5, expires_at = ?6
         """,
-        (source, owner, opens.scope, opens.at, opens.reason, looks_at + LATE_SECONDS),
+        [
+            (source, owner, opens.scope, opens.at, opens.reason, min(opens.at, now + seconds) + LATE_SECONDS)
+            for source, opens in waiting.items()
+        ],
     )
-
-
-def remove_waiter(sql: sqlite3.Connection, owner: str, now: float, keep: Iterable[str] = ()) -> None:
-    """Give up the places of an owner, except those for the sources in `keep`; remove waiters that are long gone."""
-    sql.execute(
-        """
-        delete from waiters
-        where (owner = :owner and source not in (select value from json_each(:keep)))
-           or expires_at < :long_ago
-        """,
-        {"owner": owner, "keep": json.dumps(list(keep)), "long_ago": now - MINUTE},
-    )
+    return bool(waiting)
 
 
 def hold_sources_after_restore(sql: sqlite3.Connection, now: float) -> None:
@@ -3397,7 +3401,7 @@ class Limiter:
                 self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
         except BaseException:
             with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
-                remove_waiter(sql, owner, self.clock.boot())
+                keep_places(sql, owner, {}, self.clock.boot())
             raise
         held = ActivePermit(granted, described)
         if self.clock.boot() <= granted.send_before:
@@ -3417,9 +3421,8 @@ class Limiter:
                 wait = format_duration(opens.at - now)
                 text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
                 raise RateLimitedError(text, opens.at - now)
-            looks_at = float(min(opens.at, now + LOOK_AGAIN_SECONDS))
-            enqueue_waiter(sql, source.name, owner, opens, looks_at)
-            return looks_at
+            keep_places(sql, owner, {source.name: opens}, now, LOOK_AGAIN_SECONDS)
+            return float(min(opens.at, now + LOOK_AGAIN_SECONDS))
 
     def release(self, held: ActivePermit, *, used: bool = True) -> None:
         """The request is over, or was never sent. If that cannot be written now, it counts until its deadline: that is
@@ -3485,11 +3488,6 @@ def rank_of(
 def bonus_of(weighting: PriorityWeighting, success_rate: float) -> float:
     """The points that all tasks of a dataset have for its success rate."""
     return weighting.success_rate_weight * success_rate if weighting.enabled else 0.0
-
-
-def score_at(rank: float, slope: float, bonus: float, now: float) -> float:
-    """The live score; the view `queue` computes the same."""
-    return rank + slope * now / HOUR + bonus
 
 
 def priority_of(
@@ -3573,9 +3571,8 @@ class Ledger:
         row = known._replace(state=state, reason=reason, since=since)
         if task is None or is_fetched or has_changed:
             row = row._replace(task=TaskState.RETRY if waits else TaskState.PENDING, next_at=next_at if waits else None)
-        return row if task is not None else self._opened(row)
-
-    def _opened(self, row: ObjectRow) -> ObjectRow:
+        if task is not None:
+            return row
         self.created += 1
         row = row._replace(detected_at=int(self.now), gap_size=1, attempts=0, failures=0, fruitless=0, crashes=0)
         return self.ranked(row._replace(last_error=None))
@@ -3603,25 +3600,18 @@ class Ledger:
         self.write([row])
         return row
 
-    def drop(self, condition: str, parameters: Mapping[str, Any]) -> int:
+    def drop(self, condition: str, parameters: Mapping[str, Any]) -> None:
         """Expect objects `o` no longer. All that is known of them is kept; if they are expected again, the store is
-        searched for them. Returns their number."""
+        searched for them."""
         rows = self.objects(f"({condition}) and o.state != 'dropped'", parameters)
         for row in rows:
-            self.closed += row.task not in (None, TaskState.RUNNING)
-        self.sql.executemany(
-            """
-            update objects
-            set state = 'dropped', reason = null, next_at = null, proven = 0, since = ?,
-                task = iif(task = 'running', task, null)
-            where object_id = ?
-            """,
-            [(int(self.now), row.object_id) for row in rows],
-        )
+            task = row.task if row.task == TaskState.RUNNING else None
+            self.closed += task != row.task
+            gone = row._replace(state=ObjectState.DROPPED, reason=None, since=int(self.now), next_at=None)
+            self.write([gone._replace(proven=0, task=task)])
         for name in {row.dataset for row in rows}:
             self.touch(name)
         self.dropped += len(rows)
-        return len(rows)
 
     def touch(self, dataset: str) -> None:
         """Objects of this dataset, or their mentions, have changed: the next cycle computes their children anew."""
@@ -3913,7 +3903,7 @@ class Ending:
 
 
 HEADS = f"""
-    select head.*, d.bonus, d.source, s.throttles > 0 as is_probed, s.paused_until > ? as is_paused,
+    select head.*, d.source, s.throttles > 0 as is_probed, s.paused_until > :boot as is_paused,
            exists (select 1 from waiters w where w.source = d.source and w.owner = 'runner') as is_waiting
     from datasets d
     join ({SELECT_OBJECTS}) head on head.object_id = (
@@ -3923,6 +3913,7 @@ HEADS = f"""
         limit 1)
     join scopes s on s.scope = d.source
     where d.active and d.ready
+    order by rank + slope * :wall / 3600.0 + bonus desc, detected_at, head.object_id
 """  # noqa: S608  # a constant
 
 
@@ -3937,8 +3928,7 @@ def claim(
     A task during which nearly `max_attempts` runners have crashed may be the cause, or may only have run beside the
     cause: it waits until nothing else runs, and runs alone."""
     now, wall = clock.boot(), clock.wall()
-    heads = sql.execute(HEADS, (now,)).fetchall()
-    heads.sort(key=lambda h: (-score_at(h["rank"], h["slope"], h["bonus"], wall), h["detected_at"], h["object_id"]))
+    heads = sql.execute(HEADS, {"boot": now, "wall": wall}).fetchall()
     with_work = {head["source"] for head in heads if not head["is_paused"]}
     held = collections.Counter[str]()  # workers, by source
     for name, count in busy.items():
@@ -3967,7 +3957,7 @@ def claim(
         rows = [first]
         if dataset.batch and not is_exclusive:
             rows += _others_in_batch(sql, configuration, first, dataset.batch)
-        url = url_of(dataset, source, first.fields)
+        url = source.base_url + dataset.url.render(first.fields, quote_for_url) if dataset.url else ""
         claimed = Claim(
             dataset=dataset,
             source=source,
@@ -3999,11 +3989,6 @@ def _workers_for_others(dataset: Dataset, with_work: set[str], held: Mapping[str
     return min(rivals, 1) if dataset.url else rivals
 
 
-def url_of(dataset: Dataset, source: Source, fields: Fields) -> str:
-    """The url of an object; empty for commands and calls."""
-    return source.base_url + dataset.url.render(fields, quote_for_url) if dataset.url else ""
-
-
 def _others_in_batch(
     sql: sqlite3.Connection, configuration: Configuration, first: ObjectRow, batch: Batch
 ) -> list[ObjectRow]:
@@ -4021,28 +4006,14 @@ def _others_in_batch(
 
 def _begin(sql: sqlite3.Connection, row: ObjectRow, url: str, wall: float) -> ObjectRow:
     begin = "insert into attempts (object_id, started_at, outcome, requests, url) values (?, ?, 'running', 0, ?)"
-    attempt_id = cast(int, sql.execute(begin, (row.object_id, wall, without_secrets(url) or None)).lastrowid)
+    shown = re.sub(r"^(https?://)[^/?#]*@", r"\1", url)  # without a user name and a password
+    attempt_id = cast(int, sql.execute(begin, (row.object_id, wall, shown or None)).lastrowid)
     run = """
         update objects set task = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null
         where object_id = ?
     """
     sql.execute(run, (attempt_id, row.object_id))
     return row._replace(task=TaskState.RUNNING, attempt_id=attempt_id)
-
-
-def without_secrets(url: str) -> str:
-    """A url without a user name and a password."""
-    return re.sub(r"^(https?://)[^/?#]*@", r"\1", url)
-
-
-def keep_places(sql: sqlite3.Connection, openings: Mapping[str, Opening], now: float, seconds: float) -> bool:
-    """Keep the runner's places among the waiters for the sources it waits for, and no others. Returns whether it has
-    any. It looks again after `seconds` at the latest."""
-    waiting = {source: opens for source, opens in openings.items() if opens.at > now}
-    for source, opens in waiting.items():
-        enqueue_waiter(sql, source, RUNNER, opens, min(opens.at, now + seconds))
-    remove_waiter(sql, RUNNER, now, waiting)
-    return bool(waiting)
 
 
 def wake_retries(sql: sqlite3.Connection, before: float) -> int:
@@ -4069,12 +4040,15 @@ def appraise_due(ledger: Ledger) -> int:
 
 
 # ---------------------------------------------------------------- Results
-# The end of an attempt: the next state of the task, the attempt itself, the totals of the day. Headlines:
-# finish(), requeue_orphans().
+# The end of an attempt: the next state of the task, the attempt itself, the totals of the day. Then the changes that an
+# operator makes, also while the runner works: it finds them in the database. Headlines: finish(), requeue_orphans(),
+# pause_source(), resume_source(), retry_tasks(), skip_tasks().
 
 SUCCESS_MEMORY = 0.1  # weight of the latest attempt in the success rate of a dataset
 RUNNER_CRASHED = "the runner crashed"
 FORGOTTEN_AT_ONCE = 500  # rows of a kind
+UNTIL_RESUMED = 3650 * DAY
+BY_OPERATOR = "by hand"
 
 
 def retry_delay(policy: Retry, times: int, rng: random.Random) -> float:
@@ -4088,96 +4062,62 @@ def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clo
 
     An attempt that is no longer the running one of its task changes nothing but its own row."""
     now, sql, health = clock.boot(), ledger.sql, SourceHealth()
-    telling = min(results, key=_weight)  # of a batch
+    # one result of a batch stands for all: a failing store, a working source, any other
+    telling = min(results, key=lambda one: (one.outcome is not Outcome.STORE_ERROR, one.outcome is not Outcome.OK))
     was_sent = any(result.requests for result in results)
     if claimed.permit:
         release(sql, claimed.permit, now, used=was_sent)
     if was_sent or not claimed.dataset.url:
         health = record_response(sql, claimed.source, telling, now)
-    least = health.pause_seconds or 0.0
     if telling.outcome is Outcome.STORE_ERROR:
-        least = FIRST_PAUSE_SECONDS
-        pause(sql, GLOBAL, least, f"{STORE_TROUBLE}{telling.error}", now)
-
-    def delay(times: int) -> float:
-        return max(least, retry_delay(ledger.configuration.retry, times, rng))
-
+        health = SourceHealth(pause_seconds=FIRST_PAUSE_SECONDS)
+        pause(sql, GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{telling.error}", now)
     endings: list[Ending] = []
     for task, result in zip(claimed.tasks, results, strict=True):
         _record_attempt(ledger, claimed.dataset, task, result)
         running = "o.object_id = :object_id and o.task = 'running' and o.attempt_id = :attempt_id"
         rows = ledger.objects(running, {"object_id": task.object_id, "attempt_id": task.attempt_id})
-        endings += [_settle(ledger, task, row, result, (health, delay)) for row in rows]
+        endings += [_settle(ledger, row, result, health, rng) for row in rows]
     return endings
 
 
-def _weight(result: Result) -> int:
-    """The result of a batch that stands for all: a failing store, a working source, any other."""
-    return (Outcome.STORE_ERROR, Outcome.OK, result.outcome).index(result.outcome)
-
-
-def _settle(
-    ledger: Ledger,
-    task: ObjectRow,
-    row: ObjectRow,
-    result: Result,
-    context: tuple[SourceHealth, Callable[[int], float]],
-) -> Ending:
+def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth, rng: random.Random) -> Ending:
     """The next state of a task. It is done only when its object is whole in the store and no gap any more."""
-    (health, delay), outcome = context, result.outcome
+    outcome, is_ok = result.outcome, result.outcome is Outcome.OK
     season = next((season for season in ledger.configuration.seasons if season.label == row.season), None)
     counted = (outcome.traits.counts and not health.is_source) or (
         outcome is Outcome.NOT_YET and not may_still_appear(season, row.day, ledger.now)
     )
-    failures = 0 if outcome is Outcome.OK else row.failures + counted
-    fruitless = 0 if outcome is Outcome.OK else row.fruitless + (outcome is not Outcome.LOST)
-    row = row._replace(
-        task=TaskState.PENDING,
-        attempt_id=None,
-        failures=failures,
-        fruitless=fruitless,
-        crashes=0,
-        last_error=result.error,
-    )
+    failures = 0 if is_ok else row.failures + counted
+    fruitless = 0 if is_ok else row.fruitless + (outcome is not Outcome.LOST)
+    row = row._replace(attempt_id=None, failures=failures, fruitless=fruitless, crashes=0, last_error=result.error)
     if row.state == ObjectState.DROPPED:
         row = row._replace(task=None)
-        ledger.write([row])
-        return Ending(task, result, TaskState.CANCELLED, failures, None, counted)
-    if outcome is Outcome.OK:
-        row = _stored(ledger, row, result)
-    elif row.state not in GAPS:  # the gap was closed, or excluded, meanwhile
-        row = ledger.note(row)
     else:
-        if result.stored and result.inspection:  # a program left an invalid object
-            row = ledger.appraised(ledger.stored(row, result.stored, result.inspection))
-        row = _tried_in_vain(ledger, row, result, delay, counted=counted)
-    closed = TaskState.CANCELLED if row.state == ObjectState.SKIPPED else TaskState.DONE
-    state = closed if row.task is None else TaskState(row.task)
-    return Ending(task, result, state, failures, row.next_at if row.task else None, counted)
+        row = row._replace(task=TaskState.PENDING)
+        if result.stored and result.inspection:  # a program may have left an invalid object
+            row = ledger.stored(row, result.stored, result.inspection)
+        row = ledger.appraised(row, is_fetched=is_ok)
+        if row.task and not is_ok:
+            row = _tried_in_vain(ledger.configuration.retry, row, result, ledger.now, health, rng)
+    ledger.write([row])
+    if is_ok and result.inspection and row.state != ObjectState.DROPPED:
+        expect_children(ledger, row, note_mentions(ledger, row, result.inspection))
+    closed = TaskState.CANCELLED if row.state in (ObjectState.DROPPED, ObjectState.SKIPPED) else TaskState.DONE
+    state = TaskState(row.task) if row.task else closed
+    return Ending(row, result, state, failures, row.next_at if row.task else None, counted)
 
 
 def _tried_in_vain(
-    ledger: Ledger, row: ObjectRow, result: Result, delay: Callable[[int], float], *, counted: bool
+    policy: Retry, row: ObjectRow, result: Result, now: float, health: SourceHealth, rng: random.Random
 ) -> ObjectRow:
-    if result.outcome is Outcome.LOST and result.retry_after is not None:  # a permit was refused
-        row = row._replace(task=TaskState.RETRY, next_at=int(ledger.now + result.retry_after) + 1)
-    elif result.outcome is not Outcome.LOST and row.failures >= ledger.configuration.retry.max_attempts:
-        row = row._replace(task=TaskState.GAVE_UP)
-    elif result.outcome is not Outcome.LOST:
-        times = row.failures if counted else row.fruitless - row.failures
-        row = row._replace(task=TaskState.RETRY, next_at=int(ledger.now + delay(times)) + 1)
-    ledger.write([row])
-    return row
-
-
-def _stored(ledger: Ledger, row: ObjectRow, result: Result) -> ObjectRow:
-    """The object is in the store. Its task closes, or waits when the object is not final yet."""
-    assert result.stored and result.inspection
-    row = ledger.appraised(ledger.stored(row, result.stored, result.inspection), is_fetched=True)
-    ledger.write([row])
-    if ledger.configuration.children_of(row.dataset):
-        expect_children(ledger, row, note_mentions(ledger, row, result.inspection))
-    return row
+    """The row of a task whose attempt brought nothing: one that was lost counts for nothing, and is pending again."""
+    seconds = result.retry_after  # until a permit that was refused is possible
+    if result.outcome is not Outcome.LOST:
+        if row.failures >= policy.max_attempts:
+            return row._replace(task=TaskState.GAVE_UP)
+        seconds = max(health.pause_seconds or 0.0, retry_delay(policy, row.fruitless, rng))
+    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(now + seconds) + 1)
 
 
 def _record_attempt(ledger: Ledger, dataset: Dataset, task: ObjectRow, result: Result) -> None:
@@ -4270,6 +4210,92 @@ def forget(sql: sqlite3.Connection, before: float) -> int:
     """
     sql.execute("delete from alerts where ended_at < ? and unsent = '[]'", (int(before),))
     return len(ended) + len(objects) + sql.execute(cycles, limits).rowcount
+
+
+def pause_source(sql: sqlite3.Connection, scope: str, seconds: float | None, reason: str, now: float) -> None:
+    """Pause a source for some seconds, or until it is resumed, in place of an earlier pause by the operator. A longer
+    one that the source has caused stays."""
+    seconds = min(UNTIL_RESUMED if seconds is None else seconds, UNTIL_RESUMED)
+    text = BY_OPERATOR + ", until it is resumed" * (seconds == UNTIL_RESUMED) + (f": {reason}" if reason else "")
+    sql.execute("update scopes set paused_until = 0 where scope = ? and reason glob ?", (scope, f"{BY_OPERATOR}*"))
+    pause(sql, scope, seconds, text, now)
+
+
+def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool, int]:
+    """End a pause, whatever its cause, and retry at once what has failed and not given up. Returns whether there was a
+    pause, and the number of tasks."""
+    was_paused = sql.execute("select paused_until > ? from scopes where scope = ?", (now, scope)).fetchone()[0]
+    sql.execute(
+        "update scopes set paused_until = 0, reason = null, failures = 0, throttles = 0 where scope = ?", (scope,)
+    )
+    woken = sql.execute(
+        """
+        update objects set task = 'pending', next_at = null
+        where task = 'retry' and last_error is not null
+          and dataset_id in (select dataset_id from datasets where :scope in (source, 'global'))
+        """,
+        {"scope": scope},
+    )
+    return bool(was_paused), woken.rowcount
+
+
+def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]) -> list[int]:
+    """The tasks that wait or gave up and match the filters; skipped ones only by their ids."""
+    rows = database.read(
+        """
+        select o.object_id
+        from objects o
+        join datasets d using (dataset_id)
+        where (o.task in ('retry', 'gave_up') or (o.task is null and o.skipped is not null and :has_ids))
+          and (not :has_ids or o.object_id in (select value from json_each(:ids)))
+          and (:state is null or o.task = :state)
+          and (:source is null or d.source = :source)
+          and (:dataset is null or d.dataset = :dataset)
+          and (:error is null or instr(lower(o.last_error), lower(:error)))
+        order by o.object_id
+        """,
+        {**filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
+    )
+    return [row[0] for row in rows]
+
+
+def rows_of_tasks(database: Database, task_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """The columns shown for some tasks."""
+    sql = """
+        select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
+               o.attempts, o.last_error
+        from objects o join datasets d using (dataset_id)
+        where o.object_id in (select value from json_each(?))
+        order by o.object_id
+    """
+    return [dict(row) for row in database.read(sql, (json.dumps(task_ids),))]
+
+
+def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
+    """Retry tasks at once, with all their attempts before them; include skipped objects again. Returns how many."""
+    ids = json.dumps(list(task_ids))
+    woken = """
+        update objects set task = 'pending', next_at = null, failures = 0, fruitless = 0
+        where task in ('retry', 'gave_up') and object_id in (select value from json_each(?))
+    """
+    count = ledger.sql.execute(woken, (ids,)).rowcount
+    skipped = "o.skipped is not null and o.object_id in (select value from json_each(:ids))"
+    for row in ledger.objects(skipped, {"ids": ids}):
+        count += 1
+        if row.state == ObjectState.DROPPED:  # not expected now, but included when it is
+            ledger.write([row._replace(skipped=None)])
+        else:  # its task has kept its age
+            task = row.task or (TaskState.PENDING if row.detected_at else None)
+            ledger.note(row._replace(task=task, failures=0, fruitless=0), skipped=None)
+    return count
+
+
+def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int]:
+    """Exclude the objects of open tasks until they are retried. Returns which tasks were open."""
+    rows = [row for row in ledger.some(task_ids) if row.task is not None and row.skipped is None]
+    for row in rows:
+        ledger.note(row, skipped=reason)
+    return [row.object_id for row in rows]
 
 
 # ---------------------------------------------------------------- Listing
@@ -6931,100 +6957,6 @@ def put_metrics(namespace: str, database: Database, cycle: Mapping[str, Any]) ->
     _aws_client("cloudwatch").put_metric_data(Namespace=namespace, MetricData=metrics)
 
 
-# ---------------------------------------------------------------- Operator actions
-# Changes that an operator makes, also while the runner works: it finds them in the database. Headlines:
-# pause_source(), resume_source(), retry_tasks(), skip_tasks().
-
-UNTIL_RESUMED = 3650 * DAY
-BY_OPERATOR = "by hand"
-
-
-def pause_source(sql: sqlite3.Connection, scope: str, seconds: float | None, reason: str, now: float) -> None:
-    """Pause a source for some seconds, or until it is resumed, in place of an earlier pause by the operator. A longer
-    one that the source has caused stays."""
-    is_endless = seconds is None or seconds >= UNTIL_RESUMED
-    text = f"{BY_OPERATOR}{', until it is resumed' * is_endless}" + (f": {reason}" if reason else "")
-    sql.execute("update scopes set paused_until = 0 where scope = ? and reason glob ?", (scope, f"{BY_OPERATOR}*"))
-    pause(sql, scope, UNTIL_RESUMED if seconds is None or is_endless else seconds, text, now)
-
-
-def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool, int]:
-    """End a pause, whatever its cause, and retry at once what has failed and not given up. Returns whether there was a
-    pause, and the number of tasks."""
-    was_paused = sql.execute("select paused_until > ? from scopes where scope = ?", (now, scope)).fetchone()[0]
-    sql.execute(
-        "update scopes set paused_until = 0, reason = null, failures = 0, throttles = 0 where scope = ?", (scope,)
-    )
-    woken = sql.execute(
-        """
-        update objects set task = 'pending', next_at = null
-        where task = 'retry' and last_error is not null
-          and dataset_id in (select dataset_id from datasets where :scope in (source, 'global'))
-        """,
-        {"scope": scope},
-    )
-    return bool(was_paused), woken.rowcount
-
-
-def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]) -> list[int]:
-    """The tasks that wait or gave up and match the filters; skipped ones only by their ids."""
-    rows = database.read(
-        """
-        select o.object_id
-        from objects o
-        join datasets d using (dataset_id)
-        where (o.task in ('retry', 'gave_up') or (o.task is null and o.skipped is not null and :has_ids))
-          and (not :has_ids or o.object_id in (select value from json_each(:ids)))
-          and (:state is null or o.task = :state)
-          and (:source is null or d.source = :source)
-          and (:dataset is null or d.dataset = :dataset)
-          and (:error is null or instr(lower(o.last_error), lower(:error)))
-        order by o.object_id
-        """,
-        {**filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
-    )
-    return [row[0] for row in rows]
-
-
-def rows_of_tasks(database: Database, task_ids: Sequence[int]) -> Rows:
-    """The columns shown for some tasks."""
-    sql = """
-        select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
-               o.attempts, o.last_error
-        from objects o join datasets d using (dataset_id)
-        where o.object_id in (select value from json_each(?))
-        order by o.object_id
-    """
-    return query(database, sql, (json.dumps(task_ids),))
-
-
-def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
-    """Retry tasks at once, with all their attempts before them; include skipped objects again. Returns how many."""
-    ids = json.dumps(list(task_ids))
-    woken = """
-        update objects set task = 'pending', next_at = null, failures = 0
-        where task in ('retry', 'gave_up') and object_id in (select value from json_each(?))
-    """
-    count = ledger.sql.execute(woken, (ids,)).rowcount
-    skipped = "o.skipped is not null and o.object_id in (select value from json_each(:ids))"
-    for row in ledger.objects(skipped, {"ids": ids}):
-        count += 1
-        if row.state == ObjectState.DROPPED:  # not expected now, but included when it is
-            ledger.write([row._replace(skipped=None)])
-        else:  # its task has kept its age
-            task = row.task or (TaskState.PENDING if row.detected_at else None)
-            ledger.note(row._replace(task=task, failures=0), skipped=None)
-    return count
-
-
-def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int]:
-    """Exclude the objects of open tasks until they are retried. Returns which tasks were open."""
-    rows = [row for row in ledger.some(task_ids) if row.task is not None and row.skipped is None]
-    for row in rows:
-        ledger.note(row, skipped=reason)
-    return [row.object_id for row in rows]
-
-
 # ---------------------------------------------------------------- Supervision
 # The runner's readiness, heartbeat and identity: for systemd over its socket, for other processes in the database.
 # Headlines: notify(), register_runner().
@@ -7274,7 +7206,8 @@ class Runner:
                 openings = self._claim(sql, hops, begun)
             is_waiting = self.is_waiting
             if openings or is_waiting:
-                is_waiting = keep_places(sql, openings, self.clock.boot(), self.configuration.queue_check_seconds)
+                seconds = self.configuration.queue_check_seconds
+                is_waiting = keep_places(sql, RUNNER, openings, self.clock.boot(), seconds)
             if self.unrecorded:
                 log.append(functools.partial(self.journal.report_pauses, self.database))
         self.unrecorded.clear()

@@ -47,7 +47,7 @@ def formula(weighting: adce.PriorityWeighting, priority: str, age_hours: float, 
 def test_score_equals_the_formula_at_any_age(weighting, priority, age_seconds, gap_size, rate):
     detected = 1_760_000_000
     rank, slope = adce.rank_of(weighting, "espn", priority, gap_size, detected)
-    score = adce.score_at(rank, slope, adce.bonus_of(weighting, rate), detected + age_seconds)
+    score = rank + slope * (detected + age_seconds) / HOUR + adce.bonus_of(weighting, rate)
     assert score == pytest.approx(formula(weighting, priority, age_seconds / HOUR, gap_size, rate), abs=0.01)
 
 
