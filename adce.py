@@ -416,7 +416,8 @@ create table datasets (
     reading      text    not null default '', -- digest of the rules by which contents were judged
     changed      integer not null default 0,  -- grows with every change of its objects or of their mentions
     success_rate real    not null default 1,  -- 0 to 1, moving average
-    bonus        real    not null default 0   -- points of score for it
+    rate_weight  real    not null default 0,  -- points of score for a success rate of 1
+    bonus        real    as (rate_weight * success_rate)
 ) strict;
 
 create table objects (
@@ -502,7 +503,7 @@ end;
 
 create table mentions (
     -- The ids that the content of an object names: facts, from which expected objects are computed.
-    object_id    integer not null references objects,
+    object_id    integer not null references objects on delete cascade,
     expression   text    not null,   -- that found it
     value        text    not null,
     primary key (object_id, expression, value)
@@ -3038,10 +3039,8 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
             (scope, limits.burst_size, limits.refill_per_second, clock.boot()),
         )
         for limit in limits.windows:
-            slow_from = None
-            if backoff and limit.max_requests > 1:
-                slow_from = math.ceil(limit.max_requests * backoff.threshold_percent / 100)
-            row = (scope, limit.seconds, limit.max_requests, slow_from)
+            slow_from = math.ceil(limit.max_requests * backoff.threshold_percent / 100) if backoff else None
+            row = (scope, limit.seconds, limit.max_requests, slow_from if limit.max_requests > 1 else None)
             sql.execute("insert into windows values (?, ?, ?, ?)", row)
     hold_sources_after_restore(sql, clock.boot())
 
@@ -3485,11 +3484,6 @@ def rank_of(
     return base * multiplier + penalty - slope * detected_at / HOUR, slope
 
 
-def bonus_of(weighting: PriorityWeighting, success_rate: float) -> float:
-    """The points that all tasks of a dataset have for its success rate."""
-    return weighting.success_rate_weight * success_rate if weighting.enabled else 0.0
-
-
 def priority_of(
     dataset: Dataset, season: str | None, day: str | None, today: datetime.date, configuration: Configuration
 ) -> Priority:
@@ -3701,18 +3695,16 @@ def appraisal_rules(configuration: Configuration) -> str:
 def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> None:
     """Make the stored datasets those of the configuration. The next cycle follows with their objects; until then no
     task of a known dataset is claimed."""
-    sql.execute("update datasets set active = 0")
-    for dataset in configuration.datasets.values():
-        sql.execute(
-            """
-            insert into datasets (dataset, source, active) values (?1, ?2, 1)
-            on conflict (dataset) do update set source = ?2, active = 1
-            """,
-            (dataset.name, dataset.source),
-        )
-    for dataset_id, rate in sql.execute("select dataset_id, success_rate from datasets").fetchall():
-        bonus = bonus_of(configuration.priority_weighting, rate)
-        sql.execute("update datasets set bonus = ? where dataset_id = ?", (bonus, dataset_id))
+    weighting = configuration.priority_weighting
+    weight = weighting.success_rate_weight if weighting.enabled else 0.0
+    sql.execute("update datasets set active = 0, rate_weight = ?", (weight,))
+    sql.executemany(
+        """
+        insert into datasets (dataset, source, active, rate_weight) values (?1, ?2, 1, ?3)
+        on conflict (dataset) do update set source = ?2, active = 1
+        """,
+        [(one.name, one.source, weight) for one in configuration.datasets.values()],
+    )
     declaration = _digest(
         [(one.name, one.key.text, one.partitions, one.available_after) for one in configuration.datasets.values()],
         configuration.seasons,
@@ -3794,12 +3786,15 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
     for row in rows:
         before = known.get(row.key)
         held = row if before is None else (row.key, row.dataset_id, None, None, None, None, None)
-        if not sql.execute("insert or ignore into wanted values (?, ?, ?, ?, ?, ?, ?)", held).rowcount:
+        is_first = sql.execute("insert or ignore into wanted values (?, ?, ?, ?, ?, ?, ?)", held).rowcount
+        owner = before[1] if before and before[-1] and before[1] not in movable else row.dataset_id
+        if not is_first:
             owner = sql.execute("select dataset_id from wanted where key = ?", (row.key,)).fetchone()[0]
-            _note_conflict(ledger, dataset, row, owner)
-        elif before and before[-1] and before[1] != row.dataset_id and before[1] not in movable:
-            _note_conflict(ledger, dataset, row, before[1])
-        else:
+        if owner != row.dataset_id:
+            other = sql.execute("select dataset from datasets where dataset_id = ?", (owner,)).fetchone()[0]
+            text = f"{dataset.name}: {row.key} is already the key of another object of {other}"
+            ledger.problems.append(f"{text}; give each a key of its own")
+        elif is_first:
             counts[before is None] += 1
             if before is not None and before != (*row, 1):
                 changed.append((*row, int(ledger.now)))
@@ -3807,13 +3802,6 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
     if changed:
         ledger.touch(dataset.name)
     return counts[0], counts[1]
-
-
-def _note_conflict(ledger: Ledger, dataset: Dataset, row: WantedRow, owner: int) -> None:
-    if owner != row.dataset_id:
-        other = ledger.sql.execute("select dataset from datasets where dataset_id = ?", (owner,)).fetchone()[0]
-        text = f"{dataset.name}: {row.key} is already the key of another object of {other}"
-        ledger.problems.append(f"{text}; give each a key of its own")
 
 
 def new_objects(ledger: Ledger, datasets: Iterable[str], low: str, high: str) -> list[WantedRow]:
@@ -3831,9 +3819,8 @@ def note_mentions(ledger: Ledger, parent: ObjectRow, found: Inspection) -> set[t
     """Store the ids that the content of an object names, by expression. Returns those it did not name before.
 
     Content with an unusable id may stand for any other, so it removes none."""
-    sql = ledger.sql
+    sql, named = ledger.sql, {(expression, value) for expression, values in found.mentions.items() for value in values}
     known = set(map(tuple, sql.execute("select expression, value from mentions where object_id = ?", parent[:1])))
-    named = {(expression, value) for expression, values in found.mentions.items() for value in values}
     removed = set() if found.problems else known - named
     put = "insert into mentions values (?, ?, ?)"
     sql.executemany(put, [(parent.object_id, *mention) for mention in named - known])
@@ -3863,10 +3850,8 @@ def expect_children(ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str
         ledger.sql.executemany(
             UPSERT_OBJECT, [(*row, int(ledger.now)) for row in reversed(rows) if row.key not in taken]
         )
-        new = (
-            "o.key in (select value from json_each(:keys)) and o.state = 'awaited' and not o.proven and o.etag is null"
-        )
-        ledger.write([ledger.appraised(row._replace(proven=1)) for row in ledger.objects(new, {"keys": keys})])
+        new = "o.key in (select value from json_each(?)) and o.state = 'awaited' and not o.proven and o.etag is null"
+        ledger.write([ledger.appraised(row._replace(proven=1)) for row in ledger.objects(new, (keys,))])
 
 
 # ---------------------------------------------------------------- Queue
@@ -4048,7 +4033,7 @@ SUCCESS_MEMORY = 0.1  # weight of the latest attempt in the success rate of a da
 RUNNER_CRASHED = "the runner crashed"
 FORGOTTEN_AT_ONCE = 500  # rows of a kind
 UNTIL_RESUMED = 3650 * DAY
-BY_OPERATOR = "by hand"
+BY_OPERATOR = "by the operator"
 
 
 def retry_delay(policy: Retry, times: int, rng: random.Random) -> float:
@@ -4063,15 +4048,15 @@ def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clo
     An attempt that is no longer the running one of its task changes nothing but its own row."""
     now, sql, health = clock.boot(), ledger.sql, SourceHealth()
     # one result of a batch stands for all: a failing store, a working source, any other
-    telling = min(results, key=lambda one: (one.outcome is not Outcome.STORE_ERROR, one.outcome is not Outcome.OK))
+    decisive = min(results, key=lambda one: (one.outcome is not Outcome.STORE_ERROR, one.outcome is not Outcome.OK))
     was_sent = any(result.requests for result in results)
     if claimed.permit:
         release(sql, claimed.permit, now, used=was_sent)
     if was_sent or not claimed.dataset.url:
-        health = record_response(sql, claimed.source, telling, now)
-    if telling.outcome is Outcome.STORE_ERROR:
+        health = record_response(sql, claimed.source, decisive, now)
+    if decisive.outcome is Outcome.STORE_ERROR:
         health = SourceHealth(pause_seconds=FIRST_PAUSE_SECONDS)
-        pause(sql, GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{telling.error}", now)
+        pause(sql, GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{decisive.error}", now)
     endings: list[Ending] = []
     for task, result in zip(claimed.tasks, results, strict=True):
         _record_attempt(ledger, claimed.dataset, task, result)
@@ -4099,7 +4084,7 @@ def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth
             row = ledger.stored(row, result.stored, result.inspection)
         row = ledger.appraised(row, is_fetched=is_ok)
         if row.task and not is_ok:
-            row = _tried_in_vain(ledger.configuration.retry, row, result, ledger.now, health, rng)
+            row = _after_failure(ledger.configuration.retry, row, result, ledger.now, health, rng)
     ledger.write([row])
     if is_ok and result.inspection and row.state != ObjectState.DROPPED:
         expect_children(ledger, row, note_mentions(ledger, row, result.inspection))
@@ -4108,7 +4093,7 @@ def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth
     return Ending(row, result, state, failures, row.next_at if row.task else None, counted)
 
 
-def _tried_in_vain(
+def _after_failure(
     policy: Retry, row: ObjectRow, result: Result, now: float, health: SourceHealth, rng: random.Random
 ) -> ObjectRow:
     """The row of a task whose attempt brought nothing: one that was lost counts for nothing, and is pending again."""
@@ -4135,16 +4120,8 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ObjectRow, result: R
         return
     _add_to_totals(sql, task.attempt_id)
     if result.outcome.traits.rated:
-        weighting = ledger.configuration.priority_weighting
-        sql.execute(
-            """
-            update datasets
-            set success_rate = success_rate + ?1 * (?2 - success_rate),
-                bonus = ?3 * (success_rate + ?1 * (?2 - success_rate))
-            where dataset = ?4
-            """,
-            (SUCCESS_MEMORY, result.outcome is Outcome.OK, bonus_of(weighting, 1.0), dataset.name),
-        )
+        average = "update datasets set success_rate = success_rate + ? * (? - success_rate) where dataset = ?"
+        sql.execute(average, (SUCCESS_MEMORY, result.outcome is Outcome.OK, dataset.name))
 
 
 def _add_to_totals(sql: sqlite3.Connection, attempt_id: int | None) -> None:
@@ -4188,28 +4165,27 @@ def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
 
 def forget(sql: sqlite3.Connection, before: float) -> int:
     """Remove some attempts, cycles (but the last) and dropped objects from before an instant. Returns how many rows."""
-    oldest = "select attempt_id, started_at, outcome from attempts order by attempt_id limit ?"
-    attempts = sql.execute(oldest, (FORGOTTEN_AT_ONCE,)).fetchall()
-    ended = [(number,) for number, began, outcome in attempts if began < before and outcome != Outcome.RUNNING]
-    sql.executemany("delete from attempts where attempt_id = ?", ended)
-    limits = {"before": int(before), "most": FORGOTTEN_AT_ONCE}
-    dropped = """
-        select object_id from objects o
-        where state = 'dropped' and since < :before and task is null
-          and not exists (select 1 from attempts a where a.object_id = o.object_id)
-        limit :most
+    attempts = """
+        delete from attempts where attempt_id in (
+            select attempt_id from (select * from attempts order by attempt_id limit :most)
+            where started_at < :before and outcome != 'running')
     """
-    objects = [tuple(row) for row in sql.execute(dropped, limits).fetchall()]
-    sql.executemany("delete from mentions where object_id = ?", objects)
-    sql.executemany("delete from objects where object_id = ?", objects)
+    dropped = """
+        delete from objects where object_id in (
+            select object_id from objects o
+            where state = 'dropped' and since < :before and task is null
+              and not exists (select 1 from attempts a where a.object_id = o.object_id)
+            limit :most)
+    """
     cycles = """
         delete from reconciliations where cycle_id in (
             select cycle_id from reconciliations
             where started_at < :before and cycle_id < (select max(cycle_id) from reconciliations)
             order by cycle_id limit :most)
     """
-    sql.execute("delete from alerts where ended_at < ? and unsent = '[]'", (int(before),))
-    return len(ended) + len(objects) + sql.execute(cycles, limits).rowcount
+    alerts = "delete from alerts where ended_at < :before and unsent = '[]'"
+    limits = {"before": int(before), "most": FORGOTTEN_AT_ONCE}
+    return sum(sql.execute(delete, limits).rowcount for delete in (attempts, dropped, cycles, alerts))
 
 
 def pause_source(sql: sqlite3.Connection, scope: str, seconds: float | None, reason: str, now: float) -> None:
@@ -4239,11 +4215,14 @@ def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool
     return bool(was_paused), woken.rowcount
 
 
-def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]) -> list[int]:
+def tasks_to_retry(
+    database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]
+) -> list[dict[str, Any]]:
     """The tasks that wait or gave up and match the filters; skipped ones only by their ids."""
     rows = database.read(
         """
-        select o.object_id
+        select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
+               o.attempts, o.last_error
         from objects o
         join datasets d using (dataset_id)
         where (o.task in ('retry', 'gave_up') or (o.task is null and o.skipped is not null and :has_ids))
@@ -4256,19 +4235,7 @@ def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_i
         """,
         {**filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
     )
-    return [row[0] for row in rows]
-
-
-def rows_of_tasks(database: Database, task_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """The columns shown for some tasks."""
-    sql = """
-        select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
-               o.attempts, o.last_error
-        from objects o join datasets d using (dataset_id)
-        where o.object_id in (select value from json_each(?))
-        order by o.object_id
-    """
-    return [dict(row) for row in database.read(sql, (json.dumps(task_ids),))]
+    return [dict(row) for row in rows]
 
 
 def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
@@ -8252,12 +8219,13 @@ def command_resume(arguments: Arguments, configuration: Configuration) -> None:
 def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Retry waiting and given-up tasks now: those named, or all that match the filters."""
     database = _existing(configuration)
-    task_ids = tasks_to_retry(database, vars(arguments), arguments.task_ids)
+    tasks = tasks_to_retry(database, vars(arguments), arguments.task_ids)
+    task_ids = [task["task_id"] for task in tasks]
     if missing := sorted(set(arguments.task_ids) - set(task_ids)):
         raise Error(f"not in state retry or gave_up: {', '.join(map(str, missing))}", "see: adce.py task ID")
     task_ids = task_ids[: arguments.limit]
     if arguments.dry_run:
-        _print(arguments, [Section("tasks", f"{len(task_ids)} tasks", rows_of_tasks(database, task_ids))])
+        _print(arguments, [Section("tasks", f"{len(task_ids)} tasks", tasks[: arguments.limit])])
         return ExitCode.DONE
     if not task_ids:
         print_result(arguments, "no task in state retry or gave_up matches", retried=0)
