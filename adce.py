@@ -2959,7 +2959,7 @@ def open_store(address: str) -> Store:
 # than W ago) < N. It reaches the server between grant and finish, so no server sees N + 1 requests inside
 # W, whatever the latency. Clients are served in order of arrival by one rule: earlier waiters count as in
 # flight. Nothing here sleeps; every function works inside the caller's transaction, with a boot time read
-# after it began. Headlines: opening(), grant(), release().
+# after it began. Headlines: opening(), grant(), release(), pause().
 
 GLOBAL = "global"
 SEND_WITHIN_SECONDS = 10  # an unused permit is void then
@@ -3042,7 +3042,11 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
             slow_from = math.ceil(limit.max_requests * backoff.threshold_percent / 100) if backoff else None
             row = (scope, limit.seconds, limit.max_requests, slow_from if limit.max_requests > 1 else None)
             sql.execute("insert into windows values (?, ?, ?, ?)", row)
-    hold_sources_after_restore(sql, clock.boot())
+    if sql.execute("update facts set is_backup = 0 where is_backup").rowcount:
+        longest = "select scope, max(window_seconds) from windows group by scope"
+        for scope, seconds in sql.execute(longest).fetchall():
+            text = "restored from a backup: what was asked since it was made is not known"
+            pause(sql, scope, seconds, text, clock.boot())
 
 
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
@@ -3202,19 +3206,16 @@ def keep_places(
     return bool(waiting)
 
 
-def hold_sources_after_restore(sql: sqlite3.Connection, now: float) -> None:
-    """At the first use of a backup, which misses the latest requests, pause each source for its longest window."""
-    if sql.execute("update facts set is_backup = 0 where is_backup").rowcount:
-        sql.execute(
-            """
-            update scopes
-            set paused_until = max(paused_until, :now + longest), paused_for = max(paused_for, longest),
-                reason = 'restored from a backup: what was asked since it was made is not known'
-            from (select scope as limited, max(window_seconds) as longest from windows group by scope)
-            where scope = limited
-            """,
-            {"now": now},
-        )
+def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now: float) -> None:
+    """Pause a source; an earlier, longer pause stays."""
+    sql.execute(
+        """
+        update scopes
+        set paused_until = :until, paused_for = :seconds, reason = :reason
+        where scope = :scope and paused_until < :until
+        """,
+        {"scope": scope, "until": now + seconds, "seconds": seconds, "reason": reason},
+    )
 
 
 # ---------------------------------------------------------------- Permits
@@ -3295,18 +3296,6 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
     if is_error and status < 500:
         return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)
     return Result(Outcome.OK if status == 200 else Outcome.HTTP_ERROR, text, status)
-
-
-def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now: float) -> None:
-    """Pause a source; an earlier, longer pause stays."""
-    sql.execute(
-        """
-        update scopes
-        set paused_until = :until, paused_for = :seconds, reason = :reason
-        where scope = :scope and paused_until < :until
-        """,
-        {"scope": scope, "until": now + seconds, "seconds": seconds, "reason": reason},
-    )
 
 
 def record_response(sql: sqlite3.Connection, source: Source, answer: Result, now: float) -> SourceHealth:
@@ -3924,7 +3913,10 @@ def claim(
         most = 1 if head["is_probed"] else source.max_concurrent
         if held[source.name] >= most or busy.get(dataset.name, 0) >= (dataset.max_concurrent or most):
             continue
-        if held[source.name] and free <= _workers_for_others(dataset, with_work, held):
+        # Others with work and no worker are left one worker, or one each beside programs: these have long timeouts, and
+        # a source that is down holds its workers until then.
+        rivals = sum(not held[name] for name in with_work - {source.name})
+        if held[source.name] and free <= (min(rivals, 1) if dataset.url else rivals):
             continue
         if source.name not in openings:
             openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now, RUNNER)
@@ -3965,13 +3957,6 @@ def _environment(configuration: Configuration, source: Source, rows: Iterable[Ob
         "ADCE_SOURCE": source.name,
         "ADCE_TASK": ",".join(str(row.object_id) for row in rows),
     }
-
-
-def _workers_for_others(dataset: Dataset, with_work: set[str], held: Mapping[str, int]) -> int:
-    """The number of workers left to other sources that have work and no worker: one, and one for each beside programs,
-    because a source that is down holds its workers until a timeout, and those of programs are long."""
-    rivals = sum(not held[name] for name in with_work - {dataset.source})
-    return min(rivals, 1) if dataset.url else rivals
 
 
 def _others_in_batch(
