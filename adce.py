@@ -4071,7 +4071,8 @@ def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth
         if row.task and not is_ok:
             row = _after_failure(ledger.configuration.retry, row, result, ledger.now, health, rng)
     ledger.write([row])
-    if is_ok and result.inspection and row.state != ObjectState.DROPPED:
+    has_children = bool(ledger.configuration.children_of(row.dataset))
+    if is_ok and has_children and result.inspection and row.state != ObjectState.DROPPED:
         expect_children(ledger, row, note_mentions(ledger, row, result.inspection))
     closed = TaskState.CANCELLED if row.state in (ObjectState.DROPPED, ObjectState.SKIPPED) else TaskState.DONE
     state = TaskState(row.task) if row.task else closed
