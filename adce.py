@@ -24,12 +24,11 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Objects                     what should exist, and what a whole object is
     Store                       the objects that exist: in a folder, or in S3
     Limits                      which requests are possible, and when
-    Responses                   what a response means, for the task and for its source
-    Permits                     the limits for other threads and processes
+    Permits                     what a response means; the limits for other threads and processes
     Object states               facts, and the state, task and score that follow
     Expectations                the expected objects, as one computed set
     Queue                       the best task whose source can be asked
-    Results                     the end of an attempt
+    Results                     the end of an attempt; pause, resume, retry and skip
     Listing                     which parts of the store to list, page by page
     Cycles                      one reconciliation in progress, and contents to read
     Reconcile                   expected against present
@@ -41,7 +40,6 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Page                        the same in a browser, for Prometheus and over HTTP
     Events                      the log and the live screen
     Alerts                      messages when a condition begins, lasts and ends
-    Operator actions            pause, resume, retry, skip
     Supervision                 the runner as a process: systemd, signals, start, stop
     Runner                      keeps going until stopped
     Examples                    texts for the programs around ADCE
@@ -54,7 +52,6 @@ from __future__ import annotations
 
 import argparse
 import array
-import bisect
 import collections
 import contextlib
 import csv
@@ -100,7 +97,6 @@ import types
 import typing
 import unicodedata
 import urllib.parse
-import weakref
 import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -411,7 +407,8 @@ create table datasets (
     reading      text    not null default '', -- digest of the rules by which contents were judged
     changed      integer not null default 0,  -- grows with every change of its objects or of their mentions
     success_rate real    not null default 1,  -- 0 to 1, moving average
-    bonus        real    not null default 0   -- points of score for it
+    rate_weight  real    not null default 0,  -- points of score for a success rate of 1
+    bonus        real    as (rate_weight * success_rate)
 ) strict;
 
 create table objects (
@@ -497,7 +494,7 @@ end;
 
 create table mentions (
     -- The ids that the content of an object names: facts, from which expected objects are computed.
-    object_id    integer not null references objects,
+    object_id    integer not null references objects on delete cascade,
     expression   text    not null,   -- that found it
     value        text    not null,
     primary key (object_id, expression, value)
@@ -575,18 +572,19 @@ create table windows (
 ) strict, without rowid;
 
 create table requests (
-    -- Every HTTP request that still counts in a window of its source or of global. Boot times.
-    request_id    integer primary key,
-    source        text    not null references scopes,
-    granted_at    real    not null,
-    deadline      real    not null,  -- counts as finished then, whatever became of its client
-    finished_at   real,              -- null: in flight
-    source_number integer,           -- the n-th finished of its source
-    global_number integer            -- the n-th finished of all
+    -- HTTP requests in flight. Boot times.
+    request_id   integer primary key, -- random: none is used again
+    source       text    not null references scopes,
+    deadline     real    not null    -- counts as finished then, whatever became of its client
 ) strict;
-create index requests_in_flight on requests (source, deadline) where finished_at is null;
-create unique index requests_by_source on requests (source, source_number) where source_number is not null;
-create unique index requests_by_number on requests (global_number) where global_number is not null;
+
+create table finished (
+    -- HTTP requests that still count in a window: each in its source and in global. Boot times.
+    scope        text    not null references scopes,
+    finished_at  real    not null,
+    number       integer not null,   -- the n-th of its scope
+    primary key (scope, finished_at, number)
+) strict, without rowid;
 
 create table waiters (
     -- Clients that wait for a permit, in order of arrival. Boot times.
@@ -683,11 +681,10 @@ create view rates as
         group by scope
     )
     select s.scope, w.window_seconds, w.max_requests,
-           (select count(*) from requests r
-             where (s.scope = 'global' or r.source = s.scope)
-               and (r.finished_at is null or r.finished_at > n.at - w.window_seconds)) as used,
-           (select count(*) from requests r
-             where r.finished_at is null and (s.scope = 'global' or r.source = s.scope)) as in_flight,
+           (select count(*) from requests r where s.scope in (r.source, 'global'))
+           + (select count(*) from finished f
+               where f.scope = s.scope and f.finished_at > n.at - w.window_seconds) as used,
+           (select count(*) from requests r where s.scope in (r.source, 'global')) as in_flight,
            coalesce(a.waiting, 0) as waiting,
            strftime('%Y-%m-%dT%H:%M:%SZ', p.paused_until + n.wall_offset, 'unixepoch') as blocked_until, p.reason,
            strftime('%Y-%m-%dT%H:%M:%SZ', cast(  -- rounded up to a whole second
@@ -2755,13 +2752,11 @@ def open_store(address: str) -> Store:
 # than W ago) < N. It reaches the server between grant and finish, so no server sees N + 1 requests inside
 # W, whatever the latency. Clients are served in order of arrival by one rule: earlier waiters count as in
 # flight. Nothing here sleeps; every function works inside the caller's transaction, with a boot time read
-# after it began. Headlines: opening(), grant(), release().
+# after it began. Headlines: opening(), grant(), release(), pause().
 
 GLOBAL = "global"
 SEND_WITHIN_SECONDS = 10  # an unused permit is void then
 RELEASE_WITHIN_SECONDS = 10  # after the end of a request; then its client counts as dead
-EXPIRE_EVERY = 4  # permits
-EXPIRED_AT_ONCE = 16
 LATE_SECONDS = 2  # a waiter that does not look again by then is gone
 
 
@@ -2770,7 +2765,6 @@ class Permit:
     """The right to send one HTTP request. Boot times."""
 
     request_id: int
-    source: str
     send_before: float
     deadline: float  # counts as finished then
 
@@ -2785,44 +2779,31 @@ class Opening:
     is_pause: bool = False
 
 
-# One row for each window of a source and of global. With k requests in flight or ahead, the (N - k)-th last finish
-# must be W ago (freed_by); if the (slow_from - k)-th last is not, backoff applies (slowed_by).
+# One row for each window of a source and of global: the requests in flight, the waiters ahead of `owner`, and the
+# requests that finished within the window.
 OBSERVATION = """
     with observed as materialized (
         select s.*,
-               iif(s.scope = 'global',
-                   (select coalesce(max(global_number), 0) from requests where global_number is not null),
-                   (select coalesce(max(source_number), 0) from requests
-                     where source = s.scope and source_number is not null)) as finished,
-               (select count(*)
-                  from requests indexed by requests_in_flight
-                 where finished_at is null and (s.scope = 'global' or source = s.scope)) as in_flight,
-               (select min(deadline)
-                  from requests indexed by requests_in_flight
-                 where finished_at is null and (s.scope = 'global' or source = s.scope)) as deadline,
+               (select count(*) from requests r where s.scope in (r.source, 'global')) as in_flight,
+               (select min(deadline) from requests) as deadline,
                (select count(*)
                   from waiters
                  where expires_at >= :now
                    and iif(s.scope = 'global', waits_for = 'global' or opens_at <= :now, source = s.scope)
                    and waiter_id < coalesce(
                        (select waiter_id from waiters where source = :source and owner = :owner),
-                       9223372036854775807)) as ahead
+                       9223372036854775807)) as ahead,
+               (select min(finished_at) from finished f where f.scope = s.scope) as oldest,
+               (select number from finished f where f.scope = s.scope order by finished_at desc, number desc limit 1)
+                   as last_number
         from scopes s
         where s.scope in (:source, 'global')
     )
     select o.*, w.window_seconds, w.max_requests, w.slow_from,
-           iif(o.scope = 'global',
-               (select finished_at from requests
-                 where global_number = o.finished + o.in_flight + o.ahead + 1 - w.max_requests),
-               (select finished_at from requests
-                 where source = o.scope and source_number = o.finished + o.in_flight + o.ahead + 1 - w.max_requests)
-           ) as freed_by,
-           iif(o.scope = 'global',
-               (select finished_at from requests
-                 where global_number = o.finished + o.in_flight + o.ahead + 1 - w.slow_from),
-               (select finished_at from requests
-                 where source = o.scope and source_number = o.finished + o.in_flight + o.ahead + 1 - w.slow_from)
-           ) as slowed_by
+           coalesce(1 + last_number - (
+               select number from finished f
+               where f.scope = o.scope and f.finished_at > :now - w.window_seconds
+               order by finished_at, number limit 1), 0) as used
     from observed o
     left join windows w using (scope)
 """
@@ -2832,7 +2813,10 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
     """Make the stored limits those of the configuration. Earlier requests keep counting."""
     boot_id, offset = clock.boot_id(), clock.wall() - clock.boot()
     known = sql.execute("select boot_id, wall_offset from facts").fetchone()
-    if known["boot_id"] is not None and (known["boot_id"] != boot_id or _has_gone_back(sql, clock.boot())):
+    latest = sql.execute("select max(max(granted_at, paused_until - paused_for)) from scopes").fetchone()[0] or 0
+    # A boot may have no name: then one is noticed when the latest grant or pause lies in the future, by more than
+    # rounding. One that is not noticed makes limits last longer.
+    if known["boot_id"] is not None and (known["boot_id"] != boot_id or latest > clock.boot() + 1):
         _carry_over_reboot(sql, known["wall_offset"] - offset)
     sql.execute("update facts set boot_id = ?, wall_offset = ?", (boot_id, offset))
     sql.execute("delete from windows")
@@ -2848,33 +2832,21 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
             (scope, limits.burst_size, limits.refill_per_second, clock.boot()),
         )
         for limit in limits.windows:
-            slow_from = None
-            if backoff and limit.max_requests > 1:
-                slow_from = math.ceil(limit.max_requests * backoff.threshold_percent / 100)
-            row = (scope, limit.seconds, limit.max_requests, slow_from)
+            slow_from = math.ceil(limit.max_requests * backoff.threshold_percent / 100) if backoff else None
+            row = (scope, limit.seconds, limit.max_requests, slow_from if limit.max_requests > 1 else None)
             sql.execute("insert into windows values (?, ?, ?, ?)", row)
-    hold_sources_after_restore(sql, clock.boot())
-
-
-def _has_gone_back(sql: sqlite3.Connection, now: float) -> bool:
-    """Whether a grant or a pause lies in the future, as after a reboot of a machine whose boots have no names. One that
-    is not noticed makes limits last longer."""
-    begun = """
-        select max(instant) from (
-            select granted_at as instant from requests
-            union all
-            select max(granted_at, paused_until - paused_for) from scopes)
-    """
-    return cast(float, sql.execute(begun).fetchone()[0] or 0) > now + 1  # a second: more than rounding
+    if sql.execute("update facts set is_backup = 0 where is_backup").rowcount:
+        longest = "select scope, max(window_seconds) from windows group by scope"
+        for scope, seconds in sql.execute(longest).fetchall():
+            text = "restored from a backup: what was asked since it was made is not known"
+            pause(sql, scope, seconds, text, clock.boot())
 
 
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
     """Boot times start again at 0. All earlier requests count as finished at that instant, which is later than the
     truth and so never grants too early. `shift` is the old wall offset less the new one."""
-    in_flight = sql.execute("select request_id, source from requests where finished_at is null").fetchall()
-    for request_id, source in in_flight:
-        _finish(sql, request_id, source, 0.0)
-    sql.execute("update requests set granted_at = 0, finished_at = 0, deadline = 0")
+    sql.execute("update finished set finished_at = 0")
+    _count(sql, sql.execute("delete from requests returning source").fetchall(), 0.0)
     sql.execute("delete from waiters")
     sql.execute(
         """
@@ -2891,8 +2863,13 @@ def opening(sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: f
 
     Waiters that arrived before `owner` come first, and all of them if `owner` does not wait yet."""
     rows = sql.execute(OBSERVATION, {"source": source, "owner": owner, "now": now}).fetchall()
-    if any((row["deadline"] or now) < now for row in rows):
-        _reap(sql, now)
+    # an hour is always kept, for limits that are declared or enabled later
+    counts_from = now - max([HOUR, *(limit.seconds for one in limiting.scopes.values() for limit in one.windows)])
+    if any((row["deadline"] or now) < now or (row["oldest"] or now) < counts_from - MINUTE for row in rows):
+        # The clients of overdue requests are dead. The requests finish now, not when they were granted.
+        overdue = sql.execute("delete from requests where deadline < ? returning source", (now,)).fetchall()
+        _count(sql, overdue, now)
+        sql.execute("delete from finished where scope in (?, 'global') and finished_at <= ?", (source, counts_from))
         return opening(sql, limiting, source, now, owner)
     candidates = (candidate for row in rows for candidate in _openings(sql, row, limiting.backoff, now))
     return max(candidates, key=lambda candidate: candidate.at, default=Opening(now))
@@ -2914,184 +2891,136 @@ def _openings(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff | None
     if row["max_requests"] is None:
         return
     name = f"{scope}: {row['max_requests']} in {row['window_seconds']:g} s"
-    opens_at = _window_opens_at(row, now)
-    if opens_at > now:
-        yield Opening(opens_at, f"{name} used up", scope)
-    elif backoff and row["slow_from"] is not None:
-        slowed_until = _backoff_ends_at(sql, row, backoff, now)
+    taken = row["used"] + row["in_flight"] + ahead
+    if taken >= row["max_requests"]:
+        yield Opening(_leaves_at(sql, row, taken - row["max_requests"], now), f"{name} used up", scope)
+    elif backoff and row["slow_from"] is not None and taken >= row["slow_from"]:
+        leaves_at = _leaves_at(sql, row, 0, now)  # then there may be less to slow down
+        last: float = now if ahead else row["granted_at"]  # those ahead come first, now or later
+        slowed_until = min(leaves_at, last + _delay(row, backoff, taken, leaves_at - last))
         if slowed_until > now:
             yield Opening(slowed_until, f"{name} nearly used up", scope)
 
 
-def _window_opens_at(row: sqlite3.Row, now: float) -> float:
-    """The rule. Requests that are still to finish take one window for each N of them, at the least."""
-    unfinished = row["in_flight"] + row["ahead"]
-    if unfinished >= row["max_requests"]:
-        return now + float(row["window_seconds"] * (unfinished // row["max_requests"]))
-    return now if row["freed_by"] is None else float(row["freed_by"] + row["window_seconds"])
+def _leaves_at(sql: sqlite3.Connection, row: sqlite3.Row, index: int, now: float) -> float:
+    """When this one of the requests in a window, the oldest first, leaves it. Those that are still to finish take one
+    window for each N of them, at the least."""
+    seconds: float = row["window_seconds"]
+    counted = """
+        select finished_at from finished
+        where scope = ? and finished_at > ?
+        order by finished_at, number limit 1 offset ?
+    """
+    for (finished_at,) in sql.execute(counted, (row["scope"], now - seconds, index)).fetchall():
+        leaves_at: float = finished_at + seconds
+        return leaves_at if leaves_at - seconds >= finished_at else math.nextafter(leaves_at, math.inf)  # by rounding
+    rounds: int = (row["in_flight"] + row["ahead"]) // row["max_requests"]
+    return now + seconds * max(1, rounds)
 
 
-def _backoff_ends_at(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff, now: float) -> float:
-    """Past the threshold the delay since the last permit grows with each further request of the window. Unless it is
-    strict, it is never longer than spreading the rest of the quota evenly over the rest of the window: the plain rule
-    leaves 10 to 20% of the quota unused."""
-    ahead, most, slow_from = row["ahead"], row["max_requests"], row["slow_from"]
-    window_began = now - row["window_seconds"]
-    if row["in_flight"] + ahead < slow_from and (row["slowed_by"] is None or row["slowed_by"] <= window_began):
-        return now
-    numbers = range(max(1, row["finished"] - most + 1), row["finished"] + 1)
-    position = bisect.bisect_right(numbers, window_began, key=lambda number: _finished_at(sql, row["scope"], number))
-    used = row["in_flight"] + len(numbers) - position
-    oldest = _finished_at(sql, row["scope"], numbers[position]) if position < len(numbers) else now
-    leaves_at: float = oldest + row["window_seconds"]
-    last: float = row["granted_at"] if used >= slow_from else now  # requests up to the threshold go at once
-    slowed_ahead = ahead - max(0, slow_from - used)
-    used = max(used, slow_from)
-    delay = backoff.initial_delay_seconds * backoff.exponential_factor ** min(used - slow_from, 64)
-    delay = min(delay, backoff.max_delay_seconds)
-    if not backoff.strict:
-        delay = min(delay, max(0.0, leaves_at - last) / (most - used + 1))
-    # when the oldest request leaves the window there may be less to slow down
-    slowed_until: float = max(last + delay, now) + delay * slowed_ahead
-    return min(slowed_until, leaves_at)
+def _delay(row: sqlite3.Row, backoff: Backoff, taken: int, left: float) -> float:
+    """Seconds between two permits past the threshold of backoff. They grow with each further request of the window.
+    Unless backoff is strict, they are never more than spreading the rest of the quota evenly over the seconds `left`
+    until one leaves the window: the plain rule leaves 10 to 20% of the quota unused."""
+    growing: float = backoff.initial_delay_seconds * backoff.exponential_factor ** min(taken - row["slow_from"], 64)
+    even: float = max(0.0, left) / (row["max_requests"] - taken + 1)
+    return min(growing, backoff.max_delay_seconds, math.inf if backoff.strict else even)
 
 
-def _finished_at(sql: sqlite3.Connection, scope: str, number: int) -> float:
-    """Boot time at which the n-th finished request finished; long ago if its row is gone."""
-    if scope == GLOBAL:
-        row = sql.execute("select finished_at from requests where global_number = ?", (number,)).fetchone()
-    else:
-        of_source = "select finished_at from requests where source = ? and source_number = ?"
-        row = sql.execute(of_source, (scope, number)).fetchone()
-    return cast(float, row[0]) if row else -math.inf
-
-
-def grant(
-    sql: sqlite3.Connection, limiting: RateLimiting, source: str, timeout_seconds: float, now: float, owner: str = ""
-) -> Permit:
+def grant(sql: sqlite3.Connection, source: str, timeout_seconds: float, now: float, owner: str = "") -> Permit:
     """Take a permit, and with it the place of `owner` among the waiters. `opening` has just allowed it."""
     if owner:
         sql.execute("delete from waiters where source = ? and owner = ?", (source, owner))
+    sql.execute(
+        """
+        update scopes
+        set granted_at = :now,
+            -- without a bucket there is no debt either
+            tokens = max(0, min(coalesce(burst_size, 0), tokens + (:now - tokens_at) * refill_per_second) - 1),
+            tokens_at = :now
+        where scope in (:source, 'global')
+        """,
+        {"now": now, "source": source},
+    )
     send_before = now + SEND_WITHIN_SECONDS
     deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
-    if limiting.backoff or any(limits.burst_size for limits in limiting.scopes.values()):
-        sql.execute(
-            """
-            update scopes
-            set granted_at = :now,
-                -- without a bucket there is no debt either
-                tokens = max(0, min(coalesce(burst_size, 0), tokens + (:now - tokens_at) * refill_per_second) - 1),
-                tokens_at = :now
-            where scope in (:source, 'global')
-            """,
-            {"now": now, "source": source},
-        )
-    inserted = sql.execute(
-        "insert into requests (source, granted_at, deadline) values (?, ?, ?)", (source, now, deadline)
-    )
-    request_id = cast(int, inserted.lastrowid)
-    if request_id % EXPIRE_EVERY == 0:
-        _expire(sql, limiting, now)
-    return Permit(request_id, source, send_before, deadline)
+    inserted = sql.execute("insert into requests values (random(), ?, ?)", (source, deadline))
+    return Permit(cast(int, inserted.lastrowid), send_before, deadline)
 
 
 def release(sql: sqlite3.Connection, permit: Permit, now: float, *, used: bool = True) -> None:
     """The request of a permit is over, or was never sent."""
-    if used:
-        _finish(sql, permit.request_id, permit.source, now)
-    else:
-        sql.execute("delete from requests where request_id = ? and finished_at is null", (permit.request_id,))
+    over = "delete from requests where request_id = ? returning source"
+    released = sql.execute(over, (permit.request_id,)).fetchall()
+    _count(sql, released if used else [], now)
 
 
-def _reap(sql: sqlite3.Connection, now: float) -> None:
-    """The client of an overdue request is dead. The request finishes now, not when it was granted."""
-    overdue = "select * from requests indexed by requests_in_flight where finished_at is null and deadline < ?"
-    for request_id, source, *_ in sql.execute(overdue, (now,)).fetchall():
-        _finish(sql, request_id, source, now)
-
-
-def _finish(sql: sqlite3.Connection, request_id: int, source: str, now: float) -> None:
-    sql.execute(
+def _count(sql: sqlite3.Connection, requests: Iterable[sqlite3.Row], now: float) -> None:
+    """Count requests, which were in flight, as finished now."""
+    sql.executemany(
         """
-        update requests
-        set finished_at = :now,
-            source_number = (
-                select coalesce(max(source_number), 0) + 1 from requests
-                where source = :source and source_number is not null),
-            global_number = (
-                select coalesce(max(global_number), 0) + 1 from requests where global_number is not null)
-        where request_id = :request_id and finished_at is null
+        insert into finished
+        select scope, :now, 1 + coalesce((
+                   select number from finished f
+                   where f.scope = s.scope
+                   order by finished_at desc, number desc limit 1), 0)
+        from scopes s
+        where scope in (:source, 'global')
         """,
-        {"now": now, "source": source, "request_id": request_id},
+        [{"source": request["source"], "now": now} for request in requests],
     )
 
 
-def _expire(sql: sqlite3.Connection, limiting: RateLimiting, now: float) -> None:
-    """Remove a few of the oldest finished requests that no window counts any more. An hour is always kept, for limits
-    that are declared or enabled later."""
-    horizon = max([HOUR, *(limit.seconds for limits in limiting.scopes.values() for limit in limits.windows)])
+def keep_places(
+    sql: sqlite3.Connection, owner: str, openings: Mapping[str, Opening], now: float, seconds: float = 0
+) -> bool:
+    """Keep the places of an owner among the waiters for the sources it waits for, or join their ends, and give up all
+    others. Returns whether it has any. It looks again after `seconds` at the latest."""
+    waiting = {source: opens for source, opens in openings.items() if opens.at > now}
     sql.execute(
         """
-        delete from requests where request_id in (
-            select request_id from (
-                select request_id, finished_at
-                from requests
-                where global_number is not null
-                order by global_number
-                limit :few
-            ) where finished_at <= :before
-        )
+        delete from waiters
+        where (owner = :owner and source not in (select value from json_each(:waiting)))
+           or expires_at < :long_ago
         """,
-        {"few": EXPIRED_AT_ONCE, "before": now - horizon},
+        {"owner": owner, "waiting": json.dumps(list(waiting)), "long_ago": now - MINUTE},
     )
-
-
-def enqueue_waiter(sql: sqlite3.Connection, source: str, owner: str, opens: Opening, looks_at: float) -> None:
-    """Join the end of the queue for a source, or keep the place in it, until the next look at `looks_at`."""
-    sql.execute(
+    sql.executemany(
         """
         insert into waiters (source, owner, waits_for, opens_at, reason, expires_at)
         values (?1, ?2, ?3, ?4, ?5, ?6)
         on conflict do update set waits_for = ?3, opens_at = ?4, reason = ?5, expires_at = ?6
         """,
-        (source, owner, opens.scope, opens.at, opens.reason, looks_at + LATE_SECONDS),
+        [
+            (source, owner, opens.scope, opens.at, opens.reason, min(opens.at, now + seconds) + LATE_SECONDS)
+            for source, opens in waiting.items()
+        ],
     )
+    return bool(waiting)
 
 
-def remove_waiter(sql: sqlite3.Connection, owner: str, now: float, keep: Iterable[str] = ()) -> None:
-    """Give up the places of an owner, except those for the sources in `keep`; remove waiters that are long gone."""
+def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now: float) -> None:
+    """Pause a source; an earlier, longer pause stays."""
     sql.execute(
         """
-        delete from waiters
-        where (owner = :owner and source not in (select value from json_each(:keep)))
-           or expires_at < :long_ago
+        update scopes
+        set paused_until = :until, paused_for = :seconds, reason = :reason
+        where scope = :scope and paused_until < :until
         """,
-        {"owner": owner, "keep": json.dumps(list(keep)), "long_ago": now - MINUTE},
+        {"scope": scope, "until": now + seconds, "seconds": seconds, "reason": reason},
     )
 
 
-def hold_sources_after_restore(sql: sqlite3.Connection, now: float) -> None:
-    """At the first use of a backup, which misses the latest requests, pause each source for its longest window."""
-    if sql.execute("update facts set is_backup = 0 where is_backup").rowcount:
-        sql.execute(
-            """
-            update scopes
-            set paused_until = max(paused_until, :now + longest), paused_for = max(paused_for, longest),
-                reason = 'restored from a backup: what was asked since it was made is not known'
-            from (select scope as limited, max(window_seconds) as longest from windows group by scope)
-            where scope = limited
-            """,
-            {"now": now},
-        )
-
-
-# ---------------------------------------------------------------- Responses
-# The meaning of a response: one function turns it into an outcome, one records what it says about the
-# source. A pause is a pause, whatever its cause. Headlines: classify(), record_response().
+# ---------------------------------------------------------------- Permits
+# The meaning of a response: one function turns it into an outcome, one records its consequences for the source. A pause
+# is a pause, whatever its cause. Then the limits for other threads and processes: a client that must wait joins the
+# waiters and sleeps, outside every lock, until its next look is worth it. Headlines: classify(), record_response(),
+# Limiter, permit().
 
 LONGEST_RETRY_AFTER = DAY
 FIRST_PAUSE_SECONDS = 60
 STORE_TROUBLE = "store: "  # prefix of the reason of a pause that the store caused
+LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -3162,35 +3091,18 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
     return Result(Outcome.OK if status == 200 else Outcome.HTTP_ERROR, text, status)
 
 
-def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now: float) -> None:
-    """Pause a source; an earlier, longer pause stays."""
-    sql.execute(
-        """
-        update scopes
-        set paused_until = :until, paused_for = :seconds, reason = :reason
-        where scope = :scope and paused_until < :until
-        """,
-        {"scope": scope, "until": now + seconds, "seconds": seconds, "reason": reason},
-    )
-
-
-def failure_threshold(source: Source, answer: Result) -> int:
-    """The number of such responses in a row that means the source is down; 0: none does."""
-    traits = answer.outcome.traits
-    if answer.outcome is Outcome.HTTP_ERROR and (answer.http_status or 0) >= 500:
-        return source.blocked_when.failures_in_a_row
-    return getattr(source.blocked_when, traits.setting) if traits.setting else traits.source_after
-
-
 def record_response(sql: sqlite3.Connection, source: Source, answer: Result, now: float) -> SourceHealth:
     """Record what a response says about its source; pause it when it is down or asks for a pause.
 
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
     Meanwhile one request at a time probes the source."""
-    threshold = failure_threshold(source, answer)
-    if answer.outcome.traits.passing:
+    traits, is_throttled = answer.outcome.traits, answer.outcome is Outcome.THROTTLED
+    if traits.passing:
         return SourceHealth()
-    if not threshold and answer.outcome is not Outcome.THROTTLED:  # a request from before a pause shows nothing new
+    is_server_error = answer.outcome is Outcome.HTTP_ERROR and (answer.http_status or 0) >= 500
+    setting = "failures_in_a_row" if is_server_error else traits.setting
+    threshold = getattr(source.blocked_when, setting) if setting else traits.source_after
+    if not threshold and not is_throttled:  # a request from before a pause shows nothing new
         works = """
             update scopes set failures = 0, throttles = 0
             where scope = ? and paused_until <= ? and (failures or throttles)
@@ -3199,37 +3111,21 @@ def record_response(sql: sqlite3.Connection, source: Source, answer: Result, now
         return SourceHealth()
     state = "select failures, throttles, paused_until from scopes where scope = ?"
     failures, throttles, paused_until = sql.execute(state, (source.name,)).fetchone()
-    longest, is_paused = source.blocked_when.pause_seconds, paused_until > now
-    growing = min(FIRST_PAUSE_SECONDS * 2.0 ** min(throttles, 30), max(longest, FIRST_PAUSE_SECONDS))
-    seconds = None
-    if answer.outcome is Outcome.THROTTLED:
-        failures, seconds = 0, growing
-        if answer.retry_after is not None:
-            seconds = min(max(answer.retry_after, 0.0), LONGEST_RETRY_AFTER)
-    else:
-        failures += 1
-        if failures >= threshold:
-            seconds = longest if answer.outcome is Outcome.TIMEOUT else growing
-    if answer.retry_after is None and is_paused:
-        seconds = None
+    failures = 0 if is_throttled else failures + 1
+    longest, is_paused, seconds = source.blocked_when.pause_seconds, paused_until > now, None
+    if answer.retry_after is not None:
+        seconds = min(answer.retry_after, LONGEST_RETRY_AFTER)
+    elif not is_paused and answer.outcome is Outcome.TIMEOUT and failures >= threshold:
+        seconds = longest
+    elif not is_paused and (is_throttled or failures >= threshold):
+        seconds = min(FIRST_PAUSE_SECONDS * 2.0 ** min(throttles, 30), max(longest, FIRST_PAUSE_SECONDS))
     if seconds is not None:
         throttles += not (is_paused and throttles)
         pause(sql, source.name, seconds, answer.error or answer.outcome, now)
     sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
     # a scraper or a page that fails may be to blame itself; twice in a row no response at all is not its fault
-    doubt = threshold if answer.outcome.traits.rated else 2
-    return SourceHealth(
-        is_source=answer.outcome is not Outcome.THROTTLED and failures >= doubt,
-        pause_seconds=seconds,
-    )
-
-
-# ---------------------------------------------------------------- Permits
-# The limits for other threads and processes. A client that must wait joins the waiters and sleeps, outside
-# every lock, until its next look is worth it. Headlines: Limiter, permit().
-
-LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
-KEEP_ALIVE_SECONDS = 5
+    is_source = not is_throttled and failures >= (threshold if traits.rated else 2)
+    return SourceHealth(is_source, seconds)
 
 
 class ActivePermit:
@@ -3253,12 +3149,6 @@ class Limiter:
 
     def __init__(self, configuration: Configuration, database: Database, clock: Clock | None = None) -> None:
         self.configuration, self.database, self.clock = configuration, database, clock or Clock()
-        self._name, self._places = f"{os.getpid()}.{secrets.token_hex(2)}", itertools.count(1)
-        self._guard = threading.Lock()  # guards what follows
-        # with its deadline; one that its owner has lost, interrupted, is not kept alive for ever
-        self._held: weakref.WeakKeyDictionary[ActivePermit, float] = weakref.WeakKeyDictionary()
-        self._keeper: threading.Thread | None = None
-        self._closed = threading.Event()
         with database.transaction() as sql:
             declare_limits(sql, configuration, self.clock)
 
@@ -3274,7 +3164,7 @@ class Limiter:
 
         The request counts as in flight until the block ends. A block that ends without an exception got a good
         response, unless it says otherwise. Raises RateLimitedError as soon as `wait` is too short as things are, and
-        Error for an unknown source or when closed."""
+        Error for an unknown source."""
         held = self.acquire(source, wait)
         try:
             yield held
@@ -3285,73 +3175,39 @@ class Limiter:
 
     def acquire(self, source: str, wait: float | None = None) -> ActivePermit:
         """The same without a block: the caller must release() what it gets."""
-        described, owner, is_waiting = self.source(source), f"{self._name}.{next(self._places)}", False
+        described, owner = self.source(source), secrets.token_hex(8)
         give_up_at = math.inf if wait is None else self.clock.boot() + wait
         try:
-            while True:
-                granted = self._try(described, owner, give_up_at, is_waiting=is_waiting)
-                if isinstance(granted, float):
-                    is_waiting = True
-                    self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
-                elif self.clock.boot() <= granted.send_before:
-                    return self._hold(ActivePermit(granted, described))
-                else:  # this process was suspended, or the disk took very long
-                    self.release(ActivePermit(granted, described), used=False)
-                    is_waiting = False
+            while isinstance(granted := self._try(described, owner, give_up_at), float):
+                self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
         except BaseException:
             with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
-                remove_waiter(sql, owner, self.clock.boot())
+                keep_places(sql, owner, {}, self.clock.boot())
             raise
+        held = ActivePermit(granted, described)
+        if self.clock.boot() <= granted.send_before:
+            return held
+        self.release(held, used=False)  # this process was suspended, or the disk took very long
+        return self.acquire(source, None if wait is None else give_up_at - self.clock.boot())
 
-    def _try(self, source: Source, owner: str, give_up_at: float, *, is_waiting: bool) -> Permit | float:
+    def _try(self, source: Source, owner: str, give_up_at: float) -> Permit | float:
         """A permit, or the boot time of the next look."""
-        if self._closed.is_set():
-            raise Error("the limiter was closed")
         self.database.check_place()
         with self.database.transaction() as sql:
             now, limiting = self.clock.boot(), self.configuration.rate_limiting
             opens = opening(sql, limiting, source.name, now, owner)
             if opens.at <= now:
-                return grant(sql, limiting, source.name, source.timeout_seconds, now, owner if is_waiting else "")
+                return grant(sql, source.name, source.timeout_seconds, now, owner)
             if opens.at > give_up_at:
                 wait = format_duration(opens.at - now)
                 text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
                 raise RateLimitedError(text, opens.at - now)
-            looks_at = float(min(opens.at, now + LOOK_AGAIN_SECONDS))
-            enqueue_waiter(sql, source.name, owner, opens, looks_at)
-            return looks_at
-
-    def _hold(self, held: ActivePermit) -> ActivePermit:
-        with self._guard:
-            self._held[held] = held.permit.deadline
-            if self._keeper is None:
-                self._keeper = threading.Thread(target=self._keep_alive, name="adce-permits", daemon=True)
-                self._keeper.start()
-        return held
-
-    def _keep_alive(self) -> None:
-        """A request that takes longer than its source's timeout goes on counting while this process lives."""
-        while self._held or not self._closed.is_set():
-            time.sleep(KEEP_ALIVE_SECONDS)
-            with contextlib.suppress(DatabaseError):
-                self._extend_deadlines(self.clock.boot())
-
-    def _extend_deadlines(self, now: float) -> None:
-        later = now + 4 * KEEP_ALIVE_SECONDS
-        with self._guard:
-            due = [held for held, deadline in self._held.items() if deadline - now < 2 * KEEP_ALIVE_SECONDS]
-        if due:
-            longer = "update requests set deadline = max(deadline, ?) where request_id = ? and finished_at is null"
-            with self.database.transaction(durable=False) as sql:
-                sql.executemany(longer, [(later, held.permit.request_id) for held in due])
-            with self._guard:
-                self._held.update({held: later for held in due if held in self._held})
+            keep_places(sql, owner, {source.name: opens}, now, LOOK_AGAIN_SECONDS)
+            return float(min(opens.at, now + LOOK_AGAIN_SECONDS))
 
     def release(self, held: ActivePermit, *, used: bool = True) -> None:
         """The request is over, or was never sent. If that cannot be written now, it counts until its deadline: that is
         safe. Whether a response is good is known, and counts, when the attempt ends that it belongs to."""
-        with self._guard:
-            self._held.pop(held, None)
         is_news = held.answer is not None and held.answer.outcome is not Outcome.OK
         with contextlib.suppress(DatabaseError), self.database.transaction(durable=is_news) as sql:
             now = self.clock.boot()
@@ -3363,10 +3219,6 @@ class Limiter:
             responses = (Outcome.OK, Outcome.HTTP_ERROR, Outcome.NOT_YET)
             if held.answer and not (is_judged_later and held.answer.outcome in responses):
                 record_response(sql, held.source, held.answer, now)
-
-    def close(self) -> None:
-        """End every wait for a permit with an Error, at its next look. The database stays open."""
-        self._closed.set()
 
 
 @functools.cache
@@ -3412,16 +3264,6 @@ def rank_of(
     slope = weighting.age_weight * multiplier
     penalty = max(weighting.gap_size_weight * gap_size, -weighting.max_gap_size_penalty)
     return base * multiplier + penalty - slope * detected_at / HOUR, slope
-
-
-def bonus_of(weighting: PriorityWeighting, success_rate: float) -> float:
-    """The points that all tasks of a dataset have for its success rate."""
-    return weighting.success_rate_weight * success_rate if weighting.enabled else 0.0
-
-
-def score_at(rank: float, slope: float, bonus: float, now: float) -> float:
-    """The live score; the view `queue` computes the same."""
-    return rank + slope * now / HOUR + bonus
 
 
 def priority_of(
@@ -3505,9 +3347,8 @@ class Ledger:
         row = known._replace(state=state, reason=reason, since=since)
         if task is None or is_fetched or has_changed:
             row = row._replace(task=TaskState.RETRY if waits else TaskState.PENDING, next_at=next_at if waits else None)
-        return row if task is not None else self._opened(row)
-
-    def _opened(self, row: ObjectRow) -> ObjectRow:
+        if task is not None:
+            return row
         self.created += 1
         row = row._replace(detected_at=int(self.now), gap_size=1, attempts=0, failures=0, fruitless=0, crashes=0)
         return self.ranked(row._replace(last_error=None))
@@ -3535,25 +3376,18 @@ class Ledger:
         self.write([row])
         return row
 
-    def drop(self, condition: str, parameters: Mapping[str, Any]) -> int:
+    def drop(self, condition: str, parameters: Mapping[str, Any]) -> None:
         """Expect objects `o` no longer. All that is known of them is kept; if they are expected again, the store is
-        searched for them. Returns their number."""
+        searched for them."""
         rows = self.objects(f"({condition}) and o.state != 'dropped'", parameters)
         for row in rows:
-            self.closed += row.task not in (None, TaskState.RUNNING)
-        self.sql.executemany(
-            """
-            update objects
-            set state = 'dropped', reason = null, next_at = null, proven = 0, since = ?,
-                task = iif(task = 'running', task, null)
-            where object_id = ?
-            """,
-            [(int(self.now), row.object_id) for row in rows],
-        )
+            task = row.task if row.task == TaskState.RUNNING else None
+            self.closed += task != row.task
+            gone = row._replace(state=ObjectState.DROPPED, reason=None, since=int(self.now), next_at=None)
+            self.write([gone._replace(proven=0, task=task)])
         for name in {row.dataset for row in rows}:
             self.touch(name)
         self.dropped += len(rows)
-        return len(rows)
 
     def touch(self, dataset: str) -> None:
         """Objects of this dataset, or their mentions, have changed: the next cycle computes their children anew."""
@@ -3643,18 +3477,16 @@ def appraisal_rules(configuration: Configuration) -> str:
 def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> None:
     """Make the stored datasets those of the configuration. The next cycle follows with their objects; until then no
     task of a known dataset is claimed."""
-    sql.execute("update datasets set active = 0")
-    for dataset in configuration.datasets.values():
-        sql.execute(
-            """
-            insert into datasets (dataset, source, active) values (?1, ?2, 1)
-            on conflict (dataset) do update set source = ?2, active = 1
-            """,
-            (dataset.name, dataset.source),
-        )
-    for dataset_id, rate in sql.execute("select dataset_id, success_rate from datasets").fetchall():
-        bonus = bonus_of(configuration.priority_weighting, rate)
-        sql.execute("update datasets set bonus = ? where dataset_id = ?", (bonus, dataset_id))
+    weighting = configuration.priority_weighting
+    weight = weighting.success_rate_weight if weighting.enabled else 0.0
+    sql.execute("update datasets set active = 0, rate_weight = ?", (weight,))
+    sql.executemany(
+        """
+        insert into datasets (dataset, source, active, rate_weight) values (?1, ?2, 1, ?3)
+        on conflict (dataset) do update set source = ?2, active = 1
+        """,
+        [(one.name, one.source, weight) for one in configuration.datasets.values()],
+    )
     declaration = _digest(
         [(one.name, one.key.text, one.partitions, one.available_after) for one in configuration.datasets.values()],
         configuration.seasons,
@@ -3736,12 +3568,15 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
     for row in rows:
         before = known.get(row.key)
         held = row if before is None else (row.key, row.dataset_id, None, None, None, None, None)
-        if not sql.execute("insert or ignore into wanted values (?, ?, ?, ?, ?, ?, ?)", held).rowcount:
+        is_first = sql.execute("insert or ignore into wanted values (?, ?, ?, ?, ?, ?, ?)", held).rowcount
+        owner = before[1] if before and before[-1] and before[1] not in movable else row.dataset_id
+        if not is_first:
             owner = sql.execute("select dataset_id from wanted where key = ?", (row.key,)).fetchone()[0]
-            _note_conflict(ledger, dataset, row, owner)
-        elif before and before[-1] and before[1] != row.dataset_id and before[1] not in movable:
-            _note_conflict(ledger, dataset, row, before[1])
-        else:
+        if owner != row.dataset_id:
+            other = sql.execute("select dataset from datasets where dataset_id = ?", (owner,)).fetchone()[0]
+            text = f"{dataset.name}: {row.key} is already the key of another object of {other}"
+            ledger.problems.append(f"{text}; give each a key of its own")
+        elif is_first:
             counts[before is None] += 1
             if before is not None and before != (*row, 1):
                 changed.append((*row, int(ledger.now)))
@@ -3749,13 +3584,6 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
     if changed:
         ledger.touch(dataset.name)
     return counts[0], counts[1]
-
-
-def _note_conflict(ledger: Ledger, dataset: Dataset, row: WantedRow, owner: int) -> None:
-    if owner != row.dataset_id:
-        other = ledger.sql.execute("select dataset from datasets where dataset_id = ?", (owner,)).fetchone()[0]
-        text = f"{dataset.name}: {row.key} is already the key of another object of {other}"
-        ledger.problems.append(f"{text}; give each a key of its own")
 
 
 def new_objects(ledger: Ledger, datasets: Iterable[str], low: str, high: str) -> list[WantedRow]:
@@ -3773,9 +3601,8 @@ def note_mentions(ledger: Ledger, parent: ObjectRow, found: Inspection) -> set[t
     """Store the ids that the content of an object names, by expression. Returns those it did not name before.
 
     Content with an unusable id may stand for any other, so it removes none."""
-    sql = ledger.sql
+    sql, named = ledger.sql, {(expression, value) for expression, values in found.mentions.items() for value in values}
     known = set(map(tuple, sql.execute("select expression, value from mentions where object_id = ?", parent[:1])))
-    named = {(expression, value) for expression, values in found.mentions.items() for value in values}
     removed = set() if found.problems else known - named
     put = "insert into mentions values (?, ?, ?)"
     sql.executemany(put, [(parent.object_id, *mention) for mention in named - known])
@@ -3805,10 +3632,8 @@ def expect_children(ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str
         ledger.sql.executemany(
             UPSERT_OBJECT, [(*row, int(ledger.now)) for row in reversed(rows) if row.key not in taken]
         )
-        new = (
-            "o.key in (select value from json_each(:keys)) and o.state = 'awaited' and not o.proven and o.etag is null"
-        )
-        ledger.write([ledger.appraised(row._replace(proven=1)) for row in ledger.objects(new, {"keys": keys})])
+        new = "o.key in (select value from json_each(?)) and o.state = 'awaited' and not o.proven and o.etag is null"
+        ledger.write([ledger.appraised(row._replace(proven=1)) for row in ledger.objects(new, (keys,))])
 
 
 # ---------------------------------------------------------------- Queue
@@ -3845,7 +3670,8 @@ class Ending:
 
 
 HEADS = f"""
-    select head.*, d.bonus, d.source, s.throttles > 0 as is_probed, s.paused_until > ? as is_paused
+    select head.*, d.source, s.throttles > 0 as is_probed, s.paused_until > :boot as is_paused,
+           exists (select 1 from waiters w where w.source = d.source and w.owner = 'runner') as is_waiting
     from datasets d
     join ({SELECT_OBJECTS}) head on head.object_id = (
         select object_id from objects
@@ -3854,6 +3680,7 @@ HEADS = f"""
         limit 1)
     join scopes s on s.scope = d.source
     where d.active and d.ready
+    order by rank + slope * :wall / 3600.0 + bonus desc, detected_at, head.object_id
 """  # noqa: S608  # a constant
 
 
@@ -3868,8 +3695,7 @@ def claim(
     A task during which nearly `max_attempts` runners have crashed may be the cause, or may only have run beside the
     cause: it waits until nothing else runs, and runs alone."""
     now, wall = clock.boot(), clock.wall()
-    heads = sql.execute(HEADS, (now,)).fetchall()
-    heads.sort(key=lambda h: (-score_at(h["rank"], h["slope"], h["bonus"], wall), h["detected_at"], h["object_id"]))
+    heads = sql.execute(HEADS, {"boot": now, "wall": wall}).fetchall()
     with_work = {head["source"] for head in heads if not head["is_paused"]}
     held = collections.Counter[str]()  # workers, by source
     for name, count in busy.items():
@@ -3880,7 +3706,10 @@ def claim(
         most = 1 if head["is_probed"] else source.max_concurrent
         if held[source.name] >= most or busy.get(dataset.name, 0) >= (dataset.max_concurrent or most):
             continue
-        if held[source.name] and free <= _workers_for_others(dataset, with_work, held):
+        # Others with work and no worker are left one worker, or one each beside programs: these have long timeouts, and
+        # a source that is down holds its workers until then.
+        rivals = sum(not held[name] for name in with_work - {source.name})
+        if held[source.name] and free <= (min(rivals, 1) if dataset.url else rivals):
             continue
         if source.name not in openings:
             openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now, RUNNER)
@@ -3892,12 +3721,13 @@ def claim(
             break
         granted = None
         if dataset.url:
-            granted = grant(sql, configuration.rate_limiting, source.name, source.timeout_seconds, now, RUNNER)
+            owner = RUNNER if head["is_waiting"] else ""
+            granted = grant(sql, source.name, source.timeout_seconds, now, owner)
         first = ObjectRow._make(head[: len(ObjectRow._fields)])
         rows = [first]
         if dataset.batch and not is_exclusive:
             rows += _others_in_batch(sql, configuration, first, dataset.batch)
-        url = url_of(dataset, source, first.fields)
+        url = source.base_url + dataset.url.render(first.fields, quote_for_url) if dataset.url else ""
         claimed = Claim(
             dataset=dataset,
             source=source,
@@ -3922,18 +3752,6 @@ def _environment(configuration: Configuration, source: Source, rows: Iterable[Ob
     }
 
 
-def _workers_for_others(dataset: Dataset, with_work: set[str], held: Mapping[str, int]) -> int:
-    """The number of workers left to other sources that have work and no worker: one, and one for each beside programs,
-    because a source that is down holds its workers until a timeout, and those of programs are long."""
-    rivals = sum(not held[name] for name in with_work - {dataset.source})
-    return min(rivals, 1) if dataset.url else rivals
-
-
-def url_of(dataset: Dataset, source: Source, fields: Fields) -> str:
-    """The url of an object; empty for commands and calls."""
-    return source.base_url + dataset.url.render(fields, quote_for_url) if dataset.url else ""
-
-
 def _others_in_batch(
     sql: sqlite3.Connection, configuration: Configuration, first: ObjectRow, batch: Batch
 ) -> list[ObjectRow]:
@@ -3951,28 +3769,14 @@ def _others_in_batch(
 
 def _begin(sql: sqlite3.Connection, row: ObjectRow, url: str, wall: float) -> ObjectRow:
     begin = "insert into attempts (object_id, started_at, outcome, requests, url) values (?, ?, 'running', 0, ?)"
-    attempt_id = cast(int, sql.execute(begin, (row.object_id, wall, without_secrets(url) or None)).lastrowid)
+    shown = re.sub(r"^(https?://)[^/?#]*@", r"\1", url)  # without a user name and a password
+    attempt_id = cast(int, sql.execute(begin, (row.object_id, wall, shown or None)).lastrowid)
     run = """
         update objects set task = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null
         where object_id = ?
     """
     sql.execute(run, (attempt_id, row.object_id))
     return row._replace(task=TaskState.RUNNING, attempt_id=attempt_id)
-
-
-def without_secrets(url: str) -> str:
-    """A url without a user name and a password."""
-    return re.sub(r"^(https?://)[^/?#]*@", r"\1", url)
-
-
-def keep_places(sql: sqlite3.Connection, openings: Mapping[str, Opening], now: float, seconds: float) -> bool:
-    """Keep the runner's places among the waiters for the sources it waits for, and no others. Returns whether it has
-    any. It looks again after `seconds` at the latest."""
-    waiting = {source: opens for source, opens in openings.items() if opens.at > now}
-    for source, opens in waiting.items():
-        enqueue_waiter(sql, source, RUNNER, opens, min(opens.at, now + seconds))
-    remove_waiter(sql, RUNNER, now, waiting)
-    return bool(waiting)
 
 
 def wake_retries(sql: sqlite3.Connection, before: float) -> int:
@@ -3999,12 +3803,15 @@ def appraise_due(ledger: Ledger) -> int:
 
 
 # ---------------------------------------------------------------- Results
-# The end of an attempt: the next state of the task, the attempt itself, the totals of the day. Headlines:
-# finish(), requeue_orphans().
+# The end of an attempt: the next state of the task, the attempt itself, the totals of the day. Then the changes that an
+# operator makes, also while the runner works: it finds them in the database. Headlines: finish(), requeue_orphans(),
+# pause_source(), resume_source(), retry_tasks(), skip_tasks().
 
 SUCCESS_MEMORY = 0.1  # weight of the latest attempt in the success rate of a dataset
 RUNNER_CRASHED = "the runner crashed"
 FORGOTTEN_AT_ONCE = 500  # rows of a kind
+UNTIL_RESUMED = 3650 * DAY
+BY_OPERATOR = "by the operator"
 
 
 def retry_delay(policy: Retry, times: int, rng: random.Random) -> float:
@@ -4018,96 +3825,63 @@ def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clo
 
     An attempt that is no longer the running one of its task changes nothing but its own row."""
     now, sql, health = clock.boot(), ledger.sql, SourceHealth()
-    telling = min(results, key=_weight)  # of a batch
+    # one result of a batch stands for all: a failing store, a working source, any other
+    decisive = min(results, key=lambda one: (one.outcome is not Outcome.STORE_ERROR, one.outcome is not Outcome.OK))
     was_sent = any(result.requests for result in results)
     if claimed.permit:
         release(sql, claimed.permit, now, used=was_sent)
     if was_sent or not claimed.dataset.url:
-        health = record_response(sql, claimed.source, telling, now)
-    least = health.pause_seconds or 0.0
-    if telling.outcome is Outcome.STORE_ERROR:
-        least = FIRST_PAUSE_SECONDS
-        pause(sql, GLOBAL, least, f"{STORE_TROUBLE}{telling.error}", now)
-
-    def delay(times: int) -> float:
-        return max(least, retry_delay(ledger.configuration.retry, times, rng))
-
+        health = record_response(sql, claimed.source, decisive, now)
+    if decisive.outcome is Outcome.STORE_ERROR:
+        health = SourceHealth(pause_seconds=FIRST_PAUSE_SECONDS)
+        pause(sql, GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{decisive.error}", now)
     endings: list[Ending] = []
     for task, result in zip(claimed.tasks, results, strict=True):
         _record_attempt(ledger, claimed.dataset, task, result)
         running = "o.object_id = :object_id and o.task = 'running' and o.attempt_id = :attempt_id"
         rows = ledger.objects(running, {"object_id": task.object_id, "attempt_id": task.attempt_id})
-        endings += [_settle(ledger, task, row, result, (health, delay)) for row in rows]
+        endings += [_settle(ledger, row, result, health, rng) for row in rows]
     return endings
 
 
-def _weight(result: Result) -> int:
-    """The result of a batch that stands for all: a failing store, a working source, any other."""
-    return (Outcome.STORE_ERROR, Outcome.OK, result.outcome).index(result.outcome)
-
-
-def _settle(
-    ledger: Ledger,
-    task: ObjectRow,
-    row: ObjectRow,
-    result: Result,
-    context: tuple[SourceHealth, Callable[[int], float]],
-) -> Ending:
+def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth, rng: random.Random) -> Ending:
     """The next state of a task. It is done only when its object is whole in the store and no gap any more."""
-    (health, delay), outcome = context, result.outcome
+    outcome, is_ok = result.outcome, result.outcome is Outcome.OK
     season = next((season for season in ledger.configuration.seasons if season.label == row.season), None)
     counted = (outcome.traits.counts and not health.is_source) or (
         outcome is Outcome.NOT_YET and not may_still_appear(season, row.day, ledger.now)
     )
-    failures = 0 if outcome is Outcome.OK else row.failures + counted
-    fruitless = 0 if outcome is Outcome.OK else row.fruitless + (outcome is not Outcome.LOST)
-    row = row._replace(
-        task=TaskState.PENDING,
-        attempt_id=None,
-        failures=failures,
-        fruitless=fruitless,
-        crashes=0,
-        last_error=result.error,
-    )
+    failures = 0 if is_ok else row.failures + counted
+    fruitless = 0 if is_ok else row.fruitless + (outcome is not Outcome.LOST)
+    row = row._replace(attempt_id=None, failures=failures, fruitless=fruitless, crashes=0, last_error=result.error)
     if row.state == ObjectState.DROPPED:
         row = row._replace(task=None)
-        ledger.write([row])
-        return Ending(task, result, TaskState.CANCELLED, failures, None, counted)
-    if outcome is Outcome.OK:
-        row = _stored(ledger, row, result)
-    elif row.state not in GAPS:  # the gap was closed, or excluded, meanwhile
-        row = ledger.note(row)
     else:
-        if result.stored and result.inspection:  # a program left an invalid object
-            row = ledger.appraised(ledger.stored(row, result.stored, result.inspection))
-        row = _tried_in_vain(ledger, row, result, delay, counted=counted)
-    closed = TaskState.CANCELLED if row.state == ObjectState.SKIPPED else TaskState.DONE
-    state = closed if row.task is None else TaskState(row.task)
-    return Ending(task, result, state, failures, row.next_at if row.task else None, counted)
-
-
-def _tried_in_vain(
-    ledger: Ledger, row: ObjectRow, result: Result, delay: Callable[[int], float], *, counted: bool
-) -> ObjectRow:
-    if result.outcome is Outcome.LOST and result.retry_after is not None:  # a permit was refused
-        row = row._replace(task=TaskState.RETRY, next_at=int(ledger.now + result.retry_after) + 1)
-    elif result.outcome is not Outcome.LOST and row.failures >= ledger.configuration.retry.max_attempts:
-        row = row._replace(task=TaskState.GAVE_UP)
-    elif result.outcome is not Outcome.LOST:
-        times = row.failures if counted else row.fruitless - row.failures
-        row = row._replace(task=TaskState.RETRY, next_at=int(ledger.now + delay(times)) + 1)
+        row = row._replace(task=TaskState.PENDING)
+        if result.stored and result.inspection:  # a program may have left an invalid object
+            row = ledger.stored(row, result.stored, result.inspection)
+        row = ledger.appraised(row, is_fetched=is_ok)
+        if row.task and not is_ok:
+            row = _after_failure(ledger.configuration.retry, row, result, ledger.now, health, rng)
     ledger.write([row])
-    return row
-
-
-def _stored(ledger: Ledger, row: ObjectRow, result: Result) -> ObjectRow:
-    """The object is in the store. Its task closes, or waits when the object is not final yet."""
-    assert result.stored and result.inspection
-    row = ledger.appraised(ledger.stored(row, result.stored, result.inspection), is_fetched=True)
-    ledger.write([row])
-    if ledger.configuration.children_of(row.dataset):
+    has_children = bool(ledger.configuration.children_of(row.dataset))
+    if is_ok and has_children and result.inspection and row.state != ObjectState.DROPPED:
         expect_children(ledger, row, note_mentions(ledger, row, result.inspection))
-    return row
+    closed = TaskState.CANCELLED if row.state in (ObjectState.DROPPED, ObjectState.SKIPPED) else TaskState.DONE
+    state = TaskState(row.task) if row.task else closed
+    return Ending(row, result, state, failures, row.next_at if row.task else None, counted)
+
+
+def _after_failure(
+    policy: Retry, row: ObjectRow, result: Result, now: float, health: SourceHealth, rng: random.Random
+) -> ObjectRow:
+    """The row of a task whose attempt brought nothing: one that was lost counts for nothing, and is pending again."""
+    seconds = result.retry_after  # until a permit that was refused is possible
+    if result.outcome is not Outcome.LOST:
+        if row.failures >= policy.max_attempts:
+            return row._replace(task=TaskState.GAVE_UP)
+        seconds = max(health.pause_seconds or 0.0, retry_delay(policy, row.fruitless, rng))
+    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(now + seconds) + 1)
 
 
 def _record_attempt(ledger: Ledger, dataset: Dataset, task: ObjectRow, result: Result) -> None:
@@ -4125,16 +3899,8 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ObjectRow, result: R
         return
     _add_to_totals(sql, task.attempt_id)
     if result.outcome.traits.rated:
-        weighting = ledger.configuration.priority_weighting
-        sql.execute(
-            """
-            update datasets
-            set success_rate = success_rate + ?1 * (?2 - success_rate),
-                bonus = ?3 * (success_rate + ?1 * (?2 - success_rate))
-            where dataset = ?4
-            """,
-            (SUCCESS_MEMORY, result.outcome is Outcome.OK, bonus_of(weighting, 1.0), dataset.name),
-        )
+        average = "update datasets set success_rate = success_rate + ? * (? - success_rate) where dataset = ?"
+        sql.execute(average, (SUCCESS_MEMORY, result.outcome is Outcome.OK, dataset.name))
 
 
 def _add_to_totals(sql: sqlite3.Connection, attempt_id: int | None) -> None:
@@ -4178,28 +3944,104 @@ def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
 
 def forget(sql: sqlite3.Connection, before: float) -> int:
     """Remove some attempts, cycles (but the last) and dropped objects from before an instant. Returns how many rows."""
-    oldest = "select attempt_id, started_at, outcome from attempts order by attempt_id limit ?"
-    attempts = sql.execute(oldest, (FORGOTTEN_AT_ONCE,)).fetchall()
-    ended = [(number,) for number, began, outcome in attempts if began < before and outcome != Outcome.RUNNING]
-    sql.executemany("delete from attempts where attempt_id = ?", ended)
-    limits = {"before": int(before), "most": FORGOTTEN_AT_ONCE}
-    dropped = """
-        select object_id from objects o
-        where state = 'dropped' and since < :before and task is null
-          and not exists (select 1 from attempts a where a.object_id = o.object_id)
-        limit :most
+    attempts = """
+        delete from attempts where attempt_id in (
+            select attempt_id from (select * from attempts order by attempt_id limit :most)
+            where started_at < :before and outcome != 'running')
     """
-    objects = [tuple(row) for row in sql.execute(dropped, limits).fetchall()]
-    sql.executemany("delete from mentions where object_id = ?", objects)
-    sql.executemany("delete from objects where object_id = ?", objects)
+    dropped = """
+        delete from objects where object_id in (
+            select object_id from objects o
+            where state = 'dropped' and since < :before and task is null
+              and not exists (select 1 from attempts a where a.object_id = o.object_id)
+            limit :most)
+    """
     cycles = """
         delete from reconciliations where cycle_id in (
             select cycle_id from reconciliations
             where started_at < :before and cycle_id < (select max(cycle_id) from reconciliations)
             order by cycle_id limit :most)
     """
-    sql.execute("delete from alerts where ended_at < ? and unsent = '[]'", (int(before),))
-    return len(ended) + len(objects) + sql.execute(cycles, limits).rowcount
+    alerts = "delete from alerts where ended_at < :before and unsent = '[]'"
+    limits = {"before": int(before), "most": FORGOTTEN_AT_ONCE}
+    return sum(sql.execute(delete, limits).rowcount for delete in (attempts, dropped, cycles, alerts))
+
+
+def pause_source(sql: sqlite3.Connection, scope: str, seconds: float | None, reason: str, now: float) -> None:
+    """Pause a source for some seconds, or until it is resumed, in place of an earlier pause by the operator. A longer
+    one that the source has caused stays."""
+    seconds = min(UNTIL_RESUMED if seconds is None else seconds, UNTIL_RESUMED)
+    text = BY_OPERATOR + ", until it is resumed" * (seconds == UNTIL_RESUMED) + (f": {reason}" if reason else "")
+    sql.execute("update scopes set paused_until = 0 where scope = ? and reason glob ?", (scope, f"{BY_OPERATOR}*"))
+    pause(sql, scope, seconds, text, now)
+
+
+def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool, int]:
+    """End a pause, whatever its cause, and retry at once what has failed and not given up. Returns whether there was a
+    pause, and the number of tasks."""
+    was_paused = sql.execute("select paused_until > ? from scopes where scope = ?", (now, scope)).fetchone()[0]
+    sql.execute(
+        "update scopes set paused_until = 0, reason = null, failures = 0, throttles = 0 where scope = ?", (scope,)
+    )
+    woken = sql.execute(
+        """
+        update objects set task = 'pending', next_at = null
+        where task = 'retry' and last_error is not null
+          and dataset_id in (select dataset_id from datasets where :scope in (source, 'global'))
+        """,
+        {"scope": scope},
+    )
+    return bool(was_paused), woken.rowcount
+
+
+def tasks_to_retry(
+    database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The tasks that wait or gave up and match the filters; skipped ones only by their ids."""
+    rows = database.read(
+        """
+        select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
+               o.attempts, o.last_error
+        from objects o
+        join datasets d using (dataset_id)
+        where (o.task in ('retry', 'gave_up') or (o.task is null and o.skipped is not null and :has_ids))
+          and (not :has_ids or o.object_id in (select value from json_each(:ids)))
+          and (:state is null or o.task = :state)
+          and (:source is null or d.source = :source)
+          and (:dataset is null or d.dataset = :dataset)
+          and (:error is null or instr(lower(o.last_error), lower(:error)))
+        order by o.object_id
+        """,
+        {**filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
+    )
+    return [dict(row) for row in rows]
+
+
+def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
+    """Retry tasks at once, with all their attempts before them; include skipped objects again. Returns how many."""
+    ids = json.dumps(list(task_ids))
+    woken = """
+        update objects set task = 'pending', next_at = null, failures = 0, fruitless = 0
+        where task in ('retry', 'gave_up') and object_id in (select value from json_each(?))
+    """
+    count = ledger.sql.execute(woken, (ids,)).rowcount
+    skipped = "o.skipped is not null and o.object_id in (select value from json_each(:ids))"
+    for row in ledger.objects(skipped, {"ids": ids}):
+        count += 1
+        if row.state == ObjectState.DROPPED:  # not expected now, but included when it is
+            ledger.write([row._replace(skipped=None)])
+        else:  # its task has kept its age
+            task = row.task or (TaskState.PENDING if row.detected_at else None)
+            ledger.note(row._replace(task=task, failures=0, fruitless=0), skipped=None)
+    return count
+
+
+def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int]:
+    """Exclude the objects of open tasks until they are retried. Returns which tasks were open."""
+    rows = [row for row in ledger.some(task_ids) if row.task is not None and row.skipped is None]
+    for row in rows:
+        ledger.note(row, skipped=reason)
+    return [row.object_id for row in rows]
 
 
 # ---------------------------------------------------------------- Listing
@@ -5118,7 +4960,8 @@ def _watch_pool(claimed: Claim, deadline: _Deadline, clock: Clock, pool: Any) ->
 
 def _headers(claimed: Claim) -> dict[str, str]:
     """Secrets for one host are not sent to another, to which it redirects."""
-    headers, own_url = claimed.source.headers, url_of(claimed.dataset, claimed.source, claimed.tasks[0].fields)
+    headers, template = claimed.source.headers, cast(Template, claimed.dataset.url)
+    own_url = claimed.source.base_url or template.render(claimed.tasks[0].fields, quote_for_url)
     is_own = _origin(claimed.url) == _origin(own_url)
     return {name: text for name, text in headers.items() if is_own or name.lower() in KEPT_ON_OTHER_HOSTS}
 
@@ -6614,100 +6457,6 @@ def _aws_client(service: str, region: str | None = None) -> Any:
     return boto3.session.Session().client(service, region_name=region, config=limits)
 
 
-# ---------------------------------------------------------------- Operator actions
-# Changes that an operator makes, also while the runner works: it finds them in the database. Headlines:
-# pause_source(), resume_source(), retry_tasks(), skip_tasks().
-
-UNTIL_RESUMED = 3650 * DAY
-BY_OPERATOR = "by hand"
-
-
-def pause_source(sql: sqlite3.Connection, scope: str, seconds: float | None, reason: str, now: float) -> None:
-    """Pause a source for some seconds, or until it is resumed, in place of an earlier pause by the operator. A longer
-    one that the source has caused stays."""
-    is_endless = seconds is None or seconds >= UNTIL_RESUMED
-    text = f"{BY_OPERATOR}{', until it is resumed' * is_endless}" + (f": {reason}" if reason else "")
-    sql.execute("update scopes set paused_until = 0 where scope = ? and reason glob ?", (scope, f"{BY_OPERATOR}*"))
-    pause(sql, scope, UNTIL_RESUMED if seconds is None or is_endless else seconds, text, now)
-
-
-def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool, int]:
-    """End a pause, whatever its cause, and retry at once what has failed and not given up. Returns whether there was a
-    pause, and the number of tasks."""
-    was_paused = sql.execute("select paused_until > ? from scopes where scope = ?", (now, scope)).fetchone()[0]
-    sql.execute(
-        "update scopes set paused_until = 0, reason = null, failures = 0, throttles = 0 where scope = ?", (scope,)
-    )
-    woken = sql.execute(
-        """
-        update objects set task = 'pending', next_at = null
-        where task = 'retry' and last_error is not null
-          and dataset_id in (select dataset_id from datasets where :scope in (source, 'global'))
-        """,
-        {"scope": scope},
-    )
-    return bool(was_paused), woken.rowcount
-
-
-def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]) -> list[int]:
-    """The tasks that wait or gave up and match the filters; skipped ones only by their ids."""
-    rows = database.read(
-        """
-        select o.object_id
-        from objects o
-        join datasets d using (dataset_id)
-        where (o.task in ('retry', 'gave_up') or (o.task is null and o.skipped is not null and :has_ids))
-          and (not :has_ids or o.object_id in (select value from json_each(:ids)))
-          and (:state is null or o.task = :state)
-          and (:source is null or d.source = :source)
-          and (:dataset is null or d.dataset = :dataset)
-          and (:error is null or instr(lower(o.last_error), lower(:error)))
-        order by o.object_id
-        """,
-        {**filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
-    )
-    return [row[0] for row in rows]
-
-
-def rows_of_tasks(database: Database, task_ids: Sequence[int]) -> Rows:
-    """The columns shown for some tasks."""
-    sql = """
-        select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
-               o.attempts, o.last_error
-        from objects o join datasets d using (dataset_id)
-        where o.object_id in (select value from json_each(?))
-        order by o.object_id
-    """
-    return query(database, sql, (json.dumps(task_ids),))
-
-
-def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
-    """Retry tasks at once, with all their attempts before them; include skipped objects again. Returns how many."""
-    ids = json.dumps(list(task_ids))
-    woken = """
-        update objects set task = 'pending', next_at = null, failures = 0
-        where task in ('retry', 'gave_up') and object_id in (select value from json_each(?))
-    """
-    count = ledger.sql.execute(woken, (ids,)).rowcount
-    skipped = "o.skipped is not null and o.object_id in (select value from json_each(:ids))"
-    for row in ledger.objects(skipped, {"ids": ids}):
-        count += 1
-        if row.state == ObjectState.DROPPED:  # not expected now, but included when it is
-            ledger.write([row._replace(skipped=None)])
-        else:  # its task has kept its age
-            task = row.task or (TaskState.PENDING if row.detected_at else None)
-            ledger.note(row._replace(task=task, failures=0), skipped=None)
-    return count
-
-
-def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int]:
-    """Exclude the objects of open tasks until they are retried. Returns which tasks were open."""
-    rows = [row for row in ledger.some(task_ids) if row.task is not None and row.skipped is None]
-    for row in rows:
-        ledger.note(row, skipped=reason)
-    return [row.object_id for row in rows]
-
-
 # ---------------------------------------------------------------- Supervision
 # The runner as a process: systemd, signals, its start in the background, its end and its log; a command under a permit.
 # Headlines: notify(), obey_signals(), start_runner(), stop_runner(), run_held().
@@ -6989,7 +6738,7 @@ class Runner:
                 openings = self._claim(sql, hops, begun)
             if openings or self.is_waiting:
                 seconds = self.configuration.queue_check_seconds
-                self.is_waiting = keep_places(sql, openings, self.clock.boot(), seconds)
+                self.is_waiting = keep_places(sql, RUNNER, openings, self.clock.boot(), seconds)
         self.unrecorded, self.hops = [], hops
         for claimed in begun:
             future = self.pool.submit(fetch, claimed, self.store, self.clock)
@@ -7009,7 +6758,7 @@ class Runner:
             if opens.at > now:
                 openings[source.name] = opens
             elif free > len(begun):
-                granted = grant(sql, limiting, source.name, source.timeout_seconds, now, RUNNER)
+                granted = grant(sql, source.name, source.timeout_seconds, now, RUNNER)
                 hops.remove(hop)
                 begun.append(dataclasses.replace(hop, permit=granted))
         if not self.once:
@@ -7889,12 +7638,13 @@ def command_resume(arguments: Arguments, configuration: Configuration) -> None:
 def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Retry waiting and given-up tasks now: those named, or all that match the filters."""
     database = _existing(configuration)
-    task_ids = tasks_to_retry(database, vars(arguments), arguments.task_ids)
+    tasks = tasks_to_retry(database, vars(arguments), arguments.task_ids)
+    task_ids = [task["task_id"] for task in tasks]
     if missing := sorted(set(arguments.task_ids) - set(task_ids)):
         raise Error(f"not in state retry or gave_up: {', '.join(map(str, missing))}", "see: adce.py task ID")
     task_ids = task_ids[: arguments.limit]
     if arguments.dry_run:
-        _print(arguments, [Section("tasks", f"{len(task_ids)} tasks", rows_of_tasks(database, task_ids))])
+        _print(arguments, [Section("tasks", f"{len(task_ids)} tasks", tasks[: arguments.limit])])
         return ExitCode.DONE
     if not task_ids:
         print_result(arguments, "no task in state retry or gave_up matches", retried=0)

@@ -711,7 +711,7 @@ def test_requests_of_a_session_are_counted_under_the_limits_of_their_source(tmp_
     }
     assert (tmp_path / "lake" / "given" / "1").read_text() == "n session"
     database = adce.open_database(tmp_path / "adce.db")
-    assert database.value("select count(*) from requests where source = 'shop' and finished_at is not null") >= 4
+    assert database.value("select count(*) from finished where scope = 'shop'") >= 4
     asked = "select dataset, sum(requests) from attempts join recent_attempts using (attempt_id)"
     assert dict(map(tuple, database.read(f"{asked} group by 1"))) == {"given": 0, "orders": 8}
     database.close()

@@ -348,7 +348,7 @@ def test_pause_holds_a_live_runner_until_it_is_resumed(scope, upstream, folder, 
         for row in json.loads(do("status", "--format", "json", folder=folder).stdout)["sources"]
         if row["scope"] == scope
     ]
-    assert told["why"] == "paused: by hand, until it is resumed: they asked"
+    assert told["why"] == "paused: by the operator, until it is resumed: they asked"
     (folder / "lake/things/A").unlink()
     assert do("reconcile", "--full", folder=folder).returncode == 3
     assert states(folder) == ["pending"]

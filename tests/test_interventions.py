@@ -111,7 +111,7 @@ class InterventionMachine(RuleBasedStateMachine):
 
     def retry(self, task_ids: list[int]) -> int:
         filters = dict.fromkeys(("state", "source", "dataset", "error"))
-        found = adce.tasks_to_retry(self.desk.database, filters, task_ids)
+        found = [task["task_id"] for task in adce.tasks_to_retry(self.desk.database, filters, task_ids)]
         with self.desk.database.transaction() as sql:
             count = adce.retry_tasks(adce.Ledger(sql, self.configuration, self.desk.clock.wall()), found)
         assert count == len(found)

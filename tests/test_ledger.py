@@ -47,7 +47,7 @@ def formula(weighting: adce.PriorityWeighting, priority: str, age_hours: float, 
 def test_score_equals_the_formula_at_any_age(weighting, priority, age_seconds, gap_size, rate):
     detected = 1_760_000_000
     rank, slope = adce.rank_of(weighting, "espn", priority, gap_size, detected)
-    score = adce.score_at(rank, slope, adce.bonus_of(weighting, rate), detected + age_seconds)
+    score = rank + slope * (detected + age_seconds) / HOUR + weighting.success_rate_weight * rate
     assert score == pytest.approx(formula(weighting, priority, age_seconds / HOUR, gap_size, rate), abs=0.01)
 
 
@@ -69,7 +69,6 @@ def test_without_weights_priority_alone_counts():
     weighting = adce.PriorityWeighting(enabled=False)
     ranks = [adce.rank_of(weighting, "espn", priority, 50, 1_760_000_000) for priority in adce.Priority]
     assert ranks == [(1000, 0.0), (100, 0.0), (10, 0.0), (1, 0.0)]
-    assert adce.bonus_of(weighting, 1.0) == 0
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from datetime import date
@@ -39,9 +38,7 @@ def limiter(tmp_path):
     """A limiter for one a minute on a real file, whose time is moved by hand."""
     clock = ManualClock()
     with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
-        limiter = adce.Limiter(configuration(limiting(espn=windows((1, 60)))), database, clock)
-        yield limiter
-        limiter.close()
+        yield adce.Limiter(configuration(limiting(espn=windows((1, 60)))), database, clock)
 
 
 def lift_limits(limiter: adce.Limiter) -> None:
@@ -92,48 +89,12 @@ def test_unknown_source_is_told_with_the_likely_one(limiter):
         pass
 
 
-def test_closed_limiter_ends_every_wait_at_its_next_look_and_keeps_no_place(limiter, monkeypatch):
-    monkeypatch.setattr(adce, "LOOK_AGAIN_SECONDS", 0.5)
-    limiter.clock = adce.Clock()
-    limiter.acquire("espn")
-    errors: list[adce.Error] = []
-
-    def wait() -> None:
-        with pytest.raises(adce.Error, match="closed") as caught:
-            limiter.acquire("espn")
-        errors.append(caught.value)
-
-    threads = [threading.Thread(target=wait) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    until(lambda: limiter.database.value("select count(*) from waiters") == 5)
-    limiter.close()
-    for thread in threads:
-        thread.join(30)
-    assert len(errors) == 5
-    with pytest.raises(adce.Error, match="closed"):
-        limiter.acquire("espn")
-    assert limiter.database.value("select count(*) from waiters") == 0
-
-
 def until(holds, seconds: float = 60) -> None:
     """Wait for what other threads or processes must bring about."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def test_permit_that_is_held_for_longer_than_its_deadline_goes_on_counting(limiter, monkeypatch):
-    monkeypatch.setattr(adce, "KEEP_ALIVE_SECONDS", 0.02)
-    held = limiter.acquire("espn")
-    for _ in range(3):
-        deadline = limiter.database.value("select deadline from requests")
-        limiter.clock.seconds = deadline - 0.01
-        until(lambda before=deadline: limiter.database.value("select deadline from requests") > before)
-    limiter.release(held)
-    with pytest.raises(adce.RateLimitedError):
-        limiter.acquire("espn", 30)
 
 
 def test_permit_of_a_process_that_was_suspended_is_not_used(limiter):
@@ -205,13 +166,12 @@ class Crowd:
         self.looks += 1
         opens = adce.opening(sql, self.rates, source, now, owner)
         if opens.at <= now:
-            adce.remove_waiter(sql, owner, now)
-            permit = adce.grant(sql, self.rates, source, 30, now)
+            permit = adce.grant(sql, source, 30, now, owner)
             self.served.append((source, owner, now))
             self.events.append((now + latency, owner, source, permit))
             return
         looks_at = min(opens.at, now + adce.LOOK_AGAIN_SECONDS)
-        adce.enqueue_waiter(sql, source, owner, opens, looks_at)
+        adce.keep_places(sql, owner, {source: opens}, now, adce.LOOK_AGAIN_SECONDS)
         if owner != dies:
             self.events.append((looks_at, owner, source, None))
 
@@ -276,14 +236,14 @@ def test_runner_stands_in_line_like_anybody_else_and_only_for_what_it_waits_for(
     held = limiter.acquire("espn")
     opens = adce.Opening(limiter.clock.boot() + 60, "used up", "espn")
     with limiter.database.transaction() as sql:
-        assert adce.keep_places(sql, {"espn": opens}, limiter.clock.boot(), 60)
+        assert adce.keep_places(sql, adce.RUNNER, {"espn": opens}, limiter.clock.boot(), 60)
     limiter.release(held)
     limiter.clock.advance(60)
     with limiter.database.transaction() as sql:
         now, rates = limiter.clock.boot(), limiter.configuration.rate_limiting
         assert adce.opening(sql, rates, "espn", now, adce.RUNNER).at == now
         assert adce.opening(sql, rates, "espn", now).at > now  # the runner comes first
-        assert not adce.keep_places(sql, {}, now, 60)
+        assert not adce.keep_places(sql, adce.RUNNER, {}, now)
     with limiter.permit("espn", 0):
         pass
 
@@ -347,7 +307,7 @@ def test_killed_processes_break_no_limit_and_lose_no_permit_for_ever(tmp_path, r
     assert len(last) >= 0.9 * 4 * 30
     with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
         boot = adce.Clock().boot()
-        assert database.value("select count(*) from requests where finished_at is null and deadline < ?", [boot]) == 0
+        assert database.value("select count(*) from requests where deadline < ?", [boot]) == 0
         assert database.check() == []
 
 
@@ -549,14 +509,6 @@ with adce.permit("shop"): pass
     assert (done.returncode, done.stderr) == (0, "")
     assert "was opened before this process was forked" in done.stdout
     assert "spawn" in done.stdout
-
-
-def test_lost_permit_ends_at_its_deadline(limiter):
-    limiter.acquire("espn")  # nobody holds what it returned
-    deadline = limiter.database.value("select deadline from requests")
-    limiter.clock.seconds = deadline - 0.01
-    limiter._extend_deadlines(limiter.clock.boot())
-    assert limiter.database.value("select deadline from requests") == deadline
 
 
 def test_database_that_was_replaced_is_told(limiter):

@@ -625,7 +625,7 @@ def fetch(desk: Desk, lake: Lake, key: str, document: object) -> None:
         children = desk.configuration.children_of(known.dataset)
         found = adce.inspect(desk.configuration.datasets[known.dataset], known.fields, body, children)
         result = adce.Result(adce.Outcome.OK, stored=lake.store.write(key, body), inspection=found)
-        adce._stored(ledger, known, result)
+        adce._settle(ledger, known, result, adce.SourceHealth(), random.Random(1))
 
 
 def test_children_that_a_refetched_parent_names_no_more_are_dropped_by_the_next_cycle(desk, lake):

@@ -395,7 +395,7 @@ def test_proxy_of_the_environment_is_used_when_it_is_trusted(upstream, store, ho
 
 
 def test_permit_that_ran_out_is_not_used(upstream, store):
-    late = adce.Permit(1, "espn", send_before=adce.Clock().boot() - 1, deadline=0)
+    late = adce.Permit(1, send_before=adce.Clock().boot() - 1, deadline=0)
     spec = dataclasses.replace(specification(upstream.address), permit=late)
     result = fetch(spec, store)
     assert (result.outcome, result.requests, upstream.count()) == (O.LOST, 0, 0)

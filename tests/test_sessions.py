@@ -211,4 +211,4 @@ def test_nba_api_asks_under_the_limits_when_its_session_is_replaced(tmp_path, up
     assert len(times) == 3
     assert times[2] - times[0] >= 1
     with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
-        assert database.value("select count(*) from requests where finished_at is not null") == 3
+        assert database.value("select count(*) from finished where scope = 'global'") == 3

@@ -119,7 +119,7 @@ def what_is_left(folder: Path) -> dict[str, object]:
     return {
         "running tasks": rows(folder, "select count(*) from queue where state = 'running'")[0][0],
         "running attempts": rows(folder, "select count(*) from attempts where outcome = 'running'")[0][0],
-        "open requests": rows(folder, "select count(*) from requests where finished_at is null")[0][0],
+        "open requests": rows(folder, "select count(*) from requests")[0][0],
         "open cycles": rows(folder, "select count(*) from reconciliations where seconds is null")[0][0],
         "holder": holder(folder),
         "damage": rows(folder, "pragma integrity_check"),

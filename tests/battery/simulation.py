@@ -363,7 +363,7 @@ class World:
             opens = adce.opening(ledger.sql, self.configuration.rate_limiting, source, now, "somebody")
             if opens.at > now:
                 return
-            permit = adce.grant(ledger.sql, self.configuration.rate_limiting, source, 30, now)
+            permit = adce.grant(ledger.sql, source, 30, now)
         seconds = self.random.uniform(0.05, 20)
         self.arrive_within(seconds, source)
         boots = self.boots
