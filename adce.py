@@ -32,8 +32,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Expectations                the expected objects, as one computed set
     Queue                       the best task whose source can be asked
     Results                     the end of an attempt
-    Listing                     which parts of the store to list, page by page
-    Cycles                      one reconciliation in progress, and contents to read
+    Cycles                      one reconciliation in progress: parts to list, contents to read
     Reconcile                   expected against present
     Requests                    one HTTP request
     Sessions                    the limits for programs that use requests
@@ -277,10 +276,6 @@ class StoreError(Error):
 
 class UnusablePlaceError(StoreError):
     """One object or folder of the store cannot be used; the others can."""
-
-
-class OutOfOrderError(StoreError):
-    """A store did not list its objects in key order."""
 
 
 # ---------------------------------------------------------------- Time
@@ -547,7 +542,6 @@ create table reconciliations (
     seconds      real,               -- null: not finished
     listed       integer not null default 0, -- objects listed by the store
     looked       integer not null default 0, -- expected objects compared with that: all, or a share
-    unexpected   integer not null default 0, -- listed objects that no dataset expects
     list_calls   integer not null default 0,
     expected     integer not null default 0,
     present      integer not null default 0,
@@ -4344,14 +4338,22 @@ def forget(sql: sqlite3.Connection, before: float) -> int:
     return len(ended) + len(objects) + sql.execute(cycles, limits).rowcount
 
 
-# ---------------------------------------------------------------- Listing
-# The parts of the store that a cycle lists: the keys of open objects, and a share of all others, so that in a day
-# everything is listed once, at a steady cost. Pages are read ahead by other threads: the main loop never waits for
-# a store. Headlines: Listing, share_of_keys(), ranges_to_list().
+# ---------------------------------------------------------------- Cycles
+# One reconciliation in progress: its row, the parts of the store that it lists, the contents that it reads. It lists
+# the keys of open objects and a share of all others: everything once in a day, at a steady cost. Other threads ask the
+# store, so the main loop never waits for it. Headlines: Cycle, ranges_to_list(), read_contents().
+
+LEAST_SHARE = 4000  # keys, of a cycle; a lake that is not larger is listed whole each time
+SINGLE_RANGES = 200  # open objects below a prefix; with more than that, all of it is listed
+READS_IN_A_TRANSACTION = 20
+READS_IN_A_CYCLE = 1000  # of a dataset whose contents are only validated
+SAVED_EVERY_SECONDS = 5
+MOST_PROBLEMS = 5  # reported of one cycle
+STOPPED_EARLY = "stopped before its end"
+VANISHED = "vanished at once"  # marks a mass loss
 
 
-@dataclass(frozen=True, slots=True)
-class KeyRange:
+class KeyRange(NamedTuple):
     """The keys from `low` to `high`, both included."""
 
     low: str
@@ -4361,83 +4363,68 @@ class KeyRange:
 ALL_KEYS, NO_KEYS = KeyRange("", LAST_KEY), KeyRange(LAST_KEY, "")
 
 
-def prefixes(datasets: Iterable[Dataset]) -> list[str]:
-    """What to list for these datasets: the fixed starts of their keys, none within another."""
-    starts = sorted({dataset.key.text.partition("{")[0] for dataset in datasets})
-    return [
-        start for number, start in enumerate(starts) if not any(start.startswith(other) for other in starts[:number])
-    ]
-
-
-def range_of(prefix: str) -> KeyRange:
-    """All keys that start with it."""
-    return KeyRange(prefix, prefix + LAST_KEY)
-
-
 @dataclass(frozen=True, slots=True)
 class ReadAhead:
-    """Other threads that ask the store, and what to call when one of them has its answer."""
+    """Asks the store in other threads, and calls `wake` after each answer; without threads, asks at once."""
 
-    executor: Executor
-    wake: Callable[[], None]
+    executor: Executor | None = None
+    wake: Callable[[], None] = lambda: None
 
     def submit(self, function: Callable[..., Item], *arguments: Any) -> Future[Item]:
-        """Have it done."""
-        future = self.executor.submit(function, *arguments)
-        future.add_done_callback(lambda _: self.wake())
+        """The future result of a call."""
+        if self.executor:
+            future = self.executor.submit(function, *arguments)
+            future.add_done_callback(lambda _: self.wake())
+            return future
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:  # noqa: BLE001  # raised again by result()
+            future.set_exception(error)
         return future
 
 
 class Listing:
-    """The objects of a range below a prefix as pages. A store that was out of order here, or was never listed
-    here, is sorted first, and all of the prefix with it. Without `ahead` each page is made when it is asked for."""
+    """The objects of a range below a prefix, as pages. A prefix that was out of order, or was never listed, is sorted
+    first; its range is all of it."""
 
-    def __init__(self, store: Store, prefix: str, keys: KeyRange, ahead: ReadAhead | None, *, is_ordered: bool) -> None:
-        self.prefix, self.is_ordered, self.was_ascending = prefix, is_ordered, is_ordered
-        self.keys = keys if is_ordered else range_of(prefix)
-        self._ahead = ahead
-        self._pages = chunks(self._entries(store), PAGE)
+    def __init__(self, store: Store, prefix: str, keys: KeyRange, ahead: ReadAhead, *, is_ordered: bool) -> None:
+        self.prefix, self.keys, self.is_ordered, self.was_ascending = prefix, keys, is_ordered, is_ordered
+        self._ahead, self._made = ahead, chunks(self._entries(store), PAGE)
         self._next: Future[list[StoredObject] | None] | None = None
 
     def _entries(self, store: Store) -> Iterator[StoredObject]:
-        if self.is_ordered:
-            last = ""
-            for entry in store.list(self.prefix, self.keys.low[:-1]):
-                if entry.key <= last:
-                    raise OutOfOrderError(f"the store listed {entry.key} after {last}", "the next cycle sorts first")
-                last = entry.key
-                if entry.key > self.keys.high:
-                    return
-                if entry.key >= self.keys.low:
-                    yield entry
+        if not self.is_ordered:
+            self.was_ascending, entries = sort_listing(store.list(self.prefix))
+            yield from entries
             return
-        self.was_ascending, entries = sort_listing(store.list(self.prefix))
-        yield from entries
+        last = ""
+        for entry in store.list(self.prefix, self.keys.low[:-1]):
+            if entry.key <= last:
+                self.was_ascending = False
+                raise StoreError(f"the store listed {entry.key} after {last}", "the next cycle sorts first")
+            last = entry.key
+            if last > self.keys.high:
+                return
+            if last >= self.keys.low:
+                yield entry
 
-    def start(self) -> None:
-        """Begin to make the next page."""
-        if self._ahead and self._next is None:
-            self._next = self._ahead.submit(next, self._pages, None)
+    def start(self) -> Future[list[StoredObject] | None]:
+        """Begin to make the next page, unless that has begun."""
+        self._next = self._next or self._ahead.submit(next, self._made, None)
+        return self._next
 
-    def is_ready(self) -> bool:
-        """Whether take() would not have to wait."""
-        self.start()
-        return self._next is None or self._next.done()
-
-    def take(self) -> list[StoredObject] | None:
-        """The next page; None after the last. Raises StoreError, and OutOfOrderError where order was promised."""
-        if not self._ahead:
-            return next(self._pages, None)
-        self.start()
-        assert self._next
-        page, self._next = self._next.result(), None
-        if page is not None:
+    def pages(self) -> Iterator[list[StoredObject] | None]:
+        """Each page, and None while the next is not ready. Raises StoreError."""
+        while True:
+            future = self.start()
+            while not future.done():
+                yield None
+            self._next, page = None, future.result()
+            if page is None:
+                return
             self.start()
-        return page
-
-
-LEAST_SHARE = 4000  # keys, of a cycle; a lake that is not larger is listed whole each time
-SINGLE_RANGES = 200  # open objects below a prefix; with more than that, all of it is listed
+            yield page
 
 
 def share_of_keys(database: Database, configuration: Configuration, now: float) -> KeyRange:
@@ -4453,48 +4440,36 @@ def share_of_keys(database: Database, configuration: Configuration, now: float) 
     return KeyRange(looked_up_to + "\0" if looked_up_to else "", high)
 
 
-def ranges_to_list(database: Database, prefix: str, share: KeyRange, new: Sequence[str] = ()) -> list[KeyRange]:
-    """The ranges to list below a prefix: its part of the share, and those of its open and its `new` objects."""
-    whole = range_of(prefix)
-    found = [KeyRange(max(share.low, whole.low), min(share.high, whole.high))]
-    open_keys = database.read(
-        """
-        select key
-        from objects indexed by objects_to_find
-        where key >= ? and key <= ?
-          and (task is not null or proven = 0) and state != 'dropped'
-        order by key
-        limit ?
-        """,
-        (whole.low, whole.high, SINGLE_RANGES + 1),
-    )
-    keys = [*(row[0] for row in open_keys), *new]
-    if len(keys) > SINGLE_RANGES:
+def ranges_to_list(database: Database, prefix: str, share: KeyRange) -> list[KeyRange]:
+    """The ranges to list below a prefix: its part of the share, and those of its open and its new objects. Ranges less
+    than a page apart are one: one request lists what lies between as well."""
+    whole = KeyRange(prefix, prefix + LAST_KEY)
+    with database.transaction(durable=False) as sql:  # which alone sees the table `wanted`
+        to_find = sql.execute(
+            """
+            select key from objects indexed by objects_to_find
+            where key >= ?1 and key <= ?2 and (task is not null or proven = 0) and state != 'dropped'
+            union all
+            select key from wanted where key >= ?1 and key <= ?2 and fields is not null
+            limit ?3
+            """,
+            (*whole, SINGLE_RANGES + 1),
+        ).fetchall()
+    if len(to_find) > SINGLE_RANGES:
         return [whole]
-    found += [KeyRange(key, key) for key in keys]
-    joined: list[KeyRange] = []
-    for one in sorted((one for one in found if one.low <= one.high), key=lambda one: (one.low, one.high)):
-        if joined and (one.low <= joined[-1].high or _are_near(database, joined[-1].high, one.low)):
-            joined[-1] = KeyRange(joined[-1].low, max(joined[-1].high, one.high))
-        else:
-            joined.append(one)
-    return joined
-
-
-def _are_near(database: Database, low: str, high: str) -> bool:
-    """Less than a page apart: one request lists what lies between as well."""
+    found = [
+        KeyRange(max(share.low, whole.low), min(share.high, whole.high)),
+        *(KeyRange(key, key) for (key,) in to_find),
+    ]
     between = "select count(*) from (select 1 from objects where key > ? and key < ? limit ?)"
-    return cast(int, database.value(between, (low, high, PAGE))) < PAGE
-
-
-# ---------------------------------------------------------------- Cycles
-# One reconciliation in progress, and the contents that it reads: objects that another program stored, each version
-# once. Headlines: Cycle, read_contents().
-
-MOST_PROBLEMS = 5  # reported of one cycle
-STOPPED_EARLY = "stopped before its end"
-VANISHED = "vanished at once"  # marks a mass loss
-SAVED_EVERY_SECONDS = 5
+    joined: list[KeyRange] = []
+    for low, high in sorted(one for one in found if one.low <= one.high):
+        end = joined[-1].high if joined else ""
+        if joined and (low <= end or database.value(between, (end, low, PAGE)) < PAGE):
+            joined[-1] = KeyRange(joined[-1].low, max(end, high))
+        else:
+            joined.append(KeyRange(low, high))
+    return joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -4502,22 +4477,19 @@ class CycleOptions:
     """The operator's options for a cycle."""
 
     is_full: bool = False  # list everything
-    accept_loss: frozenset[str] = frozenset()  # the mass loss of these datasets is real
+    accept_loss: Sequence[str] = ()  # datasets whose mass loss is real
 
     def merged(self, wanted: str | None) -> CycleOptions:
         """These options and those of a requested cycle, in JSON."""
-        other = json.loads(wanted or "{}")
-        is_full = self.is_full or bool(other.get("is_full"))
-        return CycleOptions(is_full, self.accept_loss.union(other.get("accept_loss", ())))
+        other = CycleOptions(**json.loads(wanted or "{}"))
+        return CycleOptions(self.is_full or other.is_full, [*self.accept_loss, *other.accept_loss])
 
 
 def request_cycle(sql: sqlite3.Connection, options: CycleOptions) -> int:
     """Request a cycle from the runner. Returns the id that it will have: the next cycle follows every request."""
     requested = "select wanted_cycle, (select coalesce(max(cycle_id), 0) from reconciliations) from facts"
     wanted, last = sql.execute(requested).fetchone()
-    merged = options.merged(wanted)
-    wanted = json.dumps({"is_full": merged.is_full, "accept_loss": sorted(merged.accept_loss)})
-    sql.execute("update facts set wanted_cycle = ?", (wanted,))
+    sql.execute("update facts set wanted_cycle = ?", (json.dumps(dataclasses.asdict(options.merged(wanted))),))
     return cast(int, last) + 1
 
 
@@ -4536,18 +4508,26 @@ class Cycle:
     """The progress of one cycle, and its row in the database."""
 
     def __init__(
-        self, database: Database, configuration: Configuration, store: Store, clock: Clock, options: CycleOptions
+        self,
+        database: Database,
+        configuration: Configuration,
+        store: Store,
+        clock: Clock,
+        options: CycleOptions,
+        ahead: ReadAhead,
     ) -> None:
         self.database, self.configuration, self.store, self.clock = database, configuration, store, clock
-        self.listed = self.looked = self.unexpected = self.created = self.closed = self.dropped = 0
-        self.is_braked = False
-        self.there: collections.Counter[int] = collections.Counter()  # objects that were present, by dataset
-        self.ahead: ReadAhead | None = None
+        self.ahead = ahead
+        self.listed = self.looked = self.created = self.closed = self.dropped = 0
+        self.is_complete = self.is_braked = False
+        self.store_error: str | None = None
         self.compared: set[str] = set()  # prefixes
         self.expanded: dict[str, str] = {}  # inputs of datasets whose new objects are not inserted yet
         self.new = 0  # objects that wait for their insertion
-        self.losses: dict[int, array.array[int]] = {}  # objects that were present, by dataset
+        self.present: collections.Counter[int] = collections.Counter()  # objects in the store until now, by dataset
+        self.losses: dict[int, array.array[int]] = {}  # those that are no longer listed
         self.problems: list[str] = []
+        self.readers = {one.name for one in configuration.datasets.values() if _needs_reading(configuration, one)}
         self.started_at, self.started, self.calls_before = clock.wall(), clock.boot(), store.calls
         self.saves_at = self.started + SAVED_EVERY_SECONDS
         with database.transaction() as sql:
@@ -4558,6 +4538,7 @@ class Cycle:
             sql.execute("update facts set wanted_cycle = null")
             sql.execute(WANTED)
             sql.execute("delete from wanted")
+            self.datasets = dict(sql.execute("select dataset_id, dataset from datasets where active").fetchall())
         self.share = ALL_KEYS if self.options.is_full else share_of_keys(database, configuration, clock.wall())
 
     @contextlib.contextmanager
@@ -4571,13 +4552,9 @@ class Cycle:
         self.closed += ledger.closed
         self.dropped += ledger.dropped
 
-    def new_keys(self, keys: KeyRange) -> list[str]:
-        """Some of the objects in a range of keys that are expected and not known yet."""
-        new = "select key from wanted where fields is not null and key >= ? and key <= ? order by key limit ?"
-        if not self.new:
-            return []
-        with self.database.transaction(durable=False) as sql:
-            return [row[0] for row in sql.execute(new, (keys.low, keys.high, SINGLE_RANGES + 1))]
+    def last_id(self) -> int:
+        """Of all objects known now."""
+        return self.database.value("select max(object_id) from objects") or 0
 
     def save_progress(self) -> None:
         """Store what was compared so far, now and then."""
@@ -4587,30 +4564,22 @@ class Cycle:
                 progress = (self.listed, self.looked, self.cycle_id)
                 sql.execute("update reconciliations set listed = ?, looked = ? where cycle_id = ?", progress)
 
-    def note_store(self, error: str | None) -> None:
-        """A store that ends two cycles in a row is unusable, until the next that it does not end."""
-        before = "select error from reconciliations where cycle_id < ? order by cycle_id desc limit 1"
-        if error is None or self.database.value(before, (self.cycle_id,)):
-            with self.database.transaction() as sql:
-                sql.execute("update facts set store_error = ?1 where store_error is not ?1", (error,))
-
     def end(self) -> None:
-        """Record the cycle."""
+        """Record the cycle. A store that ends two cycles in a row is unusable until the next that is complete."""
+        names = ("cycle_id", "started_at", "listed", "looked", "created", "closed", "dropped", "store_error")
         row = {
-            "cycle_id": self.cycle_id,
+            **{name: getattr(self, name) for name in names},
             "seconds": self.clock.boot() - self.started,
             "list_calls": self.store.calls - self.calls_before,
             "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
-            **{
-                name: getattr(self, name) for name in ("listed", "looked", "unexpected", "created", "closed", "dropped")
-            },
+            "looked_up_to": "" if self.share.high == LAST_KEY else self.share.high,
         }
         with self.database.transaction() as sql:
             sql.execute(
                 """
                 update reconciliations
-                set seconds = :seconds, listed = :listed, looked = :looked, unexpected = :unexpected,
-                    list_calls = :list_calls, created = :created, closed = :closed, dropped = :dropped, error = :error,
+                set seconds = :seconds, listed = :listed, looked = :looked, list_calls = :list_calls,
+                    created = :created, closed = :closed, dropped = :dropped, error = :error,
                     (expected, present, missing, stale, suspect) = (
                         select coalesce(sum(objects), 0),
                                coalesce(sum(objects) filter (where state = 'present'), 0),
@@ -4623,65 +4592,35 @@ class Cycle:
                 """,
                 row,
             )
+            before = "select error from reconciliations where cycle_id < :cycle_id order by cycle_id desc limit 1"
+            if self.is_complete or (self.store_error and (sql.execute(before, row).fetchone() or [None])[0]):
+                sql.execute("update facts set store_error = :store_error where store_error is not :store_error", row)
+            if self.is_complete and not self.is_braked:  # else the same keys are listed, and the loss reported, again
+                sql.execute("update facts set looked_up_to = :looked_up_to, looked_at = :started_at", row)
 
 
-READS_IN_A_TRANSACTION = 20
-READS_IN_A_CYCLE = 1000  # of a dataset whose contents are only validated
-
-
-def must_be_read(configuration: Configuration, dataset: Dataset) -> bool:
+def _needs_reading(configuration: Configuration, dataset: Dataset) -> bool:
     """Whether the content of an object says more than its size."""
-    freshness = dataset.freshness
-    return bool(
-        freshness.until or freshness.live or dataset.validate.needs_content() or configuration.children_of(dataset.name)
-    )
-
-
-def forget_readings(cycle: Cycle) -> Iterator[None]:
-    """Contents that were judged by other rules are read once more."""
-    with cycle.ledger() as ledger:
-        known = dict(ledger.sql.execute("select dataset, reading from datasets").fetchall())
-    rules = {name: reading_rules(cycle.configuration, one) for name, one in cycle.configuration.datasets.items()}
-    changed = {name: digest for name, digest in rules.items() if known[name] != digest}
-    last = cycle.database.value("select max(object_id) from objects") or 0
-    for after in range(0, last if changed else 0, SCANNED_AT_ONCE):
-        with cycle.ledger() as ledger:
-            ledger.sql.execute(
-                """
-                update objects set read_etag = null
-                where object_id > ? and object_id <= ? and read_etag is not null and dataset_id in (
-                    select dataset_id from datasets where dataset in (select value from json_each(?)))
-                """,
-                (after, after + SCANNED_AT_ONCE, json.dumps(list(changed))),
-            )
-        yield
-    with cycle.ledger() as ledger:
-        ledger.sql.executemany(
-            "update datasets set reading = ? where dataset = ?", [(digest, name) for name, digest in changed.items()]
-        )
+    freshness, children = dataset.freshness, configuration.children_of(dataset.name)
+    return bool(freshness.until or freshness.live or dataset.validate.needs_content() or children)
 
 
 def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
     """Read each version of an object that another program stored. Yields True while it waits for the store."""
     for dataset in level:
-        if not must_be_read(cycle.configuration, dataset):
+        if dataset.name not in cycle.readers:
             continue
         children = cycle.configuration.children_of(dataset.name)
         says_more = children or dataset.freshness.until or dataset.freshness.live
         left = math.inf if says_more or cycle.options.is_full else READS_IN_A_CYCLE
         after = ""
         while left > 0 and (unread := _unread(cycle, dataset, after)):
-            look = functools.partial(_inspect, cycle, children=children)
-            if cycle.ahead:
-                reading = [cycle.ahead.submit(look, target) for target in unread]
-                while not all(future.done() for future in reading):
-                    yield True
-                found = [future.result() for future in reading]
-            else:
-                found = [look(target) for target in unread]
+            reading = [cycle.ahead.submit(_inspect, cycle, target, children) for target in unread]
+            while not all(future.done() for future in reading):
+                yield True
             with cycle.ledger() as ledger:
-                for target, inspection in zip(unread, found, strict=True):
-                    if inspection:
+                for target, future in zip(unread, reading, strict=True):
+                    if inspection := future.result():
                         _note_content(ledger, target, inspection)
             after = unread[-1].key
             left -= len(unread)
@@ -4689,8 +4628,8 @@ def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | Non
 
 
 def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[ObjectRow]:
-    with cycle.database.transaction() as sql:
-        return Ledger(sql, cycle.configuration, 0).objects(
+    with cycle.ledger() as ledger:
+        return ledger.objects(
             """
             o.dataset_id = (select dataset_id from datasets where dataset = :dataset)
             and o.etag is not o.read_etag and o.etag is not null and o.key > :after and o.state != 'dropped'
@@ -4728,7 +4667,6 @@ def _note_content(ledger: Ledger, target: ObjectRow, found: Inspection) -> None:
 # state, so a missed event costs nothing. Headline: reconcile().
 
 LISTED_AT_ONCE = 4  # prefixes
-RESIZED_AT_ONCE = 100_000  # tasks
 NOTED_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
 
@@ -4739,32 +4677,20 @@ def reconcile(
     store: Store,
     clock: Clock,
     options: CycleOptions = CycleOptions(),
-    ahead: ReadAhead | None = None,
+    ahead: ReadAhead = ReadAhead(),
 ) -> Iterator[int]:
     """One cycle, as steps: each `next()` does a little and yields the cycle's id, or 0 while it waits for the store;
     the last step records the result. An error of the store ends the cycle and is recorded in its row."""
-    cycle = Cycle(database, configuration, store, clock, options)
-    cycle.ahead = ahead
+    cycle = Cycle(database, configuration, store, clock, options, ahead)
     try:
         yield cycle.cycle_id
-        for _ in forget_readings(cycle):
-            yield cycle.cycle_id
-        for level in configuration.levels():
-            steps = (_expand(cycle, level), _compare(cycle, level), _end_expansion(cycle), read_contents(cycle, level))
-            for waits in itertools.chain(*steps):
-                cycle.save_progress()
-                yield 0 if waits else cycle.cycle_id
-        for _ in itertools.chain(_drop_undeclared(cycle), _apply_losses(cycle), _age(cycle)):
-            yield cycle.cycle_id
-        if not cycle.is_braked:  # else the same keys are listed, and the loss is reported, once more
-            with database.transaction() as sql:
-                following = "" if cycle.share.high == LAST_KEY else cycle.share.high
-                looked = "update facts set looked_up_to = ?, looked_at = ?"
-                sql.execute(looked, (following, cycle.started_at))
-        cycle.note_store(None)
+        for waits in _steps(cycle):
+            cycle.save_progress()
+            yield 0 if waits else cycle.cycle_id
+        cycle.is_complete = True
     except StoreError as error:
+        cycle.store_error = str(error)
         cycle.problems.append(f"{error}: {error.hint}" if error.hint else str(error))
-        cycle.note_store(str(error))
     except BaseException:  # stopped, interrupted, or an error of the program's own
         cycle.problems.append(STOPPED_EARLY)
         raise
@@ -4777,6 +4703,52 @@ def run_cycle(steps: Iterator[int]) -> int:
     return max(steps)
 
 
+def _steps(cycle: Cycle) -> Iterator[bool | None]:
+    """Yields True while it waits for the store."""
+    yield from _forget_readings(cycle)
+    for level in cycle.configuration.levels():
+        yield from _expand(cycle, level)
+        yield from _compare(cycle, level)
+        yield from _end_expansion(cycle)
+        yield from read_contents(cycle, level)
+    # datasets that are no longer declared, with objects that no other dataset has taken over
+    undeclared = """
+        select distinct dataset
+        from counts join datasets using (dataset_id)
+        where not active and state != 'dropped' and objects > 0
+    """
+    yield from _drop_unexpected(cycle, [row[0] for row in cycle.database.read(undeclared)], cycle.last_id())
+    yield from _apply_losses(cycle)
+    yield from _age(cycle)
+
+
+def _pages_of_ids(last: int) -> Iterator[dict[str, Any]]:
+    """The ids of all objects up to one, as parameters of SQL."""
+    for after in range(0, last, SCANNED_AT_ONCE):
+        yield {"after": after, "last": min(after + SCANNED_AT_ONCE, last)}
+
+
+def _forget_readings(cycle: Cycle) -> Iterator[None]:
+    """Contents that were judged by other rules are read once more."""
+    known = dict(map(tuple, cycle.database.read("select dataset, reading from datasets")))
+    rules = {name: reading_rules(cycle.configuration, one) for name, one in cycle.configuration.datasets.items()}
+    changed = {name: digest for name, digest in rules.items() if known[name] != digest}
+    for page in _pages_of_ids(cycle.last_id() if changed else 0):
+        with cycle.ledger() as ledger:
+            ledger.sql.execute(
+                """
+                update objects set read_etag = null
+                where object_id > :after and object_id <= :last and read_etag is not null and dataset_id in (
+                    select dataset_id from datasets where dataset in (select value from json_each(:datasets)))
+                """,
+                {**page, "datasets": json.dumps(list(changed))},
+            )
+        yield
+    with cycle.ledger() as ledger:
+        read = "update datasets set reading = ? where dataset = ?"
+        ledger.sql.executemany(read, [(digest, name) for name, digest in changed.items()])
+
+
 def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     """Make the expected objects of datasets those of now. A dataset whose inputs are unchanged is skipped."""
     with cycle.ledger() as ledger:
@@ -4785,11 +4757,10 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
         stale = {one: now for one, now in inputs.items() if expansions[one.name] != now}
         begin = "update datasets set expansion = '' where dataset = ?"
         ledger.sql.executemany(begin, [(one.name,) for one in stale])
-    kept, last = dict.fromkeys(stale, 0), cycle.database.value("select max(object_id) from objects") or 0
+    kept, last = dict.fromkeys(stale, 0), cycle.last_id()
     for dataset in stale:
         problems_before = len(cycle.problems)
-        pages = _pages_of_children(cycle, dataset) if dataset.partitions.parent else _pages(cycle, dataset)
-        for page in pages:
+        for page in _partitions(cycle, dataset):
             with cycle.ledger() as ledger:
                 known, new = expect(ledger, dataset, page)
             kept[dataset] += known
@@ -4805,34 +4776,12 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     cycle.expanded = {one.name: now for one, now in stale.items()}
 
 
-def _end_expansion(cycle: Cycle) -> Iterator[None]:
-    """New objects below a place that could not be listed are awaited. If a parent that was fetched meanwhile has
-    named one, the next cycle decides which parent is the first."""
-    if cycle.new:
-        cycle.expanded = dict.fromkeys(cycle.expanded, "overtaken")
-    rows: Sequence[WantedRow] = [WantedRow("", 0, None, None, None, None, None)] if cycle.new else []
-    while rows:
-        with cycle.ledger() as ledger:
-            rows = new_objects(ledger, cycle.expanded, rows[-1].key + "\0", LAST_KEY)
-            known = "select key from objects where key in (select value from json_each(?))"
-            there = {row[0] for row in ledger.sql.execute(known, (json.dumps([row.key for row in rows]),))}
-            ledger.sql.executemany(UPSERT_OBJECT, [(*row, int(ledger.now)) for row in rows if row.key not in there])
-        yield
-    cycle.new = 0
-    with cycle.ledger() as ledger:
-        done = "update datasets set expansion = ? where dataset = ?"
-        ledger.sql.executemany(done, [(inputs, name) for name, inputs in cycle.expanded.items()])
-
-
-def _pages(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
-    """The partitions of a dataset that depends on no other, a page at a time."""
-    fields = expand(dataset, cycle.configuration.seasons, cycle.clock.wall())
-    for page in chunks(fields, EXPECTED_AT_ONCE):
-        yield ((one, None) for one in page)
-
-
-def _pages_of_children(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
-    """The partitions that the parents of a dataset name, a page at a time."""
+def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
+    """The partitions of a dataset: those that it declares, or those that its parents name, a page at a time."""
+    if not dataset.partitions.parent:
+        declared = expand(dataset, cycle.configuration.seasons, cycle.clock.wall())
+        yield from chunks(((fields, None) for fields in declared), EXPECTED_AT_ONCE)
+        return
     after = ("", "")
     while True:
         with cycle.ledger() as ledger:
@@ -4847,16 +4796,15 @@ def _pages_of_children(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Part
         after = rows[-1]["key"], rows[-1]["value"]
 
 
-def _drop_undeclared(cycle: Cycle) -> Iterator[None]:
-    """Drop the objects of datasets that are no longer declared and that no other dataset has taken over."""
-    undeclared = """
-        select dataset from counts join datasets using (dataset_id)
-        where not active and state != 'dropped'
-        group by dataset
-        having sum(objects) > 0
-    """
-    last = cycle.database.value("select max(object_id) from objects") or 0
-    yield from _drop_unexpected(cycle, [row[0] for row in cycle.database.read(undeclared)], last)
+def _end_expansion(cycle: Cycle) -> Iterator[None]:
+    """A level that still has new objects is expanded again by the next cycle: they lie where the store could not be
+    listed, or a parent that was fetched meanwhile has named them, and may not be the first that does."""
+    if not cycle.new:
+        with cycle.ledger() as ledger:
+            done = "update datasets set expansion = ? where dataset = ?"
+            ledger.sql.executemany(done, [(inputs, name) for name, inputs in cycle.expanded.items()])
+    cycle.new = 0
+    yield
 
 
 def _drop_unexpected(cycle: Cycle, datasets: Sequence[str], last: int) -> Iterator[None]:
@@ -4866,10 +4814,9 @@ def _drop_unexpected(cycle: Cycle, datasets: Sequence[str], last: int) -> Iterat
         and d.dataset in (select value from json_each(:datasets))
         and not exists (select 1 from wanted w where w.key = o.key)
     """
-    for after in range(0, last if datasets else 0, SCANNED_AT_ONCE):
-        page = {"after": after, "last": min(after + SCANNED_AT_ONCE, last), "datasets": json.dumps(datasets)}
+    for page in _pages_of_ids(last if datasets else 0):
         with cycle.ledger() as ledger:
-            ledger.drop(unwanted, page)
+            ledger.drop(unwanted, {**page, "datasets": json.dumps(datasets)})
         yield
 
 
@@ -4878,14 +4825,18 @@ def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
     and nothing beyond it; below a prefix that was compared before only open objects are searched again. Yields True
     while it waits for the store."""
     ordered = json.loads(cycle.database.value("select ordered from facts"))
+    prefixes = sorted({dataset.key.text.partition("{")[0] for dataset in level})
     listings, failed = list[Listing](), set[str]()
-    for prefix in prefixes(level):
-        is_ordered = prefix in ordered
+    for number, prefix in enumerate(prefixes):
+        if prefix.startswith(tuple(prefixes[:number])):
+            continue  # it is within another
         share = NO_KEYS if prefix.startswith(tuple(cycle.compared)) else cycle.share
-        ranges = [range_of(prefix)]
-        if is_ordered:
-            ranges = ranges_to_list(cycle.database, prefix, share, cycle.new_keys(ranges[0]))
-        listings += [Listing(cycle.store, prefix, keys, cycle.ahead, is_ordered=is_ordered) for keys in ranges]
+        ranges = (
+            ranges_to_list(cycle.database, prefix, share)
+            if prefix in ordered
+            else [KeyRange(prefix, prefix + LAST_KEY)]
+        )
+        listings += [Listing(cycle.store, prefix, keys, cycle.ahead, is_ordered=prefix in ordered) for keys in ranges]
     for number, listing in enumerate(listings):
         for following in listings[number : number + LISTED_AT_ONCE]:
             following.start()
@@ -4899,39 +4850,25 @@ def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
 
 def _compare_listing(cycle: Cycle, listing: Listing) -> Iterator[bool | None]:
     low = listing.keys.low
-    while True:
-        while not listing.is_ready():
-            yield True
-        try:
-            page = listing.take()
-        except OutOfOrderError:
-            listing.was_ascending = False
-            _remember_order(cycle, listing)
-            raise
-        if page is None:
-            break
-        yield from _compare_range(cycle, page, KeyRange(low, page[-1].key))
-        low = page[-1].key + "\0"
-    _remember_order(cycle, listing)
-    yield from _compare_range(cycle, [], KeyRange(low, listing.keys.high))
-
-
-def _remember_order(cycle: Cycle, listing: Listing) -> None:
-    if listing.was_ascending is listing.is_ordered:
-        return
-    with cycle.database.transaction() as sql:
-        ordered = dict.fromkeys(json.loads(sql.execute("select ordered from facts").fetchone()[0]), 1)
-        ordered[listing.prefix] = 1
-        if not listing.was_ascending:
-            del ordered[listing.prefix]
-        sql.execute("update facts set ordered = ?", (json.dumps(ordered),))
+    try:
+        for page in listing.pages():
+            if page is None:
+                yield True
+                continue
+            yield from _compare_range(cycle, page, KeyRange(low, page[-1].key))
+            low = page[-1].key + "\0"
+        yield from _compare_range(cycle, [], KeyRange(low, listing.keys.high))
+    finally:
+        if listing.was_ascending is not listing.is_ordered:
+            order = json.dumps({listing.prefix: 1 if listing.was_ascending else None})
+            with cycle.database.transaction() as sql:
+                sql.execute("update facts set ordered = json_patch(ordered, ?)", (order,))
 
 
 def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -> Iterator[None]:
     """Compare the listed part of a range of keys with the known objects there, which may be many more."""
     listed, low = {entry.key: entry for entry in page}, keys.low
     cycle.listed += len(page)
-    cycle.unexpected += len(page)
     while True:
         known = cycle.database.read(
             """
@@ -4946,8 +4883,7 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
         differing = []
         for object_id, key, etag, proven, dataset_id, is_news in known:
             entry = listed.get(key)
-            cycle.unexpected -= entry is not None
-            cycle.there[dataset_id] += etag is not None
+            cycle.present[dataset_id] += etag is not None
             if is_news:
                 continue  # stored since this listing may have begun
             if entry is None and etag is not None:
@@ -4966,32 +4902,22 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
 def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]) -> Iterator[None]:
     """Insert the new objects in a range of keys with the state that the listing shows."""
     low, count = keys.low, EXPECTED_AT_ONCE if cycle.new else 0
-    names = {row[1]: row[0] for row in cycle.database.read("select dataset, dataset_id from datasets")} if count else {}
-    readers = _readers(cycle)
     while count >= EXPECTED_AT_ONCE:
         with cycle.ledger() as ledger:
             wanted, rows, now = new_objects(ledger, cycle.expanded, low, keys.high), [], int(ledger.now)
             for key, number, fields, season, day, available_at, parent_id in wanted:
-                name, entry = names[number], listed.get(key)
-                row = ObjectRow(0, name, key, fields or "", season, day, available_at, since=now)
-                if entry:
-                    row = _seen(row, entry, now, is_read=name not in readers)
+                name = cycle.datasets[number]
+                row = ObjectRow(0, name, key, fields or "", season, day, available_at, proven=1, since=now)
+                row = _seen(cycle, row, listed[key], now) if key in listed else row
                 rows.append((number, parent_id, ledger.appraised(row)))
             inserted = ledger.insert(rows)
         cycle.new -= inserted
         cycle.looked += inserted
-        cycle.unexpected -= sum(row.key in listed for row in wanted) if inserted else 0
         count, low = len(wanted), wanted[-1].key + "\0" if wanted else ""
         yield
 
 
-def _readers(cycle: Cycle) -> set[str]:
-    """The datasets whose contents are read."""
-    return {one.name for one in cycle.configuration.datasets.values() if must_be_read(cycle.configuration, one)}
-
-
 def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[str, StoredObject]) -> Iterator[None]:
-    readers = _readers(cycle)
     for chunk in chunks(iter(object_ids), NOTED_AT_ONCE):
         with cycle.ledger() as ledger:
             rows = []
@@ -4999,44 +4925,40 @@ def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[s
                 if target.cycle_id == cycle.cycle_id or target.dataset not in cycle.configuration.datasets:
                     continue  # stored since it was compared, or to be dropped
                 entry = listed.get(target.key)
-                is_read = target.dataset not in readers
-                seen = _seen(target, entry, int(ledger.now), is_read=is_read) if entry else target._replace(proven=1)
+                seen = _seen(cycle, target, entry, int(ledger.now)) if entry else target._replace(proven=1)
                 rows.append(ledger.appraised(seen))
             ledger.write(rows)
         yield
 
 
-def _seen(target: ObjectRow, entry: StoredObject, now: int, *, is_read: bool) -> ObjectRow:
+def _seen(cycle: Cycle, target: ObjectRow, entry: StoredObject, now: int) -> ObjectRow:
     """The row of an object that is listed with another etag: its content counts as unread. No clock but ours says how
     old it is: one that is ahead would keep it fresh for longer."""
-    read_etag, verdict, settled, live = target.read_etag, target.verdict, target.settled, target.live
-    if is_read or (read_etag != entry.etag and target.state not in GAPS):  # a gap stays one until it is read
-        verdict = settled = live = None
-    return target._replace(
+    seen = target._replace(
         proven=1,
         seen_at=target.seen_at or now,
         etag=entry.etag,
         size=entry.size,
         modified_at=min(entry.modified_at, now),
-        read_etag=entry.etag if is_read else read_etag,
-        verdict=verdict,
-        settled=settled,
-        live=live,
     )
+    if target.dataset not in cycle.readers:
+        return seen._replace(**UNREAD)._replace(read_etag=entry.etag)
+    if target.read_etag == entry.etag or target.state in GAPS:
+        return seen  # a gap stays one until it is read
+    return seen._replace(verdict=None, settled=None, live=None)
 
 
 def _apply_losses(cycle: Cycle) -> Iterator[None]:
     """An object that was present and is no longer listed is missing, unless so many are gone that the listing or the
     mount is more likely at fault."""
     total = sum(map(len, cycle.losses.values()))
-    names = {row[0]: row[1] for row in cycle.database.read("select dataset_id, dataset from datasets where active")}
-    for dataset_id in cycle.losses.keys() & names.keys():
-        lost, there, name = cycle.losses[dataset_id], cycle.there[dataset_id], names[dataset_id]
-        many = len(lost) > BRAKE_OBJECTS and len(lost) > BRAKE_SHARE * there
-        everything = (len(lost) == there and there > BRAKE_EMPTY) or (cycle.listed == 0 and total > BRAKE_EMPTY)
+    for dataset_id in cycle.losses.keys() & cycle.datasets.keys():
+        lost, present, name = cycle.losses[dataset_id], cycle.present[dataset_id], cycle.datasets[dataset_id]
+        many = len(lost) > BRAKE_OBJECTS and len(lost) > BRAKE_SHARE * present
+        everything = (len(lost) == present and present > BRAKE_EMPTY) or (cycle.listed == 0 and total > BRAKE_EMPTY)
         if name not in cycle.options.accept_loss and (many or everything):
             cycle.is_braked = True
-            text = f"{name}: {len(lost)} of {there} objects {VANISHED}, none is taken for missing"
+            text = f"{name}: {len(lost)} of {present} objects {VANISHED}, none is taken for missing"
             cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --accept-loss {name}")
             continue
         for chunk in chunks(iter(lost), NOTED_AT_ONCE):
@@ -5048,42 +4970,41 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
 
 def _age(cycle: Cycle) -> Iterator[None]:
     """Note what time alone has changed. Once a day, or when the rules have changed, appraise and rank anew."""
-    configuration, count = cycle.configuration, PAGE
+    count = PAGE
     while count >= PAGE:
         with cycle.ledger() as ledger:
             count = max(wake_retries(ledger.sql, ledger.now), appraise_due(ledger))
         yield
     yield from _resize_gaps(cycle)
-    rules = appraisal_rules(configuration)
+    rules = appraisal_rules(cycle.configuration)
     inputs, known = f"{day_of(cycle.clock.wall())} {rules}", cycle.database.value("select priorities from facts")
     if known == inputs:
         return
     is_everything = not known.endswith(rules)
-    last = cycle.database.value("select max(object_id) from objects") or 0
     condition = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
     condition += "" if is_everything else " and o.task is not null"
-    for after in range(0, last, SCANNED_AT_ONCE):
+    for page in _pages_of_ids(cycle.last_id()):
         with cycle.ledger() as ledger:
-            rows = ledger.objects(condition, {"after": after, "last": after + SCANNED_AT_ONCE})
-            reviewed = [_reviewed(ledger, row, is_everything=is_everything) for row in rows]
+            rows = ledger.objects(condition, page)
+            reviewed = [_reviewed(cycle, ledger, row, is_everything=is_everything) for row in rows]
             ledger.write(now for row, now in zip(rows, reviewed, strict=True) if now != row)
         yield
     with cycle.database.transaction() as sql:
         sql.execute("update facts set priorities = ?", (inputs,))
 
 
-def _reviewed(ledger: Ledger, row: ObjectRow, *, is_everything: bool) -> ObjectRow:
+def _reviewed(cycle: Cycle, ledger: Ledger, row: ObjectRow, *, is_everything: bool) -> ObjectRow:
     """The row by the rules of today."""
-    dataset = ledger.configuration.datasets[row.dataset]
     if is_everything:
-        if row.etag is not None and not must_be_read(ledger.configuration, dataset):
+        if row.etag is not None and row.dataset not in cycle.readers:
             row = row._replace(**{**UNREAD, "read_etag": row.etag})
         row = ledger.appraised(row)
-    return row if row.task is None else ledger.ranked(row if dataset.batch else row._replace(gap_size=1))
+    is_batched = cycle.configuration.datasets[row.dataset].batch
+    return row if row.task is None else ledger.ranked(row if is_batched else row._replace(gap_size=1))
 
 
 def _resize_gaps(cycle: Cycle) -> Iterator[None]:
-    """The size of a gap is the number of objects that one batch would bring. Very many wait for the next cycle."""
+    """The size of a gap is the number of objects that one batch would bring."""
     for dataset in cycle.configuration.datasets.values():
         if not dataset.batch:
             continue
@@ -5097,9 +5018,8 @@ def _resize_gaps(cycle: Cycle) -> Iterator[None]:
                   and state != 'dropped'
             )
             where size != gap_size
-            limit ?
             """,
-            (dataset.batch.max, dataset.batch.by, dataset.name, RESIZED_AT_ONCE),
+            (dataset.batch.max, dataset.batch.by, dataset.name),
         )
         sizes = dict(map(tuple, resized))
         for chunk in chunks(iter(sizes), NOTED_AT_ONCE):
@@ -8272,7 +8192,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
 def command_reconcile(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Run one cycle, by the runner if one works, and show what it found; nothing is fetched."""
     database, lock = open_database(configuration.database), RunnerLock(configuration.database)
-    options = CycleOptions(arguments.full, frozenset(arguments.accept_loss))
+    options = CycleOptions(arguments.full, arguments.accept_loss)
     try:
         lock.acquire()
         clock, store = Clock(), open_store(configuration.store)

@@ -98,9 +98,9 @@ def come_back(database: adce.Database) -> None:
 def note_cycle(sql: sqlite3.Connection, number: int, clock: ManualClock, error: str | None = None) -> None:
     sql.execute(
         """
-        insert into reconciliations (cycle_id, started_at, seconds, listed, unexpected, list_calls, expected, present,
-                                     missing, stale, suspect, created, closed, error)
-        values (?, ?, 2.5, 0, 0, 7, 10, 10, 0, 0, 0, 0, 0, ?)
+        insert into reconciliations (cycle_id, started_at, seconds, listed, list_calls, expected, present, missing,
+                                     stale, suspect, created, closed, error)
+        values (?, ?, 2.5, 0, 7, 10, 10, 0, 0, 0, 0, 0, ?)
         """,
         (number, clock.wall(), error),
     )

@@ -67,9 +67,9 @@ def test_running_cycle_tells_how_far_it_is(paint, database, clock):
     with database.transaction() as sql:
         sql.execute(
             """
-            insert into reconciliations (started_at, looked, listed, unexpected, list_calls, expected, present, missing,
-                                         stale, suspect, created, closed)
-            values (?, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+            insert into reconciliations (started_at, looked, listed, list_calls, expected, present, missing, stale,
+                                         suspect, created, closed)
+            values (?, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0)
             """,
             (clock.wall() - 10,),
         )
