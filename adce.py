@@ -4347,6 +4347,7 @@ LEAST_SHARE = 4000  # keys, of a cycle; a lake that is not larger is listed whol
 SINGLE_RANGES = 200  # open objects below a prefix; with more than that, all of it is listed
 READS_IN_A_TRANSACTION = 20
 READS_IN_A_CYCLE = 1000  # of a dataset whose contents are only validated
+NOTED_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 SAVED_EVERY_SECONDS = 5
 MOST_PROBLEMS = 5  # reported of one cycle
 STOPPED_EARLY = "stopped before its end"
@@ -4493,17 +4494,6 @@ def request_cycle(sql: sqlite3.Connection, options: CycleOptions) -> int:
     return cast(int, last) + 1
 
 
-def expected_by_dataset(database: Database) -> dict[str, int]:
-    """The number of objects that each dataset expects now, or will when they are available."""
-    sql = """
-        select dataset, sum(objects)
-        from counts join datasets using (dataset_id)
-        where state not in ('dropped', 'skipped')
-        group by dataset
-    """
-    return dict(map(tuple, database.read(sql)))
-
-
 class Cycle:
     """The progress of one cycle, and its row in the database."""
 
@@ -4553,8 +4543,22 @@ class Cycle:
         self.dropped += ledger.dropped
 
     def last_id(self) -> int:
-        """Of all objects known now."""
+        """The highest of all objects known now."""
         return self.database.value("select max(object_id) from objects") or 0
+
+    def scan(self, last: int, change: Callable[[Ledger, dict[str, Any]], object]) -> Iterator[None]:
+        """Change the objects up to an id, a page of ids in a transaction: `change` takes `after` and `last` of each."""
+        for after in range(0, last, SCANNED_AT_ONCE):
+            with self.ledger() as ledger:
+                change(ledger, {"after": after, "last": min(after + SCANNED_AT_ONCE, last)})
+            yield
+
+    def rewrite(self, object_ids: Iterable[int], change: Callable[[Ledger, ObjectRow], ObjectRow]) -> Iterator[None]:
+        """Store objects as `change` makes them, a few in a transaction; not those stored since the cycle began."""
+        for chunk in chunks(iter(object_ids), NOTED_AT_ONCE):
+            with self.ledger() as ledger:
+                ledger.write([change(ledger, row) for row in ledger.some(chunk) if row.cycle_id != self.cycle_id])
+            yield
 
     def save_progress(self) -> None:
         """Store what was compared so far, now and then."""
@@ -4567,27 +4571,23 @@ class Cycle:
     def end(self) -> None:
         """Record the cycle. A store that ends two cycles in a row is unusable until the next that is complete."""
         names = ("cycle_id", "started_at", "listed", "looked", "created", "closed", "dropped", "store_error")
-        row = {
-            **{name: getattr(self, name) for name in names},
+        row = {name: getattr(self, name) for name in names}
+        row |= {
             "seconds": self.clock.boot() - self.started,
             "list_calls": self.store.calls - self.calls_before,
             "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
             "looked_up_to": "" if self.share.high == LAST_KEY else self.share.high,
         }
         with self.database.transaction() as sql:
+            states = dict(sql.execute("select state, sum(objects) from counts group by state").fetchall())
+            row |= {state: states.get(state, 0) for state in ("present", *GAPS)}
             sql.execute(
                 """
                 update reconciliations
                 set seconds = :seconds, listed = :listed, looked = :looked, list_calls = :list_calls,
-                    created = :created, closed = :closed, dropped = :dropped, error = :error,
-                    (expected, present, missing, stale, suspect) = (
-                        select coalesce(sum(objects), 0),
-                               coalesce(sum(objects) filter (where state = 'present'), 0),
-                               coalesce(sum(objects) filter (where state = 'missing'), 0),
-                               coalesce(sum(objects) filter (where state = 'stale'), 0),
-                               coalesce(sum(objects) filter (where state = 'suspect'), 0)
-                        from counts
-                        where state in ('present', 'missing', 'stale', 'suspect'))
+                    expected = :present + :missing + :stale + :suspect,
+                    present = :present, missing = :missing, stale = :stale, suspect = :suspect,
+                    created = :created, closed = :closed, dropped = :dropped, error = :error
                 where cycle_id = :cycle_id
                 """,
                 row,
@@ -4667,7 +4667,6 @@ def _note_content(ledger: Ledger, target: ObjectRow, found: Inspection) -> None:
 # state, so a missed event costs nothing. Headline: reconcile().
 
 LISTED_AT_ONCE = 4  # prefixes
-NOTED_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 BRAKE_OBJECTS, BRAKE_SHARE, BRAKE_EMPTY = 100, 0.10, 10
 
 
@@ -4722,31 +4721,20 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
     yield from _age(cycle)
 
 
-def _pages_of_ids(last: int) -> Iterator[dict[str, Any]]:
-    """The ids of all objects up to one, as parameters of SQL."""
-    for after in range(0, last, SCANNED_AT_ONCE):
-        yield {"after": after, "last": min(after + SCANNED_AT_ONCE, last)}
-
-
 def _forget_readings(cycle: Cycle) -> Iterator[None]:
     """Contents that were judged by other rules are read once more."""
     known = dict(map(tuple, cycle.database.read("select dataset, reading from datasets")))
-    rules = {name: reading_rules(cycle.configuration, one) for name, one in cycle.configuration.datasets.items()}
-    changed = {name: digest for name, digest in rules.items() if known[name] != digest}
-    for page in _pages_of_ids(cycle.last_id() if changed else 0):
-        with cycle.ledger() as ledger:
-            ledger.sql.execute(
-                """
+    for dataset in cycle.configuration.datasets.values():
+        rules = reading_rules(cycle.configuration, dataset)
+        if known[dataset.name] != rules:
+            forget = """
                 update objects set read_etag = null
-                where object_id > :after and object_id <= :last and read_etag is not null and dataset_id in (
-                    select dataset_id from datasets where dataset in (select value from json_each(:datasets)))
-                """,
-                {**page, "datasets": json.dumps(list(changed))},
-            )
-        yield
-    with cycle.ledger() as ledger:
-        read = "update datasets set reading = ? where dataset = ?"
-        ledger.sql.executemany(read, [(digest, name) for name, digest in changed.items()])
+                where read_etag is not null and dataset_id = (select dataset_id from datasets where dataset = ?)
+            """
+            with cycle.ledger() as ledger:
+                ledger.sql.execute(forget, (dataset.name,))
+                ledger.sql.execute("update datasets set reading = ? where dataset = ?", (rules, dataset.name))
+            yield
 
 
 def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
@@ -4814,10 +4802,10 @@ def _drop_unexpected(cycle: Cycle, datasets: Sequence[str], last: int) -> Iterat
         and d.dataset in (select value from json_each(:datasets))
         and not exists (select 1 from wanted w where w.key = o.key)
     """
-    for page in _pages_of_ids(last if datasets else 0):
-        with cycle.ledger() as ledger:
-            ledger.drop(unwanted, {**page, "datasets": json.dumps(datasets)})
-        yield
+    names = json.dumps(datasets)
+    yield from cycle.scan(
+        last if datasets else 0, lambda ledger, page: ledger.drop(unwanted, {**page, "datasets": names})
+    )
 
 
 def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
@@ -4884,14 +4872,14 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
         for object_id, key, etag, proven, dataset_id, is_news in known:
             entry = listed.get(key)
             cycle.present[dataset_id] += etag is not None
-            if is_news:
-                continue  # stored since this listing may have begun
+            if is_news or dataset_id not in cycle.datasets:
+                continue  # stored since this listing may have begun, or to be dropped
             if entry is None and etag is not None:
                 cycle.losses.setdefault(dataset_id, array.array("q")).append(object_id)
             elif not proven or (entry is not None and entry.etag != etag):
                 differing.append(object_id)
         cycle.looked += len(known)
-        yield from _note_differences(cycle, differing, listed)
+        yield from cycle.rewrite(differing, lambda ledger, row: _searched(cycle, ledger, row, listed.get(row.key)))
         yield
         if len(known) < PAGE:
             break
@@ -4906,10 +4894,8 @@ def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]
         with cycle.ledger() as ledger:
             wanted, rows, now = new_objects(ledger, cycle.expanded, low, keys.high), [], int(ledger.now)
             for key, number, fields, season, day, available_at, parent_id in wanted:
-                name = cycle.datasets[number]
-                row = ObjectRow(0, name, key, fields or "", season, day, available_at, proven=1, since=now)
-                row = _seen(cycle, row, listed[key], now) if key in listed else row
-                rows.append((number, parent_id, ledger.appraised(row)))
+                row = ObjectRow(0, cycle.datasets[number], key, fields or "", season, day, available_at, since=now)
+                rows.append((number, parent_id, _searched(cycle, ledger, row, listed.get(key))))
             inserted = ledger.insert(rows)
         cycle.new -= inserted
         cycle.looked += inserted
@@ -4917,35 +4903,29 @@ def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]
         yield
 
 
-def _note_differences(cycle: Cycle, object_ids: Sequence[int], listed: Mapping[str, StoredObject]) -> Iterator[None]:
-    for chunk in chunks(iter(object_ids), NOTED_AT_ONCE):
-        with cycle.ledger() as ledger:
-            rows = []
-            for target in ledger.some(chunk):
-                if target.cycle_id == cycle.cycle_id or target.dataset not in cycle.configuration.datasets:
-                    continue  # stored since it was compared, or to be dropped
-                entry = listed.get(target.key)
-                seen = _seen(cycle, target, entry, int(ledger.now)) if entry else target._replace(proven=1)
-                rows.append(ledger.appraised(seen))
-            ledger.write(rows)
-        yield
-
-
-def _seen(cycle: Cycle, target: ObjectRow, entry: StoredObject, now: int) -> ObjectRow:
-    """The row of an object that is listed with another etag: its content counts as unread. No clock but ours says how
-    old it is: one that is ahead would keep it fresh for longer."""
-    seen = target._replace(
+def _searched(cycle: Cycle, ledger: Ledger, row: ObjectRow, entry: StoredObject | None) -> ObjectRow:
+    """The row of an object for which the store was searched. Content of another version counts as unread. No clock but
+    ours says how old it is: one that is ahead would keep it fresh for longer."""
+    if not entry:
+        return ledger.appraised(row._replace(proven=1))
+    now, read_etag, judged = int(ledger.now), row.read_etag, (row.verdict, row.settled, row.live)
+    if row.dataset not in cycle.readers:
+        read_etag, judged = entry.etag, (None, None, None)
+    elif read_etag != entry.etag and row.state not in GAPS:  # a gap stays one until it is read
+        judged = (None, None, None)
+    verdict, settled, live = judged
+    seen = row._replace(
         proven=1,
-        seen_at=target.seen_at or now,
+        seen_at=row.seen_at or now,
         etag=entry.etag,
         size=entry.size,
         modified_at=min(entry.modified_at, now),
+        read_etag=read_etag,
+        verdict=verdict,
+        settled=settled,
+        live=live,
     )
-    if target.dataset not in cycle.readers:
-        return seen._replace(**UNREAD)._replace(read_etag=entry.etag)
-    if target.read_etag == entry.etag or target.state in GAPS:
-        return seen  # a gap stays one until it is read
-    return seen._replace(verdict=None, settled=None, live=None)
+    return ledger.appraised(seen)
 
 
 def _apply_losses(cycle: Cycle) -> Iterator[None]:
@@ -4961,11 +4941,7 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
             text = f"{name}: {len(lost)} of {present} objects {VANISHED}, none is taken for missing"
             cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --accept-loss {name}")
             continue
-        for chunk in chunks(iter(lost), NOTED_AT_ONCE):
-            with cycle.ledger() as ledger:
-                rows = [row for row in ledger.some(chunk) if row.cycle_id != cycle.cycle_id]
-                ledger.write([ledger.appraised(row._replace(proven=1, **GONE)) for row in rows])
-            yield
+        yield from cycle.rewrite(lost, lambda ledger, row: ledger.appraised(row._replace(proven=1, **GONE)))
 
 
 def _age(cycle: Cycle) -> Iterator[None]:
@@ -4975,7 +4951,9 @@ def _age(cycle: Cycle) -> Iterator[None]:
         with cycle.ledger() as ledger:
             count = max(wake_retries(ledger.sql, ledger.now), appraise_due(ledger))
         yield
-    yield from _resize_gaps(cycle)
+    for dataset in cycle.configuration.datasets.values():
+        if dataset.batch:
+            yield from _resize_gaps(cycle, dataset, dataset.batch)
     rules = appraisal_rules(cycle.configuration)
     inputs, known = f"{day_of(cycle.clock.wall())} {rules}", cycle.database.value("select priorities from facts")
     if known == inputs:
@@ -4983,12 +4961,13 @@ def _age(cycle: Cycle) -> Iterator[None]:
     is_everything = not known.endswith(rules)
     condition = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
     condition += "" if is_everything else " and o.task is not null"
-    for page in _pages_of_ids(cycle.last_id()):
-        with cycle.ledger() as ledger:
-            rows = ledger.objects(condition, page)
-            reviewed = [_reviewed(cycle, ledger, row, is_everything=is_everything) for row in rows]
-            ledger.write(now for row, now in zip(rows, reviewed, strict=True) if now != row)
-        yield
+
+    def review(ledger: Ledger, page: dict[str, Any]) -> None:
+        rows = ledger.objects(condition, page)
+        reviewed = [_reviewed(cycle, ledger, row, is_everything=is_everything) for row in rows]
+        ledger.write(now for row, now in zip(rows, reviewed, strict=True) if now != row)
+
+    yield from cycle.scan(cycle.last_id(), review)
     with cycle.database.transaction() as sql:
         sql.execute("update facts set priorities = ?", (inputs,))
 
@@ -5003,30 +4982,27 @@ def _reviewed(cycle: Cycle, ledger: Ledger, row: ObjectRow, *, is_everything: bo
     return row if row.task is None else ledger.ranked(row if is_batched else row._replace(gap_size=1))
 
 
-def _resize_gaps(cycle: Cycle) -> Iterator[None]:
+def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]:
     """The size of a gap is the number of objects that one batch would bring."""
-    for dataset in cycle.configuration.datasets.values():
-        if not dataset.batch:
-            continue
-        resized = cycle.database.read(
-            """
-            select object_id, size
-            from (
-                select object_id, gap_size, min(?, count(*) over (partition by fields ->> ?)) as size
-                from objects
-                where dataset_id = (select dataset_id from datasets where dataset = ?) and task is not null
-                  and state != 'dropped'
-            )
-            where size != gap_size
-            """,
-            (dataset.batch.max, dataset.batch.by, dataset.name),
+    resized = cycle.database.read(
+        """
+        select object_id, size
+        from (
+            select object_id, gap_size, min(?, count(*) over (partition by fields ->> ?)) as size
+            from objects
+            where dataset_id = (select dataset_id from datasets where dataset = ?) and task is not null
+              and state != 'dropped'
         )
-        sizes = dict(map(tuple, resized))
-        for chunk in chunks(iter(sizes), NOTED_AT_ONCE):
-            with cycle.ledger() as ledger:
-                rows = [row._replace(gap_size=sizes[row.object_id]) for row in ledger.some(chunk)]
-                ledger.write(ledger.ranked(row) for row in rows if row.task is not None)
-            yield
+        where size != gap_size
+        """,
+        (batch.max, batch.by, dataset.name),
+    )
+    sizes = dict(map(tuple, resized))
+
+    def resize(ledger: Ledger, row: ObjectRow) -> ObjectRow:
+        return ledger.ranked(row._replace(gap_size=sizes[row.object_id])) if row.task else row
+
+    yield from cycle.rewrite(sizes, resize)
 
 
 # ---------------------------------------------------------------- Requests
@@ -8109,7 +8085,11 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
     """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
     clock = Clock()
     with trial(configuration) as (database, store):
-        before = expected_by_dataset(database)
+        expected = """
+            select dataset, sum(objects) from counts join datasets using (dataset_id)
+            where state not in ('dropped', 'skipped') group by dataset
+        """
+        before = dict(map(tuple, database.read(expected)))
         declare(database, configuration, clock)
         options = CycleOptions(is_full=True)
         cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, options), database, clock))
