@@ -2337,12 +2337,6 @@ def quote_for_url(value: str) -> str:
     return urllib.parse.quote(value, safe="")
 
 
-def season_at(seasons: Sequence[Season], day: datetime.date) -> Season | None:
-    """The last season that has begun by a day."""
-    started = [season for season in seasons if season.start <= day]
-    return started[-1] if started else None
-
-
 def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season]) -> ExpectedObject:
     """The object of one partition. Raises ValueError when its values make no usable key."""
     for name in dataset.partitions.own_fields():
@@ -2354,20 +2348,16 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
         raise ValueError(f"{dataset.name}: the key {key[:60]}... is too long")
     season = next((season.label for season in seasons if fields.get("season") in (season.label, str(season.end))), None)
     day = fields.get("date")
-    if season is None and day:
-        found = season_at(seasons, datetime.date.fromisoformat(day))
-        season = found.label if found and day <= found.finish.isoformat() else None
-    return ExpectedObject(key, season, day, _available_at(dataset, day))
-
-
-def _available_at(dataset: Dataset, day: str | None) -> int | None:
-    rule = dataset.available_after
-    if rule is None or day is None:
-        return None
-    date, timezone = datetime.date.fromisoformat(day), timezone_of(dataset)
-    if rule.time:
-        return instant_of(date, rule.time, timezone)
-    return instant_of(date + datetime.timedelta(days=1), datetime.time(), timezone) + rule.seconds
+    if not day:
+        return ExpectedObject(key, season, None, None)
+    date, rule, timezone = datetime.date.fromisoformat(day), dataset.available_after, timezone_of(dataset)
+    season = season or next((season.label for season in seasons if season.start <= date <= season.finish), None)
+    available_at = None
+    if rule and rule.time:
+        available_at = instant_of(date, rule.time, timezone)
+    elif rule:
+        available_at = instant_of(date + datetime.timedelta(days=1), datetime.time(), timezone) + rule.seconds
+    return ExpectedObject(key, season, day, available_at)
 
 
 def timezone_of(dataset: Dataset) -> str:
@@ -2413,12 +2403,6 @@ def multiply(base: Mapping[str, str], partitions: Partitions) -> Iterator[dict[s
         yield {**base, **{name: value for (name, _), value in zip(fixed, combination, strict=True)}}
 
 
-def children_of_parent(child: Dataset, parent_fields: Fields, ids: Iterable[str]) -> Iterator[dict[str, str]]:
-    """The fields of the objects that a parent names; they inherit the parent's fields."""
-    for identity in ids:
-        yield from multiply({**parent_fields, child.partitions.names: identity}, child.partitions)
-
-
 def expression_of(child: Dataset) -> str:
     """The expression that finds the ids of a dataset in the content of its parents."""
     return child.partitions.ids or f"regex {child.partitions.regex}"
@@ -2435,31 +2419,32 @@ def inspect(dataset: Dataset, fields: Fields, body: bytes, children: Sequence[Da
     live = freshness.live is not None and holds(freshness.live.expression, fields, document)
     mentions, problems = dict[str, tuple[str, ...]](), list[str]()
     for child in children:
-        found = _ids(child, fields, document, body)
-        wrong = [_id_problem(child, value) for value in found]
-        ids = (str(value) for value, problem in zip(found, wrong, strict=True) if not problem)
-        mentions[expression_of(child)] = tuple(dict.fromkeys(ids))
-        problems += filter(None, wrong)
+        ids = dict.fromkeys(str(value) for value in _ids(child, fields, document, body, problems))
+        mentions[expression_of(child)] = tuple(ids)
     return Inspection(True, None, settled, live, mentions, tuple(problems))
+
+
+def _size_problem(validation: Validation, size: int) -> str | None:
+    if size < validation.min_bytes:
+        return f"{size} bytes, fewer than {validation.min_bytes}"
+    return f"{size} bytes, more than {validation.max_bytes}" if size > validation.max_bytes else None
 
 
 def _verdict(validation: Validation, fields: Fields, body: bytes, *, is_json: bool) -> tuple[Any, str | None]:
     """The parsed JSON, if an expression asks for it, and why the body is not the object, or None."""
-    if len(body) < validation.min_bytes:
-        return None, f"{len(body)} bytes, fewer than {validation.min_bytes}"
-    if not body.startswith(bytes.fromhex(validation.starts_with_hex)) or not body.endswith(
-        bytes.fromhex(validation.ends_with_hex)
-    ):
+    if problem := _size_problem(validation, len(body)):
+        return None, problem
+    starts, ends = bytes.fromhex(validation.starts_with_hex), bytes.fromhex(validation.ends_with_hex)
+    if not (body.startswith(starts) and body.endswith(ends)):
         return None, "its first or last bytes are not those of its format"
-    if validation.contains or validation.not_contains:
-        text = body.decode("utf-8", "replace")
-        for part in validation.contains:
-            wanted = Template(part, FIELD_IN_EXPRESSION).render(fields, str)
-            if wanted not in text:
-                return None, f"does not contain {wanted!r}"
-        for part in validation.not_contains:
-            if Template(part, FIELD_IN_EXPRESSION).render(fields, str) in text:
-                return None, f"contains {part!r}"
+    text = body.decode("utf-8", "replace") if validation.contains or validation.not_contains else ""
+    for part in validation.contains:
+        wanted = Template(part, FIELD_IN_EXPRESSION).render(fields, str)
+        if wanted not in text:
+            return None, f"does not contain {wanted!r}"
+    for part in validation.not_contains:
+        if Template(part, FIELD_IN_EXPRESSION).render(fields, str) in text:
+            return None, f"contains {part!r}"
     if not (is_json or validation.json or validation.require or validation.alternatives):
         return None, None
     try:
@@ -2476,21 +2461,23 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _ids(child: Dataset, fields: Fields, document: Any, body: bytes) -> list[Any]:
-    """The values in a parent's body where the ids of a dataset are; null and empty texts are none."""
+def _ids(child: Dataset, fields: Fields, document: Any, body: bytes, problems: list[str]) -> Iterator[Any]:
+    """The values in a parent's body where the ids of a dataset are; null and empty texts are none. Texts and whole
+    numbers can be ids; any other value is added to the problems."""
     partitions = child.partitions
     if partitions.regex:
         found: Any = re.findall(partitions.regex, body.decode("utf-8", "replace"))
     else:
         found = search(partitions.ids or "", fields, document)
-    return [value for value in (found if isinstance(found, list) else [found]) if value not in (None, "")]
-
-
-def _id_problem(child: Dataset, value: Any) -> str | None:
-    """Why a value can be no id of a dataset, or None. Texts and whole numbers can."""
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        return f"{child.name}: {str(value)[:60]} is no id"
-    return _part_problem(child, child.partitions.names, str(value))
+    for value in found if isinstance(found, list) else [found]:
+        if value in (None, ""):
+            continue
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            problems.append(f"{child.name}: {str(value)[:60]} is no id")
+        elif problem := _part_problem(child, partitions.names, str(value)):
+            problems.append(problem)
+        else:
+            yield value
 
 
 def _part_problem(dataset: Dataset, name: str, value: str) -> str | None:
@@ -2511,12 +2498,8 @@ def appraise(dataset: Dataset, season: Season | None, known: ObjectRow, now: flo
         if known.available_at is not None and now < known.available_at:
             return Appraisal(ObjectState.AWAITED, next_at=known.available_at)
         return Appraisal(ObjectState.MISSING)
-    if known.verdict is not None:
-        return Appraisal(ObjectState.SUSPECT, known.verdict)
-    if known.size is not None and known.size < dataset.validate.min_bytes:
-        return Appraisal(ObjectState.SUSPECT, f"{known.size} bytes, fewer than {dataset.validate.min_bytes}")
-    if known.size is not None and known.size > dataset.validate.max_bytes:
-        return Appraisal(ObjectState.SUSPECT, f"{known.size} bytes, more than {dataset.validate.max_bytes}")
+    if problem := known.verdict or _size_problem(dataset.validate, known.size or 0):
+        return Appraisal(ObjectState.SUSPECT, problem)
     freshness, modified = dataset.freshness, known.modified_at or 0
     if freshness.until:
         if known.settled != 0:  # settled, or not judged yet
@@ -2555,7 +2538,7 @@ def _refetch_instants(dataset: Dataset, season: Season | None, known: ObjectRow)
 
 def may_still_appear(season: Season | None, day: str | None, now: float) -> bool:
     """Whether a source may have an object tomorrow that it does not have today: its season goes on, its day is less
-    than a week ago, or nothing tells its age."""
+    than a week ago, or its age is unknown."""
     today = day_of(now)
     if day:
         return (today - datetime.date.fromisoformat(day)).days <= 7
@@ -2621,16 +2604,11 @@ class Store(Protocol):
         """Make the store usable, and remove what a crash has left half written. One that `is_known` is not made."""
 
 
-# Errors about one place in the store; others are about its disk.
-OF_ONE_PLACE = (
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
-    *(errno.ELOOP, errno.EACCES, errno.EPERM),
-)
-
-
 def _store_error(action: str, error: OSError) -> StoreError:
-    kind = UnusablePlaceError if error.errno in OF_ONE_PLACE else StoreError
-    return kind(f"cannot {action}: {error.strerror}")
+    """The error of one place in the store; others are those of its disk."""
+    of_one_place = IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError
+    is_local = isinstance(error, of_one_place) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+    return (UnusablePlaceError if is_local else StoreError)(f"cannot {action}: {error.strerror}")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -3928,7 +3906,8 @@ def expect_children(ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str
     none does any more, the next cycle decides."""
     for child in ledger.configuration.children_of(parent.dataset):
         values = sorted(value for expression, value in named if expression == expression_of(child))
-        fields = children_of_parent(child, parent.fields, values)
+        bases = ({**parent.fields, child.partitions.names: value} for value in values)
+        fields = (one for base in bases for one in multiply(base, child.partitions))
         before = len(ledger.problems)
         rows = rows_of(ledger, child, ((one, parent.object_id) for one in fields))
         keys = json.dumps([row.key for row in rows])
@@ -4766,7 +4745,8 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
 
 def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
     """The partitions of a dataset: those that it declares, or those that its parents name, a page at a time."""
-    if not dataset.partitions.parent:
+    partitions = dataset.partitions
+    if not partitions.parent:
         declared = expand(dataset, cycle.configuration.seasons, cycle.clock.wall())
         yield from chunks(((fields, None) for fields in declared), EXPECTED_AT_ONCE)
         return
@@ -4779,7 +4759,7 @@ def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]
         yield (
             (fields, row["object_id"])
             for row in rows
-            for fields in children_of_parent(dataset, json.loads(row["fields"]), [row["value"]])
+            for fields in multiply({**json.loads(row["fields"]), partitions.names: row["value"]}, partitions)
         )
         after = rows[-1]["key"], rows[-1]["value"]
 
