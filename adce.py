@@ -2765,21 +2765,16 @@ class S3Store:
 
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """Page by page, a thousand keys a request."""
-        more: dict[str, str] = {"StartAfter": self.above + after} if after > prefix else {}
-        token = None
-        while True:
-            self.calls += 1
-            with self._translated("list"):
-                page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self.above + prefix, **more)
+        start = {"StartAfter": self.above + after} if after > prefix else {}
+        pages = self._client.get_paginator("list_objects_v2")
+        with self._translated("list"):
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.above + prefix, **start):
+                self.calls += 1
                 if "IsTruncated" not in page:
                     raise ValueError("the answer is no listing")
-            yield from page.get("Entries", ())
-            if not page["IsTruncated"]:
-                return
-            if page.get("NextContinuationToken") in (None, token):
-                raise StoreError(f"s3://{self.bucket} says that its listing goes on, and not where", "try again")
-            token = page["NextContinuationToken"]
-            more = {"ContinuationToken": token}
+                if page["IsTruncated"] and "NextContinuationToken" not in page:
+                    raise ValueError("the listing goes on, and does not say where")
+                yield from page.get("Entries", ())
 
     def _take_entries(self, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
         """Parse the objects of a page before botocore does, which takes seven times as long."""
@@ -4594,16 +4589,13 @@ def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | Non
         left = math.inf if says_more or cycle.options.is_full else READS_IN_A_CYCLE
         after = ""
         while left > 0 and (unread := _unread(cycle, dataset, after)):
-            reading = [cycle.ahead.submit(_inspect, cycle, target, children) for target in unread]
-            while not all(future.done() for future in reading):
+            reading = {row.object_id: cycle.ahead.submit(_inspect, cycle, row, children) for row in unread}
+            while not all(future.done() for future in reading.values()):
                 yield True
-            with cycle.ledger() as ledger:
-                for target, future in zip(unread, reading, strict=True):
-                    if inspection := future.result():
-                        _note_content(ledger, target, inspection)
+            found = {number: inspection for number, future in reading.items() if (inspection := future.result())}
+            yield from cycle.rewrite(found, functools.partial(_judged, found))
             after = unread[-1].key
             left -= len(unread)
-            yield None
 
 
 def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[ObjectRow]:
@@ -4629,15 +4621,14 @@ def _inspect(cycle: Cycle, target: ObjectRow, children: Sequence[Dataset]) -> In
     return inspect(cycle.configuration.datasets[target.dataset], target.fields, body, children)
 
 
-def _note_content(ledger: Ledger, target: ObjectRow, found: Inspection) -> None:
+def _judged(found: Mapping[int, Inspection], ledger: Ledger, row: ObjectRow) -> ObjectRow:
     """Content with unusable ids counts as unread, so that every cycle reports it."""
-    known = next(iter(ledger.some([target.object_id])), None)
-    if known is None or known.etag != target.etag or known.read_etag == known.etag:
-        return  # fetched anew, or dropped, while it was read
-    if found.valid and note_mentions(ledger, known, found):
-        ledger.touch(known.dataset)
-    read_etag = None if found.problems else known.etag
-    ledger.note(known, verdict=found.verdict, settled=found.settled, live=found.live, read_etag=read_etag)
+    inspection = found[row.object_id]
+    if inspection.valid and note_mentions(ledger, row, inspection):
+        ledger.touch(row.dataset)
+    read_etag = None if inspection.problems else row.etag
+    verdict, settled, live = inspection.verdict, inspection.settled, inspection.live
+    return ledger.appraised(row._replace(verdict=verdict, settled=settled, live=live, read_etag=read_etag))
 
 
 # ---------------------------------------------------------------- Reconcile
@@ -4691,9 +4682,8 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
         yield from read_contents(cycle, level)
     # datasets that are no longer declared, with objects that no other dataset has taken over
     undeclared = """
-        select distinct dataset
-        from counts join datasets using (dataset_id)
-        where not active and state != 'dropped' and objects > 0
+        select dataset from datasets
+        where not active and dataset_id in (select dataset_id from counts where state != 'dropped' and objects > 0)
     """
     yield from _drop_unexpected(cycle, [row[0] for row in cycle.database.read(undeclared)], cycle.last_id())
     yield from _apply_losses(cycle)
@@ -4888,24 +4878,14 @@ def _searched(cycle: Cycle, ledger: Ledger, row: ObjectRow, entry: StoredObject 
     ours says how old it is: one that is ahead would keep it fresh for longer."""
     if not entry:
         return ledger.appraised(row._replace(proven=1))
-    now, read_etag, judged = int(ledger.now), row.read_etag, (row.verdict, row.settled, row.live)
+    now = int(ledger.now)
+    facts: dict[str, Any] = {"proven": 1, "seen_at": row.seen_at or now, "etag": entry.etag, "size": entry.size}
+    facts["modified_at"] = min(entry.modified_at, now)
     if row.dataset not in cycle.readers:
-        read_etag, judged = entry.etag, (None, None, None)
-    elif read_etag != entry.etag and row.state not in GAPS:  # a gap stays one until it is read
-        judged = (None, None, None)
-    verdict, settled, live = judged
-    seen = row._replace(
-        proven=1,
-        seen_at=row.seen_at or now,
-        etag=entry.etag,
-        size=entry.size,
-        modified_at=min(entry.modified_at, now),
-        read_etag=read_etag,
-        verdict=verdict,
-        settled=settled,
-        live=live,
-    )
-    return ledger.appraised(seen)
+        facts.update(UNREAD, read_etag=entry.etag)
+    elif row.read_etag != entry.etag and row.state not in GAPS:  # a gap stays one until it is read
+        facts.update(UNREAD, read_etag=row.read_etag)
+    return ledger.appraised(row._replace(**facts))
 
 
 def _apply_losses(cycle: Cycle) -> Iterator[None]:

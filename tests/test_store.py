@@ -318,8 +318,10 @@ def test_listing_goes_on_where_its_page_says(answered):
 @pytest.mark.parametrize(
     ("bodies", "words"),
     [
-        pytest.param([PAGE, PAGE], "goes on, and not where", id="same-token-twice"),
-        pytest.param([PAGE.replace(b"NextContinuationToken", b"Next")], "goes on, and not where", id="no-token"),
+        pytest.param([PAGE, PAGE], "same next token was received twice", id="same-token-twice"),
+        pytest.param(
+            [PAGE.replace(b"NextContinuationToken", b"Next")], "goes on, and does not say where", id="no-token"
+        ),
         pytest.param([b"<html><body>Welcome</body></html>"], "the answer is no listing", id="a-page"),
         pytest.param([b""], "the answer is no listing", id="nothing"),
         pytest.param([b"<!doctype html><p>Welcome"], "cannot list", id="no-xml"),
