@@ -2332,11 +2332,6 @@ def quote_for_key(value: str) -> str:
     return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
 
 
-def quote_for_url(value: str) -> str:
-    """A value as a part of a url: it can add no path and no parameter."""
-    return urllib.parse.quote(value, safe="")
-
-
 def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season]) -> ExpectedObject:
     """The object of one partition. Raises ValueError when its values make no usable key."""
     for name in dataset.partitions.own_fields():
@@ -4041,7 +4036,11 @@ def _workers_for_others(dataset: Dataset, with_work: set[str], held: Mapping[str
 
 def url_of(dataset: Dataset, source: Source, fields: Fields) -> str:
     """The url of an object; empty for commands and calls."""
-    return source.base_url + dataset.url.render(fields, quote_for_url) if dataset.url else ""
+    return (
+        source.base_url + dataset.url.render(fields, functools.partial(urllib.parse.quote, safe=""))
+        if dataset.url
+        else ""
+    )
 
 
 def _others_in_batch(
@@ -4432,10 +4431,8 @@ def ranges_to_list(database: Database, prefix: str, share: KeyRange) -> list[Key
         ).fetchall()
     if len(to_find) > SINGLE_RANGES:
         return [whole]
-    found = [
-        KeyRange(max(share.low, whole.low), min(share.high, whole.high)),
-        *(KeyRange(key, key) for (key,) in to_find),
-    ]
+    part = KeyRange(max(share.low, whole.low), min(share.high, whole.high))
+    found = [part, *(KeyRange(key, key) for (key,) in to_find)]
     between = "select count(*) from (select 1 from objects where key > ? and key < ? limit ?)"
     joined: list[KeyRange] = []
     for low, high in sorted(one for one in found if one.low <= one.high):
@@ -4789,11 +4786,7 @@ def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
         if prefix.startswith(tuple(prefixes[:number])):
             continue  # it is within another
         share = NO_KEYS if prefix.startswith(tuple(cycle.compared)) else cycle.share
-        ranges = (
-            ranges_to_list(cycle.database, prefix, share)
-            if prefix in ordered
-            else [KeyRange(prefix, prefix + LAST_KEY)]
-        )
+        ranges = ranges_to_list(cycle.database, prefix, share if prefix in ordered else ALL_KEYS)
         listings += [Listing(cycle.store, prefix, keys, cycle.ahead, is_ordered=prefix in ordered) for keys in ranges]
     for number, listing in enumerate(listings):
         for following in listings[number : number + LISTED_AT_ONCE]:
