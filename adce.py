@@ -4368,12 +4368,10 @@ class Listing:
         self._next: Future[list[StoredObject] | None] | None = None
 
     def _entries(self, store: Store) -> Iterator[StoredObject]:
+        entries, last = store.list(self.prefix, self.keys.low[:-1]), ""
         if not self.is_ordered:
-            self.was_ascending, entries = sort_listing(store.list(self.prefix))
-            yield from entries
-            return
-        last = ""
-        for entry in store.list(self.prefix, self.keys.low[:-1]):
+            self.was_ascending, entries = sort_listing(entries)
+        for entry in entries:
             if entry.key <= last:
                 self.was_ascending = False
                 raise StoreError(f"the store listed {entry.key} after {last}", "the next cycle sorts first")
