@@ -2493,7 +2493,7 @@ def appraise(dataset: Dataset, season: Season | None, known: ObjectRow, now: flo
         if known.available_at is not None and now < known.available_at:
             return Appraisal(ObjectState.AWAITED, next_at=known.available_at)
         return Appraisal(ObjectState.MISSING)
-    if problem := known.verdict or _size_problem(dataset.validate, known.size or 0):
+    if problem := known.verdict or (known.size is not None and _size_problem(dataset.validate, known.size)) or None:
         return Appraisal(ObjectState.SUSPECT, problem)
     freshness, modified = dataset.freshness, known.modified_at or 0
     if freshness.until:
