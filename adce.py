@@ -2655,8 +2655,8 @@ class FolderStore:
 
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """Folder by folder, sorted as S3 sorts: a folder counts as its name with a slash."""
-        if not (self.root / STAGING if self.is_swept else self.root).is_dir():
-            raise StoreError(f"the store {self.root} is not there", "is its disk mounted?")
+        if self.is_swept and not (self.root / STAGING).is_dir():
+            raise self._gone()
         yield from self._walk(prefix[: prefix.rfind("/") + 1], prefix, after)
 
     def _walk(self, above: str, prefix: str, after: str) -> Iterator[StoredObject]:
@@ -2722,9 +2722,14 @@ class FolderStore:
     def _path(self, key: str) -> Path:
         """The file of a key, or the folder of one that ends with a slash. Raises OSError when its folder is a link."""
         folder = key.rpartition("/")[0]
+        if not self.root.is_dir():
+            raise self._gone()
         if os.path.realpath(self.root / folder) != str(Path(os.path.realpath(self.root), folder)):
             raise OSError(errno.ELOOP, "its folder is a link")
         return self.root / key
+
+    def _gone(self) -> StoreError:
+        return StoreError(f"the store {self.root} is not there", "is its disk mounted?")
 
     @staticmethod
     def _stored(key: str, status: os.stat_result) -> StoredObject:

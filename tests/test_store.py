@@ -213,6 +213,9 @@ def test_write_that_fails_at_its_end_leaves_no_unfinished_file(folder):
 def test_folder_that_is_not_there_is_no_empty_store(tmp_path):
     with pytest.raises(adce.StoreError, match="is not there"):
         list(adce.FolderStore(tmp_path / "unmounted").list(""))
+    for attempt in (adce.FolderStore.find, adce.FolderStore.read):
+        with pytest.raises(adce.StoreError, match="is not there"):
+            attempt(adce.FolderStore(tmp_path / "unmounted"), "a.json")
 
 
 WRITER = """
