@@ -69,7 +69,7 @@ class Desk:
         self, configuration: adce.Configuration, database: adce.Database, lake: Lake, clock: ManualClock
     ) -> None:
         self.configuration, self.database, self.lake, self.clock = configuration, database, lake, clock
-        self.ahead: adce.ReadAhead | None = None
+        self.ahead = adce.ReadAhead()
         self.declare(configuration)
 
     def declare(self, configuration: adce.Configuration) -> None:
@@ -87,7 +87,7 @@ class Desk:
     ) -> dict:
         self.clock.advance(60)
         store = store or self.lake.store
-        options = adce.CycleOptions(is_full, frozenset(accept_loss))
+        options = adce.CycleOptions(is_full, accept_loss)
         steps = adce.reconcile(self.database, self.configuration, store, self.clock, options, self.ahead)
         return dict(self.database.read("select * from cycles where cycle_id = ?", (adce.run_cycle(steps),))[0])
 
