@@ -74,10 +74,6 @@ def test_every_format_of_everything_is_whole(style, line, lake):
     assert done.stdout.strip()
 
 
-def test_year_is_a_number_of_four_digits(lake):
-    assert run_adce("coverage", "--by-day", "--year", "25", folder=lake).returncode == 2
-
-
 @pytest.mark.parametrize("line", SHOWING + TEXTS)
 def test_reader_that_has_seen_enough_is_no_error(line, lake):
     command = [sys.executable, str(ROOT / "adce.py"), *line.split()]
