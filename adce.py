@@ -60,55 +60,33 @@ import array
 import bisect
 import collections
 import contextlib
-import csv
 import dataclasses
 import datetime
-import difflib
-import email.utils
 import enum
 import errno
 import fcntl
 import functools
-import hashlib
-import html
-import http.client
-import http.server
 import importlib
 import io
 import itertools
 import json
-import logging
 import math
 import os
-import pwd
-import queue
-import random
 import re
-import secrets
-import shlex
-import shutil
 import signal
-import socket
 import sqlite3
 import stat
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-import traceback
 import types
 import typing
-import unicodedata
 import urllib.parse
-import weakref
-import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar, cast
 
 __version__ = "1.0.0"
 __all__ = [
@@ -133,6 +111,54 @@ __all__ = [
 # A scraper that imports adce must meet these very classes, also when this file runs as a script.
 sys.modules.setdefault("adce", sys.modules[__name__])
 
+
+class Lazy:
+    """A module that is imported at its first use (PEP 810): a command needs few of these, and importing all of them
+    takes half as long as compiling this file."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._package = name, name.partition(".")[0]
+
+    def __getattr__(self, attribute: str) -> Any:
+        importlib.import_module(self._name)
+        package = globals()[self._package] = sys.modules[self._package]
+        return getattr(package, attribute)
+
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    import csv
+    import ctypes
+    import difflib
+    import email.utils
+    import hashlib
+    import html
+    import http.client
+    import http.server
+    import logging
+    import pwd
+    import queue
+    import random
+    import secrets
+    import shlex
+    import shutil
+    import socket
+    import subprocess
+    import tempfile
+    import traceback
+    import unicodedata
+    import weakref
+    import zoneinfo
+    from concurrent.futures import Executor, Future
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+else:
+    LAZY = (
+        *("concurrent.futures", "csv", "ctypes", "difflib", "email.utils", "hashlib", "html", "http.server", "logging"),
+        *("pwd", "queue", "random", "secrets", "shlex", "shutil", "socket", "subprocess", "tempfile", "traceback"),
+        *("unicodedata", "weakref", "zoneinfo"),
+    )
+    globals().update({name.partition(".")[0]: Lazy(name) for name in LAZY})
+    BaseHTTPRequestHandler = ThreadingHTTPServer = object  # HealthServer adds them when it starts
 
 # ---------------------------------------------------------------- Vocabulary
 # States, outcomes, priorities, exit codes and errors. Every word is stored as it is shown. Headline: Error.
@@ -6502,12 +6528,16 @@ HTTP_SECONDS = 10  # for a whole connection
 JSON, TEXT = "application/json", "text/plain; charset=utf-8"
 
 
-class HealthServer(http.server.ThreadingHTTPServer):
+class HealthServer(ThreadingHTTPServer):
     """GET /health, /status, /tasks, /metrics and / for one database, until stopped. Each connection has a thread for a
     few seconds; when there are many, the oldest is closed. Raises Error when the port is taken."""
 
     daemon_threads = True
     request_queue_size = 128
+
+    def __new__(cls, *_: Any) -> Self:
+        """With the base class, whose module is imported now."""
+        return cast(Self, super().__new__(cast(Any, type(cls.__name__, (cls, http.server.ThreadingHTTPServer), {}))))
 
     def __init__(
         self, configuration: Configuration, database: Database, clock: Clock, error: Callable[[], str | None] = str
@@ -6516,7 +6546,8 @@ class HealthServer(http.server.ThreadingHTTPServer):
         self.started_at, self.error, port = clock.wall(), error, configuration.health_check.port
         self._open: dict[Any, float] = {}  # connections, the oldest first, and since when
         try:
-            super().__init__(("127.0.0.1", port), _Handler)
+            handler = type("Handler", (_Handler, http.server.BaseHTTPRequestHandler), {})
+            super().__init__(("127.0.0.1", port), cast(Any, handler))
         except OSError as problem:
             text = f"cannot listen on 127.0.0.1:{port}: {problem.strerror}"
             raise Error(text, "see health_check.port in adce.yaml") from problem
@@ -6574,12 +6605,12 @@ class HealthServer(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     server: HealthServer
     timeout = HTTP_SECONDS
     server_version, sys_version = f"adce/{__version__}", ""
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802
         host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
         path, _, text = self.path.partition("?")
         answer = 403, TEXT, "this server answers to localhost only\n"  # the name of another site may point here
@@ -6626,8 +6657,9 @@ class Journal:
     def __init__(
         self, stream: TextIO | logging.StreamHandler[Any], level: str = "INFO", clock: Clock | None = None
     ) -> None:
+        logging.raiseExceptions = False  # a closed terminal or a full disk stops nothing
         self.clock = clock or Clock()
-        self.handler = stream if isinstance(stream, logging.StreamHandler) else _LineStream(stream)
+        self.handler = stream if isinstance(stream, logging.StreamHandler) else logging.StreamHandler(stream)
         self.stream, self.is_journald = self.handler.stream, _is_journald(self.handler.stream)
         self.handler.setLevel(level)
         self.database_error: str | None = None  # as last reported
@@ -6690,18 +6722,11 @@ def _is_journald(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class _LineStream(logging.StreamHandler[TextIO]):
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name of its base
-        """A closed terminal stops nothing."""
-
-
 def log_file(path: Path) -> logging.StreamHandler[Any]:
     """A log that only its owner can read; at LOG_BYTES it becomes FILE.1. Raises Error when it cannot be written."""
     from logging.handlers import RotatingFileHandler
 
     class Handler(RotatingFileHandler):
-        handleError = _LineStream.handleError  # noqa: N815  # a full disk stops nothing
-
         def _open(self) -> Any:
             return open(self.baseFilename, "a", encoding="utf-8", opener=functools.partial(os.open, mode=0o600))
 
@@ -7204,7 +7229,7 @@ class Workers:
 
     def __init__(self, configuration: Configuration, store: Store, clock: Clock, wake: Callable[[], None]) -> None:
         self.count, self.store, self.clock, self.wake = configuration.max_concurrent_scrapers, store, clock, wake
-        self.pool: Executor = ThreadPoolExecutor(self.count, "adce-worker")
+        self.pool: Executor = concurrent.futures.ThreadPoolExecutor(self.count, "adce-worker")
         self.running: dict[Future[list[Result]], Claim] = {}
 
     def free(self) -> int:
@@ -7261,7 +7286,7 @@ class Runner:
         self.rng = random.Random()  # noqa: S311  # spreads retries, guards nothing
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.workers = Workers(configuration, store, self.clock, lambda: self.wakeups.put("finished"))
-        self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
+        self.listers: Executor = concurrent.futures.ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
         self.beat_seconds = min(BEAT_SECONDS, watchdog_seconds() / 3)
         self.hops: list[Claim] = []
         self.unrecorded: list[tuple[Claim, list[Result]]] = []
@@ -7338,6 +7363,8 @@ class Runner:
             requeued=orphans or None,
             ended=ended or None,
         )
+        with contextlib.suppress(AttributeError, OSError):  # only glibc has it
+            ctypes.CDLL(None).malloc_trim(0)  # what compiling and importing needed goes back to the system
         notify("READY=1")
 
     def _sweep(self) -> int:
@@ -8025,7 +8052,7 @@ def command(*options: Option, needs: str = "configuration") -> Callable[[Act], A
 
 def commands() -> list[Command]:
     """The commands of this module, in the order of their definition."""
-    return [found for act in globals().values() if isinstance(found := getattr(act, "command", None), Command)]
+    return [act.command for name, act in globals().items() if name.startswith("command_")]
 
 
 def _kind(name: str, read: Callable[[str], Any], is_good: Callable[[Any], bool] = lambda _: True) -> Any:
@@ -8067,8 +8094,8 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{near}")
 
 
-def build_parser() -> Parser:
-    """The parser of commands(); the common options may stand before or after the command."""
+def build_parser(words: Sequence[str] = ()) -> Parser:
+    """The parser of the commands among `words`, or of all; the common options may stand before or after a command."""
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for names, settings in EVERYWHERE:
         common.add_argument(*names, **settings)
@@ -8076,7 +8103,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="adce.py", description=description, parents=[common], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ADCE {__version__}, SQLite {sqlite3.sqlite_version}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for each in commands():
+    for each in [each for each in commands() if each.name in words] or commands():
         meaning = (each.act.__doc__ or "").removesuffix(".")
         sub = subparsers.add_parser(each.name, help=meaning, description=meaning, parents=[common], allow_abbrev=False)
         for names, settings in each.options:
@@ -8088,7 +8115,7 @@ def build_parser() -> Parser:
 def parse_arguments(words: Sequence[str]) -> Arguments:
     """Parse a command line; `--` begins the program of acquire, which is not parsed. Exits on wrong usage."""
     end = words.index("--") if "--" in words else len(words)
-    parser = build_parser()
+    parser = build_parser(words[:end])
     defaults = Arguments(config=None, db=None, format="table", quiet=False, verbose=False)
     arguments = parser.parse_args(words[:end], defaults)
     arguments.program = words[end + 1 :]
@@ -8178,6 +8205,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     return code
+
+
+def leave(status: int) -> NoReturn:
+    """End the process; sys.exit() would wait for requests that outlast the grace time."""
+    sys.stderr.flush()
+    os._exit(status)
 
 
 # ---------------------------------------------------------------- Commands
@@ -8545,6 +8578,10 @@ def command_example(arguments: Arguments, _: Configuration) -> None:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stderr.flush()
-    os._exit(status)  # sys.exit would wait for requests that outlast the grace time
+    script = Path(__file__).resolve()
+    if script.name == "adce.py" and "run" in sys.argv and "--once" not in sys.argv:
+        # Python keeps the syntax tree of a script, 20 MB here, until it ends; that of a module it drops.
+        start = f"import sys; sys.path[0] = {str(script.parent)!r}; import adce; adce.leave(adce.main())"
+        words = [*sys.orig_argv[1 : -len(sys.argv)], "-c", start, *sys.argv[1:]]
+        os.execv(sys.executable, [sys.executable, *words])  # noqa: S606  # this very program
+    leave(main())
