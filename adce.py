@@ -8128,12 +8128,9 @@ def _existing(configuration: Configuration) -> Database:
     return open_database(configuration.database, must_exist=True)
 
 
-def _print(arguments: Arguments, sections: Sequence[Section], notes: Iterable[str] = ()) -> None:
+def _print(arguments: Arguments, sections: Sequence[Section]) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(render(sections, arguments.format, width))
-    if arguments.format == "table" and not arguments.quiet:
-        for note in notes:
-            print(note, file=sys.stderr)
 
 
 def print_result(arguments: Arguments, text: str, **facts: Any) -> None:
@@ -8233,8 +8230,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
             while wake_retries(sql, sys.maxsize if is_once else clock.wall()) >= PAGE:  # once: retries do not wait
                 pass
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
-    note = "Nothing was written and nothing was asked; the store was only listed and read."
-    _print(arguments, answers(database, PLAN, most=most, before=json.dumps(before)), ["", note])
+    _print(arguments, answers(database, PLAN, most=most, before=json.dumps(before)))
     if error:
         print(f"adce.py: the cycle failed: {error}", file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
@@ -8581,7 +8577,6 @@ if __name__ == "__main__":
     script = Path(__file__).resolve()
     if script.name == "adce.py" and "run" in sys.argv and "--once" not in sys.argv:
         # Python keeps the syntax tree of a script, 20 MB here, until it ends; that of a module it drops.
-        start = f"import sys; sys.path[0] = {str(script.parent)!r}; import adce; adce.leave(adce.main())"
-        words = [*sys.orig_argv[1 : -len(sys.argv)], "-c", start, *sys.argv[1:]]
-        os.execv(sys.executable, [sys.executable, *words])  # noqa: S606  # this very program
+        start = f"import os, sys; sys.path[0] = os.path.dirname({str(script)!r}); import adce; adce.leave(adce.main())"
+        os.execv(sys.executable, [sys.executable, "-c", start, *sys.argv[1:]])  # noqa: S606  # this very program
     leave(main())
