@@ -117,12 +117,19 @@ class Lazy:
     takes half as long as compiling this file."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._package = name, name.partition(".")[0]
+        vars(self)["name"] = name
+
+    def _module(self) -> types.ModuleType:
+        importlib.import_module(self.name)
+        package = self.name.partition(".")[0]
+        globals()[package] = sys.modules[package]
+        return sys.modules[package]
 
     def __getattr__(self, attribute: str) -> Any:
-        importlib.import_module(self._name)
-        package = globals()[self._package] = sys.modules[self._package]
-        return getattr(package, attribute)
+        return getattr(self._module(), attribute)
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        setattr(self._module(), attribute, value)
 
 
 if TYPE_CHECKING:

@@ -691,7 +691,7 @@ def test_many_command_lines_at_once_harm_nothing(failing, folder, start):
     assert holder(folder) is not None
 
 
-READING = ("status", "health", "coverage", "tasks", "report", "check", "retry -n", "task 1", "plan", "reconcile")
+READING = ("status", "health", "coverage", "tasks", "report", "check", "task 1", "plan", "reconcile")
 CHANGING = ("pause box", "resume box", "skip 1", "retry 1", "start", "restart", "stop")
 
 

@@ -32,6 +32,7 @@ TEXTS = [
     "example alerts",
     "example grafana",
     "example launchd",
+    "example config",
     "--help",
     "run --help",
 ]
