@@ -53,56 +53,33 @@ import argparse
 import array
 import collections
 import contextlib
-import csv
 import dataclasses
 import datetime
-import difflib
-import email.utils
 import enum
 import errno
 import fcntl
 import functools
-import hashlib
-import html
-import http.client
-import http.server
 import importlib
-import importlib.machinery
 import io
 import itertools
 import json
-import logging
 import math
 import os
-import pwd
-import queue
-import random
 import re
-import secrets
-import shlex
-import shutil
 import signal
-import socket
 import sqlite3
 import stat
-import subprocess
 import sys
-import tempfile
-import textwrap
 import threading
 import time
-import traceback
 import types
 import typing
-import unicodedata
 import urllib.parse
-import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar, cast
 
 __version__ = "1.0.0"
 __all__ = [
@@ -127,6 +104,61 @@ __all__ = [
 # A scraper that imports adce must meet these very classes, also when this file runs as a script.
 sys.modules.setdefault("adce", sys.modules[__name__])
 
+
+class Lazy:
+    """A module that is imported at its first use (PEP 810): a command needs few of these, and importing all of them
+    takes half as long as compiling this file."""
+
+    def __init__(self, name: str) -> None:
+        vars(self)["name"] = name
+
+    def _module(self) -> types.ModuleType:
+        importlib.import_module(self.name)
+        package = self.name.partition(".")[0]
+        globals()[package] = sys.modules[package]
+        return sys.modules[package]
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._module(), attribute)
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        setattr(self._module(), attribute, value)
+
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    import csv
+    import ctypes
+    import difflib
+    import email.utils
+    import hashlib
+    import html
+    import http.client
+    import http.server
+    import logging
+    import pwd
+    import queue
+    import random
+    import secrets
+    import shlex
+    import shutil
+    import socket
+    import subprocess
+    import tempfile
+    import textwrap
+    import traceback
+    import unicodedata
+    import zoneinfo
+    from concurrent.futures import Executor, Future
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+else:
+    LAZY = (
+        *("concurrent.futures", "csv", "ctypes", "difflib", "email.utils", "hashlib", "html", "http.server", "logging"),
+        *("pwd", "queue", "random", "secrets", "shlex", "shutil", "socket", "subprocess", "tempfile", "textwrap"),
+        *("traceback", "unicodedata", "zoneinfo"),
+    )
+    globals().update({name.partition(".")[0]: Lazy(name) for name in LAZY})
+    BaseHTTPRequestHandler = ThreadingHTTPServer = object  # HealthServer adds them when it starts
 
 # ---------------------------------------------------------------- Vocabulary
 # States, outcomes, priorities, exit codes and errors. Every word is stored as it is shown. Headline: Error.
@@ -5242,7 +5274,7 @@ coverage: Coverage by dataset and season | nothing is expected yet; run a cycle:
     select source, dataset, season, percent, missing, stale, suspect, gave_up, present, expected, skipped
     from coverage where {FILTER} order by source, dataset, season
 coverage: Coverage by dataset and day | no object has such a day
-    select * from coverage_by_day where {FILTER} and (:year is null or day glob :year || '-*')
+    select * from coverage_by_day where {FILTER}
     order by source, dataset, day desc
 """)
 PLAN = questions("""
@@ -5759,12 +5791,16 @@ HTTP_SECONDS = 10  # for a whole connection
 JSON, TEXT = "application/json", "text/plain; charset=utf-8"
 
 
-class HealthServer(http.server.ThreadingHTTPServer):
+class HealthServer(ThreadingHTTPServer):
     """GET /health, /status, /tasks, /metrics and / for one database, until stopped. Each connection has a thread for a
     few seconds; when there are many, the oldest is closed. Raises Error when the port is taken."""
 
     daemon_threads = True
     request_queue_size = 128
+
+    def __new__(cls, *_: Any) -> Self:
+        """With the base class, whose module is imported now."""
+        return cast(Self, super().__new__(cast(Any, type(cls.__name__, (cls, http.server.ThreadingHTTPServer), {}))))
 
     def __init__(
         self, configuration: Configuration, database: Database, clock: Clock, error: Callable[[], str | None] = str
@@ -5773,7 +5809,8 @@ class HealthServer(http.server.ThreadingHTTPServer):
         self.started_at, self.error, port = clock.wall(), error, configuration.health_check.port
         self._open: dict[Any, float] = {}  # connections, the oldest first, and since when
         try:
-            super().__init__(("127.0.0.1", port), _Handler)
+            handler = type("Handler", (_Handler, http.server.BaseHTTPRequestHandler), {})
+            super().__init__(("127.0.0.1", port), cast(Any, handler))
         except OSError as problem:
             text = f"cannot listen on 127.0.0.1:{port}: {problem.strerror}"
             raise Error(text, "see health_check.port in adce.yaml") from problem
@@ -5832,12 +5869,12 @@ class HealthServer(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     server: HealthServer
     timeout = HTTP_SECONDS
     server_version, sys_version = f"adce/{__version__}", ""
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802
         host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
         path, _, options = self.path.partition("?")
         try:
@@ -6397,9 +6434,11 @@ class Runner:
         self.clock = journal.clock
         self.rng = random.Random()  # noqa: S311  # spreads retries, guards nothing
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.pool: Executor = ThreadPoolExecutor(configuration.max_concurrent_scrapers, "adce-worker")
+        self.pool: Executor = concurrent.futures.ThreadPoolExecutor(
+            configuration.max_concurrent_scrapers, "adce-worker"
+        )
         self.running: dict[Future[list[Result]], Claim] = {}
-        self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
+        self.listers: Executor = concurrent.futures.ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
         self.beat_seconds = min(BEAT_SECONDS, watchdog_seconds() / 3)
         self.hops: list[Claim] = []  # redirects, which hold no worker while they wait for a permit of their own
         self.unrecorded: list[tuple[Claim, list[Result]]] = []
@@ -6462,6 +6501,8 @@ class Runner:
         facts = {"version": __version__, "pid": os.getpid(), "config": configuration.path}
         facts |= {"database": configuration.database, "store": configuration.store}
         self.journal.write("INFO", "start", **facts, requeued=orphans or None, ended=ended or None)
+        with contextlib.suppress(AttributeError, OSError):  # only glibc has it
+            ctypes.CDLL(None).malloc_trim(0)  # what compiling and importing needed goes back to the system
         notify("READY=1")
 
     def _sweep(self) -> int:
@@ -6750,11 +6791,11 @@ def grafana_dashboard() -> str:
     source = {"type": "prometheus", "uid": "${datasource}"}
     panels = []
     for number, one in enumerate(METRICS):
-        expression, name, title = one.name, one.name, one.title.rstrip(".")
+        expression, title = one.name, one.title.rstrip(".")
         if one.is_one:
-            expression = f"rate({name}[5m])"
-        elif name.endswith("_timestamp_seconds"):
-            expression, title = f"time() - {name}", f"Seconds since: {title}"
+            expression = f"rate({one.name}[5m])"
+        elif one.name.endswith("_timestamp_seconds"):
+            expression, title = f"time() - {one.name}", f"Seconds since: {title}"
         place = {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)}
         panel = {"id": number + 1, "type": "timeseries", "title": title, "datasource": source, "gridPos": place}
         panels.append({**panel, "targets": [{"refId": "A", "datasource": source, "expr": expression}]})
@@ -6768,10 +6809,9 @@ def launchd_agent(words: Sequence[str], configuration: Configuration) -> str:
     """A property list that makes macOS start the runner at login, and again when it fails."""
     import plistlib
 
-    log = configuration.database.with_name(f"{configuration.database.name}.log")
     agent = {
         "Label": "adce",
-        "ProgramArguments": [*words, "run", "--log", str(log)],
+        "ProgramArguments": [*words, "run", "--log", f"{configuration.database}.log"],
         "WorkingDirectory": str(configuration.path.parent),
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False},
@@ -6780,10 +6820,10 @@ def launchd_agent(words: Sequence[str], configuration: Configuration) -> str:
         "ProcessType": "Background",
         "Umask": 0o077,
     }
-    text = re.sub(r"(?m)^\t+", lambda tabs: "  " * len(tabs[0]), plistlib.dumps(agent, sort_keys=False).decode())
-    head, rest = text.split("\n", 1)
     path = "~/Library/LaunchAgents/adce.plist"
-    return f"{head}\n<!-- Save as {path}, then: launchctl bootstrap gui/$UID {path} -->\n{rest}"
+    hint = f"<!-- Save as {path}, then: launchctl bootstrap gui/$UID {path} -->"
+    text = plistlib.dumps(agent, sort_keys=False).decode().expandtabs(2)
+    return text.replace("\n", f"\n{hint}\n", 1)
 
 
 def example(name: str, configuration: Configuration) -> str:
@@ -6851,47 +6891,35 @@ NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "glu
 
 def check_rows(configuration: Configuration, *, online: bool) -> Rows:
     """A row for each check, its result and details; `online` also connects to the sources."""
-    checks: dict[str, Callable[[Configuration], str]] = {
-        "configuration": lambda one: f"{one.path}, {len(one.sources)} sources, {len(one.datasets)} datasets",
-        "permissions": _check_permissions,
-        "disk": _check_disk,
-        "database": _check_database,
-        "store": _check_store,
-        "runner": lambda one: "none" if (pid := RunnerLock(one.database).holder()) is None else f"process {pid}",
-        "alerts": _check_alerts,
-        "scrapers": _check_scrapers,
+    sources, datasets = configuration.sources.values(), configuration.datasets
+    pid = RunnerLock(configuration.database).holder()
+    checks: dict[str, Callable[[], str]] = {
+        "configuration": lambda: f"{configuration.path}, {len(sources)} sources, {len(datasets)} datasets",
+        "disk": lambda: _check_disk(configuration.database.parent),
+        "database": lambda: _check_database(configuration.database),
+        "store": lambda: _check_store(configuration),
+        "runner": lambda: "none" if pid is None else f"process {pid}",
+        "programs": lambda: _check_programs(configuration),
+        "alerts": lambda: _check_alerts(configuration.alerts),
         "system": _check_system,
     }
-    sources = configuration.sources.values() if online else ()
-    checks |= {f"source {source.name}": functools.partial(_check_source, source) for source in sources}
+    if online:
+        checks |= {f"source {one.name}": functools.partial(_check_source, one) for one in sources}
     rows = []
     for what, check in checks.items():
         try:
-            rows.append({"result": "ok", "what": what, "details": check(configuration)})
+            rows.append({"result": "ok", "what": what, "details": check()})
         except (Error, OSError) as error:
             details = f"{error}; {hint}" if (hint := getattr(error, "hint", "")) else str(error)
             rows.append({"result": "FAIL", "what": what, "details": details})
     return rows
 
 
-def _check_permissions(configuration: Configuration) -> str:
-    """A program or configuration that everyone can write lets everyone run programs as its user."""
-    paths = (Path(__file__).resolve(), configuration.path, configuration.database)
-    for path in [path for path in paths if path.exists()]:
-        if path.stat().st_mode & stat.S_IWOTH:
-            raise Error(f"{path} is world-writable", f"chmod o-w {path}")
-    return "program, configuration and database are not world-writable"
-
-
-def _check_disk(configuration: Configuration) -> str:
-    folder = configuration.database.parent
-    kind, longest = "unknown file system", -1
-    with contextlib.suppress(OSError):  # the longest mount point that holds the folder: proc(5), mountinfo
-        for line in (PROC / "self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            left, _, right = line.partition(" - ")
-            place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
-            if folder.resolve().is_relative_to(place) and len(place) >= longest:
-                kind, longest = right.split()[0], len(place)
+def _check_disk(folder: Path) -> str:
+    kind, real = "unknown file system", folder.resolve()
+    with contextlib.suppress(OSError, ValueError):  # no /proc, or no such mount in it
+        mounts = [line.split() for line in (PROC / "self/mounts").read_text(errors="replace").splitlines()]
+        kind = max((len(place), name) for _, place, name, *_ in mounts if real.is_relative_to(place))[1]
     if kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse."):
         raise Error(f"{folder} is on {kind}, where SQLite's locks may not work", "keep the database on a local disk")
     free = shutil.disk_usage(folder).free
@@ -6900,72 +6928,15 @@ def _check_disk(configuration: Configuration) -> str:
     return f"{folder}, {kind}, {free >> 20} MB free"
 
 
-def _check_alerts(configuration: Configuration) -> str:
-    """Whether the channels could work; nothing is sent, and no address is shown."""
-    settings, wrong = configuration.alerts, []
-    for channel, address in (("webhook", settings.webhook), ("ping", settings.ping)):
-        if address is None:
-            continue
-        try:
-            parts = urllib.parse.urlsplit(revealed(address))
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-                wrong.append(f"{channel} is not an http address")
-        except ValueError:
-            wrong.append(f"{channel} is not an http address")
-        except Error as error:
-            wrong.append(f"{channel}: {error}")
-    if settings.command and not shutil.which(settings.command[0]):
-        wrong.append(f"program {settings.command[0]} not found")
-    if wrong:
-        raise Error("; ".join(wrong), "see `alerts:` in adce.yaml")
-    channels = ("webhook", "ping", "sns_topic", "command", "cloudwatch")
-    return ", ".join(channel for channel in channels if getattr(settings, channel)) or "no alert channel configured"
-
-
-def _check_scrapers(configuration: Configuration) -> str:
-    """Whether the programs and modules of `command` and `call` exist; none is run."""
-    count, wrong = 0, []
-    folder = configuration.path.parent
-    for dataset in configuration.datasets.values():
-        count += not dataset.url
-        program = dataset.command[0].text if dataset.command else ""
-        if program and "{" not in program and not shutil.which(folder / program if "/" in program else program):
-            wrong.append(f"{dataset.name}: program {program} not found")
-        module = (dataset.call or "").partition(":")[0]
-        if module and not importlib.machinery.PathFinder.find_spec(module.partition(".")[0], [*sys.path, str(folder)]):
-            wrong.append(f"{dataset.name}: module {module} not found")
-    if wrong:
-        raise Error("; ".join(wrong), "see `command` and `call` in adce.yaml")
-    return f"{count} datasets with a command or call"
-
-
-def _check_system(_: Configuration) -> str:
-    """Which facilities of Linux are replaced here, and how well."""
-    substitutes = {
-        "limits do not see suspended time and last longer": hasattr(time, "CLOCK_BOOTTIME"),
-        "a reboot is noticed by its boot time only": (PROC / "sys/kernel/random/boot_id").exists(),
-        "programs left behind are found by ps": (PROC / "self/environ").exists(),
-        "file systems are not known": (PROC / "self/mountinfo").exists(),
-    }
-    return "; ".join([sys.platform, *(text for text, is_native in substitutes.items() if not is_native)])
-
-
-def _check_database(configuration: Configuration) -> str:
-    if not configuration.database.exists() or not configuration.database.stat().st_size:
-        return f"{configuration.database}, will be created on first run"
-    with (
-        contextlib.closing(memory_database()) as model,
-        contextlib.closing(open_database(configuration.database, must_exist=True)) as database,
-    ):
-        found = [*database.check()]
-        parts = "select type, name from sqlite_schema where name not glob 'sqlite_*' and name not glob '_litestream_*'"
-        wanted, there = (set(map(tuple, one.read(parts))) for one in (model, database))  # Litestream adds two tables
-        found += [f"the {kind} {name} is gone" for kind, name in sorted(wanted - there)]
-        found += [f"the {kind} {name} is not ADCE's" for kind, name in sorted(there - wanted)]
+def _check_database(path: Path) -> str:
+    if not path.exists() or not path.stat().st_size:
+        return f"{path}, will be created on first run"
+    with contextlib.closing(open_database(path, must_exist=True)) as database:
+        found = database.check()
         found += [f"{count} {what}" for what, sql in CONSISTENCY.items() if (count := database.value(sql))]
         if found:
             raise DatabaseError("; ".join(found[:5]), DAMAGE_HINT)
-    return f"{configuration.database}, intact, SQLite {sqlite3.sqlite_version}"
+    return f"{path}, intact, SQLite {sqlite3.sqlite_version}"
 
 
 def _check_store(configuration: Configuration) -> str:
@@ -6986,14 +6957,48 @@ def _check_store(configuration: Configuration) -> str:
     return f"{configuration.store}, {'not empty' if first else 'empty'}"
 
 
-def _check_source(source: Source, _: Configuration) -> str:
+def _check_programs(configuration: Configuration) -> str:
+    """Whether the programs of each `command` exist; none is run."""
+    words = {dataset.command[0].text for dataset in configuration.datasets.values() if dataset.command}
+    words |= set(configuration.alerts.command[:1])
+    for word in sorted(word for word in words if "{" not in word):
+        if not shutil.which(configuration.path.parent / word if "/" in word else word):
+            raise Error(f"program {word} not found", "see `command` in adce.yaml")
+    return ", ".join(sorted(words)) or "none"
+
+
+def _check_alerts(alerts: Alerts) -> str:
+    """Whether the channels have addresses; nothing is sent, and no address is shown."""
+    for channel in ("webhook", "ping"):
+        try:
+            parts = urllib.parse.urlsplit(revealed(getattr(alerts, channel) or "http://none"))
+            is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            is_http = False
+        if not is_http:
+            raise Error(f"{channel} is not an http address", "see `alerts:` in adce.yaml")
+    channels = ("webhook", "ping", "sns_topic", "command", "cloudwatch")
+    return ", ".join(channel for channel in channels if getattr(alerts, channel)) or "no alert channel configured"
+
+
+def _check_system() -> str:
+    """Which facilities of Linux are replaced here, and how well."""
+    substitutes = {
+        "limits do not see suspended time and last longer": hasattr(time, "CLOCK_BOOTTIME"),
+        "a reboot is noticed by its boot time only": (PROC / "sys/kernel/random/boot_id").exists(),
+        "programs left behind are found by ps": (PROC / "self/environ").exists(),
+        "file systems are not known": (PROC / "self/mounts").exists(),
+    }
+    return "; ".join([sys.platform, *(text for text, is_native in substitutes.items() if not is_native)])
+
+
+def _check_source(source: Source) -> str:
     """Whether a source accepts a connection; no request is sent."""
     parts = urllib.parse.urlsplit(source.base_url)
     if not parts.hostname:
         return "no base_url"
-    address = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        socket.create_connection(address, timeout=5).close()
+        socket.create_connection((parts.hostname, parts.port or parts.scheme), timeout=5).close()
     except OSError as error:
         raise Error(f"{parts.hostname} cannot be reached: {error.strerror or error}") from error
     return f"{parts.hostname} is reachable"
@@ -7024,15 +7029,13 @@ Act = TypeVar("Act", bound=Callable[[Arguments, Configuration], int | None])  # 
 Option = tuple[tuple[str, ...], Mapping[str, Any]]  # as add_argument() takes it
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """One command: the function that does it, and its options."""
 
     name: str
     act: Callable[[Arguments, Configuration], int | None]
     options: tuple[Option, ...]
-    needs_declarations: bool  # else the database is enough: it works in spite of a mistake in adce.yaml
-    needs_file: bool  # else not even that
+    needs: str  # "configuration", "database" (works in spite of a mistake in adce.yaml) or "nothing"
 
 
 def option(*names: str, **settings: Any) -> Option:
@@ -7040,12 +7043,11 @@ def option(*names: str, **settings: Any) -> Option:
     return names, settings
 
 
-def command(*options: Option, needs_declarations: bool = True, needs_file: bool = True) -> Callable[[Act], Act]:
+def command(*options: Option, needs: str = "configuration") -> Callable[[Act], Act]:
     """Make a function `command_NAME` the command NAME; its docstring is the help."""
 
     def mark(act: Act) -> Act:
-        name = act.__name__.removeprefix("command_")
-        vars(act)["command"] = Command(name, act, options, needs_declarations, needs_file)
+        vars(act)["command"] = Command(act.__name__.removeprefix("command_"), act, options, needs)
         return act
 
     return mark
@@ -7053,7 +7055,7 @@ def command(*options: Option, needs_declarations: bool = True, needs_file: bool 
 
 def commands() -> list[Command]:
     """The commands of this module, in the order of their definition."""
-    return [found for act in globals().values() if isinstance(found := getattr(act, "command", None), Command)]
+    return [act.command for name, act in globals().items() if name.startswith("command_")]
 
 
 def _kind(name: str, read: Callable[[str], Any], is_good: Callable[[Any], bool] = lambda _: True) -> Any:
@@ -7071,7 +7073,6 @@ def _kind(name: str, read: Callable[[str], Any], is_good: Callable[[Any], bool] 
 
 POSITIVE = _kind("a number above 0", float, lambda value: 0 < value < math.inf)
 COUNT = _kind("a number from 1 up", int, lambda value: 0 < value < 1 << 63)
-YEAR = _kind("a year", int, lambda value: 1000 <= value < 3000)
 DURATION = _kind("a duration; write 90s, 15m, 6h or 1d", parse_duration)
 PATH = _kind("a path", lambda text: Path(text).absolute())
 EVERYWHERE = (
@@ -7085,7 +7086,6 @@ FILTERS = (option("--source", help="only this source"), option("--dataset", help
 SCOPE = option("scope", metavar="SOURCE", help="a source, or global for all")
 TIMEOUT = option("--timeout", type=DURATION, metavar="45s", help="how long to wait for its end (grace_seconds + 15)")
 LIMIT = option("--limit", type=COUNT, default=20, metavar="N", help="at most N rows (20)")
-RENAMED = {"--most": "--limit", "--believe": "--accept-loss"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -7097,8 +7097,8 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{near}")
 
 
-def build_parser() -> Parser:
-    """The parser of commands(); the common options may stand before or after the command."""
+def build_parser(words: Sequence[str] = ()) -> Parser:
+    """The parser of the commands among `words`, or of all; the common options may stand before or after a command."""
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for names, settings in EVERYWHERE:
         common.add_argument(*names, **settings)
@@ -7106,7 +7106,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="adce.py", description=description, parents=[common], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ADCE {__version__}, SQLite {sqlite3.sqlite_version}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for each in commands():
+    for each in [each for each in commands() if each.name in words] or commands():
         meaning = (each.act.__doc__ or "").removesuffix(".")
         sub = subparsers.add_parser(each.name, help=meaning, description=meaning, parents=[common], allow_abbrev=False)
         for names, settings in each.options:
@@ -7116,24 +7116,14 @@ def build_parser() -> Parser:
 
 
 def parse_arguments(words: Sequence[str]) -> Arguments:
-    """Parse a command line; `--` begins the command of acquire, which is not parsed. Exits on wrong usage."""
+    """Parse a command line; `--` begins the program of acquire, which is not parsed. Exits on wrong usage."""
     end = words.index("--") if "--" in words else len(words)
+    parser = build_parser(words[:end])
     defaults = Arguments(config=None, db=None, format="table", quiet=False, verbose=False)
-    parser = build_parser()
-    for name in (word.partition("=")[0] for word in words[:end]):
-        if name in RENAMED:
-            parser.error(f"{name} is now {RENAMED[name]}")
-    arguments, unknown = parser.parse_known_args(words[:end], defaults)
-    if unknown:
-        known = [name for names, _ in (*EVERYWHERE, *arguments.chosen.options) for name in names]
-        near = suggest(unknown[0].partition("=")[0], known) if unknown[0].startswith("--") else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
-    if words[end + 1 :]:
-        if arguments.command != "acquire":
-            parser.error("only acquire runs another command")
-        if arguments.words:
-            parser.error(f"the command begins after --, unexpected: {' '.join(arguments.words)}")
-        arguments.words = words[end + 1 :]
+    arguments = parser.parse_args(words[:end], defaults)
+    arguments.program = words[end + 1 :]
+    if arguments.program and arguments.command != "acquire":
+        parser.error("only acquire runs another program")
     return arguments
 
 
@@ -7141,12 +7131,9 @@ def _existing(configuration: Configuration) -> Database:
     return open_database(configuration.database, must_exist=True)
 
 
-def _print(arguments: Arguments, sections: Sequence[Section], notes: Iterable[str] = ()) -> None:
+def _print(arguments: Arguments, sections: Sequence[Section]) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(render(sections, arguments.format, width))
-    if arguments.format == "table" and not arguments.quiet:
-        for note in notes:
-            print(note, file=sys.stderr)
 
 
 def print_result(arguments: Arguments, text: str, **facts: Any) -> None:
@@ -7155,20 +7142,20 @@ def print_result(arguments: Arguments, text: str, **facts: Any) -> None:
         print(text if arguments.format == "table" else render([Section("done", "", [facts], True)], arguments.format))
 
 
-def _configuration_for(arguments: Arguments) -> Configuration:
-    if not arguments.chosen.needs_file:
-        return Configuration()
+def configured(arguments: Arguments, needs: str = "configuration") -> Configuration:
+    """The configuration of a command line, with the database that it names. When the database is all that it needs,
+    a mistake in adce.yaml does no harm."""
     path, given = find_configuration(arguments.config), arguments.db or os.environ.get("ADCE_DB")
     database = Path(given).absolute() if given else None
     try:
         configuration = load_configuration(path)
     except ConfigurationError:
         database = database or database_named_in(path)
-        if arguments.chosen.needs_declarations or not database.exists():
+        if needs != "database" or not database.exists():
             raise
         print(f"adce.py: {path} cannot be used (see adce.py check); using {database}", file=sys.stderr)
-        configuration = Configuration(path, database, store="")
-    return dataclasses.replace(configuration, database=database) if database else configuration
+        configuration = Configuration(path, store="")
+    return dataclasses.replace(configuration, database=database or configuration.database)
 
 
 def _check_names(arguments: Arguments, configuration: Configuration) -> None:
@@ -7185,11 +7172,9 @@ def _check_names(arguments: Arguments, configuration: Configuration) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    # A standard file that came closed would lend its number to the database, and errors be written there.
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it came closed
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks becomes ?
     words = sys.argv[1:] if words is None else words
@@ -7197,15 +7182,16 @@ def main(words: Sequence[str] | None = None) -> int:
         return call_function(words[1:])
     arguments = parse_arguments(words)
     try:
-        configuration = _configuration_for(arguments)
-        if arguments.chosen.needs_file:
+        configuration = Configuration()
+        if arguments.chosen.needs != "nothing":
+            configuration = configured(arguments, arguments.chosen.needs)
             quarantine_stale_wal(configuration.database)
-        _check_names(arguments, configuration)
+            _check_names(arguments, configuration)
         code = arguments.chosen.act(arguments, configuration) or ExitCode.DONE
         sys.stdout.flush()
     except Error as error:
         with contextlib.suppress(OSError):  # stderr may be closed
-            print(f"adce.py: {error}" if not isinstance(error, ConfigurationError) else error, file=sys.stderr)
+            print(error if isinstance(error, ConfigurationError) else f"adce.py: {error}", file=sys.stderr)
             if error.hint:
                 print(f"Try: {error.hint}", file=sys.stderr)
         return error.exit_code
@@ -7219,6 +7205,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     return code
+
+
+def leave(status: int) -> NoReturn:
+    """End the process; sys.exit() would wait for requests that outlast the grace time."""
+    sys.stderr.flush()
+    os._exit(status)
 
 
 # ---------------------------------------------------------------- Commands
@@ -7238,15 +7230,14 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
         declare(database, configuration, clock)
         options = CycleOptions(is_full=True)
         cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, options), database, clock))
-        is_once = getattr(arguments, "once", False)  # that does not wait for retries, it tries them all
+        is_once, most = getattr(arguments, "once", False), getattr(arguments, "limit", 20)  # run has no --limit
         with database.transaction() as sql:
             if RunnerLock(configuration.database).holder() is None:
                 requeue_orphans(sql, configuration.retry)
-            while wake_retries(sql, sys.maxsize if is_once else clock.wall()) >= PAGE:
+            while wake_retries(sql, sys.maxsize if is_once else clock.wall()) >= PAGE:  # once: retries do not wait
                 pass
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
-    note = "Nothing was written and nothing was asked; the store was only listed and read."
-    _print(arguments, answers(database, PLAN, most=arguments.limit, before=json.dumps(before)), ["", note])
+    _print(arguments, answers(database, PLAN, most=most, before=json.dumps(before)))
     if error:
         print(f"adce.py: the cycle failed: {error}", file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
@@ -7260,7 +7251,6 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
     option("--max-minutes", type=POSITIVE, metavar="N", help="stop cleanly after N minutes"),
     option("--if-locked", choices=("fail", "skip"), default="fail", help="skip: exit 0, silent, if another runs"),
     option("--log", type=PATH, metavar="FILE", help="log to FILE, 20 MB at most, instead of stderr"),
-    LIMIT,
 )
 def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Keep the lake complete until stopped."""
@@ -7352,7 +7342,7 @@ def _cycle_of_runner(database: Database, configuration: Configuration, lock: Run
     return cycle_id
 
 
-@command(option("file", type=PATH, metavar="FILE", help="a new file"), needs_declarations=False)
+@command(option("file", type=PATH, metavar="FILE", help="a new file"), needs="database")
 def command_backup(arguments: Arguments, configuration: Configuration) -> None:
     """Copy the database, also while the runner works."""
     with contextlib.closing(_existing(configuration)):
@@ -7369,12 +7359,9 @@ def command_start(arguments: Arguments, configuration: Configuration) -> None:
     address = _existing(configuration).value("select address from runner")
     text = f"process {number} started, log {log}" + (f", serving {address}" if address else "")
     print_result(arguments, text, started=number, log=str(log), address=address)
-    if configuration.health_check.enabled and not address:
-        port = configuration.health_check.port
-        print(f"adce.py: no HTTP server, because port {port} cannot be used", file=sys.stderr)
 
 
-@command(TIMEOUT, needs_declarations=False)
+@command(TIMEOUT, needs="database")
 def command_stop(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Stop the runner and wait for its end; exit 4 when there is none."""
     number = stop_runner(configuration, arguments.timeout)
@@ -7429,9 +7416,7 @@ def command_resume(arguments: Arguments, configuration: Configuration) -> None:
     option("--state", choices=(TaskState.RETRY.value, TaskState.GAVE_UP.value)),
     *FILTERS,
     option("--error", metavar="TEXT", help="only those whose last error contains TEXT"),
-    option("-n", "--dry-run", action="store_true", help="only list them"),
     option("--yes", action="store_true", help="do not ask for confirmation"),
-    option("--limit", type=COUNT, metavar="N", help="at most N tasks"),
 )
 def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Retry waiting and given-up tasks now: those named, or all that match the filters."""
@@ -7440,25 +7425,15 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     task_ids = [task["task_id"] for task in tasks]
     if missing := sorted(set(arguments.task_ids) - set(task_ids)):
         raise Error(f"not in state retry or gave_up: {', '.join(map(str, missing))}", "see: adce.py task ID")
-    task_ids = task_ids[: arguments.limit]
-    if arguments.dry_run:
-        _print(arguments, [Section("tasks", f"{len(task_ids)} tasks", tasks[: arguments.limit])])
-        return ExitCode.DONE
     if not task_ids:
         print_result(arguments, "no task in state retry or gave_up matches", retried=0)
         return ExitCode.DONE
     if not (arguments.task_ids or arguments.yes or _confirm(f"Retry {len(task_ids)} tasks now?")):
-        print(f"adce.py: {len(task_ids)} tasks match; nothing was done", file=sys.stderr)
-        print("Try: --yes to retry them, -n to list them", file=sys.stderr)
+        print(f"adce.py: {len(task_ids)} tasks match; nothing was done\nTry: --yes", file=sys.stderr)
         return ExitCode.USAGE
     with database.transaction() as sql:
         count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
     print_result(arguments, f"{count} task{'s' * (count != 1)} will be retried now", retried=count)
-    if not arguments.quiet and RunnerLock(configuration.database).holder() is None:
-        print("No runner works now; the next one will retry them.", file=sys.stderr)
-    paused = "select distinct scope, reason from rates where blocked_until is not null"
-    for row in query(database, paused) if not arguments.quiet else ():
-        print(f"{row['scope']} is paused: {row['reason']} (adce.py resume {row['scope']})", file=sys.stderr)
     return ExitCode.DONE
 
 
@@ -7488,17 +7463,14 @@ def command_skip(arguments: Arguments, configuration: Configuration) -> None:
 @command(
     option("source", metavar="SOURCE"),
     option("--wait", type=DURATION, metavar="90s", help="give up after this time with exit 1"),
-    option("words", nargs="*", metavar="-- COMMAND", help="acquire exits with its exit code"),
 )
 def command_acquire(arguments: Arguments, configuration: Configuration) -> int:
-    """Wait until a source can be asked once, then run the command that sends the request."""
+    """Wait until a source can be asked once, then run the program after `--`, which sends the request."""
     limiter = Limiter(configuration, open_database(configuration.database))
     held = limiter.acquire(arguments.source, arguments.wait)
-    if not (arguments.words or arguments.quiet):
-        counted = format_duration(held.permit.deadline - limiter.clock.boot())
-        asked = f"{arguments.source} may be asked once, within {SEND_WITHIN_SECONDS} s"
-        print(f"{asked}; without a COMMAND that ends, the request counts as in flight for {counted}", file=sys.stderr)
-    return run_held(limiter, held, arguments.words) if arguments.words else ExitCode.DONE
+    if not (arguments.program or arguments.quiet):
+        print(f"{arguments.source} may be asked once, within {SEND_WITHIN_SECONDS} s", file=sys.stderr)
+    return run_held(limiter, held, arguments.program) if arguments.program else ExitCode.DONE
 
 
 @command(
@@ -7516,7 +7488,7 @@ def command_report(arguments: Arguments, configuration: Configuration) -> None:
     _print(arguments, [part for part in sections if arguments.table in (None, part.name)])
 
 
-@command(needs_declarations=False)
+@command(needs="database")
 def command_status(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show the state of runner, lake, tasks and sources; exit 4 when no runner works."""
     database, lock = _existing(configuration), RunnerLock(configuration.database)
@@ -7529,7 +7501,7 @@ def command_status(arguments: Arguments, configuration: Configuration) -> ExitCo
     return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
 
 
-@command(needs_declarations=False)
+@command(needs="database")
 def command_health(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show whether the runner is healthy; exit 4 when there is none, or when it is stuck."""
     database, lock, now = _existing(configuration), RunnerLock(configuration.database), Clock().wall()
@@ -7544,7 +7516,7 @@ def command_health(arguments: Arguments, configuration: Configuration) -> ExitCo
 @command(
     option("--tail", type=COUNT, default=50, metavar="N", help="the last N lines (50)"),
     option("--follow", action="store_true", help="and new ones as they come"),
-    needs_declarations=False,
+    needs="database",
 )
 def command_logs(arguments: Arguments, configuration: Configuration) -> None:
     """Show the last log lines of the runner, or follow them."""
@@ -7566,7 +7538,6 @@ def command_task(arguments: Arguments, configuration: Configuration) -> None:
 @command(
     *FILTERS,
     option("--by-day", action="store_true", help="by dataset and day"),
-    option("--year", type=YEAR, help="only the days of this year"),
 )
 def command_coverage(arguments: Arguments, configuration: Configuration) -> None:
     """Show what is expected and what is there, by dataset and season."""
@@ -7585,7 +7556,7 @@ def command_check(arguments: Arguments, configuration: Configuration) -> ExitCod
 @command(
     option("key", nargs="?", metavar="KEY", help="such as retry.max_attempts"),
     option("--json-schema", action="store_true", help="a JSON Schema for editors instead"),
-    needs_file=False,
+    needs="nothing",
 )
 def command_explain(arguments: Arguments, _: Configuration) -> None:
     """Print the meaning of the keys of adce.yaml, or a JSON Schema of them."""
@@ -7599,13 +7570,19 @@ def command_explain(arguments: Arguments, _: Configuration) -> None:
         _print(arguments, [Section("keys", "", rows)])
 
 
-@command(option("name", choices=sorted([*EXAMPLES, "grafana", "launchd"])))
-def command_example(arguments: Arguments, configuration: Configuration) -> None:
-    """Print a unit, a property list, a crontab line, alert rules or a dashboard."""
-    print(example(arguments.name, configuration), end="")
+@command(option("name", choices=sorted([*EXAMPLES, "config", "grafana", "launchd"])), needs="nothing")
+def command_example(arguments: Arguments, _: Configuration) -> None:
+    """Print a configuration, a unit, a property list, a crontab line, alert rules or a dashboard."""
+    if arguments.name == "config":
+        print(Path(__file__).with_name(DEFAULT_NAME).read_text(encoding="utf-8"), end="")
+    else:
+        print(example(arguments.name, configured(arguments)), end="")
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stderr.flush()
-    os._exit(status)  # sys.exit would wait for requests that outlast the grace time
+    script = Path(__file__).resolve()
+    if script.name == "adce.py" and "run" in sys.argv and "--once" not in sys.argv:
+        # Python keeps the syntax tree of a script, 20 MB here, until it ends; that of a module it drops.
+        start = f"import os, sys; sys.path[0] = os.path.dirname({str(script)!r}); import adce; adce.leave(adce.main())"
+        os.execv(sys.executable, [sys.executable, "-c", start, *sys.argv[1:]])  # noqa: S606  # this very program
+    leave(main())

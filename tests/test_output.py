@@ -31,6 +31,7 @@ TEXTS = [
     "example alerts",
     "example grafana",
     "example launchd",
+    "example config",
     "--help",
     "run --help",
 ]
@@ -62,10 +63,6 @@ def test_output_in_a_pipe_has_no_control_characters_in_any_locale(line, settings
     assert done.returncode in (0, 1, 4), done.stderr
     assert [letter for letter in done.stdout if not letter.isprintable() and letter != "\n"] == [], line
     assert "Traceback" not in done.stderr
-
-
-def test_year_is_a_number_of_four_digits(lake):
-    assert run_adce("coverage", "--by-day", "--year", "25", folder=lake).returncode == 2
 
 
 @pytest.mark.parametrize("line", ["status", "task 1", "example grafana", "--help"])
