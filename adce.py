@@ -53,33 +53,54 @@ import argparse
 import array
 import collections
 import contextlib
+import csv
 import dataclasses
 import datetime
+import difflib
 import enum
 import errno
 import fcntl
 import functools
+import hashlib
+import html
 import importlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
+import pwd
+import queue
+import random
 import re
+import secrets
+import shlex
+import shutil
 import signal
+import socket
 import sqlite3
 import stat
+import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
+import traceback
 import types
 import typing
+import unicodedata
 import urllib.parse
+import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar, cast
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
 
 __version__ = "1.0.0"
 __all__ = [
@@ -104,61 +125,6 @@ __all__ = [
 # A scraper that imports adce must meet these very classes, also when this file runs as a script.
 sys.modules.setdefault("adce", sys.modules[__name__])
 
-
-class Lazy:
-    """A module that is imported at its first use (PEP 810): a command needs few of these, and importing all of them
-    takes half as long as compiling this file."""
-
-    def __init__(self, name: str) -> None:
-        vars(self)["name"] = name
-
-    def _module(self) -> types.ModuleType:
-        importlib.import_module(self.name)
-        package = self.name.partition(".")[0]
-        globals()[package] = sys.modules[package]
-        return sys.modules[package]
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._module(), attribute)
-
-    def __setattr__(self, attribute: str, value: Any) -> None:
-        setattr(self._module(), attribute, value)
-
-
-if TYPE_CHECKING:
-    import concurrent.futures
-    import csv
-    import ctypes
-    import difflib
-    import email.utils
-    import hashlib
-    import html
-    import http.client
-    import http.server
-    import logging
-    import pwd
-    import queue
-    import random
-    import secrets
-    import shlex
-    import shutil
-    import socket
-    import subprocess
-    import tempfile
-    import textwrap
-    import traceback
-    import unicodedata
-    import zoneinfo
-    from concurrent.futures import Executor, Future
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-else:
-    LAZY = (
-        *("concurrent.futures", "csv", "ctypes", "difflib", "email.utils", "hashlib", "html", "http.server", "logging"),
-        *("pwd", "queue", "random", "secrets", "shlex", "shutil", "socket", "subprocess", "tempfile", "textwrap"),
-        *("traceback", "unicodedata", "zoneinfo"),
-    )
-    globals().update({name.partition(".")[0]: Lazy(name) for name in LAZY})
-    BaseHTTPRequestHandler = ThreadingHTTPServer = object  # HealthServer adds them when it starts
 
 # ---------------------------------------------------------------- Vocabulary
 # States, outcomes, priorities, exit codes and errors. Every word is stored as it is shown. Headline: Error.
@@ -372,6 +338,13 @@ def utc_text(instant: float | None) -> str | None:
     if instant is None:
         return None
     return datetime.datetime.fromtimestamp(int(instant), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def http_date(text: str) -> datetime.datetime:
+    """The instant of a header such as Date. Raises ValueError, TypeError or OverflowError."""
+    from email.utils import parsedate_to_datetime
+
+    return parsedate_to_datetime(text)
 
 
 def instant_of(day: datetime.date, at: datetime.time, timezone: str) -> int:
@@ -2644,7 +2617,7 @@ class S3Store:
             answer = self._client.put_object(
                 Bucket=self.bucket, Key=self.above + key, Body=body, ChecksumAlgorithm="SHA256"
             )
-        modified_at = email.utils.parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        modified_at = http_date(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         return StoredObject(key, len(body), answer["ETag"].strip('"'), int(modified_at.timestamp()))
 
     @contextlib.contextmanager
@@ -3001,8 +2974,8 @@ def parse_retry_after(text: str | None, date: str | None) -> float | None:
     if re.fullmatch(r"\s*\d{1,9}\s*", text):
         return float(text)
     try:
-        until = email.utils.parsedate_to_datetime(text)
-        since = email.utils.parsedate_to_datetime(date) if date else datetime.datetime.now(datetime.UTC)
+        until = http_date(text)
+        since = http_date(date) if date else datetime.datetime.now(datetime.UTC)
         return max(0.0, (until - since).total_seconds())
     except (ValueError, TypeError, OverflowError):
         return None
@@ -4020,6 +3993,8 @@ class ReadAhead:
 
     def submit(self, function: Callable[..., Item], *arguments: Any) -> Future[Item]:
         """The future result of a call."""
+        from concurrent.futures import Future
+
         if self.executor:
             future = self.executor.submit(function, *arguments)
             future.add_done_callback(lambda _: self.wake())
@@ -4881,6 +4856,8 @@ def limit(session: Any, source: str, config: str | os.PathLike[str] | None = Non
 
 def _limit_pool(ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]], pool: Any) -> None:
     """Give every request of a connection pool a permit, also those that urllib3 repeats."""
+    from http.client import HTTPException
+
     import urllib3
 
     make_request = type(pool)._make_request  # noqa: SLF001  # which each of them passes
@@ -4893,7 +4870,7 @@ def _limit_pool(ask: Callable[[], contextlib.AbstractContextManager[ActivePermit
                     pool._prepare_proxy(connection)  # noqa: SLF001  # which has forgotten its tunnel
             try:
                 response = make_request(pool, connection, *arguments, **options)
-            except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
+            except (urllib3.exceptions.HTTPError, HTTPException, OSError) as error:
                 held.failed(*_no_answer(error))
                 raise
             held.answered(response.status, response.headers)
@@ -5789,41 +5766,98 @@ def metrics_text(database: Database) -> str:
 HTTP_THREADS = 32
 HTTP_SECONDS = 10  # for a whole connection
 JSON, TEXT = "application/json", "text/plain; charset=utf-8"
+HEADERS = {
+    "Content-Security-Policy": PAGE_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Allow": "GET, HEAD",
+}
 
 
-class HealthServer(ThreadingHTTPServer):
-    """GET /health, /status, /tasks, /metrics and / for one database, until stopped. Each connection has a thread for a
-    few seconds; when there are many, the oldest is closed. Raises Error when the port is taken."""
+def _http_server(port: int, answer: Callable[[str, dict[str, str]], tuple[int, str, str]], clock: Clock) -> Any:
+    """A server on loopback, to whose clients `answer` gives status, content type and body. Each connection has a thread
+    for a few seconds; when there are many, the oldest is closed."""
+    import http.server
 
-    daemon_threads = True
-    request_queue_size = 128
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = HTTP_SECONDS
+        server_version, sys_version = f"adce/{__version__}", ""
 
-    def __new__(cls, *_: Any) -> Self:
-        """With the base class, whose module is imported now."""
-        return cast(Self, super().__new__(cast(Any, type(cls.__name__, (cls, http.server.ThreadingHTTPServer), {}))))
+        def do_GET(self) -> None:
+            host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
+            path, _, options = self.path.partition("?")
+            try:
+                if self.command not in ("GET", "HEAD"):
+                    status, kind, text = 405, TEXT, "this server is only read\n"
+                elif host in ("localhost", "127.0.0.1", "[::1]"):
+                    status, kind, text = answer(path, dict(urllib.parse.parse_qsl(options)))
+                else:  # the name of another site may point here
+                    status, kind, text = 403, TEXT, "this server answers to localhost only\n"
+            except (DatabaseError, OSError) as error:
+                status, kind, text = 503, TEXT, f"{error}\n"
+            body = text.encode()
+            self.send_response(status)
+            for name, value in (HEADERS | {"Content-Type": kind, "Content-Length": str(len(body))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Requests are not logged."""
+
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+        connections: ClassVar[dict[Any, float]] = {}
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            self.connections[request] = clock.boot()
+            super().process_request(request, client_address)
+
+        def service_actions(self) -> None:
+            """Close the connections that are too many or too old: a timeout for each read would let a client drip."""
+            for request in [one for one in self.connections if one.fileno() < 0]:
+                del self.connections[request]
+            for place, (request, since) in enumerate(reversed(self.connections.items())):
+                if place >= HTTP_THREADS or clock.boot() - since > HTTP_SECONDS:
+                    with contextlib.suppress(OSError):  # it has just ended by itself
+                        request.shutdown(socket.SHUT_RDWR)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that leaves early is not reported."""
+            if not isinstance(sys.exc_info()[1], OSError):
+                super().handle_error(request, client_address)
+
+    return Server(("127.0.0.1", port), Handler)
+
+
+class HealthServer:
+    """GET /health, /status, /tasks, /metrics and / for one database, until stopped. Raises Error when the port is
+    taken."""
 
     def __init__(
         self, configuration: Configuration, database: Database, clock: Clock, error: Callable[[], str | None] = str
     ) -> None:
         self.configuration, self.database, self.clock = configuration, database, clock
         self.started_at, self.error, port = clock.wall(), error, configuration.health_check.port
-        self._open: dict[Any, float] = {}  # connections, the oldest first, and since when
         try:
-            handler = type("Handler", (_Handler, http.server.BaseHTTPRequestHandler), {})
-            super().__init__(("127.0.0.1", port), cast(Any, handler))
+            self._server = _http_server(port, self.answer, clock)
         except OSError as problem:
             text = f"cannot listen on 127.0.0.1:{port}: {problem.strerror}"
             raise Error(text, "see health_check.port in adce.yaml") from problem
 
     def start(self) -> int:
         """Answer in threads, and return the port."""
-        threading.Thread(target=self.serve_forever, name="adce-health", daemon=True).start()
-        return int(self.server_address[1])
+        threading.Thread(target=self._server.serve_forever, name="adce-health", daemon=True).start()
+        return int(self._server.server_address[1])
 
     def stop(self) -> None:
         """Stop listening."""
-        self.shutdown()
-        self.server_close()
+        self._server.shutdown()
+        self._server.server_close()
 
     def answer(self, path: str, options: Mapping[str, str]) -> tuple[int, str, str]:
         """Status, content type and body of a path."""
@@ -5849,57 +5883,6 @@ class HealthServer(ThreadingHTTPServer):
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
             return 200, "text/html; charset=utf-8", page(self.database, self.configuration, now, year, 5)
         return 404, TEXT, "try /health /status /tasks /metrics or /\n"
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread of its own."""
-        self._open[request] = self.clock.boot()
-        super().process_request(request, client_address)
-
-    def service_actions(self) -> None:
-        """Close the connections that are too many or too old: a timeout for each read would let a client drip."""
-        self._open = {request: since for request, since in self._open.items() if request.fileno() >= 0}
-        for left, (request, since) in zip(range(len(self._open), 0, -1), self._open.items(), strict=True):
-            if left > HTTP_THREADS or self.clock.boot() - since > HTTP_SECONDS:
-                with contextlib.suppress(OSError):  # it has just ended by itself
-                    request.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves early is not reported."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: HealthServer
-    timeout = HTTP_SECONDS
-    server_version, sys_version = f"adce/{__version__}", ""
-
-    def do_GET(self) -> None:  # noqa: N802
-        host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
-        path, _, options = self.path.partition("?")
-        try:
-            if self.command not in ("GET", "HEAD"):
-                status, kind, text = 405, TEXT, "this server is only read\n"
-            elif host in ("localhost", "127.0.0.1", "[::1]"):
-                status, kind, text = self.server.answer(path, dict(urllib.parse.parse_qsl(options)))
-            else:  # the name of another site may point here
-                status, kind, text = 403, TEXT, "this server answers to localhost only\n"
-        except (DatabaseError, OSError) as error:
-            status, kind, text = 503, TEXT, f"{error}\n"
-        body = text.encode()
-        headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Content-Security-Policy": PAGE_POLICY}
-        headers |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Allow": "GET, HEAD"}
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET  # noqa: N815
-
-    def log_message(self, *_: object) -> None:
-        """Requests are not logged."""
 
 
 # ---------------------------------------------------------------- Events
@@ -6426,19 +6409,27 @@ def show_log(database: Database, most: int, *, follow: bool) -> None:
 # finished attempt, a due task, a free window, a cycle, a signal. Headline: Runner.
 
 
+def _return_free_memory() -> None:
+    """To the system: what compiling and importing needed."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Runner:
     """One run on one database: `run()` returns when it is stopped, or when `once` is done."""
 
     def __init__(self, configuration: Configuration, database: Database, store: Store, journal: Journal) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         self.configuration, self.database, self.store, self.journal = configuration, database, store, journal
         self.clock = journal.clock
         self.rng = random.Random()  # noqa: S311  # spreads retries, guards nothing
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.pool: Executor = concurrent.futures.ThreadPoolExecutor(
-            configuration.max_concurrent_scrapers, "adce-worker"
-        )
+        self.pool: Executor = ThreadPoolExecutor(configuration.max_concurrent_scrapers, "adce-worker")
         self.running: dict[Future[list[Result]], Claim] = {}
-        self.listers: Executor = concurrent.futures.ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
+        self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
         self.beat_seconds = min(BEAT_SECONDS, watchdog_seconds() / 3)
         self.hops: list[Claim] = []  # redirects, which hold no worker while they wait for a permit of their own
         self.unrecorded: list[tuple[Claim, list[Result]]] = []
@@ -6501,8 +6492,7 @@ class Runner:
         facts = {"version": __version__, "pid": os.getpid(), "config": configuration.path}
         facts |= {"database": configuration.database, "store": configuration.store}
         self.journal.write("INFO", "start", **facts, requeued=orphans or None, ended=ended or None)
-        with contextlib.suppress(AttributeError, OSError):  # only glibc has it
-            ctypes.CDLL(None).malloc_trim(0)  # what compiling and importing needed goes back to the system
+        _return_free_memory()
         notify("READY=1")
 
     def _sweep(self) -> int:

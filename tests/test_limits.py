@@ -421,7 +421,8 @@ def test_backoff_is_a_function_of_what_was_asked(most, percent, longest, strict,
         if desk.ask_and_release():
             asked.append(desk.clock.boot())
         opens = desk.opening().at
-        assert may_ask(asked, opens + 1e-6, most, backoff)
+        leaves = any(abs(earlier + 60 - opens) < 1e-3 for earlier in asked)  # then the delay is another one
+        assert leaves or may_ask(asked, opens + 1e-6, most, backoff)
         assert opens == desk.clock.boot() or not may_ask(asked, opens - 1e-3, most, backoff)
         desk.clock.advance(gap)
 
