@@ -5779,6 +5779,8 @@ def _http_server(port: int, answer: Callable[[str, dict[str, str]], tuple[int, s
     for a few seconds; when there are many, the oldest is closed."""
     import http.server
 
+    connections: dict[Any, float] = {}  # the oldest first, and since when
+
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = HTTP_SECONDS
         server_version, sys_version = f"adce/{__version__}", ""
@@ -5811,17 +5813,16 @@ def _http_server(port: int, answer: Callable[[str, dict[str, str]], tuple[int, s
     class Server(http.server.ThreadingHTTPServer):
         daemon_threads = True
         request_queue_size = 128
-        connections: ClassVar[dict[Any, float]] = {}
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            self.connections[request] = clock.boot()
+            connections[request] = clock.boot()
             super().process_request(request, client_address)
 
         def service_actions(self) -> None:
             """Close the connections that are too many or too old: a timeout for each read would let a client drip."""
-            for request in [one for one in self.connections if one.fileno() < 0]:
-                del self.connections[request]
-            for place, (request, since) in enumerate(reversed(self.connections.items())):
+            for request in [one for one in connections if one.fileno() < 0]:
+                del connections[request]
+            for place, (request, since) in enumerate(reversed(connections.items())):
                 if place >= HTTP_THREADS or clock.boot() - since > HTTP_SECONDS:
                     with contextlib.suppress(OSError):  # it has just ended by itself
                         request.shutdown(socket.SHUT_RDWR)
