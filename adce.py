@@ -3776,7 +3776,9 @@ def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth
             row = ledger.stored(row, result.stored, result.inspection)
         row = ledger.appraised(row, is_fetched=is_ok)
         if row.task and not is_ok:
-            row = _after_failure(ledger.configuration.retry, row, result, ledger.now, health, rng)
+            times = failures if counted else fruitless - failures
+            delay = max(health.pause_seconds or 0.0, retry_delay(ledger.configuration.retry, times, rng))
+            row = _after_failure(ledger.configuration.retry, row, result, ledger.now, delay)
     ledger.write([row])
     has_children = bool(ledger.configuration.children_of(row.dataset))
     if is_ok and has_children and result.inspection and row.state != ObjectState.DROPPED:
@@ -3786,15 +3788,13 @@ def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth
     return Ending(row, result, state, failures, row.next_at if row.task else None, counted)
 
 
-def _after_failure(
-    policy: Retry, row: ObjectRow, result: Result, now: float, health: SourceHealth, rng: random.Random
-) -> ObjectRow:
+def _after_failure(policy: Retry, row: ObjectRow, result: Result, now: float, delay: float) -> ObjectRow:
     """The row of a task whose attempt brought nothing: one that was lost counts for nothing, and is pending again."""
     seconds = result.retry_after  # until a permit that was refused is possible
     if result.outcome is not Outcome.LOST:
         if row.failures >= policy.max_attempts:
             return row._replace(task=TaskState.GAVE_UP)
-        seconds = max(health.pause_seconds or 0.0, retry_delay(policy, row.fruitless, rng))
+        seconds = delay
     return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(now + seconds) + 1)
 
 
