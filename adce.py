@@ -4708,18 +4708,22 @@ def request(claimed: Claim, store: Store, clock: Clock) -> Result:
 
 def _decoded(key: str, response: Any) -> Iterator[bytes]:
     """The body of a response in blocks, without its Content-Encoding. Raises zlib.error when that cannot be undone."""
+    if response.raw.chunked and (file := response.raw._fp.fp):  # noqa: SLF001
+        # urllib3 takes half of a chunk size, "0" of "00ff", for the end, and reads on and on for a negative one
+        whole = lambda size: line if (line := file.readline(size))[-1:] in b"\n" and line[:1] != b"-" else b"?"  # noqa: E731
+        response.raw._fp.fp = types.SimpleNamespace(read=file.read, readline=whole, close=file.close, flush=file.flush)  # noqa: SLF001
     blocks: Iterator[bytes] = response.raw.stream(BLOCK_BYTES, decode_content=False)
     if key.lower().endswith(COMPRESSED):  # servers label the file itself
         return blocks
     asked = response.request.headers.get("Accept-Encoding", "").lower().split(",")
     accepted = {part.partition(";")[0].strip() for part in asked if not re.search(r"q=0[.0\s]*$", part)}
-    codings = re.findall(r"[^\s,]+", response.headers.get("Content-Encoding", "").lower())
+    codings = re.findall(r"[!-+\--~]{1,40}", response.headers.get("Content-Encoding", "").lower())
     for coding in reversed([coding for coding in codings if coding != "identity"]):
         name = coding.removeprefix("x-")
-        if not accepted & {name, coding, "*"}:
-            raise zlib.error(f"Content-Encoding {coding}, which was not asked for")
-        if name not in ("gzip", "deflate"):
-            raise zlib.error(f"Content-Encoding {coding}, which cannot be undone")
+        is_asked = accepted & {name, coding, "*"}
+        if not is_asked or name not in ("gzip", "deflate") or len(codings) > 5:  # urllib3 undoes five at most, too
+            problem = "cannot be undone" if is_asked else "was not asked for"
+            raise zlib.error(f"Content-Encoding {coding}, which {problem}")
         blocks = _unpack(blocks, name)
     return blocks
 
@@ -4810,11 +4814,10 @@ def _headers(claimed: Claim) -> dict[str, str]:
     own_url = claimed.source.base_url or template.render(claimed.tasks[0].fields, quote_for_url)
     is_own = _origin(claimed.url) == _origin(own_url)
     sent = {name: text for name, text in headers.items() if is_own or name.lower() in KEPT_ON_OTHER_HOSTS}
-    if not claimed.tasks[0].key.lower().endswith(COMPRESSED):
-        return {"Accept-Encoding": "gzip, deflate", **sent}
-    return {name: text for name, text in sent.items() if name.lower() != "accept-encoding"} | {
-        "Accept-Encoding": "identity"
-    }
+    if claimed.tasks[0].key.lower().endswith(COMPRESSED):
+        sent = {name: text for name, text in sent.items() if name.lower() != "accept-encoding"}
+        return {"Accept-Encoding": "identity", **sent}
+    return {"Accept-Encoding": "gzip, deflate", **sent}
 
 
 def _origin(url: str) -> tuple[str, str]:

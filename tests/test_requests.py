@@ -275,6 +275,28 @@ def test_body_that_is_cut_is_broken_and_never_stored(encoding, percent, store):
         (store.root / KEY).unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("cut", [*range(1, 12), *range(5008, 5024)])
+def test_cut_in_a_padded_chunk_size_is_not_the_end(cut, store):
+    with speaker(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + in_chunks(TEXT, form=b"%08x")[:cut]
+    ) as address:
+        assert fetch(text_of(address), store).outcome is O.BROKEN
+    assert files(store) == []
+
+
+@pytest.mark.parametrize("end", [b"0\r\n", b"0\r\n\r\n", b"0\r\nX-Sum: 7\r\n\r\n", b"0;name=x\r\nX-S"])
+def test_chunks_are_whole_with_the_last_one(end, store):
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with speaker(head + in_chunks(TEXT).removesuffix(b"0\r\n\r\n") + end) as address:
+        assert fetch(text_of(address), store).outcome is O.OK
+    assert store.read(KEY) == TEXT
+
+
+def test_negative_chunk_size_is_broken(store):
+    with speaker(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n" + TEXT + b"\r\n0\r\n\r\n") as address:
+        assert fetch(text_of(address), store).outcome is O.BROKEN
+
+
 @pytest.mark.parametrize(("rest", "outcome"), [(bytes(512), O.OK), (b"garbage", O.BROKEN), (b"\x1f", O.BROKEN)])
 def test_after_the_end_of_gzip_come_zeros_or_another_member_only(rest, outcome, upstream, store):
     upstream.answer("/x", Answer(gzip.compress(TEXT) + rest, headers={"Content-Encoding": "gzip"}))
@@ -292,6 +314,8 @@ def test_after_the_end_of_gzip_come_zeros_or_another_member_only(rest, outcome, 
         ("gzip;q=0, deflate", "gzip", "Content-Encoding gzip, which was not asked for"),
         ("deflate;q=0, gzip;q=0.5", "gzip", None),
         (None, "identity", None),
+        (None, "gzip" + ",gzip" * 9999, "Content-Encoding gzip, which cannot be undone"),
+        (None, "\x1b[31mred", "Content-Encoding [31mred, which was not asked for"),
         ("*", "gzip", None),
     ],
 )
