@@ -92,6 +92,7 @@ import types
 import typing
 import unicodedata
 import urllib.parse
+import zlib
 import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -3015,6 +3016,8 @@ def record_response(sql: sqlite3.Connection, source: Source, answer: Result, now
     is_server_error = answer.outcome is Outcome.HTTP_ERROR and (answer.http_status or 0) >= 500
     setting = "failures_in_a_row" if is_server_error else traits.setting
     threshold = getattr(source.blocked_when, setting) if setting else traits.source_after
+    if answer.outcome is Outcome.BROKEN and answer.http_status:  # the body ended early: the object's own trouble
+        threshold = 0
     if not threshold and not is_throttled:  # a request from before a pause shows nothing new
         works = """
             update scopes set failures = 0, throttles = 0
@@ -4614,6 +4617,7 @@ STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about t
 BLOCK_BYTES = 64 << 10
 MAX_REDIRECTS = 5
 KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
+COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files that are stored as sent
 
 
 def look(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
@@ -4665,7 +4669,7 @@ def request(claimed: Claim, store: Store, clock: Clock) -> Result:
     import urllib3
 
     begun, seconds = clock.boot(), claimed.source.timeout_seconds
-    deadline = _Deadline(seconds)
+    deadline, status = _Deadline(seconds), None
     try:
         with deadline, requests.Session() as opened:
             opened.trust_env = claimed.source.trust_env
@@ -4674,27 +4678,72 @@ def request(claimed: Claim, store: Store, clock: Clock) -> Result:
             timeout = (min(CONNECT_SECONDS, seconds), seconds)
             options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False}
             with opened.get(claimed.url, headers=_headers(claimed), **options) as response:
-                body = bytearray()
-                for block in response.iter_content(BLOCK_BYTES):
-                    body += block
-                    if len(body) > claimed.dataset.validate.max_bytes:
-                        break
+                status, body = response.status_code, bytearray()
+                try:
+                    for block in _decoded(claimed.tasks[0].key, response):
+                        body += block
+                        if len(body) > claimed.dataset.validate.max_bytes or deadline.passed:
+                            break
+                except (zlib.error, urllib3.exceptions.HTTPError):
+                    if status == 200:  # any other status counts without its body
+                        raise
                 if deadline.passed:  # the socket that was shut looks like the end of the body
                     raise requests.Timeout
-                result = _judge(claimed, response, bytes(body), store)
+                result = _judge(claimed, response, bytes(body), store, deadline)
     except Error as error:
         return Result(Outcome.LOST, str(error))
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:
         if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
             result = Result(Outcome.LOST, "this program stood still meanwhile")
-        elif deadline.passed or isinstance(error, requests.Timeout):
+        elif deadline.passed or isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
             result = Result(Outcome.TIMEOUT, f"timed out after {seconds:g} s")
-        elif isinstance(error, requests.exceptions.ContentDecodingError):
-            result = Result(Outcome.INVALID, "its encoding is broken")
+        elif isinstance(error, zlib.error):
+            text = re.sub(r"^Error -\d+ while decompressing data", "its encoding is broken", str(error))
+            result = Result(Outcome.BROKEN, text, status)
         else:
             outcome, text = _no_answer(error)
-            result = Result(outcome, f"{urllib.parse.urlsplit(claimed.url).hostname} {text}")
+            result = Result(outcome, f"{urllib.parse.urlsplit(claimed.url).hostname} {text}", status)
     return dataclasses.replace(result, requests=1)
+
+
+def _decoded(key: str, response: Any) -> Iterator[bytes]:
+    """The body of a response in blocks, without its Content-Encoding. Raises zlib.error when that cannot be undone."""
+    if response.raw.chunked and (file := response.raw._fp.fp):  # noqa: SLF001
+        # urllib3 takes half of a chunk size, "0" of "00ff", for the end, and reads on and on for a negative one
+        whole = lambda size: line if (line := file.readline(size))[-1:] in b"\n" and line[:1] != b"-" else b"?"  # noqa: E731
+        response.raw._fp.fp = types.SimpleNamespace(read=file.read, readline=whole, close=file.close, flush=file.flush)  # noqa: SLF001
+    blocks: Iterator[bytes] = response.raw.stream(BLOCK_BYTES, decode_content=False)
+    if key.lower().endswith(COMPRESSED):  # servers label the file itself
+        return blocks
+    asked = response.request.headers.get("Accept-Encoding", "").lower().split(",")
+    accepted = {part.partition(";")[0].strip() for part in asked if not re.search(r"q=0[.0\s]*$", part)}
+    codings = re.findall(r"[!-+\--~]{1,40}", response.headers.get("Content-Encoding", "").lower())
+    for coding in reversed([coding for coding in codings if coding != "identity"]):
+        name = coding.removeprefix("x-")
+        is_asked = accepted & {name, coding, "*"}
+        if not is_asked or name not in ("gzip", "deflate") or len(codings) > 5:  # urllib3 undoes five at most, too
+            problem = "cannot be undone" if is_asked else "was not asked for"
+            raise zlib.error(f"Content-Encoding {coding}, which {problem}")
+        blocks = _unpack(blocks, name)
+    return blocks
+
+
+def _unpack(blocks: Iterable[bytes], coding: str) -> Iterator[bytes]:
+    """Undo gzip or deflate, at most a block at a time. Raises zlib.error unless the stream is whole: urllib3 accepts
+    half of one. After its end another stream may follow, or zeros, as gzip(1) has it."""
+    stream = None
+    for block in blocks:
+        rest = block
+        while rest := rest.lstrip(b"\0") if stream and stream.eof else rest:
+            if stream is None or stream.eof:
+                is_raw = rest[0] & 0x8F != 8  # deflate without the header of zlib, as some servers send it
+                stream = zlib.decompressobj(31 if coding == "gzip" else -15 if is_raw else 15)
+            yield stream.decompress(rest, BLOCK_BYTES)
+            rest = stream.unconsumed_tail or stream.unused_data
+    if stream and not stream.eof:
+        yield stream.flush()
+    if not (stream and stream.eof):
+        raise zlib.error(f"its {coding} stream ended early")
 
 
 class _Deadline(threading.Timer):
@@ -4760,11 +4809,15 @@ def _watch_pool(claimed: Claim, deadline: _Deadline, clock: Clock, pool: Any) ->
 
 
 def _headers(claimed: Claim) -> dict[str, str]:
-    """Secrets for one host are not sent to another, to which it redirects."""
+    """Secrets for one host are not sent to another, to which it redirects. Only what can be undone is asked for."""
     headers, template = claimed.source.headers, cast(Template, claimed.dataset.url)
     own_url = claimed.source.base_url or template.render(claimed.tasks[0].fields, quote_for_url)
     is_own = _origin(claimed.url) == _origin(own_url)
-    return {name: text for name, text in headers.items() if is_own or name.lower() in KEPT_ON_OTHER_HOSTS}
+    sent = {name: text for name, text in headers.items() if is_own or name.lower() in KEPT_ON_OTHER_HOSTS}
+    if claimed.tasks[0].key.lower().endswith(COMPRESSED):
+        sent = {name: text for name, text in sent.items() if name.lower() != "accept-encoding"}
+        return {"Accept-Encoding": "identity", **sent}
+    return {"Accept-Encoding": "gzip, deflate", **sent}
 
 
 def _origin(url: str) -> tuple[str, str]:
@@ -4790,19 +4843,26 @@ def _no_answer(error: BaseException) -> tuple[Outcome, str]:
     return Outcome.BROKEN, f"connection closed by server ({words})"
 
 
-def _judge(claimed: Claim, response: Any, body: bytes, store: Store) -> Result:
+def _judge(claimed: Claim, response: Any, body: bytes, store: Store, deadline: _Deadline) -> Result:
     """The meaning of a response. A redirect is the next request to make."""
-    status = response.status_code
+    status, target = response.status_code, claimed.tasks[0]
     if not response.is_redirect:
         answer = classify(claimed.source, status, response.headers, body)
-        return keep(claimed, claimed.tasks[0], body, store, status) if answer.outcome is Outcome.OK else answer
-    target = urllib.parse.urljoin(claimed.url, response.headers["location"])
-    parts = urllib.parse.urlsplit(target)
+        if answer.outcome is not Outcome.OK:
+            return answer
+        if target.key.lower().endswith(".gz") and len(body) <= claimed.dataset.validate.max_bytes:
+            blocks = (body[start : start + BLOCK_BYTES] for start in range(0, len(body), BLOCK_BYTES))
+            for _ in _unpack(blocks, "gzip"):  # half a file can have the whole Content-Length
+                if deadline.passed:
+                    raise TimeoutError
+        return keep(claimed, target, body, store, status)
+    url = urllib.parse.urljoin(claimed.url, response.headers["location"])
+    parts = urllib.parse.urlsplit(url)
     if claimed.hops >= MAX_REDIRECTS:
         return Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status)
     if parts.scheme not in ("http", "https") or (parts.scheme == "http" and claimed.url.startswith("https:")):
         return Result(Outcome.HTTP_ERROR, f"redirected to {parts.scheme}://{parts.hostname}, which is refused", status)
-    return Result(Outcome.RUNNING, None, status, redirect=target)
+    return Result(Outcome.RUNNING, None, status, redirect=url)
 
 
 # ---------------------------------------------------------------- Sessions

@@ -334,6 +334,11 @@ def test_what_says_nothing_of_the_source_changes_nothing_of_it(outcome):
     assert desk.respond(adce.Outcome.UNREACHABLE)
 
 
+def test_bodies_that_end_early_pause_no_source():
+    desk = Desk(limiting())
+    assert [desk.respond(adce.Outcome.BROKEN, status=200) for _ in range(20)] == [None] * 20
+
+
 def test_failures_in_a_row_pause_a_source_and_one_request_at_a_time_asks_whether_it_is_back():
     desk = Desk(limiting())
     pauses = [desk.respond(adce.Outcome.BROKEN) for _ in range(5)]

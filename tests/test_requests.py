@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import shutil
 import socket
 import ssl
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,7 +77,7 @@ VERDICTS = {
     "a late answer": (Answer(GOOD, delay_seconds=60), O.TIMEOUT, "timed out after 0.5 s"),
     "no end": (Answer(behaviour="endless_body"), O.INVALID, "longer than 1048576 bytes"),
     "a bomb": (Answer(behaviour="gzip_bomb"), O.INVALID, "longer than 1048576 bytes"),
-    "broken encoding": (Answer(behaviour="garbage_gzip"), O.INVALID, "its encoding is broken"),
+    "broken encoding": (Answer(behaviour="garbage_gzip"), O.BROKEN, "its encoding is broken: incorrect header check"),
     "empty": (Answer(b""), O.INVALID, "0 bytes, fewer than 5"),
     "a page instead of data": (Answer(b"<html>sorry</html>"), O.INVALID, "not JSON"),
     "not a number": (Answer(b'{"id": NaN}'), O.INVALID, "NaN is not JSON"),
@@ -206,6 +208,162 @@ def test_stored_object_is_what_was_sent_byte_for_byte(upstream, store):
     result = fetch(specification(upstream.address), store)
     assert store.read(KEY) == GOOD + b"  \r\n"
     assert result.stored == store.find(KEY)
+
+
+TEXT = b"".join(b"%d\n" % (number * 7919 % 10007) for number in range(9000))
+
+
+def bare_deflate(body: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(body) + packer.flush()
+
+
+def members(body: bytes) -> bytes:
+    return gzip.compress(body[:999]) + gzip.compress(body[999:])
+
+
+ENCODINGS = {
+    "plain": ("", bytes),
+    "gzip": ("gzip", gzip.compress),
+    "gzip members": ("x-gzip", members),
+    "deflate": ("deflate", zlib.compress),
+    "bare deflate": ("Deflate", bare_deflate),
+    "gzip of deflate": ("deflate, gzip", lambda body: gzip.compress(zlib.compress(body))),
+}
+
+
+def text_of(address: str, key: str = KEY, **source) -> adce.Claim:
+    """A claim on a text of which each half would be valid too."""
+    spec = specification(address, **{"timeout_seconds": 10.0, **source})
+    validation = adce.Validation(min_bytes=0, max_bytes=1 << 20)
+    return dataclasses.replace(
+        spec,
+        dataset=dataclasses.replace(spec.dataset, key=adce.Template(key), validate=validation),
+        tasks=(spec.tasks[0]._replace(key=key),),
+    )
+
+
+def in_chunks(body: bytes, size: int = 5000, form: bytes = b"%x") -> bytes:
+    parts = [body[start : start + size] for start in range(0, len(body), size)]
+    return b"".join(form % len(part) + b"\r\n" + part + b"\r\n" for part in [*parts, b""])
+
+
+@pytest.mark.parametrize("percent", range(0, 101, 5))
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_body_that_is_cut_is_broken_and_never_stored(encoding, percent, store):
+    name, encode = ENCODINGS[encoding]
+    body = encode(TEXT)
+    size = len(body) * percent // 100
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Encoding: %s\r\n" % name.encode()
+    chunks, chunked = in_chunks(body), b"Transfer-Encoding: chunked\r\n\r\n"
+    answers = [
+        head + b"Content-Length: %d\r\n\r\n" % len(body) + body[:size],
+        head + chunked + chunks[: len(chunks) * percent // 100],
+    ]
+    if name:  # then the half is known by itself, though its length or its chunks are in order
+        answers += [
+            head + b"Content-Length: %d\r\n\r\n" % size + body[:size],
+            head + chunked + in_chunks(body[:size]),
+            head + b"\r\n" + body[:size],
+        ]
+    for answer in answers:
+        with speaker(answer) as address:
+            result = fetch(text_of(address), store)
+        assert (result.outcome, result.http_status) == (O.OK if percent == 100 else O.BROKEN, 200), result.error
+        assert files(store) == ([KEY] if percent == 100 else [])
+        assert percent < 100 or store.read(KEY) == TEXT
+        (store.root / KEY).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("cut", [*range(1, 12), *range(5008, 5024)])
+def test_cut_in_a_padded_chunk_size_is_not_the_end(cut, store):
+    with speaker(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + in_chunks(TEXT, form=b"%08x")[:cut]
+    ) as address:
+        assert fetch(text_of(address), store).outcome is O.BROKEN
+    assert files(store) == []
+
+
+@pytest.mark.parametrize("end", [b"0\r\n", b"0\r\n\r\n", b"0\r\nX-Sum: 7\r\n\r\n", b"0;name=x\r\nX-S"])
+def test_chunks_are_whole_with_the_last_one(end, store):
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with speaker(head + in_chunks(TEXT).removesuffix(b"0\r\n\r\n") + end) as address:
+        assert fetch(text_of(address), store).outcome is O.OK
+    assert store.read(KEY) == TEXT
+
+
+def test_negative_chunk_size_is_broken(store):
+    with speaker(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n" + TEXT + b"\r\n0\r\n\r\n") as address:
+        assert fetch(text_of(address), store).outcome is O.BROKEN
+
+
+@pytest.mark.parametrize(("rest", "outcome"), [(bytes(512), O.OK), (b"garbage", O.BROKEN), (b"\x1f", O.BROKEN)])
+def test_after_the_end_of_gzip_come_zeros_or_another_member_only(rest, outcome, upstream, store):
+    upstream.answer("/x", Answer(gzip.compress(TEXT) + rest, headers={"Content-Encoding": "gzip"}))
+    assert fetch(text_of(upstream.address), store).outcome is outcome
+    assert files(store) == ([KEY] if outcome is O.OK else [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "coding", "error"),
+    [
+        (None, "br", "Content-Encoding br, which was not asked for"),
+        (None, "zstd", "Content-Encoding zstd, which was not asked for"),
+        ("gzip, br", "br", "Content-Encoding br, which cannot be undone"),
+        ("identity", "gzip", "Content-Encoding gzip, which was not asked for"),
+        ("gzip;q=0, deflate", "gzip", "Content-Encoding gzip, which was not asked for"),
+        ("deflate;q=0, gzip;q=0.5", "gzip", None),
+        (None, "identity", None),
+        (None, "gzip" + ",gzip" * 9999, "Content-Encoding gzip, which cannot be undone"),
+        (None, "\x1b[31mred", "Content-Encoding [31mred, which was not asked for"),
+        ("*", "gzip", None),
+    ],
+)
+def test_encoding_is_undone_only_when_it_was_asked_for(asked, coding, error, upstream, store):
+    body = gzip.compress(TEXT) if coding == "gzip" else TEXT
+    upstream.answer("/x", Answer(body, headers={"Content-Encoding": coding}))
+    headers = {"accept-encoding": asked} if asked else {}
+    result = fetch(text_of(upstream.address, headers=headers), store)
+    sent = {name.lower(): text for name, text in upstream.arrivals[0].headers.items()}
+    assert sent["accept-encoding"] == (asked or "gzip, deflate")
+    assert (result.outcome, result.error) == (O.BROKEN if error else O.OK, error)
+    assert store.read(KEY) == TEXT if error is None else files(store) == []
+
+
+@pytest.mark.parametrize("key", ["a.csv.gz", "a.GZ", "a.zip", "a.zst", "a.bz2", "a.xz", "a.parquet"])
+@pytest.mark.parametrize("headers", [{}, {"Content-Encoding": "gzip"}])
+def test_compressed_file_is_asked_for_and_kept_as_it_is(key, headers, upstream, store):
+    file = gzip.compress(TEXT)
+    upstream.answer("/x", Answer(file, headers=headers))
+    spec = text_of(upstream.address, key, headers={"accept-encoding": "gzip, br"})
+    assert fetch(spec, store).outcome is O.OK
+    sent = [(name.lower(), text) for name, text in upstream.arrivals[0].headers.items()]
+    assert [text for name, text in sent if name == "accept-encoding"] == ["identity"]
+    assert store.read(key) == file
+
+
+@pytest.mark.parametrize("body", [gzip.compress(TEXT)[:5000], b"<html>sorry</html>", b""])
+def test_gz_file_that_does_not_unpack_is_not_stored(body, upstream, store):
+    upstream.answer("/x", Answer(body))
+    assert fetch(text_of(upstream.address, "a.gz"), store).outcome is O.BROKEN
+    assert files(store) == []
+
+
+def test_gz_file_that_unpacks_for_ever_is_left_at_the_deadline(upstream, store, monkeypatch):
+    monkeypatch.setattr(adce, "_unpack", lambda blocks, coding: iter(lambda: b"", None))
+    upstream.answer("/x", Answer(gzip.compress(TEXT)))
+    assert fetch(text_of(upstream.address, "a.gz", timeout_seconds=0.5), store).outcome is O.TIMEOUT
+    assert files(store) == []
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(429, O.THROTTLED), (404, O.NOT_YET), (500, O.HTTP_ERROR)])
+@pytest.mark.parametrize(("coding", "behaviour"), [("br", "whole"), ("gzip", "whole"), ("", "short")])
+def test_status_counts_though_its_body_is_broken(status, outcome, coding, behaviour, upstream, store):
+    headers = {"Content-Encoding": coding, "Retry-After": "77"}
+    upstream.answer("/x", Answer(b"busy", status, headers, behaviour=behaviour))
+    result = fetch(text_of(upstream.address), store)
+    assert (result.outcome, result.http_status) == (outcome, status)
+    assert result.retry_after == (77 if status == 429 else None)
 
 
 def test_object_that_is_there_already_is_not_asked_for(upstream, store):
