@@ -8,7 +8,7 @@ with a few workers, never asking a source more often than it allows, through cra
     configuration -> expected objects - stored objects = gaps -> tasks -> limits -> fetch -> store
 
     python adce.py check          is everything in order?
-    python adce.py run            keep the lake complete until told to stop
+    python adce.py run            keep the lake complete until stopped
     python adce.py report         what is there, what is missing, and why
 
 All state is one SQLite file and the lake itself. The module reads from top to bottom; each room below
@@ -237,7 +237,7 @@ class DatabaseError(Error):
     """The database is unusable, or not ADCE's."""
 
 
-class DatabaseTroubleError(DatabaseError):
+class DatabaseUnavailableError(DatabaseError):
     """The database cannot be used now but may be later: it is locked, or its disk is full."""
 
 
@@ -267,7 +267,7 @@ class StoreError(Error):
     exit_code = ExitCode.STORE_UNUSABLE
 
 
-class UnusablePlaceError(StoreError):
+class UnusablePathError(StoreError):
     """One object or folder of the store cannot be used; the others can."""
 
 
@@ -276,7 +276,7 @@ class UnusablePlaceError(StoreError):
 # clock change moves and which all processes of the machine share. Headline: Clock.
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
-NEWS_SECONDS = 0.1
+POLL_SECONDS = 0.1
 PROC = Path("/proc")  # where there is one
 
 
@@ -301,16 +301,18 @@ class Clock:
             return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return "unknown"
 
-    def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_news: Callable[[], bool] | None = None) -> None:
-        """Sleep for `seconds`, until something is put into `wakeups`, or until `has_news`; empty `wakeups`.
+    def wait(
+        self, wakeups: queue.SimpleQueue[str], seconds: float, has_changed: Callable[[], bool] | None = None
+    ) -> None:
+        """Sleep for `seconds`, until something is put into `wakeups`, or until `has_changed`; empty `wakeups`.
 
-        `has_news` is polled: a write by another process cannot put anything into `wakeups`."""
+        `has_changed` is polled: a write by another process cannot put anything into `wakeups`."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
-                wakeups.get(timeout=min(left, NEWS_SECONDS) if has_news else left)
+                wakeups.get(timeout=min(left, POLL_SECONDS) if has_changed else left)
                 break
-            if has_news and has_news():
+            if has_changed and has_changed():
                 break
         while not wakeups.empty():
             wakeups.get_nowait()
@@ -821,7 +823,7 @@ class Database:
         rows = self.read(sql, parameters)
         return rows[0][0] if rows else None
 
-    def has_news(self) -> bool:
+    def has_changed(self) -> bool:
         """Whether another connection, of any process, has written since the last call. Takes some microseconds."""
         with self._hold(self._writing):
             known = self._data_version
@@ -834,7 +836,7 @@ class Database:
         orphans = self.read("pragma foreign_key_check")
         return damages + [f"a row of {row[0]} names a row of {row[2]} that is gone" for row in orphans]
 
-    def check_place(self) -> None:
+    def check_file(self) -> None:
         """Raises NoDatabaseError when the file was moved, replaced or deleted: SQLite would go on writing to it."""
         if _inode(self.path) != self._inode:
             raise NoDatabaseError(f"{self.path} was moved, replaced or deleted while in use", "start again")
@@ -862,7 +864,7 @@ def _translation(context: str) -> Iterator[None]:
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
         hint = next((hint for start, hint in HINTS.items() if name.startswith(start)), "")
-        raise (DatabaseTroubleError if passes else DatabaseError)(f"{context}: {error} ({name})", hint) from error
+        raise (DatabaseUnavailableError if passes else DatabaseError)(f"{context}: {error} ({name})", hint) from error
 
 
 def _inode(path: str) -> int:
@@ -2405,7 +2407,7 @@ def _store_error(action: str, error: OSError) -> StoreError:
     """The error of one place in the store; others are those of its disk."""
     of_one_place = IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError
     is_local = isinstance(error, of_one_place) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
-    return (UnusablePlaceError if is_local else StoreError)(f"cannot {action}: {error.strerror}")
+    return (UnusablePathError if is_local else StoreError)(f"cannot {action}: {error.strerror}")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -2647,7 +2649,7 @@ def is_store_known(database: Database, configuration: Configuration) -> bool:
 
 def prepare_store(database: Database, configuration: Configuration, store: Store) -> None:
     """Make the store usable. The one for which this database has been kept before must still be there."""
-    database.check_place()
+    database.check_file()
     store.sweep(is_known=is_store_known(database, configuration))
     with database.transaction() as sql:
         sql.execute("update facts set store = ?", (configuration.store,))
@@ -2885,7 +2887,7 @@ def _count(sql: sqlite3.Connection, requests: Iterable[sqlite3.Row], now: float)
     )
 
 
-def keep_places(
+def update_waiters(
     sql: sqlite3.Connection, owner: str, openings: Mapping[str, Opening], now: float, seconds: float = 0
 ) -> bool:
     """Keep the places of an owner among the waiters for the sources it waits for, or join their ends, and give up all
@@ -3098,7 +3100,7 @@ class Limiter:
                 self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
         except BaseException:
             with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
-                keep_places(sql, owner, {}, self.clock.boot())
+                update_waiters(sql, owner, {}, self.clock.boot())
             raise
         held = ActivePermit(granted, described)
         if self.clock.boot() <= granted.send_before:
@@ -3108,7 +3110,7 @@ class Limiter:
 
     def _try(self, source: Source, owner: str, give_up_at: float) -> Permit | float:
         """A permit, or the boot time of the next look."""
-        self.database.check_place()
+        self.database.check_file()
         with self.database.transaction() as sql:
             now, limiting = self.clock.boot(), self.configuration.rate_limiting
             opens = opening(sql, limiting, source.name, now, owner)
@@ -3118,14 +3120,14 @@ class Limiter:
                 wait = format_duration(opens.at - now)
                 text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
                 raise RateLimitedError(text, opens.at - now)
-            keep_places(sql, owner, {source.name: opens}, now, LOOK_AGAIN_SECONDS)
+            update_waiters(sql, owner, {source.name: opens}, now, LOOK_AGAIN_SECONDS)
             return float(min(opens.at, now + LOOK_AGAIN_SECONDS))
 
     def release(self, held: ActivePermit, *, used: bool = True) -> None:
         """The request is over, or was never sent. If that cannot be written now, it counts until its deadline: that is
         safe. Whether a response is good is known, and counts, when the attempt ends that it belongs to."""
-        is_news = held.answer is not None and held.answer.outcome is not Outcome.OK
-        with contextlib.suppress(DatabaseError), self.database.transaction(durable=is_news) as sql:
+        is_newer = held.answer is not None and held.answer.outcome is not Outcome.OK
+        with contextlib.suppress(DatabaseError), self.database.transaction(durable=is_newer) as sql:
             now = self.clock.boot()
             release(sql, held.permit, now, used=used)
             if used and (task := os.environ.get("ADCE_TASK", "").partition(",")[0]):  # of a batch, its first
@@ -4262,7 +4264,7 @@ def _inspect(cycle: Cycle, target: ObjectRow, children: Sequence[Dataset]) -> In
         body = cycle.store.read(target.key)
     except KeyError:
         return None  # gone since it was listed: the next cycle sees that
-    except UnusablePlaceError as error:
+    except UnusablePathError as error:
         cycle.problems.append(str(error))
         return None
     return inspect(cycle.configuration.datasets[target.dataset], target.fields, body, children)
@@ -4443,7 +4445,7 @@ def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
             following.start()
         try:
             yield from _compare_listing(cycle, listing)
-        except UnusablePlaceError as error:  # nothing is proven from there on; the other listings go on
+        except UnusablePathError as error:  # nothing is proven from there on; the other listings go on
             cycle.problems.append(str(error))
             failed.add(listing.prefix)
     cycle.compared |= {listing.prefix for listing in listings} - failed
@@ -4473,7 +4475,7 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
     while True:
         known = cycle.database.read(
             """
-            select object_id, key, etag, proven, dataset_id, cycle_id is ? as is_news
+            select object_id, key, etag, proven, dataset_id, cycle_id is ? as is_newer
             from objects
             where key >= ? and key <= ? and state != 'dropped'
             order by key
@@ -4482,10 +4484,10 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
             (cycle.cycle_id, low, keys.high, PAGE),
         )
         differing = []
-        for object_id, key, etag, proven, dataset_id, is_news in known:
+        for object_id, key, etag, proven, dataset_id, is_newer in known:
             entry = listed.get(key)
             cycle.present[dataset_id] += etag is not None
-            if is_news or dataset_id not in cycle.datasets:
+            if is_newer or dataset_id not in cycle.datasets:
                 continue  # stored since this listing may have begun, or to be dropped
             if entry is None and etag is not None:
                 cycle.losses.setdefault(dataset_id, array.array("q")).append(object_id)
@@ -4637,7 +4639,7 @@ def look(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
 
 def _refused(error: StoreError) -> Result:
     """A store that fails says nothing about the task; one place in it that cannot be used does."""
-    is_local = isinstance(error, UnusablePlaceError)
+    is_local = isinstance(error, UnusablePathError)
     return Result(Outcome.ERROR if is_local else Outcome.STORE_ERROR, str(error))
 
 
@@ -4701,7 +4703,7 @@ def request(claimed: Claim, store: Store, clock: Clock) -> Result:
             text = re.sub(r"^Error -\d+ while decompressing data", "its encoding is broken", str(error))
             result = Result(Outcome.BROKEN, text, status)
         else:
-            outcome, text = _no_answer(error)
+            outcome, text = connection_error(error)
             result = Result(outcome, f"{urllib.parse.urlsplit(claimed.url).hostname} {text}", status)
     return dataclasses.replace(result, requests=1)
 
@@ -4825,7 +4827,7 @@ def _origin(url: str) -> tuple[str, str]:
     return parts.scheme, parts.netloc
 
 
-def _no_answer(error: BaseException) -> tuple[Outcome, str]:
+def connection_error(error: BaseException) -> tuple[Outcome, str]:
     """The meaning of an exception of urllib3, or of requests around one, for the source. Its text is the innermost
     reason, without the address, which may hold a key."""
     import urllib3
@@ -4931,7 +4933,7 @@ def _limit_pool(ask: Callable[[], contextlib.AbstractContextManager[ActivePermit
             try:
                 response = make_request(pool, connection, *arguments, **options)
             except (urllib3.exceptions.HTTPError, HTTPException, OSError) as error:
-                held.failed(*_no_answer(error))
+                held.failed(*connection_error(error))
                 raise
             held.answered(response.status, response.headers)
             return response
@@ -5604,7 +5606,7 @@ def problems(
         return {"database unusable": error}
     found, store = dict[str, str](), open_store(configuration.store)
     try:
-        database.check_place()
+        database.check_file()
         beat = database.value("select beat_at from runner") or 0
         sql = """select coalesce((select substr(reason, length(:prefix) + 1) from rates
                                   where scope = 'global' and glob(:prefix || '*', reason)), store_error) from facts"""
@@ -5932,7 +5934,7 @@ class HealthServer:
             body = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
             text = json.dumps({**body, "problems": [*found.values()], "components": components})
             return (503 if found else 200), JSON, text
-        self.database.check_place()
+        self.database.check_file()
         if path == "/metrics" and options.get("format") != "json":
             return 200, TEXT.replace(";", "; version=0.0.4;"), metrics_text(self.database)
         if path in ("/status", "/metrics"):
@@ -6034,13 +6036,13 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
         raise Error(f"cannot write to {path}: {error.strerror}", "name another file with --log FILE") from error
 
 
-def announce_cycle(journal: Journal, database: Database) -> None:
+def log_cycle(journal: Journal, database: Database) -> None:
     """One line for the cycle that has just ended."""
     (row,) = answers(database, STATUS, "cycle")[0].rows
     journal.write("ERROR" if row["error"] else "INFO", "cycle", **row)
 
 
-def announce_progress(journal: Journal, database: Database) -> None:
+def log_progress(journal: Journal, database: Database) -> None:
     """One line for a cycle that takes long, and how many objects it has still to read."""
     now = journal.clock.wall()
     sql = "select seconds is null and started_at <= ? from reconciliations order by cycle_id desc limit 1"
@@ -6049,7 +6051,7 @@ def announce_progress(journal: Journal, database: Database) -> None:
         journal.write("INFO", "progress", cycle=_cycle_text(database, now), to_read=to_read)
 
 
-def announce_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
+def log_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
     """One line for the end of an attempt."""
     result = ending.result
     level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
@@ -6276,7 +6278,7 @@ class Alerter:
         return None
 
 
-def revealed(text: str) -> str:
+def from_environment(text: str) -> str:
     """A text, or the value of the variable $NAME. Raises Error when there is none."""
     if not text.startswith("$"):
         return text
@@ -6317,9 +6319,9 @@ def _http(method: str, address: str, **options: Any) -> None:
 
     options |= {"allow_redirects": False}  # a redirect would lose the body
     try:
-        answer = requests.request(method, revealed(address), timeout=SEND_SECONDS, **options)
+        answer = requests.request(method, from_environment(address), timeout=SEND_SECONDS, **options)
     except requests.RequestException as error:
-        raise Error(_no_answer(error)[1]) from None
+        raise Error(connection_error(error)[1]) from None
     if answer.status_code >= 300:
         raise Error(f"HTTP {answer.status_code}")
 
@@ -6400,7 +6402,7 @@ def start_runner(configuration: Configuration, words: Sequence[str], log: Path) 
                 raise failure
             if clock.boot() > until:
                 raise Error(f"the runner (process {process.pid}) is not ready after {START_SECONDS} s", f"see {log}")
-            time.sleep(NEWS_SECONDS)
+            time.sleep(POLL_SECONDS)
     return process.pid
 
 
@@ -6419,7 +6421,7 @@ def stop_runner(configuration: Configuration, seconds: float | None) -> int | No
         if clock.boot() > until:
             text = f"process {holder} did not stop within {format_duration(seconds)}"
             raise Error(text, "run stop again: a second signal ends it at once")
-        time.sleep(NEWS_SECONDS)
+        time.sleep(POLL_SECONDS)
     return holder
 
 
@@ -6518,8 +6520,8 @@ class Runner:
                 try:
                     self._turn()
                     self.journal.report_database_error(None)
-                except DatabaseTroubleError as error:
-                    self.database.check_place()
+                except DatabaseUnavailableError as error:
+                    self.database.check_file()
                     if once and not self.stop_reason:
                         raise
                     self.journal.report_database_error(error)
@@ -6574,7 +6576,7 @@ class Runner:
         elif self.once and is_idle and all(opening.is_pause for opening in openings.values()):
             self.stop("the rest belongs to paused sources" if openings else "every task was attempted")
         if not self.stop_reason:
-            self.clock.wait(self.wakeups, wait, self.database.has_news)
+            self.clock.wait(self.wakeups, wait, self.database.has_changed)
 
     def _advance_cycle(self) -> None:
         """Begin a cycle when it is time, or do the next step of the one that runs."""
@@ -6594,7 +6596,7 @@ class Runner:
             raise
         except StopIteration:
             self.steps, self.cycle_waits = None, False
-            announce_cycle(self.journal, self.database)
+            log_cycle(self.journal, self.database)
             if self.once:
                 with self.database.transaction() as sql:
                     while wake_retries(sql, sys.maxsize) >= PAGE:
@@ -6624,7 +6626,7 @@ class Runner:
                 openings = self._claim(sql, hops, begun)
             if openings or self.is_waiting:
                 seconds = self.configuration.queue_check_seconds
-                self.is_waiting = keep_places(sql, RUNNER, openings, self.clock.boot(), seconds)
+                self.is_waiting = update_waiters(sql, RUNNER, openings, self.clock.boot(), seconds)
         self.unrecorded, self.hops = [], hops
         for claimed in begun:
             future = self.pool.submit(fetch, claimed, self.store, self.clock)
@@ -6667,7 +6669,7 @@ class Runner:
         journal, most = self.journal, self.configuration.retry.max_attempts
         problems = ledger.problems[:MOST_PROBLEMS]
         log = [functools.partial(journal.write, "WARN", "children", problem=problem) for problem in problems]
-        return [*log, *(functools.partial(announce_ending, journal, claimed, ending, most) for ending in endings)]
+        return [*log, *(functools.partial(log_ending, journal, claimed, ending, most) for ending in endings)]
 
     def _collect(self) -> None:
         """Record the finished executions, if the database can be written now."""
@@ -6680,8 +6682,8 @@ class Runner:
         now, wall = self.clock.boot(), self.clock.wall()
         if now >= self.next_beat_at:
             self.next_beat_at = now + self.beat_seconds
-            self.database.check_place()
-            announce_progress(self.journal, self.database)
+            self.database.check_file()
+            log_progress(self.journal, self.database)
             with self.database.transaction() as sql:
                 sql.execute("update runner set beat_at = ?", (int(wall),))
                 sql.execute("update facts set wall_offset = ?", (wall - now,))
@@ -7022,7 +7024,7 @@ def _check_alerts(alerts: Alerts) -> str:
     """Whether the channels have addresses; nothing is sent, and no address is shown."""
     for channel in ("webhook", "ping"):
         try:
-            parts = urllib.parse.urlsplit(revealed(getattr(alerts, channel) or "http://none"))
+            parts = urllib.parse.urlsplit(from_environment(getattr(alerts, channel) or "http://none"))
             is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:
             is_http = False
@@ -7389,7 +7391,7 @@ def _cycle_of_runner(database: Database, configuration: Configuration, lock: Run
             raise Error("the runner exited before the cycle ended", "try again; a new runner starts with a cycle")
         if stuck := problems(database, configuration, clock.wall(), since).get("loop stuck"):
             raise Error(stuck, "see: adce.py logs")
-        clock.wait(queue.SimpleQueue(), 1, database.has_news)
+        clock.wait(queue.SimpleQueue(), 1, database.has_changed)
     return cycle_id
 
 

@@ -318,14 +318,16 @@ def test_what_cannot_be_noted_is_told_once_all_the_same(alerter, database, clock
 
 def test_trouble_that_the_runner_has_with_its_database_is_told(alerter, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    at_work.journal.report_database_error(adce.DatabaseTroubleError("the disk is full"))
+    at_work.journal.report_database_error(adce.DatabaseUnavailableError("the disk is full"))
     live(at_work, clock, 0.1)
     assert listener.subjects() == ["ADCE: database unusable, runner"]
 
 
 def test_full_disk_is_told_by_itself(alerter, database, clock, listener, monkeypatch):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    at_work.journal.report_database_error(adce.DatabaseTroubleError("adce.db: database or disk is full (SQLITE_FULL)"))
+    at_work.journal.report_database_error(
+        adce.DatabaseUnavailableError("adce.db: database or disk is full (SQLITE_FULL)")
+    )
     monkeypatch.setattr(adce, "LEAST_FREE_BYTES", 1 << 60)
     live(at_work, clock, 0.1)
     monkeypatch.undo()

@@ -290,10 +290,10 @@ def test_copy_is_independent(database):
 @pytest.mark.parametrize("disturb", [Path.unlink, lambda path: path.rename(path.with_name("moved.db"))])
 def test_file_that_was_taken_away_is_noticed(disturb, tmp_path):
     database = adce.open_database(tmp_path / "adce.db")
-    database.check_place()
+    database.check_file()
     disturb(tmp_path / "adce.db")
     with pytest.raises(adce.NoDatabaseError, match="moved, replaced or deleted"):
-        database.check_place()
+        database.check_file()
     database.close()
 
 

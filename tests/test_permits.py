@@ -171,7 +171,7 @@ class Crowd:
             self.events.append((now + latency, owner, source, permit))
             return
         looks_at = min(opens.at, now + adce.LOOK_AGAIN_SECONDS)
-        adce.keep_places(sql, owner, {source: opens}, now, adce.LOOK_AGAIN_SECONDS)
+        adce.update_waiters(sql, owner, {source: opens}, now, adce.LOOK_AGAIN_SECONDS)
         if owner != dies:
             self.events.append((looks_at, owner, source, None))
 
@@ -236,14 +236,14 @@ def test_runner_stands_in_line_like_anybody_else_and_only_for_what_it_waits_for(
     held = limiter.acquire("espn")
     opens = adce.Opening(limiter.clock.boot() + 60, "used up", "espn")
     with limiter.database.transaction() as sql:
-        assert adce.keep_places(sql, adce.RUNNER, {"espn": opens}, limiter.clock.boot(), 60)
+        assert adce.update_waiters(sql, adce.RUNNER, {"espn": opens}, limiter.clock.boot(), 60)
     limiter.release(held)
     limiter.clock.advance(60)
     with limiter.database.transaction() as sql:
         now, rates = limiter.clock.boot(), limiter.configuration.rate_limiting
         assert adce.opening(sql, rates, "espn", now, adce.RUNNER).at == now
         assert adce.opening(sql, rates, "espn", now).at > now  # the runner comes first
-        assert not adce.keep_places(sql, adce.RUNNER, {}, now)
+        assert not adce.update_waiters(sql, adce.RUNNER, {}, now)
     with limiter.permit("espn", 0):
         pass
 

@@ -446,12 +446,12 @@ class LockedStore(adce.FolderStore):
 
     def list(self, prefix: str, after: str = "") -> Iterator[adce.StoredObject]:
         if prefix == "games/":
-            raise adce.UnusablePlaceError("cannot list games: Permission denied")
+            raise adce.UnusablePathError("cannot list games: Permission denied")
         yield from super().list(prefix, after)
 
     def read(self, key: str) -> bytes:
         if key == "days/2025-10-01.json":
-            raise adce.UnusablePlaceError(f"cannot read {key}: Permission denied")
+            raise adce.UnusablePathError(f"cannot read {key}: Permission denied")
         return super().read(key)
 
 
@@ -1304,12 +1304,12 @@ def test_long_cycle_tells_how_far_it_is(configure, database, lake, clock, shares
         lake.put(key, {"final": True, "games": ["7"]})
     lines = io.StringIO()
     journal = adce.Journal(lines, clock=clock)
-    adce.announce_progress(journal, database)
+    adce.log_progress(journal, database)
     assert lines.getvalue() == ""  # no cycle is going on
     options = adce.CycleOptions(is_full=True)
     for _ in adce.reconcile(database, desk.configuration, lake.store, clock, options):
         clock.advance(6)
-        adce.announce_progress(journal, database)
+        adce.log_progress(journal, database)
     told = re.findall(r'progress cycle="\d+: (\d+) of (\d+) objects(, .* left)?" to_read=(\d+)', lines.getvalue())
     looked = [int(one[0]) for one in told]
     assert looked == sorted(looked)

@@ -459,7 +459,7 @@ def test_locked_database_is_outlasted_and_no_answer_is_lost(configure, database,
     class Clock(adce.Clock):
         """Locks the database when something was asked, until that has been noticed."""
 
-        def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_news: object = None) -> None:
+        def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_changed: object = None) -> None:
             is_noticed = "database is locked (SQLITE_BUSY)" in lines.getvalue()
             if meddler.in_transaction and is_noticed:
                 meddler.rollback()
@@ -530,14 +530,14 @@ rate_limiting:
         runner.pool = AtOnce()
         database._writer.execute("pragma wal_autocheckpoint = 0")
         log, statements, sizes = tmp_path / "adce.db-wal", list[str](), list[int]()
-        announce = adce.announce_cycle
+        announce = adce.log_cycle
 
         def begin(*arguments) -> None:
             sizes.append(log.stat().st_size)
             database._writer.set_trace_callback(statements.append)
             announce(*arguments)
 
-        monkeypatch.setattr(adce, "announce_cycle", begin)
+        monkeypatch.setattr(adce, "log_cycle", begin)
         assert runner.run(once=True) == adce.ExitCode.DONE
         database._writer.set_trace_callback(None)
         frames = (log.stat().st_size - sizes[0]) / (24 + database.value("pragma page_size"))

@@ -389,8 +389,8 @@ def test_link_to_nothing_is_told(tmp_path):
 def test_folder_or_file_in_the_wrong_place_is_trouble_of_that_place_only(folder):
     folder.write("games/1.json", b"x")
     (folder.root / "games" / "2.json").mkdir()
-    with pytest.raises(adce.UnusablePlaceError, match=r"cannot write games/2\.json: Is a directory"):
+    with pytest.raises(adce.UnusablePathError, match=r"cannot write games/2\.json: Is a directory"):
         folder.write("games/2.json", b"x")
-    with pytest.raises(adce.UnusablePlaceError, match=r"cannot read games/1\.json/3: Not a directory"):
+    with pytest.raises(adce.UnusablePathError, match=r"cannot read games/1\.json/3: Not a directory"):
         folder.read("games/1.json/3")
     assert [entry.key for entry in folder.list("")] == ["games/1.json"]

@@ -490,7 +490,7 @@ class HurriedClock(adce.Clock):
     def boot(self) -> float:
         return super().boot() + self.ahead
 
-    def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_news: object = None) -> None:
+    def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_changed: object = None) -> None:
         try:
             wakeups.get(timeout=min(seconds, 0.03))
         except queue.Empty:

@@ -120,9 +120,11 @@ class Clock(adce.Clock):
     def boot_id(self) -> str:
         return f"boot {self.world.boots}"
 
-    def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_news: Callable[[], bool] | None = None) -> None:
-        self.world.pass_time(seconds, lambda: not wakeups.empty() or self.world.has_news)
-        self.world.has_news = False
+    def wait(
+        self, wakeups: queue.SimpleQueue[str], seconds: float, has_changed: Callable[[], bool] | None = None
+    ) -> None:
+        self.world.pass_time(seconds, lambda: not wakeups.empty() or self.world.has_changed)
+        self.world.has_changed = False
         with contextlib.suppress(queue.Empty):
             while True:
                 wakeups.get_nowait()
@@ -217,7 +219,7 @@ class World:
         self.under_way: dict[str, float] = {}  # by key, until when
         self.trouble: dict[str, tuple[str, float]] = {}  # of a source, until when
         self.stood_still = 0
-        self.has_news = self.is_calm = self.is_doomed = False
+        self.has_changed = self.is_calm = self.is_doomed = False
         self.is_asked = False  # whether what ends now had sent its request
         self.runner: adce.Runner | None = None
         (folder / "adce.yaml").write_text(CONFIGURATION)
@@ -320,7 +322,7 @@ class World:
         with self.other.transaction() as sql:
             adce.declare_limits(sql, self.configuration, self.clock)
             yield self.other, adce.Ledger(sql, self.configuration, self.clock.wall())
-        self.has_news = True
+        self.has_changed = True
 
     def delete_objects(self) -> None:
         for key in self.random.sample(sorted(self.lake.objects), k=min(3, len(self.lake.objects))):
