@@ -444,7 +444,7 @@ class World:
         elif dice < 0.07 and not spec.hops:
             status, headers = 302, {"location": spec.url + "&again=1"}
         answer = mock.Mock(status_code=status, headers=headers, is_redirect=status == 302)
-        return dataclasses.replace(adce._judge(spec, answer, body, store), requests=1)
+        return dataclasses.replace(adce._judge(spec, answer, body, store, mock.Mock(passed=False)), requests=1)
 
     def document(self, url: str) -> bytes | None:
         """The truth at this instant. A day's two games end by the next morning; every third day has another second game
