@@ -102,6 +102,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
+    from typing import BinaryIO
 
 __version__ = "1.0.0"
 __all__ = [
@@ -193,7 +194,8 @@ class Outcome(enum.StrEnum):
     NOT_YET = "not_yet"  # the source has no such object (yet)
     INVALID = "invalid", Traits(counts=True, rated=True)  # the response is not the object
     HTTP_ERROR = "http_error", Traits(counts=True, rated=True)
-    THROTTLED = "throttled"  # 429, 503, or a status that means blocked: the source is paused
+    THROTTLED = "throttled"  # 429, 503, or a body that means blocked: the source is paused
+    BLOCKED = "blocked", Traits(counts=True, source_after=2)  # a status that means blocked
     TIMEOUT = "timeout", Traits(counts=True, setting="timeouts_in_a_row")
     UNREACHABLE = "unreachable", Traits(counts=True, source_after=2)  # no connection
     BROKEN = "broken", Traits(counts=True, source_after=5)  # the response ended early
@@ -366,7 +368,7 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 # readers: plain names, UTC times as text, live scores; created anew when their text changes. Headlines: TABLES, VIEWS.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-SCHEMA_VERSION = 11
+SCHEMA_VERSION = 12
 TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
@@ -434,7 +436,8 @@ create table objects (
     seen_at      integer,            -- first seen in the store
     etag         text,               -- null: not in the store
     size         integer,            -- bytes
-    modified_at  integer,
+    modified_at  integer,            -- or a later instant at which the source said that it has not changed
+    validators   text,               -- JSON: the url and conditions of the next request for it
     read_etag    text,               -- the version whose content was judged, and the verdict:
     verdict      text,               -- why it is invalid; null: valid
     settled      integer,            -- 1: final, `until` holds
@@ -1168,11 +1171,16 @@ def _expression(text: str) -> str:
     return text
 
 
-def _regex(text: str) -> str:
+def _pattern(text: str) -> str:
     try:
-        groups = re.compile(text).groups
+        re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigurationError(f"not a regular expression: {error}") from None
+    return text
+
+
+def _regex(text: str) -> str:
+    groups = re.compile(_pattern(text)).groups
     if groups != 1:
         raise ConfigurationError(f"needs one group ( ) for the id, has {groups}")
     return text
@@ -1222,6 +1230,7 @@ Header = Annotated[str, Kind("plain ASCII text", _like(r"[\x20-\x7e]*"))]
 FieldText = Annotated[Template, Kind("text with {fields}", make=Template, fields=FIELD_IN_TEXT)]
 SearchText = Annotated[str, Kind("text", fields=FIELD_IN_EXPRESSION)]
 Expression = Annotated[str, Kind("a JMESPath expression", make=_expression, fields=FIELD_IN_EXPRESSION)]
+Pattern = Annotated[str, Kind("a regular expression", make=_pattern)]
 Regex = Annotated[str, Kind("a regular expression with one group", make=_regex)]
 Timezone = Annotated[str, Kind("a time zone like America/New_York", make=lambda text: zoneinfo.ZoneInfo(text).key)]
 FieldName = Annotated[str, Kind("a name of small letters", _like("[a-z_][a-z0-9_]*"))]
@@ -1433,7 +1442,8 @@ class Retry:
 class BlockedWhen:
     """Signs that a source blocks its clients, and the length of the pause."""
 
-    status: tuple[Status, ...] = setting("HTTP statuses that mean a block", ())
+    status: tuple[Status, ...] = setting("HTTP statuses that mean a block, from the second object in a row on", ())
+    body: Pattern | None = setting("regular expression in the first MiB of a body that means a block", None)
     timeouts_in_a_row: Count = setting("consecutive timeouts that mean a block", 3)
     failures_in_a_row: Count = setting("consecutive 5xx responses or scraper failures that mean a block", 10)
     pause_seconds: Positive = setting("length of the pause, in seconds", 900)
@@ -1503,7 +1513,7 @@ class Freshness:
 
     refetch_every: Duration = setting("maximum age; with `until`, the interval until it holds (1h)", None)
     until: Expression | None = setting("condition on the body that makes an object final", None)
-    refetch_once_after: Duration = setting("one refetch, this long after its day ends", None, against=("until",))
+    refetch_once_after: Duration = setting("one refetch, this long after its day ends, also of a final object", None)
     current: Duration = setting("maximum age during its season", None, against=("until",), needs="season")
     past: Duration = setting("maximum age after its season", None, against=("until",), needs="season")
     live: Live | None = setting("short intervals while an object changes", None)
@@ -2050,6 +2060,7 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
 
 MAX_KEY_BYTES = 1000  # S3 takes 1,024
 SAFE_IN_KEYS = "-_~@+=,() "  # and letters, digits and inner dots
+BLOCK_BYTES = 64 << 10  # of a body, read at once
 FIELDS_AS_JSON = json.JSONEncoder(sort_keys=True)  # json.dumps would make one for each object
 
 
@@ -2094,6 +2105,7 @@ class ObjectRow(NamedTuple):
     etag: str | None = None  # None: not in the store
     size: int | None = None
     modified_at: int | None = None
+    validators: str | None = None  # JSON
     read_etag: str | None = None
     verdict: str | None = None  # why the content is invalid
     settled: int | None = None  # None: the content was not judged
@@ -2209,18 +2221,19 @@ def expression_of(child: Dataset) -> str:
     return child.partitions.ids or f"regex {child.partitions.regex}"
 
 
-def inspect(dataset: Dataset, fields: Fields, body: bytes, children: Sequence[Dataset] = ()) -> Inspection:
-    """Judge the content of an object: whether it is whole and final, and which ids of `children` it names."""
-    freshness = dataset.freshness
+def inspect(dataset: Dataset, fields: Fields, body: bytes | BinaryIO, children: Sequence[Dataset] = ()) -> Inspection:
+    """Judge the content of an object: whether it is whole and final, and which ids of `children` it names. Only JSON
+    and texts in which ids are looked for are held in memory whole."""
+    freshness, file = dataset.freshness, io.BytesIO(body) if isinstance(body, bytes) else body
     is_asked = bool(freshness.until or freshness.live or any(child.partitions.ids for child in children))
-    document, verdict = _verdict(dataset.validate, fields, body, is_json=is_asked)
+    document, verdict = _verdict(dataset.validate, fields, file, is_json=is_asked)
     if verdict:
         return Inspection(False, verdict, False, False, {})
     settled = freshness.until is None or holds(freshness.until, fields, document)
     live = freshness.live is not None and holds(freshness.live.expression, fields, document)
     mentions, problems = dict[str, tuple[str, ...]](), list[str]()
     for child in children:
-        ids = dict.fromkeys(str(value) for value in _ids(child, fields, document, body, problems))
+        ids = dict.fromkeys(str(value) for value in _ids(child, fields, document, file, problems))
         mentions[expression_of(child)] = tuple(ids)
     return Inspection(True, None, settled, live, mentions, tuple(problems))
 
@@ -2231,41 +2244,66 @@ def _size_problem(validation: Validation, size: int) -> str | None:
     return f"{size} bytes, more than {validation.max_bytes}" if size > validation.max_bytes else None
 
 
-def _verdict(validation: Validation, fields: Fields, body: bytes, *, is_json: bool) -> tuple[Any, str | None]:
+def _verdict(validation: Validation, fields: Fields, file: BinaryIO, *, is_json: bool) -> tuple[Any, str | None]:
     """The parsed JSON, if an expression asks for it, and why the body is not the object, or None."""
-    if problem := _size_problem(validation, len(body)):
+    size = file.seek(0, io.SEEK_END)
+    if problem := _size_problem(validation, size):
         return None, problem
     starts, ends = bytes.fromhex(validation.starts_with_hex), bytes.fromhex(validation.ends_with_hex)
-    if not (body.startswith(starts) and body.endswith(ends)):
-        return None, "its first or last bytes are not those of its format"
-    text = body.decode("utf-8", "replace") if validation.contains or validation.not_contains else ""
-    for part in validation.contains:
-        wanted = Template(part, FIELD_IN_EXPRESSION).render(fields, str)
-        if wanted not in text:
-            return None, f"does not contain {wanted!r}"
-    for part in validation.not_contains:
-        if Template(part, FIELD_IN_EXPRESSION).render(fields, str) in text:
-            return None, f"contains {part!r}"
+    for place, expected in ((0, starts), (max(0, size - len(ends)), ends)):
+        file.seek(place)
+        if file.read(len(expected)) != expected:
+            return None, "its first or last bytes are not those of its format"
+    wanted, unwanted = (
+        [Template(part, FIELD_IN_EXPRESSION).render(fields, str) for part in parts]
+        for parts in (validation.contains, validation.not_contains)
+    )
+    found = _texts_in(file, {*wanted, *unwanted})
+    if problem := next((f"does not contain {text!r}" for text in wanted if text not in found), None):
+        return None, problem
+    if problem := next((f"contains {text!r}" for text in unwanted if text in found), None):
+        return None, problem
     if not (is_json or validation.json or validation.require):
         return None, None
     try:
-        document = json.loads(body, parse_constant=_refuse_constant)
+        document = parse_json(file)
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {str(error)[:100]}"
     failed = next((expression for expression in validation.require if not holds(expression, fields, document)), None)
     return document, f"not true: {failed}" if failed else None
 
 
+def _texts_in(file: BinaryIO, texts: Iterable[str]) -> set[str]:
+    """Those of some texts that are in a file, of which a block at a time is read."""
+    missing, found, end = {text: text.encode() for text in texts}, set[str](), b""
+    file.seek(0)
+    while missing and (block := file.read(BLOCK_BYTES)):
+        window = end + block
+        found |= {text for text, wanted in missing.items() if wanted in window}
+        missing = {text: wanted for text, wanted in missing.items() if text not in found}
+        end = window[-max(map(len, missing.values()), default=1) :]
+    return found
+
+
+def parse_json(file: BinaryIO) -> Any:
+    """The document in a file, of which no second copy is held meanwhile. Raises ValueError or RecursionError."""
+    file.seek(0)
+    encoding = json.detect_encoding(file.read(4))
+    file.seek(0)
+    return json.loads(file.read().decode(encoding, "surrogatepass"), parse_constant=_refuse_constant)
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _ids(child: Dataset, fields: Fields, document: Any, body: bytes, problems: list[str]) -> Iterator[Any]:
+def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems: list[str]) -> Iterator[Any]:
     """The values in a parent's body where the ids of a dataset are; null and empty texts are none. Texts and whole
     numbers can be ids; any other value is added to the problems."""
     partitions = child.partitions
     if partitions.regex:
-        found: Any = re.findall(partitions.regex, body.decode("utf-8", "replace"))
+        file.seek(0)
+        found: Any = re.findall(partitions.regex, file.read().decode("utf-8", "replace"))
     else:
         found = search(partitions.ids or "", fields, document)
     for value in found if isinstance(found, list) else [found]:
@@ -2300,9 +2338,7 @@ def appraise(dataset: Dataset, season: Season | None, known: ObjectRow, now: flo
     if problem := known.verdict or (known.size is not None and _size_problem(dataset.validate, known.size)) or None:
         return Appraisal(ObjectState.SUSPECT, problem)
     freshness, modified = dataset.freshness, known.modified_at or 0
-    if freshness.until:
-        if known.settled != 0:  # settled, or not judged yet
-            return Appraisal(ObjectState.PRESENT)
+    if freshness.until and known.settled == 0:  # judged, and not final
         if freshness.live and known.live:
             return Appraisal(ObjectState.STALE, "live", modified + freshness.live.every)
         return Appraisal(ObjectState.STALE, "not final yet", modified + (freshness.refetch_every or HOUR))
@@ -2315,9 +2351,9 @@ def appraise(dataset: Dataset, season: Season | None, known: ObjectRow, now: flo
 def _refetch_instants(dataset: Dataset, season: Season | None, known: ObjectRow) -> Iterator[int]:
     """When a present, valid object must be fetched again. A rule that is met gives no instant."""
     freshness, modified = dataset.freshness, known.modified_at or 0
-    if freshness.live and known.live:
+    if freshness.live and known.live and not freshness.until:
         yield modified + freshness.live.every
-    if freshness.refetch_every:
+    if freshness.refetch_every and not freshness.until:
         yield modified + freshness.refetch_every
     if freshness.refetch_once_after:
         if known.day:
@@ -2393,14 +2429,38 @@ class Store(Protocol):
     def find(self, key: str) -> StoredObject | None:
         """One object as it would be listed."""
 
-    def read(self, key: str) -> bytes:
-        """The content of an object. Raises KeyError when there is none."""
+    def open(self, key: str) -> BinaryIO:
+        """The content of an object, to be read and sought in. Raises KeyError when there is none."""
 
-    def write(self, key: str, body: bytes) -> StoredObject:
-        """Put an object whole or not at all; durable when this returns."""
+    def spool(self) -> contextlib.AbstractContextManager[BinaryIO]:
+        """A file for a body that may become an object; gone at the end."""
+
+    def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
+        """Put an object whole or not at all; durable when this returns. A file of spool() is moved."""
 
     def sweep(self, *, is_known: bool = False) -> None:
         """Make the store usable, and remove what a crash has left half written. One that `is_known` is not made."""
+
+
+def fill(file: BinaryIO, body: Any) -> None:
+    """Write bytes, or all of another file, into a file of spool(). Raises StoreError."""
+    try:
+        if isinstance(body, bytes):
+            file.write(body)
+        else:
+            shutil.copyfileobj(body, file)
+        file.flush()
+    except OSError as error:
+        raise _store_error("write a body", error) from error
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file. Raises OSError for a link, a folder or a pipe."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "not a regular file")
 
 
 def _store_error(action: str, error: OSError) -> StoreError:
@@ -2493,31 +2553,45 @@ class FolderStore:
             raise _store_error(f"look for {key}", error) from error
         return self._stored(key, status) if stat.S_ISREG(status.st_mode) else None
 
-    def read(self, key: str) -> bytes:
+    def open(self, key: str) -> BinaryIO:
         """The content of a file. Raises KeyError when there is none."""
         try:
-            with os.fdopen(os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-                return file.read()
+            return open_regular(self._path(key))
         except FileNotFoundError:
             raise KeyError(key) from None
         except OSError as error:
             raise _store_error(f"read {key}", error) from error
 
-    def write(self, key: str, body: bytes) -> StoredObject:
+    @contextlib.contextmanager
+    def spool(self) -> Iterator[BinaryIO]:
+        """A file in the staging folder."""
+        path = self.root / STAGING / secrets.token_hex(8)
+        try:
+            file = path.open("x+b")
+        except OSError as error:
+            raise _store_error(f"write to {self.root}", error) from error
+        try:
+            yield file
+        finally:
+            with contextlib.suppress(OSError):  # of a full disk
+                file.close()
+            path.unlink(missing_ok=True)
+
+    def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
         """Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
-        temporary = self.root / STAGING / secrets.token_hex(8)
+        spooled = Path(str(getattr(body, "name", "")))
+        if spooled.parent != self.root / STAGING:
+            with self.spool() as copied:
+                fill(copied, body)
+                return self.write(key, copied)
+        file = cast("BinaryIO", body)
         try:
             path = self._path(key)
-            try:
-                with temporary.open("xb") as file:
-                    file.write(body)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    status = os.fstat(file.fileno())
-                _make_folder(path.parent)
-                temporary.rename(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            file.flush()
+            os.fsync(file.fileno())
+            status = os.fstat(file.fileno())
+            _make_folder(path.parent)
+            spooled.rename(path)
             _sync_folder(path.parent)
         except OSError as error:
             raise _store_error(f"write {key}", error) from error
@@ -2541,6 +2615,8 @@ class FolderStore:
 
 
 LISTED = ("Key", "Size", "ETag", "LastModified")
+SPOOLED_BYTES = 1 << 20  # of a body, held in memory
+MULTIPART_BYTES = 8 << 20  # an object that is larger is uploaded in parts
 
 
 class S3Store:
@@ -2609,19 +2685,36 @@ class S3Store:
             return None
         return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), int(head["LastModified"].timestamp()))
 
-    def read(self, key: str) -> bytes:
-        """The content of an object. Raises KeyError when there is none."""
-        with self._translated("read", key):
-            return cast(bytes, self._client.get_object(Bucket=self.bucket, Key=self.above + key)["Body"].read())
+    def open(self, key: str) -> BinaryIO:
+        """A copy of the content of an object. Raises KeyError when there is none."""
+        with self._translated("read", key), contextlib.ExitStack() as opened:
+            copied = opened.enter_context(self.spool())
+            fill(copied, self._client.get_object(Bucket=self.bucket, Key=self.above + key)["Body"])
+            copied.seek(0)
+            opened.pop_all()
+            return copied
 
-    def write(self, key: str, body: bytes) -> StoredObject:
-        """One PUT, which S3 takes whole or not at all, with a checksum that S3 verifies."""
+    def spool(self) -> contextlib.AbstractContextManager[BinaryIO]:
+        """A file without a name, in memory while it is small."""
+        return tempfile.SpooledTemporaryFile(SPOOLED_BYTES, dir=os.environ.get("TMPDIR", "/var/tmp"))  # type: ignore[return-value]  # noqa: S108
+
+    def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
+        """A PUT, or several of a multipart upload, which S3 takes whole or not at all, with checksums that S3
+        verifies."""
+        file = io.BytesIO(body) if isinstance(body, bytes) else body
+        size, place = file.seek(0, io.SEEK_END), {"Bucket": self.bucket, "Key": self.above + key}
+        file.seek(0)
         with self._translated("write", key):
-            answer = self._client.put_object(
-                Bucket=self.bucket, Key=self.above + key, Body=body, ChecksumAlgorithm="SHA256"
-            )
+            if size > MULTIPART_BYTES:
+                from boto3.s3.transfer import TransferConfig
+
+                with_checksum = {"ChecksumAlgorithm": "SHA256"}
+                in_turn = TransferConfig(multipart_threshold=MULTIPART_BYTES, use_threads=False)  # a part in memory
+                self._client.upload_fileobj(file, **place, ExtraArgs=with_checksum, Config=in_turn)
+                return cast(StoredObject, self.find(key))
+            answer = self._client.put_object(**place, Body=file, ChecksumAlgorithm="SHA256")
         modified_at = http_date(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return StoredObject(key, len(body), answer["ETag"].strip('"'), int(modified_at.timestamp()))
+        return StoredObject(key, size, answer["ETag"].strip('"'), int(modified_at.timestamp()))
 
     @contextlib.contextmanager
     def _translated(self, action: str, key: str = "") -> Iterator[None]:
@@ -2950,7 +3043,9 @@ class Result:
     inspection: Inspection | None = None
     requests: int = 0
     retry_after: float | None = None  # seconds; from the source, or until a refused permit is possible
-    redirect: str | None = None  # the url to ask instead
+    redirect: str | None = None  # the url to ask instead,
+    cookies: Any = None  # with these
+    validators: str | None = None  # of the stored object, for the next request
     output: str | None = None  # the end of the output of a command
 
 
@@ -2971,29 +3066,28 @@ def excerpt(body: bytes, most: int = 120) -> str:
 
 def parse_retry_after(text: str | None, date: str | None) -> float | None:
     """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date less the response's own Date,
-    which needs no agreement of clocks. None when it says nothing usable."""
-    if text is None:
-        return None
-    if re.fullmatch(r"\s*\d{1,9}\s*", text):
-        return float(text)
-    try:
-        until = http_date(text)
-        since = http_date(date) if date else datetime.datetime.now(datetime.UTC)
-        return max(0.0, (until - since).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return None
+    which needs no agreement of clocks. None when it names no instant in the future."""
+    seconds = 0.0
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if re.fullmatch(r"\s*\d{1,9}\s*", text or ""):
+            seconds = float(text or "")
+        elif text:
+            since = http_date(date) if date else datetime.datetime.now(datetime.UTC)
+            seconds = (http_date(text) - since).total_seconds()
+    return seconds if seconds > 0 else None
 
 
 def classify(source: Source, status: int, headers: Mapping[str, str], body: bytes = b"") -> Result:
-    """The meaning of an HTTP response. Errors can come with status 200, and a missing object with 403."""
+    """The meaning of an HTTP response with its start. Errors can come with status 200, a missing object with 403."""
     if status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000]):
         return Result(Outcome.NOT_YET, "HTTP 403: no such object", status)
-    text = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}"
-    if status in (429, 503) or status in source.blocked_when.status:
-        seconds = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
-        if seconds is None and status in source.blocked_when.status:
-            seconds = source.blocked_when.pause_seconds
-        return Result(Outcome.THROTTLED, text, status, retry_after=seconds)
+    text, blocked = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}", source.blocked_when
+    retry_after = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
+    if status in (429, 503) or (blocked.body and re.search(blocked.body, body.decode("utf-8", "replace"))):
+        longest = blocked.pause_seconds if status in blocked.status else None
+        return Result(Outcome.THROTTLED, text, status, retry_after=retry_after or longest)
+    if status in blocked.status:
+        return Result(Outcome.BLOCKED, text, status, retry_after=retry_after)
     document: Any = None
     if source.error_when and body:
         with contextlib.suppress(ValueError, RecursionError):
@@ -3007,18 +3101,22 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
     return Result(Outcome.OK if status == 200 else Outcome.HTTP_ERROR, text, status)
 
 
-def record_response(sql: sqlite3.Connection, source: Source, answer: Result, now: float) -> SourceHealth:
+def record_response(
+    sql: sqlite3.Connection, source: Source, answer: Result, now: float, *, is_repeated: bool = False
+) -> SourceHealth:
     """Record what a response says about its source; pause it when it is down or asks for a pause.
 
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
-    Meanwhile one request at a time probes the source."""
-    traits, is_throttled = answer.outcome.traits, answer.outcome is Outcome.THROTTLED
-    if traits.passing:
+    Meanwhile one request at a time probes the source. A status that means blocked, or an error in a body, may be the
+    object's own: then it is not the next object's too, and `is_repeated` when that object has failed before."""
+    traits, outcome, status = answer.outcome.traits, answer.outcome, answer.http_status or 0
+    is_throttled, is_error_body = outcome is Outcome.THROTTLED, outcome is Outcome.HTTP_ERROR and 200 <= status < 300
+    if traits.passing or (is_repeated and (outcome is Outcome.BLOCKED or is_error_body)):
         return SourceHealth()
-    is_server_error = answer.outcome is Outcome.HTTP_ERROR and (answer.http_status or 0) >= 500
+    is_server_error = is_error_body or (outcome is Outcome.HTTP_ERROR and status >= 500)
     setting = "failures_in_a_row" if is_server_error else traits.setting
     threshold = getattr(source.blocked_when, setting) if setting else traits.source_after
-    if answer.outcome is Outcome.BROKEN and answer.http_status:  # the body ended early: the object's own trouble
+    if outcome is Outcome.BROKEN and status:  # the body ended early: the object's own trouble
         threshold = 0
     if not threshold and not is_throttled:  # a request from before a pause shows nothing new
         works = """
@@ -3033,13 +3131,13 @@ def record_response(sql: sqlite3.Connection, source: Source, answer: Result, now
     longest, is_paused, seconds = source.blocked_when.pause_seconds, paused_until > now, None
     if answer.retry_after is not None:
         seconds = min(answer.retry_after, LONGEST_RETRY_AFTER)
-    elif not is_paused and answer.outcome is Outcome.TIMEOUT and failures >= threshold:
+    elif not is_paused and outcome in (Outcome.TIMEOUT, Outcome.BLOCKED) and failures >= threshold:
         seconds = longest
     elif not is_paused and (is_throttled or failures >= threshold):
         seconds = min(FIRST_PAUSE_SECONDS * 2.0 ** min(throttles, 30), max(longest, FIRST_PAUSE_SECONDS))
     if seconds is not None:
         throttles += not (is_paused and throttles)
-        pause(sql, source.name, seconds, answer.error or answer.outcome, now)
+        pause(sql, source.name, seconds, answer.error or outcome, now)
     sql.execute("update scopes set failures = ?, throttles = ? where scope = ?", (failures, throttles, source.name))
     # a scraper or a page that fails may be to blame itself; twice in a row no response at all is not its fault
     is_source = not is_throttled and failures >= (threshold if traits.rated else 2)
@@ -3202,7 +3300,7 @@ def priority_of(
 # An object whose content is not known.
 UNREAD: Mapping[str, Any] = {"read_etag": None, "verdict": None, "settled": None, "live": None}
 # An object that is not in the store.
-GONE: Mapping[str, Any] = {"etag": None, "size": None, "modified_at": None, **UNREAD}
+GONE: Mapping[str, Any] = {"etag": None, "size": None, "modified_at": None, "validators": None, **UNREAD}
 SELECT_OBJECTS = f"""
     select o.object_id, d.dataset, o.key, o.fields, {", ".join(f"o.{name}" for name in ObjectRow._fields[4:])}
     from objects o
@@ -3311,14 +3409,17 @@ class Ledger:
         """Objects of this dataset, or their mentions, have changed: the next cycle computes their children anew."""
         self.sql.execute("update datasets set changed = changed + 1 where dataset = ?", (dataset,))
 
-    def stored(self, known: ObjectRow, entry: StoredObject, found: Inspection) -> ObjectRow:
+    def stored(
+        self, known: ObjectRow, entry: StoredObject, found: Inspection, validators: str | None = None
+    ) -> ObjectRow:
         """The row of an object that ADCE has just stored, before its appraisal."""
         known = known._replace(
             proven=1, cycle_id=self.cycle_id or known.cycle_id, seen_at=known.seen_at or int(self.now)
         )
         judged: Mapping[str, Any] = {"verdict": found.verdict, "settled": found.settled, "live": found.live}
         stored: Mapping[str, Any] = {"etag": entry.etag, "size": entry.size, "modified_at": entry.modified_at}
-        return known._replace(**judged, **stored, read_etag=None if found.problems else entry.etag)
+        read_etag = None if found.problems else entry.etag
+        return known._replace(**judged, **stored, validators=validators, read_etag=read_etag)
 
 
 # ---------------------------------------------------------------- Expectations
@@ -3570,7 +3671,8 @@ class Claim:
     tasks: tuple[ObjectRow, ...]
     children: tuple[Dataset, ...] = ()  # whose ids the objects name
     url: str = ""
-    hops: int = 0  # redirects that were followed
+    hops: int = 0  # redirects that were followed,
+    cookies: Any = None  # and the cookies that they have set
     permit: Permit | None = None  # commands and calls ask for their own
     environment: Mapping[str, str] = field(default_factory=dict)  # of its program
     runs_exclusively: bool = False  # nothing else may run beside it
@@ -3750,7 +3852,8 @@ def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clo
     if claimed.permit:
         release(sql, claimed.permit, now, used=was_sent)
     if was_sent or not claimed.dataset.url:
-        health = record_response(sql, claimed.source, decisive, now)
+        has_failed = claimed.tasks[0].failures > 0
+        health = record_response(sql, claimed.source, decisive, now, is_repeated=has_failed)
     if decisive.outcome is Outcome.STORE_ERROR:
         health = SourceHealth(pause_seconds=FIRST_PAUSE_SECONDS)
         pause(sql, GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{decisive.error}", now)
@@ -3778,7 +3881,9 @@ def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth
     else:
         row = row._replace(task=TaskState.PENDING)
         if result.stored and result.inspection:  # a program may have left an invalid object
-            row = ledger.stored(row, result.stored, result.inspection)
+            row = ledger.stored(row, result.stored, result.inspection, result.validators)
+        elif result.http_status == 304:
+            row = row._replace(modified_at=int(ledger.now))
         row = ledger.appraised(row, is_fetched=is_ok)
         if row.task and not is_ok:
             times = failures if counted else fruitless - failures
@@ -4261,13 +4366,14 @@ def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[ObjectRow]:
 
 def _inspect(cycle: Cycle, target: ObjectRow, children: Sequence[Dataset]) -> Inspection | None:
     try:
-        body = cycle.store.read(target.key)
+        body = cycle.store.open(target.key)
     except KeyError:
         return None  # gone since it was listed: the next cycle sees that
     except UnusablePathError as error:
         cycle.problems.append(str(error))
         return None
-    return inspect(cycle.configuration.datasets[target.dataset], target.fields, body, children)
+    with body:
+        return inspect(cycle.configuration.datasets[target.dataset], target.fields, body, children)
 
 
 def _judged(found: Mapping[int, Inspection], ledger: Ledger, row: ObjectRow) -> ObjectRow:
@@ -4525,7 +4631,8 @@ def _searched(cycle: Cycle, ledger: Ledger, row: ObjectRow, entry: StoredObject 
         return ledger.appraised(row._replace(proven=1))
     now = int(ledger.now)
     facts: dict[str, Any] = {"proven": 1, "seen_at": row.seen_at or now, "etag": entry.etag, "size": entry.size}
-    facts["modified_at"] = min(entry.modified_at, now)
+    if entry.etag != row.etag:  # else the source may have said later that it has not changed
+        facts.update(modified_at=min(entry.modified_at, now), validators=None)
     if row.dataset not in cycle.readers:
         facts.update(UNREAD, read_etag=entry.etag)
     elif row.read_etag != entry.etag and row.state not in GAPS:  # a gap stays one until it is read
@@ -4612,17 +4719,18 @@ def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]
 
 # ---------------------------------------------------------------- Requests
 # One HTTP request: a deadline for all of it, a cap on its size, no hidden retries. A redirect is handed back, because
-# each hop needs a permit of its own. Headlines: keep(), look(), request().
+# each hop needs a permit of its own. Headlines: validate_and_store(),
+# inspect_stored(), request().
 
 CONNECT_SECONDS = 10
 STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about the source
-BLOCK_BYTES = 64 << 10
 MAX_REDIRECTS = 5
+CLASSIFIED_BYTES = 1 << 20  # of a body, in which its meaning is looked for
 KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
 COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files that are stored as sent
 
 
-def look(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
+def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
     """The object that the store holds under a key, judged; None when there is none."""
     stored, most = store.find(target.key), claimed.dataset.validate.max_bytes
     if stored is None:
@@ -4630,7 +4738,8 @@ def look(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
     if stored.size > most:
         return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
     try:
-        inspection = inspect(claimed.dataset, target.fields, store.read(target.key), claimed.children)
+        with store.open(target.key) as body:
+            inspection = inspect(claimed.dataset, target.fields, body, claimed.children)
     except KeyError:  # deleted meanwhile
         return None
     outcome = Outcome.OK if inspection.valid else Outcome.INVALID
@@ -4643,15 +4752,19 @@ def _refused(error: StoreError) -> Result:
     return Result(Outcome.ERROR if is_local else Outcome.STORE_ERROR, str(error))
 
 
-def keep(claimed: Claim, target: ObjectRow, body: bytes, store: Store, http_status: int | None = None) -> Result:
+def validate_and_store(
+    claimed: Claim, target: ObjectRow, body: bytes | BinaryIO, store: Store, http_status: int | None = None
+) -> Result:
     """Validate a body, then store it."""
-    most = claimed.dataset.validate.max_bytes
-    if len(body) > most:
+    most, size = claimed.dataset.validate.max_bytes, len(body) if isinstance(body, bytes) else body.seek(0, io.SEEK_END)
+    if size > most:
         return Result(Outcome.INVALID, f"longer than {most} bytes", http_status)
     inspection = inspect(claimed.dataset, target.fields, body, claimed.children)
     if not inspection.valid:
         return Result(Outcome.INVALID, inspection.verdict, http_status)
     try:
+        if not isinstance(body, bytes):
+            body.seek(0)
         return Result(Outcome.OK, None, http_status, store.write(target.key, body), inspection)
     except StoreError as error:
         return dataclasses.replace(_refused(error), http_status=http_status)
@@ -4666,7 +4779,14 @@ def describe(error: BaseException) -> str:
 
 
 def request(claimed: Claim, store: Store, clock: Clock) -> Result:
-    """One HTTP request with a deadline for all of it. Reads at most a block more than max_bytes."""
+    """One HTTP request with a deadline for all of it. Reads at most a block more than max_bytes.
+
+    Raises StoreError when there is no place for the body; then nothing was sent."""
+    with store.spool() as body:
+        return _request_into(body, claimed, store, clock)
+
+
+def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> Result:
     import requests
     import urllib3
 
@@ -4674,24 +4794,29 @@ def request(claimed: Claim, store: Store, clock: Clock) -> Result:
     deadline, status = _Deadline(seconds), None
     try:
         with deadline, requests.Session() as opened:
-            opened.trust_env = claimed.source.trust_env
+            opened.trust_env, opened.cookies = claimed.source.trust_env, claimed.cookies or opened.cookies
             for adapter in opened.adapters.values():  # none of them retries
                 _on_pools(adapter, functools.partial(_watch_pool, claimed, deadline, clock))
             timeout = (min(CONNECT_SECONDS, seconds), seconds)
             options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False}
             with opened.get(claimed.url, headers=_headers(claimed), **options) as response:
-                status, body = response.status_code, bytearray()
+                status = response.status_code
+                most = claimed.dataset.validate.max_bytes if status == 200 else CLASSIFIED_BYTES
                 try:
                     for block in _decoded(claimed.tasks[0].key, response):
-                        body += block
-                        if len(body) > claimed.dataset.validate.max_bytes or deadline.passed:
+                        fill(body, block)
+                        if body.tell() > most or deadline.passed:
                             break
                 except (zlib.error, urllib3.exceptions.HTTPError):
                     if status == 200:  # any other status counts without its body
                         raise
                 if deadline.passed:  # the socket that was shut looks like the end of the body
                     raise requests.Timeout
-                result = _judge(claimed, response, bytes(body), store, deadline)
+                result = _judge(claimed, response, body, store, deadline)
+                if result.redirect:
+                    result = dataclasses.replace(result, cookies=opened.cookies)
+    except StoreError as error:
+        result = dataclasses.replace(_refused(error), http_status=status)
     except Error as error:
         return Result(Outcome.LOST, str(error))
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:
@@ -4810,6 +4935,21 @@ def _watch_pool(claimed: Claim, deadline: _Deadline, clock: Clock, pool: Any) ->
     pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": open_socket, "connect": connect})
 
 
+def _validators(url: str, headers: Mapping[str, str]) -> str | None:
+    """The conditions of the next request for a url (RFC 9110, 13.1), as JSON; None when the response has no
+    validators."""
+    names = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
+    given = {name: headers[header] for name, header in names.items() if header in headers}
+    return json.dumps({"url": url, "headers": given}) if given else None
+
+
+def _conditions(claimed: Claim) -> dict[str, str]:
+    """The headers that ask for an object only if it is another than the one in the store."""
+    target = claimed.tasks[0]
+    known = json.loads(target.validators or "{}") if target.state == ObjectState.STALE else {}
+    return dict(known["headers"]) if known.get("url") == claimed.url else {}
+
+
 def _headers(claimed: Claim) -> dict[str, str]:
     """Secrets for one host are not sent to another, to which it redirects. Only what can be undone is asked for."""
     headers, template = claimed.source.headers, cast(Template, claimed.dataset.url)
@@ -4818,8 +4958,8 @@ def _headers(claimed: Claim) -> dict[str, str]:
     sent = {name: text for name, text in headers.items() if is_own or name.lower() in KEPT_ON_OTHER_HOSTS}
     if claimed.tasks[0].key.lower().endswith(COMPRESSED):
         sent = {name: text for name, text in sent.items() if name.lower() != "accept-encoding"}
-        return {"Accept-Encoding": "identity", **sent}
-    return {"Accept-Encoding": "gzip, deflate", **sent}
+        return {"Accept-Encoding": "identity", **sent, **_conditions(claimed)}
+    return {"Accept-Encoding": "gzip, deflate", **sent, **_conditions(claimed)}
 
 
 def _origin(url: str) -> tuple[str, str]:
@@ -4837,6 +4977,8 @@ def connection_error(error: BaseException) -> tuple[Outcome, str]:
         causes.append(inner)
         inner = getattr(inner, "reason", None) or inner.__cause__ or inner.__context__
     words = (getattr(causes[-1], "strerror", None) or type(causes[-1]).__name__)[:100]
+    if any(isinstance(cause, urllib3.exceptions.SSLError) for cause in causes):
+        return Outcome.UNREACHABLE, f"TLS failure: {words}"
     unconnected = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError)
     if any(isinstance(cause, unconnected) for cause in causes):
         return Outcome.UNREACHABLE, f"cannot be reached: {words}"
@@ -4845,19 +4987,23 @@ def connection_error(error: BaseException) -> tuple[Outcome, str]:
     return Outcome.BROKEN, f"connection closed by server ({words})"
 
 
-def _judge(claimed: Claim, response: Any, body: bytes, store: Store, deadline: _Deadline) -> Result:
+def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline: _Deadline) -> Result:
     """The meaning of a response. A redirect is the next request to make."""
-    status, target = response.status_code, claimed.tasks[0]
+    status, target, size = response.status_code, claimed.tasks[0], body.seek(0, io.SEEK_END)
     if not response.is_redirect:
-        answer = classify(claimed.source, status, response.headers, body)
+        body.seek(0)
+        if status == 304 and _conditions(claimed):
+            return Result(Outcome.OK, None, status)
+        answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES))
         if answer.outcome is not Outcome.OK:
             return answer
-        if target.key.lower().endswith(".gz") and len(body) <= claimed.dataset.validate.max_bytes:
-            blocks = (body[start : start + BLOCK_BYTES] for start in range(0, len(body), BLOCK_BYTES))
-            for _ in _unpack(blocks, "gzip"):  # half a file can have the whole Content-Length
-                if deadline.passed:
+        if target.key.lower().endswith(".gz") and size <= claimed.dataset.validate.max_bytes:
+            body.seek(0)
+            for _ in _unpack(iter(functools.partial(body.read, BLOCK_BYTES), b""), "gzip"):
+                if deadline.passed:  # half a file can have the whole Content-Length
                     raise TimeoutError
-        return keep(claimed, target, body, store, status)
+        result = validate_and_store(claimed, target, body, store, status)
+        return dataclasses.replace(result, validators=_validators(claimed.url, response.headers))
     url = urllib.parse.urljoin(claimed.url, response.headers["location"])
     parts = urllib.parse.urlsplit(url)
     if claimed.hops >= MAX_REDIRECTS:
@@ -5074,19 +5220,23 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
             text = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
             return [Result(Outcome.ERROR, text)] * len(claimed.tasks)
         output, results = end.tail.decode("utf-8", "replace"), []
-        if dataset.call and (failure := _read_file(Path(folder, FAILURE), BLOCK_BYTES)):
-            outcome, text, retry_after = json.loads(failure)
-            return [Result(Outcome(outcome), text, retry_after=retry_after, output=output)]
+        if dataset.call:
+            with contextlib.suppress(OSError), open_regular(Path(folder, FAILURE)) as failure:
+                outcome, text, retry_after = json.load(failure)
+                return [Result(Outcome(outcome), text, retry_after=retry_after, output=output)]
         for target in claimed.tasks:
-            handed = place / target.key if dataset.batch else place
-            body = end.body if is_printed else _read_file(handed, most)
-            results.append(dataclasses.replace(_judge_end(claimed, target, end, body, store), output=output))
+            body, handed = None, place / target.key if dataset.batch else place
+            with contextlib.ExitStack() as opened:
+                with contextlib.suppress(OSError):
+                    body = opened.enter_context(io.BytesIO(end.body) if is_printed else open_regular(handed))
+                result = _judge_end(claimed, target, end, body, store)
+            results.append(dataclasses.replace(result, output=output))
         return results
 
 
 def _command_line(claimed: Claim) -> tuple[list[str], dict[str, str]]:
-    """The words and the variables of a program. A command gets the variables that its dataset names; a call all of
-    them, as a part of this program."""
+    """The words and the variables of a program. A command gets the variables that its dataset names, and finds this
+    interpreter as `python` and this module as `adce`; a call gets all variables, as a part of this program."""
     dataset, fields = claimed.dataset, dict(claimed.tasks[0].fields)
     if dataset.call:  # -u: the output of one that is killed is complete
         words = [sys.executable, "-u", str(Path(__file__).resolve()), "call", dataset.call, json.dumps(fields)]
@@ -5095,32 +5245,26 @@ def _command_line(claimed: Claim) -> tuple[list[str], dict[str, str]]:
     for name in dataset.partitions.own_fields():
         fields[f"{name}s"] = ",".join(target.fields[name] for target in claimed.tasks)
     inherited = {name: os.environ[name] for name in dataset.environment if name in os.environ}
-    return [word.render(fields, str) for word in dataset.command], {**inherited, **claimed.environment}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    own = {"PATH": path, "PYTHONPATH": str(Path(__file__).resolve().parent)}
+    return [word.render(fields, str) for word in dataset.command], {**own, **inherited, **claimed.environment}
 
 
-def _judge_end(claimed: Claim, target: ObjectRow, end: ProgramEnd, body: bytes | None, store: Store) -> Result:
+def _judge_end(claimed: Claim, target: ObjectRow, end: ProgramEnd, body: BinaryIO | None, store: Store) -> Result:
     """The result of a program for one object: what it handed over, or what it left in the store. An object that was
     there before does not count, and a command that leaves no bytes has brought nothing."""
-    if end.text == "exit 0" and body is not None and (body or claimed.dataset.call):
-        return keep(claimed, target, body, store)
-    if body:
-        done = f"handed over {len(body)} bytes, which are not taken"
+    size = body.seek(0, io.SEEK_END) if body else 0
+    if body and end.text == "exit 0" and (size or claimed.dataset.call):
+        return validate_and_store(claimed, target, body, store)
+    if size:
+        done = f"handed over {size} bytes, which are not taken"
     else:
-        before, found = (target.etag, target.modified_at), look(claimed, target, store)
+        before, found = (target.etag, target.modified_at), inspect_stored(claimed, target, store)
         if found and found.stored and (found.stored.etag, found.stored.modified_at) != before:
             return found
-        done = "left the object as it was" if found else "left no object"
+        done = f"left {target.key} as it was" if found else f"left no {target.key}"
     outcome = Outcome.TIMEOUT if end.text == "timed out" else Outcome.ERROR
     return Result(outcome, f"{done} ({end.text}): {excerpt(end.tail[-120:])}")
-
-
-def _read_file(place: Path, most: int) -> bytes | None:
-    """A plain file that a program has left, one byte more than `most` at most. None for anything else."""
-    try:
-        with open(place, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
-            return file.read(most + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
-    except OSError:
-        return None
 
 
 def call_function(words: Sequence[str]) -> ExitCode:
@@ -5174,7 +5318,7 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     An object that is in the store already, and whole, is not asked for again."""
     try:
         if len(claimed.tasks) == 1 and claimed.tasks[0].state == ObjectState.MISSING and not claimed.hops:
-            found = look(claimed, claimed.tasks[0], store)
+            found = inspect_stored(claimed, claimed.tasks[0], store)
             if found and found.outcome is Outcome.OK:
                 return [found]
         return [request(claimed, store, clock)] if claimed.url else run_command(claimed, store)
@@ -6619,7 +6763,8 @@ class Runner:
             for claimed, results in self.unrecorded:
                 if (target := results[0].redirect) and claimed.permit:
                     release(sql, claimed.permit, self.clock.boot())
-                    hops.append(dataclasses.replace(claimed, permit=None, url=target, hops=claimed.hops + 1))
+                    hop = dataclasses.replace(claimed, permit=None, url=target, cookies=results[0].cookies)
+                    hops.append(dataclasses.replace(hop, hops=claimed.hops + 1))
                 else:
                     log += self._record(sql, claimed, results)
             if may_claim:

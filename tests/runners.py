@@ -54,6 +54,11 @@ def command_line(*words: str) -> list[str]:
     return [sys.executable, str(ROOT / "adce.py"), *words]
 
 
+def read_object(store: adce.Store, key: str) -> bytes:
+    with store.open(key) as file:
+        return file.read()
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -44,10 +44,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import adce
 class Watched(adce.FolderStore):
-    def read(self, key):
-        with open("reads", "a") as file:
+    def open(self, key):
+        with Path("reads").open("a") as file:
             file.write(key + "\\n")
-        return super().read(key)
+        return super().open(key)
 configuration = adce.load_configuration(Path("adce.yaml"))
 database, clock, wakeups = adce.open_database(configuration.database), adce.Clock(), queue.SimpleQueue()
 with database.transaction() as sql:

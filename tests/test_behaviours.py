@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_adce
-from runners import wait_until
+from runners import read_object, wait_until
 from upstream import Upstream, json_answer
 
 import adce
@@ -77,22 +77,32 @@ while True:
 COMMANDS = [
     of("exit 0 with a whole object", WRITE, O.OK),
     of("whole object and exit 3", f"{WRITE}; exit 3", O.OK),
-    of("exit 1 with words on stderr", "echo no luck >&2; exit 1", O.ERROR, "left no object (exit 1): no luck"),
-    of("exit 255", "exit 255", O.ERROR, "left no object (exit 255): empty"),
-    of("killed by SIGSEGV", "kill -SEGV $$", O.ERROR, "left no object (killed by SIGSEGV): empty"),
-    of("killed by SIGKILL", "kill -KILL $$", O.ERROR, "left no object (killed by SIGKILL): empty"),
-    of("killed by SIGTERM of its own", "kill $$", O.ERROR, "left no object (killed by SIGTERM): empty"),
-    of("killed by a real-time signal", "kill -36 $$", O.ERROR, "left no object (killed by signal 36): empty"),
+    of("exit 1 with words on stderr", "echo no luck >&2; exit 1", O.ERROR, "left no games/7.json (exit 1): no luck"),
+    of("exit 255", "exit 255", O.ERROR, "left no games/7.json (exit 255): empty"),
+    of("killed by SIGSEGV", "kill -SEGV $$", O.ERROR, "left no games/7.json (killed by SIGSEGV): empty"),
+    of("killed by SIGKILL", "kill -KILL $$", O.ERROR, "left no games/7.json (killed by SIGKILL): empty"),
+    of("killed by SIGTERM of its own", "kill $$", O.ERROR, "left no games/7.json (killed by SIGTERM): empty"),
+    of("killed by a real-time signal", "kill -36 $$", O.ERROR, "left no games/7.json (killed by signal 36): empty"),
     of("killed with its whole group", "echo last words; kill -KILL 0", O.ERROR, "(killed by SIGKILL): last words"),
-    of("silence without end", "exec sleep 300", O.TIMEOUT, "left no object (timed out): empty", **LATE),
-    of("writes nothing", "true", O.ERROR, "left no object (exit 0): empty"),
-    of("writes the wrong key", "mkdir -p lake/games; echo 1 > lake/games/8.json", O.ERROR, "left no object (exit 0)"),
+    of("silence without end", "exec sleep 300", O.TIMEOUT, "left no games/7.json (timed out): empty", **LATE),
+    of("writes nothing", "true", O.ERROR, "left no games/7.json (exit 0): empty"),
+    of(
+        "writes the wrong key",
+        "mkdir -p lake/games; echo 1 > lake/games/8.json",
+        O.ERROR,
+        "left no games/7.json (exit 0)",
+    ),
     of("half an object", f"mkdir -p lake/games; printf '{WHOLE[:6]}' > lake/{KEY}", O.INVALID, "not JSON"),
     of("empty object", f"mkdir -p lake/games; : > lake/{KEY}", O.INVALID, "0 bytes, fewer than 1"),
     of("object of another id", f'{WRITE}; echo \'{{"id": "8"}}\' > lake/{KEY}', O.INVALID, "not true: id =="),
-    of("object is a folder", f"mkdir -p lake/{KEY}", O.ERROR, "left no object (exit 0)"),
-    of("object is a pipe", f"mkdir -p lake/games; mkfifo lake/{KEY}", O.ERROR, "left no object (exit 0)"),
-    of("object is a link", f"mkdir -p lake/games; ln -s /etc/passwd lake/{KEY}", O.ERROR, "left no object (exit 0)"),
+    of("object is a folder", f"mkdir -p lake/{KEY}", O.ERROR, "left no games/7.json (exit 0)"),
+    of("object is a pipe", f"mkdir -p lake/games; mkfifo lake/{KEY}", O.ERROR, "left no games/7.json (exit 0)"),
+    of(
+        "object is a link",
+        f"mkdir -p lake/games; ln -s /etc/passwd lake/{KEY}",
+        O.ERROR,
+        "left no games/7.json (exit 0)",
+    ),
     of(
         "object in the store that is too long",
         f"{WRITE}; head -c 2000 /dev/zero | tr '\\0' ' ' >> lake/{KEY}",
@@ -111,7 +121,7 @@ COMMANDS = [
     of("writes half, then hangs", f"{WRITE}; printf '{{' > lake/{KEY}; sleep 300", O.INVALID, "not JSON", **LATE),
     of("ignores TERM", "trap '' TERM; sleep 300 & wait; sleep 300", O.TIMEOUT, "(timed out)", **STUBBORN),
     of("goes on printing at TERM", f'exec {PYTHON} "{NOISY}"', O.TIMEOUT, "(timed out): ", marks=LENGTHY, **STUBBORN),
-    of("stops itself", "kill -STOP $$", O.TIMEOUT, "left no object (timed out): empty", **STUBBORN),
+    of("stops itself", "kill -STOP $$", O.TIMEOUT, "left no games/7.json (timed out): empty", **STUBBORN),
     of("finishes at TERM", f"finish() {{ {WRITE}; exit; }}; trap finish TERM; sleep 300 & wait", O.OK, **LATE),
     of(
         "10 GB of output",
@@ -212,12 +222,12 @@ COMMANDS = [
         **PRINTED,
         max_bytes=1000,
     ),
-    of("prints nothing", "true", O.ERROR, "left no object (exit 0): empty", **PRINTED),
+    of("prints nothing", "true", O.ERROR, "left no games/7.json (exit 0): empty", **PRINTED),
     of(
         "prints nothing but a complaint",
         "echo no luck >&2; exit 4",
         O.ERROR,
-        "left no object (exit 4): no luck",
+        "left no games/7.json (exit 4): no luck",
         **PRINTED,
     ),
     of("prints garbage", "echo garbage", O.INVALID, "not JSON", **PRINTED),
@@ -247,19 +257,29 @@ COMMANDS = [
         **LATE,
     ),
     of("hands over half of it", f"printf '{WHOLE[:6]}' > $ADCE_OUTPUT", O.INVALID, "not JSON"),
-    of("hands over an empty file", ": > $ADCE_OUTPUT", O.ERROR, "left no object (exit 0)"),
-    of("hands over a pipe", "mkfifo $ADCE_OUTPUT", O.ERROR, "left no object (exit 0)"),
-    of("hands over a link", f"echo '{WHOLE}' > real; ln -s $PWD/real $ADCE_OUTPUT", O.ERROR, "left no object (exit 0)"),
+    of("hands over an empty file", ": > $ADCE_OUTPUT", O.ERROR, "left no games/7.json (exit 0)"),
+    of("hands over a pipe", "mkfifo $ADCE_OUTPUT", O.ERROR, "left no games/7.json (exit 0)"),
+    of(
+        "hands over a link",
+        f"echo '{WHOLE}' > real; ln -s $PWD/real $ADCE_OUTPUT",
+        O.ERROR,
+        "left no games/7.json (exit 0)",
+    ),
     of(
         "hands over a folder",
         f"mkdir $ADCE_OUTPUT; echo '{WHOLE}' > $ADCE_OUTPUT/object",
         O.ERROR,
-        "left no object (exit 0)",
+        "left no games/7.json (exit 0)",
     ),
     of("hands over too much", "truncate -s 10G $ADCE_OUTPUT", O.INVALID, "longer than 1000 bytes", max_bytes=1000),
-    of("takes its place away", "rm -r $(dirname $ADCE_OUTPUT)", O.ERROR, "left no object (exit 0)"),
-    of("takes away the folder of all places", "rm -r $ADCE_DB-output", O.ERROR, "left no object (exit 0)"),
-    of("leaves other files at its place", "echo 1 > $(dirname $ADCE_OUTPUT)/other", O.ERROR, "left no object (exit 0)"),
+    of("takes its place away", "rm -r $(dirname $ADCE_OUTPUT)", O.ERROR, "left no games/7.json (exit 0)"),
+    of("takes away the folder of all places", "rm -r $ADCE_DB-output", O.ERROR, "left no games/7.json (exit 0)"),
+    of(
+        "leaves other files at its place",
+        "echo 1 > $(dirname $ADCE_OUTPUT)/other",
+        O.ERROR,
+        "left no games/7.json (exit 0)",
+    ),
 ]
 
 
@@ -358,7 +378,7 @@ def test_command_is_judged_ends_in_time_and_leaves_nothing(scraper, store, tmp_p
         seconds = time.monotonic() - started
     judge(scraper, result, seconds)
     if scraper.outcome is O.OK:
-        assert (result.stored, store.read(KEY).strip()) == (store.find(KEY), WHOLE.encode())
+        assert (result.stored, read_object(store, KEY).strip()) == (store.find(KEY), WHOLE.encode())
     elif "lake" not in scraper.script:
         assert list(store.list("")) == []
 
@@ -386,9 +406,9 @@ def test_batch_closes_what_it_brought_and_tells_of_each_of_the_others(place, sto
     with nothing_left(tmp_path):
         results = adce.fetch(batch_of(script, tmp_path, "12345"), store, adce.Clock())
     assert [result.outcome for result in results] == VERDICTS
-    assert results[3].error == "left no object (exit 0): 4 is not there"
+    assert results[3].error == "left no games/4.json (exit 0): 4 is not there"
     assert results[4].error and results[4].error.startswith("not JSON")
-    assert [store.read(f"games/{game}.json") for game in "123"] == [
+    assert [read_object(store, f"games/{game}.json") for game in "123"] == [
         b'{"id": "%s"}' % game for game in (b"1", b"2", b"3")
     ]
     if place != "lake":
@@ -421,14 +441,14 @@ def test_objects_in_the_store_count_also_when_their_batch_failed(store, tmp_path
     with nothing_left(tmp_path):
         results = adce.fetch(batch_of(script, tmp_path, "123"), store, adce.Clock())
     assert [result.outcome for result in results] == [O.OK, O.OK, O.ERROR]
-    assert results[2].error == "left no object (exit 9): empty"
+    assert results[2].error == "left no games/3.json (exit 9): empty"
 
 
 @pytest.mark.parametrize(
     ("script", "outcome", "reason"),
     [
-        pytest.param("true", O.ERROR, "left the object as it was", id="does-nothing"),
-        pytest.param("exit 1", O.ERROR, "left the object as it was", id="fails"),
+        pytest.param("true", O.ERROR, "left games/7.json as it was", id="does-nothing"),
+        pytest.param("exit 1", O.ERROR, "left games/7.json as it was", id="fails"),
         pytest.param(
             "sleep 300",
             O.TIMEOUT,
@@ -441,9 +461,9 @@ def test_objects_in_the_store_count_also_when_their_batch_failed(store, tmp_path
             "(exit 1): no luck",
             id="fails-with-words",
         ),
-        pytest.param(f"cat lake/{KEY} > /dev/null", O.ERROR, "left the object as it was", id="reads-it"),
+        pytest.param(f"cat lake/{KEY} > /dev/null", O.ERROR, "left games/7.json as it was", id="reads-it"),
         pytest.param(WRITE, O.OK, "", id="writes-the-same-again"),
-        pytest.param(f"rm lake/{KEY}", O.ERROR, "left no object (exit 0)", id="removes-it"),
+        pytest.param(f"rm lake/{KEY}", O.ERROR, "left no games/7.json (exit 0)", id="removes-it"),
         pytest.param(f"{WRITE}; echo '{{' > lake/{KEY}", O.INVALID, "not JSON", id="spoils-it"),
     ],
 )
@@ -482,7 +502,7 @@ def test_program_without_any_trace_of_its_origin_is_not_waited_for(store, tmp_pa
     before, started = descriptors(), time.monotonic()
     (result,) = adce.fetch(spec_of(tmp_path, dataset_of(Scraper("", O.ERROR))), store, adce.Clock())
     os.kill(int((tmp_path / "shed").read_text()), signal.SIGKILL)
-    assert result.error == "left no object (exit 0): done"
+    assert result.error == "left no games/7.json (exit 0): done"
     assert (time.monotonic() - started < SLACK_SECONDS, descriptors()) == (True, before)
 
 
@@ -541,7 +561,7 @@ CALLS = [
     call("number", "return 7", O.ERROR, "returned int, not bytes, an iterator of bytes or a path"),
     call("None and the object is stored", "stored()", O.OK),
     call("None and half of it is stored", "spoiled()", O.INVALID, "not JSON"),
-    call("None and nothing is stored", "pass", O.ERROR, "left no object (exit 0): empty"),
+    call("None and nothing is stored", "pass", O.ERROR, "left no games/7.json (exit 0): empty"),
     call("Exception", "raise ValueError('no\\nluck')", O.ERROR, "ValueError: no luck"),
     call("SystemExit", "sys.exit(0)", O.ERROR, "SystemExit: 0"),
     call("KeyboardInterrupt", "raise KeyboardInterrupt", O.ERROR, "KeyboardInterrupt"),
@@ -587,7 +607,7 @@ def test_call_is_judged_ends_in_time_and_leaves_nothing(body, scraper, scrapers,
         seconds = time.monotonic() - started
     judge(scraper, result, seconds)
     if scraper.outcome is O.OK:
-        assert store.read(KEY) == WHOLE.encode()
+        assert read_object(store, KEY) == WHOLE.encode()
     elif "stored" not in body and "spoiled" not in body:
         assert list(store.list("")) == []
 
@@ -665,15 +685,15 @@ def test_call_that_never_returns_is_killed_with_all_that_it_began(scrapers, stor
     started = time.monotonic()
     with nothing_left(tmp_path):
         (result,) = adce.fetch(spec, store, adce.Clock())
-    assert (result.outcome, result.error) == (O.TIMEOUT, "left no object (timed out): begun")
+    assert (result.outcome, result.error) == (O.TIMEOUT, "left no games/7.json (timed out): begun")
     assert time.monotonic() - started < 2 + SLACK_SECONDS
 
 
 @pytest.mark.parametrize(
     ("ending", "reason"),
     [
-        pytest.param("os.kill(os.getpid(), 9)", "left no object (killed by SIGKILL): empty", id="killed"),
-        pytest.param("os._exit(3)", "left no object (exit 3): empty", id="exits-at-once"),
+        pytest.param("os.kill(os.getpid(), 9)", "left no games/7.json (killed by SIGKILL): empty", id="killed"),
+        pytest.param("os._exit(3)", "left no games/7.json (exit 3): empty", id="exits-at-once"),
         pytest.param("open(os.environ['ADCE_OUTPUT'], 'w').write('half'); os._exit(3)", "4 bytes, which", id="half"),
     ],
 )

@@ -385,10 +385,6 @@ MISPLACED = {
         SEASONS + BASE + '    freshness: {until: "done", current: 1d}\n',
         ['10:41: datasets.days.freshness.current: has no effect beside "until"'],
     ),
-    "once more after the end": (
-        BASE + '    freshness: {until: "done", refetch_once_after: 36h}\n',
-        ['9:52: datasets.days.freshness.refetch_once_after: has no effect beside "until"'],
-    ),
     "available without a day": (
         BASE
         + CHILD.replace(

@@ -116,15 +116,24 @@ def test_permit_of_a_process_that_was_suspended_is_not_used(limiter):
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "paused"),
-    [(200, {}, 0), (404, {}, 0), (429, {"Retry-After": "30"}, 30), (503, {}, 60), (403, {}, 900)],
+    ("status", "headers", "times", "paused"),
+    [
+        (200, {}, 1, 0),
+        (404, {}, 1, 0),
+        (429, {"Retry-After": "30"}, 1, 30),
+        (429, {"Retry-After": "0"}, 1, 60),
+        (503, {}, 1, 60),
+        (403, {}, 1, 0),
+        (403, {}, 2, 900),
+    ],
 )
-def test_answer_that_asks_for_a_pause_makes_everybody_wait(limiter, status, headers, paused):
+def test_answer_that_asks_for_a_pause_makes_everybody_wait(limiter, status, headers, times, paused):
     lift_limits(limiter)
     blocked = adce.BlockedWhen(status=(403,), timeouts_in_a_row=3, pause_seconds=900)
     limiter.configuration.sources["espn"] = adce.Source("espn", blocked_when=blocked)
-    with limiter.permit("espn") as held:
-        held.answered(status, headers)
+    for _ in range(times):
+        with limiter.permit("espn") as held:
+            held.answered(status, headers)
     start = limiter.clock.boot()
     with limiter.permit("espn"):
         assert limiter.clock.boot() == pytest.approx(start + paused)

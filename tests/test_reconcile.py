@@ -14,12 +14,14 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from conftest import ManualClock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from runners import read_object
 
 import adce
 
@@ -242,9 +244,9 @@ def test_parent_is_read_once_for_each_version(desk, lake):
     reads: list[str] = []
 
     class Watched(adce.FolderStore):
-        def read(self, key: str) -> bytes:
+        def open(self, key: str) -> BinaryIO:
             reads.append(key)
-            return super().read(key)
+            return super().open(key)
 
     store = Watched(lake.store.root)
     desk.cycle(store)
@@ -449,10 +451,10 @@ class LockedStore(adce.FolderStore):
             raise adce.UnusablePathError("cannot list games: Permission denied")
         yield from super().list(prefix, after)
 
-    def read(self, key: str) -> bytes:
+    def open(self, key: str) -> BinaryIO:
         if key == "days/2025-10-01.json":
             raise adce.UnusablePathError(f"cannot read {key}: Permission denied")
-        return super().read(key)
+        return super().open(key)
 
 
 def test_one_folder_or_object_that_cannot_be_used_does_not_hold_up_the_others(desk, lake):
@@ -513,8 +515,8 @@ def test_object_that_is_fetched_anew_while_a_cycle_reads_it_keeps_what_was_fetch
     lake.put_day(1, ["7"], final=False)
 
     class Overtaken(adce.FolderStore):
-        def read(self, key: str) -> bytes:
-            body = super().read(key)
+        def open(self, key: str) -> BinaryIO:
+            body = super().open(key)
             lake.put_day(1, ["7", "8"])
             with desk.database.transaction() as sql:
                 note_stored(adce.Ledger(sql, desk.configuration, desk.clock.wall(), 1), lake, key)
@@ -1032,9 +1034,9 @@ def test_cycle_that_ends_early_forgets_no_child_that_is_named_no_more(desk, lake
     seen: list[str] = []
 
     class Watched(adce.FolderStore):
-        def read(self, key: str) -> bytes:
+        def open(self, key: str) -> BinaryIO:
             seen.append("reads")
-            return super().read(key)
+            return super().open(key)
 
     steps = adce.reconcile(desk.database, desk.configuration, Watched(lake.store.root), desk.clock)
     while "reads" not in seen:
@@ -1143,7 +1145,7 @@ def test_object_that_no_dataset_expects_is_left_alone(desk, lake):
     lake.store.write("days/notes.txt", b"mine")
     row = desk.cycle()
     assert row["listed"] == 1
-    assert lake.store.read("days/notes.txt") == b"mine"
+    assert read_object(lake.store, "days/notes.txt") == b"mine"
 
 
 def test_object_is_not_expected_before_it_is_available(configure, database, lake, clock):
@@ -1446,10 +1448,10 @@ def test_slow_reading_keeps_nobody_waiting(desk, lake):
     asked, gate = threading.Event(), threading.Event()
 
     class Slow(adce.FolderStore):
-        def read(self, key: str) -> bytes:
+        def open(self, key: str) -> BinaryIO:
             asked.set()
             assert gate.wait(20)
-            return super().read(key)
+            return super().open(key)
 
     with ThreadPoolExecutor(4) as executor:
         ahead = adce.ReadAhead(executor, nobody_sleeps)

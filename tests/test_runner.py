@@ -237,7 +237,7 @@ def test_call_that_never_returns_holds_nobody_up(configure, database, upstream, 
     )
     code, lines = run_once(configure(text), database)
     assert (code, gaps(database)) == (adce.ExitCode.GAPS_LEFT, {"calls/A": "missing"})
-    assert "left no object (timed out)" in lines
+    assert "left no calls/A (timed out)" in lines
 
 
 def test_store_that_fails_pauses_everything_and_is_told(configure, database, upstream, league, tmp_path):
@@ -342,7 +342,7 @@ def test_program_that_leaves_a_stale_object_as_it_was_has_not_fetched_it(configu
     )
     assert gaps(database) == {"teams/A": "stale"}
     errors = [row["error"] for row in database.read("select error from recent_attempts where error is not null")]
-    assert errors == ["left the object as it was (exit 0): empty"]
+    assert errors == ["left teams/A as it was (exit 0): empty"]
 
 
 def test_object_whose_refetch_is_due_does_not_wait_for_the_next_cycle(configure, database, upstream):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -62,12 +63,12 @@ O = adce.Outcome  # noqa: E741  # a column of the table
     [
         (WRITE, O.OK, None),
         (f"{WRITE}; exit 3", O.OK, None),
-        ("echo nothing to do", O.ERROR, "left no object (exit 0): nothing to do"),
-        ("echo broken >&2; exit 1", O.ERROR, "left no object (exit 1): broken"),
-        ("kill -9 $$", O.ERROR, "left no object (killed by SIGKILL): empty"),
+        ("echo nothing to do", O.ERROR, "left no games/7.json (exit 0): nothing to do"),
+        ("echo broken >&2; exit 1", O.ERROR, "left no games/7.json (exit 1): broken"),
+        ("kill -9 $$", O.ERROR, "left no games/7.json (killed by SIGKILL): empty"),
         ("mkdir -p lake/games; echo '{' > lake/games/7.json", O.INVALID, "not JSON"),
-        ("sleep 60", O.TIMEOUT, "left no object (timed out)"),
-        ("trap '' TERM; kill -STOP $$", O.TIMEOUT, "left no object (timed out)"),
+        ("sleep 60", O.TIMEOUT, "left no games/7.json (timed out)"),
+        ("trap '' TERM; kill -STOP $$", O.TIMEOUT, "left no games/7.json (timed out)"),
     ],
 )
 def test_verdict_is_what_the_store_holds_afterwards(script, outcome, reason, store, tmp_path):
@@ -110,14 +111,14 @@ def test_grandchild_ends_when_its_program_ends_well(store, tmp_path):
 
 def test_program_that_left_its_group_is_found_and_ended(store, tmp_path):
     result = run(specification(tmp_path, *shell("setsid sleep 60 & echo $! > escaped; echo done")), store)[0]
-    assert result.error == "left no object (exit 0): done"
+    assert result.error == "left no games/7.json (exit 0): done"
     wait_for_end(int((tmp_path / "escaped").read_text()))
 
 
 def test_program_that_has_shed_its_environment_and_holds_the_output_is_not_waited_for(store, tmp_path):
     started = time.monotonic()
     result = run(specification(tmp_path, *shell("setsid env -i /bin/sleep 60 & echo $! > shed; echo done")), store)[0]
-    assert result.error == "left no object (exit 0): done"
+    assert result.error == "left no games/7.json (exit 0): done"
     assert time.monotonic() - started < 30
     os.kill(int((tmp_path / "shed").read_text()), signal.SIGKILL)
 
@@ -151,7 +152,7 @@ def test_output_without_end_fills_no_disk(store, tmp_path):
 
 def test_output_that_is_no_text_is_shown_as_such(store, tmp_path):
     result = run(specification(tmp_path, *shell(r"printf '\377\000\033[31m oops \n'; exit 1")), store)[0]
-    assert result.error == "left no object (exit 1): \ufffd??[31m oops"
+    assert result.error == "left no games/7.json (exit 1): \ufffd??[31m oops"
 
 
 def test_environment_is_a_list_of_names(store, tmp_path, monkeypatch):
@@ -159,8 +160,16 @@ def test_environment_is_a_list_of_names(store, tmp_path, monkeypatch):
     run(specification(tmp_path, *shell("env > environment")), store)
     lines = (tmp_path / "environment").read_text().splitlines()
     names = {line.partition("=")[0] for line in lines} - {"PWD", "OLDPWD", "SHLVL", "_"}  # the shell's own
-    assert names <= {*adce.INHERITED, "ADCE_CONFIG", "ADCE_DB", "ADCE_SOURCE", "ADCE_TASK", "ADCE_OUTPUT"}
+    assert names <= {*adce.INHERITED, "ADCE_CONFIG", "ADCE_DB", "ADCE_SOURCE", "ADCE_TASK", "ADCE_OUTPUT", "PYTHONPATH"}
     assert "ADCE_SOURCE=espn" in lines and names >= {"PATH"}
+
+
+def test_command_finds_the_interpreter_and_the_module_of_the_runner(store, tmp_path):
+    script = "import adce, sys; open('found', 'w').write(f'{adce.__file__} {sys.executable}')"
+    run(specification(tmp_path, "python", "-c", script), store)
+    module, interpreter = (tmp_path / "found").read_text().split()
+    assert Path(module) == Path(str(adce.__file__)).resolve()
+    assert Path(interpreter).parent == Path(sys.executable).parent
 
 
 def test_program_inherits_nothing_open(store, tmp_path):
@@ -224,7 +233,7 @@ def odd(game_id): raise Odd
         ("interrupted", O.ERROR, "KeyboardInterrupt:"),
         ("generator", O.ERROR, "GeneratorExit:"),
         ("long", O.ERROR, f"ValueError: {'x' * 108}"),
-        ("nothing", O.ERROR, "left no object (exit 0): empty"),
+        ("nothing", O.ERROR, "left no games/7.json (exit 0): empty"),
         ("nowhere", O.ERROR, "FileNotFoundError: [Errno 2] No such file or directory: 'no-such-file'"),
         ("invalid", O.INVALID, "not true: id == '{game_id}'"),
         ("missing", O.ERROR, "AttributeError: module 'a_scraper' has no attribute 'missing'"),

@@ -155,12 +155,16 @@ class Lake:
             self.world.fail("find", 0.005)
         return self.objects[key][1] if key in self.objects else None
 
-    def read(self, key: str) -> bytes:
+    def open(self, key: str) -> io.BytesIO:
         self.world.fail("read", 0.005)
-        return self.objects[key][0]
+        return io.BytesIO(self.objects[key][0])
 
-    def write(self, key: str, body: bytes) -> adce.StoredObject:
+    def spool(self) -> io.BytesIO:
+        return io.BytesIO()
+
+    def write(self, key: str, body: bytes | io.BytesIO) -> adce.StoredObject:
         self.world.fail("write", 0.02)
+        body = body if isinstance(body, bytes) else body.getvalue()
         self.writes += 1
         etag = hashlib.sha256(body + str(self.writes).encode()).hexdigest()[:12]
         stored = adce.StoredObject(key, len(body), etag, int(self.world.clock.wall()))
@@ -444,7 +448,9 @@ class World:
         elif dice < 0.07 and not spec.hops:
             status, headers = 302, {"location": spec.url + "&again=1"}
         answer = mock.Mock(status_code=status, headers=headers, is_redirect=status == 302)
-        return dataclasses.replace(adce._judge(spec, answer, body, store, mock.Mock(passed=False)), requests=1)
+        return dataclasses.replace(
+            adce._judge(spec, answer, io.BytesIO(body), store, mock.Mock(passed=False)), requests=1
+        )
 
     def document(self, url: str) -> bytes | None:
         """The truth at this instant. A day's two games end by the next morning; every third day has another second game
