@@ -2580,7 +2580,7 @@ class FolderStore:
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
         """Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
         spooled = Path(str(getattr(body, "name", "")))
-        if spooled.parent != self.root / STAGING:
+        if spooled.parent != self.root / STAGING or not spooled.exists():  # it may be an object by now
             with self.spool() as copied:
                 fill(copied, body)
                 return self.write(key, copied)
@@ -3670,12 +3670,17 @@ class Claim:
     source: Source
     tasks: tuple[ObjectRow, ...]
     children: tuple[Dataset, ...] = ()  # whose ids the objects name
+    beside: tuple[Claim, ...] = ()  # on objects of other datasets, which the same response brings
     url: str = ""
     hops: int = 0  # redirects that were followed,
     cookies: Any = None  # and the cookies that they have set
     permit: Permit | None = None  # commands and calls ask for their own
     environment: Mapping[str, str] = field(default_factory=dict)  # of its program
     runs_exclusively: bool = False  # nothing else may run beside it
+
+    def parts(self) -> list[tuple[Claim, ObjectRow]]:
+        """Each task with the claim that has its dataset, in the order of the results."""
+        return [(self, task) for task in self.tasks] + [part for one in self.beside for part in one.parts()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -3749,11 +3754,16 @@ def claim(
         if dataset.batch and not is_exclusive:
             rows += _others_in_batch(sql, configuration, first, dataset.batch)
         url = source.base_url + dataset.url.render(first.fields, quote_for_url) if dataset.url else ""
+        beside = _objects_of_same_url(sql, configuration, first) if url and not is_exclusive else []
         claimed = Claim(
             dataset=dataset,
             source=source,
             tasks=tuple(_begin(sql, row, url, wall) for row in rows),
             children=tuple(configuration.children_of(dataset.name)),
+            beside=tuple(
+                Claim(one, source, (_begin(sql, row, url, wall),), tuple(configuration.children_of(one.name)), url=url)
+                for one, row in beside
+            ),
             url=url,
             permit=granted,
             environment={} if url else _environment(configuration, source, rows),
@@ -3761,6 +3771,20 @@ def claim(
         )
         return claimed, openings
     return None, openings
+
+
+def _objects_of_same_url(
+    sql: sqlite3.Connection, configuration: Configuration, first: ObjectRow
+) -> Iterator[tuple[Dataset, ObjectRow]]:
+    """The pending objects of other datasets that one response brings together with the first."""
+    own, fields = configuration.datasets[first.dataset], first.fields
+    for other in configuration.datasets.values():
+        if other.name == own.name or (other.source, other.url) != (own.source, own.url):
+            continue
+        key = other.key.render(fields, quote_for_key) if set(other.partitions.own_fields()) <= fields.keys() else ""
+        pending = "o.key = ? and d.dataset = ? and o.task = 'pending' and d.active and d.ready"
+        if Path(key).suffix == Path(first.key).suffix:
+            yield from ((other, row) for row in Ledger(sql, configuration, 0).objects(pending, (key, other.name)))
 
 
 def _environment(configuration: Configuration, source: Source, rows: Iterable[ObjectRow]) -> dict[str, str]:
@@ -3858,8 +3882,8 @@ def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clo
         health = SourceHealth(pause_seconds=FIRST_PAUSE_SECONDS)
         pause(sql, GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{decisive.error}", now)
     endings: list[Ending] = []
-    for task, result in zip(claimed.tasks, results, strict=True):
-        _record_attempt(ledger, claimed.dataset, task, result)
+    for (one, task), result in zip(claimed.parts(), results, strict=True):
+        _record_attempt(ledger, one.dataset, task, result)
         running = "o.object_id = :object_id and o.task = 'running' and o.attempt_id = :attempt_id"
         rows = ledger.objects(running, {"object_id": task.object_id, "attempt_id": task.attempt_id})
         endings += [_settle(ledger, row, result, health, rng) for row in rows]
@@ -4778,15 +4802,17 @@ def describe(error: BaseException) -> str:
         return type(error).__name__
 
 
-def request(claimed: Claim, store: Store, clock: Clock) -> Result:
-    """One HTTP request with a deadline for all of it. Reads at most a block more than max_bytes.
+def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
+    """One HTTP request with a deadline for all of it, and a result for each object. Reads at most a block more than
+    max_bytes.
 
     Raises StoreError when there is no place for the body; then nothing was sent."""
     with store.spool() as body:
-        return _request_into(body, claimed, store, clock)
+        first, *others = _request_into(body, claimed, store, clock)
+        return [first, *(dataclasses.replace(one, requests=0) for one in others)]
 
 
-def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> Result:
+def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     import requests
     import urllib3
 
@@ -4801,24 +4827,24 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
             options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False}
             with opened.get(claimed.url, headers=_headers(claimed), **options) as response:
                 status = response.status_code
-                most = claimed.dataset.validate.max_bytes if status == 200 else CLASSIFIED_BYTES
+                most = max(one.dataset.validate.max_bytes for one, _ in claimed.parts())
                 try:
                     for block in _decoded(claimed.tasks[0].key, response):
                         fill(body, block)
-                        if body.tell() > most or deadline.passed:
+                        if body.tell() > (most if status == 200 else CLASSIFIED_BYTES) or deadline.passed:
                             break
                 except (zlib.error, urllib3.exceptions.HTTPError):
                     if status == 200:  # any other status counts without its body
                         raise
                 if deadline.passed:  # the socket that was shut looks like the end of the body
                     raise requests.Timeout
-                result = _judge(claimed, response, body, store, deadline)
-                if result.redirect:
-                    result = dataclasses.replace(result, cookies=opened.cookies)
+                results = _judge(claimed, response, body, store, deadline)
+                cookies = opened.cookies if results[0].redirect else None
+                return [dataclasses.replace(one, requests=1, cookies=cookies) for one in results]
     except StoreError as error:
         result = dataclasses.replace(_refused(error), http_status=status)
     except Error as error:
-        return Result(Outcome.LOST, str(error))
+        return [Result(Outcome.LOST, str(error))] * len(claimed.parts())
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:
         if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
             result = Result(Outcome.LOST, "this program stood still meanwhile")
@@ -4830,7 +4856,7 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
         else:
             outcome, text = connection_error(error)
             result = Result(outcome, f"{urllib.parse.urlsplit(claimed.url).hostname} {text}", status)
-    return dataclasses.replace(result, requests=1)
+    return [dataclasses.replace(result, requests=1)] * len(claimed.parts())
 
 
 def _decoded(key: str, response: Any) -> Iterator[bytes]:
@@ -4946,7 +4972,8 @@ def _validators(url: str, headers: Mapping[str, str]) -> str | None:
 def _conditions(claimed: Claim) -> dict[str, str]:
     """The headers that ask for an object only if it is another than the one in the store."""
     target = claimed.tasks[0]
-    known = json.loads(target.validators or "{}") if target.state == ObjectState.STALE else {}
+    is_known = target.state == ObjectState.STALE and not claimed.beside
+    known = json.loads(target.validators or "{}") if is_known else {}
     return dict(known["headers"]) if known.get("url") == claimed.url else {}
 
 
@@ -4987,30 +5014,33 @@ def connection_error(error: BaseException) -> tuple[Outcome, str]:
     return Outcome.BROKEN, f"connection closed by server ({words})"
 
 
-def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline: _Deadline) -> Result:
-    """The meaning of a response. A redirect is the next request to make."""
-    status, target, size = response.status_code, claimed.tasks[0], body.seek(0, io.SEEK_END)
+def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline: _Deadline) -> list[Result]:
+    """The meaning of a response for each object. A redirect is the next request to make."""
+    status, target, parts = response.status_code, claimed.tasks[0], claimed.parts()
     if not response.is_redirect:
+        size = body.seek(0, io.SEEK_END)
         body.seek(0)
         if status == 304 and _conditions(claimed):
-            return Result(Outcome.OK, None, status)
+            return [Result(Outcome.OK, None, status)]
         answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES))
         if answer.outcome is not Outcome.OK:
-            return answer
+            return [answer] * len(parts)
         if target.key.lower().endswith(".gz") and size <= claimed.dataset.validate.max_bytes:
             body.seek(0)
             for _ in _unpack(iter(functools.partial(body.read, BLOCK_BYTES), b""), "gzip"):
                 if deadline.passed:  # half a file can have the whole Content-Length
                     raise TimeoutError
-        result = validate_and_store(claimed, target, body, store, status)
-        return dataclasses.replace(result, validators=_validators(claimed.url, response.headers))
+        results = [validate_and_store(one, task, body, store, status) for one, task in parts]
+        validators = _validators(claimed.url, response.headers)
+        return [dataclasses.replace(result, validators=validators) for result in results]
     url = urllib.parse.urljoin(claimed.url, response.headers["location"])
-    parts = urllib.parse.urlsplit(url)
+    to = urllib.parse.urlsplit(url)
+    answer = Result(Outcome.RUNNING, None, status, redirect=url)
     if claimed.hops >= MAX_REDIRECTS:
-        return Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status)
-    if parts.scheme not in ("http", "https") or (parts.scheme == "http" and claimed.url.startswith("https:")):
-        return Result(Outcome.HTTP_ERROR, f"redirected to {parts.scheme}://{parts.hostname}, which is refused", status)
-    return Result(Outcome.RUNNING, None, status, redirect=url)
+        answer = Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status)
+    elif to.scheme not in ("http", "https") or (to.scheme == "http" and claimed.url.startswith("https:")):
+        answer = Result(Outcome.HTTP_ERROR, f"redirected to {to.scheme}://{to.hostname}, which is refused", status)
+    return [answer] * len(parts)
 
 
 # ---------------------------------------------------------------- Sessions
@@ -5317,15 +5347,17 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
 
     An object that is in the store already, and whole, is not asked for again."""
     try:
-        if len(claimed.tasks) == 1 and claimed.tasks[0].state == ObjectState.MISSING and not claimed.hops:
-            found = inspect_stored(claimed, claimed.tasks[0], store)
-            if found and found.outcome is Outcome.OK:
-                return [found]
-        return [request(claimed, store, clock)] if claimed.url else run_command(claimed, store)
+        parts = claimed.parts()
+        if len(claimed.tasks) == 1 and not claimed.hops and all(row.state == ObjectState.MISSING for _, row in parts):
+            found = [inspect_stored(one, row, store) for one, row in parts]
+            if whole := [one for one in found if one and one.outcome is Outcome.OK]:
+                absent = Result(Outcome.LOST, "not asked for: an object of the same url is in the store")
+                return [one if one in whole else absent for one in found]
+        return request(claimed, store, clock) if claimed.url else run_command(claimed, store)
     except StoreError as error:
-        return [_refused(error)] * len(claimed.tasks)
+        return [_refused(error)] * len(claimed.parts())
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
-        return [Result(Outcome.ERROR, describe(error))] * len(claimed.tasks)
+        return [Result(Outcome.ERROR, describe(error))] * len(claimed.parts())
 
 
 # ---------------------------------------------------------------- Report
@@ -6195,11 +6227,11 @@ def log_progress(journal: Journal, database: Database) -> None:
         journal.write("INFO", "progress", cycle=_cycle_text(database, now), to_read=to_read)
 
 
-def log_ending(journal: Journal, claimed: Claim, ending: Ending, max_attempts: int) -> None:
+def log_ending(journal: Journal, ending: Ending, max_attempts: int) -> None:
     """One line for the end of an attempt."""
     result = ending.result
     level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
-    fields: dict[str, Any] = {"dataset": claimed.dataset.name, "key": ending.task.key, "outcome": result.outcome}
+    fields: dict[str, Any] = {"dataset": ending.task.dataset, "key": ending.task.key, "outcome": result.outcome}
     fields |= {"failures": f"{ending.failures}/{max_attempts}" if ending.failures else None}
     fields |= {"bytes": result.stored.size if result.stored else None, "error": result.error}
     fields |= {"next": utc_text(ending.next_at), "task": ending.task.object_id}
@@ -6808,13 +6840,14 @@ class Runner:
 
     def _record(self, sql: sqlite3.Connection, claimed: Claim, results: Sequence[Result]) -> list[Callable[[], None]]:
         """Record an execution that has finished. Returns the log lines to write after the commit."""
-        results = [dataclasses.replace(result, requests=result.requests + claimed.hops) for result in results]
+        first, *others = results  # which counts the requests
+        results = [dataclasses.replace(first, requests=first.requests + claimed.hops), *others]
         ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
         endings = finish(ledger, claimed, results, self.clock, self.rng)
         journal, most = self.journal, self.configuration.retry.max_attempts
         problems = ledger.problems[:MOST_PROBLEMS]
         log = [functools.partial(journal.write, "WARN", "children", problem=problem) for problem in problems]
-        return [*log, *(functools.partial(log_ending, journal, claimed, ending, most) for ending in endings)]
+        return [*log, *(functools.partial(log_ending, journal, ending, most) for ending in endings)]
 
     def _collect(self) -> None:
         """Record the finished executions, if the database can be written now."""
@@ -6870,7 +6903,7 @@ class Runner:
         sent = [(claimed, int(bool(claimed.url))) for claimed in self.running.values()]
         for claimed, requests in [*sent, *((hop, 0) for hop in self.hops)]:
             lost = Result(Outcome.LOST, "the runner stopped", requests=requests)
-            self.unrecorded.append((claimed, [lost] * len(claimed.tasks)))
+            self.unrecorded.append((claimed, [lost] * len(claimed.parts())))
         self.running.clear()
         self._sweep()
         self._collect()

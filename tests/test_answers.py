@@ -126,3 +126,41 @@ def test_large_objects_are_streamed_and_stored_as_sent(upstream, tmp_path, reque
             patch.setenv(name, value)
         store = adce.open_store(address if environment else str(tmp_path / address))
         assert all(read_object(store, f"things/{name}") == body for name in "ABCD")
+
+
+SHARED = """
+sources: {{box: {{base_url: "{address}"}}}}
+datasets:
+  plays: {{source: box, key: "plays/{{n}}.json", url: "/game/{{n}}", partitions: {{values: {{n: [A, B]}}}}}}
+  boxes:
+    source: box
+    key: "boxes/{{n}}.json"
+    url: "/game/{{n}}"
+    partitions: {{same_as: plays}}
+    validate: {{contains: [players]}}
+  teams: {{source: box, key: "teams/{{n}}.json", url: "/game/{{n}}", partitions: {{same_as: plays}}}}
+"""
+
+
+def test_one_response_brings_the_objects_of_all_datasets_with_its_url(upstream, tmp_path):
+    upstream.answer("/game/A", Answer(b'{"players": 10}'))
+    upstream.answer("/game/B", Answer(b"{}"))
+    (tmp_path / "adce.yaml").write_text(SHARED.format(address=upstream.address))
+    assert run_adce("run", "--once", folder=tmp_path).returncode == adce.ExitCode.GAPS_LEFT
+    assert upstream.count() == 2
+    ended = rows(tmp_path, "select dataset, outcome, count(*) from recent_attempts group by 1, 2 order by 1, 2")
+    assert ended == [("boxes", "invalid", 1), ("boxes", "ok", 1), ("plays", "ok", 2), ("teams", "ok", 2)]
+    assert rows(tmp_path, "select sum(requests) from attempts") == [(2,)]
+    stored = {path.name: path.read_bytes() for path in (tmp_path / "lake/teams").iterdir()}
+    assert stored == {"A.json": b'{"players": 10}', "B.json": b"{}"}
+
+
+def test_object_whose_url_is_shared_is_asked_for_alone_when_the_others_are_there(upstream, tmp_path):
+    upstream.answer("/game/A", Answer(b'{"players": 10}'))
+    upstream.answer("/game/B", Answer(b'{"players": 11}'))
+    (tmp_path / "adce.yaml").write_text(SHARED.format(address=upstream.address))
+    run_adce("run", "--once", folder=tmp_path)
+    (tmp_path / "lake/boxes/A.json").unlink()
+    assert run_adce("run", "--once", folder=tmp_path).returncode == adce.ExitCode.DONE
+    assert upstream.count() == 3
+    assert rows(tmp_path, "select dataset from recent_attempts limit 1") == [("boxes",)]

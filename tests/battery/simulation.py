@@ -67,6 +67,12 @@ datasets:
     url: "/game?id={game_id}"
     partitions: {from: days, ids: games, as: game_id}
     validate: {json: true, require: ["id == '{game_id}'"]}
+  summaries:
+    source: league
+    key: "summaries/{game_id}.json"
+    url: "/game?id={game_id}"
+    partitions: {same_as: games}
+    validate: {json: true, require: ["id == '{game_id}'"]}
   teams:
     source: shop
     key: "teams/{team}.json"
@@ -426,11 +432,12 @@ class World:
                 if len(times) > most and times[-1] - times[-1 - most] < seconds:
                     raise BrokenPromiseError(f"{scope} was asked more than {most} times in {seconds:g} s")
 
-    def request(self, spec: adce.Claim, store: adce.Store, clock: adce.Clock) -> adce.Result:
+    def request(self, spec: adce.Claim, store: adce.Store, clock: adce.Clock) -> list[adce.Result]:
         """Stands in for the network: what the source answers, judged by the program itself."""
         outcomes = {"away": adce.Outcome.UNREACHABLE, "broken": adce.Outcome.BROKEN, "slow": adce.Outcome.TIMEOUT}
         if self.kind in outcomes:
-            return adce.Result(outcomes[self.kind], f"{spec.source.name} is {self.kind}", requests=1)
+            result = adce.Result(outcomes[self.kind], f"{spec.source.name} is {self.kind}")
+            return [dataclasses.replace(result, requests=not place) for place, _ in enumerate(spec.parts())]
         body, status, headers = self.document(spec.url), 200, {}
         dice = 1.0 if self.is_calm else self.random.random()
         if body is None or dice < 0.01:
@@ -448,9 +455,8 @@ class World:
         elif dice < 0.07 and not spec.hops:
             status, headers = 302, {"location": spec.url + "&again=1"}
         answer = mock.Mock(status_code=status, headers=headers, is_redirect=status == 302)
-        return dataclasses.replace(
-            adce._judge(spec, answer, io.BytesIO(body), store, mock.Mock(passed=False)), requests=1
-        )
+        results = adce._judge(spec, answer, io.BytesIO(body), store, mock.Mock(passed=False))
+        return [dataclasses.replace(result, requests=not place) for place, result in enumerate(results)]
 
     def document(self, url: str) -> bytes | None:
         """The truth at this instant. A day's two games end by the next morning; every third day has another second game
