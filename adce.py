@@ -1247,6 +1247,7 @@ Number = Annotated[float, Kind("a number", {"type": "number"})]
 Positive = Annotated[float, Kind("a number above 0", {"type": "number", "exclusiveMinimum": 0})]
 Percent = Annotated[float, Kind("a number from 0 to 100", {"type": "number", "minimum": 0, "maximum": 100})]
 Count = Annotated[int, Kind("a whole number of 1 or more", {"type": "integer", "minimum": 1})]
+Amount = Annotated[int, Kind("a whole number of 0 or more", {"type": "integer", "minimum": 0})]
 Several = Annotated[int, Kind("a whole number of 2 or more", {"type": "integer", "minimum": 2})]
 Port = Annotated[int, Kind("a port from 0 to 65535", {"type": "integer", "minimum": 0, "maximum": 65535})]
 Status = Annotated[int, Kind("an HTTP status", {"type": "integer", "minimum": 100, "maximum": 599})]
@@ -1593,6 +1594,7 @@ class Configuration:
         against=("reconciliation_interval_minutes",),
     )
     full_seconds: Positive = setting("time to list the whole store", 24, name="full_reconciliation_hours", unit=HOUR)
+    verify_per_cycle: Amount = setting("stored contents that a cycle reads for their validation alone", 1000)
     queue_check_seconds: Positive = setting("maximum sleep of the main loop", 10)
     max_concurrent_scrapers: Count = setting("number of workers", 5)
     grace_seconds: Number = setting("time that a stop grants running attempts", 30)
@@ -2394,6 +2396,7 @@ class StoredObject(NamedTuple):
     modified_at: int  # seconds since 1970
 
 
+SPOOL_NAME, PROBE = "[0-9a-f]{16}", "0" * 16  # of files in the staging folder; no other file there is ADCE's
 PAGE = 1000  # objects compared, sorted or noted in one transaction
 Item = TypeVar("Item")
 
@@ -2451,7 +2454,7 @@ def fill(file: BinaryIO, body: Any) -> None:
             shutil.copyfileobj(body, file)
         file.flush()
     except OSError as error:
-        raise _store_error("write a body", error) from error
+        raise StoreError(f"cannot write a body: {error.strerror}") from error
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -2495,24 +2498,38 @@ class FolderStore:
     def sweep(self, *, is_known: bool = False) -> None:
         """Make the root and its staging folder; remove unfinished files. Where the staging folder of a known store
         is gone, so may be the disk that was mounted there."""
-        staging = self.root / STAGING
         if is_known:
             self.require_mark()
-        try:
+        with self._written():
+            staging = self._staging()
             staging.mkdir(parents=True, exist_ok=True)
             for leftover in staging.iterdir():
-                leftover.unlink()
-            (staging / "probe").touch()  # all of it was there already, and may be mounted to be read only
-            (staging / "probe").unlink()
-        except OSError as error:
-            raise StoreError(
-                f"the store {self.root} cannot be written: {error.strerror}", "see `store:` in adce.yaml"
-            ) from error
+                if re.fullmatch(SPOOL_NAME, leftover.name):
+                    leftover.unlink()
+            (staging / PROBE).touch()  # all of it was there already, and may be mounted to be read only
+            (staging / PROBE).unlink()
         self.is_swept = True
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.ENOENT and not self.root.is_dir():
+                raise self._gone() from error
+            text = f"the store {self.root} cannot be written: {error.strerror}"
+            raise StoreError(text, "see `store:` in adce.yaml") from error
+
+    def _staging(self) -> Path:
+        """The staging folder. Raises StoreError for a link, which could lead anywhere."""
+        staging = self.root / STAGING
+        if staging.is_symlink():
+            raise StoreError(f"{staging} is a link", "remove it; a folder takes its place")
+        return staging
 
     def require_mark(self) -> None:
         """Raises StoreError when this is not the folder that it was."""
-        staging = self.root / STAGING
+        staging = self._staging()
         if not staging.is_dir():
             hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {staging}"
             raise StoreError(f"the store {self.root} is no longer there: it has no folder {STAGING}", hint)
@@ -2565,11 +2582,9 @@ class FolderStore:
     @contextlib.contextmanager
     def spool(self) -> Iterator[BinaryIO]:
         """A file in the staging folder."""
-        path = self.root / STAGING / secrets.token_hex(8)
-        try:
+        with self._written():
+            path = self._staging() / secrets.token_hex(8)
             file = path.open("x+b")
-        except OSError as error:
-            raise _store_error(f"write to {self.root}", error) from error
         try:
             yield file
         finally:
@@ -4100,7 +4115,6 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
 LEAST_SHARE = 4000  # keys, of a cycle; a lake that is not larger is listed whole each time
 SINGLE_RANGES = 200  # open objects below a prefix; with more than that, all of it is listed
 READS_IN_A_TRANSACTION = 20
-READS_IN_A_CYCLE = 1000  # of a dataset whose contents are only validated
 NOTED_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 SAVED_EVERY_SECONDS = 5
 MOST_PROBLEMS = 5  # reported of one cycle
@@ -4282,6 +4296,7 @@ class Cycle:
             sql.execute("delete from wanted")
             self.datasets = dict(sql.execute("select dataset_id, dataset from datasets where active").fetchall())
         self.share = ALL_KEYS if self.options.is_full else share_of_keys(database, configuration, clock.wall())
+        self.may_verify = math.inf if self.options.is_full else configuration.verify_per_cycle  # contents
 
     @contextlib.contextmanager
     def ledger(self) -> Iterator[Ledger]:
@@ -4363,20 +4378,20 @@ def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | Non
         if dataset.name not in cycle.readers:
             continue
         children = cycle.configuration.children_of(dataset.name)
-        says_more = children or dataset.freshness.until or dataset.freshness.live
-        left = math.inf if says_more or cycle.options.is_full else READS_IN_A_CYCLE
-        after = ""
-        while left > 0 and (unread := _unread(cycle, dataset, after)):
+        freshness, after = dataset.freshness, ""
+        is_validated_only = not (children or freshness.until or freshness.live)
+        few: float = READS_IN_A_TRANSACTION
+        while unread := _unread(cycle, dataset, after, min(few, cycle.may_verify) if is_validated_only else few):
             reading = {row.object_id: cycle.ahead.submit(_inspect, cycle, row, children) for row in unread}
             while not all(future.done() for future in reading.values()):
                 yield True
             found = {number: inspection for number, future in reading.items() if (inspection := future.result())}
             yield from cycle.rewrite(found, functools.partial(_judged, found))
             after = unread[-1].key
-            left -= len(unread)
+            cycle.may_verify -= len(unread) * is_validated_only
 
 
-def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[ObjectRow]:
+def _unread(cycle: Cycle, dataset: Dataset, after: str, few: float) -> list[ObjectRow]:
     with cycle.ledger() as ledger:
         return ledger.objects(
             """
@@ -4384,7 +4399,7 @@ def _unread(cycle: Cycle, dataset: Dataset, after: str) -> list[ObjectRow]:
             and o.etag is not o.read_etag and o.etag is not null and o.key > :after and o.state != 'dropped'
             order by o.key limit :few
             """,
-            {"dataset": dataset.name, "after": after, "few": READS_IN_A_TRANSACTION},
+            {"dataset": dataset.name, "after": after, "few": few},
         )
 
 
@@ -4458,6 +4473,8 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
         yield from _expand(cycle, level)
         yield from _compare(cycle, level)
         yield from _end_expansion(cycle)
+        if cycle.listed:  # else the store may be empty, or another one
+            yield from _apply_losses(cycle)
         yield from read_contents(cycle, level)
     # datasets that are no longer declared, with objects that no other dataset has taken over
     undeclared = """
@@ -4669,7 +4686,7 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
     mount is more likely at fault."""
     total = sum(map(len, cycle.losses.values()))
     for dataset_id in cycle.losses.keys() & cycle.datasets.keys():
-        lost, present, name = cycle.losses[dataset_id], cycle.present[dataset_id], cycle.datasets[dataset_id]
+        lost, present, name = cycle.losses.pop(dataset_id), cycle.present[dataset_id], cycle.datasets[dataset_id]
         many = len(lost) > BRAKE_OBJECTS and len(lost) > BRAKE_SHARE * present
         everything = (len(lost) == present and present > BRAKE_EMPTY) or (cycle.listed == 0 and total > BRAKE_EMPTY)
         if name not in cycle.options.accept_loss and (many or everything):
@@ -6677,6 +6694,7 @@ class Runner:
         self.next_cycle_at = self.next_beat_at = -math.inf
         self.stop_at, self.stop_reason = math.inf, ""
         self.once = self.is_waiting = self.cycle_waits = False
+        self.max_wait = 0.0
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end; safe from a signal handler and from other threads."""
@@ -6685,11 +6703,17 @@ class Runner:
         self.wakeups.put("stop")
 
     def run(
-        self, *, once: bool = False, max_seconds: float = math.inf, address: str | None = None, log: Path | None = None
+        self,
+        *,
+        once: bool = False,
+        max_seconds: float = math.inf,
+        max_wait: float = MINUTE,
+        address: str | None = None,
+        log: Path | None = None,
     ) -> ExitCode:
-        """Work until stopped. With `once`: one cycle, then one attempt at every open task. `address` and `log` are
-        stored for other commands."""
-        self.once, self.stop_at = once, self.clock.boot() + max_seconds
+        """Work until stopped. With `once`: one cycle, then one attempt at every task that is due or has failed, but
+        without a wait for pauses of more than `max_wait` seconds. `address` and `log` are stored for other commands."""
+        self.once, self.max_wait, self.stop_at = once, max_wait, self.clock.boot() + max_seconds
         self._start(address, log)
         try:
             while not self.stop_reason:
@@ -6747,9 +6771,10 @@ class Runner:
         self._beat()
         wait = self._seconds_to_next_event(openings)
         is_idle = self.steps is None and not self.running
+        too_late = self.clock.boot() + self.max_wait - 1  # a pause that has just begun counts in full
         if self.clock.boot() >= self.stop_at:
             self.stop("its time was up")
-        elif self.once and is_idle and all(opening.is_pause for opening in openings.values()):
+        elif self.once and is_idle and all(one.is_pause and one.at > too_late for one in openings.values()):
             self.stop("the rest belongs to paused sources" if openings else "every task was attempted")
         if not self.stop_reason:
             self.clock.wait(self.wakeups, wait, self.database.has_changed)
@@ -6773,10 +6798,12 @@ class Runner:
         except StopIteration:
             self.steps, self.cycle_waits = None, False
             log_cycle(self.journal, self.database)
-            if self.once:
+            if (
+                self.once
+            ):  # what has failed is tried once more; what waits for its freshness, or is not there yet, is not
+                woken = "update objects set task = 'pending', next_at = null where task = 'retry' and failures > 0"
                 with self.database.transaction() as sql:
-                    while wake_retries(sql, sys.maxsize) >= PAGE:
-                        pass
+                    sql.execute(woken)
 
     def _free_workers(self) -> int:
         is_exclusive = any(claimed.runs_exclusively for claimed in self.running.values())
@@ -7475,11 +7502,16 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
 
 
 @command(
-    option("--once", action="store_true", help="one cycle, one attempt at each open task; exit 3: gaps are left"),
+    option(
+        "--once", action="store_true", help="one cycle, one attempt at each task that is due; exit 3: gaps are left"
+    ),
     option("--dry-run", action="store_true", help="the same as plan"),
     option("--interval-minutes", type=POSITIVE, metavar="N", help="between cycles"),
     option("--interval-hours", type=POSITIVE, metavar="N", help="older form of --interval-minutes"),
     option("--max-minutes", type=POSITIVE, metavar="N", help="stop cleanly after N minutes"),
+    option(
+        "--max-wait", type=DURATION, default=MINUTE, metavar="60s", help="with --once, the longest pause to wait for"
+    ),
     option("--if-locked", choices=("fail", "skip"), default="fail", help="skip: exit 0, silent, if another runs"),
     option("--log", type=PATH, metavar="FILE", help="log to FILE, 20 MB at most, instead of stderr"),
 )
@@ -7522,6 +7554,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         code = runner.run(
             once=arguments.once,
             max_seconds=(arguments.max_minutes or math.inf) * MINUTE,
+            max_wait=arguments.max_wait,
             address=address,
             log=arguments.log,
         )

@@ -12,7 +12,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_adce
 
 import adce
 
@@ -112,3 +112,31 @@ def read_count(folder: Path) -> int:
     with contextlib.suppress(FileNotFoundError):
         return (folder / "reads").read_bytes().count(b"\n")
     return 0
+
+
+SUSPECTS = """
+verify_per_cycle: {verified}
+sources: {{box: {{base_url: "http://127.0.0.1:9"}}}}
+datasets:
+  a:
+    source: box
+    key: "a/{{n}}"
+    url: "/a{{n}}"
+    partitions: {{values: {{n: [A, B, C]}}}}
+    validate: {{contains: [x]}}
+  b: {{source: box, key: "b/{{n}}", url: "/b{{n}}", partitions: {{same_as: a}}, validate: {{contains: [x]}}}}
+"""
+
+
+@pytest.mark.parametrize("verified", [0, 2, 4])
+def test_contents_read_for_their_validation_are_limited_for_all_datasets_together(tmp_path, verified):
+    (tmp_path / "adce.yaml").write_text(SUSPECTS.format(verified=verified))
+    for key in ("a/A", "a/B", "a/C", "b/A", "b/B", "b/C"):
+        place = tmp_path / "lake" / key
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("no good")
+    (tmp_path / "lake/.adce").mkdir()
+    for cycle in (1, 2):
+        run_adce("reconcile", folder=tmp_path)
+        suspects = json.loads(run_adce("report", "total", "--format", "json", folder=tmp_path).stdout)["suspect"]
+        assert suspects == min(6, cycle * verified)

@@ -568,7 +568,7 @@ def test_store_that_takes_nothing_is_told(upstream, store):
     result = fetch(spec, store)
     assert (result.outcome, result.error) == (
         O.STORE_ERROR,
-        f"cannot write to {store.root}: No such file or directory",
+        f"the store {store.root} cannot be written: No such file or directory",
     )
     assert upstream.count() == 0
 

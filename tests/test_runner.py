@@ -18,7 +18,7 @@ from datetime import date
 
 import pytest
 from lakes import league_text
-from runners import write_box
+from runners import wait_until, write_box
 from upstream import Answer, League, Upstream, json_answer
 
 import adce
@@ -87,10 +87,12 @@ def test_settled_lake_makes_no_request(configure, database, upstream, league):
 def test_days_that_are_not_final_stay_stale_and_the_next_run_collects_their_games(
     configure, database, upstream, league
 ):
-    configuration, league.phase = configure(league_text(upstream.address)), "early"
+    text = league_text(upstream.address).replace("refetch_every: 6h", "refetch_every: 1s")
+    configuration, league.phase = configure(text), "early"
     assert run_once(configuration, database)[0] == adce.ExitCode.GAPS_LEFT
     assert set(gaps(database).values()) == {"stale"}
     league.phase = "final"
+    wait_until(lambda: not database.value("select count(*) from objects where next_at > unixepoch()"))
     assert run_once(configuration, database)[0] == adce.ExitCode.DONE
     assert database.value("select sum(present) from coverage") == 6 + len(league.ids)
 
@@ -544,3 +546,36 @@ rate_limiting:
     own = [one for before, one in itertools.pairwise(["", *statements]) if one != before]
     assert len(own) / count <= 16
     assert frames / count <= 10
+
+
+AGING = """
+sources: {{box: {{base_url: "{address}"}}}}
+retry: {{initial_delay_seconds: 3600}}
+datasets:
+  final:
+    source: box
+    key: "{{n}}.json"
+    url: "/{{n}}"
+    partitions: {{values: {{n: [waits, fails, absent]}}}}
+    freshness: {{until: done, refetch_every: 6h}}
+"""
+
+
+def test_single_run_tries_what_has_failed_and_not_what_waits_for_its_time(configure, database, upstream):
+    upstream.answer("/waits", json_answer({"done": False}))
+    upstream.answer("/fails", Answer(b"no", 400))
+    configuration = configure(AGING.format(address=upstream.address))
+    for _ in range(3):
+        assert run_once(configuration, database)[0] == adce.ExitCode.GAPS_LEFT
+    assert [upstream.count(f"/{name}") for name in ("waits", "fails", "absent")] == [1, 3, 1]
+
+
+@pytest.mark.parametrize(("max_wait", "asked"), [(60, 3), (2, 1)])
+def test_single_run_waits_for_short_pauses(configure, database, upstream, max_wait, asked):
+    for name in ("waits", "fails", "absent"):
+        upstream.answer(f"/{name}", json_answer({"done": True}))
+    upstream.answer("/absent", Answer(b"slow down", 429, {"Retry-After": "3"}))  # the first of them
+    configuration = configure(AGING.format(address=upstream.address).replace('"}}', '", max_concurrent: 1}}', 1))
+    runner = adce.Runner(configuration, database, adce.open_store(configuration.store), adce.Journal(io.StringIO()))
+    assert runner.run(once=True, max_wait=max_wait, max_seconds=30) == adce.ExitCode.GAPS_LEFT
+    assert upstream.count() == asked

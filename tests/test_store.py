@@ -222,6 +222,25 @@ def test_planted_link_in_place_of_an_object_is_replaced_and_not_written_through(
     assert read_object(folder, "a.json") == b"new"
 
 
+def test_link_in_place_of_the_staging_folder_is_refused_and_not_followed(folder, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    (folder.root / adce.STAGING).rmdir()
+    (folder.root / adce.STAGING).symlink_to(home)
+    for attempt in (folder.sweep, folder.require_mark, lambda: folder.write("a.json", b"x")):
+        with pytest.raises(adce.StoreError, match="is a link"):
+            attempt()
+    assert [path.name for path in home.iterdir()] == ["thesis.txt"]
+
+
+def test_only_files_that_adce_has_written_are_swept(folder):
+    (folder.root / adce.STAGING / "0123456789abcdef").write_text("half an object")
+    (folder.root / adce.STAGING / "notes.txt").write_text("not ADCE's")
+    folder.sweep()
+    assert [path.name for path in (folder.root / adce.STAGING).iterdir()] == ["notes.txt"]
+
+
 def test_file_where_a_folder_is_needed_is_told(folder):
     folder.write("days", b"a file")
     with pytest.raises(adce.StoreError, match=r"cannot write days/1\.json"):
