@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import calendar
 import collections
 import contextlib
 import csv
@@ -1050,14 +1051,15 @@ def back_up(path: Path, copy: Path) -> None:
 
 Fields = Mapping[str, str]  # the values of a partition by name; dates as 2024-12-15
 
-FIELD_IN_TEXT = re.compile(r"\{([a-z_][a-z0-9_]*)(?::([^{}]+))?\}")
-FIELD_IN_EXPRESSION = re.compile(r"\{([a-z_][a-z0-9_]*)(?::((?:%[A-Za-z]|[-_./ ])+))?\}")
+FIELD = r"\{([a-z_][a-z0-9_]*)([+-]\d{1,4}[hdwmy])?"  # its name, and for a date what is added
+FIELD_IN_TEXT = re.compile(FIELD + r"(?::([^{}]+))?\}")
+FIELD_IN_EXPRESSION = re.compile(FIELD + r"(?::((?:%-?[A-Za-z]|[-_./ ])+))?\}")
 SPLIT = functools.cache(re.Pattern[str].split)
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Text with {field} or {date:%Y%m%d} in it."""
+    """Text with {field}, {date:%Y%m%d}, {date+1d:%Y%m%d} or {field:path} in it."""
 
     text: str
     pattern: re.Pattern[str] = FIELD_IN_TEXT
@@ -1067,18 +1069,37 @@ class Template:
         return self.pattern.sub("{}", self.text)
 
     def render(self, fields: Fields, quote: Callable[[str], str]) -> str:
-        """The text with every field replaced by its quoted value; the slashes of a date's format stay."""
-        words = list(SPLIT(self.pattern, self.text))  # text, field, format, text, field, format, text
-        for place in range(1, len(words), 3):
-            value, form = fields[words[place]], words[place + 1]
-            words[place] = "/".join(map(quote, _format_day(value, form))) if form else quote(value)
-            words[place + 1] = ""
+        """The text with every field replaced by its quoted value; the slashes of a date's format, and of a path,
+        stay."""
+        words = list(SPLIT(self.pattern, self.text))  # text, field, shift, format, text, field, shift, format, text
+        for place in range(1, len(words), 4):
+            value, shift, form = fields[words[place]], words[place + 1], words[place + 2]
+            parts = [value]
+            if form == "path":
+                parts = value.split("/")
+            elif form or shift:
+                parts = _format_date(value, shift or "", form or "%Y-%m-%d")
+            words[place : place + 3] = "/".join(map(quote, parts)), "", ""
         return "".join(words)
 
 
+STEPS = {"hour": "1h", "day": "1d", "week": "1w", "month": "1m", "quarter": "3m", "year": "1y"}  # of a date, as shifts
+
+
+def shifted(moment: datetime.datetime, shift: str) -> datetime.datetime:
+    """A moment and so many hours, days, weeks, months or years. The day is at most the last of its month."""
+    count, unit = int(shift[:-1]), shift[-1]
+    if hours := {"h": 1, "d": 24, "w": 168}.get(unit):
+        return moment + datetime.timedelta(hours=hours * count)
+    year, month = divmod(moment.year * 12 + moment.month - 1 + count * {"m": 1, "y": 12}[unit], 12)
+    return moment.replace(year, month + 1, min(moment.day, calendar.monthrange(year, month + 1)[1]))
+
+
 @functools.lru_cache(4096)  # a date is a part of many keys
-def _format_day(day: str, form: str) -> list[str]:
-    return datetime.date.fromisoformat(day).strftime(form).split("/")
+def _format_date(date: str, shift: str, form: str) -> list[str]:
+    moment = datetime.datetime.fromisoformat(date)
+    moment = shifted(moment, shift) if shift else moment
+    return moment.strftime(form.replace("%q", str((moment.month + 2) // 3))).split("/")
 
 
 def quote_for_expression(value: str) -> str:
@@ -1188,7 +1209,7 @@ def _regex(text: str) -> str:
 
 def _day(text: str) -> str | datetime.date:
     try:
-        return text if text in ("yesterday", "today") else datetime.date.fromisoformat(text)
+        return text if text in LAST_DAYS else datetime.date.fromisoformat(text)
     except ValueError:
         raise ConfigurationError(f"{text} is no day of the calendar") from None
 
@@ -1216,6 +1237,7 @@ def _duration(text: str) -> int | None:
     return None if text == "never" else parse_duration(text)
 
 
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 BUCKET_OR_FOLDER = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|(?![sS]3:)((?!://).)+"
 DATE_FORM, DURATION_FORM = r"\d{4}-\d\d-\d\d", r"\s*\d*[1-9]\d*\s*[smhd]\s*"
 DURATION_WORDS = "a duration like 90s, 15m, 6h or 1d"
@@ -1237,9 +1259,13 @@ FieldName = Annotated[str, Kind("a name of small letters", _like("[a-z_][a-z0-9_
 Callee = Annotated[str, Kind("module:function", _like(r"[\w.]+:\w+"))]
 Hex = Annotated[str, Kind("bytes in hexadecimal", _like(r"\s*([0-9A-Fa-f]{2}\s*)+"))]
 Date = Annotated[datetime.date, Kind("a date like 2024-10-22", _like(DATE_FORM), _day)]
+LAST_DAYS = ("yesterday", "today", "now")
 LastDay = Annotated[
-    str | datetime.date, Kind("yesterday, today or a date like 2024-10-22", _like(f"yesterday|today|{DATE_FORM}"), _day)
+    str | datetime.date,
+    Kind("yesterday, today, now or a date like 2024-10-22", _like("|".join([*LAST_DAYS, DATE_FORM])), _day),
 ]
+Step = Annotated[str, Kind("hour, day, week, month, quarter or year", {"enum": [*STEPS]})]
+Weekday = Annotated[str, Kind("mon, tue, wed, thu, fri, sat or sun", {"enum": [*WEEKDAYS]})]
 All = Annotated[bool, Kind("the word all", {"enum": ["all"]}, bool)]
 Interval = Annotated[int, Kind(DURATION_WORDS, _like(DURATION_FORM), _duration)]
 Duration = Annotated[int | None, Kind(f"{DURATION_WORDS} (or never)", _like(f"never|{DURATION_FORM}"), _duration)]
@@ -1266,6 +1292,7 @@ class Setting:
     default: Any = NEEDED  # as in adce.yaml
     beside: tuple[str, ...] = ()  # it has an effect only beside one of these keys,
     against: tuple[str, ...] = ()  # and none beside any of these
+    instead: str = ""  # of it where it has none
     needs: str = ""  # and none on objects without this field
     unit: int = 1  # the record has the value in a unit that is so much smaller
     attribute: str = ""  # of the record
@@ -1466,38 +1493,44 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Dates:
-    """One object a day: the days of all seasons, or of a range."""
+    """One object a step: those of all seasons, or of a range. `date` is the first day of a step, or its hour."""
 
     ONE_OF: ClassVar = (("", ("seasons", "from")),)
     seasons: All | None = setting("the days of all seasons", None)
     first: Date | None = setting("first day of a range", None, name="from")
-    last: Date | None = setting("last day of a range", None, name="to", beside=("from",))
-    until: LastDay = setting("last day to expect now", "yesterday")
+    last: LastDay = setting("last day; now: up to this hour", "yesterday", name="to")
+    every: Step = setting("length of a step", "day")
     timezone: Timezone = setting("time zone of the days", "UTC")
+    weekdays: tuple[Weekday, ...] = setting("only the steps that begin on these days", ())
+    excluded: tuple[Date, ...] = setting("days without steps", (), name="except")
 
 
 @dataclass(frozen=True, slots=True)
 class Partitions:
-    """The partitions of a dataset: one object each. One of dates, seasons_as, values or parent is set."""
+    """The partitions of a dataset, one object each: all combinations of dates, seasons, values and ids of a parent."""
 
     BASES: ClassVar = ("dates", "seasons", "values", "from")
-    ONE_OF: ClassVar = (("", (*BASES, "same_as")), ("from", ("ids", "regex")), ("from", ("as",)))
-    dates: Dates | None = setting("one object a day", None)
-    seasons_as: Annotated[str, All] | None = setting("one object for each season that has begun", None, name="seasons")
+    ANY_OF: ClassVar = (*BASES, "same_as")
+    ONE_OF: ClassVar = (("from", ("ids", "regex")), ("from", ("as",)))
+    dates: Dates | None = setting("one object a step of time", None)
+    seasons: All | None = setting("one object for each season that has begun", None)
     values: NamedValues = setting("one object for each combination of field values", ())
-    parent: Text | None = setting("one object for each id in the objects of this parent dataset", None, name="from")
+    parent_dataset: Text | None = setting(
+        "one object for each id in the objects of this parent dataset", None, name="from"
+    )
     ids: Expression | None = setting("finds ids in JSON; {field} is a field of the parent", None, beside=("from",))
     regex: Regex | None = setting("finds ids in any text", None, beside=("from",))
-    names: FieldName = setting(
-        "field of an id; form of a season: label or end", "", name="as", beside=("from", "seasons")
+    id_field: FieldName = setting(
+        "field of an id", "", name="as", beside=("from",), instead="{season} is a label, {end} the year of its end"
     )
-    times: NamedValues = setting("further fields, as in values", (), beside=BASES)
-    same_as: Text | None = setting("use the partitions of this dataset", None)
+    same_as: Text | None = setting("use the partitions of this dataset", None, against=BASES)
 
     def own_fields(self) -> tuple[str, ...]:
         """The fields whose values distinguish its objects."""
-        own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons_as) + [self.names] * bool(self.parent)
-        return (*own, *(name for name, _ in self.values + self.times))
+        own = (
+            ["date"] * bool(self.dates) + ["season"] * bool(self.seasons) + [self.id_field] * bool(self.parent_dataset)
+        )
+        return (*own, *dict(self.values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -1541,9 +1574,9 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Objects that one command fetches together: they share the field `by`."""
+    """Objects that one command fetches together: they share the field `group_by`."""
 
-    by: Text = setting("the field that the objects of a batch share")
+    group_by: Text = setting("the field that the objects of a batch share")
     max: Several = setting("maximum objects of a batch", 50)
 
 
@@ -1610,13 +1643,13 @@ class Configuration:
 
     def children_of(self, name: str) -> list[Dataset]:
         """The datasets whose partitions come from the bodies of this one."""
-        return [dataset for dataset in self.datasets.values() if dataset.partitions.parent == name]
+        return [dataset for dataset in self.datasets.values() if dataset.partitions.parent_dataset == name]
 
     def ancestors_of(self, name: str) -> list[str]:
         """The datasets that it descends from, the nearest first, up to one that is not there or there again."""
         line = [name]
-        while (above := self.datasets.get(line[-1])) and above.partitions.parent and line[-1] not in line[:-1]:
-            line.append(above.partitions.parent)
+        while (above := self.datasets.get(line[-1])) and above.partitions.parent_dataset and line[-1] not in line[:-1]:
+            line.append(above.partitions.parent_dataset)
         return line[1:]
 
     def levels(self) -> list[list[Dataset]]:
@@ -1629,7 +1662,8 @@ class Configuration:
         """Every field that templates of this dataset may name."""
         line = [self.datasets[one].partitions for one in (name, *self.ancestors_of(name))]
         declared = {own for partitions in line for own in partitions.own_fields()}
-        return declared | ({"season", "end"} if any(one.dates and one.dates.seasons for one in line) else set())
+        is_seasonal = any(one.seasons or (one.dates and one.dates.seasons) for one in line)
+        return declared | ({"season", "end"} if is_seasonal else set())
 
 
 def problems_in(block: object) -> Problems:
@@ -1641,14 +1675,12 @@ def problems_in(block: object) -> Problems:
             yield "", "burst_size needs a limit such as requests_per_minute to refill it"
         case Retry() if block.initial_delay_seconds > block.max_delay_seconds:
             yield "initial_delay_seconds", f"{block.initial_delay_seconds} is more than max_delay_seconds"
-        case Dates():
-            for name, end in (("to", block.last), ("until", block.until)):
-                if block.first and isinstance(end, datetime.date) and end < block.first:
-                    yield name, f"{end} is before from: {block.first}"
-            if block.last and isinstance(block.until, datetime.date):
-                yield "until", 'is a second end beside "to"; give one of them'
-        case Partitions(parent=None) if block.seasons_as and block.names not in ("", "label", "end"):
-            yield "as", f"expected label or end, found {block.names!r}"
+        case Dates() if block.first and isinstance(block.last, datetime.date) and block.last < block.first:
+            yield "to", f"{block.last} is before from: {block.first}"
+        case Partitions():
+            fields, seasonal = block.own_fields(), ("season", "end") if block.dates and block.dates.seasons else ()
+            for name in {name for name in fields if (*fields, *seasonal).count(name) > 1}:
+                yield "", f"the field {name} is set twice"
         case Validation() if block.max_bytes < block.min_bytes:
             yield "max_bytes", f"{block.max_bytes} is less than min_bytes"
 
@@ -1661,11 +1693,14 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
         if len(has) != 1 and (not when or when in given):
             needed = f"needs exactly one of {', '.join(names[:-1])} and {names[-1]}, has {' and '.join(has) or 'none'}"
             yield "", needed if names[1:] else f'"{names[0]}" is missing'
+    if (names := getattr(record, "ANY_OF", ())) and not set(names) & set(given):
+        yield "", f"needs one or more of {', '.join(names[:-1])} and {names[-1]}"
     for name, one in settings_of(record).items():
         if name not in given:
             yield from [("", f'"{name}" is missing')] * (one.default is NEEDED)
         elif one.beside and not set(one.beside) & set(given):
-            yield name, "has no effect without " + " or ".join(f'"{other}"' for other in one.beside)
+            words = "has no effect without " + " or ".join(f'"{other}"' for other in one.beside)
+            yield name, f"{words}; {one.instead}" if one.instead else words
         yield from ((name, f'has no effect beside "{other}"') for other in one.against if {name, other} <= set(given))
 
 
@@ -1688,7 +1723,8 @@ def all_settings(declared: Any = Configuration, path: str = "") -> Mapping[str, 
 
 MAX_FILE_BYTES = 1 << 20
 DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
-DATE_CODES = "aAbBcCdDeFgGhHIjmMpRSTuUVwWxXyY"  # of strftime: those that a date has and every platform knows
+DATE_CODES = "aAbBcCdDeFgGhHIjmMpqRSTuUVwWxXyY"  # of strftime, those that every platform knows, and q: the quarter
+SUCCESSORS = {"partitions.times": "values", "dates.until": "to", "batch.by": "group_by"}
 # Keys of the system that ADCE replaces, and former ones: the key that took their place, or what to do instead.
 FORMER = {
     "alternatives": "combine conditions of require with ||",
@@ -1715,6 +1751,10 @@ def _hint(path: str, node: Any, known: Iterable[str]) -> str:
     inner = [key.value for key, _ in node.value if str(key.value) in paths] if node.id == "mapping" else []
     if inner and "." not in path:
         return f"; {' and '.join(inner)} in it {'belong' if inner[1:] else 'belongs'} at the top level"
+    for former, successor in SUCCESSORS.items():
+        if path.endswith(f".{former}"):
+            mark = node.start_mark
+            return f"; write {successor}: {' '.join(mark.buffer[mark.pointer : node.end_mark.pointer].split())}"
     if advice := FORMER.get(name):
         return f', did you mean "{advice}"?' if advice in paths else f"; remove it: {advice}"
     homes = [one.rpartition(".")[0] for one in paths if one.rpartition(".")[2] == name]
@@ -1859,11 +1899,13 @@ def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
         yield f"{template.text}: a brace that is no {{field}}; a field is a name in small letters"
         return
     for match in template.pattern.finditer(template.text):
-        codes = re.findall(r"%(.?)", match[2] or "", re.DOTALL)
+        codes = re.findall(r"%-?(.?)", match[3] or "", re.DOTALL)
         if match[1] not in declared:
             there = f"(there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})"
             yield f'no field "{match[1]}"{suggest(match[1], declared)} {there}'
-        elif match[2] and (match[1] != "date" or not all(map(str.isalpha, codes))):
+        elif match[3] == "path" and not match[2]:
+            continue
+        elif (match[2] or match[3]) and (match[1] != "date" or not all(map(str.isalpha, codes))):
             yield f"{match[0]}: only a date has a format, made of codes like %Y%m%d"
         elif unknown := [code for code in codes if code not in DATE_CODES]:
             yield f"{match[0]}: unsupported format code %{unknown[0]}"
@@ -1872,7 +1914,7 @@ def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
 def _object_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
     """Fields that are not there, names that objects cannot have, and keys without effect, wherever these stand."""
     key, declared, own = dataset.key, configuration.fields_of(dataset.name), dataset.partitions.own_fields()
-    parent, fields = dataset.partitions.parent, dict.fromkeys(settings_of(Dataset), declared)
+    parent, fields = dataset.partitions.parent_dataset, dict.fromkeys(settings_of(Dataset), declared)
     fields["partitions"] = configuration.fields_of(parent) if parent else set()
     fields["command"] = declared | ({f"{name}s" for name in own} if dataset.batch else set())
     for path, template in reader.templates.items():
@@ -1884,20 +1926,23 @@ def _object_problems(reader: Reader, configuration: Configuration, dataset: Data
     has = {"", *declared, *(["season"] if configuration.seasons and "date" in declared else [])}
     lacking = ((path, one.needs) for path, one in all_settings(Dataset).items() if one.needs not in has)
     yield from ((path, f"has no effect: its objects have no {name}") for path, name in lacking)
-    if dataset.batch and dataset.batch.by not in declared:
-        yield "batch.by", f'no field "{dataset.batch.by}"{suggest(dataset.batch.by, declared)}'
-    elif dataset.batch and dataset.command and own == (dataset.batch.by,):
-        yield "batch.by", f"has no effect: no two objects share a {dataset.batch.by}"
+    if dataset.batch and dataset.batch.group_by not in declared:
+        yield "batch.group_by", f'no field "{dataset.batch.group_by}"{suggest(dataset.batch.group_by, declared)}'
+    elif dataset.batch and dataset.command and own == (dataset.batch.group_by,):
+        yield "batch.group_by", f"has no effect: no two objects share a {dataset.batch.group_by}"
     source = configuration.sources.get(dataset.source)
     if source and dataset.url and not (source.base_url or dataset.url.text.startswith(("http://", "https://"))):
         yield "url", f"{dataset.url.text} is no address: give source {dataset.source} a base_url"
     if any(_text_problems(key, declared)):
         return
-    days = ("2024-01-01", "2024-01-02", "2024-02-01", "2025-01-01")
-    keys = [key.render({**dict.fromkeys(declared, "1"), "date": day}, str) for day in days]
+    start, steps = datetime.datetime(2024, 1, 1), [*STEPS]  # noqa: DTZ001  # of any time zone
+    every = dataset.partitions.dates.every if dataset.partitions.dates else "day"
+    days = {start, *(shifted(start, STEPS[one]) for one in steps[steps.index(every) :])}
+    keys = [key.render({**dict.fromkeys(declared, "1"), "date": day.isoformat()}, str) for day in sorted(days)]
     if {"", ".", "..", STAGING} & {*keys[0].split("/")} or re.search(r"[\x00-\x1f\x7f]", key.text):
         yield "key", f"{key.text}: a key has no empty, . or .. parts and does not start or end with /"
-    missing = [name for name in own if name not in dict(key.pattern.findall(key.text))]
+    named = {match[1] for match in key.pattern.finditer(key.text)}
+    missing = [name for name in own if name not in named | ({"season"} if "end" in named else set())]
     yield from (("key", f"does not name {{{name}}}: its objects would overwrite one another") for name in missing)
     if dataset.partitions.dates and not missing and len({*keys}) < len(days):
         yield "key", "its date format gives different days the same key"
@@ -1920,10 +1965,7 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
         elif line[-1] in read.datasets and all(
             reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line
         ):
-            values, times = (tuple(dict(given).items()) for given in (partitions.values, partitions.times))
-            partitions = dataclasses.replace(partitions, values=values, times=times)
-            if partitions.seasons_as:
-                partitions = dataclasses.replace(partitions, seasons_as=partitions.names or "label", names="")
+            partitions = dataclasses.replace(partitions, values=tuple(dict(partitions.values).items()))
             datasets[name] = dataclasses.replace(dataset, partitions=partitions)
     limiting = read.rate_limiting
     scopes = {name: one.scope() for name, one in {**limiting.source_limits, "global": limiting.global_limits}.items()}
@@ -2043,6 +2085,7 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
 
     known = settings_of(inner)
     rules = [needs([when] if when else [], "oneOf", group) for when, group in getattr(inner, "ONE_OF", ())]
+    rules += [needs([], "anyOf", group) for group in [getattr(inner, "ANY_OF", ())] if group]
     rules += [needs([name], "anyOf", one.beside) for name, one in known.items() if one.beside]
     rules += [{"not": {"required": [name, other]}} for name, one in known.items() for other in one.against]
     return {
@@ -2061,7 +2104,6 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
 # out, no clock, no disk, no SQL. Headlines: expand(), inspect(), appraise().
 
 MAX_KEY_BYTES = 1000  # S3 takes 1,024
-SAFE_IN_KEYS = "-_~@+=,() "  # and letters, digits and inner dots
 BLOCK_BYTES = 64 << 10  # of a body, read at once
 FIELDS_AS_JSON = json.JSONEncoder(sort_keys=True)  # json.dumps would make one for each object
 
@@ -2145,10 +2187,18 @@ def quote_for_url(value: str) -> str:
     return urllib.parse.quote(value, safe="")
 
 
+def url_of(source: Source, template: Template, fields: Fields) -> str:
+    """The url of an object: below base_url, with one slash between, unless it is whole by itself."""
+    url = template.render(fields, quote_for_url)
+    is_whole = not source.base_url or url.startswith(("http://", "https://"))
+    return url if is_whole else f"{source.base_url}{url if url[:1] == '?' else '/' + url.lstrip('/')}"
+
+
 @functools.lru_cache(4096)  # a date is a part of many keys
 def quote_for_key(value: str) -> str:
-    """A value as a part of a key. Different values stay different, and none can name a folder above."""
-    quoted = urllib.parse.quote(value, safe=SAFE_IN_KEYS)
+    """A value as a part of a key. Different values stay different, and none can name a folder above; all else stays as
+    it is, so that existing objects are found."""
+    quoted = re.sub(r"[/%\x00-\x1f\x7f]", lambda match: f"%{ord(match[0]):02X}", value)
     return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
 
 
@@ -2161,18 +2211,22 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
     size = len(key.encode())
     if size > MAX_KEY_BYTES or (size > 255 and any(len(part.encode()) > 255 for part in key.split("/"))):
         raise ValueError(f"{dataset.name}: the key {key[:60]}... is too long")
-    season = next((season.label for season in seasons if fields.get("season") in (season.label, str(season.end))), None)
-    day = fields.get("date")
-    if not day:
+    if key.partition("/")[0] == STAGING:
+        raise ValueError(f"{dataset.name}: the key {key} is in the folder {STAGING}, which is ADCE's own")
+    season = next((season.label for season in seasons if fields.get("season") == season.label), None)
+    if "date" not in fields:
         return ExpectedObject(key, season, None, None)
-    date, rule, timezone = datetime.date.fromisoformat(day), dataset.available_after, timezone_of(dataset)
+    moment = datetime.datetime.fromisoformat(fields["date"])
+    date, rule, timezone = moment.date(), dataset.available_after, timezone_of(dataset)
     season = season or next((season.label for season in seasons if season.start <= date <= season.finish), None)
     available_at = None
     if rule and rule.time:
         available_at = instant_of(date, rule.time, timezone)
     elif rule:
-        available_at = instant_of(date + datetime.timedelta(days=1), datetime.time(), timezone) + rule.seconds
-    return ExpectedObject(key, season, day, available_at)
+        dates = dataset.partitions.dates
+        end = shifted(moment, STEPS[dates.every if dates else "day"])
+        available_at = instant_of(end.date(), end.time(), timezone) + rule.seconds
+    return ExpectedObject(key, season, date.isoformat(), available_at)
 
 
 def timezone_of(dataset: Dataset) -> str:
@@ -2180,42 +2234,48 @@ def timezone_of(dataset: Dataset) -> str:
     return dataset.partitions.dates.timezone if dataset.partitions.dates else "UTC"
 
 
-def expand(dataset: Dataset, seasons: Sequence[Season], now: float) -> Iterator[dict[str, str]]:
-    """The fields of every object of a dataset that does not depend on other objects, as of now."""
-    partitions = dataset.partitions
-    bases: Iterable[dict[str, str]] = [{}]
+def expand(
+    dataset: Dataset, seasons: Sequence[Season], now: float, base: Mapping[str, str] = types.MappingProxyType({})
+) -> Iterator[dict[str, str]]:
+    """The fields of every object of a dataset as of now: all combinations of its kinds of partitions. `base` has the
+    fields of an object of its parent, and the id in it."""
+    partitions, kinds = dataset.partitions, list[Iterable[Mapping[str, str]]]([[base]])
     if partitions.dates:
-        bases = _expand_dates(partitions.dates, seasons, now)
-    elif partitions.seasons_as:
-        today = day_of(now)
-        bases = (_season_fields(season, partitions.seasons_as) for season in seasons if season.start <= today)
-    for base in bases:
-        yield from multiply(base, partitions)
+        kinds.append(_expand_dates(partitions.dates, seasons, now))
+    if partitions.seasons:
+        kinds.append([_season_fields(season) for season in seasons if season.start <= day_of(now)])
+    kinds += [[{name: value} for value in values] for name, values in partitions.values]
+    for combination in itertools.product(*kinds):
+        yield {name: value for part in combination for name, value in part.items()}
 
 
-def _season_fields(season: Season, form: str) -> dict[str, str]:
-    return {"season": season.label if form == "label" else str(season.end), "end": str(season.end)}
+def _season_fields(season: Season) -> dict[str, str]:
+    return {"season": season.label, "end": str(season.end)}
 
 
 def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterator[dict[str, str]]:
-    today = day_of(now, dates.timezone)
-    bound = {"today": today, "yesterday": today - datetime.timedelta(days=1)}.get(str(dates.until), dates.until)
-    assert isinstance(bound, datetime.date)
+    here = datetime.datetime.fromtimestamp(now, zoneinfo.ZoneInfo(dates.timezone)).replace(tzinfo=None)
+    last = {"yesterday": here.date() - datetime.timedelta(days=1), "today": here.date(), "now": here.date()}.get(
+        str(dates.last), dates.last
+    )
+    assert isinstance(last, datetime.date)
     spans: list[tuple[datetime.date, datetime.date, dict[str, str]]] = []
     if dates.seasons:
-        spans = [(season.start, season.finish, _season_fields(season, "label")) for season in seasons]
+        spans = [(season.start, season.finish, _season_fields(season)) for season in seasons]
     elif dates.first:
-        spans = [(dates.first, dates.last or bound, {})]
-    for first, last, fields in spans:
-        for number in range((min(last, bound) - first).days + 1):
-            yield {"date": (first + datetime.timedelta(days=number)).isoformat(), **fields}
-
-
-def multiply(base: Mapping[str, str], partitions: Partitions) -> Iterator[dict[str, str]]:
-    """`values` and `times`: every combination of fixed values beside the fields of `base`."""
-    fixed = partitions.values + partitions.times
-    for combination in itertools.product(*(values for _, values in fixed)):
-        yield {**base, **{name: value for (name, _), value in zip(fixed, combination, strict=True)}}
+        spans = [(dates.first, last, {})]
+    for first, finish, fields in spans:
+        moment = datetime.datetime.combine(first, datetime.time())
+        if dates.every in ("month", "quarter", "year"):
+            moment = moment.replace(
+                day=1, month={"month": first.month, "year": 1}.get(dates.every, (first.month - 1) // 3 * 3 + 1)
+            )
+        while moment.date() <= min(finish, last) and (dates.last != "now" or moment <= here):
+            is_chosen = not dates.weekdays or WEEKDAYS[moment.weekday()] in dates.weekdays
+            if is_chosen and moment.date() not in dates.excluded:
+                text = moment.isoformat(timespec="minutes") if dates.every == "hour" else moment.date().isoformat()
+                yield {"date": text, **fields}
+            moment = shifted(moment, STEPS[dates.every])
 
 
 def expression_of(child: Dataset) -> str:
@@ -2313,7 +2373,7 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
             continue
         if not isinstance(value, str | int) or isinstance(value, bool):
             problems.append(f"{child.name}: {str(value)[:60]} is no id")
-        elif problem := _part_problem(child, partitions.names, str(value)):
+        elif problem := _part_problem(child, partitions.id_field, str(value)):
             problems.append(problem)
         else:
             yield value
@@ -3540,15 +3600,16 @@ def declare(database: Database, configuration: Configuration, clock: Clock) -> N
 
 
 def expansion_inputs(sql: sqlite3.Connection, dataset: Dataset, now: float) -> str:
-    """What the expected objects of a dataset follow from, besides adce.yaml: the state of its parents, or the day."""
+    """What the expected objects of a dataset follow from, besides adce.yaml: the state of its parents, and the day."""
     parents = "select changed from datasets where dataset = ?"
-    changed = sql.execute(parents, (dataset.partitions.parent,)).fetchone()
-    return str(changed[0]) if changed else day_of(now, timezone_of(dataset)).isoformat()
+    changed = sql.execute(parents, (dataset.partitions.parent_dataset,)).fetchone()
+    is_by_hour = dataset.partitions.dates and dataset.partitions.dates.last == "now"
+    return f"{changed and changed[0]} {now // HOUR if is_by_hour else day_of(now, timezone_of(dataset))}"
 
 
 def children_of_parents(ledger: Ledger, child: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
     """A page of the ids that the parents of a dataset name, in the order of the parents' keys."""
-    parent = ledger.configuration.datasets[cast(str, child.partitions.parent)]
+    parent = ledger.configuration.datasets[cast(str, child.partitions.parent_dataset)]
     prefix = parent.key.text.partition("{")[0]
     return ledger.sql.execute(
         """
@@ -3653,8 +3714,8 @@ def expect_children(ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str
     none does any more, the next cycle decides."""
     for child in ledger.configuration.children_of(parent.dataset):
         values = sorted(value for expression, value in named if expression == expression_of(child))
-        bases = ({**parent.fields, child.partitions.names: value} for value in values)
-        fields = (one for base in bases for one in multiply(base, child.partitions))
+        bases = ({**parent.fields, child.partitions.id_field: value} for value in values)
+        fields = (one for base in bases for one in expand(child, ledger.configuration.seasons, ledger.now, base))
         before = len(ledger.problems)
         rows = rows_of(ledger, child, ((one, parent.object_id) for one in fields))
         keys = json.dumps([row.key for row in rows])
@@ -3768,7 +3829,7 @@ def claim(
         rows = [first]
         if dataset.batch and not is_exclusive:
             rows += _others_in_batch(sql, configuration, first, dataset.batch)
-        url = source.base_url + dataset.url.render(first.fields, quote_for_url) if dataset.url else ""
+        url = url_of(source, dataset.url, first.fields) if dataset.url else ""
         beside = _objects_of_same_url(sql, configuration, first) if url and not is_exclusive else []
         claimed = Claim(
             dataset=dataset,
@@ -3816,7 +3877,7 @@ def _others_in_batch(
     sql: sqlite3.Connection, configuration: Configuration, first: ObjectRow, batch: Batch
 ) -> list[ObjectRow]:
     """The best pending tasks that share the field of the batch with the first."""
-    shared = (configuration.retry.crash_limit(), batch.by, first.fields[batch.by], batch.max - 1)
+    shared = (configuration.retry.crash_limit(), batch.group_by, first.fields[batch.group_by], batch.max - 1)
     return Ledger(sql, configuration, 0).objects(
         """
         d.dataset = ? and o.task = 'pending' and o.object_id != ? and o.crashes < ? and o.fields ->> ? = ?
@@ -4531,9 +4592,9 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
 
 def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
     """The partitions of a dataset: those that it declares, or those that its parents name, a page at a time."""
-    partitions = dataset.partitions
-    if not partitions.parent:
-        declared = expand(dataset, cycle.configuration.seasons, cycle.clock.wall())
+    partitions, seasons, now = dataset.partitions, cycle.configuration.seasons, cycle.clock.wall()
+    if not partitions.parent_dataset:
+        declared = expand(dataset, seasons, now)
         yield from chunks(((fields, None) for fields in declared), EXPECTED_AT_ONCE)
         return
     after = ("", "")
@@ -4545,7 +4606,9 @@ def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]
         yield (
             (fields, row["object_id"])
             for row in rows
-            for fields in multiply({**json.loads(row["fields"]), partitions.names: row["value"]}, partitions)
+            for fields in expand(
+                dataset, seasons, now, {**json.loads(row["fields"]), partitions.id_field: row["value"]}
+            )
         )
         after = rows[-1]["key"], rows[-1]["value"]
 
@@ -4748,7 +4811,7 @@ def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]
         )
         where size != gap_size
         """,
-        (batch.max, batch.by, dataset.name),
+        (batch.max, batch.group_by, dataset.name),
     )
     sizes = dict(map(tuple, resized))
 

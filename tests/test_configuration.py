@@ -271,11 +271,46 @@ BROKEN = {
         BASE + "    call: module:function\n",
         ["5:5: datasets.days: needs exactly one of url, command and call, has url and call"],
     ),
-    "two kinds of partitions": (
+    "a field of two kinds of partitions": (
         edited("{dates: {from: 2024-01-01}}", "{dates: {from: 2024-01-01}, values: {date: [a]}}"),
+        ["8:17: datasets.days.partitions: the field date is set twice"],
+    ),
+    "a season set twice": (
+        SEASONS + edited("{dates: {from: 2024-01-01}}", "{dates: {seasons: all}, seasons: all}"),
+        ["9:17: datasets.days.partitions: the field season is set twice"],
+    ),
+    "no partitions": (
+        edited("{dates: {from: 2024-01-01}}", "{}"),
+        ["8:17: datasets.days.partitions: needs one or more of dates, seasons, values, from and same_as"],
+    ),
+    "a form of seasons": (
+        SEASONS
+        + edited("{dates: {from: 2024-01-01}}", "{dates: {from: 2024-01-01}, seasons: all, as: end}").replace(
+            "days/{date}.json", "days/{date}-{end}.json"
+        ),
         [
-            "8:17: datasets.days.partitions: needs exactly one of dates, seasons, values, from and same_as, has dates and values"
+            '9:63: datasets.days.partitions.as: has no effect without "from"; '
+            "{season} is a label, {end} the year of its end"
         ],
+    ),
+    "times": (
+        edited("{dates: {from: 2024-01-01}}", "{dates: {from: 2024-01-01}, times: {half: [one, two]}}"),
+        ["8:45: datasets.days.partitions.times: unknown key; write values: {half: [one, two]}"],
+    ),
+    "an unknown step": (
+        edited("{from: 2024-01-01}", "{from: 2024-01-01, every: fortnight}"),
+        [
+            "8:51: datasets.days.partitions.dates.every: "
+            "expected hour, day, week, month, quarter or year, found 'fortnight' (text)"
+        ],
+    ),
+    "months with one key for two": (
+        edited("{from: 2024-01-01}", "{from: 2024-01-01, every: month}").replace("days/{date}", "days/{date:%Y-%q}"),
+        ["6:10: datasets.days.key: its date format gives different days the same key"],
+    ),
+    "a shift of a text": (
+        BASE + CHILD.replace('"games/{game_id}.json"', '"games/{game_id+1d}.json"'),
+        ["11:10: datasets.games.key: {game_id+1d}: only a date has a format, made of codes like %Y%m%d"],
     ),
     "a duration without a unit": (
         BASE + "    freshness: {refetch_every: 6}\n",
@@ -319,7 +354,7 @@ BROKEN = {
         ["9:15: datasets.days.priority: expected auto, CRITICAL, HIGH, MEDIUM or LOW, found 'URGENT' (text)"],
     ),
     "a batch of requests": (
-        BASE + "    batch: {by: date}\n",
+        BASE + "    batch: {group_by: date}\n",
         ['9:12: datasets.days.batch: has no effect without "command"'],
     ),
     "an open quote": ('store: "lake\n', ["1:8: not YAML: found unexpected end of stream"]),
@@ -341,37 +376,36 @@ MISPLACED = {
     ),
     "a form of dates": (
         edited("{dates: {from: 2024-01-01}}", "{dates: {from: 2024-01-01}, as: day}"),
-        ['8:49: datasets.days.partitions.as: has no effect without "from" or "seasons"'],
+        [
+            '8:49: datasets.days.partitions.as: has no effect without "from"; '
+            "{season} is a label, {end} the year of its end"
+        ],
     ),
     "ids without the name of their field": (
         BASE + CHILD.replace(", as: game_id", ""),
         ['13:17: datasets.games.partitions: "as" is missing'],
     ),
-    "times beside same_as": (
+    "values beside same_as": (
         BASE
         + CHILD
         + CHILD.replace("games", "boxes").replace(
-            '{from: days, ids: "ids", as: game_id}', "{same_as: games, times: {half: ['1', '2']}}"
+            '{from: days, ids: "ids", as: game_id}', "{same_as: games, values: {half: ['1', '2']}}"
         ),
         [
-            '18:41: datasets.boxes.partitions.times: has no effect without "dates" or "seasons" or "values" or "from"',
+            '18:27: datasets.boxes.partitions.same_as: has no effect beside "values"',
         ],
     ),
     "ids and a regular expression": (
         BASE + CHILD.replace('ids: "ids"', 'ids: "ids", regex: "(a)"'),
         ["13:17: datasets.games.partitions: needs exactly one of ids and regex, has ids and regex"],
     ),
-    "an end of all seasons": (
-        SEASONS + edited("{from: 2024-01-01}", "{seasons: all, to: 2024-03-01}"),
-        ['9:44: datasets.days.partitions.dates.to: has no effect without "from"'],
-    ),
     "all seasons and a first day": (
         SEASONS + edited("{from: 2024-01-01}", "{seasons: all, from: 2024-03-01}"),
         ["9:25: datasets.days.partitions.dates: needs exactly one of seasons and from, has seasons and from"],
     ),
-    "two ends": (
-        edited("{from: 2024-01-01}", "{from: 2024-01-01, to: 2024-03-01, until: 2024-02-01}"),
-        ['8:67: datasets.days.partitions.dates.until: is a second end beside "to"; give one of them'],
+    "a former end": (
+        edited("{from: 2024-01-01}", "{from: 2024-01-01, until: today}"),
+        ["8:44: datasets.days.partitions.dates.until: unknown key; write to: today"],
     ),
     "current without a season": (
         BASE + "    freshness: {current: 1d}\n",
@@ -410,20 +444,20 @@ MISPLACED = {
         ['9:13: datasets.days.output: has no effect without "command"'],
     ),
     "a batch of a call": (
-        CALL + "    batch: {by: date}\n",
+        CALL + "    batch: {group_by: date}\n",
         ['9:12: datasets.days.batch: has no effect without "command"'],
     ),
     "a batch that prints": (
-        OF_SEASONS + "    batch: {by: season}\n    output: stdout\n",
+        OF_SEASONS + "    batch: {group_by: season}\n    output: stdout\n",
         ['11:13: datasets.days.output: has no effect beside "batch"'],
     ),
     "a batch by the field that differs": (
-        COMMAND + "    batch: {by: date}\n",
-        ["9:17: datasets.days.batch.by: has no effect: no two objects share a date"],
+        COMMAND + "    batch: {group_by: date}\n",
+        ["9:23: datasets.days.batch.group_by: has no effect: no two objects share a date"],
     ),
     "a batch of one": (
-        OF_SEASONS + "    batch: {by: season, max: 1}\n",
-        ["10:30: datasets.days.batch.max: expected a whole number of 2 or more, found '1' (a number)"],
+        OF_SEASONS + "    batch: {group_by: season, max: 1}\n",
+        ["10:36: datasets.days.batch.max: expected a whole number of 2 or more, found '1' (a number)"],
     ),
     "an unknown code in a date": (
         edited("days/{date}.json", "days/{date:%Y-Q%Q-%m-%d}.json"),
@@ -653,9 +687,10 @@ def test_both_forms_of_available_after(text, expected, configure):
 @pytest.mark.parametrize(
     ("partitions", "own"),
     [
-        ("{dates: {from: 2024-01-01, until: 2024-02-01}}", ("date",)),
-        ("{dates: {seasons: all, until: today, timezone: America/New_York}}", ("date",)),
-        ("{seasons: all, as: end, times: {date: [a, b]}}", ("season", "date")),
+        ("{dates: {from: 2024-01-01, to: 2024-02-01}}", ("date",)),
+        ("{dates: {seasons: all, to: today, timezone: America/New_York}}", ("date",)),
+        ("{seasons: all, values: {date: [a, b]}}", ("season", "date")),
+        ("{dates: {from: 2024-01-01, every: month}, values: {n: [a]}, seasons: all}", ("date", "season", "n")),
         ("{values: {date: [a, b], team: [ATL, BOS]}}", ("date", "team")),
     ],
 )
@@ -711,10 +746,11 @@ UNSEEN = """
     dates that end before they start, a day that does not exist, a season that ends before it starts, seasons
     that are not declared, two datasets with the same key, a key that does not tell its objects apart, a date
     format that loses the day, a key that climbs out, a date format that leads out of the store, an unknown time
-    zone, a source named global, two ends, current without a season, past without a season, available without a
+    zone, a source named global, current without a season, past without a season, available without a
     day, a batch by the field that differs, an unknown code in a date, a date in seconds, a multiplier of all
     others, a limit of all others, a first delay beyond the longest, a field in ids that the parent has not, an
-    undeclared field in until, an undeclared field in live, a field in error_when
+    undeclared field in until, an undeclared field in live, a field in error_when, a field of two kinds of
+    partitions, a season set twice, a shift of a text, months with one key for two
 """
 
 

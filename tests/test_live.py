@@ -28,7 +28,7 @@ datasets:
     source: espn
     key: "schedules/{{date:%Y%m%d}}.json"
     url: "/scoreboard?dates={{date:%Y%m%d}}"
-    partitions: {{dates: {{from: 2026-01-15, until: today, timezone: America/New_York}}}}
+    partitions: {{dates: {{from: 2026-01-15, to: today, timezone: America/New_York}}}}
     available_after: "18:00"
     freshness:
       refetch_every: 6h

@@ -31,7 +31,7 @@ def dataset(**changes) -> adce.Dataset:
 
 
 def child(**partitions) -> adce.Dataset:
-    parts = adce.Partitions(parent="days", names="game_id", **partitions)
+    parts = adce.Partitions(parent_dataset="days", id_field="game_id", **partitions)
     return dataset(name="games", key=adce.Template("games/{game_id}.json"), partitions=parts)
 
 
@@ -42,7 +42,7 @@ def test_quoted_values_stay_different_and_inside_their_folder(one, other):
     except UnicodeEncodeError:  # a lone surrogate is refused, not stored
         return
     assert (first == second) == (one == other)
-    assert not set(first) & set("/\\\0\n")
+    assert not set(first) & set("/\0\n")
     assert first not in ("", ".", "..")
 
 
@@ -80,7 +80,7 @@ def test_value_that_makes_no_key_is_refused(value):
 def test_days_of_all_seasons_end_yesterday_in_their_own_zone():
     just_after_midnight_utc = adce.instant_of(datetime.date(2024, 10, 25), datetime.time(1), "UTC")
     there = adce.Partitions(dates=adce.Dates(seasons=True, timezone="America/New_York"))
-    here = adce.Partitions(dates=adce.Dates(seasons=True, until="today"))
+    here = adce.Partitions(dates=adce.Dates(seasons=True, last="today"))
     last = [
         list(adce.expand(dataset(partitions=partitions), SEASONS, just_after_midnight_utc))[-1]["date"]
         for partitions in (there, here)
@@ -95,21 +95,95 @@ def test_finished_season_has_all_its_days():
 
 
 def test_season_that_has_not_begun_is_not_expected():
-    partitions = adce.Partitions(seasons_as="end", times=(("month", ("may", "june")),))
+    partitions = adce.Partitions(seasons=True, values=(("month", ("may", "june")),))
     before = adce.instant_of(SEASONS[1].start, datetime.time(), "UTC") - 1
     fields = list(adce.expand(dataset(partitions=partitions), SEASONS, before))
-    assert [(one["season"], one["month"]) for one in fields] == [("2024", "may"), ("2024", "june")]
+    assert [(one["season"], one["end"], one["month"]) for one in fields] == [
+        ("2023-24", "2024", "may"),
+        ("2023-24", "2024", "june"),
+    ]
 
 
 def test_range_of_dates_stops_at_its_end_or_at_its_bound():
     first = datetime.date(2025, 1, 1)
     ranged = adce.Dates(first=first, last=datetime.date(2025, 1, 3))
-    open_ended = adce.Dates(first=first, until=datetime.date(2025, 1, 2))
+    open_ended = adce.Dates(first=first, last=datetime.date(2025, 1, 2))
     counts = [
         len(list(adce.expand(dataset(partitions=adce.Partitions(dates=dates)), (), NOON)))
         for dates in (ranged, open_ended)
     ]
     assert counts == [3, 2]
+
+
+@given(
+    st.sampled_from([*adce.STEPS]),
+    st.dates(datetime.date(2023, 1, 1), datetime.date(2025, 1, 14)),
+    st.sampled_from(["yesterday", "today", "now", datetime.date(2024, 6, 30), datetime.date(2024, 2, 29)]),
+    st.sets(st.sampled_from(adce.WEEKDAYS)),
+    st.sets(st.dates(datetime.date(2024, 1, 1), datetime.date(2024, 3, 1)), max_size=3),
+    st.lists(st.sampled_from("abc"), unique=True, min_size=1),
+)
+def test_expected_objects_are_every_combination_of_steps_and_values(every, first, last, weekdays, excluded, letters):
+    dates = adce.Dates(first=first, last=last, every=every, weekdays=tuple(weekdays), excluded=tuple(excluded))
+    partitions = adce.Partitions(dates=dates, seasons=True, values=(("letter", tuple(letters)),))
+    found = [tuple(one.values()) for one in adce.expand(dataset(partitions=partitions), SEASONS[:2], NOON)]
+    names, now = (
+        {"mon": 0, "tue": 1, "wed": 2, "thu": 3, "fri": 4, "sat": 5, "sun": 6},
+        datetime.datetime(2025, 1, 15, 12),  # noqa: DTZ001
+    )
+    bound = {"yesterday": datetime.date(2025, 1, 14)}.get(str(last), now.date() if isinstance(last, str) else last)
+    begins = {"month": lambda day: day.day == 1, "year": lambda day: (day.month, day.day) == (1, 1)}
+    begins["quarter"] = lambda day: day.day == 1 and day.month in (1, 4, 7, 10)
+    begins["week"] = lambda day: (day - first).days % 7 == 0
+    back = {"month": first.replace(day=1), "year": first.replace(month=1, day=1)}
+    back["quarter"] = first.replace(month=first.month - (first.month - 1) % 3, day=1)
+    moment, steps = datetime.datetime.combine(back.get(every, first), datetime.time()), []
+    while moment.date() <= bound:
+        day, is_hour = moment.date(), every == "hour"
+        is_begun = (
+            begins.get(every, lambda _: True)(day)
+            and (is_hour or moment.hour == 0)
+            and (last != "now" or moment <= now)
+        )
+        if is_begun and day not in excluded and (not weekdays or day.weekday() in {names[one] for one in weekdays}):
+            steps.append(moment.isoformat()[:16] if is_hour else day.isoformat())
+        moment += datetime.timedelta(hours=1)
+    seasons = [("2023-24", "2024"), ("2024-25", "2025")]
+    assert found == [(step, *season, letter) for step in steps for season in seasons for letter in letters]
+
+
+@pytest.mark.parametrize(
+    ("text", "rendered"),
+    [
+        ("{date:%Y%m%d}", "20241231"),
+        ("{date+1d:%Y%m%d}", "20250101"),
+        ("{date-1w}", "2024-12-24"),
+        ("{date+2m:%Y-%m-%d}", "2025-02-28"),
+        ("{date-1y:%Y}", "2023"),
+        ("{date:%Y}/q%q/{date:%-m}", None),
+        ("{date:%Y}/Q{date:%q}", "2024/Q4"),
+        ("{date+1m:%-m/%-d}", "1/31"),
+        ("{place:path}", "a/b c/d%25"),
+        ("{place}", "a%2Fb c%2Fd%25"),
+        ("{name}", "Beyonc\u00e9 & 'co'"),
+    ],
+)
+def test_text_with_fields_is_rendered(text, rendered):
+    fields = {"date": "2024-12-31", "place": "a/b c/d%", "name": "Beyonc\u00e9 & 'co'"}
+    assert adce.Template(text).render(fields, adce.quote_for_key) == (rendered or "2024/q%q/12")
+
+
+def test_object_of_an_hour_is_available_after_the_end_of_its_hour():
+    hours = adce.Partitions(dates=adce.Dates(first=datetime.date(2024, 1, 1), every="hour"))
+    one = dataset(partitions=hours, available_after=adce.AvailableAfter(seconds=600))
+    expected = adce.expected_object(one, {"date": "2024-01-01T23:00"}, ())
+    assert (expected.day, adce.utc_text(expected.available_at)) == ("2024-01-01", "2024-01-02T00:10:00Z")
+
+
+def test_key_in_the_folder_that_is_adces_own_is_refused():
+    one = dataset(key=adce.Template("{name}/x"), partitions=adce.Partitions(values=(("name", (".adce",)),)))
+    with pytest.raises(ValueError, match="ADCE's own"):
+        adce.expected_object(one, {"name": ".adce"}, ())
 
 
 def test_values_are_combined():

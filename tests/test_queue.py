@@ -39,7 +39,7 @@ datasets:
     source: nba
     key: "files/{season}/{name}.json"
     command: [fetch, "{season}", "{names}"]
-    batch: {by: season, max: 3}
+    batch: {group_by: season, max: 3}
     partitions: {values: {season: [S1, S2], name: [a, b, c, d]}}
     priority: MEDIUM
 """

@@ -277,7 +277,7 @@ def test_parents_that_name_more_than_a_page_are_followed_to_the_end(desk, lake, 
 
 
 def test_new_day_is_expected_when_it_begins_where_its_games_are_played(configure, database, lake, clock):
-    dates = "from: 2025-10-08, until: today, timezone: Asia/Tokyo"
+    dates = "from: 2025-10-08, to: today, timezone: Asia/Tokyo"
     desk = Desk(configure(TEXT.replace("from: 2025-10-01, to: 2025-10-05", dates)), database, lake, clock)
     assert desk.cycle()["expected"] == 2
     clock.advance(7 * adce.HOUR)  # the 10th there, the 9th in UTC
@@ -349,7 +349,7 @@ def test_store_that_loses_its_order_is_told_and_sorted_from_then_on(desk, lake):
     assert desk.cycle(ShuffledStore(lake.store.root))["error"] is None
 
 
-MANY = TEXT.replace("to: 2025-10-05", "until: 2025-10-05").replace("from: 2025-10-01", "from: 2025-05-01")
+MANY = TEXT.replace("to: 2025-10-05", "to: 2025-10-05").replace("from: 2025-10-01", "from: 2025-05-01")
 
 
 def fill_days(desk: Desk, lake: Lake) -> list[str]:
@@ -863,7 +863,7 @@ def test_gap_size_of_a_batch_follows_every_cycle(configure, database, lake, cloc
     source: espn
     key: "clubs/{kind}/{club}"
     command: ["true"]
-    batch: {by: kind, max: 10}
+    batch: {group_by: kind, max: 10}
     partitions: {values: {kind: [x, y], club: [ATL, BOS, CHI]}}
 """
     desk = Desk(configure(TEXT + batch), database, lake, clock)

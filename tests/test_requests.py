@@ -42,7 +42,7 @@ def specification(address: str, path: str = "/x", **source) -> adce.Claim:
         name="games",
         source="espn",
         key=adce.Template("games/{game_id}.json"),
-        partitions=adce.Partitions(parent="days", names="game_id"),
+        partitions=adce.Partitions(parent_dataset="days", id_field="game_id"),
         url=adce.Template(path),
         validate=adce.Validation(json=True, min_bytes=5, max_bytes=1 << 20, require=("id == '{game_id}'",)),
     )

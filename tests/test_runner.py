@@ -281,7 +281,7 @@ datasets:
           echo {teams} >> calls
           mkdir -p lake/others
           for team in $(echo {teams} | tr , ' '); do echo 1 > lake/others/{kind}-$team.json; done
-    batch: {by: kind, max: 50}
+    batch: {group_by: kind, max: 50}
     partitions: {values: {team: [A, B, C], kind: [x, y]}}
 """
 

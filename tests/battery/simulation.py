@@ -57,7 +57,7 @@ datasets:
     source: league
     key: "days/{date:%Y/%m/%d}.json"
     url: "/day?date={date}"
-    partitions: {dates: {from: 2026-02-20, until: today}}
+    partitions: {dates: {from: 2026-02-20, to: today}}
     available_after: "18:00"
     freshness: {refetch_every: 3h, until: final, live: {while: "!final && games", every: 15m}}
     validate: {json: true, require: [date]}
@@ -84,7 +84,7 @@ datasets:
     source: shop
     key: "boxes/{game_id}.json"
     command: [boxes, "{game_ids}"]
-    batch: {by: date, max: 3}
+    batch: {group_by: date, max: 3}
     partitions: {from: days, ids: games, as: game_id}
     validate: {json: true, require: ["id == '{game_id}'"]}
 """

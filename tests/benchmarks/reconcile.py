@@ -75,7 +75,7 @@ class Lake:
         datasets = "".join(
             f'  p{number:02}:\n    source: web\n    key: "{self.prefix(number)}{{date:%Y%m%d}}-{{n}}.json"\n'
             f'    url: "/{{date}}-{{n}}"\n'
-            f"    partitions: {{dates: {{from: {FIRST_DAY}, to: {last}}}, times: {{n: [{times}]}}}}\n"
+            f"    partitions: {{dates: {{from: {FIRST_DAY}, to: {last}}}, values: {{n: [{times}]}}}}\n"
             for number in range(self.datasets)
         )
         text = f"store: {store}\npriority_weighting: {{age_weight: {age_weight}}}\n"
