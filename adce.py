@@ -95,7 +95,7 @@ import unicodedata
 import urllib.parse
 import zlib
 import zoneinfo
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -3787,17 +3787,24 @@ HEADS = f"""
 
 
 def claim(
-    sql: sqlite3.Connection, configuration: Configuration, clock: Clock, busy: Mapping[str, int], free: int
+    sql: sqlite3.Connection,
+    configuration: Configuration,
+    clock: Clock,
+    busy: Mapping[str, int],
+    free: int,
+    datasets: Container[str] | None = None,
 ) -> tuple[Claim | None, dict[str, Opening]]:
     """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for.
 
-    One head per dataset is compared, so the cost does not grow with the queue. `busy` counts running executions by
-    dataset; `free` is the number of idle workers.
+    One head for each of the `datasets`, or of all, is compared, so the cost does not grow with the queue. `busy` counts
+    running executions by dataset; `free` is the number of idle workers.
 
     A task during which nearly `max_attempts` runners have crashed may be the cause, or may only have run beside the
     cause: it waits until nothing else runs, and runs alone."""
     now, wall = clock.boot(), clock.wall()
-    heads = sql.execute(HEADS, {"boot": now, "wall": wall}).fetchall()
+    heads = [
+        row for row in sql.execute(HEADS, {"boot": now, "wall": wall}) if datasets is None or row["dataset"] in datasets
+    ]
     with_work = {head["source"] for head in heads if not head["is_paused"]}
     held = collections.Counter[str]()  # workers, by source
     for name, count in busy.items():
@@ -3910,6 +3917,17 @@ def wake_retries(sql: sqlite3.Connection, before: float) -> int:
             limit ?)
     """
     return sql.execute(woken, (int(before), PAGE)).rowcount
+
+
+def wake_failed(sql: sqlite3.Connection) -> None:
+    """What has failed is pending; what waits for its freshness, or is not there yet, waits on."""
+    sql.execute(
+        """
+        update objects set task = 'pending', next_at = null
+        where task = 'retry' and fruitless > 0 and 'not_yet' is not (
+            select outcome from attempts a where a.object_id = objects.object_id order by attempt_id desc limit 1)
+        """
+    )
 
 
 def appraise_due(ledger: Ledger) -> int:
@@ -4134,6 +4152,7 @@ def tasks_to_retry(
           and (:source is null or d.source = :source)
           and (:dataset is null or d.dataset = :dataset)
           and (:error is null or instr(lower(o.last_error), lower(:error)))
+          and (:day is null or o.day = :day)
         order by o.object_id
         """,
         {**filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
@@ -5445,6 +5464,7 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
 # anything. Headlines: REPORT, answers(), render().
 
 FORMATS = ("table", "json", "csv", "github", "html")
+TASK_FILTERS = ("state", "source", "dataset", "day", "key", "error")
 NARROWEST = 8  # characters of a column on a terminal
 Rows = list[dict[str, Any]]
 
@@ -5471,6 +5491,10 @@ FRAGMENTS = {
     ),
     "BY_TASK": "task in ('retry', 'running', 'gave_up')",  # lets SQLite use the index objects_by_task
     "FILTER": "(:source is null or source = :source) and (:dataset is null or dataset = :dataset)",
+    "TASKS": """(:state is null or state = :state)
+        and (:day is null or task_id in (select object_id from objects where day = :day))
+        and (:key is null or key glob :key or instr(key, :key))
+        and (:error is null or instr(lower(last_error), lower(:error)))""",
     "ATTEMPTS": """attempts a join objects o using (object_id) join datasets d using (dataset_id)
         where a.started_at >= :since""",
     "RATES": """select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
@@ -5567,9 +5591,9 @@ alerts: Alerts
 COVERAGE, BY_DAY = questions("""
 coverage: Coverage by dataset and season | nothing is expected yet; run a cycle: adce.py reconcile
     select source, dataset, season, percent, missing, stale, suspect, gave_up, present, expected, skipped
-    from coverage where {FILTER} order by source, dataset, season
+    from coverage where {FILTER} and (not :gaps or present < expected) order by source, dataset, season
 coverage: Coverage by dataset and day | no object has such a day
-    select * from coverage_by_day where {FILTER}
+    select * from coverage_by_day where {FILTER} and (not :gaps or present < expected)
     order by source, dataset, day desc
 """)
 PLAN = questions("""
@@ -5702,18 +5726,20 @@ def cut(line: str, columns: int) -> str:
 
 def tasks_sections(database: Database, filters: Mapping[str, str | None], most: int) -> list[Section]:
     """The open tasks that match, the most urgent first; those that gave up come last."""
-    sql = f"from queue where (:state is null or state = :state) and {FRAGMENTS['FILTER']}"
-    count = database.value(f"select count(*) {sql}", filters)
-    order = "order by state = 'gave_up', score desc, task_id limit :most"
-    rows = query(database, f"select * {sql} {order}", {**filters, "most": most})
+    values = {**dict.fromkeys(TASK_FILTERS), **filters, "most": most}
+    sql = f"from queue where {FRAGMENTS['TASKS']} and {FRAGMENTS['FILTER']}"
+    count = database.value(f"select count(*) {sql}", values)
+    rows = query(database, f"select * {sql} order by state = 'gave_up', score desc, task_id limit :most", values)
     return [Section("tasks", f"{count} open tasks" + (f", the first {most}" if count > most else ""), rows)]
 
 
-def task_sections(database: Database, task_id: int) -> list[Section]:
-    """One task with all that is known of it. Raises Error when there is none."""
+def task_sections(database: Database, wanted: str) -> list[Section]:
+    """One task, named by its id or its key, with all that is known of it. Raises Error when there is none."""
+    by_id = "select object_id from objects where object_id = ? or key = ? order by key = ? limit 1"
+    task_id = database.value(by_id, (int(wanted) if wanted.isdecimal() and len(wanted) < 19 else -1, wanted, wanted))
+    if task_id is None:
+        raise Error(f"there is no task {wanted}", "see: adce.py tasks")
     sections = answers(database, TASK, task_id=task_id)
-    if not sections[0].rows:
-        raise Error(f"there is no task {task_id}", "see: adce.py tasks")
     sql = "select attempt_id, output from attempts where object_id = ? and output > '' order by 1 desc limit 1"
     for attempt_id, output in database.read(sql, (task_id,)):
         lines = [{"line": line} for line in output.splitlines()]
@@ -5952,15 +5978,41 @@ def status_sections(database: Database, configuration: Configuration, now: float
 # The whole picture as one HTML document, the figures for Prometheus, and the HTTP server of both on 127.0.0.1:
 # read-only, a few threads, a few seconds each. Headlines: page(), METRICS, HealthServer.
 
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+NONCE = secrets.token_hex(16)  # of this process: only the script below runs in the page
+PAGE_POLICY = (
+    f"default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{NONCE}'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'"
+)
+REFRESH = """
+setInterval(async () => {
+  if (document.hidden) return;
+  const text = await (await fetch(location.href)).text(), fresh = new DOMParser().parseFromString(text, "text/html");
+  document.title = fresh.title;
+  document.querySelector("main").replaceWith(fresh.querySelector("main"));
+}, 30000);
+"""
 PAGE_STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
 body { max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; background: Canvas; } p { overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
 .wide { overflow-x: auto; } svg { display: block; } table { border-collapse: collapse; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #8886; }
-.all { fill: #1b4f9c; } .part { fill: #7fb2e5; } .gap { fill: #d9822b; } .none { fill: #8883; }
+rect { stroke: CanvasText; stroke-opacity: .6; } .none { fill: none; stroke-opacity: .25; }
+.all { fill: #1b4f9c; } .part { fill: #7fb2e5; stroke-dasharray: 2 1; } .gap { fill: #d9822b; stroke-width: 2; }
+svg text { font: 9px system-ui, sans-serif; fill: CanvasText; }
+.swatch { display: inline-block; vertical-align: -1px; margin-left: .8rem; }
 """
+SQUARE = '<rect class="{}" x="1" y="1" width="9" height="9"/>'
+SWATCH = f'<svg class="swatch" width="11" height="11" aria-hidden="true">{SQUARE}</svg>'
+LEGEND = " ".join(
+    f"{SWATCH.format(kind)} {words}"
+    for kind, words in (
+        ("all", "all is there"),
+        ("part", "a part"),
+        ("gap", "nothing"),
+        ("none", "nothing is expected"),
+    )
+)
 WEB = questions("""
 queue: First in the queue | nothing is open
     -- the score in its parts: when the gap was found, gained by age since, and for the success rate of the dataset
@@ -5980,43 +6032,74 @@ running: Running now | nothing
 attempts: The last attempts
     select * from recent_attempts limit 20
 """)
+OF_DAY = questions("""
+objects: Objects | nothing is expected
+    select o.object_id as task_id, o.key, o.state, o.task, o.attempts, coalesce(o.last_error, o.reason) as reason
+    from objects o join datasets d using (dataset_id)
+    where d.dataset = :dataset and o.day = :day and o.state != 'dropped' order by o.state = 'present', o.key
+""")
 DAYS = """
     select dataset, day, expected, present from coverage_by_day
     where day between :year || '-01-01' and :year || '-12-31' order by dataset, day
 """
-CELL = 11  # pixels
+CELL, LEFT, TOP = 11, 26, 12  # pixels
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
 
 
+def document(title: str, body: str, *, is_fresh: bool = False) -> str:
+    """One HTML document; one that `is_fresh` asks for itself again now and then."""
+    script = f'<script nonce="{NONCE}">{REFRESH}</script>' if is_fresh else ""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{PAGE_STYLE}</style>{script}</head>
+<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>
+"""
+
+
+def tables(sections: Iterable[Section]) -> str:
+    """Sections in HTML, each in a box that scrolls; those without rows and words are left out."""
+    return "".join(WIDE.format(render([part], "html")) for part in sections if part.rows or part.empty)
+
+
 def page(database: Database, configuration: Configuration, now: float, year: int | None = None, nearby: int = 0) -> str:
-    """One HTML document; without a `year` that of the latest day. As a file it has no links to `nearby` years."""
+    """The whole picture; without a `year` that of the latest day. As a file it has no links to `nearby` years."""
     judged = verdict(database, configuration, now)
-    title = html.escape(f"ADCE: {judged.title}".replace("  ", ", "))
     above = [dataclasses.replace(judged, title=""), *answers(database, REPORT, "coverage")]
     below = [*answers(database, WEB), *answers(database, REPORT, "queue", "rates", "cycles")]
-    blocks = [
-        "".join(WIDE.format(render([part], "html")) for part in parts if part.rows or part.empty)
-        for parts in (above, below)
-    ]
     latest = "select coalesce(max(day), :today) from objects where day <= :today and state != 'dropped'"
     year = year or int(database.value(latest, {"today": day_of(now).isoformat()})[:4])
     days = itertools.groupby(database.read(DAYS, {"year": year}), key=lambda row: row["dataset"])
     years = range(year - nearby, year + 2 if nearby else year)
     links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{PAGE_STYLE}</style></head>
-<body><main><h1>{title}</h1><p>{html.escape(configuration.store)}, {utc_text(now)}</p>
-{blocks[0]}
+    body = f"""<p>{html.escape(configuration.store)}, {utc_text(now)}</p>
+{tables(above)}
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
-<p>A square is a day: dark blue when all of it is there, light blue when a part is, orange when nothing is, grey when
-nothing is expected.</p>{"".join(_calendar(name, year, list(rows)) for name, rows in days)}
-{blocks[1]}</main></body></html>
-"""
+<p>A square is a day: {LEGEND}</p>
+{"".join(_calendar(name, year, list(rows), has_links=bool(nearby)) for name, rows in days)}
+{tables(below)}"""
+    return document(f"ADCE: {judged.title}".replace("  ", ", "), body, is_fresh=bool(nearby))
 
 
-def _calendar(dataset: str, year: int, rows: Sequence[sqlite3.Row]) -> str:
+def day_page(database: Database, dataset: str, day: str) -> str:
+    """The objects of a day, with what is wrong with each."""
+    sections = answers(database, OF_DAY, dataset=dataset, day=day)
+    links = (f'<a href="/task/{row["task_id"]}">{html.escape(row["key"])}</a>' for row in sections[0].rows)
+    return document(f"{dataset}, {day}", f"{tables(sections)}<p>{', '.join(links)}</p>")
+
+
+def task_page(database: Database, wanted: str) -> str:
+    """One task, its attempts, and commands to copy. Raises Error when there is none."""
+    sections = task_sections(database, wanted)
+    number, attempts = sections[0].rows[0]["task_id"], sections[1].rows
+    lines = [f"adce.py retry {number}", f"adce.py skip {number}", f"adce.py task {number}"]
+    lines += [f"curl -sS {shlex.quote(attempts[0]['url'])}"] if attempts and attempts[0]["url"] else []
+    return document(
+        f"Task {number}", f"{tables(sections)}<h2>Commands</h2><pre>{html.escape(chr(10).join(lines))}</pre>"
+    )
+
+
+def _calendar(dataset: str, year: int, rows: Sequence[sqlite3.Row], *, has_links: bool) -> str:
     """A year of days: a column is a week, a cell a day, its title says what its colour does."""
     days, first, cells = {row["day"]: row for row in rows}, datetime.date(year, 1, 1), []
     for number in range((datetime.date(year + 1, 1, 1) - first).days):
@@ -6025,11 +6108,17 @@ def _calendar(dataset: str, year: int, rows: Sequence[sqlite3.Row]) -> str:
             kind = "all" if row["present"] == row["expected"] else "part" if row["present"] else "gap"
             text = f"{row['present']} of {row['expected']}"
         week, weekday = divmod(number + first.weekday(), 7)
-        box = f'x="{week * CELL}" y="{weekday * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
-        cells.append(f'<rect class="{kind}" {box}><title>{day:%a} {day}: {text}</title></rect>')
+        if day.day == 1:
+            cells.append(f'<text x="{LEFT + week * CELL}" y="8">{day:%b}</text>')
+        box = f'x="{LEFT + week * CELL}" y="{TOP + weekday * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
+        cell = f'<rect class="{kind}" {box}><title>{day:%a} {day}: {text}</title></rect>'
+        query_text = html.escape(urllib.parse.urlencode({"dataset": dataset, "day": day}))
+        cells.append(f'<a href="/day?{query_text}">{cell}</a>' if row and has_links else cell)
+    cells += [f'<text x="0" y="{TOP + 8 + n * CELL}">{name}</text>' for n, name in ((0, "Mon"), (2, "Wed"), (4, "Fri"))]
     expected, present = (sum(row[name] for row in rows) for name in ("expected", "present"))
     label = html.escape(f"{dataset}: {present:,} of {expected:,} in {year}")
-    svg = f'<svg role="img" aria-label="{label}" width="{54 * CELL}" height="{7 * CELL}">{"".join(cells)}</svg>'
+    size = f'width="{LEFT + 54 * CELL}" height="{TOP + 7 * CELL}"'
+    svg = f'<svg role="img" aria-label="{label}" {size}>{"".join(cells)}</svg>'
     gaps = [f"{row['day']} ({row['present']} of {row['expected']})" for row in rows if row["present"] < row["expected"]]
     words = ", ".join(gaps[:50]) + " ..." * (len(gaps) > 50)
     details = f"<details><summary>{len(gaps)} days are not complete</summary><p>{words}</p></details>" if gaps else ""
@@ -6083,7 +6172,7 @@ def metrics_text(database: Database) -> str:
 
 HTTP_THREADS = 32
 HTTP_SECONDS = 10  # for a whole connection
-JSON, TEXT = "application/json", "text/plain; charset=utf-8"
+JSON, TEXT, HTML = "application/json", "text/plain; charset=utf-8", "text/html; charset=utf-8"
 HEADERS = {
     "Content-Security-Policy": PAGE_POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -6196,12 +6285,17 @@ class HealthServer:
         if path in ("/status", "/metrics"):
             return 200, JSON, render(status_sections(self.database, self.configuration, now), "json")
         if path == "/tasks":
-            filters = {name: options.get(name) for name in ("state", "dataset", "source")}
+            filters = {name: options.get(name) for name in TASK_FILTERS}
             return 200, JSON, json.dumps(tasks_document(self.database, filters, 100))
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
-            return 200, "text/html; charset=utf-8", page(self.database, self.configuration, now, year, 5)
-        return 404, TEXT, "try /health /status /tasks /metrics or /\n"
+            return 200, HTML, page(self.database, self.configuration, now, year, 5)
+        if path == "/day":
+            return 200, HTML, day_page(self.database, options.get("dataset", ""), options.get("day", ""))
+        if path.startswith("/task/"):
+            with contextlib.suppress(Error):
+                return 200, HTML, task_page(self.database, urllib.parse.unquote(path.removeprefix("/task/")))
+        return 404, TEXT, "try /health /status /tasks /metrics /day /task/ID or /\n"
 
 
 # ---------------------------------------------------------------- Events
@@ -6758,6 +6852,7 @@ class Runner:
         self.stop_at, self.stop_reason = math.inf, ""
         self.once = self.is_waiting = self.cycle_waits = False
         self.max_wait = 0.0
+        self.datasets: Collection[str] = configuration.datasets  # whose tasks are claimed
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end; safe from a signal handler and from other threads."""
@@ -6796,7 +6891,9 @@ class Runner:
         failure = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
         if failure and failure != STOPPED_EARLY:
             return ExitCode.ERROR
-        left = self.database.value("select sum(objects) from counts where state in ('missing', 'stale', 'suspect')")
+        gaps = """select sum(objects) from counts join datasets using (dataset_id)
+                  where state in ('missing', 'stale', 'suspect') and dataset in (select value from json_each(?))"""
+        left = self.database.value(gaps, (json.dumps([*self.datasets]),))
         return ExitCode.GAPS_LEFT if left else ExitCode.DONE
 
     def _start(self, address: str | None, log: Path | None) -> None:
@@ -6861,12 +6958,9 @@ class Runner:
         except StopIteration:
             self.steps, self.cycle_waits = None, False
             log_cycle(self.journal, self.database)
-            if (
-                self.once
-            ):  # what has failed is tried once more; what waits for its freshness, or is not there yet, is not
-                woken = "update objects set task = 'pending', next_at = null where task = 'retry' and failures > 0"
+            if self.once:
                 with self.database.transaction() as sql:
-                    sql.execute(woken)
+                    wake_failed(sql)
 
     def _free_workers(self) -> int:
         is_exclusive = any(claimed.runs_exclusively for claimed in self.running.values())
@@ -6921,7 +7015,7 @@ class Runner:
             appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
         busy = collections.Counter(one.dataset.name for one in [*self.running.values(), *hops, *begun])
         while free > len(begun) and not any(one.runs_exclusively for one in [*hops, *begun]):
-            claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun))
+            claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun), self.datasets)
             if claimed is None:
                 return openings | waits
             busy[claimed.dataset.name] += 1
@@ -7325,6 +7419,58 @@ def _check_source(source: Source) -> str:
     return f"{parts.hostname} is reachable"
 
 
+def tried(configuration: Configuration, dataset: Dataset, given: Fields) -> list[Section]:
+    """The answer to one request of a dataset and its meaning. `given` fields replace those of a known object."""
+    import requests
+    import urllib3
+
+    if not dataset.url:
+        raise Error(f"{dataset.name} has no url", "run its program by itself")
+    database, clock, fields = open_database(configuration.database), Clock(), dict[str, str]()
+    known = """select fields from objects join datasets using (dataset_id)
+               where dataset = ? and state != 'dropped' order by etag is null, task is null limit 1"""
+    if row := database.value(known, (dataset.name,)):
+        fields = json.loads(row)
+    elif not dataset.partitions.parent_dataset:
+        fields = next(expand(dataset, configuration.seasons, clock.wall()), fields)
+    fields |= given
+    if lacking := sorted(configuration.fields_of(dataset.name) - fields.keys()):
+        raise Error(f"no value for {', '.join(lacking)}", f"adce.py try {dataset.name} {lacking[0]}=VALUE")
+    os.environ.update(ADCE_CONFIG=str(configuration.path), ADCE_DB=str(configuration.database))
+    source = configuration.sources[dataset.source]
+    try:
+        with session(source.name).get(url_of(source, dataset.url, fields), stream=True) as answer:
+            body = answer.raw.read(dataset.validate.max_bytes, decode_content=True)
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        raise Error(f"{source.name} {connection_error(error)[1]}", "see: adce.py check --online") from error
+    result = classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES])
+    found = inspect(dataset, fields, body, configuration.children_of(dataset.name))
+    if result.outcome is Outcome.OK:
+        result = Result(Outcome.OK if found.valid else Outcome.INVALID, found.verdict)
+    facts = {"key": dataset.key.render(fields, quote_for_key), "url": answer.url, "status": answer.status_code}
+    facts |= {"bytes": len(body), "outcome": result.outcome, "error": result.error, "is_final": found.settled}
+    ids = [
+        {"expression": name, "ids": len(values), "first": next(iter(values), None)}
+        for name, values in found.mentions.items()
+    ]
+    headers = [{"header": name, "value": text} for name, text in answer.headers.items()]
+    return [
+        Section("answer", "Answer", [facts], is_one=True),
+        Section("ids", "Ids that it names", ids),
+        Section("headers", "Headers", headers),
+    ]
+
+
+def unexpected(store: Store, database: Database) -> Iterator[dict[str, Any]]:
+    """The stored objects that no dataset expects."""
+    known = "select key from objects where key in (select value from json_each(?)) and state != 'dropped'"
+    for page in chunks(store.list(""), PAGE):
+        expected = {row[0] for row in database.read(known, (json.dumps([entry.key for entry in page]),))}
+        for entry in page:
+            if entry.key not in expected:
+                yield {"key": entry.key, "bytes": entry.size, "modified_at": utc_text(entry.modified_at)}
+
+
 @contextlib.contextmanager
 def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
     """A copy of the database, to try on what becomes of it, and the store, which is only read."""
@@ -7404,6 +7550,8 @@ EVERYWHERE = (
     option("-v", "--verbose", action="store_true", help="log every attempt"),
 )
 FILTERS = (option("--source", help="only this source"), option("--dataset", help="only this dataset"))
+DAY_FILTER = option("--day", metavar="2024-12-15", help="only objects of this day")
+ERROR_FILTER = option("--error", metavar="TEXT", help="only those whose last error contains TEXT")
 SCOPE = option("scope", metavar="SOURCE", help="a source, or global for all")
 TIMEOUT = option("--timeout", type=DURATION, metavar="45s", help="how long to wait for its end (grace_seconds + 15)")
 LIMIT = option("--limit", type=COUNT, default=20, metavar="N", help="at most N rows (20)")
@@ -7555,8 +7703,10 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
         with database.transaction() as sql:
             if RunnerLock(configuration.database).holder() is None:
                 requeue_orphans(sql, configuration.retry)
-            while wake_retries(sql, sys.maxsize if is_once else clock.wall()) >= PAGE:  # once: retries do not wait
+            while wake_retries(sql, clock.wall()) >= PAGE:
                 pass
+            if is_once:
+                wake_failed(sql)
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, answers(database, PLAN, most=most, before=json.dumps(before)))
     if error:
@@ -7575,6 +7725,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
     option(
         "--max-wait", type=DURATION, default=MINUTE, metavar="60s", help="with --once, the longest pause to wait for"
     ),
+    *FILTERS,
     option("--if-locked", choices=("fail", "skip"), default="fail", help="skip: exit 0, silent, if another runs"),
     option("--log", type=PATH, metavar="FILE", help="log to FILE, 20 MB at most, instead of stderr"),
 )
@@ -7599,6 +7750,11 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
     runner = Runner(configuration, database, open_store(configuration.store), journal)
     if not (arguments.log or arguments.quiet) and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         journal.screen = LiveScreen(sys.stderr, database, configuration)
+    runner.datasets = [
+        one.name
+        for one in configuration.datasets.values()
+        if arguments.dataset in (None, one.name) and arguments.source in (None, one.source)
+    ]
     obey_signals(configuration.database, runner.stop)
     with contextlib.ExitStack() as stack:
         address = None
@@ -7630,9 +7786,14 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
 @command(
     option("--full", action="store_true", help="look at everything, not only at a share of it"),
     option("--accept-loss", action="append", default=[], metavar="DATASET", help="open the gaps of a mass loss"),
+    option("--unexpected", action="store_true", help="only list the objects that no dataset expects"),
 )
 def command_reconcile(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Run one cycle, by the runner if one works, and show what it found; nothing is fetched."""
+    if arguments.unexpected:
+        rows = list(unexpected(open_store(configuration.store), _existing(configuration)))
+        _print(arguments, [Section("unexpected", "Objects that no dataset expects", rows)])
+        return ExitCode.DONE
     database, lock = open_database(configuration.database), RunnerLock(configuration.database)
     options = CycleOptions(arguments.full, arguments.accept_loss)
     try:
@@ -7742,7 +7903,8 @@ def command_resume(arguments: Arguments, configuration: Configuration) -> None:
     option("task_ids", type=COUNT, nargs="*", metavar="ID"),
     option("--state", choices=(TaskState.RETRY.value, TaskState.GAVE_UP.value)),
     *FILTERS,
-    option("--error", metavar="TEXT", help="only those whose last error contains TEXT"),
+    DAY_FILTER,
+    ERROR_FILTER,
     option("--yes", action="store_true", help="do not ask for confirmation"),
 )
 def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -7850,26 +8012,45 @@ def command_logs(arguments: Arguments, configuration: Configuration) -> None:
     show_log(_existing(configuration), arguments.tail, follow=arguments.follow)
 
 
-@command(option("--state", choices=["pending", "retry", "running", "gave_up"]), *FILTERS, LIMIT)
+@command(
+    option("--state", choices=["pending", "retry", "running", "gave_up"]),
+    *FILTERS,
+    DAY_FILTER,
+    option("--key", metavar="KEY", help="only those whose key contains KEY, or matches it with * and ?"),
+    ERROR_FILTER,
+    LIMIT,
+)
 def command_tasks(arguments: Arguments, configuration: Configuration) -> None:
     """List the open tasks, the most urgent first."""
     _print(arguments, tasks_sections(_existing(configuration), vars(arguments), arguments.limit))
 
 
-@command(option("task_id", type=COUNT, metavar="ID"))
+@command(option("task", metavar="ID|KEY"))
 def command_task(arguments: Arguments, configuration: Configuration) -> None:
     """Show one task with all its attempts."""
-    _print(arguments, task_sections(_existing(configuration), arguments.task_id))
+    _print(arguments, task_sections(_existing(configuration), arguments.task))
 
 
 @command(
     *FILTERS,
     option("--by-day", action="store_true", help="by dataset and day"),
+    option("--gaps", action="store_true", help="only what is not complete"),
 )
 def command_coverage(arguments: Arguments, configuration: Configuration) -> None:
     """Show what is expected and what is there, by dataset and season."""
     database = _existing(configuration)
     _print(arguments, answers(database, (BY_DAY if arguments.by_day else COVERAGE,), **vars(arguments)))
+
+
+@command(
+    option("dataset", metavar="DATASET"),
+    option("fields", nargs="*", metavar="FIELD=VALUE", help="of the object; else those of a known one"),
+)
+def command_try(arguments: Arguments, configuration: Configuration) -> ExitCode:
+    """Send one request of a dataset under its limits and show what the answer means; nothing is stored."""
+    given = dict(text.partition("=")[::2] for text in arguments.fields)
+    _print(arguments, tried(configuration, configuration.datasets[arguments.dataset], given))
+    return ExitCode.DONE
 
 
 @command(option("--online", action="store_true", help="the sources too"))

@@ -187,18 +187,31 @@ def test_database_that_is_gone_is_told(own, tmp_path):
     assert all("was moved, replaced or deleted" in answer.text for answer in answers)
 
 
-def test_page_is_one_document_that_asks_for_nothing(served):
+def test_page_is_one_document_that_asks_only_for_itself(served):
     answer = get(f"{served}/")
     assert "<title>ADCE: ATTENTION, 0.0 %, 6 missing of 6, runner not running</title>" in answer.text
-    assert re.findall(r"<script|src=|url\(|@import|javascript:|http-equiv", answer.text) == []
-    assert all(link.startswith("?year=") for link in re.findall(r'href="([^"]*)"', answer.text))
+    assert re.findall(r"src=|url\(|@import|javascript:|http-equiv", answer.text) == []
+    (nonce,) = re.findall(r'<script nonce="(\w+)">', answer.text)
+    assert f"script-src 'nonce-{nonce}'; connect-src 'self';" in answer.headers["Content-Security-Policy"]
+    assert all(link.startswith(("?year=", "/day?")) for link in re.findall(r'href="([^"]*)"', answer.text))
+
+
+def test_day_leads_to_its_objects_and_these_to_their_tasks(served):
+    day = next(link for link in re.findall(r'href="([^"]*)"', get(f"{served}/").text) if link.startswith("/day?"))
+    text = get(served + day.replace("&amp;", "&")).text
+    assert "<title>days, 2025-01-0" in text and "missing" in text
+    (task,) = re.findall(r'href="(/task/\d+)"', text)
+    text = get(served + task).text
+    assert "Attempts, the latest first" in text and f"adce.py retry {task.rpartition('/')[2]}" in text
+    assert get(f"{served}/task/days/20250101.json").status_code == 200
+    assert get(f"{served}/task/99999").status_code == 404
 
 
 def test_markup_from_upstream_is_only_shown(own, database):
     with database.transaction() as sql:
         sql.execute("update objects set last_error = '<script>alert(1)</script>\"&'")
     text = get(f"{own}/").text
-    assert "<script" not in text
+    assert text.count("<script") == 1  # its own
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
 
 

@@ -23,7 +23,7 @@ def section(sections: list[adce.Section], name: str) -> adce.Rows:
 
 
 def coverage(database: adce.Database, question: adce.Section = adce.COVERAGE, **filters: str) -> list[adce.Section]:
-    return adce.answers(database, (question,), **{"source": None, "dataset": None, "year": None, **filters})
+    return adce.answers(database, (question,), **{"source": None, "dataset": None, "year": None, "gaps": 0, **filters})
 
 
 def report(database: adce.Database, seconds: float, now: float) -> list[adce.Section]:
@@ -144,11 +144,11 @@ def test_tasks_that_are_left_out_are_told(lived):  # noqa: F811
 
 def test_task_is_shown_with_all_its_attempts(lived):  # noqa: F811
     task_id = lived.value("select task_id from queue where state = 'gave_up' and last_error like '%500%'")
-    task, attempts = adce.task_sections(lived, task_id)
+    task, attempts = adce.task_sections(lived, str(task_id))
     assert task.rows[0]["last_error"] == "HTTP 500: trouble"
     assert len(attempts.rows) == task.rows[0]["attempts"]
     with pytest.raises(adce.Error, match="there is no task 99999"):
-        adce.task_sections(lived, 99999)
+        adce.task_sections(lived, "99999")
 
 
 def test_lock_of_another_process_is_not_taken_for_the_last_run(database, tmp_path):
@@ -322,3 +322,16 @@ def test_labels_are_escaped(database):
         sql.execute("insert into daily_totals values ('2025-01-01', 1, 'LOW', 'ok', 3, 1.5, 10)")
     samples = parse_metrics(adce.metrics_text(database))
     assert samples["adce_attempts_total", (("dataset", name), ("outcome", "ok"))] == 3
+
+
+def test_tasks_are_found_by_day_by_key_and_by_error(lived):  # noqa: F811
+    every = adce.tasks_sections(lived, {}, 1000)[0].rows
+    of_day = {row["task_id"] for row in lived.read("select task_id from objects_now where day = '2025-01-01'")}
+    for name, value, expected in (
+        ("day", "2025-01-01", lambda row: row["task_id"] in of_day),
+        ("key", "2025010", lambda row: "2025010" in row["key"]),
+        ("key", "days/*1.json", lambda row: row["key"].endswith("1.json") and row["key"].startswith("days/")),
+        ("error", "trouble", lambda row: "trouble" in (row["last_error"] or "")),
+    ):
+        found = adce.tasks_sections(lived, {name: value}, 1000)[0].rows
+        assert {row["task_id"] for row in found} == {row["task_id"] for row in every if expected(row)}

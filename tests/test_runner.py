@@ -382,6 +382,8 @@ def test_game_whose_first_day_is_no_longer_expected_is_asked_for_by_the_next_tha
     others_are_lost, configure, database, upstream, tmp_path
 ):
     """Also when that has vanished, and cannot be fetched: it names what it named."""
+    for day in (1, 2):
+        upstream.answer(f"/games/7?day=2025-01-0{day}", Answer(b"no", 400))
     (tmp_path / "lake/days").mkdir(parents=True)
     for day in (1, 2, 3):
         (tmp_path / f"lake/days/2025-01-0{day}").write_text('{"games": ["7"]}')
