@@ -1102,6 +1102,29 @@ def _format_date(date: str, shift: str, form: str) -> list[str]:
     return moment.strftime(form.replace("%q", str((moment.month + 2) // 3))).split("/")
 
 
+VARIABLE = re.compile(r"\$\{([A-Z_][A-Z0-9_]*)\}|\$([A-Za-z_]\w*)")  # of the environment
+
+
+def variables_in(*texts: str) -> set[str]:
+    """The variables of the environment that some texts name."""
+    return {match[1] or match[2] for text in texts for match in VARIABLE.finditer(text)}
+
+
+def from_environment(text: str) -> str:
+    """A text with the values of its variables $NAME and ${NAME}. Raises Error when one is not there."""
+    if missing := sorted(variables_in(text) - os.environ.keys()):
+        raise Error(f"${missing[0]} is not in the environment")
+    return VARIABLE.sub(lambda match: os.environ[match[1] or match[2]].strip(), text)
+
+
+def redacted(text: str, names: Iterable[str]) -> str:
+    """A text with the names of variables in place of their values."""
+    for name in names:
+        if len(value := os.environ.get(name, "").strip()) > 3:
+            text = text.replace(value, f"${name}").replace(urllib.parse.quote(value, safe=""), f"${name}")
+    return text
+
+
 def quote_for_expression(value: str) -> str:
     """A value inside a JMESPath 'raw string'. Raises ValueError for what such a string cannot hold."""
     if re.search(r"(?<!\\)\\(\\\\)*('|\Z)", value):  # it would quote what ends the string
@@ -1246,7 +1269,12 @@ Text = Annotated[str, Kind("text")]
 File = Annotated[Path, Kind("the path of a file", make=Path)]
 Lake = Annotated[str, Kind("a folder or s3://bucket/prefix", _like(BUCKET_OR_FOLDER))]
 Address = Annotated[
-    str, Kind("an http or https address", _like(r"https?://[^/\s?#]+[^\s?#]*"), lambda text: text.rstrip("/"))
+    str,
+    Kind(
+        "an http or https address",
+        _like(r"(https?://[^/\s?#]+|\$\{?[A-Za-z_]\w*\}?)[^\s?#]*"),
+        lambda text: text.rstrip("/"),
+    ),
 ]
 Header = Annotated[str, Kind("plain ASCII text", _like(r"[\x20-\x7e]*"))]
 FieldText = Annotated[Template, Kind("text with {fields}", make=Template, fields=FIELD_IN_TEXT)]
@@ -1278,6 +1306,7 @@ Several = Annotated[int, Kind("a whole number of 2 or more", {"type": "integer",
 Port = Annotated[int, Kind("a port from 0 to 65535", {"type": "integer", "minimum": 0, "maximum": 65535})]
 Status = Annotated[int, Kind("an HTTP status", {"type": "integer", "minimum": 100, "maximum": 599})]
 Urgency = Annotated[str, Kind("auto, CRITICAL, HIGH, MEDIUM or LOW", {"enum": ["auto", *Priority]})]
+Method = Annotated[str, Kind("GET or POST", {"enum": ["GET", "POST"]})]
 Output = Annotated[str, Kind("store or stdout", {"enum": ["store", "stdout"]})]
 Switch = Annotated[bool, Kind("true or false", {"type": "boolean"}, lambda text: text.lower() in ("true", "yes", "on"))]
 Available = Annotated[AvailableAfter, Kind('"HH:MM" or {hours: N}', {"type": ["string", "object"]}, _available)]
@@ -1304,7 +1333,7 @@ def setting(meaning: str, default: Any = NEEDED, **more: Any) -> Any:
     Setting, with a `name` when the key has another one than the field."""
     one = Setting(more.pop("name", ""), meaning, default, **more)
     if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata={"setting": one})
+        return field(default_factory=default.copy, hash=False, metadata={"setting": one})
     return field(default=default * one.unit if one.unit > 1 else default, metadata={"setting": one})
 
 
@@ -1482,8 +1511,10 @@ class Source:
     """An upstream with limits of its own."""
 
     name: str
-    base_url: Address = setting("prefix of the `url` of each dataset", "")
-    headers: Mapping[str, Header] = setting("request headers; only harmless ones follow a redirect to another host", {})
+    base_url: Address = setting("prefix of the `url` of each dataset; $NAME is a variable of the environment", "")
+    headers: Mapping[str, Header] = setting(
+        "request headers, with $NAME; only harmless ones follow a redirect to another host", {}
+    )
     timeout_seconds: Positive = setting("limit for a whole request, body included", 30)
     max_concurrent: Count = setting("maximum workers on this source", 5)
     error_when: Expression | None = setting("condition on a body that makes it an error, whatever the status", None)
@@ -1590,7 +1621,10 @@ class Dataset:
     source: Text = setting("name of the source")
     key: FieldText = setting("name of an object in the store; it names each field of the partitions")
     partitions: Partitions = setting("the objects of the dataset")
-    url: FieldText | None = setting("URL of a GET request, relative to base_url", None)
+    url: FieldText | None = setting("URL of a request, relative to base_url", None)
+    method: Method = setting("GET or POST", "GET", beside=("url",))
+    headers: Mapping[str, Header] = setting("request headers besides those of the source", {}, beside=("url",))
+    body: SearchText = setting("body of a POST, with fields; its type is JSON or that of a form", "", beside=("url",))
     command: tuple[FieldText, ...] = setting("program that fetches objects", ())
     call: Callee | None = setting("Python function that fetches an object", None)
     output: Output = setting(
@@ -1681,6 +1715,8 @@ def problems_in(block: object) -> Problems:
             fields, seasonal = block.own_fields(), ("season", "end") if block.dates and block.dates.seasons else ()
             for name in {name for name in fields if (*fields, *seasonal).count(name) > 1}:
                 yield "", f"the field {name} is set twice"
+        case Dataset() if block.body and block.method != "POST":
+            yield "body", "has no effect without method: POST"
         case Validation() if block.max_bytes < block.min_bytes:
             yield "max_bytes", f"{block.max_bytes} is less than min_bytes"
 
@@ -1895,7 +1931,7 @@ def _broken_reference(reader: Reader, line: Sequence[str], known: Iterable[str])
 
 
 def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
-    if template.pattern is FIELD_IN_TEXT and set("{}") & set(template.shape().replace("{}", "")):
+    if template.pattern is FIELD_IN_TEXT and set("{}") & set(VARIABLE.sub("", template.shape()).replace("{}", "")):
         yield f"{template.text}: a brace that is no {{field}}; a field is a name in small letters"
         return
     for match in template.pattern.finditer(template.text):
@@ -3862,7 +3898,8 @@ def _objects_of_same_url(
     """The pending objects of other datasets that one response brings together with the first."""
     own, fields = configuration.datasets[first.dataset], first.fields
     for other in configuration.datasets.values():
-        if other.name == own.name or (other.source, other.url) != (own.source, own.url):
+        requests = ((one.source, one.url, one.method, one.headers, one.body) for one in (own, other))
+        if other.name == own.name or next(requests) != next(requests):
             continue
         key = other.key.render(fields, quote_for_key) if set(other.partitions.own_fields()) <= fields.keys() else ""
         pending = "o.key = ? and d.dataset = ? and o.task = 'pending' and d.active and d.ready"
@@ -4907,8 +4944,13 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
 
     Raises StoreError when there is no place for the body; then nothing was sent."""
     with store.spool() as body:
-        first, *others = _request_into(body, claimed, store, clock)
-        return [first, *(dataclasses.replace(one, requests=0) for one in others)]
+        names, results = secrets_of(claimed.source, claimed.dataset), _request_into(body, claimed, store, clock)
+        return [
+            dataclasses.replace(
+                one, requests=0 if place else one.requests, error=one.error and redacted(one.error, names)
+            )
+            for place, one in enumerate(results)
+        ]
 
 
 def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> list[Result]:
@@ -4923,8 +4965,9 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
             for adapter in opened.adapters.values():  # none of them retries
                 _on_pools(adapter, functools.partial(_watch_pool, claimed, deadline, clock))
             timeout = (min(CONNECT_SECONDS, seconds), seconds)
-            options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False}
-            with opened.get(claimed.url, headers=_headers(claimed), **options) as response:
+            options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False, "data": _sent_body(claimed)}
+            options["headers"] = _headers(claimed)
+            with opened.request(claimed.dataset.method, _sent_url(claimed), **options) as response:
                 status = response.status_code
                 most = max(one.dataset.validate.max_bytes for one, _ in claimed.parts())
                 try:
@@ -5073,19 +5116,43 @@ def _conditions(claimed: Claim) -> dict[str, str]:
     target = claimed.tasks[0]
     is_known = target.state == ObjectState.STALE and not claimed.beside
     known = json.loads(target.validators or "{}") if is_known else {}
-    return dict(known["headers"]) if known.get("url") == claimed.url else {}
+    return dict(known["headers"]) if known.get("url") == claimed.url and claimed.dataset.method == "GET" else {}
 
 
 def _headers(claimed: Claim) -> dict[str, str]:
     """Secrets for one host are not sent to another, to which it redirects. Only what can be undone is asked for."""
-    headers, template = claimed.source.headers, cast(Template, claimed.dataset.url)
-    own_url = claimed.source.base_url or template.render(claimed.tasks[0].fields, quote_for_url)
-    is_own = _origin(claimed.url) == _origin(own_url)
-    sent = {name: text for name, text in headers.items() if is_own or name.lower() in KEPT_ON_OTHER_HOSTS}
+    own_url = url_of(claimed.source, cast(Template, claimed.dataset.url), claimed.tasks[0].fields)
+    is_own = _origin(_sent_url(claimed)) == _origin(from_environment(own_url))
+    headers = {**claimed.source.headers, **claimed.dataset.headers}.items()
+    sent = {name: from_environment(text) for name, text in headers if is_own or name.lower() in KEPT_ON_OTHER_HOSTS}
+    if claimed.dataset.body:
+        kind = "application/json" if claimed.dataset.body.lstrip()[:1] in "{[" else "application/x-www-form-urlencoded"
+        sent = {"Content-Type": kind, **sent}
     if claimed.tasks[0].key.lower().endswith(COMPRESSED):
         sent = {name: text for name, text in sent.items() if name.lower() != "accept-encoding"}
         return {"Accept-Encoding": "identity", **sent, **_conditions(claimed)}
     return {"Accept-Encoding": "gzip, deflate", **sent, **_conditions(claimed)}
+
+
+def _sent_body(claimed: Claim) -> bytes | None:
+    """The body of a POST. Values of fields cannot leave the text, or the parameter, that they are in."""
+    text = claimed.dataset.body
+    quote = (lambda value: json.dumps(value)[1:-1]) if text.lstrip()[:1] in ("{", "[") else quote_for_url
+    template = Template(
+        from_environment(text), FIELD_IN_EXPRESSION
+    )  # in this order: a field may hold a $ of the source's
+    return template.render(claimed.tasks[0].fields, quote).encode() if text else None
+
+
+def _sent_url(claimed: Claim) -> str:
+    """The url with the values of its variables. One of a redirect has none: a source could ask for any."""
+    return claimed.url if claimed.hops else from_environment(claimed.url)
+
+
+def secrets_of(source: Source, dataset: Dataset) -> set[str]:
+    """The variables of the environment that the requests of a dataset hold."""
+    headers = [*source.headers.values(), *dataset.headers.values()]
+    return variables_in(source.base_url, dataset.url.text if dataset.url else "", dataset.body, *headers)
 
 
 def _origin(url: str) -> tuple[str, str]:
@@ -5130,12 +5197,15 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
                 if deadline.passed:  # half a file can have the whole Content-Length
                     raise TimeoutError
         results = [validate_and_store(one, task, body, store, status) for one, task in parts]
-        validators = _validators(claimed.url, response.headers)
+        url = redacted(claimed.url, secrets_of(claimed.source, claimed.dataset))
+        validators = _validators(url, response.headers)
         return [dataclasses.replace(result, validators=validators) for result in results]
-    url = urllib.parse.urljoin(claimed.url, response.headers["location"])
+    url = urllib.parse.urljoin(_sent_url(claimed), response.headers["location"])
     to = urllib.parse.urlsplit(url)
     answer = Result(Outcome.RUNNING, None, status, redirect=url)
-    if claimed.hops >= MAX_REDIRECTS:
+    if claimed.dataset.method == "POST":
+        answer = Result(Outcome.HTTP_ERROR, "a redirect of a POST, which is refused", status)
+    elif claimed.hops >= MAX_REDIRECTS:
         answer = Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status)
     elif to.scheme not in ("http", "https") or (to.scheme == "http" and claimed.url.startswith("https:")):
         answer = Result(Outcome.HTTP_ERROR, f"redirected to {to.scheme}://{to.hostname}, which is refused", status)
@@ -5159,7 +5229,7 @@ def session(source: str, config: str | os.PathLike[str] | None = None, wait: flo
     class SourceSession(requests.Session):
         def request(self, method: Any, url: Any, *arguments: Any, **options: Any) -> Any:
             options.setdefault("timeout", described.timeout_seconds)
-            url = described.base_url + url if str(url).startswith("/") else url
+            url = from_environment(described.base_url) + url if str(url).startswith("/") else url
             return super().request(method, url, *arguments, **options)
 
         def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
@@ -5170,7 +5240,7 @@ def session(source: str, config: str | os.PathLike[str] | None = None, wait: flo
                         prepared_request.headers.pop(name, None)
 
     opened = SourceSession()
-    opened.headers.update(described.headers)
+    opened.headers.update({name: from_environment(text) for name, text in described.headers.items()})
     opened.trust_env = described.trust_env
     return limit(opened, source, config, wait)
 
@@ -6628,15 +6698,6 @@ class Alerter:
         return None
 
 
-def from_environment(text: str) -> str:
-    """A text, or the value of the variable $NAME. Raises Error when there is none."""
-    if not text.startswith("$"):
-        return text
-    if text[1:] not in os.environ:
-        raise Error(f"{text} is not in the environment")
-    return os.environ[text[1:]].strip()
-
-
 def deliver(channel: str, configuration: Configuration, message: Mapping[str, Any]) -> None:
     """Send the subject and text of an alert; to `ping` and `cloudwatch`, a cycle and the number of open tasks."""
     settings = configuration.alerts
@@ -7315,6 +7376,7 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
         "store": lambda: _check_store(configuration),
         "runner": lambda: "none" if pid is None else f"process {pid}",
         "programs": lambda: _check_programs(configuration),
+        "environment": lambda: check_environment(configuration),
         "alerts": lambda: _check_alerts(configuration.alerts),
         "system": _check_system,
     }
@@ -7382,6 +7444,15 @@ def _check_programs(configuration: Configuration) -> str:
     return ", ".join(sorted(words)) or "none"
 
 
+def check_environment(configuration: Configuration) -> str:
+    """Whether the variables that requests hold are there. Raises ConfigurationError."""
+    sources, datasets = configuration.sources, configuration.datasets.values()
+    names = sorted(set[str]().union(*(secrets_of(sources[one.source], one) for one in datasets)))
+    if missing := [f"${name}" for name in names if name not in os.environ]:
+        raise ConfigurationError(f"{', '.join(missing)} is not in the environment", "set it where the runner starts")
+    return ", ".join(f"${name}" for name in names) or "no variable is needed"
+
+
 def _check_alerts(alerts: Alerts) -> str:
     """Whether the channels have addresses; nothing is sent, and no address is shown."""
     for channel in ("webhook", "ping"):
@@ -7419,41 +7490,46 @@ def _check_source(source: Source) -> str:
     return f"{parts.hostname} is reachable"
 
 
-def tried(configuration: Configuration, dataset: Dataset, given: Fields) -> list[Section]:
-    """The answer to one request of a dataset and its meaning. `given` fields replace those of a known object."""
+def example_fields(database: Database, configuration: Configuration, dataset: Dataset, given: Fields) -> dict[str, str]:
+    """The fields of an object of a dataset: the given ones, else those of a known object. Raises Error for none."""
+    known = """select fields from objects join datasets using (dataset_id)
+               where dataset = ? and state != 'dropped' order by etag is null, task is null limit 1"""
+    fields = json.loads(database.value(known, (dataset.name,)) or "{}")
+    if not fields and not dataset.partitions.parent_dataset:
+        fields = next(expand(dataset, configuration.seasons, Clock().wall()), fields)
+    fields |= given
+    if lacking := sorted(configuration.fields_of(dataset.name) - fields.keys()):
+        raise Error(f"no value for {', '.join(lacking)}", f"adce.py try {dataset.name} {lacking[0]}=VALUE")
+    return cast(dict[str, str], fields)
+
+
+def tried(configuration: Configuration, dataset: Dataset, fields: Fields) -> list[Section]:
+    """The answer to one request of a dataset, sent under its limits, and its meaning. Nothing is stored."""
     import requests
     import urllib3
 
     if not dataset.url:
         raise Error(f"{dataset.name} has no url", "run its program by itself")
-    database, clock, fields = open_database(configuration.database), Clock(), dict[str, str]()
-    known = """select fields from objects join datasets using (dataset_id)
-               where dataset = ? and state != 'dropped' order by etag is null, task is null limit 1"""
-    if row := database.value(known, (dataset.name,)):
-        fields = json.loads(row)
-    elif not dataset.partitions.parent_dataset:
-        fields = next(expand(dataset, configuration.seasons, clock.wall()), fields)
-    fields |= given
-    if lacking := sorted(configuration.fields_of(dataset.name) - fields.keys()):
-        raise Error(f"no value for {', '.join(lacking)}", f"adce.py try {dataset.name} {lacking[0]}=VALUE")
-    os.environ.update(ADCE_CONFIG=str(configuration.path), ADCE_DB=str(configuration.database))
-    source = configuration.sources[dataset.source]
+    source, key = configuration.sources[dataset.source], dataset.key.render(fields, quote_for_key)
+    claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
+    claimed = dataclasses.replace(claimed, url=url_of(source, dataset.url, fields))
+    sent: Any = {"headers": _headers(claimed), "data": _sent_body(claimed), "stream": True}
     try:
-        with session(source.name).get(url_of(source, dataset.url, fields), stream=True) as answer:
+        with session(source.name).request(dataset.method, _sent_url(claimed), **sent) as answer:
             body = answer.raw.read(dataset.validate.max_bytes, decode_content=True)
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise Error(f"{source.name} {connection_error(error)[1]}", "see: adce.py check --online") from error
-    result = classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES])
+    names, result = (
+        secrets_of(source, dataset),
+        classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES]),
+    )
     found = inspect(dataset, fields, body, configuration.children_of(dataset.name))
-    if result.outcome is Outcome.OK:
-        result = Result(Outcome.OK if found.valid else Outcome.INVALID, found.verdict)
-    facts = {"key": dataset.key.render(fields, quote_for_key), "url": answer.url, "status": answer.status_code}
-    facts |= {"bytes": len(body), "outcome": result.outcome, "error": result.error, "is_final": found.settled}
-    ids = [
-        {"expression": name, "ids": len(values), "first": next(iter(values), None)}
-        for name, values in found.mentions.items()
-    ]
-    headers = [{"header": name, "value": text} for name, text in answer.headers.items()]
+    is_ok = result.outcome is Outcome.OK
+    facts = {"key": key, "url": claimed.url, "status": answer.status_code, "bytes": len(body)}
+    facts |= {"outcome": Outcome.INVALID if is_ok and not found.valid else result.outcome, "is_final": found.settled}
+    facts |= {"error": redacted((found.verdict if is_ok else result.error) or "", names) or None}
+    ids = [{"expression": one, "ids": len(ids), "first": next(iter(ids), None)} for one, ids in found.mentions.items()]
+    headers = [{"header": name, "value": redacted(text, names)} for name, text in answer.headers.items()]
     return [
         Section("answer", "Answer", [facts], is_one=True),
         Section("ids", "Ids that it names", ids),
@@ -7736,6 +7812,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
         configuration = dataclasses.replace(configuration, interval_seconds=minutes * MINUTE)
     if arguments.dry_run:
         return command_plan(arguments, configuration)
+    check_environment(configuration)
     database, lock = open_database(configuration.database), RunnerLock(configuration.database)
     try:
         lock.acquire()
@@ -8048,8 +8125,10 @@ def command_coverage(arguments: Arguments, configuration: Configuration) -> None
 )
 def command_try(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Send one request of a dataset under its limits and show what the answer means; nothing is stored."""
+    database, dataset = open_database(configuration.database), configuration.datasets[arguments.dataset]
     given = dict(text.partition("=")[::2] for text in arguments.fields)
-    _print(arguments, tried(configuration, configuration.datasets[arguments.dataset], given))
+    os.environ.update(ADCE_CONFIG=str(configuration.path), ADCE_DB=str(configuration.database))  # for the session
+    _print(arguments, tried(configuration, dataset, example_fields(database, configuration, dataset, given)))
     return ExitCode.DONE
 
 

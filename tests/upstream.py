@@ -61,6 +61,7 @@ class Arrival:
     at: float  # monotonic seconds
     path: str  # with its query
     headers: Mapping[str, str]
+    body: bytes = b""
 
 
 class Upstream:
@@ -109,11 +110,11 @@ class Upstream:
         self._server.shutdown()
         self._server.server_close()
 
-    def receive(self, path: str, headers: Mapping[str, str]) -> Answer:
+    def receive(self, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
         """Note a request, judge it by its arrival, and decide the answer."""
         with self._lock:
             now = time.monotonic()
-            self.arrivals.append(Arrival(now, path, headers))
+            self.arrivals.append(Arrival(now, path, headers, body))
             wait = max((self._excess(now, *limit) for limit in self.limits), default=0.0)
             delay = self._dice.uniform(*self.latency_seconds)
             is_fault = self._dice.random() < self.fault_share
@@ -155,7 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = -1
 
     def do_GET(self) -> None:
-        answer = self.upstream.receive(self.path, dict(self.headers))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        answer = self.upstream.receive(self.path, dict(self.headers), body)
         self.upstream.stopping.wait(answer.delay_seconds)
         send = getattr(self, f"_send_{answer.behaviour}", None)
         if send is None:
@@ -165,6 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         send(answer)
         self.wfile.flush()
+
+    do_POST = do_GET  # noqa: N815
 
     def _start(self, answer: Answer, length: int | None = None, **headers: str) -> None:
         self.send_response(answer.status)

@@ -1,0 +1,75 @@
+"""Variables of the environment in headers, urls and bodies: sent where they belong, and shown nowhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conftest import run_adce
+from upstream import Answer
+
+import adce
+
+CANARY = "canary-8d1f0c"
+KEYED = """
+sources:
+  quotes: {{base_url: "{address}/$PLACE", headers: {{Authorization: "Bearer ${{QUOTES_KEY}}"}}}}
+datasets:
+  a:
+    source: quotes
+    key: "a/{{n}}"
+    url: "/{{n}}?key=$QUOTES_KEY"
+    partitions: {{values: {{n: [one]}}}}
+    validate: {{json: true}}
+"""
+ENVIRONMENT = {"QUOTES_KEY": CANARY, "PLACE": "here"}
+
+
+def leaks(folder: Path) -> list[str]:
+    return [str(path) for path in folder.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+
+
+def test_variables_are_sent_and_shown_nowhere(upstream, tmp_path):
+    (tmp_path / "adce.yaml").write_text(KEYED.format(address=upstream.address))
+    path = f"/here/one?key={CANARY}"
+    upstream.answer(path, Answer(f"you sent {CANARY}".encode(), 400))  # an upstream that echoes
+    first = run_adce("run", "--once", "-v", folder=tmp_path, **ENVIRONMENT)
+    upstream.answer(path, Answer(b"{}", headers={"ETag": '"1"'}))
+    second = run_adce("run", "--once", "-v", folder=tmp_path, **ENVIRONMENT)
+    shown = [
+        run_adce(*words, folder=tmp_path, **ENVIRONMENT) for words in (("report",), ("try", "a"), ("task", "a/one"))
+    ]
+    assert upstream.arrivals[0].path == path
+    assert upstream.arrivals[0].headers["Authorization"] == f"Bearer {CANARY}"
+    assert (tmp_path / "lake/a/one").read_bytes() == b"{}"
+    assert leaks(tmp_path) == []
+    assert not any(CANARY in done.stdout + done.stderr for done in (first, second, *shown))
+    assert "you sent $QUOTES_KEY" in first.stderr
+
+
+def test_variable_that_is_missing_is_found_before_anything_starts(upstream, tmp_path):
+    (tmp_path / "adce.yaml").write_text(KEYED.format(address=upstream.address))
+    done = run_adce("run", "--once", folder=tmp_path)
+    assert (done.returncode, "$PLACE, $QUOTES_KEY is not in the environment" in done.stderr) == (78, True)
+    assert run_adce("check", folder=tmp_path).returncode == adce.ExitCode.ERROR
+    assert upstream.count() == 0
+
+
+def test_redirect_cannot_ask_for_a_variable(upstream, tmp_path):
+    (tmp_path / "adce.yaml").write_text(KEYED.format(address=upstream.address))
+    upstream.answer(f"/here/one?key={CANARY}", Answer(b"", 302, {"Location": "/stolen?x=$QUOTES_KEY"}))
+    run_adce("run", "--once", folder=tmp_path, **ENVIRONMENT)
+    assert upstream.arrivals[-1].path == "/stolen?x=$QUOTES_KEY"
+
+
+def test_post_sends_a_body_with_fields_that_cannot_leave_their_place(upstream, tmp_path):
+    (tmp_path / "adce.yaml").write_text(
+        "sources: {box: {base_url: '" + upstream.address + "'}}\n"
+        "datasets:\n  a:\n    source: box\n    key: 'a/{n}'\n    url: /graph\n    method: POST\n"
+        '    headers: {X-Kind: test}\n    body: \'{"id": "{n}", "key": "$QUOTES_KEY"}\'\n'
+        "    partitions: {values: {n: ['x\", \"$PLACE']}}\n"
+    )
+    upstream.answer("/graph", Answer(b"{}"))
+    assert run_adce("run", "--once", folder=tmp_path, **ENVIRONMENT).returncode == adce.ExitCode.DONE
+    (arrival,) = upstream.arrivals
+    assert (arrival.headers["Content-Type"], arrival.headers["X-Kind"]) == ("application/json", "test")
+    assert arrival.body == b'{"id": "x\\", \\"$PLACE", "key": "' + CANARY.encode() + b'"}'
