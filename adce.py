@@ -1125,6 +1125,21 @@ def redacted(text: str, names: Iterable[str]) -> str:
     return text
 
 
+@functools.cache
+def names_in_pattern(pattern: str) -> tuple[str, ...]:
+    """The named groups of a regular expression."""
+    return tuple(re.compile(pattern).groupindex)
+
+
+@functools.cache
+def names_in_result(expression: str) -> tuple[str, ...]:
+    """The members of the objects that a JMESPath expression makes, such as `games[].{home: h, away: a}`."""
+    node = _compile(FIELD_IN_EXPRESSION.sub("x", expression)).parsed
+    while node["type"] != "multi_select_dict" and node["children"]:
+        node = node["children"][-1]
+    return tuple(pair["value"] for pair in node["children"]) if node["type"] == "multi_select_dict" else ()
+
+
 def quote_for_expression(value: str) -> str:
     """A value inside a JMESPath 'raw string'. Raises ValueError for what such a string cannot hold."""
     if re.search(r"(?<!\\)\\(\\\\)*('|\Z)", value):  # it would quote what ends the string
@@ -1224,9 +1239,9 @@ def _pattern(text: str) -> str:
 
 
 def _regex(text: str) -> str:
-    groups = re.compile(_pattern(text)).groups
-    if groups != 1:
-        raise ConfigurationError(f"needs one group ( ) for the id, has {groups}")
+    pattern = re.compile(_pattern(text))
+    if pattern.groups != (len(pattern.groupindex) or 1):
+        raise ConfigurationError(f"needs one group ( ) for the id, or named ones, has {pattern.groups}")
     return text
 
 
@@ -1281,7 +1296,7 @@ FieldText = Annotated[Template, Kind("text with {fields}", make=Template, fields
 SearchText = Annotated[str, Kind("text", fields=FIELD_IN_EXPRESSION)]
 Expression = Annotated[str, Kind("a JMESPath expression", make=_expression, fields=FIELD_IN_EXPRESSION)]
 Pattern = Annotated[str, Kind("a regular expression", make=_pattern)]
-Regex = Annotated[str, Kind("a regular expression with one group", make=_regex)]
+Regex = Annotated[str, Kind("a regular expression with one group, or named ones", make=_regex)]
 Timezone = Annotated[str, Kind("a time zone like America/New_York", make=lambda text: zoneinfo.ZoneInfo(text).key)]
 FieldName = Annotated[str, Kind("a name of small letters", _like("[a-z_][a-z0-9_]*"))]
 Callee = Annotated[str, Kind("module:function", _like(r"[\w.]+:\w+"))]
@@ -1542,25 +1557,37 @@ class Partitions:
 
     BASES: ClassVar = ("dates", "seasons", "values", "from")
     ANY_OF: ClassVar = (*BASES, "same_as")
-    ONE_OF: ClassVar = (("from", ("ids", "regex")), ("from", ("as",)))
+    ONE_OF: ClassVar = (("from", ("ids", "regex")),)
     dates: Dates | None = setting("one object a step of time", None)
     seasons: All | None = setting("one object for each season that has begun", None)
     values: NamedValues = setting("one object for each combination of field values", ())
     parent_dataset: Text | None = setting(
         "one object for each id in the objects of this parent dataset", None, name="from"
     )
-    ids: Expression | None = setting("finds ids in JSON; {field} is a field of the parent", None, beside=("from",))
-    regex: Regex | None = setting("finds ids in any text", None, beside=("from",))
+    ids: Expression | None = setting(
+        "finds ids in JSON, or objects whose members are fields; {field} is a field of the parent",
+        None,
+        beside=("from",),
+    )
+    regex: Regex | None = setting("finds ids, or fields by named groups, in any text", None, beside=("from",))
     id_field: FieldName = setting(
         "field of an id", "", name="as", beside=("from",), instead="{season} is a label, {end} the year of its end"
     )
     same_as: Text | None = setting("use the partitions of this dataset", None, against=BASES)
 
+    def id_fields(self) -> tuple[str, ...]:
+        """The fields that an id of the parent sets: the one named by `as`, or several."""
+        if self.id_field or not self.parent_dataset:
+            return (self.id_field,) if self.id_field else ()
+        return names_in_pattern(self.regex) if self.regex else names_in_result(self.ids or "x")
+
+    def fields_of_id(self, value: str) -> dict[str, str]:
+        """The fields that an id sets; several are in JSON."""
+        return {self.id_field: value} if self.id_field else json.loads(value)
+
     def own_fields(self) -> tuple[str, ...]:
         """The fields whose values distinguish its objects."""
-        own = (
-            ["date"] * bool(self.dates) + ["season"] * bool(self.seasons) + [self.id_field] * bool(self.parent_dataset)
-        )
+        own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons) + [*self.id_fields()]
         return (*own, *dict(self.values))
 
 
@@ -1712,6 +1739,8 @@ def problems_in(block: object) -> Problems:
         case Dates() if block.first and isinstance(block.last, datetime.date) and block.last < block.first:
             yield "to", f"{block.last} is before from: {block.first}"
         case Partitions():
+            if block.parent_dataset and not block.id_fields():
+                yield "", '"as" is missing'
             fields, seasonal = block.own_fields(), ("season", "end") if block.dates and block.dates.seasons else ()
             for name in {name for name in fields if (*fields, *seasonal).count(name) > 1}:
                 yield "", f"the field {name} is set twice"
@@ -2324,16 +2353,29 @@ def inspect(dataset: Dataset, fields: Fields, body: bytes | BinaryIO, children: 
     and texts in which ids are looked for are held in memory whole."""
     freshness, file = dataset.freshness, io.BytesIO(body) if isinstance(body, bytes) else body
     is_asked = bool(freshness.until or freshness.live or any(child.partitions.ids for child in children))
-    document, verdict = _verdict(dataset.validate, fields, file, is_json=is_asked)
+    file.seek(0)
+    is_packed = file.read(2) == b"\x1f\x8b" and (children or is_asked or dataset.validate.needs_content())
+    content = _gunzipped(file, dataset.validate.max_bytes) if is_packed else file
+    document, verdict = _verdict(dataset.validate, fields, file, content, is_json=is_asked)
     if verdict:
         return Inspection(False, verdict, False, False, {})
     settled = freshness.until is None or holds(freshness.until, fields, document)
     live = freshness.live is not None and holds(freshness.live.expression, fields, document)
     mentions, problems = dict[str, tuple[str, ...]](), list[str]()
     for child in children:
-        ids = dict.fromkeys(str(value) for value in _ids(child, fields, document, file, problems))
+        ids = dict.fromkeys(_ids(child, fields, document, content, problems))
         mentions[expression_of(child)] = tuple(ids)
     return Inspection(True, None, settled, live, mentions, tuple(problems))
+
+
+def _gunzipped(file: BinaryIO, most: int) -> BinaryIO:
+    """The content of a gzip file, `most` bytes of it at most; nothing when it is broken."""
+    import gzip
+
+    file.seek(0)
+    with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(file) as unpacked:
+        return io.BytesIO(unpacked.read(most))
+    return io.BytesIO()
 
 
 def _size_problem(validation: Validation, size: int) -> str | None:
@@ -2342,8 +2384,11 @@ def _size_problem(validation: Validation, size: int) -> str | None:
     return f"{size} bytes, more than {validation.max_bytes}" if size > validation.max_bytes else None
 
 
-def _verdict(validation: Validation, fields: Fields, file: BinaryIO, *, is_json: bool) -> tuple[Any, str | None]:
-    """The parsed JSON, if an expression asks for it, and why the body is not the object, or None."""
+def _verdict(
+    validation: Validation, fields: Fields, file: BinaryIO, content: BinaryIO, *, is_json: bool
+) -> tuple[Any, str | None]:
+    """The parsed JSON, if an expression asks for it, and why the body is not the object, or None. `content` is what a
+    gzip file holds."""
     size = file.seek(0, io.SEEK_END)
     if problem := _size_problem(validation, size):
         return None, problem
@@ -2356,7 +2401,7 @@ def _verdict(validation: Validation, fields: Fields, file: BinaryIO, *, is_json:
         [Template(part, FIELD_IN_EXPRESSION).render(fields, str) for part in parts]
         for parts in (validation.contains, validation.not_contains)
     )
-    found = _texts_in(file, {*wanted, *unwanted})
+    found = _texts_in(content, {*wanted, *unwanted})
     if problem := next((f"does not contain {text!r}" for text in wanted if text not in found), None):
         return None, problem
     if problem := next((f"contains {text!r}" for text in unwanted if text in found), None):
@@ -2364,7 +2409,7 @@ def _verdict(validation: Validation, fields: Fields, file: BinaryIO, *, is_json:
     if not (is_json or validation.json or validation.require):
         return None, None
     try:
-        document = parse_json(file)
+        document = parse_json(content)
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {str(error)[:100]}"
     failed = next((expression for expression in validation.require if not holds(expression, fields, document)), None)
@@ -2395,29 +2440,36 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems: list[str]) -> Iterator[Any]:
-    """The values in a parent's body where the ids of a dataset are; null and empty texts are none. Texts and whole
-    numbers can be ids; any other value is added to the problems."""
-    partitions = child.partitions
+def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems: list[str]) -> Iterator[str]:
+    """The values in a parent's body where the ids of a dataset are, several fields of one as JSON; null and empty texts
+    are none. Texts and whole numbers can be ids; any other value is added to the problems."""
+    partitions, names = child.partitions, child.partitions.id_fields()
     if partitions.regex:
         file.seek(0)
-        found: Any = re.findall(partitions.regex, file.read().decode("utf-8", "replace"))
+        text = html.unescape(file.read().decode("utf-8", "replace"))
+        found: Any = [match.groupdict() or match[1] for match in re.finditer(partitions.regex, text)]
     else:
         found = search(partitions.ids or "", fields, document)
     for value in found if isinstance(found, list) else [found]:
         if value in (None, ""):
             continue
-        if not isinstance(value, str | int) or isinstance(value, bool):
+        parts = (
+            [value] if partitions.id_field else [value.get(name) for name in names] if isinstance(value, dict) else []
+        )
+        if not parts or not all(isinstance(part, str | int) and not isinstance(part, bool) for part in parts):
             problems.append(f"{child.name}: {str(value)[:60]} is no id")
-        elif problem := _part_problem(child, partitions.id_field, str(value)):
+            continue
+        texts = dict(zip(names, map(str, parts), strict=True))
+        if problem := next(filter(None, (_part_problem(child, *part) for part in texts.items())), None):
             problems.append(problem)
         else:
-            yield value
+            yield texts[names[0]] if partitions.id_field else FIELDS_AS_JSON.encode(texts)
 
 
 def _part_problem(dataset: Dataset, name: str, value: str) -> str | None:
     """Why a value can be no part of a key, or None. No url can hold a dot segment, quoted or not (RFC 3986)."""
-    is_step = bool(dataset.url) and value in (".", "..")
+    steps = value.split("/") if dataset.url and ":path}" in dataset.url.text else [value]
+    is_step = bool(dataset.url) and not {".", ".."}.isdisjoint(steps)
     if not value.strip() or not value.isprintable() or is_step:
         return f"{dataset.name}: {name} {value!r} makes no key"
     return None
@@ -3750,7 +3802,7 @@ def expect_children(ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str
     none does any more, the next cycle decides."""
     for child in ledger.configuration.children_of(parent.dataset):
         values = sorted(value for expression, value in named if expression == expression_of(child))
-        bases = ({**parent.fields, child.partitions.id_field: value} for value in values)
+        bases = ({**parent.fields, **child.partitions.fields_of_id(value)} for value in values)
         fields = (one for base in bases for one in expand(child, ledger.configuration.seasons, ledger.now, base))
         before = len(ledger.problems)
         rows = rows_of(ledger, child, ((one, parent.object_id) for one in fields))
@@ -4663,7 +4715,7 @@ def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]
             (fields, row["object_id"])
             for row in rows
             for fields in expand(
-                dataset, seasons, now, {**json.loads(row["fields"]), partitions.id_field: row["value"]}
+                dataset, seasons, now, {**json.loads(row["fields"]), **partitions.fields_of_id(row["value"])}
             )
         )
         after = rows[-1]["key"], rows[-1]["value"]

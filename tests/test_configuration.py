@@ -183,7 +183,7 @@ BROKEN = {
     ),
     "regular expression without a group": (
         BASE + CHILD.replace('ids: "ids"', 'regex: "a"'),
-        ["13:37: datasets.games.partitions.regex: needs one group ( ) for the id, has 0"],
+        ["13:37: datasets.games.partitions.regex: needs one group ( ) for the id, or named ones, has 0"],
     ),
     "undeclared field in a url": (
         edited('url: "/days/{date}"', 'url: "/days/{game_id}"'),
@@ -749,7 +749,7 @@ UNSEEN = """
     zone, a source named global, current without a season, past without a season, available without a
     day, a batch by the field that differs, an unknown code in a date, a date in seconds, a multiplier of all
     others, a limit of all others, a first delay beyond the longest, a field in ids that the parent has not, an
-    undeclared field in until, an undeclared field in live, a field in error_when, a field of two kinds of
+    undeclared field in until, an undeclared field in live, a field in error_when, ids without the name of their field, a field of two kinds of
     partitions, a season set twice, a shift of a text, months with one key for two
 """
 

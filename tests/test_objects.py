@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gzip
 import json
 
 import pytest
@@ -184,6 +185,37 @@ def test_key_in_the_folder_that_is_adces_own_is_refused():
     one = dataset(key=adce.Template("{name}/x"), partitions=adce.Partitions(values=(("name", (".adce",)),)))
     with pytest.raises(ValueError, match="ADCE's own"):
         adce.expected_object(one, {"name": ".adce"}, ())
+
+
+def several(**partitions) -> adce.Dataset:
+    """A child whose ids have several fields."""
+    parts = adce.Partitions(parent_dataset="days", **partitions)
+    return dataset(name="games", key=adce.Template("games/{cik}/{form}"), partitions=parts)
+
+
+@pytest.mark.parametrize("body", [(b := b'{"games": [{"c": 7, "f": "10-K"}, {"c": 8, "f": null}]}'), gzip.compress(b)])
+def test_members_of_the_objects_that_an_expression_makes_are_fields(body):
+    one = several(ids="games[].{cik: c, form: f}")
+    found = adce.inspect(dataset(validate=adce.Validation(json=True)), {}, body, [one])
+    assert [json.loads(value) for value in found.mentions["games[].{cik: c, form: f}"]] == [
+        {"cik": "7", "form": "10-K"}
+    ]
+    assert one.partitions.own_fields() == ("cik", "form")
+    assert len(found.problems) == 1  # a null makes no field
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_named_groups_are_fields_and_entities_are_unescaped(pack):
+    one = several(regex=r'href="(?P<cik>\d+)/(?P<form>[^"]+)"')
+    body = pack(b'<a href="12/A&amp;B"> <a href="13/C">')
+    (values,) = adce.inspect(dataset(), {}, body, [one]).mentions.values()
+    assert [json.loads(value) for value in values] == [{"cik": "12", "form": "A&B"}, {"cik": "13", "form": "C"}]
+
+
+def test_path_that_climbs_is_no_id_of_a_url_with_paths():
+    one = dataclasses.replace(child(ids="ids"), url=adce.Template("/{game_id:path}"))
+    found = adce.inspect(dataset(), {}, b'{"ids": ["a/../../b", "a/b"]}', [one])
+    assert (found.mentions["ids"], len(found.problems)) == (("a/b",), 1)
 
 
 def test_values_are_combined():
