@@ -142,6 +142,7 @@ class ObjectState(enum.StrEnum):
     SUSPECT = "suspect"  # present, but fails its validation
     PRESENT = "present"
     SKIPPED = "skipped"  # excluded by the operator
+    ABSENT = "absent"  # the source says that there is none, and `absent_after` is over
     DROPPED = "dropped"  # no longer expected; the stored object is left alone
 
 
@@ -369,7 +370,7 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 # readers: plain names, UTC times as text, live scores; created anew when their text changes. Headlines: TABLES, VIEWS.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-SCHEMA_VERSION = 12
+SCHEMA_VERSION = 13
 TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
@@ -428,7 +429,7 @@ create table objects (
     available_at integer,            -- not expected before
     parent_id    integer,            -- the first object that names it
     state        text    not null
-                 check (state in ('awaited', 'missing', 'stale', 'suspect', 'present', 'skipped', 'dropped')),
+                 check (state in ('awaited', 'missing', 'stale', 'suspect', 'present', 'skipped', 'absent', 'dropped')),
     reason       text,               -- of a gap
     since        integer not null,   -- start of this state
     next_at      integer,            -- when time alone will change the state or the task
@@ -444,6 +445,7 @@ create table objects (
     settled      integer,            -- 1: final, `until` holds
     live         integer,            -- 1: `live.while` holds
     skipped      text,               -- reason given when the operator excluded it
+    absent_at    integer,            -- the source said that there is none, when `absent_after` was over
     task         text check (task in ('pending', 'retry', 'running', 'gave_up')), -- null: nothing to do
     priority     text check (priority in ('CRITICAL', 'HIGH', 'MEDIUM', 'LOW')),
     detected_at  integer,            -- age counts from here
@@ -650,14 +652,14 @@ create view coverage as
                sum(iif(state = 'stale', objects, 0)) as stale,
                sum(iif(state = 'suspect', objects, 0)) as suspect,
                sum(iif(task = 'gave_up', objects, 0)) as gave_up,
-               sum(iif(state = 'skipped', objects, 0)) as skipped
+               sum(iif(state = 'skipped', objects, 0)) as skipped, sum(iif(state = 'absent', objects, 0)) as absent
         from counts
         group by dataset_id, season
     )
     select d.source, d.dataset, c.season, c.expected, c.present, c.missing, c.stale, c.suspect, c.gave_up,
-           c.present * 10000 / nullif(c.expected, 0) / 100.0 as percent, c.skipped
+           c.present * 10000 / nullif(c.expected, 0) / 100.0 as percent, c.skipped, c.absent
     from summed c join datasets d using (dataset_id)
-    where c.expected > 0 or c.skipped > 0;
+    where c.expected > 0 or c.skipped > 0 or c.absent > 0;
 
 create view coverage_by_day as
     -- The same for objects with a day, by day.
@@ -1668,6 +1670,13 @@ class Dataset:
     freshness: Freshness = setting("refetch rules", Freshness())
     validate: Validation = setting("rules that a body must pass", Validation())
     available_after: Available | None = setting("not expected before: on its day, or after its end", None, needs="date")
+    absent_after: Interval | None = setting(
+        "age from which a source that has no such object means that none exists", None
+    )
+    excluded: NamedValues = setting("known holes: values of fields whose objects are not expected", (), name="except")
+    at_least: Count | None = setting(
+        "expected objects, of each season that is over or in all; fewer are reported", None
+    )
     priority: Urgency = setting("auto: from the age of its date or season", "auto")
 
 
@@ -1991,6 +2000,8 @@ def _object_problems(reader: Reader, configuration: Configuration, dataset: Data
     has = {"", *declared, *(["season"] if configuration.seasons and "date" in declared else [])}
     lacking = ((path, one.needs) for path, one in all_settings(Dataset).items() if one.needs not in has)
     yield from ((path, f"has no effect: its objects have no {name}") for path, name in lacking)
+    for name in dict(dataset.excluded).keys() - declared:
+        yield f"except.{name}", f'no field "{name}"{suggest(name, declared)}'
     if dataset.batch and dataset.batch.group_by not in declared:
         yield "batch.group_by", f'no field "{dataset.batch.group_by}"{suggest(dataset.batch.group_by, declared)}'
     elif dataset.batch and dataset.command and own == (dataset.batch.group_by,):
@@ -2031,7 +2042,8 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
             reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line
         ):
             partitions = dataclasses.replace(partitions, values=tuple(dict(partitions.values).items()))
-            datasets[name] = dataclasses.replace(dataset, partitions=partitions)
+            excluded = tuple(dict(dataset.excluded).items())
+            datasets[name] = dataclasses.replace(dataset, partitions=partitions, excluded=excluded)
     limiting = read.rate_limiting
     scopes = {name: one.scope() for name, one in {**limiting.source_limits, "global": limiting.global_limits}.items()}
     return dataclasses.replace(
@@ -2220,6 +2232,7 @@ class ObjectRow(NamedTuple):
     settled: int | None = None  # None: the content was not judged
     live: int | None = None
     skipped: str | None = None
+    absent_at: int | None = None
     task: str | None = None
     priority: str | None = None
     detected_at: int | None = None
@@ -2484,7 +2497,8 @@ def appraise(dataset: Dataset, season: Season | None, known: ObjectRow, now: flo
             return Appraisal(ObjectState.AWAITED)
         if known.available_at is not None and now < known.available_at:
             return Appraisal(ObjectState.AWAITED, next_at=known.available_at)
-        return Appraisal(ObjectState.MISSING)
+        is_absent = known.absent_at is not None and dataset.absent_after is not None
+        return Appraisal(ObjectState.ABSENT if is_absent else ObjectState.MISSING)
     if problem := known.verdict or (known.size is not None and _size_problem(dataset.validate, known.size)) or None:
         return Appraisal(ObjectState.SUSPECT, problem)
     freshness, modified = dataset.freshness, known.modified_at or 0
@@ -3463,7 +3477,14 @@ def priority_of(
 # An object whose content is not known.
 UNREAD: Mapping[str, Any] = {"read_etag": None, "verdict": None, "settled": None, "live": None}
 # An object that is not in the store.
-GONE: Mapping[str, Any] = {"etag": None, "size": None, "modified_at": None, "validators": None, **UNREAD}
+GONE: Mapping[str, Any] = {
+    "etag": None,
+    "size": None,
+    "modified_at": None,
+    "validators": None,
+    "absent_at": None,
+    **UNREAD,
+}
 SELECT_OBJECTS = f"""
     select o.object_id, d.dataset, o.key, o.fields, {", ".join(f"o.{name}" for name in ObjectRow._fields[4:])}
     from objects o
@@ -3650,7 +3671,7 @@ def reading_rules(configuration: Configuration, dataset: Dataset) -> str:
 def appraisal_rules(configuration: Configuration) -> str:
     """A digest of the rules by which states and ranks follow from facts, the day excepted."""
     rules = [
-        (one.name, one.source, one.priority, one.batch, one.freshness, one.validate)
+        (one.name, one.source, one.priority, one.batch, one.freshness, one.validate, one.absent_after)
         for one in configuration.datasets.values()
     ]
     return _digest(rules, configuration.priority_weighting, configuration.seasons)
@@ -3670,7 +3691,10 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
         [(one.name, one.source, weight) for one in configuration.datasets.values()],
     )
     declaration = _digest(
-        [(one.name, one.key.text, one.partitions, one.available_after) for one in configuration.datasets.values()],
+        [
+            (one.name, one.key.text, one.partitions, one.available_after, one.excluded)
+            for one in configuration.datasets.values()
+        ],
         configuration.seasons,
     )
     changed = "update facts set declaration = ?1 where declaration is not ?1"
@@ -3721,7 +3745,10 @@ def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -
     """The expected objects of these partitions. Values that make no key are noted as problems."""
     rows, seasons = [], ledger.configuration.seasons
     number = ledger.sql.execute("select dataset_id from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
+    excluded = {name: frozenset(values) for name, values in dict(dataset.excluded).items()}
     for fields, parent_id in partitions:
+        if any(fields.get(name) in values for name, values in excluded.items()):
+            continue
         try:
             key, season, day, available_at = expected_object(dataset, fields, seasons)
         except ValueError as error:
@@ -4091,6 +4118,8 @@ def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth
             row = ledger.stored(row, result.stored, result.inspection, result.validators)
         elif result.http_status == 304:
             row = row._replace(modified_at=int(ledger.now))
+        if outcome is Outcome.NOT_YET and _may_be_absent(ledger, row):
+            row = row._replace(absent_at=int(ledger.now))
         row = ledger.appraised(row, is_fetched=is_ok)
         if row.task and not is_ok:
             times = failures if counted else fruitless - failures
@@ -4100,9 +4129,22 @@ def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth
     has_children = bool(ledger.configuration.children_of(row.dataset))
     if is_ok and has_children and result.inspection and row.state != ObjectState.DROPPED:
         expect_children(ledger, row, note_mentions(ledger, row, result.inspection))
-    closed = TaskState.CANCELLED if row.state in (ObjectState.DROPPED, ObjectState.SKIPPED) else TaskState.DONE
+    closed = TaskState.DONE if row.state == ObjectState.PRESENT else TaskState.CANCELLED
     state = TaskState(row.task) if row.task else closed
     return Ending(row, result, state, failures, row.next_at if row.task else None, counted)
+
+
+def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
+    """Whether an object is so old that a source without it has none. One that never had any may have a wrong url."""
+    dataset = ledger.configuration.datasets[row.dataset]
+    since = row.detected_at or 0
+    if row.day:
+        following = datetime.date.fromisoformat(row.day) + datetime.timedelta(days=1)
+        since = instant_of(following, datetime.time(), timezone_of(dataset))
+    good = """select 1 from counts join datasets using (dataset_id)
+              where dataset = ? and state in ('present', 'stale', 'suspect') and objects > 0"""
+    is_old = dataset.absent_after is not None and ledger.now >= since + dataset.absent_after
+    return is_old and ledger.sql.execute(good, (row.dataset,)).fetchone() is not None
 
 
 def _after_failure(policy: Retry, row: ObjectRow, result: Result, now: float, delay: float) -> ObjectRow:
@@ -4228,14 +4270,15 @@ def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool
 def tasks_to_retry(
     database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The tasks that wait or gave up and match the filters; skipped ones only by their ids."""
+    """The tasks that wait or gave up and match the filters; skipped and absent ones only by their ids."""
     rows = database.read(
         """
         select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
                o.attempts, o.last_error
         from objects o
         join datasets d using (dataset_id)
-        where (o.task in ('retry', 'gave_up') or (o.task is null and o.skipped is not null and :has_ids))
+        where (o.task in ('retry', 'gave_up') or (o.state in ('skipped', 'absent', 'dropped')
+                                                  and coalesce(o.skipped, o.absent_at) is not null and :has_ids))
           and (not :has_ids or o.object_id in (select value from json_each(:ids)))
           and (:state is null or o.task = :state)
           and (:source is null or d.source = :source)
@@ -4244,27 +4287,28 @@ def tasks_to_retry(
           and (:day is null or o.day = :day)
         order by o.object_id
         """,
-        {**filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
+        {"day": None, **filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
     )
     return [dict(row) for row in rows]
 
 
 def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
-    """Retry tasks at once, with all their attempts before them; include skipped objects again. Returns how many."""
+    """Retry tasks at once, with all their attempts before them; include skipped and absent objects again. Returns how
+    many."""
     ids = json.dumps(list(task_ids))
     woken = """
         update objects set task = 'pending', next_at = null, failures = 0, fruitless = 0
         where task in ('retry', 'gave_up') and object_id in (select value from json_each(?))
     """
     count = ledger.sql.execute(woken, (ids,)).rowcount
-    skipped = "o.skipped is not null and o.object_id in (select value from json_each(:ids))"
+    skipped = "coalesce(o.skipped, o.absent_at) is not null and o.object_id in (select value from json_each(:ids))"
     for row in ledger.objects(skipped, {"ids": ids}):
         count += 1
         if row.state == ObjectState.DROPPED:  # not expected now, but included when it is
-            ledger.write([row._replace(skipped=None)])
+            ledger.write([row._replace(skipped=None, absent_at=None)])
         else:  # its task has kept its age
             task = row.task or (TaskState.PENDING if row.detected_at else None)
-            ledger.note(row._replace(task=task, failures=0, fruitless=0), skipped=None)
+            ledger.note(row._replace(task=task, failures=0, fruitless=0), skipped=None, absent_at=None)
     return count
 
 
@@ -5722,7 +5766,7 @@ PLAN = questions("""
 changes: What would be expected | the same as now
     with after as (
         select dataset, sum(objects) as n from counts join datasets using (dataset_id)
-        where state not in ('dropped', 'skipped') group by dataset)
+        where state not in ('dropped', 'skipped', 'absent') group by dataset)
     select dataset, coalesce(value, 0) as expected_now, coalesce(n, 0) as expected_then
     from (select dataset from after union select key from json_each(:before))
     left join after using (dataset) left join json_each(:before) on key = dataset
@@ -5982,6 +6026,12 @@ cycles fail: ! adce.py check
            (select error from reconciliations r where seconds is not null and r.cycle_id < last.cycle_id
             order by cycle_id desc limit 1) is null as is_quiet
     from last where error is not null and not instr(error, :vanished) and :unusable is null
+too few: ! adce.py coverage --dataset {about}
+    select dataset as about, sum(expected) || ' objects are expected' || coalesce(' of season ' || season, '')
+           || ', fewer than ' || value as text
+    from json_each(:at_least) join coverage on dataset = key
+    where season is null or season in (select value from json_each(:over))
+    group by dataset, season having sum(expected) < value
 expected objects shrank: ! adce.py plan
     select 'lake' as about, dropped || ' of ' || (expected + dropped) || ' objects are no longer expected; if that is '
            || 'a mistake in adce.yaml, correct it: the next cycle expects them again' as text
@@ -6042,6 +6092,9 @@ def conditions(
     last_day = max((str(season.finish) for season in configuration.seasons), default=None)
     values = {"now": now, "vanished": VANISHED, "store": f"{STORE_TROUBLE}*", "unusable": ill.get("store unusable")}
     values |= {"unlimited": json.dumps(unlimited), "last_day": last_day, "file": path.name}
+    over = [season.label for season in configuration.seasons if season.finish < day_of(now)]
+    least = {one.name: one.at_least for one in configuration.datasets.values() if one.at_least}
+    values |= {"at_least": json.dumps(least), "over": json.dumps(over)}
     values |= {"changed_at": path.stat().st_mtime if path.exists() else 0}
     with contextlib.suppress(DatabaseError):  # that is one of its problems
         for one in CONDITIONS:
@@ -7821,7 +7874,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
     with trial(configuration) as (database, store):
         expected = """
             select dataset, sum(objects) from counts join datasets using (dataset_id)
-            where state not in ('dropped', 'skipped') group by dataset
+            where state not in ('dropped', 'skipped', 'absent') group by dataset
         """
         before = dict(map(tuple, database.read(expected)))
         declare(database, configuration, clock)

@@ -107,9 +107,8 @@ def test_large_objects_are_streamed_and_stored_as_sent(upstream, tmp_path, reque
     body = os.urandom(1 << 20) * 50
     for name in "ABCD":
         upstream.answer(f"/{name}", Answer(body))
-    rules = (
-        f"validate: {{starts_with_hex: '{body[:4].hex()}', ends_with_hex: '{body[-4:].hex()}', not_contains: [x y]}}"
-    )
+    ends = f"starts_with_hex: '{body[:4].hex()}', ends_with_hex: '{body[-4:].hex()}'"
+    rules = f"validate: {{{ends}, not_contains: [no such text]}}"
     write_box(tmp_path, address=upstream.address, way=f'url: "/{{name}}", {rules}', names="A, B, C, D", store=address)
     environment = request.getfixturevalue("aws").environment() if "://" in address else {}
     done = subprocess.run(
@@ -164,3 +163,43 @@ def test_object_whose_url_is_shared_is_asked_for_alone_when_the_others_are_there
     assert run_adce("run", "--once", folder=tmp_path).returncode == adce.ExitCode.DONE
     assert upstream.count() == 3
     assert rows(tmp_path, "select dataset from recent_attempts limit 1") == [("boxes",)]
+
+
+HOLES = """
+max_concurrent_scrapers: 1
+sources: {{box: {{base_url: "{address}"}}}}
+datasets:
+  days:
+    source: box
+    key: "{{date}}"
+    url: "/{{date}}"
+    partitions: {{dates: {{from: 2024-01-01, to: 2024-01-04}}}}
+    absent_after: 7d
+    at_least: 5
+    except: {{date: ["2024-01-02"]}}
+"""
+
+
+def states(folder: Path) -> dict[str, str]:
+    return dict(rows(folder, "select key, state from objects_now"))
+
+
+def test_old_object_that_the_source_has_not_is_absent_once_others_are_there(upstream, tmp_path):
+    (tmp_path / "adce.yaml").write_text(HOLES.format(address=upstream.address))
+    assert run_adce("run", "--once", folder=tmp_path).returncode == adce.ExitCode.GAPS_LEFT
+    assert set(states(tmp_path).values()) == {"missing"}  # its url may be wrong
+    upstream.answer("/2024-01-01", Answer(b"first"))
+    assert run_adce("retry", "--dataset", "days", "--yes", folder=tmp_path).returncode == adce.ExitCode.DONE
+    assert run_adce("run", "--once", folder=tmp_path).returncode == adce.ExitCode.DONE
+    assert states(tmp_path) == {"2024-01-01": "present", "2024-01-03": "absent", "2024-01-04": "absent"}
+    assert rows(tmp_path, "select expected, percent, absent from coverage") == [(1, 100.0, 2)]
+    before = upstream.count()
+    run_adce("run", "--once", folder=tmp_path)
+    assert upstream.count() == before
+    ((number,),) = rows(tmp_path, "select task_id from objects_now where key = '2024-01-03'")
+    assert run_adce("retry", str(number), folder=tmp_path).returncode == adce.ExitCode.DONE
+    upstream.answer("/2024-01-03", Answer(b"late"))
+    run_adce("run", "--once", folder=tmp_path)
+    assert states(tmp_path)["2024-01-03"] == "present"
+    assert "1 objects are expected, fewer than 5" not in run_adce("status", folder=tmp_path).stdout
+    assert "2 objects are expected, fewer than 5" in run_adce("status", folder=tmp_path).stdout
