@@ -49,10 +49,10 @@ class Witness(Upstream):
         super().__init__(**options)
         self.history = history
 
-    def receive(self, path: str, headers: Mapping[str, str]) -> Answer:
+    def receive(self, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
         number = id(threading.current_thread())
         self.history.note("asked", path=path, number=number)
-        answer = super().receive(path, headers)
+        answer = super().receive(path, headers, body)
         is_whole = answer.behaviour == "whole" and answer.status == 200
         sent = {"digest": digest_of(answer.body)} if is_whole else {}
         self.history.note("answered", path=path, number=number, status=answer.status, **sent)
