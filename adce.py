@@ -6288,12 +6288,13 @@ def _calendar(dataset: str, year: int, rows: Sequence[sqlite3.Row], *, has_links
         box = f'x="{LEFT + week * CELL}" y="{TOP + weekday * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
         cell = f'<rect class="{kind}" {box}><title>{day:%a} {day}: {text}</title></rect>'
         query_text = html.escape(urllib.parse.urlencode({"dataset": dataset, "day": day}))
-        cells.append(f'<a href="/day?{query_text}">{cell}</a>' if row and has_links else cell)
+        link = f'<a href="/day?{query_text}" aria-label="{day}: {text}">{cell}</a>'
+        cells.append(link if row and has_links else cell)
     cells += [f'<text x="0" y="{TOP + 8 + n * CELL}">{name}</text>' for n, name in ((0, "Mon"), (2, "Wed"), (4, "Fri"))]
     expected, present = (sum(row[name] for row in rows) for name in ("expected", "present"))
     label = html.escape(f"{dataset}: {present:,} of {expected:,} in {year}")
     size = f'width="{LEFT + 54 * CELL}" height="{TOP + 7 * CELL}"'
-    svg = f'<svg role="img" aria-label="{label}" {size}>{"".join(cells)}</svg>'
+    svg = f'<svg role="{"group" if has_links else "img"}" aria-label="{label}" {size}>{"".join(cells)}</svg>'
     gaps = [f"{row['day']} ({row['present']} of {row['expected']})" for row in rows if row["present"] < row["expected"]]
     words = ", ".join(gaps[:50]) + " ..." * (len(gaps) > 50)
     details = f"<details><summary>{len(gaps)} days are not complete</summary><p>{words}</p></details>" if gaps else ""

@@ -10,7 +10,8 @@ from battery.scene import LAUNCHERS, Scene
 TELLS_TOO_EARLY = """
 def keep(self, key, body, write=adce.FolderStore.write):
     stored = write(self, key, body)
-    (self.root / key).write_bytes(body[:100] if "CUT" in HOW else b"")
+    place = self.root / key
+    place.write_bytes(place.read_bytes()[:100] if "CUT" in HOW else b"")
     return stored
 adce.FolderStore.write = keep
 """
