@@ -1778,19 +1778,6 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
         yield from ((name, f'has no effect beside "{other}"') for other in one.against if {name, other} <= set(given))
 
 
-@functools.cache
-def all_settings(declared: Any = Configuration, path: str = "") -> Mapping[str, Setting]:
-    """Every key of adce.yaml, or of a part of it, by its path, in which `*` is any name or number."""
-    shape, _, inner = shape_of(declared)
-    if shape != "block":
-        return {} if shape == "value" else all_settings(inner, f"{path}.*".strip("."))
-    found: dict[str, Setting] = {}
-    for name, one in settings_of(inner).items():
-        here = f"{path}.{name}".strip(".")
-        found |= {here: one, **all_settings(one.declared, here)}
-    return found
-
-
 # ---------------------------------------------------------------- Reading
 # From a file to a configuration, with every mistake, its line and a hint; and the reference of all keys. Headlines:
 # Reader, load_configuration(), explain(), json_schema().
@@ -1817,6 +1804,19 @@ FORMER = {
     "test_mode": 'use "adce.py run --once"',
     "version": "it has no effect",
 }
+
+
+@functools.cache
+def all_settings(declared: Any = Configuration, path: str = "") -> Mapping[str, Setting]:
+    """Every key of adce.yaml, or of a part of it, by its path, in which `*` is any name or number."""
+    shape, _, inner = shape_of(declared)
+    if shape != "block":
+        return {} if shape == "value" else all_settings(inner, f"{path}.*".strip("."))
+    found: dict[str, Setting] = {}
+    for name, one in settings_of(inner).items():
+        here = f"{path}.{name}".strip(".")
+        found |= {here: one, **all_settings(one.declared, here)}
+    return found
 
 
 def _hint(path: str, node: Any, known: Iterable[str]) -> str:
@@ -6983,6 +6983,23 @@ def show_log(database: Database, most: int, *, follow: bool) -> None:
         raise Error(f"cannot start {words[0]}: {error.strerror}") from error
 
 
+def cycle_of_runner(database: Database, configuration: Configuration, lock: RunnerLock, options: CycleOptions) -> int:
+    """Ask the runner for a cycle and wait for its end. Raises Error when the runner ends before, or is stuck."""
+    clock, holder = Clock(), lock.holder()
+    since = clock.wall()
+    with database.transaction() as sql:
+        cycle_id = request_cycle(sql, options)
+    print(f"The runner (process {holder}) runs it, with the configuration it started with.", file=sys.stderr)
+    ended = "select 1 from reconciliations where cycle_id = ? and seconds is not null"
+    while database.value(ended, (cycle_id,)) is None:
+        if lock.holder() is None:
+            raise Error("the runner exited before the cycle ended", "try again; a new runner starts with a cycle")
+        if stuck := problems(database, configuration, clock.wall(), since).get("loop stuck"):
+            raise Error(stuck, "see: adce.py logs")
+        clock.wait(queue.SimpleQueue(), 1, database.has_changed)
+    return cycle_id
+
+
 # ---------------------------------------------------------------- Runner
 # Works until it is stopped. The main thread makes every decision (claim, finish, reconcile) and writes all
 # tasks; workers run fetch() on plain data; health threads only read. It sleeps until the next event: a
@@ -7988,29 +8005,12 @@ def command_reconcile(arguments: Arguments, configuration: Configuration) -> Exi
     except LockedError:
         if lock.holder() != database.value("select pid from runner where stopped_at is null"):
             raise  # another reconcile
-        cycle_id = _cycle_of_runner(database, configuration, lock, options)
+        cycle_id = cycle_of_runner(database, configuration, lock, options)
     rows = query(database, "select * from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, [Section("cycle", "Cycle", rows, is_one=True)])
     if rows[0]["error"]:
         return ExitCode.ERROR
     return ExitCode.GAPS_LEFT if any(rows[0][kind] for kind in GAPS) else ExitCode.DONE
-
-
-def _cycle_of_runner(database: Database, configuration: Configuration, lock: RunnerLock, options: CycleOptions) -> int:
-    """Ask the runner for a cycle and wait for its end. Raises Error when the runner ends before, or is stuck."""
-    clock, holder = Clock(), lock.holder()
-    since = clock.wall()
-    with database.transaction() as sql:
-        cycle_id = request_cycle(sql, options)
-    print(f"The runner (process {holder}) runs it, with the configuration it started with.", file=sys.stderr)
-    ended = "select 1 from reconciliations where cycle_id = ? and seconds is not null"
-    while database.value(ended, (cycle_id,)) is None:
-        if lock.holder() is None:
-            raise Error("the runner exited before the cycle ended", "try again; a new runner starts with a cycle")
-        if stuck := problems(database, configuration, clock.wall(), since).get("loop stuck"):
-            raise Error(stuck, "see: adce.py logs")
-        clock.wait(queue.SimpleQueue(), 1, database.has_changed)
-    return cycle_id
 
 
 @command(option("file", type=PATH, metavar="FILE", help="a new file"), needs="database")
