@@ -4277,8 +4277,8 @@ def tasks_to_retry(
                o.attempts, o.last_error
         from objects o
         join datasets d using (dataset_id)
-        where (o.task in ('retry', 'gave_up') or (o.state in ('skipped', 'absent', 'dropped')
-                                                  and coalesce(o.skipped, o.absent_at) is not null and :has_ids))
+        where (o.task in ('retry', 'gave_up')
+               or (o.task is null and coalesce(o.skipped, o.absent_at) is not null and :has_ids))
           and (not :has_ids or o.object_id in (select value from json_each(:ids)))
           and (:state is null or o.task = :state)
           and (:source is null or d.source = :source)
