@@ -1085,7 +1085,7 @@ class Template:
         return "".join(words)
 
 
-STEPS = {"hour": "1h", "day": "1d", "week": "1w", "month": "1m", "quarter": "3m", "year": "1y"}  # of a date, as shifts
+STEPS = {"hour": "1h", "day": "1d", "week": "1w", "month": "1m", "quarter": "3m", "year": "12m"}  # of a date, as shifts
 
 
 def shifted(moment: datetime.datetime, shift: str) -> datetime.datetime:
@@ -1104,7 +1104,7 @@ def _format_date(date: str, shift: str, form: str) -> list[str]:
     return moment.strftime(form.replace("%q", str((moment.month + 2) // 3))).split("/")
 
 
-VARIABLE = re.compile(r"\$\{([A-Z_][A-Z0-9_]*)\}|\$([A-Za-z_]\w*)")  # of the environment
+VARIABLE = re.compile(r"\$(?:\{([A-Z_][A-Z0-9_]*)\}|([A-Z_][A-Z0-9_]*))")  # capitals: $id is GraphQL's
 
 
 def variables_in(*texts: str) -> set[str]:
@@ -1127,13 +1127,6 @@ def redacted(text: str, names: Iterable[str]) -> str:
     return text
 
 
-@functools.cache
-def names_in_pattern(pattern: str) -> tuple[str, ...]:
-    """The named groups of a regular expression."""
-    return tuple(re.compile(pattern).groupindex)
-
-
-@functools.cache
 def names_in_result(expression: str) -> tuple[str, ...]:
     """The members of the objects that a JMESPath expression makes, such as `games[].{home: h, away: a}`."""
     node = _compile(FIELD_IN_EXPRESSION.sub("x", expression)).parsed
@@ -1289,7 +1282,7 @@ Address = Annotated[
     str,
     Kind(
         "an http or https address",
-        _like(r"(https?://[^/\s?#]+|\$\{?[A-Za-z_]\w*\}?)[^\s?#]*"),
+        _like(r"(https?://[^/\s?#]+|\$\{?[A-Z_][A-Z0-9_]*\}?)[^\s?#]*"),
         lambda text: text.rstrip("/"),
     ),
 ]
@@ -1581,7 +1574,7 @@ class Partitions:
         """The fields that an id of the parent sets: the one named by `as`, or several."""
         if self.id_field or not self.parent_dataset:
             return (self.id_field,) if self.id_field else ()
-        return names_in_pattern(self.regex) if self.regex else names_in_result(self.ids or "x")
+        return tuple(re.compile(self.regex).groupindex) if self.regex else names_in_result(self.ids or "x")
 
     def fields_of_id(self, value: str) -> dict[str, str]:
         """The fields that an id sets; several are in JSON."""
@@ -1679,6 +1672,10 @@ class Dataset:
     )
     priority: Urgency = setting("auto: from the age of its date or season", "auto")
 
+    def request(self) -> tuple[Any, ...]:
+        """What its HTTP requests consist of: equal ones have equal answers."""
+        return self.source, self.url, self.method, self.headers, self.body
+
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
@@ -1765,8 +1762,7 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
     for when, names in getattr(record, "ONE_OF", ()):
         has = [name for name in names if name in given]
         if len(has) != 1 and (not when or when in given):
-            needed = f"needs exactly one of {', '.join(names[:-1])} and {names[-1]}, has {' and '.join(has) or 'none'}"
-            yield "", needed if names[1:] else f'"{names[0]}" is missing'
+            yield "", f"needs exactly one of {', '.join(names[:-1])} and {names[-1]}, has {' and '.join(has) or 'none'}"
     if (names := getattr(record, "ANY_OF", ())) and not set(names) & set(given):
         yield "", f"needs one or more of {', '.join(names[:-1])} and {names[-1]}"
     for name, one in settings_of(record).items():
@@ -2333,10 +2329,8 @@ def _season_fields(season: Season) -> dict[str, str]:
 
 def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterator[dict[str, str]]:
     here = datetime.datetime.fromtimestamp(now, zoneinfo.ZoneInfo(dates.timezone)).replace(tzinfo=None)
-    last = {"yesterday": here.date() - datetime.timedelta(days=1), "today": here.date(), "now": here.date()}.get(
-        str(dates.last), dates.last
-    )
-    assert isinstance(last, datetime.date)
+    last = here.date() if isinstance(dates.last, str) else dates.last
+    last -= datetime.timedelta(days=dates.last == "yesterday")
     spans: list[tuple[datetime.date, datetime.date, dict[str, str]]] = []
     if dates.seasons:
         spans = [(season.start, season.finish, _season_fields(season)) for season in seasons]
@@ -2344,10 +2338,8 @@ def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterat
         spans = [(dates.first, last, {})]
     for first, finish, fields in spans:
         moment = datetime.datetime.combine(first, datetime.time())
-        if dates.every in ("month", "quarter", "year"):
-            moment = moment.replace(
-                day=1, month={"month": first.month, "year": 1}.get(dates.every, (first.month - 1) // 3 * 3 + 1)
-            )
+        if months := {"month": 1, "quarter": 3, "year": 12}.get(dates.every):
+            moment = moment.replace(day=1, month=first.month - (first.month - 1) % months)
         while moment.date() <= min(finish, last) and (dates.last != "now" or moment <= here):
             is_chosen = not dates.weekdays or WEEKDAYS[moment.weekday()] in dates.weekdays
             if is_chosen and moment.date() not in dates.excluded:
@@ -2367,9 +2359,11 @@ def inspect(dataset: Dataset, fields: Fields, body: bytes | BinaryIO, children: 
     freshness, file = dataset.freshness, io.BytesIO(body) if isinstance(body, bytes) else body
     is_asked = bool(freshness.until or freshness.live or any(child.partitions.ids for child in children))
     file.seek(0)
-    is_packed = file.read(2) == b"\x1f\x8b" and (children or is_asked or dataset.validate.needs_content())
-    content = _gunzipped(file, dataset.validate.max_bytes) if is_packed else file
-    document, verdict = _verdict(dataset.validate, fields, file, content, is_json=is_asked)
+    rules = dataset.validate
+    is_read = children or is_asked or rules.json or rules.require or rules.contains or rules.not_contains
+    is_packed = is_read and file.read(2) == b"\x1f\x8b"
+    content = _gunzipped(file, rules.max_bytes) if is_packed else file
+    document, verdict = _verdict(rules, fields, file, content, is_json=is_asked)
     if verdict:
         return Inspection(False, verdict, False, False, {})
     settled = freshness.until is None or holds(freshness.until, fields, document)
@@ -2662,7 +2656,7 @@ class FolderStore:
         is gone, so may be the disk that was mounted there."""
         if is_known:
             self.require_mark()
-        with self._written():
+        with self._translated():
             staging = self._staging()
             staging.mkdir(parents=True, exist_ok=True)
             for leftover in staging.iterdir():
@@ -2673,7 +2667,7 @@ class FolderStore:
         self.is_swept = True
 
     @contextlib.contextmanager
-    def _written(self) -> Iterator[None]:
+    def _translated(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -2744,7 +2738,7 @@ class FolderStore:
     @contextlib.contextmanager
     def spool(self) -> Iterator[BinaryIO]:
         """A file in the staging folder."""
-        with self._written():
+        with self._translated():
             path = self._staging() / secrets.token_hex(8)
             file = path.open("x+b")
         try:
@@ -3284,8 +3278,9 @@ def record_response(
     """Record what a response says about its source; pause it when it is down or asks for a pause.
 
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
-    Meanwhile one request at a time probes the source. A status that means blocked, or an error in a body, may be the
-    object's own: then it is not the next object's too, and `is_repeated` when that object has failed before."""
+    Meanwhile one request at a time probes the source. A status that means blocked, or an error in a body, may concern
+    one object only: it blames the source when it comes for several objects in a row. One whose object has failed
+    before (`is_repeated`) shows nothing new."""
     traits, outcome, status = answer.outcome.traits, answer.outcome, answer.http_status or 0
     is_throttled, is_error_body = outcome is Outcome.THROTTLED, outcome is Outcome.HTTP_ERROR and 200 <= status < 300
     if traits.passing or (is_repeated and (outcome is Outcome.BLOCKED or is_error_body)):
@@ -3948,27 +3943,33 @@ def claim(
             owner = RUNNER if head["is_waiting"] else ""
             granted = grant(sql, source.name, source.timeout_seconds, now, owner)
         first = ObjectRow._make(head[: len(ObjectRow._fields)])
-        rows = [first]
-        if dataset.batch and not is_exclusive:
-            rows += _others_in_batch(sql, configuration, first, dataset.batch)
-        url = url_of(source, dataset.url, first.fields) if dataset.url else ""
-        beside = _objects_of_same_url(sql, configuration, first) if url and not is_exclusive else []
-        claimed = Claim(
-            dataset=dataset,
-            source=source,
-            tasks=tuple(_begin(sql, row, url, wall) for row in rows),
-            children=tuple(configuration.children_of(dataset.name)),
-            beside=tuple(
-                Claim(one, source, (_begin(sql, row, url, wall),), tuple(configuration.children_of(one.name)), url=url)
-                for one, row in beside
-            ),
-            url=url,
-            permit=granted,
-            environment={} if url else _environment(configuration, source, rows),
-            runs_exclusively=is_exclusive,
-        )
-        return claimed, openings
+        begun = _begin_all(sql, configuration, first, wall, is_exclusive=is_exclusive)
+        return dataclasses.replace(begun, permit=granted), openings
     return None, openings
+
+
+def _begin_all(
+    sql: sqlite3.Connection, configuration: Configuration, first: ObjectRow, wall: float, *, is_exclusive: bool
+) -> Claim:
+    """Begin a task, and with it the others of its batch, or those that the same response brings, unless it has to run
+    alone."""
+    dataset, rows, beside = configuration.datasets[first.dataset], [first], list[tuple[Dataset, ObjectRow]]()
+    source = configuration.sources[dataset.source]
+    url = url_of(source, dataset.url, first.fields) if dataset.url else ""
+    if not is_exclusive:
+        rows += _others_in_batch(sql, configuration, first, dataset.batch) if dataset.batch else []
+        beside += _objects_of_same_url(sql, configuration, first) if url else []
+
+    def begun(one: Dataset, tasks: Sequence[ObjectRow]) -> Claim:
+        children = tuple(configuration.children_of(one.name))
+        return Claim(one, source, tuple(_begin(sql, row, url, wall) for row in tasks), children, url=url)
+
+    return dataclasses.replace(
+        begun(dataset, rows),
+        beside=tuple(begun(one, [row]) for one, row in beside),
+        environment={} if url else _environment(configuration, source, rows),
+        runs_exclusively=is_exclusive,
+    )
 
 
 def _objects_of_same_url(
@@ -3977,8 +3978,7 @@ def _objects_of_same_url(
     """The pending objects of other datasets that one response brings together with the first."""
     own, fields = configuration.datasets[first.dataset], first.fields
     for other in configuration.datasets.values():
-        requests = ((one.source, one.url, one.method, one.headers, one.body) for one in (own, other))
-        if other.name == own.name or next(requests) != next(requests):
+        if other.name == own.name or other.request() != own.request():
             continue
         key = other.key.render(fields, quote_for_key) if set(other.partitions.own_fields()) <= fields.keys() else ""
         pending = "o.key = ? and d.dataset = ? and o.task = 'pending' and d.active and d.ready"
@@ -4975,8 +4975,7 @@ def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]
 
 # ---------------------------------------------------------------- Requests
 # One HTTP request: a deadline for all of it, a cap on its size, no hidden retries. A redirect is handed back, because
-# each hop needs a permit of its own. Headlines: validate_and_store(),
-# inspect_stored(), request().
+# each hop needs a permit of its own. Headlines: inspect_stored(), validate_and_store(), request().
 
 CONNECT_SECONDS = 10
 STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about the source
@@ -5009,18 +5008,17 @@ def _refused(error: StoreError) -> Result:
 
 
 def validate_and_store(
-    claimed: Claim, target: ObjectRow, body: bytes | BinaryIO, store: Store, http_status: int | None = None
+    claimed: Claim, target: ObjectRow, body: BinaryIO, store: Store, http_status: int | None = None
 ) -> Result:
     """Validate a body, then store it."""
-    most, size = claimed.dataset.validate.max_bytes, len(body) if isinstance(body, bytes) else body.seek(0, io.SEEK_END)
-    if size > most:
+    most = claimed.dataset.validate.max_bytes
+    if body.seek(0, io.SEEK_END) > most:
         return Result(Outcome.INVALID, f"longer than {most} bytes", http_status)
     inspection = inspect(claimed.dataset, target.fields, body, claimed.children)
     if not inspection.valid:
         return Result(Outcome.INVALID, inspection.verdict, http_status)
     try:
-        if not isinstance(body, bytes):
-            body.seek(0)
+        body.seek(0)
         return Result(Outcome.OK, None, http_status, store.write(target.key, body), inspection)
     except StoreError as error:
         return dataclasses.replace(_refused(error), http_status=http_status)
@@ -5040,13 +5038,10 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
 
     Raises StoreError when there is no place for the body; then nothing was sent."""
     with store.spool() as body:
-        names, results = secrets_of(claimed.source, claimed.dataset), _request_into(body, claimed, store, clock)
-        return [
-            dataclasses.replace(
-                one, requests=0 if place else one.requests, error=one.error and redacted(one.error, names)
-            )
-            for place, one in enumerate(results)
-        ]
+        results = _request_into(body, claimed, store, clock)
+    names = secrets_of(claimed.source, claimed.dataset)
+    first, *others = (dataclasses.replace(one, error=one.error and redacted(one.error, names)) for one in results)
+    return [first, *(dataclasses.replace(one, requests=0) for one in others)]
 
 
 def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> list[Result]:
@@ -5093,7 +5088,8 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
             result = Result(Outcome.BROKEN, text, status)
         else:
             outcome, text = connection_error(error)
-            result = Result(outcome, f"{urllib.parse.urlsplit(claimed.url).hostname} {text}", status)
+            host = urllib.parse.urlsplit(claimed.url).hostname or claimed.source.name
+            result = Result(outcome, f"{host} {text}", status)
     return [dataclasses.replace(result, requests=1)] * len(claimed.parts())
 
 
@@ -5224,19 +5220,18 @@ def _headers(claimed: Claim) -> dict[str, str]:
     if claimed.dataset.body:
         kind = "application/json" if claimed.dataset.body.lstrip()[:1] in "{[" else "application/x-www-form-urlencoded"
         sent = {"Content-Type": kind, **sent}
+    encodings = "gzip, deflate"
     if claimed.tasks[0].key.lower().endswith(COMPRESSED):
-        sent = {name: text for name, text in sent.items() if name.lower() != "accept-encoding"}
-        return {"Accept-Encoding": "identity", **sent, **_conditions(claimed)}
-    return {"Accept-Encoding": "gzip, deflate", **sent, **_conditions(claimed)}
+        encodings, sent = "identity", {name: sent[name] for name in sent if name.lower() != "accept-encoding"}
+    return {"Accept-Encoding": encodings, **sent, **_conditions(claimed)}
 
 
 def _sent_body(claimed: Claim) -> bytes | None:
     """The body of a POST. Values of fields cannot leave the text, or the parameter, that they are in."""
     text = claimed.dataset.body
     quote = (lambda value: json.dumps(value)[1:-1]) if text.lstrip()[:1] in ("{", "[") else quote_for_url
-    template = Template(
-        from_environment(text), FIELD_IN_EXPRESSION
-    )  # in this order: a field may hold a $ of the source's
+    # in this order: a field may hold a $ that the source has chosen
+    template = Template(from_environment(text), FIELD_IN_EXPRESSION)
     return template.render(claimed.tasks[0].fields, quote).encode() if text else None
 
 
@@ -5303,7 +5298,7 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
         answer = Result(Outcome.HTTP_ERROR, "a redirect of a POST, which is refused", status)
     elif claimed.hops >= MAX_REDIRECTS:
         answer = Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status)
-    elif to.scheme not in ("http", "https") or (to.scheme == "http" and claimed.url.startswith("https:")):
+    elif to.scheme not in ("http", "https") or (to.scheme == "http" and _sent_url(claimed).startswith("https:")):
         answer = Result(Outcome.HTTP_ERROR, f"redirected to {to.scheme}://{to.hostname}, which is refused", status)
     return [answer] * len(parts)
 
@@ -5616,8 +5611,8 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
         if len(claimed.tasks) == 1 and not claimed.hops and all(row.state == ObjectState.MISSING for _, row in parts):
             found = [inspect_stored(one, row, store) for one, row in parts]
             if whole := [one for one in found if one and one.outcome is Outcome.OK]:
-                absent = Result(Outcome.LOST, "not asked for: an object of the same url is in the store")
-                return [one if one in whole else absent for one in found]
+                unasked = Result(Outcome.LOST, "not asked for: an object of the same url is in the store")
+                return [one if one in whole else unasked for one in found]
         return request(claimed, store, clock) if claimed.url else run_command(claimed, store)
     except StoreError as error:
         return [_refused(error)] * len(claimed.parts())
@@ -7572,7 +7567,7 @@ def check_environment(configuration: Configuration) -> str:
     sources, datasets = configuration.sources, configuration.datasets.values()
     names = sorted(set[str]().union(*(secrets_of(sources[one.source], one) for one in datasets)))
     if missing := [f"${name}" for name in names if name not in os.environ]:
-        raise ConfigurationError(f"{', '.join(missing)} is not in the environment", "set it where the runner starts")
+        raise ConfigurationError(f"not in the environment: {', '.join(missing)}", "set it where the runner starts")
     return ", ".join(f"${name}" for name in names) or "no variable is needed"
 
 
@@ -7603,7 +7598,7 @@ def _check_system() -> str:
 
 def _check_source(source: Source) -> str:
     """Whether a source accepts a connection; no request is sent."""
-    parts = urllib.parse.urlsplit(source.base_url)
+    parts = urllib.parse.urlsplit(from_environment(source.base_url))
     if not parts.hostname:
         return "no base_url"
     try:
@@ -7626,26 +7621,28 @@ def example_fields(database: Database, configuration: Configuration, dataset: Da
     return cast(dict[str, str], fields)
 
 
-def tried(configuration: Configuration, dataset: Dataset, fields: Fields) -> list[Section]:
+def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) -> list[Section]:
     """The answer to one request of a dataset, sent under its limits, and its meaning. Nothing is stored."""
     import requests
     import urllib3
 
     if not dataset.url:
         raise Error(f"{dataset.name} has no url", "run its program by itself")
-    source, key = configuration.sources[dataset.source], dataset.key.render(fields, quote_for_key)
+    source = configuration.sources[dataset.source]
+    try:
+        key = expected_object(dataset, fields, configuration.seasons).key
+    except ValueError as error:
+        raise Error(str(error), f"adce.py try {dataset.name} FIELD=VALUE") from error
     claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
     claimed = dataclasses.replace(claimed, url=url_of(source, dataset.url, fields))
-    sent: Any = {"headers": _headers(claimed), "data": _sent_body(claimed), "stream": True}
+    sent: Any = {"headers": _headers(claimed), "data": _sent_body(claimed), "stream": True, "allow_redirects": False}
     try:
         with session(source.name).request(dataset.method, _sent_url(claimed), **sent) as answer:
             body = answer.raw.read(dataset.validate.max_bytes, decode_content=True)
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise Error(f"{source.name} {connection_error(error)[1]}", "see: adce.py check --online") from error
-    names, result = (
-        secrets_of(source, dataset),
-        classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES]),
-    )
+    names = secrets_of(source, dataset)
+    result = classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES])
     found = inspect(dataset, fields, body, configuration.children_of(dataset.name))
     is_ok = result.outcome is Outcome.OK
     facts = {"key": key, "url": claimed.url, "status": answer.status_code, "bytes": len(body)}
@@ -7660,7 +7657,7 @@ def tried(configuration: Configuration, dataset: Dataset, fields: Fields) -> lis
     ]
 
 
-def unexpected(store: Store, database: Database) -> Iterator[dict[str, Any]]:
+def unexpected_objects(store: Store, database: Database) -> Iterator[dict[str, Any]]:
     """The stored objects that no dataset expects."""
     known = "select key from objects where key in (select value from json_each(?)) and state != 'dropped'"
     for page in chunks(store.list(""), PAGE):
@@ -7749,7 +7746,8 @@ EVERYWHERE = (
     option("-v", "--verbose", action="store_true", help="log every attempt"),
 )
 FILTERS = (option("--source", help="only this source"), option("--dataset", help="only this dataset"))
-DAY_FILTER = option("--day", metavar="2024-12-15", help="only objects of this day")
+A_DAY = _kind("a day; write 2024-12-15", lambda text: datetime.date.fromisoformat(text).isoformat())
+DAY_FILTER = option("--day", type=A_DAY, metavar="2024-12-15", help="only objects of this day")
 ERROR_FILTER = option("--error", metavar="TEXT", help="only those whose last error contains TEXT")
 SCOPE = option("scope", metavar="SOURCE", help="a source, or global for all")
 TIMEOUT = option("--timeout", type=DURATION, metavar="45s", help="how long to wait for its end (grace_seconds + 15)")
@@ -7991,7 +7989,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
 def command_reconcile(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Run one cycle, by the runner if one works, and show what it found; nothing is fetched."""
     if arguments.unexpected:
-        rows = list(unexpected(open_store(configuration.store), _existing(configuration)))
+        rows = list(unexpected_objects(open_store(configuration.store), _existing(configuration)))
         _print(arguments, [Section("unexpected", "Objects that no dataset expects", rows)])
         return ExitCode.DONE
     database, lock = open_database(configuration.database), RunnerLock(configuration.database)
@@ -8234,7 +8232,7 @@ def command_try(arguments: Arguments, configuration: Configuration) -> ExitCode:
     database, dataset = open_database(configuration.database), configuration.datasets[arguments.dataset]
     given = dict(text.partition("=")[::2] for text in arguments.fields)
     os.environ.update(ADCE_CONFIG=str(configuration.path), ADCE_DB=str(configuration.database))  # for the session
-    _print(arguments, tried(configuration, dataset, example_fields(database, configuration, dataset, given)))
+    _print(arguments, try_request(configuration, dataset, example_fields(database, configuration, dataset, given)))
     return ExitCode.DONE
 
 

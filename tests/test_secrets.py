@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from unittest import mock
 
 from conftest import run_adce
 from upstream import Answer
@@ -49,7 +51,7 @@ def test_variables_are_sent_and_shown_nowhere(upstream, tmp_path):
 def test_variable_that_is_missing_is_found_before_anything_starts(upstream, tmp_path):
     (tmp_path / "adce.yaml").write_text(KEYED.format(address=upstream.address))
     done = run_adce("run", "--once", folder=tmp_path)
-    assert (done.returncode, "$PLACE, $QUOTES_KEY is not in the environment" in done.stderr) == (78, True)
+    assert (done.returncode, "not in the environment: $PLACE, $QUOTES_KEY" in done.stderr) == (78, True)
     assert run_adce("check", folder=tmp_path).returncode == adce.ExitCode.ERROR
     assert upstream.count() == 0
 
@@ -65,11 +67,22 @@ def test_post_sends_a_body_with_fields_that_cannot_leave_their_place(upstream, t
     (tmp_path / "adce.yaml").write_text(
         "sources: {box: {base_url: '" + upstream.address + "'}}\n"
         "datasets:\n  a:\n    source: box\n    key: 'a/{n}'\n    url: /graph\n    method: POST\n"
-        '    headers: {X-Kind: test}\n    body: \'{"id": "{n}", "key": "$QUOTES_KEY"}\'\n'
+        '    headers: {X-Kind: test}\n    body: \'{"id": "{n}", "key": "$QUOTES_KEY", "query": "$id"}\'\n'
         "    partitions: {values: {n: ['x\", \"$PLACE']}}\n"
     )
     upstream.answer("/graph", Answer(b"{}"))
     assert run_adce("run", "--once", folder=tmp_path, **ENVIRONMENT).returncode == adce.ExitCode.DONE
     (arrival,) = upstream.arrivals
     assert (arrival.headers["Content-Type"], arrival.headers["X-Kind"]) == ("application/json", "test")
-    assert arrival.body == b'{"id": "x\\", \\"$PLACE", "key": "' + CANARY.encode() + b'"}'
+    assert arrival.body == b'{"id": "x\\", \\"$PLACE", "key": "' + CANARY.encode() + b'", "query": "$id"}'
+
+
+def test_redirect_of_an_https_address_that_a_variable_holds_is_not_followed_to_http(monkeypatch):
+    monkeypatch.setenv("API", "https://api.example.org")
+    source = adce.Source("box", base_url="$API")
+    partitions = adce.Partitions(values=(("n", ("A",)),))
+    dataset = adce.Dataset("a", "box", adce.Template("{n}"), partitions, url=adce.Template("/{n}"))
+    claimed = adce.Claim(dataset, source, (adce.ObjectRow(fields_json='{"n": "A"}'),), url="$API/A")
+    answer = mock.Mock(status_code=302, is_redirect=True, headers={"location": "http://api.example.org/A"})
+    (result,) = adce._judge(claimed, answer, io.BytesIO(), mock.Mock(), mock.Mock())
+    assert result.error == "redirected to http://api.example.org, which is refused"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import date
 
+import pytest
 from conftest import run_adce
 from lakes import write_league
 from runners import rows
@@ -32,6 +33,23 @@ def test_try_says_why_an_answer_is_not_the_object(upstream, tmp_path):
     assert json.loads(done.stdout)["answer"]["error"].startswith("not true: header.id == ")
     done = run_adce("try", "games", folder=tmp_path)
     assert (done.returncode, "no value for date, game_id" in done.stderr) == (adce.ExitCode.ERROR, True)
+
+
+def test_try_sends_one_request_also_when_it_is_redirected(upstream, tmp_path):
+    upstream.answer("/scoreboard?dates=20250103", Answer(b"", 302, {"Location": "/elsewhere"}))
+    write_league(tmp_path, upstream.address)
+    shown = json.loads(run_adce("try", "days", "date=2025-01-03", "--format", "json", folder=tmp_path).stdout)
+    assert (shown["answer"]["status"], upstream.count()) == (302, 1)
+    assert {"header": "Location", "value": "/elsewhere"} in shown["headers"]
+
+
+@pytest.mark.parametrize("words", [("try", "days", "date=nonsense"), ("tasks", "--day", "nonsense")])
+def test_day_that_is_none_is_one_clear_line(upstream, tmp_path, words):
+    write_league(tmp_path, upstream.address)
+    done = run_adce(*words, folder=tmp_path)
+    assert done.returncode in (adce.ExitCode.ERROR, adce.ExitCode.USAGE)
+    assert "nonsense" in done.stderr and "Traceback" not in done.stderr
+    assert upstream.count() == 0
 
 
 def test_part_of_a_lake_is_filled(upstream, tmp_path):

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from telling import ROOT, fill
+from report import ROOT, fill
 
 
 def attempts(folder: Path) -> int:

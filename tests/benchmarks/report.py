@@ -1,6 +1,6 @@
 """What it takes to tell how things are, with very many tasks and attempts in the database.
 
-python tests/benchmarks/telling.py [--tasks 1000000] [--attempts 1000000] [--rounds 5]
+python tests/benchmarks/report.py [--tasks 1000000] [--attempts 1000000] [--rounds 5]
 """
 
 from __future__ import annotations
