@@ -1053,7 +1053,7 @@ def back_up(path: Path, copy: Path) -> None:
 
 Fields = Mapping[str, str]  # the values of a partition by name; dates as 2024-12-15
 
-FIELD = r"\{([a-z_][a-z0-9_]*)([+-]\d{1,4}[hdwmy])?"  # its name, and for a date what is added
+FIELD = r"\{([a-z_][a-z0-9_]*)([+-]\d{1,3}[hdwmy])?"  # its name, and for a date what is added
 FIELD_IN_TEXT = re.compile(FIELD + r"(?::([^{}]+))?\}")
 FIELD_IN_EXPRESSION = re.compile(FIELD + r"(?::((?:%-?[A-Za-z]|[-_./ ])+))?\}")
 SPLIT = functools.cache(re.Pattern[str].split)
@@ -1272,7 +1272,8 @@ def _duration(text: str) -> int | None:
 
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 BUCKET_OR_FOLDER = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|(?![sS]3:)((?!://).)+"
-DATE_FORM, DURATION_FORM = r"\d{4}-\d\d-\d\d", r"\s*\d*[1-9]\d*\s*[smhd]\s*"
+# any date of these years can be shifted by as much as a text may say
+DATE_FORM, DURATION_FORM = r"[12]\d{3}-\d\d-\d\d", r"\s*\d*[1-9]\d*\s*[smhd]\s*"
 DURATION_WORDS = "a duration like 90s, 15m, 6h or 1d"
 
 Text = Annotated[str, Kind("text")]
@@ -2291,6 +2292,8 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
     if "date" not in fields:
         return ExpectedObject(key, season, None, None)
     moment = datetime.datetime.fromisoformat(fields["date"])
+    if not 1000 <= moment.year < 3000:
+        raise ValueError(f"{dataset.name}: the year of {fields['date']} is not between 1000 and 2999")
     date, rule, timezone = moment.date(), dataset.available_after, timezone_of(dataset)
     season = season or next((season.label for season in seasons if season.start <= date <= season.finish), None)
     available_at = None
@@ -3742,7 +3745,7 @@ def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -
     number = ledger.sql.execute("select dataset_id from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
     excluded = {name: frozenset(values) for name, values in dict(dataset.excluded).items()}
     for fields, parent_id in partitions:
-        if any(fields.get(name) in values for name, values in excluded.items()):
+        if excluded and any(fields.get(name) in values for name, values in excluded.items()):
             continue
         try:
             key, season, day, available_at = expected_object(dataset, fields, seasons)

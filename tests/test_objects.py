@@ -181,6 +181,19 @@ def test_object_of_an_hour_is_available_after_the_end_of_its_hour():
     assert (expected.day, adce.utc_text(expected.available_at)) == ("2024-01-01", "2024-01-02T00:10:00Z")
 
 
+@pytest.mark.parametrize("day", ["0001-01-01", "9999-12-31"])
+def test_day_that_nothing_can_be_added_to_is_refused(day):
+    one = dataset(partitions=adce.Partitions(values=(("date", (day,)),)))
+    with pytest.raises(ValueError, match="is not between 1000 and 2999"):
+        adce.expected_object(one, {"date": day}, ())
+
+
+@pytest.mark.parametrize("shift", ["+999y", "-999y", "+999w", "-999m"])
+@pytest.mark.parametrize("day", ["1000-01-01", "2999-12-31"])
+def test_any_day_can_be_shifted_by_as_much_as_a_text_may_say(day, shift):
+    assert adce.Template(f"{{date{shift}:%j}}").render({"date": day}, str).isdecimal()
+
+
 def test_key_in_the_folder_that_is_adces_own_is_refused():
     one = dataset(key=adce.Template("{name}/x"), partitions=adce.Partitions(values=(("name", (".adce",)),)))
     with pytest.raises(ValueError, match="ADCE's own"):
