@@ -3081,7 +3081,7 @@ def _openings(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff | None
         leaves_at = _leaves_at(sql, row, 0, now)  # then there may be less to slow down
         last: float = now if ahead else row["granted_at"]  # those ahead come first, now or later
         slowed_until = min(leaves_at, last + _delay(row, backoff, taken, leaves_at - last))
-        if slowed_until > now:
+        if slowed_until > now + 1e-6:  # less is rounding
             yield Opening(slowed_until, f"{name} nearly used up", scope)
 
 
@@ -6691,6 +6691,7 @@ class Alerter:
     def __init__(self, configuration: Configuration, database: Database, journal: Journal, clock: Clock) -> None:
         self.configuration, self.database, self.journal, self.clock = configuration, database, journal, clock
         self.settings, self.started_at, self._stopped = configuration.alerts, clock.wall(), threading.Event()
+        self._in_use = ""  # the channel
         unfinished = query(database, "select * from alerts where ended_at is null or unsent != '[]'")
         self.alerts: list[dict[str, Any]] = [{**row, "unsent": json.loads(row["unsent"])} for row in unfinished]
         self.cycle_id = database.value("select max(cycle_id) from cycles where seconds is not null")
@@ -6705,8 +6706,11 @@ class Alerter:
         threading.Thread(target=work, name="adce-alerts", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop without waiting for a channel."""
+        """Stop without waiting for a channel. No program of one runs on, and none begins."""
         self._stopped.set()
+        while self._in_use == "command":
+            end_processes(str(self.configuration.database), "alert")
+            time.sleep(POLL_SECONDS)
 
     def work(self) -> None:
         """Look once, and send what is due."""
@@ -6792,13 +6796,18 @@ class Alerter:
 
     def _use(self, channel: str, message: Mapping[str, Any]) -> str | None:
         """Use a channel, if it is configured. Returns its error."""
+        self._in_use = channel
         try:
+            if self._stopped.is_set():
+                raise Error("the runner stops")
             if getattr(self.settings, channel):
                 deliver(channel, self.configuration, message)
         except Exception as problem:  # noqa: BLE001  # whatever a library raises is an error of the channel
             error = str(problem) if isinstance(problem, Error | OSError) else type(problem).__name__  # no address
             self.journal.write("WARN", "channel", channel=channel, error=error)
             return error
+        finally:
+            self._in_use = ""
         return None
 
 

@@ -577,6 +577,11 @@ def test_no_window_is_ever_exceeded_at_the_server(rates, steps):
 
 @settings(max_examples=100, deadline=None)
 @given(rate_values, st.integers(0, 30), st.sampled_from(SOURCES))
+@example(  # the delay of backoff ends 1e-11 s after the promised instant
+    limiting(adce.Backoff(), espn=windows((2, 1.0)), nba=windows((1, 1.0)), **{"global": windows((1, 0.5), (5, 3.0))}),
+    9,
+    "espn",
+)
 def test_idle_limiter_grants_at_the_very_instant_it_has_promised_and_no_sooner(rates, used, source):
     desk = Desk(rates)
     for _ in range(used):
