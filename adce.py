@@ -14,14 +14,15 @@ with a few workers, never asking a source more often than it allows, through cra
 All state is one SQLite file and the lake itself. The module reads from top to bottom; each room below
 rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they are):
 
-    Vocabulary                  states, outcomes, exit codes, errors
-    Time                        instants and durations; the only reader of the clock
+    Vocabulary                  states, outcomes, exit codes, errors; the only reader of the clock
     Schema                      the tables, the centre of the design, and the views of them
     Database                    the SQLite file, its lock and its backups
     Values                      texts with fields, JMESPath, kinds of values in adce.yaml
-    Settings                    every key of adce.yaml, declared once
-    Reading                     YAML to settings, all mistakes at once; their reference
-    Objects                     what should exist, and what a whole object is
+    Settings                    every key of adce.yaml, declared once: seasons, limits, sources
+    Datasets                    the same of datasets, and of the whole file
+    Reading                     YAML to settings, all mistakes at once
+    Objects                     what should exist, and where it is asked for
+    Contents                    what a whole object is, what it names, how fresh it must be
     Store                       the objects that exist: in a folder, or in S3
     Limits                      which requests are possible, and when
     Permits                     what a response means; the limits for other threads and processes
@@ -41,7 +42,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Alerts                      messages when a condition begins, lasts and ends
     Supervision                 the runner as a process: systemd, signals, start, stop
     Runner                      keeps going until stopped
-    Examples                    texts for the programs around ADCE
+    Examples                    the reference of adce.yaml, texts for the programs around ADCE
     Checks                      is everything in order, and what would a run do?
     Command line                from words to an exit code
     Commands                    obeys: one function for each that does
@@ -130,7 +131,9 @@ sys.modules.setdefault("adce", sys.modules[__name__])
 
 
 # ---------------------------------------------------------------- Vocabulary
-# States, outcomes, priorities, exit codes and errors. Every word is stored as it is shown. Headline: Error.
+# States, outcomes, priorities, exit codes and errors: every word is stored as it is shown. Then instants and durations:
+# wall time is for people and for ages in hours; limits use boot time, which no clock change moves and which all
+# processes of the machine share. Headlines: Outcome, Error, Clock.
 
 
 class ObjectState(enum.StrEnum):
@@ -275,10 +278,6 @@ class UnusablePathError(StoreError):
     """One object or folder of the store cannot be used; the others can."""
 
 
-# ---------------------------------------------------------------- Time
-# Instants and durations. Wall time is for people and for ages in hours; limits use boot time, which no
-# clock change moves and which all processes of the machine share. Headline: Clock.
-
 MINUTE, HOUR, DAY = 60, 3600, 86400
 POLL_SECONDS = 0.1
 PROC = Path("/proc")  # where there is one
@@ -370,7 +369,7 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 # readers: plain names, UTC times as text, live scores; created anew when their text changes. Headlines: TABLES, VIEWS.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-SCHEMA_VERSION = 13
+SCHEMA_VERSION = 14
 TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
@@ -446,6 +445,7 @@ create table objects (
     live         integer,            -- 1: `live.while` holds
     skipped      text,               -- reason given when the operator excluded it
     absent_at    integer,            -- the source said that there is none, when `absent_after` was over
+    outdated     text,               -- why it must be fetched again, such as a page after one that was
     task         text check (task in ('pending', 'retry', 'running', 'gave_up')), -- null: nothing to do
     priority     text check (priority in ('CRITICAL', 'HIGH', 'MEDIUM', 'LOW')),
     detected_at  integer,            -- age counts from here
@@ -1112,11 +1112,14 @@ def variables_in(*texts: str) -> set[str]:
     return {match[1] or match[2] for text in texts for match in VARIABLE.finditer(text)}
 
 
-def from_environment(text: str) -> str:
-    """A text with the values of its variables $NAME and ${NAME}. Raises Error when one is not there."""
-    if missing := sorted(variables_in(text) - os.environ.keys()):
+def from_environment(text: str, known: Container[str] | None = None) -> str:
+    """A text with the values of its variables $NAME and ${NAME}, or of the `known` ones. Raises Error when one is not
+    there."""
+    names = {name for name in variables_in(text) if known is None or name in known}
+    if missing := sorted(names - os.environ.keys()):
         raise Error(f"${missing[0]} is not in the environment")
-    return VARIABLE.sub(lambda match: os.environ[match[1] or match[2]].strip(), text)
+    value = lambda match: os.environ[name].strip() if (name := match[1] or match[2]) in names else match[0]  # noqa: E731
+    return VARIABLE.sub(value, text)
 
 
 def redacted(text: str, names: Iterable[str]) -> str:
@@ -1240,6 +1243,16 @@ def _regex(text: str) -> str:
     return text
 
 
+def _next_page(text: str) -> str:
+    try:
+        return text if text == LINK else _expression(text)
+    except ConfigurationError as error:
+        with contextlib.suppress(re.error):
+            if re.compile(text).groups == 1:
+                return text
+        raise ConfigurationError(f"{error}, and no regular expression with one group ( )") from None
+
+
 def _day(text: str) -> str | datetime.date:
     try:
         return text if text in LAST_DAYS else datetime.date.fromisoformat(text)
@@ -1293,6 +1306,8 @@ SearchText = Annotated[str, Kind("text", fields=FIELD_IN_EXPRESSION)]
 Expression = Annotated[str, Kind("a JMESPath expression", make=_expression, fields=FIELD_IN_EXPRESSION)]
 Pattern = Annotated[str, Kind("a regular expression", make=_pattern)]
 Regex = Annotated[str, Kind("a regular expression with one group, or named ones", make=_regex)]
+LINK = "link"  # the header Link (RFC 8288)
+NextPage = Annotated[str, Kind("link, a JMESPath expression or a regular expression with one group", make=_next_page)]
 Timezone = Annotated[str, Kind("a time zone like America/New_York", make=lambda text: zoneinfo.ZoneInfo(text).key)]
 FieldName = Annotated[str, Kind("a name of small letters", _like("[a-z_][a-z0-9_]*"))]
 Callee = Annotated[str, Kind("module:function", _like(r"[\w.]+:\w+"))]
@@ -1305,7 +1320,6 @@ LastDay = Annotated[
 ]
 Step = Annotated[str, Kind("hour, day, week, month, quarter or year", {"enum": [*STEPS]})]
 Weekday = Annotated[str, Kind("mon, tue, wed, thu, fri, sat or sun", {"enum": [*WEEKDAYS]})]
-All = Annotated[bool, Kind("the word all", {"enum": ["all"]}, bool)]
 Interval = Annotated[int, Kind(DURATION_WORDS, _like(DURATION_FORM), _duration)]
 Duration = Annotated[int | None, Kind(f"{DURATION_WORDS} (or never)", _like(f"never|{DURATION_FORM}"), _duration)]
 Number = Annotated[float, Kind("a number", {"type": "number"})]
@@ -1359,15 +1373,21 @@ def settings_of(record: type) -> Mapping[str, Setting]:
     return found
 
 
+ONE_OR_MORE = object()  # marks a list in whose place a single item may stand
+
+
 def shape_of(declared: Any) -> tuple[str, Any, Any]:
-    """What an annotation declares: a block, list, mapping or value; the names in a mapping; and the record, item or
-    Kind. A field that is converted after reading is Annotated with what is read."""
+    """What an annotation declares: a block, list, mapping or value; the names in a mapping, or ONE_OR_MORE of a list;
+    and the record, item or Kind. A field that is converted after reading is Annotated with what is read."""
     while typing.get_origin(declared) in (types.UnionType, typing.Union):
         declared = typing.get_args(declared)[0]  # the other one is None
     if dataclasses.is_dataclass(declared):
         return "block", None, declared
     if typing.get_origin(declared) is Annotated:
         (inner,) = declared.__metadata__
+        if inner is ONE_OR_MORE:
+            shape, _, item = shape_of(declared.__origin__)
+            return shape, inner, item
         return ("value", None, inner) if isinstance(inner, Kind) else shape_of(inner)
     parts = typing.get_args(declared)
     return ("list", None, parts[0]) if typing.get_origin(declared) is tuple else ("mapping", *parts)
@@ -1381,12 +1401,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 # ---------------------------------------------------------------- Settings
 # Everything that may stand in adce.yaml: a record for each block, a field for each key with its kind, its meaning
-# and its default. A key is added here and nowhere else: a field of its block's record, and in problems_in() what must
-# hold between it and others. Headlines: RateLimiting, Source, Dataset, Configuration, problems_in().
-
-STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
-NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
-Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
+# and its default. Here are seasons, limits, weights and sources. Headlines: Season, RateLimiting, Source.
 
 
 @dataclass(frozen=True, slots=True)
@@ -1397,6 +1412,15 @@ class Season:
     end: Count = setting("the year in which it ends")
     start: Date = setting("its first day")
     finish: Date = setting("its last day")
+    calendar: str = ""  # its name, where there are several
+
+
+def chosen(seasons: Iterable[Season], names: Sequence[str]) -> list[Season]:
+    """Those that are named: by `all`, by their calendar or by their labels."""
+    return [one for one in seasons if not {"all", one.calendar, one.label}.isdisjoint(names)]
+
+
+SeasonNames = Annotated[tuple[Text, ...], ONE_OR_MORE]
 
 
 class WindowLimit(NamedTuple):
@@ -1533,12 +1557,22 @@ class Source:
     trust_env: Switch = setting("use proxies, netrc and certificates of the environment", False)
 
 
+# ---------------------------------------------------------------- Datasets
+# The records of what a lake consists of, and of the whole file. A key is added to its block's record and nowhere else,
+# and in problems_in() what must hold between it and others. Headlines: Partitions, Pages, Dataset, Configuration,
+# problems_in().
+
+STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
+NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
+Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
+
+
 @dataclass(frozen=True, slots=True)
 class Dates:
     """One object a step: those of all seasons, or of a range. `date` is the first day of a step, or its hour."""
 
     ONE_OF: ClassVar = (("", ("seasons", "from")),)
-    seasons: All | None = setting("the days of all seasons", None)
+    seasons: SeasonNames = setting("the days of seasons: all, the name of a calendar, or labels", ())
     first: Date | None = setting("first day of a range", None, name="from")
     last: LastDay = setting("last day; now: up to this hour", "yesterday", name="to")
     every: Step = setting("length of a step", "day")
@@ -1555,10 +1589,10 @@ class Partitions:
     ANY_OF: ClassVar = (*BASES, "same_as")
     ONE_OF: ClassVar = (("from", ("ids", "regex")),)
     dates: Dates | None = setting("one object a step of time", None)
-    seasons: All | None = setting("one object for each season that has begun", None)
+    seasons: SeasonNames = setting("one object for each that has begun: all, the name of a calendar, or labels", ())
     values: NamedValues = setting("one object for each combination of field values", ())
-    parent_dataset: Text | None = setting(
-        "one object for each id in the objects of this parent dataset", None, name="from"
+    parents: Annotated[tuple[Text, ...], ONE_OR_MORE] = setting(
+        "one object for each id in the objects of this parent dataset, or of several", (), name="from"
     )
     ids: Expression | None = setting(
         "finds ids in JSON, or objects whose members are fields; {field} is a field of the parent",
@@ -1573,7 +1607,7 @@ class Partitions:
 
     def id_fields(self) -> tuple[str, ...]:
         """The fields that an id of the parent sets: the one named by `as`, or several."""
-        if self.id_field or not self.parent_dataset:
+        if self.id_field or not self.parents:
             return (self.id_field,) if self.id_field else ()
         return tuple(re.compile(self.regex).groupindex) if self.regex else names_in_result(self.ids or "x")
 
@@ -1585,6 +1619,32 @@ class Partitions:
         """The fields whose values distinguish its objects."""
         own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons) + [*self.id_fields()]
         return (*own, *dict(self.values))
+
+
+PAGES = "pages"  # in place of an expression
+PAGE_FIELDS = ("page", "next")  # the number of a page from 1, and what the page before it says of it
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """The pages of an answer, one object each. A page names the next one, or the first says how many there are."""
+
+    ONE_OF: ClassVar = (("", ("next", "last")),)
+    next: NextPage | None = setting(
+        "how a page names the next: link is the header Link; a url, or what {next} is in `url`, or, when {page} is in "
+        "`url`, anything but null, false, 0 and empty values",
+        None,
+    )
+    last: Expression | None = setting("number of the last page, or with `size` of the items", None)
+    size: Count | None = setting("items on a page", None, beside=("last",))
+    url: FieldText | None = setting("URL of each page after the first", None, beside=("next",))
+    most: Count = setting("pages that are followed; more are reported", 10_000)
+
+    def is_expression(self) -> bool:
+        """Whether the next page is found in JSON, not by the header or a regular expression."""
+        with contextlib.suppress(ConfigurationError):
+            return self.next != LINK and bool(_expression(self.next or self.last or ""))
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -1601,7 +1661,9 @@ class Freshness:
 
     refetch_every: Duration = setting("maximum age; with `until`, the interval until it holds (1h)", None)
     until: Expression | None = setting("condition on the body that makes an object final", None)
-    refetch_once_after: Duration = setting("one refetch, this long after its day ends, also of a final object", None)
+    refetch_once_after: Annotated[tuple[Interval, ...], ONE_OR_MORE] = setting(
+        "one refetch each, this long after its day ends, also of a final object", ()
+    )
     current: Duration = setting("maximum age during its season", None, against=("until",), needs="season")
     past: Duration = setting("maximum age after its season", None, against=("until",), needs="season")
     live: Live | None = setting("short intervals while an object changes", None)
@@ -1619,11 +1681,14 @@ class Validation:
     not_contains: tuple[SearchText, ...] = setting("texts that must not be in the body; {field} is allowed", ())
     starts_with_hex: Hex = setting("first bytes of the body", "")
     ends_with_hex: Hex = setting("last bytes of the body", "")
+    gzip: Switch = setting("the body must be gzip, whole to its end", False)
+    sha256: SearchText = setting("SHA-256 of the body in hexadecimal, such as a {field} of its parent", "")
+    md5: SearchText = setting("MD5 of the body in hexadecimal", "")
 
     def needs_content(self) -> bool:
         """Whether a size alone cannot settle it."""
-        texts = self.require + self.contains + self.not_contains
-        return self.json or bool(texts or self.starts_with_hex or self.ends_with_hex)
+        texts = [*self.require, *self.contains, *self.not_contains, self.sha256, self.md5]
+        return self.json or self.gzip or any([*texts, self.starts_with_hex, self.ends_with_hex])
 
 
 @dataclass(frozen=True, slots=True)
@@ -1638,18 +1703,26 @@ class Batch:
 class Dataset:
     """A family of objects of one source."""
 
-    ONE_OF: ClassVar = (("", ("url", "command", "call")),)
+    ONE_OF: ClassVar = (("", ("url", "command", "call", "copy_of")),)
+    ANY_OF: ClassVar = ("partitions", "copy_of")
     PROGRAM: ClassVar = ("command", "call")
     name: str
     source: Text = setting("name of the source")
     key: FieldText = setting("name of an object in the store; it names each field of the partitions")
-    partitions: Partitions = setting("the objects of the dataset")
+    partitions: Partitions = setting("the objects of the dataset; those of the original of a copy", Partitions())
     url: FieldText | None = setting("URL of a request, relative to base_url", None)
     method: Method = setting("GET or POST", "GET", beside=("url",))
     headers: Mapping[str, Header] = setting("request headers besides those of the source", {}, beside=("url",))
     body: SearchText = setting("body of a POST, with fields; its type is JSON or that of a form", "", beside=("url",))
     command: tuple[FieldText, ...] = setting("program that fetches objects", ())
     call: Callee | None = setting("Python function that fetches an object", None)
+    copy_of: Text | None = setting("dataset whose stored objects are copied, without a request", None)
+    original: Template | None = None  # the key of what is copied
+    calendar: tuple[Season, ...] = ()  # of its days
+    secrets: frozenset[str] = frozenset()  # the variables of the environment that its requests hold
+    pages: Pages | None = setting(
+        "the pages of an answer, each an object with {page} in its key", None, beside=("url",)
+    )
     output: Output = setting(
         "store: it writes objects; stdout: prints one", "store", beside=("command",), against=("batch",)
     )
@@ -1675,7 +1748,13 @@ class Dataset:
 
     def request(self) -> tuple[Any, ...]:
         """What its HTTP requests consist of: equal ones have equal answers."""
-        return self.source, self.url, self.method, self.headers, self.body
+        return self.source, self.url, self.method, self.headers, self.body, self.pages
+
+    def page_values(self) -> set[str]:
+        """Which of the fields of a page its requests name. With none of them, the next page is named by its url."""
+        texts = [part.text for part in (self.url, self.pages and self.pages.url) if part] + [self.body]
+        named = {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)} & {*PAGE_FIELDS}
+        return set() if self.pages and self.pages.next == LINK else named
 
 
 @dataclass(frozen=True, slots=True)
@@ -1705,33 +1784,65 @@ class Configuration:
     health_check: HealthCheck = setting("HTTP server; absent: none", HealthCheck(enabled=False))
     alerts: Alerts = setting("alert channels", Alerts())
     retry: Retry = setting("retries of failed tasks", Retry())
-    seasons: tuple[Season, ...] = setting("the seasons of `seasons: all`", ())
+    seasons: Annotated[tuple[Season, ...], Annotated[Mapping[str, tuple[Season, ...]], ONE_OR_MORE]] = setting(
+        "the seasons, or several calendars of them by name", ()
+    )
     sources: Mapping[str, Source] = setting("upstreams with their own limits, by name", {})
     datasets: Mapping[str, Dataset] = setting("families of objects, by name", {})
 
     def children_of(self, name: str) -> list[Dataset]:
-        """The datasets whose partitions come from the bodies of this one."""
-        return [dataset for dataset in self.datasets.values() if dataset.partitions.parent_dataset == name]
+        """The datasets whose objects follow from the contents of this one: it is one itself if it has pages."""
+        return [
+            one for one in self.datasets.values() if name in one.partitions.parents or (one.pages and one.name == name)
+        ]
 
-    def ancestors_of(self, name: str) -> list[str]:
-        """The datasets that it descends from, the nearest first, up to one that is not there or there again."""
-        line = [name]
-        while (above := self.datasets.get(line[-1])) and above.partitions.parent_dataset and line[-1] not in line[:-1]:
-            line.append(above.partitions.parent_dataset)
-        return line[1:]
+    def own_fields_of(self, name: str) -> tuple[str, ...]:
+        """The fields whose values distinguish the objects of a dataset."""
+        dataset = self.datasets[name]
+        if dataset.copy_of:
+            return self.own_fields_of(dataset.copy_of)
+        return (*dataset.partitions.own_fields(), *(PAGE_FIELDS[:1] if dataset.pages else ()))
+
+    def lines_of(self, name: str) -> Iterator[list[str]]:
+        """Each line of parents from a dataset up to one without any, or one that is not there or there again."""
+        lines = [[name]]
+        while lines:
+            line = lines.pop()
+            above = self.datasets.get(line[-1])
+            if above and above.partitions.parents and line[-1] not in line[:-1]:
+                lines += [[*line, parent] for parent in above.partitions.parents]
+            else:
+                yield line
+
+    def season_names(self, name: str) -> set[str]:
+        """The seasons that a dataset, or one that it descends from, names; else those of the only calendar."""
+        parts = [self.datasets[one].partitions for line in self.lines_of(name) for one in line if one in self.datasets]
+        found = {one for part in parts for one in (*part.seasons, *(part.dates.seasons if part.dates else ()))}
+        return found or ({"all"} if len({season.calendar for season in self.seasons}) == 1 else set())
 
     def levels(self) -> list[list[Dataset]]:
         """The datasets in levels, parents before their children."""
-        depths = {name: len(self.ancestors_of(name)) for name in self.datasets}
+        depths = {name: max(map(len, self.lines_of(name))) for name in self.datasets}
         by_depth = itertools.groupby(sorted(depths, key=depths.__getitem__), depths.__getitem__)
         return [[self.datasets[name] for name in names] for _, names in by_depth]
 
     def fields_of(self, name: str) -> set[str]:
-        """Every field that templates of this dataset may name."""
-        line = [self.datasets[one].partitions for one in (name, *self.ancestors_of(name))]
-        declared = {own for partitions in line for own in partitions.own_fields()}
-        is_seasonal = any(one.seasons or (one.dates and one.dates.seasons) for one in line)
-        return declared | ({"season", "end"} if is_seasonal else set())
+        """Every field that templates of this dataset may name: those that each of its parents has, and its own."""
+        dataset = self.datasets[name]
+        inherited, dates = self.fields_above(name), dataset.partitions.dates
+        own = {*dataset.partitions.own_fields(), *(PAGE_FIELDS if dataset.pages else ())}
+        is_seasonal = dataset.partitions.seasons or (dates and dates.seasons)
+        return inherited | own | ({"season", "end"} if is_seasonal else set())
+
+    def fields_above(self, name: str) -> set[str]:
+        """The fields that a dataset has from each of its parents."""
+        dataset = self.datasets[name]
+        parents = [self.datasets[one] for one in dataset.partitions.parents]
+        above = [
+            self.fields_of(one.name) - ({*PAGE_FIELDS} if one.pages and not dataset.copy_of else set())
+            for one in parents
+        ]
+        return set.intersection(*above) if above else set()
 
 
 def problems_in(block: object) -> Problems:
@@ -1746,7 +1857,7 @@ def problems_in(block: object) -> Problems:
         case Dates() if block.first and isinstance(block.last, datetime.date) and block.last < block.first:
             yield "to", f"{block.last} is before from: {block.first}"
         case Partitions():
-            if block.parent_dataset and not block.id_fields():
+            if block.parents and (block.ids or block.regex) and not block.id_fields():
                 yield "", '"as" is missing'
             fields, seasonal = block.own_fields(), ("season", "end") if block.dates and block.dates.seasons else ()
             for name in {name for name in fields if (*fields, *seasonal).count(name) > 1}:
@@ -1776,8 +1887,7 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
 
 
 # ---------------------------------------------------------------- Reading
-# From a file to a configuration, with every mistake, its line and a hint; and the reference of all keys. Headlines:
-# Reader, load_configuration(), explain(), json_schema().
+# From a file to a configuration, with every mistake, its line and a hint. Headlines: Reader, load_configuration().
 
 MAX_FILE_BYTES = 1 << 20
 DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
@@ -1860,13 +1970,16 @@ class Reader:
         shape, names, inner = shape_of(declared)
         if shape == "value":
             return self._value(inner, node, path)
+        if names is ONE_OR_MORE and node.id != ("sequence" if shape == "list" else "mapping"):
+            value = self.parse(inner, node, path)
+            return value if value is NEEDED else (value,) if shape == "list" else {"": value}
         if node.id != ("sequence" if shape == "list" else "mapping") or (shape == "list" and not node.value):
             self.complain(path, f"expected a {'list' if shape == 'list' else 'mapping'}, found {_describe(node)}")
             return NEEDED
         if shape == "block":
             return self._record(inner, node, path)
         if shape == "mapping":
-            return self._values({} if names is str else dict.fromkeys(names, inner), inner, node, path)
+            return self._values({} if names in (str, ONE_OR_MORE) else dict.fromkeys(names, inner), inner, node, path)
         values = [self.parse(inner, one, f"{path}.{number}") for number, one in enumerate(node.value)]
         return tuple(value for value in values if value is not NEEDED)
 
@@ -1932,8 +2045,12 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
     """What does not hold between blocks."""
     sources: Mapping[str, Any] = configuration.sources
     for one, other in itertools.combinations(configuration.seasons, 2):  # by their starts
-        if one.label == other.label or one.end == other.end or other.start <= one.finish:
-            yield f"seasons.{read.seasons.index(other)}", f"season {other.label} repeats or overlaps season {one.label}"
+        is_one_time = one.label == other.label or one.end == other.end or other.start <= one.finish
+        if one.calendar == other.calendar and is_one_time:
+            listed = cast(Any, read.seasons)[other.calendar]
+            place = listed.index(dataclasses.replace(other, calendar=""))
+            path = ".".join(filter(None, ["seasons", other.calendar, str(place)]))
+            yield path, f"season {other.label} repeats or overlaps season {one.label}"
     if "global" in sources:
         yield "sources.global", "a source cannot be named global"
     for path, template in reader.templates.items():
@@ -1946,12 +2063,12 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
             if hint or name == "default":
                 yield f"{path}.{name}", f'source "{name}" is not defined{hint}'
     for name, dataset in read.datasets.items():
-        path, source, line = f"datasets.{name}", dataset.source, [name, *configuration.ancestors_of(name)]
+        path, source, lines = f"datasets.{name}", dataset.source, [*configuration.lines_of(name)]
         if source not in sources and f"sources.{source}" not in reader.places:
             yield f"{path}.source", f'source "{source}" is not defined{suggest(source, sources)}'
-        if text := _broken_reference(reader, line, read.datasets):
-            yield f"{path}.partitions.from", text
-        elif {name, line[-1]} <= configuration.datasets.keys():
+        if broken := [text for line in lines if (text := _broken_reference(reader, line, read.datasets))]:
+            yield f"{path}.{'copy_of' if dataset.copy_of else 'partitions.from'}", broken[0]
+        elif {name, *(line[-1] for line in lines)} <= configuration.datasets.keys():
             problems = _object_problems(reader, configuration, configuration.datasets[name])
             yield from ((f"{path}.{key}", text) for key, text in problems)
 
@@ -1984,17 +2101,27 @@ def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
 
 def _object_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
     """Fields that are not there, names that objects cannot have, and keys without effect, wherever these stand."""
-    key, declared, own = dataset.key, configuration.fields_of(dataset.name), dataset.partitions.own_fields()
-    parent, fields = dataset.partitions.parent_dataset, dict.fromkeys(settings_of(Dataset), declared)
-    fields["partitions"] = configuration.fields_of(parent) if parent else set()
+    key, declared, own = dataset.key, configuration.fields_of(dataset.name), configuration.own_fields_of(dataset.name)
+    fields = dict.fromkeys(settings_of(Dataset), declared)
+    fields["partitions"] = configuration.fields_above(dataset.name)
+    fields["key"] = declared - ({"next"} if dataset.pages else set())  # it is another one each time
     fields["command"] = declared | ({f"{name}s" for name in own} if dataset.batch else set())
     for path, template in reader.templates.items():
         name = path.removeprefix(f"datasets.{dataset.name}.")
         if name != path and (block := name.partition(".")[0]) in fields:
             yield from ((name, text) for text in _text_problems(template, fields[block]))
-    if not configuration.seasons:
-        yield from ((f"partitions.{name}seasons", "no seasons are declared") for name in ("", "dates."))
-    has = {"", *declared, *(["season"] if configuration.seasons and "date" in declared else [])}
+    dates, calendars = dataset.partitions.dates, {season.calendar for season in configuration.seasons}
+    for path, names in (("", dataset.partitions.seasons), ("dates.", dates.seasons if dates else ())):
+        labels = [season.label for season in configuration.seasons] + sorted(calendars)
+        wrong = [name for name in names if name != "all" and labels.count(name) != 1]
+        if names and not configuration.seasons:
+            yield f"partitions.{path}seasons", "no seasons are declared"
+        elif "all" in names and len(calendars) > 1:
+            yield f"partitions.{path}seasons", f"there are several calendars: name {' or '.join(sorted(calendars))}"
+        for name in wrong if configuration.seasons else ():
+            text = "is in several calendars" if name in labels else f"is not declared{suggest(name, labels)}"
+            yield f"partitions.{path}seasons", f'season "{name}" {text}'
+    has = {"", *declared, *(["season"] if dataset.calendar and "date" in declared else [])}
     lacking = ((path, one.needs) for path, one in all_settings(Dataset).items() if one.needs not in has)
     yield from ((path, f"has no effect: its objects have no {name}") for path, name in lacking)
     for name in dict(dataset.excluded).keys() - declared:
@@ -2003,10 +2130,14 @@ def _object_problems(reader: Reader, configuration: Configuration, dataset: Data
         yield "batch.group_by", f'no field "{dataset.batch.group_by}"{suggest(dataset.batch.group_by, declared)}'
     elif dataset.batch and dataset.command and own == (dataset.batch.group_by,):
         yield "batch.group_by", f"has no effect: no two objects share a {dataset.batch.group_by}"
+    if dataset.pages and dataset.pages.last and "page" not in dataset.page_values():
+        yield "pages.last", "no request names {page}: each page would be the first"
+    if dataset.pages and (twice := {*PAGE_FIELDS} & (fields["partitions"] | {*dataset.partitions.own_fields()})):
+        yield "pages", f"the field {min(twice)} is set twice"
     source = configuration.sources.get(dataset.source)
     if source and dataset.url and not (source.base_url or dataset.url.text.startswith(("http://", "https://"))):
         yield "url", f"{dataset.url.text} is no address: give source {dataset.source} a base_url"
-    if any(_text_problems(key, declared)):
+    if any(_text_problems(key, fields["key"])):
         return
     start, steps = datetime.datetime(2024, 1, 1), [*STEPS]  # noqa: DTZ001  # of any time zone
     every = dataset.partitions.dates.every if dataset.partitions.dates else "day"
@@ -2015,13 +2146,23 @@ def _object_problems(reader: Reader, configuration: Configuration, dataset: Data
     if {"", ".", "..", STAGING} & {*keys[0].split("/")} or re.search(r"[\x00-\x1f\x7f]", key.text):
         yield "key", f"{key.text}: a key has no empty, . or .. parts and does not start or end with /"
     named = {match[1] for match in key.pattern.finditer(key.text)}
-    missing = [name for name in own if name not in named | ({"season"} if "end" in named else set())]
+    known = named | ({"season"} if "end" in named else set())
+    if not named.isdisjoint(ids := dataset.partitions.id_fields()):
+        known |= {*ids}  # the others say more of an object, such as its checksum
+    missing = [name for name in own if name not in known]
     yield from (("key", f"does not name {{{name}}}: its objects would overwrite one another") for name in missing)
     if dataset.partitions.dates and not missing and len({*keys}) < len(days):
         yield "key", "its date format gives different days the same key"
     for other in itertools.takewhile(lambda one: one.name != dataset.name, configuration.datasets.values()):
         if other.key.shape() == key.shape():
             yield "key", f'the same keys as dataset "{other.name}": two datasets cannot share objects'
+
+
+def secrets_of(source: Source, dataset: Dataset) -> set[str]:
+    """The variables of the environment that the requests of a dataset hold."""
+    urls = [one.text for one in (dataset.url, dataset.pages and dataset.pages.url) if one]
+    headers = [*source.headers.values(), *dataset.headers.values()]
+    return variables_in(source.base_url, dataset.body, *urls, *headers)
 
 
 def _resolve(reader: Reader, read: Configuration) -> Configuration:
@@ -2039,19 +2180,35 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
             reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line
         ):
             partitions = dataclasses.replace(partitions, values=tuple(dict(partitions.values).items()))
-            excluded = tuple(dict(dataset.excluded).items())
-            datasets[name] = dataclasses.replace(dataset, partitions=partitions, excluded=excluded)
+            excluded, source = tuple(dict(dataset.excluded).items()), read.sources.get(dataset.source, Source(""))
+            original = read.datasets.get(dataset.copy_of or "")
+            if dataset.copy_of:
+                partitions = Partitions(parents=(dataset.copy_of,))
+            datasets[name] = dataclasses.replace(
+                dataset,
+                partitions=partitions,
+                excluded=excluded,
+                original=original.key if original else None,
+                secrets=frozenset(secrets_of(source, dataset)),
+            )
+    calendars: Mapping[str, Sequence[Season]] = cast(Any, read.seasons) or {}
+    seasons = [dataclasses.replace(one, calendar=name) for name, listed in calendars.items() for one in listed]
+    seasons.sort(key=lambda season: season.start)
     limiting = read.rate_limiting
     scopes = {name: one.scope() for name, one in {**limiting.source_limits, "global": limiting.global_limits}.items()}
-    return dataclasses.replace(
+    configuration = dataclasses.replace(
         read,
         database=read.path.parent / read.database,
         store=read.store.rstrip("/") if "://" in read.store else str(read.path.parent / Path(read.store).expanduser()),
         interval_seconds=read.interval_hours * HOUR if read.interval_hours else read.interval_seconds,
         rate_limiting=dataclasses.replace(limiting, scopes=scopes) if limiting.enabled else RateLimiting(enabled=False),
-        seasons=tuple(sorted(read.seasons, key=lambda season: season.start)),
+        seasons=tuple(seasons),
         datasets=datasets,
     )
+    for name, one in datasets.items():
+        calendar = tuple(chosen(seasons, [*configuration.season_names(name)]))
+        datasets[name] = dataclasses.replace(one, calendar=calendar)
+    return configuration
 
 
 def find_configuration(given: str | None) -> Path:
@@ -2110,72 +2267,9 @@ def database_named_in(path: Path) -> Path:
     return path.parent / (named[1].strip("\"'") if named else DEFAULT_DATABASE)
 
 
-def explain(wanted: str | None) -> list[dict[str, Any]]:
-    """A row for the key that `wanted` names, by its path or the end of it, and for each key in it; else for each block.
-
-    Raises Error for an unknown key."""
-    settings, found = all_settings(), list[str]()
-    path_of = r"\.".join(rf"({re.escape(word)}|\*)" for word in (wanted or "").split("."))
-    for pattern in (rf"{path_of}(\.|$)", rf".+\.{re.escape(wanted)}(\.|$)") if wanted else (r"[^.]+$",):
-        found = found or [path for path in settings if re.match(pattern, path)]
-    if not found:
-        names = [*settings, *(path.rpartition(".")[2] for path in settings)]
-        raise Error(f'unknown key "{wanted}"{suggest(wanted or "", names)}', '"adce.py explain" lists the blocks')
-    rows = []
-    for path, one in ((path, settings[path]) for path in found):
-        is_shown = isinstance(one.default, int | float | str | Path | dict) and one.default not in ("", {})
-        text = json.dumps(one.default, default=str).strip('"') if is_shown else None
-        default = "required" if one.default is NEEDED else text
-        kind, beside = json_schema(one.declared)["title"], " or ".join(one.beside)
-        rows.append({"key": path, "kind": kind, "default": default, "beside": beside, "meaning": one.meaning})
-    return rows
-
-
-def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of explain() for people."""
-    lines = []
-    for row in rows:
-        default = row["default"] and (row["default"] if row["default"] == "required" else f"default {row['default']}")
-        facts = [row["kind"], default, row["beside"] and f"only beside {row['beside']}"]
-        lines += [row["key"], f"    {'; '.join(filter(None, facts))}", f"    {row['meaning']}"]
-    return "\n".join(lines)
-
-
-def json_schema(declared: Any = Configuration) -> dict[str, Any]:
-    """The JSON Schema (Draft 2020-12) of adce.yaml, or of a part of it. What must hold between blocks is not in it."""
-    shape, names, inner = shape_of(declared)
-    if shape == "value":
-        return {"title": inner.expected, **inner.schema}
-    if shape != "block":
-        item = json_schema(inner)
-        title = f"a {shape}, each {item['title']}"
-        if shape == "list":
-            return {"title": title, "type": "array", "minItems": 1, "items": item}
-        known_names = {} if names is str else {"propertyNames": {"enum": list(names)}}
-        return {"title": title, "type": "object", "additionalProperties": item, **known_names}
-
-    def needs(when: Sequence[str], how: str, others: Sequence[str]) -> dict[str, Any]:
-        return {"if": {"required": when}, "then": {how: [{"required": [name]} for name in others]}}
-
-    known = settings_of(inner)
-    rules = [needs([when] if when else [], "oneOf", group) for when, group in getattr(inner, "ONE_OF", ())]
-    rules += [needs([], "anyOf", group) for group in [getattr(inner, "ANY_OF", ())] if group]
-    rules += [needs([name], "anyOf", one.beside) for name, one in known.items() if one.beside]
-    rules += [{"not": {"required": [name, other]}} for name, one in known.items() for other in one.against]
-    return {
-        **({"$schema": "https://json-schema.org/draft/2020-12/schema"} if inner is Configuration else {}),
-        "title": "a mapping",
-        "type": "object",
-        "additionalProperties": False,
-        "required": [name for name, one in known.items() if one.default is NEEDED],
-        "properties": {name: {**json_schema(one.declared), "description": one.meaning} for name, one in known.items()},
-        "allOf": [{}, *rules],
-    }
-
-
 # ---------------------------------------------------------------- Objects
-# What should exist, what a whole object is, and how fresh it must be. Decisions only: values in, values
-# out, no clock, no disk, no SQL. Headlines: expand(), inspect(), appraise().
+# What should exist, under which key, and where it is asked for. Decisions only, as in the next room: values in, values
+# out, no clock, no disk, no SQL. Headlines: ObjectRow, expected_object(), expand().
 
 MAX_KEY_BYTES = 1000  # S3 takes 1,024
 BLOCK_BYTES = 64 << 10  # of a body, read at once
@@ -2189,18 +2283,6 @@ class ExpectedObject(NamedTuple):
     season: str | None
     day: str | None
     available_at: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """The findings in the content of an object."""
-
-    valid: bool
-    verdict: str | None  # why it is invalid
-    settled: bool  # final: its `until` holds
-    live: bool  # its `live.while` holds
-    mentions: Mapping[str, tuple[str, ...]]  # ids by expression
-    problems: tuple[str, ...] = ()  # values in the place of ids that can be none
 
 
 class ObjectRow(NamedTuple):
@@ -2230,6 +2312,7 @@ class ObjectRow(NamedTuple):
     live: int | None = None
     skipped: str | None = None
     absent_at: int | None = None
+    outdated: str | None = None  # why it must be fetched again
     task: str | None = None
     priority: str | None = None
     detected_at: int | None = None
@@ -2249,6 +2332,11 @@ class ObjectRow(NamedTuple):
         return cast(Fields, json.loads(self.fields_json))
 
 
+def known_links(validators: str | None) -> Mapping[str, str] | None:
+    """The links of the header Link with which an object came, if they are known."""
+    return cast("Mapping[str, str] | None", json.loads(validators or "{}").get("links"))
+
+
 class Appraisal(NamedTuple):
     """The state that follows from the facts now."""
 
@@ -2262,11 +2350,20 @@ def quote_for_url(value: str) -> str:
     return urllib.parse.quote(value, safe="")
 
 
-def url_of(source: Source, template: Template, fields: Fields) -> str:
-    """The url of an object: below base_url, with one slash between, unless it is whole by itself."""
-    url = template.render(fields, quote_for_url)
+def url_of(source: Source, dataset: Dataset, fields: Fields) -> str:
+    """The url of an object: below base_url, with one slash between, unless it is whole by itself. That of a page after
+    the first may be what the page before it names."""
+    later = dataset.pages if dataset.pages and fields["page"] != "1" else None
+    url = cast(Template, (later and later.url) or dataset.url).render(fields, quote_for_url)
     is_whole = not source.base_url or url.startswith(("http://", "https://"))
-    return url if is_whole else f"{source.base_url}{url if url[:1] == '?' else '/' + url.lstrip('/')}"
+    url = url if is_whole else f"{source.base_url}{url if url[:1] == '?' else '/' + url.lstrip('/')}"
+    return urllib.parse.urljoin(url, fields["next"]) if later and not dataset.page_values() else url
+
+
+def origin_of(url: str) -> tuple[str, str]:
+    """Whom a url asks: its scheme, and its host with its port."""
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.netloc
 
 
 @functools.lru_cache(4096)  # a date is a part of many keys
@@ -2280,7 +2377,7 @@ def quote_for_key(value: str) -> str:
 def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season]) -> ExpectedObject:
     """The object of one partition. Raises ValueError when its values make no usable key."""
     for name in dataset.partitions.own_fields():
-        if problem := _part_problem(dataset, name, fields[name]):
+        if problem := part_problem(dataset, name, fields[name]):
             raise ValueError(problem)
     key = dataset.key.render(fields, quote_for_key)
     size = len(key.encode())
@@ -2320,8 +2417,11 @@ def expand(
     if partitions.dates:
         kinds.append(_expand_dates(partitions.dates, seasons, now))
     if partitions.seasons:
-        kinds.append([_season_fields(season) for season in seasons if season.start <= day_of(now)])
+        kinds.append(
+            [_season_fields(season) for season in chosen(seasons, partitions.seasons) if season.start <= day_of(now)]
+        )
     kinds += [[{name: value} for value in values] for name, values in partitions.values]
+    kinds += [[dict(zip(PAGE_FIELDS, ("1", ""), strict=True))]] if dataset.pages else []
     for combination in itertools.product(*kinds):
         yield {name: value for part in combination for name, value in part.items()}
 
@@ -2336,7 +2436,7 @@ def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterat
     last -= datetime.timedelta(days=dates.last == "yesterday")
     spans: list[tuple[datetime.date, datetime.date, dict[str, str]]] = []
     if dates.seasons:
-        spans = [(season.start, season.finish, _season_fields(season)) for season in seasons]
+        spans = [(one.start, one.finish, _season_fields(one)) for one in chosen(seasons, dates.seasons)]
     elif dates.first:
         spans = [(dates.first, last, {})]
     for first, finish, fields in spans:
@@ -2351,16 +2451,65 @@ def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterat
             moment = shifted(moment, STEPS[dates.every])
 
 
-def expression_of(child: Dataset) -> str:
-    """The expression that finds the ids of a dataset in the content of its parents."""
-    return child.partitions.ids or f"regex {child.partitions.regex}"
+def expand_named(child: Dataset, parent: Dataset, fields: Fields, value: str, now: float) -> Iterator[dict[str, str]]:
+    """The fields of every object of a dataset that a value in the content of a parent makes. A page names others, and a
+    copy has all fields of its original."""
+    if child.name == parent.name:
+        yield {**fields, **json.loads(value)}
+    elif child.copy_of:
+        yield {**fields}
+    else:
+        inherited = {name: one for name, one in fields.items() if not parent.pages or name not in PAGE_FIELDS}
+        yield from expand(child, child.calendar, now, {**inherited, **child.partitions.fields_of_id(value)})
 
 
-def inspect(dataset: Dataset, fields: Fields, body: bytes | BinaryIO, children: Sequence[Dataset] = ()) -> Inspection:
-    """Judge the content of an object: whether it is whole and final, and which ids of `children` it names. Only JSON
-    and texts in which ids are looked for are held in memory whole."""
+def expression_of(child: Dataset, parent: str) -> str:
+    """The expression that finds the ids of a dataset in the content of a parent; a word for its pages and copies."""
+    if child.name == parent:
+        return PAGES
+    return "copy" if child.copy_of else child.partitions.ids or f"regex {child.partitions.regex}"
+
+
+def part_problem(dataset: Dataset, name: str, value: str) -> str | None:
+    """Why a value can be no part of a key, or None. No url can hold a dot segment, quoted or not (RFC 3986)."""
+    steps = value.split("/") if dataset.url and ":path}" in dataset.url.text else [value]
+    is_step = bool(dataset.url) and not {".", ".."}.isdisjoint(steps)
+    if not value.strip() or not value.isprintable() or is_step:
+        return f"{dataset.name}: {name} {value!r} makes no key"
+    return None
+
+
+# ---------------------------------------------------------------- Contents
+# What the content of an object says: whether it is whole, whether it is final, and which other objects it names; and
+# from all facts about an object, its state. Headlines: inspect(), appraise().
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The findings in the content of an object."""
+
+    valid: bool
+    verdict: str | None  # why it is invalid
+    settled: bool  # final: its `until` holds
+    live: bool  # its `live.while` holds
+    mentions: Mapping[str, tuple[str, ...]]  # ids by expression
+    problems: tuple[str, ...] = ()  # values in the place of ids that can be none
+    outdated: str | None = None  # why it must be fetched again all the same
+
+
+def inspect(
+    dataset: Dataset,
+    fields: Fields,
+    body: bytes | BinaryIO,
+    children: Sequence[Dataset] = (),
+    links: Mapping[str, str] | None = None,
+) -> Inspection:
+    """Judge the content of an object: whether it is whole and final, and which ids of `children` it names. `links` are
+    those of the header Link, if that is known. Only JSON and texts in which ids are looked for are held in memory
+    whole."""
     freshness, file = dataset.freshness, io.BytesIO(body) if isinstance(body, bytes) else body
     is_asked = bool(freshness.until or freshness.live or any(child.partitions.ids for child in children))
+    is_asked = is_asked or bool(dataset.pages and dataset.pages.is_expression())
     file.seek(0)
     rules = dataset.validate
     is_read = children or is_asked or rules.json or rules.require or rules.contains or rules.not_contains
@@ -2371,11 +2520,52 @@ def inspect(dataset: Dataset, fields: Fields, body: bytes | BinaryIO, children: 
         return Inspection(False, verdict, False, False, {})
     settled = freshness.until is None or holds(freshness.until, fields, document)
     live = freshness.live is not None and holds(freshness.live.expression, fields, document)
-    mentions, problems = dict[str, tuple[str, ...]](), list[str]()
+    mentions, problems, outdated = dict[str, tuple[str, ...]](), list[str](), None
     for child in children:
-        ids = dict.fromkeys(_ids(child, fields, document, content, problems))
-        mentions[expression_of(child)] = tuple(ids)
-    return Inspection(True, None, settled, live, mentions, tuple(problems))
+        if child.name != dataset.name:
+            ids = ["copy"] if child.copy_of else _ids(child, fields, document, content, problems)
+        elif links is None and cast(Pages, dataset.pages).next == LINK:
+            outdated = "its header Link is not known"
+            continue
+        else:
+            try:
+                ids = list(_pages_named(dataset, fields, document, content, links or {}))
+            except ValueError as error:
+                return Inspection(False, str(error), False, False, {})
+        mentions[expression_of(child, dataset.name)] = tuple(dict.fromkeys(ids))
+    return Inspection(True, None, settled, live, mentions, tuple(problems), outdated)
+
+
+def _pages_named(
+    dataset: Dataset, fields: Fields, document: Any, file: BinaryIO, links: Mapping[str, str]
+) -> Iterator[str]:
+    """The fields, in JSON, of the pages that one of them names: the next, or from the first all others. Raises
+    ValueError for a page that cannot be one of these."""
+    pages, page = cast(Pages, dataset.pages), int(fields["page"])
+    if pages.last:
+        total = str(search(pages.last, fields, document))
+        is_number = re.fullmatch(r"\d{1,15}", total)
+        if page == 1 and not is_number:
+            raise ValueError(f"{pages.last} is no number: {total[:60]}")
+        if page > 1 and is_number and total != fields["next"]:
+            raise ValueError(f"{pages.last} is {total}, but was {fields['next']} on the first page")
+        last = min(-(-int(total) // (pages.size or 1)), pages.most + 1) if page == 1 else 0
+        yield from (FIELDS_AS_JSON.encode({"page": str(number), "next": total}) for number in range(2, last + 1))
+        return
+    value: Any = links.get("next")
+    if pages.next != LINK and pages.is_expression():
+        value = search(cast(str, pages.next), fields, document)
+    elif pages.next != LINK:
+        file.seek(0)
+        found = re.search(cast(str, pages.next), file.read().decode("utf-8", "replace"))
+        value = found and html.unescape(found[1])
+    if value and dataset.page_values() != {"page"}:
+        if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).isprintable():
+            raise ValueError(f"{str(value)[:60]} names no page")
+        value = redacted(str(value).strip(), dataset.secrets)
+    if value:
+        text = value if dataset.page_values() != {"page"} else ""
+        yield FIELDS_AS_JSON.encode({"page": str(page + 1), "next": text})
 
 
 def _gunzipped(file: BinaryIO, most: int) -> BinaryIO:
@@ -2386,6 +2576,49 @@ def _gunzipped(file: BinaryIO, most: int) -> BinaryIO:
     with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(file) as unpacked:
         return io.BytesIO(unpacked.read(most))
     return io.BytesIO()
+
+
+def unpack(blocks: Iterable[bytes], coding: str) -> Iterator[bytes]:
+    """Undo gzip or deflate, at most a block at a time. Raises zlib.error unless the stream is whole: urllib3 accepts
+    half of one. After its end another stream may follow, or zeros, as gzip(1) has it."""
+    stream = None
+    for block in blocks:
+        rest = block
+        while rest := rest.lstrip(b"\0") if stream and stream.eof else rest:
+            if stream is None or stream.eof:
+                is_raw = rest[0] & 0x8F != 8  # deflate without the header of zlib, as some servers send it
+                stream = zlib.decompressobj(31 if coding == "gzip" else -15 if is_raw else 15)
+            yield stream.decompress(rest, BLOCK_BYTES)
+            rest = stream.unconsumed_tail or stream.unused_data
+    if stream and not stream.eof:
+        yield stream.flush()
+    if not (stream and stream.eof):
+        raise zlib.error(f"its {coding} stream ended early")
+
+
+def blocks_of(file: BinaryIO) -> Iterator[bytes]:
+    """A file from its start, a block at a time."""
+    file.seek(0)
+    return iter(functools.partial(file.read, BLOCK_BYTES), b"")
+
+
+def _damage(validation: Validation, fields: Fields, file: BinaryIO) -> str | None:
+    """Why a body is not whole by its own structure, or by a checksum; None if it is."""
+    try:
+        for _ in unpack(blocks_of(file), "gzip") if validation.gzip else ():
+            pass
+    except zlib.error as error:
+        return f"not whole gzip: {error}"
+    for name, text in (("sha256", validation.sha256), ("md5", validation.md5)):
+        if text:
+            file.seek(0)
+            found = hashlib.file_digest(
+                cast(io.BytesIO, file), functools.partial(hashlib.new, name, usedforsecurity=False)
+            ).hexdigest()
+            wanted = Template(text, FIELD_IN_EXPRESSION).render(fields, str).strip().lower()
+            if found != wanted:
+                return f"its {name} is {found}, not {wanted[:64]}"
+    return None
 
 
 def _size_problem(validation: Validation, size: int) -> str | None:
@@ -2407,6 +2640,8 @@ def _verdict(
         file.seek(place)
         if file.read(len(expected)) != expected:
             return None, "its first or last bytes are not those of its format"
+    if problem := _damage(validation, fields, file):
+        return None, problem
     wanted, unwanted = (
         [Template(part, FIELD_IN_EXPRESSION).render(fields, str) for part in parts]
         for parts in (validation.contains, validation.not_contains)
@@ -2470,19 +2705,10 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
             problems.append(f"{child.name}: {str(value)[:60]} is no id")
             continue
         texts = dict(zip(names, map(str, parts), strict=True))
-        if problem := next(filter(None, (_part_problem(child, *part) for part in texts.items())), None):
+        if problem := next(filter(None, (part_problem(child, *part) for part in texts.items())), None):
             problems.append(problem)
         else:
             yield texts[names[0]] if partitions.id_field else FIELDS_AS_JSON.encode(texts)
-
-
-def _part_problem(dataset: Dataset, name: str, value: str) -> str | None:
-    """Why a value can be no part of a key, or None. No url can hold a dot segment, quoted or not (RFC 3986)."""
-    steps = value.split("/") if dataset.url and ":path}" in dataset.url.text else [value]
-    is_step = bool(dataset.url) and not {".", ".."}.isdisjoint(steps)
-    if not value.strip() or not value.isprintable() or is_step:
-        return f"{dataset.name}: {name} {value!r} makes no key"
-    return None
 
 
 def appraise(dataset: Dataset, season: Season | None, known: ObjectRow, now: float) -> Appraisal:
@@ -2498,6 +2724,10 @@ def appraise(dataset: Dataset, season: Season | None, known: ObjectRow, now: flo
         return Appraisal(ObjectState.ABSENT if is_absent else ObjectState.MISSING)
     if problem := known.verdict or (known.size is not None and _size_problem(dataset.validate, known.size)) or None:
         return Appraisal(ObjectState.SUSPECT, problem)
+    if known.outdated:
+        return Appraisal(ObjectState.STALE, known.outdated)
+    if dataset.copy_of or (dataset.pages and known.fields["page"] != "1"):
+        return Appraisal(ObjectState.PRESENT)  # as fresh as its original, or its first page
     freshness, modified = dataset.freshness, known.modified_at or 0
     if freshness.until and known.settled == 0:  # judged, and not final
         if freshness.live and known.live:
@@ -2517,13 +2747,11 @@ def _refetch_instants(dataset: Dataset, season: Season | None, known: ObjectRow)
     if freshness.refetch_every and not freshness.until:
         yield modified + freshness.refetch_every
     if freshness.refetch_once_after:
+        since = known.seen_at or modified
         if known.day:
             following = datetime.date.fromisoformat(known.day) + datetime.timedelta(days=1)
-            once = instant_of(following, datetime.time(), timezone_of(dataset)) + freshness.refetch_once_after
-        else:
-            once = (known.seen_at or modified) + freshness.refetch_once_after
-        if modified < once:
-            yield once
+            since = instant_of(following, datetime.time(), timezone_of(dataset))
+        yield from (since + after for after in freshness.refetch_once_after if modified < since + after)
     if season and (freshness.current or freshness.past):
         over = instant_of(season.finish + datetime.timedelta(days=1), datetime.time(), "UTC")
         if modified < over:  # fetched during its season: refetched once more when that is over
@@ -3466,7 +3694,7 @@ def priority_of(
     days = configuration.priority_weighting.critical_within_days
     if day and abs((today - datetime.date.fromisoformat(day)).days) <= days:
         return Priority.CRITICAL
-    labels = [season.label for season in configuration.seasons if season.start <= today]
+    labels = [season.label for season in dataset.calendar if season.start <= today]
     if season in labels[-1:]:
         return Priority.HIGH
     return Priority.MEDIUM if season in labels[-2:] else Priority.LOW
@@ -3481,6 +3709,7 @@ GONE: Mapping[str, Any] = {
     "modified_at": None,
     "validators": None,
     "absent_at": None,
+    "outdated": None,
     **UNREAD,
 }
 SELECT_OBJECTS = f"""
@@ -3501,6 +3730,11 @@ INSERT_OBJECT = f"""
 """  # noqa: S608  # names of columns
 
 
+def season_of(dataset: Dataset, label: str | None) -> Season | None:
+    """The season with this label in the calendar of a dataset."""
+    return next((season for season in dataset.calendar if season.label == label), None)
+
+
 class Ledger:
     """The rows of objects as one transaction sees and changes them: no gap without a task."""
 
@@ -3511,7 +3745,6 @@ class Ledger:
         self.created = self.closed = self.dropped = 0
         self.problems: list[str] = []
         self.today = day_of(now)
-        self._seasons = {season.label: season for season in configuration.seasons}
 
     def objects(self, condition: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[ObjectRow]:
         """The objects `o` that meet a condition in SQL."""
@@ -3531,7 +3764,7 @@ class Ledger:
         A gap that persists keeps its task, and so its age. A task waits as long as its freshness says when the gap is
         new, when the object has just been fetched, or when a gap without failures has become one of another kind."""
         dataset = self.configuration.datasets[known.dataset]
-        state, reason, next_at = appraise(dataset, self._seasons.get(known.season or ""), known, self.now)
+        state, reason, next_at = appraise(dataset, season_of(dataset, known.season), known, self.now)
         since, task = known.since if state == known.state else int(self.now), known.task
         if task == TaskState.RUNNING:
             return known._replace(state=state, reason=reason, since=since, next_at=None)
@@ -3577,15 +3810,33 @@ class Ledger:
     def drop(self, condition: str, parameters: Mapping[str, Any]) -> None:
         """Expect objects `o` no longer. All that is known of them is kept; if they are expected again, the store is
         searched for them."""
-        rows = self.objects(f"({condition}) and o.state != 'dropped'", parameters)
-        for row in rows:
-            task = row.task if row.task == TaskState.RUNNING else None
-            self.closed += task != row.task
-            gone = row._replace(state=ObjectState.DROPPED, reason=None, since=int(self.now), next_at=None)
-            self.write([gone._replace(proven=0, task=task)])
-        for name in {row.dataset for row in rows}:
+        rows = dict[int, ObjectRow]()
+        for first in self.objects(f"({condition}) and o.state != 'dropped'", parameters):
+            for row in itertools.chain([first], self.pages_after(first)):
+                if row.object_id not in rows:
+                    rows[row.object_id] = row
+                    task = row.task if row.task == TaskState.RUNNING else None
+                    self.closed += task != row.task
+                    gone = row._replace(state=ObjectState.DROPPED, reason=None, since=int(self.now), next_at=None)
+                    self.write([gone._replace(proven=0, task=task)])
+        for name in {row.dataset for row in rows.values()}:
             self.touch(name)
         self.dropped += len(rows)
+
+    def page(self, page: ObjectRow, number: int) -> ObjectRow | None:
+        """The page of this number of the same answer, if it is expected."""
+        fields = {**page.fields, "page": str(number)}
+        key = self.configuration.datasets[page.dataset].key.render(fields, quote_for_key)
+        found = self.objects("o.key = ? and d.dataset = ? and o.state != 'dropped'", (key, page.dataset))
+        return next(iter(found), None)
+
+    def pages_after(self, page: ObjectRow, count: int = 1) -> Iterator[ObjectRow]:
+        """The expected pages after one, from the `count`-th on; none of an object that is no page."""
+        dataset = self.configuration.datasets.get(page.dataset)
+        number = int(page.fields.get("page", 1)) + count if dataset and dataset.pages else math.inf
+        while number < math.inf and (following := self.page(page, int(number))):
+            yield following
+            number += 1
 
     def touch(self, dataset: str) -> None:
         """Objects of this dataset, or their mentions, have changed: the next cycle computes their children anew."""
@@ -3602,6 +3853,12 @@ class Ledger:
         stored: Mapping[str, Any] = {"etag": entry.etag, "size": entry.size, "modified_at": entry.modified_at}
         read_etag = None if found.problems else entry.etag
         return known._replace(**judged, **stored, validators=validators, read_etag=read_etag)
+
+    def renew(self, row: ObjectRow, reason: str) -> None:
+        """An object must be fetched again; a task that gave up gets another chance."""
+        if row.task == TaskState.GAVE_UP:
+            row = row._replace(task=TaskState.PENDING, failures=0, fruitless=0)
+        self.note(row, proven=1, outdated=reason if row.etag else None)
 
 
 # ---------------------------------------------------------------- Expectations
@@ -3634,10 +3891,11 @@ UPSERT_OBJECT = """
         day = excluded.day,
         available_at = excluded.available_at,
         parent_id = excluded.parent_id,
-        -- the content is judged by the rules of its new dataset
+        -- the content is judged by the rules of its new dataset, and for its new fields
         read_etag = iif(
             (select reading from datasets d where d.dataset_id = objects.dataset_id)
-                = (select reading from datasets d where d.dataset_id = excluded.dataset_id), read_etag, null),
+                = (select reading from datasets d where d.dataset_id = excluded.dataset_id)
+            and fields = excluded.fields, read_etag, null),
         since = iif(state = 'dropped', excluded.since, since),
         state = iif(state = 'dropped', 'awaited', state),
         proven = 0
@@ -3662,14 +3920,14 @@ def _digest(*parts: Any) -> str:
 
 def reading_rules(configuration: Configuration, dataset: Dataset) -> str:
     """A digest of the rules by which the contents of a dataset are judged, and of the ids looked for in them."""
-    expressions = sorted(expression_of(child) for child in configuration.children_of(dataset.name))
-    return _digest(dataset.validate, dataset.freshness.until, dataset.freshness.live, expressions)
+    expressions = sorted(expression_of(child, dataset.name) for child in configuration.children_of(dataset.name))
+    return _digest(dataset.validate, dataset.freshness.until, dataset.freshness.live, dataset.pages, expressions)
 
 
 def appraisal_rules(configuration: Configuration) -> str:
     """A digest of the rules by which states and ranks follow from facts, the day excepted."""
     rules = [
-        (one.name, one.source, one.priority, one.batch, one.freshness, one.validate, one.absent_after)
+        (one.name, one.source, one.priority, one.batch, one.freshness, one.validate, one.absent_after, one.pages)
         for one in configuration.datasets.values()
     ]
     return _digest(rules, configuration.priority_weighting, configuration.seasons)
@@ -3690,7 +3948,7 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
     )
     declaration = _digest(
         [
-            (one.name, one.key.text, one.partitions, one.available_after, one.excluded)
+            (one.name, one.key.text, one.partitions, one.available_after, one.excluded, one.pages)
             for one in configuration.datasets.values()
         ],
         configuration.seasons,
@@ -3711,15 +3969,15 @@ def declare(database: Database, configuration: Configuration, clock: Clock) -> N
 
 def expansion_inputs(sql: sqlite3.Connection, dataset: Dataset, now: float) -> str:
     """What the expected objects of a dataset follow from, besides adce.yaml: the state of its parents, and the day."""
-    parents = "select changed from datasets where dataset = ?"
-    changed = sql.execute(parents, (dataset.partitions.parent_dataset,)).fetchone()
+    names = [*dataset.partitions.parents, *([dataset.name] if dataset.pages else [])]
+    parents = "select changed from datasets where dataset in (select value from json_each(?)) order by dataset_id"
+    changed = [row[0] for row in sql.execute(parents, (json.dumps(names),))]
     is_by_hour = dataset.partitions.dates and dataset.partitions.dates.last == "now"
-    return f"{changed and changed[0]} {now // HOUR if is_by_hour else day_of(now, timezone_of(dataset))}"
+    return f"{changed} {now // HOUR if is_by_hour else day_of(now, timezone_of(dataset))}"
 
 
-def children_of_parents(ledger: Ledger, child: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
-    """A page of the ids that the parents of a dataset name, in the order of the parents' keys."""
-    parent = ledger.configuration.datasets[cast(str, child.partitions.parent_dataset)]
+def ids_of_parents(ledger: Ledger, child: Dataset, parent: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
+    """Some of the ids that the objects of a parent name, in the order of their keys."""
     prefix = parent.key.text.partition("{")[0]
     return ledger.sql.execute(
         """
@@ -3732,7 +3990,7 @@ def children_of_parents(ledger: Ledger, child: Dataset, after: tuple[str, str]) 
         order by p.key, m.value
         limit ?7
         """,
-        (*after, prefix, prefix + LAST_KEY, parent.name, expression_of(child), EXPECTED_AT_ONCE),
+        (*after, prefix, prefix + LAST_KEY, parent.name, expression_of(child, parent.name), EXPECTED_AT_ONCE),
     ).fetchall()
 
 
@@ -3741,14 +3999,14 @@ Partition = tuple[Fields, int | None]  # the values that make one object, and th
 
 def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -> list[WantedRow]:
     """The expected objects of these partitions. Values that make no key are noted as problems."""
-    rows, seasons = [], ledger.configuration.seasons
+    rows = []
     number = ledger.sql.execute("select dataset_id from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
     excluded = {name: frozenset(values) for name, values in dict(dataset.excluded).items()}
     for fields, parent_id in partitions:
         if excluded and any(fields.get(name) in values for name, values in excluded.items()):
             continue
         try:
-            key, season, day, available_at = expected_object(dataset, fields, seasons)
+            key, season, day, available_at = expected_object(dataset, fields, dataset.calendar)
         except ValueError as error:
             parent = "select key from objects where object_id = ?"
             named_by = [f"{key}: " for (key,) in ledger.sql.execute(parent, (parent_id,))]
@@ -3811,7 +4069,7 @@ def note_mentions(ledger: Ledger, parent: ObjectRow, found: Inspection) -> set[t
     Content with an unusable id may stand for any other, so it removes none."""
     sql, named = ledger.sql, {(expression, value) for expression, values in found.mentions.items() for value in values}
     known = set(map(tuple, sql.execute("select expression, value from mentions where object_id = ?", parent[:1])))
-    removed = set() if found.problems else known - named
+    removed = set() if found.problems or found.outdated else known - named
     put = "insert into mentions values (?, ?, ?)"
     sql.executemany(put, [(parent.object_id, *mention) for mention in named - known])
     cut_out = "delete from mentions where object_id = ? and expression = ? and value = ?"
@@ -3822,27 +4080,59 @@ def note_mentions(ledger: Ledger, parent: ObjectRow, found: Inspection) -> set[t
     return named - known
 
 
-def expect_children(ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str]]) -> None:
-    """Expect the objects that a parent, just fetched, names for the first time. If another parent names one too, or
-    none does any more, the next cycle decides."""
+def expect_children(
+    ledger: Ledger, parent: ObjectRow, named: set[tuple[str, str]], *, is_fetched: bool, is_changed: bool
+) -> None:
+    """Expect the objects that a parent names for the first time. The next page is fetched after each fetch of a page,
+    and an object is copied after each change. If another parent names one too, or none does any more, the next cycle
+    decides."""
+    dataset = ledger.configuration.datasets[parent.dataset]
     for child in ledger.configuration.children_of(parent.dataset):
-        values = sorted(value for expression, value in named if expression == expression_of(child))
-        bases = ({**parent.fields, **child.partitions.fields_of_id(value)} for value in values)
-        fields = (one for base in bases for one in expand(child, ledger.configuration.seasons, ledger.now, base))
+        expression, is_page = expression_of(child, parent.dataset), child.name == parent.dataset
+        is_renewed = is_fetched if is_page else bool(child.copy_of) and is_changed
+        values = sorted(value for one, value in named if one == expression)
+        if is_renewed:  # a 304 names nothing
+            known = "select value from mentions where object_id = ? and expression = ?"
+            values = [row[0] for row in ledger.sql.execute(known, (parent.object_id, expression))]
         before = len(ledger.problems)
-        rows = rows_of(ledger, child, ((one, parent.object_id) for one in fields))
-        keys = json.dumps([row.key for row in rows])
-        known = "select key from objects where key in (select value from json_each(?)) and state != 'dropped'"
-        taken = {row[0] for row in ledger.sql.execute(known, (keys,))}
-        expanding = "select expansion = '' from datasets where dataset = ?"
-        is_expanding = rows and ledger.sql.execute(expanding, (child.name,)).fetchone()[0]  # from before this parent
-        if taken or is_expanding or len(ledger.problems) > before:
-            ledger.touch(parent.dataset)
-        ledger.sql.executemany(
-            UPSERT_OBJECT, [(*row, int(ledger.now)) for row in reversed(rows) if row.key not in taken]
+        rows = rows_of(
+            ledger,
+            child,
+            (
+                (fields, parent.object_id)
+                for value in values
+                for fields in expand_named(child, dataset, parent.fields, value, ledger.now)
+            ),
         )
-        new = "o.key in (select value from json_each(?)) and o.state = 'awaited' and not o.proven and o.etag is null"
-        ledger.write([ledger.appraised(row._replace(proven=1)) for row in ledger.objects(new, (keys,))])
+        is_sound = len(ledger.problems) == before
+        _insert_children(ledger, child, parent, rows, is_renewed=is_renewed, is_sound=is_sound)
+        is_whole = parent.fields["page"] == "1" if is_page and child.pages and child.pages.last else not values
+        if is_page and is_renewed and is_sound and is_whole:
+            for beyond in itertools.islice(ledger.pages_after(parent, len(values) + 1), 1):  # and all after it
+                ledger.drop("o.object_id = :number", {"number": beyond.object_id})
+
+
+def _insert_children(
+    ledger: Ledger, child: Dataset, parent: ObjectRow, rows: Sequence[WantedRow], *, is_renewed: bool, is_sound: bool
+) -> None:
+    keys = json.dumps([row.key for row in rows])
+    owners = """
+        select key, dataset from objects join datasets using (dataset_id)
+        where key in (select value from json_each(?)) and state != 'dropped'
+    """
+    taken = {key: is_renewed and name == child.name for key, name in ledger.sql.execute(owners, (keys,))}
+    expanding = "select expansion = '' from datasets where dataset = ?"
+    is_expanding = rows and ledger.sql.execute(expanding, (child.name,)).fetchone()[0]  # from before this parent
+    if not all(taken.values()) or is_expanding or not is_sound:
+        ledger.touch(parent.dataset)
+    ledger.sql.executemany(
+        UPSERT_OBJECT, [(*row, int(ledger.now)) for row in reversed(rows) if taken.get(row.key, True)]
+    )
+    for row in ledger.objects("o.key in (select value from json_each(?)) and not o.proven", (keys,)):
+        if is_renewed:
+            ledger.renew(row, f"{parent.key} was fetched {utc_text(ledger.now)}")
+        elif row.state == ObjectState.AWAITED and row.etag is None:
+            ledger.note(row, proven=1)
 
 
 # ---------------------------------------------------------------- Queue
@@ -3866,6 +4156,7 @@ class Claim:
     permit: Permit | None = None  # commands and calls ask for their own
     environment: Mapping[str, str] = field(default_factory=dict)  # of its program
     runs_exclusively: bool = False  # nothing else may run beside it
+    refusal: str | None = None  # why nothing is asked for
 
     def parts(self) -> list[tuple[Claim, ObjectRow]]:
         """Each task with the claim that has its dataset, in the order of the results."""
@@ -3933,13 +4224,13 @@ def claim(
         rivals = sum(not held[name] for name in with_work - {source.name})
         if held[source.name] and free <= (min(rivals, 1) if dataset.url else rivals):
             continue
-        if source.name not in openings:
+        if source.name not in openings and not dataset.original:
             openings[source.name] = opening(sql, configuration.rate_limiting, source.name, now, RUNNER)
-        if openings[source.name].at > now:
+        if not dataset.original and openings[source.name].at > now:
             continue
         is_exclusive = head["crashes"] >= configuration.retry.crash_limit()
         if is_exclusive and any(busy.values()):
-            del openings[source.name]
+            openings.pop(source.name, None)
             break
         granted = None
         if dataset.url:
@@ -3958,7 +4249,7 @@ def _begin_all(
     alone."""
     dataset, rows, beside = configuration.datasets[first.dataset], [first], list[tuple[Dataset, ObjectRow]]()
     source = configuration.sources[dataset.source]
-    url = url_of(source, dataset.url, first.fields) if dataset.url else ""
+    url = url_of(source, dataset, first.fields) if dataset.url else ""
     if not is_exclusive:
         rows += _others_in_batch(sql, configuration, first, dataset.batch) if dataset.batch else []
         beside += _objects_of_same_url(sql, configuration, first) if url else []
@@ -3972,7 +4263,25 @@ def _begin_all(
         beside=tuple(begun(one, [row]) for one, row in beside),
         environment={} if url else _environment(configuration, source, rows),
         runs_exclusively=is_exclusive,
+        refusal=_page_problem(Ledger(sql, configuration, wall), first, url),
     )
+
+
+def _page_problem(ledger: Ledger, page: ObjectRow, url: str) -> str | None:
+    """Why a page is not asked for: it is beyond the most, on another host, or named as one before it was. Each is
+    compared with the one at the last power of two, which finds every loop (R. P. Brent, An Improved Monte Carlo
+    Factorization Algorithm, 1980)."""
+    dataset = ledger.configuration.datasets[page.dataset]
+    if not dataset.pages or (number := int(page.fields["page"])) == 1:
+        return None
+    if number > dataset.pages.most:
+        return f"there are more than {dataset.pages.most} pages, see pages.most"
+    first = {**page.fields, "page": "1", "next": ""}
+    if origin_of(url) != origin_of(url_of(ledger.configuration.sources[dataset.source], dataset, first)):
+        return f"the page before it names {urllib.parse.urlsplit(url).netloc}, another host"
+    before = ledger.page(page, 1 << ((number - 1).bit_length() - 1))
+    is_named_twice = before and before.fields["next"] == page.fields["next"] != "" and not dataset.pages.last
+    return f"the page before it names page {before.fields['page']} again" if before and is_named_twice else None
 
 
 def _objects_of_same_url(
@@ -3981,7 +4290,7 @@ def _objects_of_same_url(
     """The pending objects of other datasets that one response brings together with the first."""
     own, fields = configuration.datasets[first.dataset], first.fields
     for other in configuration.datasets.values():
-        if other.name == own.name or other.request() != own.request():
+        if own.pages or other.name == own.name or other.request() != own.request():
             continue
         key = other.key.render(fields, quote_for_key) if set(other.partitions.own_fields()) <= fields.keys() else ""
         pending = "o.key = ? and d.dataset = ? and o.task = 'pending' and d.active and d.ready"
@@ -4088,7 +4397,7 @@ def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clo
     was_sent = any(result.requests for result in results)
     if claimed.permit:
         release(sql, claimed.permit, now, used=was_sent)
-    if was_sent or not claimed.dataset.url:
+    if was_sent or claimed.dataset.command or claimed.dataset.call:
         has_failed = claimed.tasks[0].failures > 0
         health = record_response(sql, claimed.source, decisive, now, is_repeated=has_failed)
     if decisive.outcome is Outcome.STORE_ERROR:
@@ -4099,14 +4408,22 @@ def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clo
         _record_attempt(ledger, one.dataset, task, result)
         running = "o.object_id = :object_id and o.task = 'running' and o.attempt_id = :attempt_id"
         rows = ledger.objects(running, {"object_id": task.object_id, "attempt_id": task.attempt_id})
-        endings += [_settle(ledger, row, result, health, rng) for row in rows]
+        endings += [_settle(ledger, row, result, health, rng, task.outdated) for row in rows]
     return endings
 
 
-def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth, rng: random.Random) -> Ending:
-    """The next state of a task. It is done only when its object is whole in the store and no gap any more."""
+def _settle(
+    ledger: Ledger,
+    row: ObjectRow,
+    result: Result,
+    health: SourceHealth,
+    rng: random.Random,
+    outdated: str | None = None,
+) -> Ending:
+    """The next state of a task, whose object was `outdated` when it began. It is done only when its object is whole in
+    the store and no gap any more."""
     outcome, is_ok = result.outcome, result.outcome is Outcome.OK
-    season = next((season for season in ledger.configuration.seasons if season.label == row.season), None)
+    season = season_of(ledger.configuration.datasets[row.dataset], row.season)
     counted = (outcome.traits.counts and not health.is_source) or (
         outcome is Outcome.NOT_YET and not may_still_appear(season, row.day, ledger.now)
     )
@@ -4121,6 +4438,8 @@ def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth
             row = ledger.stored(row, result.stored, result.inspection, result.validators)
         elif result.http_status == 304:
             row = row._replace(modified_at=int(ledger.now))
+        if is_ok and row.outdated == outdated:  # else it was outdated meanwhile
+            row = row._replace(outdated=None)
         if outcome is Outcome.NOT_YET and _may_be_absent(ledger, row):
             row = row._replace(absent_at=int(ledger.now))
         row = ledger.appraised(row, is_fetched=is_ok)
@@ -4129,12 +4448,25 @@ def _settle(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth
             delay = max(health.pause_seconds or 0.0, retry_delay(ledger.configuration.retry, times, rng))
             row = _after_failure(ledger.configuration.retry, row, result, ledger.now, delay)
     ledger.write([row])
-    has_children = bool(ledger.configuration.children_of(row.dataset))
-    if is_ok and has_children and result.inspection and row.state != ObjectState.DROPPED:
-        expect_children(ledger, row, note_mentions(ledger, row, result.inspection))
+    if is_ok and ledger.configuration.children_of(row.dataset) and row.state != ObjectState.DROPPED:
+        named = note_mentions(ledger, row, result.inspection) if result.inspection else set()
+        is_fetched, is_changed = result.http_status is not None, result.stored is not None
+        expect_children(ledger, row, named, is_fetched=is_fetched, is_changed=is_changed)
+    elif row.task in (TaskState.PENDING, TaskState.RETRY) and not health.is_source:
+        _restart_pages(ledger, row, result)
     closed = TaskState.DONE if row.state == ObjectState.PRESENT else TaskState.CANCELLED
     state = TaskState(row.task) if row.task else closed
     return Ending(row, result, state, failures, row.next_at if row.task else None, counted)
+
+
+def _restart_pages(ledger: Ledger, row: ObjectRow, result: Result) -> None:
+    """A source that refuses a page may no longer know what the page before it named: the first is asked for again."""
+    status = result.http_status or 0
+    is_refused = 400 <= status < 500 or (status and result.outcome is Outcome.INVALID)
+    if ledger.configuration.datasets[row.dataset].pages and is_refused and row.fields["page"] != "1":
+        first = ledger.page(row, 1)
+        if first and first.etag:
+            ledger.renew(first, f"its page {row.fields['page']}: {result.error}")
 
 
 def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
@@ -4496,6 +4828,7 @@ class Cycle:
         self.compared: set[str] = set()  # prefixes
         self.expanded: dict[str, str] = {}  # inputs of datasets whose new objects are not inserted yet
         self.new = 0  # objects that wait for their insertion
+        self.has_new_pages = False  # stored pages have named others
         self.present: collections.Counter[int] = collections.Counter()  # objects in the store until now, by dataset
         self.losses: dict[int, array.array[int]] = {}  # those that are no longer listed
         self.problems: list[str] = []
@@ -4602,7 +4935,7 @@ def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | Non
             while not all(future.done() for future in reading.values()):
                 yield True
             found = {number: inspection for number, future in reading.items() if (inspection := future.result())}
-            yield from cycle.rewrite(found, functools.partial(_judged, found))
+            yield from cycle.rewrite(found, functools.partial(_judged, cycle, found))
             after = unread[-1].key
             cycle.may_verify -= len(unread) * is_validated_only
 
@@ -4628,17 +4961,23 @@ def _inspect(cycle: Cycle, target: ObjectRow, children: Sequence[Dataset]) -> In
         cycle.problems.append(str(error))
         return None
     with body:
-        return inspect(cycle.configuration.datasets[target.dataset], target.fields, body, children)
+        return inspect(
+            cycle.configuration.datasets[target.dataset], target.fields, body, children, known_links(target.validators)
+        )
 
 
-def _judged(found: Mapping[int, Inspection], ledger: Ledger, row: ObjectRow) -> ObjectRow:
+def _judged(cycle: Cycle, found: Mapping[int, Inspection], ledger: Ledger, row: ObjectRow) -> ObjectRow:
     """Content with unusable ids counts as unread, so that every cycle reports it."""
     inspection = found[row.object_id]
-    if inspection.valid and note_mentions(ledger, row, inspection):
+    if inspection.valid and (named := note_mentions(ledger, row, inspection)):
         ledger.touch(row.dataset)
+        cycle.has_new_pages |= PAGES in {expression for expression, _ in named}
+    if inspection.valid and row.read_etag not in (None, row.etag):  # another program, or a runner that crashed
+        expect_children(ledger, row, set(), is_fetched=True, is_changed=True)
     read_etag = None if inspection.problems else row.etag
     verdict, settled, live = inspection.verdict, inspection.settled, inspection.live
-    return ledger.appraised(row._replace(verdict=verdict, settled=settled, live=live, read_etag=read_etag))
+    row = row._replace(verdict=verdict, settled=settled, live=live, read_etag=read_etag)
+    return ledger.appraised(row._replace(outdated=inspection.outdated or row.outdated))
 
 
 # ---------------------------------------------------------------- Reconcile
@@ -4686,12 +5025,15 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
     """Yields True while it waits for the store."""
     yield from _forget_readings(cycle)
     for level in cycle.configuration.levels():
-        yield from _expand(cycle, level)
-        yield from _compare(cycle, level)
-        yield from _end_expansion(cycle)
-        if cycle.listed:  # else the store may be empty, or another one
-            yield from _apply_losses(cycle)
-        yield from read_contents(cycle, level)
+        cycle.has_new_pages = True
+        while cycle.has_new_pages:
+            cycle.has_new_pages = False
+            yield from _expand(cycle, level)
+            yield from _compare(cycle, level)
+            yield from _end_expansion(cycle)
+            if cycle.listed:  # else the store may be empty, or another one
+                yield from _apply_losses(cycle)
+            yield from read_contents(cycle, level)
     # datasets that are no longer declared, with objects that no other dataset has taken over
     undeclared = """
         select dataset from datasets
@@ -4746,26 +5088,26 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
 
 
 def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
-    """The partitions of a dataset: those that it declares, or those that its parents name, a page at a time."""
-    partitions, seasons, now = dataset.partitions, cycle.configuration.seasons, cycle.clock.wall()
-    if not partitions.parent_dataset:
-        declared = expand(dataset, seasons, now)
+    """The partitions of a dataset, some at a time: those that it declares, or those that its parents name, and the
+    pages that its pages name."""
+    configuration, now = cycle.configuration, cycle.clock.wall()
+    parents = [configuration.datasets[name] for name in dataset.partitions.parents]
+    if not parents:
+        declared = expand(dataset, dataset.calendar, now)
         yield from chunks(((fields, None) for fields in declared), EXPECTED_AT_ONCE)
-        return
-    after = ("", "")
-    while True:
-        with cycle.ledger() as ledger:
-            rows = children_of_parents(ledger, dataset, after)
-        if not rows:
-            return
-        yield (
-            (fields, row["object_id"])
-            for row in rows
-            for fields in expand(
-                dataset, seasons, now, {**json.loads(row["fields"]), **partitions.fields_of_id(row["value"])}
+    for parent in [*parents, *([dataset] if dataset.pages else [])]:
+        after = ("", "")
+        while True:
+            with cycle.ledger() as ledger:
+                rows = ids_of_parents(ledger, dataset, parent, after)
+            if not rows:
+                break
+            yield (
+                (fields, row["object_id"])
+                for row in rows
+                for fields in expand_named(dataset, parent, json.loads(row["fields"]), row["value"], now)
             )
-        )
-        after = rows[-1]["key"], rows[-1]["value"]
+            after = rows[-1]["key"], rows[-1]["value"]
 
 
 def _end_expansion(cycle: Cycle) -> Iterator[None]:
@@ -4997,7 +5339,8 @@ def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | 
         return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
     try:
         with store.open(target.key) as body:
-            inspection = inspect(claimed.dataset, target.fields, body, claimed.children)
+            links = known_links(target.validators)
+            inspection = inspect(claimed.dataset, target.fields, body, claimed.children, links)
     except KeyError:  # deleted meanwhile
         return None
     outcome = Outcome.OK if inspection.valid else Outcome.INVALID
@@ -5011,13 +5354,18 @@ def _refused(error: StoreError) -> Result:
 
 
 def validate_and_store(
-    claimed: Claim, target: ObjectRow, body: BinaryIO, store: Store, http_status: int | None = None
+    claimed: Claim,
+    target: ObjectRow,
+    body: BinaryIO,
+    store: Store,
+    http_status: int | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> Result:
     """Validate a body, then store it."""
     most = claimed.dataset.validate.max_bytes
     if body.seek(0, io.SEEK_END) > most:
         return Result(Outcome.INVALID, f"longer than {most} bytes", http_status)
-    inspection = inspect(claimed.dataset, target.fields, body, claimed.children)
+    inspection = inspect(claimed.dataset, target.fields, body, claimed.children, links)
     if not inspection.valid:
         return Result(Outcome.INVALID, inspection.verdict, http_status)
     try:
@@ -5042,7 +5390,7 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     Raises StoreError when there is no place for the body; then nothing was sent."""
     with store.spool() as body:
         results = _request_into(body, claimed, store, clock)
-    names = secrets_of(claimed.source, claimed.dataset)
+    names = claimed.dataset.secrets
     first, *others = (dataclasses.replace(one, error=one.error and redacted(one.error, names)) for one in results)
     return [first, *(dataclasses.replace(one, requests=0) for one in others)]
 
@@ -5114,26 +5462,8 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
         if not is_asked or name not in ("gzip", "deflate") or len(codings) > 5:  # urllib3 undoes five at most, too
             problem = "cannot be undone" if is_asked else "was not asked for"
             raise zlib.error(f"Content-Encoding {coding}, which {problem}")
-        blocks = _unpack(blocks, name)
+        blocks = unpack(blocks, name)
     return blocks
-
-
-def _unpack(blocks: Iterable[bytes], coding: str) -> Iterator[bytes]:
-    """Undo gzip or deflate, at most a block at a time. Raises zlib.error unless the stream is whole: urllib3 accepts
-    half of one. After its end another stream may follow, or zeros, as gzip(1) has it."""
-    stream = None
-    for block in blocks:
-        rest = block
-        while rest := rest.lstrip(b"\0") if stream and stream.eof else rest:
-            if stream is None or stream.eof:
-                is_raw = rest[0] & 0x8F != 8  # deflate without the header of zlib, as some servers send it
-                stream = zlib.decompressobj(31 if coding == "gzip" else -15 if is_raw else 15)
-            yield stream.decompress(rest, BLOCK_BYTES)
-            rest = stream.unconsumed_tail or stream.unused_data
-    if stream and not stream.eof:
-        yield stream.flush()
-    if not (stream and stream.eof):
-        raise zlib.error(f"its {coding} stream ended early")
 
 
 class _Deadline(threading.Timer):
@@ -5198,12 +5528,13 @@ def _watch_pool(claimed: Claim, deadline: _Deadline, clock: Clock, pool: Any) ->
     pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": open_socket, "connect": connect})
 
 
-def _validators(url: str, headers: Mapping[str, str]) -> str | None:
-    """The conditions of the next request for a url (RFC 9110, 13.1), as JSON; None when the response has no
-    validators."""
+def _validators(url: str, headers: Mapping[str, str], links: Mapping[str, str] | None) -> str | None:
+    """The conditions of the next request for a url (RFC 9110, 13.1), as JSON, and the links of the header; None when
+    the response has no validators."""
     names = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
     given = {name: headers[header] for name, header in names.items() if header in headers}
-    return json.dumps({"url": url, "headers": given}) if given else None
+    known = {"url": url, "headers": given} | ({} if links is None else {"links": links})
+    return json.dumps(known) if given or links is not None else None
 
 
 def _conditions(claimed: Claim) -> dict[str, str]:
@@ -5216,8 +5547,8 @@ def _conditions(claimed: Claim) -> dict[str, str]:
 
 def _headers(claimed: Claim) -> dict[str, str]:
     """Secrets for one host are not sent to another, to which it redirects. Only what can be undone is asked for."""
-    own_url = url_of(claimed.source, cast(Template, claimed.dataset.url), claimed.tasks[0].fields)
-    is_own = _origin(_sent_url(claimed)) == _origin(from_environment(own_url))
+    own_url = url_of(claimed.source, claimed.dataset, claimed.tasks[0].fields)
+    is_own = origin_of(_sent_url(claimed)) == origin_of(from_environment(own_url, claimed.dataset.secrets))
     headers = {**claimed.source.headers, **claimed.dataset.headers}.items()
     sent = {name: from_environment(text) for name, text in headers if is_own or name.lower() in KEPT_ON_OTHER_HOSTS}
     if claimed.dataset.body:
@@ -5239,19 +5570,9 @@ def _sent_body(claimed: Claim) -> bytes | None:
 
 
 def _sent_url(claimed: Claim) -> str:
-    """The url with the values of its variables. One of a redirect has none: a source could ask for any."""
-    return claimed.url if claimed.hops else from_environment(claimed.url)
-
-
-def secrets_of(source: Source, dataset: Dataset) -> set[str]:
-    """The variables of the environment that the requests of a dataset hold."""
-    headers = [*source.headers.values(), *dataset.headers.values()]
-    return variables_in(source.base_url, dataset.url.text if dataset.url else "", dataset.body, *headers)
-
-
-def _origin(url: str) -> tuple[str, str]:
-    parts = urllib.parse.urlsplit(url)
-    return parts.scheme, parts.netloc
+    """The url with the values of its variables. One that the source has chosen, by a redirect or as the next page, has
+    no others."""
+    return claimed.url if claimed.hops else from_environment(claimed.url, claimed.dataset.secrets)
 
 
 def connection_error(error: BaseException) -> tuple[Outcome, str]:
@@ -5286,13 +5607,14 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
         if answer.outcome is not Outcome.OK:
             return [answer] * len(parts)
         if target.key.lower().endswith(".gz") and size <= claimed.dataset.validate.max_bytes:
-            body.seek(0)
-            for _ in _unpack(iter(functools.partial(body.read, BLOCK_BYTES), b""), "gzip"):
+            for _ in unpack(blocks_of(body), "gzip"):
                 if deadline.passed:  # half a file can have the whole Content-Length
                     raise TimeoutError
-        results = [validate_and_store(one, task, body, store, status) for one, task in parts]
-        url = redacted(claimed.url, secrets_of(claimed.source, claimed.dataset))
-        validators = _validators(url, response.headers)
+        secrets = claimed.dataset.secrets
+        links = {rel: redacted(link["url"], secrets) for rel, link in response.links.items() if rel == "next"}
+        results = [validate_and_store(one, task, body, store, status, links) for one, task in parts]
+        has_links = claimed.dataset.pages and claimed.dataset.pages.next == LINK
+        validators = _validators(redacted(claimed.url, secrets), response.headers, links if has_links else None)
         return [dataclasses.replace(result, validators=validators) for result in results]
     url = urllib.parse.urljoin(_sent_url(claimed), response.headers["location"])
     to = urllib.parse.urlsplit(url)
@@ -5328,7 +5650,7 @@ def session(source: str, config: str | os.PathLike[str] | None = None, wait: flo
 
         def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
             super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
-            if _origin(prepared_request.url) != _origin(response.request.url):
+            if origin_of(prepared_request.url) != origin_of(response.request.url):
                 for name in described.headers:
                     if name.lower() not in KEPT_ON_OTHER_HOSTS:
                         prepared_request.headers.pop(name, None)
@@ -5605,17 +5927,32 @@ def _returned_blocks(value: Any) -> Iterator[bytes]:
         raise TypeError(f"returned {type(value).__name__}, not bytes, an iterator of bytes or a path")
 
 
+def _copy(claimed: Claim, store: Store, original: str) -> Result:
+    try:
+        with store.open(original) as body, store.spool() as copy:
+            for block in blocks_of(body):
+                fill(copy, block)
+            return validate_and_store(claimed, claimed.tasks[0], copy, store)
+    except KeyError:
+        return Result(Outcome.NOT_YET, f"{original} is not in the store")
+
+
 def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     """Bring the objects of a claim into the store. One result for each task; never raises.
 
     An object that is in the store already, and whole, is not asked for again."""
     try:
         parts = claimed.parts()
+        if claimed.refusal:
+            return [Result(Outcome.INVALID, claimed.refusal)] * len(parts)
         if len(claimed.tasks) == 1 and not claimed.hops and all(row.state == ObjectState.MISSING for _, row in parts):
             found = [inspect_stored(one, row, store) for one, row in parts]
-            if whole := [one for one in found if one and one.outcome is Outcome.OK]:
+            judged = [one for one in found if one and one.inspection and not one.inspection.outdated]
+            if whole := [one for one in judged if one.outcome is Outcome.OK]:
                 unasked = Result(Outcome.LOST, "not asked for: an object of the same url is in the store")
                 return [one if one in whole else unasked for one in found]
+        if claimed.dataset.original:
+            return [_copy(claimed, store, claimed.dataset.original.render(claimed.tasks[0].fields, quote_for_key))]
         return request(claimed, store, clock) if claimed.url else run_command(claimed, store)
     except StoreError as error:
         return [_refused(error)] * len(claimed.parts())
@@ -6044,8 +6381,8 @@ changed: - adce.py restart
     select :file as about, 'has changed since the runner started' as text from runner
     where stopped_at is null and :changed_at > started_at + 1
 seasons over: - adce.py explain seasons
-    select 'seasons' as about, 'all of them are over: add the next one' as text
-    where :last_day < date(:now, 'unixepoch')
+    select iif(key = '', 'seasons', key) as about, 'all of them are over: add the next one' as text
+    from json_each(:last_days) where value < date(:now, 'unixepoch')
 """)
 
 
@@ -6087,9 +6424,9 @@ def conditions(
         found.append(Condition("disk low", "database", "x", text, "df -h"))
     path, scopes = configuration.path, configuration.rate_limiting.scopes
     unlimited = [name for name in configuration.sources if not scopes.keys() & {name, GLOBAL}]
-    last_day = max((str(season.finish) for season in configuration.seasons), default=None)
+    last_days = {season.calendar: str(season.finish) for season in configuration.seasons}  # by their starts
     values = {"now": now, "vanished": VANISHED, "store": f"{STORE_TROUBLE}*", "unusable": ill.get("store unusable")}
-    values |= {"unlimited": json.dumps(unlimited), "last_day": last_day, "file": path.name}
+    values |= {"unlimited": json.dumps(unlimited), "last_days": json.dumps(last_days), "file": path.name}
     over = [season.label for season in configuration.seasons if season.finish < day_of(now)]
     least = {one.name: one.at_least for one in configuration.datasets.values() if one.at_least}
     values |= {"at_least": json.dumps(least), "over": json.dumps(over)}
@@ -6799,7 +7136,7 @@ class Alerter:
         self._in_use = channel
         try:
             if self._stopped.is_set():
-                raise Error("the runner stops")
+                return "the runner stops"
             if getattr(self.settings, channel):
                 deliver(channel, self.configuration, message)
         except Exception as problem:  # noqa: BLE001  # whatever a library raises is an error of the channel
@@ -7296,7 +7633,8 @@ class Runner:
 
 
 # ---------------------------------------------------------------- Examples
-# Texts for other programs, printed by `adce.py example NAME`. Headlines: EXAMPLES, example().
+# The reference of all keys, for people and as a JSON Schema, and texts for other programs, printed by `adce.py example
+# NAME`. Headlines: explain(), json_schema(), EXAMPLES, example().
 
 EXAMPLES = {
     "systemd": """\
@@ -7390,6 +7728,71 @@ groups:
 */15 * * * * {command} -q run --once --if-locked skip
 """,
 }
+
+
+def explain(wanted: str | None) -> list[dict[str, Any]]:
+    """A row for the key that `wanted` names, by its path or the end of it, and for each key in it; else for each block.
+
+    Raises Error for an unknown key."""
+    settings, found = all_settings(), list[str]()
+    path_of = r"\.".join(rf"({re.escape(word)}|\*)" for word in (wanted or "").split("."))
+    for pattern in (rf"{path_of}(\.|$)", rf".+\.{re.escape(wanted)}(\.|$)") if wanted else (r"[^.]+$",):
+        found = found or [path for path in settings if re.match(pattern, path)]
+    if not found:
+        names = [*settings, *(path.rpartition(".")[2] for path in settings)]
+        raise Error(f'unknown key "{wanted}"{suggest(wanted or "", names)}', '"adce.py explain" lists the blocks')
+    rows = []
+    for path, one in ((path, settings[path]) for path in found):
+        is_shown = isinstance(one.default, int | float | str | Path | dict) and one.default not in ("", {})
+        text = json.dumps(one.default, default=str).strip('"') if is_shown else None
+        default = "required" if one.default is NEEDED else text
+        kind, beside = json_schema(one.declared)["title"], " or ".join(one.beside)
+        rows.append({"key": path, "kind": kind, "default": default, "beside": beside, "meaning": one.meaning})
+    return rows
+
+
+def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of explain() for people."""
+    lines = []
+    for row in rows:
+        default = row["default"] and (row["default"] if row["default"] == "required" else f"default {row['default']}")
+        facts = [row["kind"], default, row["beside"] and f"only beside {row['beside']}"]
+        lines += [row["key"], f"    {'; '.join(filter(None, facts))}", f"    {row['meaning']}"]
+    return "\n".join(lines)
+
+
+def json_schema(declared: Any = Configuration) -> dict[str, Any]:
+    """The JSON Schema (Draft 2020-12) of adce.yaml, or of a part of it. What must hold between blocks is not in it."""
+    shape, names, inner = shape_of(declared)
+    if shape == "value":
+        return {"title": inner.expected, **inner.schema}
+    if shape != "block":
+        item = json_schema(inner)
+        title = f"a {shape}, each {item['title']}"
+        several = {"title": title, "type": "array", "minItems": 1, "items": item}
+        if shape == "mapping":
+            known_names = {} if names in (str, ONE_OR_MORE) else {"propertyNames": {"enum": list(names)}}
+            several = {"title": title, "type": "object", "additionalProperties": item, **known_names}
+        one_or_more = {"title": f"{item['title']}, or {title}", "anyOf": [item, several]}
+        return one_or_more if names is ONE_OR_MORE else several
+
+    def needs(when: Sequence[str], how: str, others: Sequence[str]) -> dict[str, Any]:
+        return {"if": {"required": when}, "then": {how: [{"required": [name]} for name in others]}}
+
+    known = settings_of(inner)
+    rules = [needs([when] if when else [], "oneOf", group) for when, group in getattr(inner, "ONE_OF", ())]
+    rules += [needs([], "anyOf", group) for group in [getattr(inner, "ANY_OF", ())] if group]
+    rules += [needs([name], "anyOf", one.beside) for name, one in known.items() if one.beside]
+    rules += [{"not": {"required": [name, other]}} for name, one in known.items() for other in one.against]
+    return {
+        **({"$schema": "https://json-schema.org/draft/2020-12/schema"} if inner is Configuration else {}),
+        "title": "a mapping",
+        "type": "object",
+        "additionalProperties": False,
+        "required": [name for name, one in known.items() if one.default is NEEDED],
+        "properties": {name: {**json_schema(one.declared), "description": one.meaning} for name, one in known.items()},
+        "allOf": [{}, *rules],
+    }
 
 
 def grafana_dashboard() -> str:
@@ -7625,9 +8028,9 @@ def example_fields(database: Database, configuration: Configuration, dataset: Da
     known = """select fields from objects join datasets using (dataset_id)
                where dataset = ? and state != 'dropped' order by etag is null, task is null limit 1"""
     fields = json.loads(database.value(known, (dataset.name,)) or "{}")
-    if not fields and not dataset.partitions.parent_dataset:
-        fields = next(expand(dataset, configuration.seasons, Clock().wall()), fields)
-    fields |= given
+    if not fields and not dataset.partitions.parents:
+        fields = next(expand(dataset, dataset.calendar, Clock().wall()), fields)
+    fields = {**(dict(zip(PAGE_FIELDS, ("1", ""), strict=True)) if dataset.pages else {}), **fields, **given}
     if lacking := sorted(configuration.fields_of(dataset.name) - fields.keys()):
         raise Error(f"no value for {', '.join(lacking)}", f"adce.py try {dataset.name} {lacking[0]}=VALUE")
     return cast(dict[str, str], fields)
@@ -7642,20 +8045,21 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
         raise Error(f"{dataset.name} has no url", "run its program by itself")
     source = configuration.sources[dataset.source]
     try:
-        key = expected_object(dataset, fields, configuration.seasons).key
+        key = expected_object(dataset, fields, dataset.calendar).key
     except ValueError as error:
         raise Error(str(error), f"adce.py try {dataset.name} FIELD=VALUE") from error
     claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
-    claimed = dataclasses.replace(claimed, url=url_of(source, dataset.url, fields))
+    claimed = dataclasses.replace(claimed, url=url_of(source, dataset, fields))
     sent: Any = {"headers": _headers(claimed), "data": _sent_body(claimed), "stream": True, "allow_redirects": False}
     try:
         with session(source.name).request(dataset.method, _sent_url(claimed), **sent) as answer:
             body = answer.raw.read(dataset.validate.max_bytes, decode_content=True)
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise Error(f"{source.name} {connection_error(error)[1]}", "see: adce.py check --online") from error
-    names = secrets_of(source, dataset)
+    names = dataset.secrets
     result = classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES])
-    found = inspect(dataset, fields, body, configuration.children_of(dataset.name))
+    links = {rel: link["url"] for rel, link in answer.links.items()}
+    found = inspect(dataset, fields, body, configuration.children_of(dataset.name), links)
     is_ok = result.outcome is Outcome.OK
     facts = {"key": key, "url": claimed.url, "status": answer.status_code, "bytes": len(body)}
     facts |= {"outcome": Outcome.INVALID if is_ok and not found.valid else result.outcome, "is_final": found.settled}

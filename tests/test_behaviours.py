@@ -289,7 +289,7 @@ def dataset_of(scraper: Scraper, **more) -> adce.Dataset:
         name="games",
         source="espn",
         key=adce.Template("games/{game_id}.json"),
-        partitions=adce.Partitions(parent_dataset="days", id_field="game_id"),
+        partitions=adce.Partitions(parents=("days",), id_field="game_id"),
         validate=adce.Validation(json=True, require=("id == '{game_id}'",), max_bytes=scraper.max_bytes),
         timeout_seconds=scraper.patience,
         output=scraper.output,

@@ -265,11 +265,11 @@ BROKEN = {
     ),
     "no runner": (
         edited('    url: "/days/{date}"\n', ""),
-        ["5:5: datasets.days: needs exactly one of url, command and call, has none"],
+        ["5:5: datasets.days: needs exactly one of url, command, call and copy_of, has none"],
     ),
     "two runners": (
         BASE + "    call: module:function\n",
-        ["5:5: datasets.days: needs exactly one of url, command and call, has url and call"],
+        ["5:5: datasets.days: needs exactly one of url, command, call and copy_of, has url and call"],
     ),
     "a field of two kinds of partitions": (
         edited("{dates: {from: 2024-01-01}}", "{dates: {from: 2024-01-01}, values: {date: [a]}}"),

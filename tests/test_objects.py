@@ -26,13 +26,13 @@ def dataset(**changes) -> adce.Dataset:
         "name": "days",
         "source": "espn",
         "key": adce.Template("days/{date}.json"),
-        "partitions": adce.Partitions(dates=adce.Dates(seasons=True)),
+        "partitions": adce.Partitions(dates=adce.Dates(seasons=("all",))),
     }
     return adce.Dataset(**{**given, **changes})
 
 
 def child(**partitions) -> adce.Dataset:
-    parts = adce.Partitions(parent_dataset="days", id_field="game_id", **partitions)
+    parts = adce.Partitions(parents=("days",), id_field="game_id", **partitions)
     return dataset(name="games", key=adce.Template("games/{game_id}.json"), partitions=parts)
 
 
@@ -80,8 +80,8 @@ def test_value_that_makes_no_key_is_refused(value):
 
 def test_days_of_all_seasons_end_yesterday_in_their_own_zone():
     just_after_midnight_utc = adce.instant_of(datetime.date(2024, 10, 25), datetime.time(1), "UTC")
-    there = adce.Partitions(dates=adce.Dates(seasons=True, timezone="America/New_York"))
-    here = adce.Partitions(dates=adce.Dates(seasons=True, last="today"))
+    there = adce.Partitions(dates=adce.Dates(seasons=("all",), timezone="America/New_York"))
+    here = adce.Partitions(dates=adce.Dates(seasons=("all",), last="today"))
     last = [
         list(adce.expand(dataset(partitions=partitions), SEASONS, just_after_midnight_utc))[-1]["date"]
         for partitions in (there, here)
@@ -96,7 +96,7 @@ def test_finished_season_has_all_its_days():
 
 
 def test_season_that_has_not_begun_is_not_expected():
-    partitions = adce.Partitions(seasons=True, values=(("month", ("may", "june")),))
+    partitions = adce.Partitions(seasons=("all",), values=(("month", ("may", "june")),))
     before = adce.instant_of(SEASONS[1].start, datetime.time(), "UTC") - 1
     fields = list(adce.expand(dataset(partitions=partitions), SEASONS, before))
     assert [(one["season"], one["end"], one["month"]) for one in fields] == [
@@ -126,7 +126,7 @@ def test_range_of_dates_stops_at_its_end_or_at_its_bound():
 )
 def test_expected_objects_are_every_combination_of_steps_and_values(every, first, last, weekdays, excluded, letters):
     dates = adce.Dates(first=first, last=last, every=every, weekdays=tuple(weekdays), excluded=tuple(excluded))
-    partitions = adce.Partitions(dates=dates, seasons=True, values=(("letter", tuple(letters)),))
+    partitions = adce.Partitions(dates=dates, seasons=("all",), values=(("letter", tuple(letters)),))
     found = [tuple(one.values()) for one in adce.expand(dataset(partitions=partitions), SEASONS[:2], NOON)]
     names, now = (
         {"mon": 0, "tue": 1, "wed": 2, "thu": 3, "fri": 4, "sat": 5, "sun": 6},
@@ -202,7 +202,7 @@ def test_key_in_the_folder_that_is_adces_own_is_refused():
 
 def several(**partitions) -> adce.Dataset:
     """A child whose ids have several fields."""
-    parts = adce.Partitions(parent_dataset="days", **partitions)
+    parts = adce.Partitions(parents=("days",), **partitions)
     return dataset(name="games", key=adce.Template("games/{cik}/{form}"), partitions=parts)
 
 
@@ -254,7 +254,7 @@ def test_object_of_a_date_belongs_to_its_season():
     ],
 )
 def test_object_is_available_after_an_instant_of_its_own_zone(rule, instant):
-    partitions = adce.Partitions(dates=adce.Dates(seasons=True, timezone="America/New_York"))
+    partitions = adce.Partitions(dates=adce.Dates(seasons=("all",), timezone="America/New_York"))
     wanted = adce.expected_object(dataset(partitions=partitions, available_after=rule), {"date": "2024-12-15"}, SEASONS)
     assert adce.utc_text(wanted.available_at) == instant
 
@@ -397,11 +397,21 @@ def test_object_is_stale_from_the_very_second_its_refetch_is_due(age):
 
 
 def test_refetch_once_happens_once_so_long_after_the_end_of_its_day():
-    one = dataset(freshness=adce.Freshness(refetch_once_after=36 * HOUR))
+    one = dataset(freshness=adce.Freshness(refetch_once_after=(36 * HOUR,)))
     due = adce.instant_of(datetime.date(2025, 1, 15), datetime.time(), "UTC") + 36 * HOUR
     assert state(one, facts()).next_at == due
     assert state(one, facts(), due).state == "stale"
     assert state(one, facts(modified_at=due), due + 1) == adce.Appraisal(adce.ObjectState.PRESENT)
+
+
+def test_refetches_of_a_list_happen_once_each_also_of_a_final_object():
+    one = dataset(freshness=adce.Freshness(refetch_once_after=(36 * HOUR, 7 * DAY), until="final"))
+    end = adce.instant_of(datetime.date(2025, 1, 15), datetime.time(), "UTC")
+    last, looks = int(NOON), []
+    while (next_at := state(one, facts(modified_at=last, settled=1)).next_at) is not None:
+        looks.append(next_at - end)
+        last = next_at
+    assert looks == [36 * HOUR, 7 * DAY]
 
 
 def test_object_of_a_past_season_that_was_fetched_before_its_end_is_fetched_again():
@@ -429,9 +439,9 @@ def test_object_without_season_and_day_is_not_refetched_by_the_season():
     ],
 )
 def test_automatic_priority_follows_the_age_of_the_date_then_of_the_season(day, season, priority, tmp_path):
-    configuration = adce.Configuration(tmp_path, tmp_path, "lake", seasons=SEASONS)
-    assert adce.priority_of(dataset(), season, day, datetime.date(2025, 1, 15), configuration) == priority
-    assert adce.priority_of(dataset(priority="LOW"), season, day, datetime.date(2025, 1, 15), configuration) == "LOW"
+    configuration, today = adce.Configuration(tmp_path, tmp_path, "lake"), datetime.date(2025, 1, 15)
+    assert adce.priority_of(dataset(calendar=SEASONS), season, day, today, configuration) == priority
+    assert adce.priority_of(dataset(priority="LOW"), season, day, today, configuration) == "LOW"
 
 
 @pytest.mark.parametrize(("day", "can"), [("2025-01-08", True), ("2025-01-07", False), (None, True)])

@@ -20,11 +20,11 @@ def test_every_key_that_the_guide_names_exists():
     paths = adce.all_settings()
     names = {name for path in paths for name in path.split(".")} | {"_minute", "_hour", "_day"}
     tables = re.findall(
-        r"^\| (?:key|freshness|validate|partitions)\b[^\n]*\n\| ---.*\n((?:\|.*\n)+)", README, re.MULTILINE
+        r"^\| (?:key|freshness|validate|partitions|pages)\b[^\n]*\n\| ---.*\n((?:\|.*\n)+)", README, re.MULTILINE
     )
     cells = [row.partition(" | ")[0] for table in tables for row in table.splitlines()]
     named = [word for cell in cells for code in re.findall(r"`([^`]+)`", cell) for word in re.findall(r"^\w+", code)]
-    assert len(tables) == 8
+    assert len(tables) == 9
     assert [name for name in named if name not in names] == []
     dotted = re.findall(r"`(\w+\.\w+)`", README)
     assert [path for path in dotted if path.partition(".")[0] in paths and path not in paths] == []
@@ -42,6 +42,70 @@ def test_keys_of_the_shipped_configuration_can_be_explained():
     sources = set(adce.load_configuration(ROOT / "adce.yaml").sources)
     datasets = set(adce.load_configuration(ROOT / "adce.yaml").datasets)
     assert keys - known - sources - datasets == {"month"}  # the name of a field
+
+
+LAKES = re.findall(r"^\*\*([\w ]+)\*\*[^\n]*\n\n```yaml\n(.+?)```", README, re.DOTALL | re.MULTILINE)
+URLS = {
+    "GH Archive": ["https://data.gharchive.org/2026-11-01-5.json.gz"],
+    "EDGAR": [
+        "https://www.sec.gov/Archives/edgar/daily-index/2026/QTR4/index.json",
+        "https://www.sec.gov/Archives/edgar/daily-index/2026/QTR4/form.20261102.idx",
+        "https://www.sec.gov/Archives/edgar/data/1001/a-26-1.txt",
+    ],
+    "arXiv": [
+        "https://oaipmh.arxiv.org/oai?verb=ListRecords&metadataPrefix=arXivRaw&from=2026-11-01&until=2026-11-01",
+        "https://oaipmh.arxiv.org/oai?verb=GetRecord&metadataPrefix=oai_dc&identifier=oai:arXiv.org:hep-th/9901001",
+    ],
+    "OpenAQ": [
+        "https://api.openaq.org/v3/locations?iso=IS&limit=100&page=1",
+        "https://api.openaq.org/v3/sensors/7/days?date_from=2026-11-01&date_to=2026-12-01&limit=100",
+    ],
+    "Binance": [
+        "https://data.binance.vision/data/spot/daily/klines/BTCUSDT/1h/BTCUSDT-1h-2026-11-01.zip.CHECKSUM",
+        "https://data.binance.vision/data/spot/daily/klines/BTCUSDT/1h/BTCUSDT-1h-2026-11-01.zip",
+    ],
+    "GitHub": ["https://api.github.com/repos/sqlite/sqlite/issues?state=all&per_page=100"],
+    "Earthquakes": [
+        "https://earthquake.usgs.gov/fdsnws/event/1/query?format=geojson&starttime=2026-11-01&endtime=2026-11-02",
+        "https://earthquake.usgs.gov/fdsnws/event/1/query?eventid=us7&format=geojson",
+    ],
+    "Two leagues": [
+        "https://statsapi.mlb.com/api/v1/schedule?sportId=1&date=2026-11-01",
+        "https://statsapi.mlb.com/api/v1.1/game/7/feed/live",
+        "https://site.api.espn.com/apis/site/v2/sports/basketball/nba/scoreboard?dates=20261101",
+    ],
+}
+VALUES = {
+    "date": "2026-11-01",
+    "page": "1",
+    "next": "",
+    "season": "2026",
+    "symbol": "BTCUSDT",
+    "sensor": "7",
+    "game": "7",
+    "path": "data/1001/a-26-1.txt",
+    "event": "us7",
+    "id": "hep-th/9901001",
+    "repository": "sqlite/sqlite",
+}
+FILES = {"EDGAR": "form.20261102.idx", "Binance": "BTCUSDT-1h-2026-11-01.zip"}
+
+
+@pytest.mark.parametrize(("name", "text"), LAKES, ids=[name for name, _ in LAKES])
+def test_small_lakes_of_the_guide_are_whole_and_ask_for_what_they_should(name, text, configure):
+    configuration = configure(text)
+    fields = {**VALUES, "file": FILES.get(name, "")}
+    if name == "GH Archive":
+        fields["date"] = "2026-11-01T05:00"
+    datasets = configuration.datasets.values()
+    asked = [adce.url_of(configuration.sources[one.source], one, fields) for one in datasets]
+    assert asked == URLS[name]
+    assert text.count("\n") <= 25
+    assert {one.source for one in datasets} <= configuration.rate_limiting.scopes.keys()
+
+
+def test_there_are_eight_small_lakes():
+    assert [name for name, _ in LAKES] == list(URLS)
 
 
 def test_every_command_view_and_exit_code_is_in_the_guide():

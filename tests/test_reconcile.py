@@ -685,7 +685,7 @@ def test_game_that_a_day_names_when_its_page_is_past_is_not_dropped(desk, lake):
 def test_what_is_expected_is_computed_anew_only_when_it_may_have_changed(desk, lake, monkeypatch):
     lake.put_day(1, ["7"])
     desk.cycle()
-    for name in ("expand", "children_of_parents"):
+    for name in ("expand", "ids_of_parents"):
         monkeypatch.setattr(adce, name, lambda *_, name=name: pytest.fail(name))
     assert desk.cycle()["expected"] == 6
 

@@ -42,7 +42,7 @@ def specification(address: str, path: str = "/x", **source) -> adce.Claim:
         name="games",
         source="espn",
         key=adce.Template("games/{game_id}.json"),
-        partitions=adce.Partitions(parent_dataset="days", id_field="game_id"),
+        partitions=adce.Partitions(parents=("days",), id_field="game_id"),
         url=adce.Template(path),
         validate=adce.Validation(json=True, min_bytes=5, max_bytes=1 << 20, require=("id == '{game_id}'",)),
     )
@@ -351,7 +351,7 @@ def test_gz_file_that_does_not_unpack_is_not_stored(body, upstream, store):
 
 
 def test_gz_file_that_unpacks_for_ever_is_left_at_the_deadline(upstream, store, monkeypatch):
-    monkeypatch.setattr(adce, "_unpack", lambda blocks, coding: iter(lambda: b"", None))
+    monkeypatch.setattr(adce, "unpack", lambda blocks, coding: iter(lambda: b"", None))
     upstream.answer("/x", Answer(gzip.compress(TEXT)))
     assert fetch(text_of(upstream.address, "a.gz", timeout_seconds=0.5), store).outcome is O.TIMEOUT
     assert files(store) == []

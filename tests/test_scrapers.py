@@ -29,7 +29,7 @@ def specification(folder: Path, *words: str, targets: tuple[str, ...] = ("7",), 
         name="games",
         source="espn",
         key=adce.Template("games/{game_id}.json"),
-        partitions=adce.Partitions(parent_dataset="days", id_field="game_id"),
+        partitions=adce.Partitions(parents=("days",), id_field="game_id"),
         validate=adce.Validation(json=True, require=("id == '{game_id}'",)),
         **settings,
     )

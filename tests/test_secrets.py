@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 from unittest import mock
@@ -82,6 +83,7 @@ def test_redirect_of_an_https_address_that_a_variable_holds_is_not_followed_to_h
     source = adce.Source("box", base_url="$API")
     partitions = adce.Partitions(values=(("n", ("A",)),))
     dataset = adce.Dataset("a", "box", adce.Template("{n}"), partitions, url=adce.Template("/{n}"))
+    dataset = dataclasses.replace(dataset, secrets=frozenset({"API"}))
     claimed = adce.Claim(dataset, source, (adce.ObjectRow(fields_json='{"n": "A"}'),), url="$API/A")
     answer = mock.Mock(status_code=302, is_redirect=True, headers={"location": "http://api.example.org/A"})
     (result,) = adce._judge(claimed, answer, io.BytesIO(), mock.Mock(), mock.Mock())
