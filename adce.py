@@ -1481,6 +1481,10 @@ class RateLimiting:
     global_limits: Limits = setting("limits of all sources together", Limits())
     source_limits: Mapping[str, Limits] = setting("limits by source", {})
 
+    def limits(self, source: str) -> bool:
+        """Whether any window limits a source."""
+        return any(self.scopes[name].windows for name in (source, "global") if name in self.scopes)
+
 
 @dataclass(frozen=True, slots=True)
 class PriorityWeighting:
@@ -6422,8 +6426,8 @@ def conditions(
     if (free := shutil.disk_usage(configuration.database.parent).free) < LEAST_FREE_BYTES:
         text = f"{free >> 20} MB left beside {configuration.database.name}"
         found.append(Condition("disk low", "database", "x", text, "df -h"))
-    path, scopes = configuration.path, configuration.rate_limiting.scopes
-    unlimited = [name for name in configuration.sources if not scopes.keys() & {name, GLOBAL}]
+    path = configuration.path
+    unlimited = [name for name in configuration.sources if not configuration.rate_limiting.limits(name)]
     last_days = {season.calendar: str(season.finish) for season in configuration.seasons}  # by their starts
     values = {"now": now, "vanished": VANISHED, "store": f"{STORE_TROUBLE}*", "unusable": ill.get("store unusable")}
     values |= {"unlimited": json.dumps(unlimited), "last_days": json.dumps(last_days), "file": path.name}
@@ -7922,7 +7926,38 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
         except (Error, OSError) as error:
             details = f"{error}; {hint}" if (hint := getattr(error, "hint", "")) else str(error)
             rows.append({"result": "FAIL", "what": what, "details": details})
-    return rows
+    return rows + [{"result": "warn", "what": what, "details": text} for what, text in warnings_about(configuration)]
+
+
+SECRET_HEADER = re.compile("authorization|cookie|token|secret|key", re.IGNORECASE)
+
+
+def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
+    """What is no mistake, and yet may do harm: its subject, and what to do."""
+    for source in configuration.sources.values():
+        about, headers = f"source {source.name}", {name.lower() for name in source.headers}
+        if not configuration.rate_limiting.limits(source.name):
+            yield about, "has no limits; see: adce.py explain rate_limiting"
+        if source.base_url and "user-agent" not in headers:
+            yield about, "has no header User-Agent; say who you are"
+    blocks: dict[str, Mapping[str, Any]] = {"sources": configuration.sources, "datasets": configuration.datasets}
+    for path, block in ((path, one) for path, named in blocks.items() for one in named.values()):
+        plain = [name for name, text in block.headers.items() if SECRET_HEADER.search(name) and not variables_in(text)]
+        if plain:
+            yield f"{path}.{block.name}", f"{plain[0]} is in the file; put it into a variable, and $NAME in its place"
+    for dataset in configuration.datasets.values():
+        rules, children = dataset.validate, configuration.children_of(dataset.name)
+        is_json = bool(dataset.freshness.until) or any(one.partitions.ids for one in children)
+        is_json = is_json or (dataset.pages is not None and dataset.pages.is_expression())
+        if dataset.url and not (is_json or rules.needs_content() or rules.min_bytes > 1):
+            yield f"dataset {dataset.name}", "has no validate: any answer counts as its object, a login page too"
+    for place in (configuration.path, configuration.path.parent, Path(__file__).resolve(), configuration.database):
+        with contextlib.suppress(OSError):
+            mode = place.stat().st_mode
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                yield "permissions", f"everybody may write {place}; chmod o-w {place}"
+    if os.geteuid() == 0:
+        yield "permissions", "this is root; a user of its own is enough"
 
 
 def _check_disk(folder: Path) -> str:

@@ -619,3 +619,33 @@ def test_rules_for_prometheus_know_the_pace_and_the_port(tmp_path):
     rules = run_adce("example", "alerts", folder=tmp_path).stdout
     assert "> 86400" in rules
     assert "127.0.0.1:9191" in rules
+
+
+DOUBTFUL = """
+sources:
+  open: {base_url: "http://127.0.0.1:9", headers: {X-Api-Key: s3cret}}
+  polite: {base_url: "http://127.0.0.1:9", headers: {User-Agent: me, Authorization: "Bearer $KEY"}}
+rate_limiting: {source_limits: {polite: {requests_per_minute: 1}}}
+datasets:
+  any: {source: open, key: "any/{n}", url: "/{n}", partitions: {values: {n: ["1"]}}}
+  list: {source: polite, key: list, url: /list, partitions: {values: {}}}
+  named: {source: polite, key: "{n}", url: "/{n}", partitions: {from: list, ids: "[]", as: n}, validate: {gzip: true}}
+"""
+
+
+def test_check_warns_of_what_may_do_harm_and_is_content_all_the_same(tmp_path):
+    (tmp_path / "adce.yaml").write_text(DOUBTFUL)
+    (tmp_path / "adce.yaml").chmod(0o666)
+    checked = run_adce("check", "--format", "json", folder=tmp_path, KEY="k")
+    warned = [
+        (row["what"], row["details"].partition(";")[0]) for row in json.loads(checked.stdout) if row["result"] == "warn"
+    ]
+    assert checked.returncode == 0
+    assert [one for one in warned if one[1] != "this is root"] == [
+        ("source open", "has no limits"),
+        ("source open", "has no header User-Agent"),
+        ("sources.open", "X-Api-Key is in the file"),
+        ("dataset any", "has no validate: any answer counts as its object, a login page too"),
+        ("permissions", f"everybody may write {tmp_path}/adce.yaml"),
+    ]
+    assert "s3cret" not in checked.stdout
