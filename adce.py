@@ -23,6 +23,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Reading                     YAML to settings, all mistakes at once
     Objects                     what should exist, and where it is asked for
     Contents                    what a whole object is, what it names, how fresh it must be
+    Inspector                   the same in a process that can be ended
     Store                       the objects that exist: in a folder, or in S3
     Limits                      which requests are possible, and when
     Permits                     what a response means; the limits for other threads and processes
@@ -33,8 +34,7 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Cycles                      one reconciliation in progress: parts to list, contents to read
     Reconcile                   expected against present
     Requests                    one HTTP request
-    Sessions                    the limits for programs that use requests
-    Programs                    commands and calls; one execution of any kind
+    Programs                    sessions under the limits; commands and calls; one execution of any kind
     Report                      questions in SQL, one renderer
     Conditions                  what needs attention
     Page                        the same in a browser, for Prometheus and over HTTP
@@ -374,7 +374,6 @@ TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
     only_row     integer primary key check (only_row = 1),
-    views        text,               -- digest of the views
     store        text,               -- that the database belongs to
     store_error  text,               -- that ended the last cycles
     is_backup    integer not null default 0,
@@ -902,7 +901,7 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
         writer, reader = (opened.enter_context(contextlib.closing(_connect(path))) for _ in range(2))
         _check_schema(writer, path)
         writer.execute("pragma journal_mode = wal")  # of a backup, too
-        _renew_views(writer)
+        _check_definitions(writer, path)
         reader.execute("pragma query_only = on")
         opened.pop_all()
     return Database(str(path), writer, reader)
@@ -969,11 +968,31 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _renew_views(connection: sqlite3.Connection) -> None:
-    digest = hashlib.sha256(VIEWS.encode()).hexdigest()
-    if connection.execute("select views from facts").fetchone()[0] != digest:
-        drops = "".join(f"drop view if exists {name}; " for name in re.findall(r"create view (\w+)", VIEWS))
-        script = f"begin immediate; {drops}{VIEWS} update facts set views = '{digest}'; commit;"  # noqa: S608  # no input
-        connection.executescript(script)
+    drops = "".join(f"drop view if exists {name}; " for name in re.findall(r"create view (\w+)", VIEWS))
+    script = f"begin immediate; {drops}{VIEWS} commit;"
+    connection.executescript(script)
+
+
+def _definitions(connection: sqlite3.Connection) -> dict[tuple[str, str], str]:
+    """The text of each table, index, trigger and view, without its comments and line breaks."""
+    rows = connection.execute("select type, name, sql from sqlite_schema where sql is not null").fetchall()
+    return {(kind, name): " ".join(re.sub("--[^\n]*", "", text).split()) for kind, name, text in rows}
+
+
+def _check_definitions(connection: sqlite3.Connection, path: Path) -> None:
+    """Views are made anew when their text differs. Raises DatabaseError when another program has changed a table, an
+    index or a trigger, or added a trigger: it would run at each write. What else it has added is let be."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as made:
+        made.executescript(TABLES + VIEWS)
+        wanted = _definitions(made)
+    found = _definitions(connection)
+    wrong = {key for key, text in wanted.items() if found.get(key) != text}
+    if any(kind == "view" for kind, _ in wrong):
+        _renew_views(connection)
+    foreign = {(kind, name) for kind, name in found.keys() - wanted.keys() if kind == "trigger"}
+    if changed := sorted(foreign | {(kind, name) for kind, name in wrong if kind != "view"}):
+        kind, name = changed[0]
+        raise DatabaseError(f"another program has changed the {kind} {name[:40]} of {path}", DAMAGE_HINT)
 
 
 def quarantine_stale_wal(path: Path) -> None:
@@ -1008,8 +1027,11 @@ class RunnerLock:
 
     def acquire(self) -> None:
         """Take the lock for the life of this process. Raises LockedError."""
-        self.path.touch(0o600)
-        file = self.path.open("r+", encoding="ascii", errors="replace")
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise DatabaseError(f"cannot open {self.path}: {error.strerror}", "it has to be a file, no link") from error
+        file = os.fdopen(descriptor, "r+", encoding="ascii", errors="replace")
         while True:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1122,12 +1144,33 @@ def from_environment(text: str, known: Container[str] | None = None) -> str:
     return VARIABLE.sub(value, text)
 
 
+SECRET_NAME = re.compile("authorization|cookie|token|secret|key", re.IGNORECASE)  # of a header
+SECRETIVE = r"[\w-]*(?:authorization|cookie|token|secret|password|signature|api-?_?key)[\w-]*"
+SECRET_IN_TEXT = re.compile(
+    rf"""(://[^/\s:@'"]*:)[^@/\s'"]+(?=@)|({SECRETIVE}['":\s]*[:=]['":\s]*)[^'",}}&]+""", re.IGNORECASE
+)
+
+
+def masked(text: str) -> str:
+    """A text without what looks like a secret: a password in a url, or the value of a header or parameter of such a
+    name."""
+    return SECRET_IN_TEXT.sub(r"\1\2***", text)
+
+
 def redacted(text: str, names: Iterable[str]) -> str:
-    """A text with the names of variables in place of their values."""
+    """A text with the names of variables in place of their values. A name that begins with = is a secret itself."""
     for name in names:
-        if len(value := os.environ.get(name, "").strip()) > 3:
-            text = text.replace(value, f"${name}").replace(urllib.parse.quote(value, safe=""), f"${name}")
+        is_plain = name.startswith("=")
+        value, shown = (name[1:], "***") if is_plain else (os.environ.get(name, "").strip(), f"${name}")
+        if len(value) > 3:
+            text = text.replace(value, shown).replace(urllib.parse.quote(value, safe=""), shown)
     return text
+
+
+def secrets_in(headers: Mapping[str, str]) -> set[str]:
+    """The words that headers with such names have in plain text."""
+    plain = [text for name, text in headers.items() if SECRET_NAME.search(name) and not variables_in(text)]
+    return {f"={word}" for text in plain for word in re.split(r"[\s;,]+", text) if len(word) > 7}
 
 
 def names_in_result(expression: str) -> tuple[str, ...]:
@@ -1279,19 +1322,26 @@ def _like(pattern: str) -> Mapping[str, Any]:
     return {"type": "string", "pattern": f"^({pattern})$"}
 
 
+def _lake(text: str) -> str:
+    try:
+        return text if "://" in text else str(Path(text).expanduser())
+    except RuntimeError:
+        raise ConfigurationError(f"there is no user {text.partition('/')[0]}") from None
+
+
 def _duration(text: str) -> int | None:
     return None if text == "never" else parse_duration(text)
 
 
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-BUCKET_OR_FOLDER = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|(?![sS]3:)((?!://).)+"
+BUCKET_OR_FOLDER = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|(?![sS]3:)((?!://)[^\x00-\x1f\x7f])+"
 # any date of these years can be shifted by as much as a text may say
 DATE_FORM, DURATION_FORM = r"[12]\d{3}-\d\d-\d\d", r"\s*\d*[1-9]\d*\s*[smhd]\s*"
 DURATION_WORDS = "a duration like 90s, 15m, 6h or 1d"
 
 Text = Annotated[str, Kind("text")]
-File = Annotated[Path, Kind("the path of a file", make=Path)]
-Lake = Annotated[str, Kind("a folder or s3://bucket/prefix", _like(BUCKET_OR_FOLDER))]
+File = Annotated[Path, Kind("the path of a file", _like(r"[^\x00-\x1f\x7f]+"), Path)]
+Lake = Annotated[str, Kind("a folder or s3://bucket/prefix", _like(BUCKET_OR_FOLDER), _lake)]
 Address = Annotated[
     str,
     Kind(
@@ -1559,6 +1609,7 @@ class Source:
     error_when: Expression | None = setting("condition on a body that makes it an error, whatever the status", None)
     blocked_when: BlockedWhen = setting("signs of a block, and the pause that follows", BlockedWhen())
     trust_env: Switch = setting("use proxies, netrc and certificates of the environment", False)
+    known_hosts: frozenset[str] = frozenset()  # of all sources: a redirect may lead there
 
 
 # ---------------------------------------------------------------- Datasets
@@ -1679,7 +1730,8 @@ class Validation:
 
     json: Switch = setting("the body must be JSON", False)
     min_bytes: Count = setting("minimum size", 1)
-    max_bytes: Count = setting("maximum size", 256 << 20)
+    max_bytes: Count | None = setting("maximum size; 64 MiB of what is parsed, else 256 MiB", None)
+    is_parsed: bool = False  # as JSON, or by a regular expression
     require: tuple[Expression, ...] = setting("conditions, all of which must hold: not null, false or empty", ())
     contains: tuple[SearchText, ...] = setting("texts that must be in the body; {field} is allowed", ())
     not_contains: tuple[SearchText, ...] = setting("texts that must not be in the body; {field} is allowed", ())
@@ -1688,6 +1740,10 @@ class Validation:
     gzip: Switch = setting("the body must be gzip, whole to its end", False)
     sha256: SearchText = setting("SHA-256 of the body in hexadecimal, such as a {field} of its parent", "")
     md5: SearchText = setting("MD5 of the body in hexadecimal", "")
+
+    def most(self) -> int:
+        """The maximum size in bytes."""
+        return self.max_bytes or (64 if self.is_parsed or self.json or self.require else 256) << 20
 
     def needs_content(self) -> bool:
         """Whether a size alone cannot settle it."""
@@ -1723,7 +1779,7 @@ class Dataset:
     copy_of: Text | None = setting("dataset whose stored objects are copied, without a request", None)
     original: Template | None = None  # the key of what is copied
     calendar: tuple[Season, ...] = ()  # of its days
-    secrets: frozenset[str] = frozenset()  # the variables of the environment that its requests hold
+    secrets: frozenset[str] = frozenset()  # variables that its requests hold, and secrets in plain text
     pages: Pages | None = setting(
         "the pages of an answer, each an object with {page} in its key", None, beside=("url",)
     )
@@ -1868,8 +1924,8 @@ def problems_in(block: object) -> Problems:
                 yield "", f"the field {name} is set twice"
         case Dataset() if block.body and block.method != "POST":
             yield "body", "has no effect without method: POST"
-        case Validation() if block.max_bytes < block.min_bytes:
-            yield "max_bytes", f"{block.max_bytes} is less than min_bytes"
+        case Validation() if block.most() < block.min_bytes:
+            yield "max_bytes", f"{block.most()} is less than min_bytes"
 
 
 def conflicts(record: type, given: Sequence[str]) -> Problems:
@@ -2163,10 +2219,12 @@ def _object_problems(reader: Reader, configuration: Configuration, dataset: Data
 
 
 def secrets_of(source: Source, dataset: Dataset) -> set[str]:
-    """The variables of the environment that the requests of a dataset hold."""
+    """The variables of the environment that the requests of a dataset hold, and what is secret in plain text."""
     urls = [one.text for one in (dataset.url, dataset.pages and dataset.pages.url) if one]
     headers = [*source.headers.values(), *dataset.headers.values()]
-    return variables_in(source.base_url, dataset.body, *urls, *headers)
+    found = variables_in(source.base_url, dataset.body, *urls, *headers)
+    user = urllib.parse.urlsplit(source.base_url).netloc.rpartition("@")[0].split(":")
+    return found | secrets_in(source.headers) | secrets_in(dataset.headers) | {f"={word}" for word in user[1:]}
 
 
 def _resolve(reader: Reader, read: Configuration) -> Configuration:
@@ -2203,15 +2261,24 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
     configuration = dataclasses.replace(
         read,
         database=read.path.parent / read.database,
-        store=read.store.rstrip("/") if "://" in read.store else str(read.path.parent / Path(read.store).expanduser()),
+        store=read.store.rstrip("/") if "://" in read.store else str(read.path.parent / read.store),
         interval_seconds=read.interval_hours * HOUR if read.interval_hours else read.interval_seconds,
         rate_limiting=dataclasses.replace(limiting, scopes=scopes) if limiting.enabled else RateLimiting(enabled=False),
         seasons=tuple(seasons),
         datasets=datasets,
     )
+    urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
+    places = {urllib.parse.urlsplit(url).netloc.rpartition("@")[2] for url in urls} - {""}
+    hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
+    sources = {name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()}
+    configuration = dataclasses.replace(configuration, sources=sources)
     for name, one in datasets.items():
         calendar = tuple(chosen(seasons, [*configuration.season_names(name)]))
-        datasets[name] = dataclasses.replace(one, calendar=calendar)
+        children = configuration.children_of(name)
+        is_parsed = bool(one.freshness.until or one.freshness.live or (one.pages and one.pages.next != LINK))
+        is_parsed = is_parsed or any(child.partitions.ids or child.partitions.regex for child in children)
+        validate = dataclasses.replace(one.validate, is_parsed=is_parsed)
+        datasets[name] = dataclasses.replace(one, calendar=calendar, validate=validate)
     return configuration
 
 
@@ -2254,9 +2321,9 @@ def load_configuration(path: Path) -> Configuration:
         return configuration
     lines, blocks, problems = text.splitlines(), [], sorted(reader.problems)
     for number, column, where, what in problems:
-        blocks.append(f"{path.name}:{number}:{column}: {f'{where}: ' if where else ''}{what}")
+        blocks.append(f"{path.name}:{number}:{column}: {f'{where}: ' if where else ''}{masked(what)}")
         if number <= len(lines) and lines[number - 1].strip():
-            source = lines[number - 1].replace("\t", " ")[:200]
+            source = masked(lines[number - 1].replace("\t", " ")[:200])
             blocks.append(f"{number:5} | {source}\n      | {' ' * (column - 1)}^")
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     raise ConfigurationError("\n".join([*blocks, f"{count}; nothing was started"]))
@@ -2518,7 +2585,7 @@ def inspect(
     rules = dataset.validate
     is_read = children or is_asked or rules.json or rules.require or rules.contains or rules.not_contains
     is_packed = is_read and file.read(2) == b"\x1f\x8b"
-    content = _gunzipped(file, rules.max_bytes) if is_packed else file
+    content = _gunzipped(file, rules.most()) if is_packed else file
     document, verdict = _verdict(rules, fields, file, content, is_json=is_asked)
     if verdict:
         return Inspection(False, verdict, False, False, {})
@@ -2566,7 +2633,7 @@ def _pages_named(
     if value and dataset.page_values() != {"page"}:
         if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).isprintable():
             raise ValueError(f"{str(value)[:60]} names no page")
-        value = redacted(str(value).strip(), dataset.secrets)
+        value = str(value).strip()
     if value:
         text = value if dataset.page_values() != {"page"} else ""
         yield FIELDS_AS_JSON.encode({"page": str(page + 1), "next": text})
@@ -2628,7 +2695,7 @@ def _damage(validation: Validation, fields: Fields, file: BinaryIO) -> str | Non
 def _size_problem(validation: Validation, size: int) -> str | None:
     if size < validation.min_bytes:
         return f"{size} bytes, fewer than {validation.min_bytes}"
-    return f"{size} bytes, more than {validation.max_bytes}" if size > validation.max_bytes else None
+    return f"{size} bytes, more than {validation.most()}" if size > validation.most() else None
 
 
 def _verdict(
@@ -2771,6 +2838,199 @@ def may_still_appear(season: Season | None, day: str | None, now: float) -> bool
     if day:
         return (today - datetime.date.fromisoformat(day)).days <= 7
     return season is None or today <= season.finish + datetime.timedelta(days=30)
+
+
+# ---------------------------------------------------------------- Inspector
+# A source chooses how long a regular expression takes over its content, and how much memory a document. Both are left
+# to a process that can be ended, which is started when first needed. Headlines: inspect_apart(), is_found_apart().
+
+APART_BYTES = 256 << 10  # of content, above which JSON is read apart
+APART_SECONDS = 10
+INSPECTOR = "import sys; sys.path.insert(0, sys.argv[1]); import adce; adce.serve_inspections(adce, int(sys.argv[2]))"
+LEAST_MEMORY = 1 << 30  # that the process may use; more for a dataset that takes larger objects
+MEMORY_FACTOR = 8  # JSON in memory is so many times larger
+STOPPING_SECONDS = 2  # for the last result when the runner stops
+INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
+Answer = TypeVar("Answer")
+
+
+class TooCostlyError(Error):
+    """A call took more time or memory than it may."""
+
+
+class Inspector:
+    """Calls functions in another process, one at a time."""
+
+    def __init__(self) -> None:
+        self.ends_at = math.inf  # monotonic seconds: the runner stops, and no call goes on or begins
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+
+    def call(self, memory: int, file: BinaryIO | None, function: Callable[..., Answer], *arguments: Any) -> Answer:
+        """The result of a function of this module; a file becomes its last argument.
+
+        Raises TooCostlyError, or Error when the runner stops."""
+        with self._lock:
+            try:
+                return cast(Answer, self._call(memory, file, function, arguments))
+            except (EOFError, OSError):  # it was killed, or could not allocate what it needs to say so
+                self._end()
+                raise TooCostlyError(f"its inspection takes more than {memory >> 20} MB of memory") from None
+
+    def _call(self, memory: int, file: BinaryIO | None, function: Any, arguments: Sequence[Any]) -> Any:
+        from multiprocessing.connection import Connection
+
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        channel = cast(socket.socket, self._socket)
+        connection, until = Connection(os.dup(channel.fileno())), time.monotonic() + APART_SECONDS
+        with connection:
+            connection.send((memory, function, arguments, file is not None))
+            if file:
+                file.flush()
+                socket.send_fds(channel, [b"f"], [file.fileno()])
+            while not connection.poll(POLL_SECONDS / 2):
+                if time.monotonic() > min(until, self.ends_at):
+                    self._end()
+                    if time.monotonic() > self.ends_at:
+                        raise Error("the runner stops")
+                    raise TooCostlyError(f"its inspection takes more than {APART_SECONDS} s")
+            is_done, answer = connection.recv()
+        if not is_done:
+            raise EOFError
+        return answer
+
+    def _start(self) -> None:
+        self._end()
+        here = str(Path(__file__).resolve().parent)
+        self._socket, theirs = socket.socketpair()
+        marks = {"ADCE_DB": os.path.realpath(os.environ.get("ADCE_DB", "")), "ADCE_TASK": "inspection"}
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603  # this very program
+                [sys.executable, "-c", INSPECTOR, here, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in INHERITED if name in os.environ} | marks,
+                start_new_session=True,
+            )
+
+    def _end(self) -> None:
+        if self._process and self._socket:
+            self._socket.close()
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@functools.cache
+def inspector() -> Inspector:
+    """The inspector of this process."""
+    return Inspector()
+
+
+def serve_inspections(module: types.ModuleType, descriptor: int) -> None:
+    """The process of an inspector: calls until its socket is closed."""
+    import resource
+    from multiprocessing.connection import Connection
+
+    sys.modules["__main__"] = module  # the runner may be a script
+    connection, channel = Connection(os.dup(descriptor)), socket.socket(fileno=descriptor)
+    with contextlib.suppress(EOFError):
+        while True:
+            memory, function, arguments, has_file = connection.recv()
+            seconds = math.ceil(time.process_time()) + 2 * APART_SECONDS  # if the runner was killed
+            for kind, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds)):
+                resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+            try:
+                if has_file:
+                    with _PositionedFile(socket.recv_fds(channel, 1, 1)[1][0]) as raw:
+                        answer = True, function(*arguments, io.BufferedReader(raw))
+                else:
+                    answer = True, function(*arguments)
+            except MemoryError:
+                answer = False, None
+            connection.send(answer)
+            if not answer[0]:
+                return
+
+
+class _PositionedFile(io.RawIOBase):
+    """A file with a position of its own: a descriptor that was handed over shares that of its giver."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._place, self.size = descriptor, 0, os.fstat(descriptor).st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = os.preadv(self._descriptor, [buffer], self._place)
+        self._place += count
+        return count
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size}[whence]
+        return self._place
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+
+def inspect_apart(
+    dataset: Dataset,
+    fields: Fields,
+    body: BinaryIO,
+    children: Sequence[Dataset],
+    links: Mapping[str, str] | None,
+) -> Inspection:
+    """inspect(), in another process when the source may choose what it costs."""
+    pages, rules = dataset.pages, dataset.validate
+    has_regex = any(child.partitions.regex for child in children)
+    has_regex = has_regex or bool(pages and pages.next not in (None, LINK) and not pages.is_expression())
+    body.seek(0)
+    is_packed, size = body.read(2) == b"\x1f\x8b", body.seek(0, io.SEEK_END)
+    is_parsed = rules.is_parsed or rules.json or bool(rules.require)
+    is_unpacked = is_packed and (is_parsed or bool(rules.contains or rules.not_contains))
+    if not (has_regex or is_unpacked or (is_parsed and size > APART_BYTES)):
+        found = inspect(dataset, fields, body, children, links)
+    else:
+        memory, arguments = max(LEAST_MEMORY, MEMORY_FACTOR * rules.most()), (dataset, fields, tuple(children), links)
+        with contextlib.ExitStack() as opened:
+            if isinstance(body, io.BytesIO):
+                file = cast("BinaryIO", opened.enter_context(tempfile.TemporaryFile()))
+                file.write(body.getbuffer())
+                body = file
+            try:
+                found = inspector().call(memory, body, _inspect_file, *arguments)
+            except TooCostlyError as error:
+                return Inspection(False, str(error), False, False, {})
+    if PAGES in found.mentions:
+        named = tuple(redacted(text, dataset.secrets) for text in found.mentions[PAGES])
+        found = dataclasses.replace(found, mentions={**found.mentions, PAGES: named})
+    return found
+
+
+def _inspect_file(
+    dataset: Dataset, fields: Fields, children: Sequence[Dataset], links: Mapping[str, str] | None, file: BinaryIO
+) -> Inspection:
+    return inspect(dataset, fields, file, children, links)
+
+
+def is_found_apart(pattern: str, text: str) -> bool:
+    """Whether a regular expression is found. Raises TooCostlyError."""
+    return inspector().call(LEAST_MEMORY, None, _is_found, pattern, text)
+
+
+def _is_found(pattern: str, text: str) -> bool:
+    return re.search(pattern, text) is not None
 
 
 # ---------------------------------------------------------------- Store
@@ -2939,7 +3199,8 @@ class FolderStore:
                 keys = sorted(key for key in found if key.startswith(prefix) and key.isprintable())
             for key in keys:
                 if key.endswith("/"):
-                    if key != f"{STAGING}/" and (key > after or after.startswith(key)):
+                    is_usable = key != f"{STAGING}/" and len(key) <= MAX_KEY_BYTES  # no key is longer
+                    if is_usable and (key > after or after.startswith(key)):
                         yield from self._walk(key, prefix, after)
                 elif key > after:
                     with contextlib.suppress(FileNotFoundError):
@@ -3489,7 +3750,11 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
         return Result(Outcome.NOT_YET, "HTTP 403: no such object", status)
     text, blocked = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}", source.blocked_when
     retry_after = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
-    if status in (429, 503) or (blocked.body and re.search(blocked.body, body.decode("utf-8", "replace"))):
+    try:
+        is_blocked = bool(blocked.body) and is_found_apart(str(blocked.body), body.decode("utf-8", "replace"))
+    except TooCostlyError as error:
+        return Result(Outcome.INVALID, str(error), status)
+    if status in (429, 503) or is_blocked:
         longest = blocked.pause_seconds if status in blocked.status else None
         return Result(Outcome.THROTTLED, text, status, retry_after=retry_after or longest)
     if status in blocked.status:
@@ -4317,7 +4582,8 @@ def _others_in_batch(
 ) -> list[ObjectRow]:
     """The best pending tasks that share the field of the batch with the first."""
     shared = (configuration.retry.crash_limit(), batch.group_by, first.fields[batch.group_by], batch.max - 1)
-    return Ledger(sql, configuration, 0).objects(
+    names = configuration.datasets[first.dataset].partitions.own_fields()
+    rows = Ledger(sql, configuration, 0).objects(
         """
         d.dataset = ? and o.task = 'pending' and o.object_id != ? and o.crashes < ? and o.fields ->> ? = ?
         order by o.rank desc, o.object_id
@@ -4325,12 +4591,13 @@ def _others_in_batch(
         """,
         (first.dataset, first.object_id, *shared),
     )
+    return [row for row in rows if not any("," in row.fields[name] for name in names)]  # it would be several values
 
 
 def _begin(sql: sqlite3.Connection, row: ObjectRow, url: str, wall: float) -> ObjectRow:
     begin = "insert into attempts (object_id, started_at, outcome, requests, url) values (?, ?, 'running', 0, ?)"
     shown = re.sub(r"^(https?://)[^/?#]*@", r"\1", url)  # without a user name and a password
-    attempt_id = cast(int, sql.execute(begin, (row.object_id, wall, shown or None)).lastrowid)
+    attempt_id = cast(int, sql.execute(begin, (row.object_id, wall, masked(shown) or None)).lastrowid)
     run = """
         update objects set task = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null
         where object_id = ?
@@ -4965,7 +5232,7 @@ def _inspect(cycle: Cycle, target: ObjectRow, children: Sequence[Dataset]) -> In
         cycle.problems.append(str(error))
         return None
     with body:
-        return inspect(
+        return inspect_apart(
             cycle.configuration.datasets[target.dataset], target.fields, body, children, known_links(target.validators)
         )
 
@@ -5336,7 +5603,7 @@ COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files
 
 def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
     """The object that the store holds under a key, judged; None when there is none."""
-    stored, most = store.find(target.key), claimed.dataset.validate.max_bytes
+    stored, most = store.find(target.key), claimed.dataset.validate.most()
     if stored is None:
         return None
     if stored.size > most:
@@ -5344,7 +5611,7 @@ def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | 
     try:
         with store.open(target.key) as body:
             links = known_links(target.validators)
-            inspection = inspect(claimed.dataset, target.fields, body, claimed.children, links)
+            inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, links)
     except KeyError:  # deleted meanwhile
         return None
     outcome = Outcome.OK if inspection.valid else Outcome.INVALID
@@ -5366,10 +5633,10 @@ def validate_and_store(
     links: Mapping[str, str] | None = None,
 ) -> Result:
     """Validate a body, then store it."""
-    most = claimed.dataset.validate.max_bytes
+    most = claimed.dataset.validate.most()
     if body.seek(0, io.SEEK_END) > most:
         return Result(Outcome.INVALID, f"longer than {most} bytes", http_status)
-    inspection = inspect(claimed.dataset, target.fields, body, claimed.children, links)
+    inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, links)
     if not inspection.valid:
         return Result(Outcome.INVALID, inspection.verdict, http_status)
     try:
@@ -5415,7 +5682,7 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
             options["headers"] = _headers(claimed)
             with opened.request(claimed.dataset.method, _sent_url(claimed), **options) as response:
                 status = response.status_code
-                most = max(one.dataset.validate.max_bytes for one, _ in claimed.parts())
+                most = max(one.dataset.validate.most() for one, _ in claimed.parts())
                 try:
                     for block in _decoded(claimed.tasks[0].key, response):
                         fill(body, block)
@@ -5431,6 +5698,8 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
                 return [dataclasses.replace(one, requests=1, cookies=cookies) for one in results]
     except StoreError as error:
         result = dataclasses.replace(_refused(error), http_status=status)
+    except _PrivateAddressError as error:
+        return [Result(Outcome.HTTP_ERROR, str(error))] * len(claimed.parts())
     except Error as error:
         return [Result(Outcome.LOST, str(error))] * len(claimed.parts())
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:
@@ -5468,6 +5737,23 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
             raise zlib.error(f"Content-Encoding {coding}, which {problem}")
         blocks = unpack(blocks, name)
     return blocks
+
+
+class _PrivateAddressError(Error):
+    """A redirect leads to an address that only this machine or its network has."""
+
+
+def _require_public(claimed: Claim, connected: socket.socket) -> None:
+    """Raises _PrivateAddressError for a redirect to a special address, under whatever name; hosts of adce.yaml may have
+    one. A proxy of the environment answers for what it connects to."""
+    import ipaddress
+
+    to = urllib.parse.urlsplit(claimed.url)
+    peer = ipaddress.ip_address(connected.getpeername()[0].partition("%")[0])
+    peer = getattr(peer, "ipv4_mapped", None) or peer
+    is_known = to.netloc.rpartition("@")[2] in claimed.source.known_hosts
+    if claimed.hops and not (is_known or peer.is_global or claimed.source.trust_env):
+        raise _PrivateAddressError(f"redirected to {to.hostname}, which is {peer}: a private address, which is refused")
 
 
 class _Deadline(threading.Timer):
@@ -5521,6 +5807,10 @@ def _watch_pool(claimed: Claim, deadline: _Deadline, clock: Clock, pool: Any) ->
 
     def open_socket(connection: Any) -> Any:
         connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(connected)
+            _require_public(claimed, connected)
+            opened.pop_all()
         deadline.watch(connected)
         return connected
 
@@ -5610,7 +5900,7 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
         answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES))
         if answer.outcome is not Outcome.OK:
             return [answer] * len(parts)
-        if target.key.lower().endswith(".gz") and size <= claimed.dataset.validate.max_bytes:
+        if target.key.lower().endswith(".gz") and size <= claimed.dataset.validate.most():
             for _ in unpack(blocks_of(body), "gzip"):
                 if deadline.passed:  # half a file can have the whole Content-Length
                     raise TimeoutError
@@ -5632,9 +5922,18 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
     return [answer] * len(parts)
 
 
-# ---------------------------------------------------------------- Sessions
-# The same limits for programs that use requests, and for libraries built on it: every request that a
-# session sends has a permit of its own, be it a redirect or a retry. Headlines: session(), limit().
+# ---------------------------------------------------------------- Programs
+# The same limits for programs that use requests, and for libraries built on it: every request that a session sends has
+# a permit of its own, be it a redirect or a retry. A command or a call brings its objects as a program in a process
+# group of its own: it ends in time, what it prints fills neither memory nor disk, and no process of it is left. fetch()
+# does one execution of any kind. Headlines: session(), limit(), run_program(), run_command(), fetch().
+
+TAIL_BYTES = 2000  # of the output, kept with the attempt
+TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
+DRAIN_SECONDS = 0.5  # for the rest of the output: a process that has escaped may hold the pipe open
+KILLING_ROUNDS = 100
+SIGNALS = {member.value: member.name for member in signal.Signals}
+FAILURE = "failure"  # the file in which a call reports an exception
 
 
 def session(source: str, config: str | os.PathLike[str] | None = None, wait: float | None = None) -> Any:
@@ -5704,20 +6003,6 @@ def _limit_pool(ask: Callable[[], contextlib.AbstractContextManager[ActivePermit
             return response
 
     pool._make_request = make_limited_request  # noqa: SLF001
-
-
-# ---------------------------------------------------------------- Programs
-# A command or a call brings its objects as a program in a process group of its own: it ends in time, what it prints
-# fills neither memory nor disk, and no process of it is left. fetch() does one execution of any kind. Headlines:
-# run_command(), call_function(), fetch().
-
-TAIL_BYTES = 2000  # of the output, kept with the attempt
-TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
-DRAIN_SECONDS = 0.5  # for the rest of the output: a process that has escaped may hold the pipe open
-KILLING_ROUNDS = 100
-INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
-SIGNALS = {member.value: member.name for member in signal.Signals}
-FAILURE = "failure"  # the file in which a call reports an exception
 
 
 class ProgramEnd(NamedTuple):
@@ -5826,8 +6111,11 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
     dataset, outputs = claimed.dataset, output_folder(Path(claimed.environment["ADCE_DB"]))
-    most, is_printed = dataset.validate.max_bytes, dataset.output == "stdout"
-    words, environment = _command_line(claimed)
+    most, is_printed = dataset.validate.most(), dataset.output == "stdout"
+    try:
+        words, environment = _command_line(claimed)
+    except ValueError as error:
+        return [Result(Outcome.INVALID, str(error))] * len(claimed.tasks)
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
         place = Path(folder) if dataset.batch else Path(folder, "object")
@@ -5855,18 +6143,27 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
 
 def _command_line(claimed: Claim) -> tuple[list[str], dict[str, str]]:
     """The words and the variables of a program. A command gets the variables that its dataset names, and finds this
-    interpreter as `python` and this module as `adce`; a call gets all variables, as a part of this program."""
+    interpreter as `python` and this module as `adce`; a call gets all variables, as a part of this program.
+
+    Raises ValueError for a value, which a source may have chosen, that would be an option or several values."""
     dataset, fields = claimed.dataset, dict(claimed.tasks[0].fields)
     if dataset.call:  # -u: the output of one that is killed is complete
         words = [sys.executable, "-u", str(Path(__file__).resolve()), "call", dataset.call, json.dumps(fields)]
-        limits = {"ADCE_MAX_BYTES": str(dataset.validate.max_bytes), "ADCE_WAIT": str(dataset.timeout_seconds)}
+        limits = {"ADCE_MAX_BYTES": str(dataset.validate.most()), "ADCE_WAIT": str(dataset.timeout_seconds)}
         return words, {**os.environ, **limits, **claimed.environment}
     for name in dataset.partitions.own_fields():
-        fields[f"{name}s"] = ",".join(target.fields[name] for target in claimed.tasks)
+        values = [target.fields[name] for target in claimed.tasks]
+        fields[f"{name}s"] = ",".join(values)
+        if any("," in value for value in values) and f"{{{name}s}}" in "".join(word.text for word in dataset.command):
+            raise ValueError(f"a {name} has a comma, which is between the values of {{{name}s}}: {fields[name][:60]}")
     inherited = {name: os.environ[name] for name in dataset.environment if name in os.environ}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     own = {"PATH": path, "PYTHONPATH": str(Path(__file__).resolve().parent)}
-    return [word.render(fields, str) for word in dataset.command], {**own, **inherited, **claimed.environment}
+    words = [word.render(fields, str) for word in dataset.command]
+    for place, word in enumerate(words):
+        if word.startswith("-") and dataset.command[place].text.startswith("{") and "--" not in words[:place]:
+            raise ValueError(f"{word[:60]} would be an option; write -- before {dataset.command[place].text}")
+    return words, {**own, **inherited, **claimed.environment}
 
 
 def _judge_end(claimed: Claim, target: ObjectRow, end: ProgramEnd, body: BinaryIO | None, store: Store) -> Result:
@@ -5960,6 +6257,8 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
         return request(claimed, store, clock) if claimed.url else run_command(claimed, store)
     except StoreError as error:
         return [_refused(error)] * len(claimed.parts())
+    except Error as error:
+        return [Result(Outcome.LOST, str(error))] * len(claimed.parts())
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
         return [Result(Outcome.ERROR, describe(error))] * len(claimed.parts())
 
@@ -6162,7 +6461,7 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
         for rows in (part.rows for part in sections if part.rows):
             writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
             text.write("\n")
         return text.getvalue().rstrip("\n")
     title = {"html": "<h2>{}</h2>\n", "github": "### {}\n\n", "table": "{}\n"}[style]
@@ -6174,6 +6473,14 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
         head = title.format(html.escape(part.title) if style == "html" else part.title) if part.title else ""
         blocks.append(head + (_table(rows, style, width) if rows else part.empty))
     return "\n\n".join(blocks)
+
+
+def _csv_cell(value: Any) -> Any:
+    """Text that no spreadsheet takes for a formula and no terminal for an order."""
+    if not isinstance(value, str):
+        return value
+    text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in value)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
@@ -6893,7 +7200,10 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
 
     class Handler(RotatingFileHandler):
         def _open(self) -> Any:
-            return open(self.baseFilename, "a", encoding="utf-8", opener=functools.partial(os.open, mode=0o600))
+            return open(self.baseFilename, "a", encoding="utf-8", opener=self._open_file)
+
+        def _open_file(self, path: str, flags: int) -> int:
+            return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
     try:
         return Handler(path, maxBytes=LOG_BYTES, backupCount=1)
@@ -7404,6 +7714,7 @@ class Runner:
         """Work until stopped. With `once`: one cycle, then one attempt at every task that is due or has failed, but
         without a wait for pauses of more than `max_wait` seconds. `address` and `log` are stored for other commands."""
         self.once, self.max_wait, self.stop_at = once, max_wait, self.clock.boot() + max_seconds
+        inspector().ends_at = math.inf
         self._start(address, log)
         try:
             while not self.stop_reason:
@@ -7602,6 +7913,7 @@ class Runner:
     def _finish(self) -> None:
         """Let running attempts finish within the grace time; the rest return to the queue. Then log the end."""
         self.stop_reason = self.stop_reason or "an error"
+        inspector().ends_at = time.monotonic() + STOPPING_SECONDS
         limit = self.clock.boot() + self.configuration.grace_seconds
         notify("STOPPING=1")
         if self.steps is not None:
@@ -7929,9 +8241,6 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
     return rows + [{"result": "warn", "what": what, "details": text} for what, text in warnings_about(configuration)]
 
 
-SECRET_HEADER = re.compile("authorization|cookie|token|secret|key", re.IGNORECASE)
-
-
 def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
     """What is no mistake, and yet may do harm: its subject, and what to do."""
     for source in configuration.sources.values():
@@ -7942,7 +8251,7 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
             yield about, "has no header User-Agent; say who you are"
     blocks: dict[str, Mapping[str, Any]] = {"sources": configuration.sources, "datasets": configuration.datasets}
     for path, block in ((path, one) for path, named in blocks.items() for one in named.values()):
-        plain = [name for name, text in block.headers.items() if SECRET_HEADER.search(name) and not variables_in(text)]
+        plain = [name for name, text in block.headers.items() if SECRET_NAME.search(name) and not variables_in(text)]
         if plain:
             yield f"{path}.{block.name}", f"{plain[0]} is in the file; put it into a variable, and $NAME in its place"
     for dataset in configuration.datasets.values():
@@ -8014,8 +8323,8 @@ def _check_programs(configuration: Configuration) -> str:
 
 def check_environment(configuration: Configuration) -> str:
     """Whether the variables that requests hold are there. Raises ConfigurationError."""
-    sources, datasets = configuration.sources, configuration.datasets.values()
-    names = sorted(set[str]().union(*(secrets_of(sources[one.source], one) for one in datasets)))
+    held = frozenset[str]().union(*(one.secrets for one in configuration.datasets.values()))
+    names = sorted(name for name in held if not name.startswith("="))
     if missing := [f"${name}" for name in names if name not in os.environ]:
         raise ConfigurationError(f"not in the environment: {', '.join(missing)}", "set it where the runner starts")
     return ", ".join(f"${name}" for name in names) or "no variable is needed"
@@ -8088,13 +8397,13 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
     sent: Any = {"headers": _headers(claimed), "data": _sent_body(claimed), "stream": True, "allow_redirects": False}
     try:
         with session(source.name).request(dataset.method, _sent_url(claimed), **sent) as answer:
-            body = answer.raw.read(dataset.validate.max_bytes, decode_content=True)
+            body = answer.raw.read(dataset.validate.most(), decode_content=True)
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise Error(f"{source.name} {connection_error(error)[1]}", "see: adce.py check --online") from error
     names = dataset.secrets
     result = classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES])
     links = {rel: link["url"] for rel, link in answer.links.items()}
-    found = inspect(dataset, fields, body, configuration.children_of(dataset.name), links)
+    found = inspect_apart(dataset, fields, io.BytesIO(body), configuration.children_of(dataset.name), links)
     is_ok = result.outcome is Outcome.OK
     facts = {"key": key, "url": claimed.url, "status": answer.status_code, "bytes": len(body)}
     facts |= {"outcome": Outcome.INVALID if is_ok and not found.valid else result.outcome, "is_final": found.settled}

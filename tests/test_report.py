@@ -216,7 +216,7 @@ def test_one_thing_in_json_is_an_object_or_null():
 
 def test_csv_gives_back_what_was_put_in():
     rows = list(csv.DictReader(io.StringIO(adce.render(SECTIONS, "csv"))))
-    assert [row["note"] for row in rows] == [row["note"] for row in ROWS]
+    assert [row["note"] for row in rows] == ["a?[31m\nb", "<b>|??"]  # no order to a terminal
     assert [row["key"] for row in rows] == [row["key"] for row in ROWS]
 
 

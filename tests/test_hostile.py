@@ -1,0 +1,265 @@
+"""What a source, another account of the machine or a foreign configuration may try."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import sqlite3
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import run_adce, start_adce
+from runners import rows, stopped, wait_until, write_box
+from upstream import Answer, Upstream, json_answer
+
+import adce
+
+SHIPPED = re.search(r"regex: '(data-stat[^\n]+?)', as", (Path(adce.__file__ or "").parent / "adce.yaml").read_text())
+FAMILY = """\
+retry: {{max_attempts: 2, initial_delay_seconds: 0.1}}
+{more}
+sources: {{box: {{base_url: "{address}"}}, other: {{base_url: "{address}"}}}}
+datasets:
+  page: {{source: box, key: page, url: /page, partitions: {{values: {{}}}}}}
+  named: {{source: box, key: "named/{{id}}", {way}, partitions: {{from: page, {ids}, as: id}}}}
+"""
+
+
+def write_family(
+    folder: Path, address: str, *, ids: str = "ids: ids", way: str = 'url: "/x/{id}"', more: str = ""
+) -> None:
+    (folder / "adce.yaml").write_text(FAMILY.format(address=address, ids=ids, way=way, more=more))
+
+
+def test_page_that_a_regular_expression_searches_for_ever_stops_nothing(upstream, tmp_path):
+    assert SHIPPED
+    upstream.answer("/page", Answer(b'data-stat="box_score_text"' * 60_000))
+    write_family(
+        tmp_path, upstream.address, ids=f"regex: '{SHIPPED[1]}'", more="health_check: {enabled: true, port: 0}"
+    )
+    process = start_adce("run", folder=tmp_path)
+    wait_until(upstream.count)
+    (address,) = wait_for_address(tmp_path)
+    longest, until = 0.0, time.monotonic() + 3
+    while time.monotonic() < until:
+        began = time.monotonic()
+        urllib.request.urlopen(f"{address}health", timeout=30).read()
+        longest = max(longest, time.monotonic() - began)
+    assert longest < 1
+    process.terminate()
+    began = time.monotonic()
+    assert stopped(process)[0] == 0
+    assert time.monotonic() - began < 5
+    assert rows(tmp_path, "select outcome from attempts order by 1") == [("lost",)]
+
+
+def wait_for_address(folder: Path) -> tuple[str]:
+    wait_until(lambda: rows(folder, "select address from runner where address is not null"))
+    return rows(folder, "select address from runner")[0]
+
+
+def test_content_that_takes_too_long_or_too_much_memory_is_invalid_and_the_next_is_judged(monkeypatch, tmp_path):
+    monkeypatch.setattr(adce, "APART_SECONDS", 0.5)
+    monkeypatch.setattr(adce, "LEAST_MEMORY", 300 << 20)
+    monkeypatch.setattr(adce, "MEMORY_FACTOR", 0)
+    (tmp_path / "body").write_bytes(b"[" + b",".join([b"[]"] * 8_000_000) + b"]")
+    page = adce.Dataset("page", "box", adce.Template("page"), validate=adce.Validation(json=True))
+    with (tmp_path / "body").open("rb") as body:
+        found = adce.inspect_apart(page, {}, body, (), None)
+    assert found.verdict in ("its inspection takes more than 300 MB of memory", "its inspection takes more than 0.5 s")
+    partitions = adce.Partitions(parents=("page",), regex="(a+)+b", id_field="id")
+    child = adce.Dataset("named", "box", adce.Template("{id}"), partitions)
+    parent, verdicts = adce.Dataset("page", "box", adce.Template("page")), []
+    for text in (b"a" * 60, b"ab"):
+        (tmp_path / "body").write_bytes(text)
+        with (tmp_path / "body").open("rb") as body:
+            found = adce.inspect_apart(parent, {}, body, (child,), None)
+        verdicts.append((found.verdict, dict(found.mentions)))
+    assert verdicts == [("its inspection takes more than 0.5 s", {}), (None, {"regex (a+)+b": ("a",)})]
+
+
+def test_body_that_is_searched_for_signs_of_a_block_for_ever_is_invalid(monkeypatch):
+    monkeypatch.setattr(adce, "APART_SECONDS", 0.3)
+    source = adce.Source("box", blocked_when=adce.BlockedWhen(body="(a+)+b"))
+    result = adce.classify(source, 200, {}, b"a" * 60)
+    assert (result.outcome, result.error) == (adce.Outcome.INVALID, "its inspection takes more than 0.3 s")
+    assert adce.classify(source, 200, {}, b"ab").outcome is adce.Outcome.THROTTLED
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "0177.0.0.1", "127.1", "[::ffff:127.0.0.1]", "localhost"])
+def test_redirect_to_a_private_address_gets_no_request_under_any_name(host, upstream, tmp_path):
+    with Upstream() as inner:
+        port = inner.address.rpartition(":")[2]
+        upstream.answer("/A", Answer(b"", 302, {"Location": f"http://{host}:{port}/secret"}))
+        write_box(tmp_path, address=upstream.address, more="retry: {max_attempts: 1}")
+        assert run_adce("run", "--once", folder=tmp_path).returncode == adce.ExitCode.GAPS_LEFT
+        assert inner.count() == 0
+    error = rows(tmp_path, "select outcome, error from attempts")
+    assert [(outcome, "a private address, which is refused" in text) for outcome, text in error] == [
+        ("http_error", True)
+    ]
+
+
+def test_redirect_to_a_host_of_the_configuration_is_followed_whatever_its_address(upstream, tmp_path):
+    with Upstream() as other:
+        other.answer("/here", Answer(b"whole"))
+        upstream.answer("/A", Answer(b"", 302, {"Location": f"{other.address}/here"}))
+        write_box(tmp_path, address=upstream.address)
+        text = (tmp_path / "adce.yaml").read_text()
+        more = f'sources: {{other: {{base_url: "{other.address}"}}, box:'
+        (tmp_path / "adce.yaml").write_text(text.replace("sources: {box:", more))
+        assert run_adce("run", "--once", folder=tmp_path).returncode == 0
+        assert other.count("/here") == 1
+
+
+IDS = ["-rf", "a,b", "good"]
+
+
+@pytest.mark.parametrize(
+    ("words", "good"), [(', "{id}"', ["a,b", "good"]), (', --, "{id}"', ["-rf", "a,b", "good"]), (', "--id={id}"', IDS)]
+)
+def test_id_that_would_be_an_option_is_refused_unless_a_word_says_otherwise(words, good, upstream, tmp_path):
+    upstream.answer("/page", json_answer({"ids": IDS}))
+    way = (
+        "command: [python, -c, \"import os, sys; open(os.environ['ADCE_OUTPUT'], 'w').write(sys.argv[-1])\""
+        + words
+        + "]"
+    )
+    write_family(tmp_path, upstream.address, way=way)
+    run_adce("run", "--once", folder=tmp_path)
+    found = [row[0] for row in rows(tmp_path, "select key from objects_now where state = 'present'")]
+    assert sorted(found) == sorted(["page", *(f"named/{one}" for one in good)])
+
+
+BATCH = """
+import os, pathlib, sys
+folder = pathlib.Path(os.environ["ADCE_OUTPUT"], "named", "x")
+folder.mkdir(parents=True)
+for name in sys.argv[1].split(","):
+    (folder / name).write_text(name)
+"""
+
+
+def test_value_with_a_comma_is_never_one_of_several(upstream, tmp_path):
+    upstream.answer("/page", json_answer({"ids": ["a,b", "c", "d"]}))
+    (tmp_path / "batch.py").write_text(BATCH)
+    way = 'command: [python, batch.py, "{ids}"], batch: {group_by: kind}'
+    write_family(tmp_path, upstream.address, way=way)
+    file = tmp_path / "adce.yaml"
+    text = file.read_text().replace("from: page,", "values: {kind: [x]}, from: page,")
+    file.write_text(text.replace('key: "named/{id}"', 'key: "named/{kind}/{id}"'))
+    run_adce("run", "--once", folder=tmp_path)
+    assert rows(tmp_path, "select key, task_state from gaps") == [("named/x/a,b", "retry")]
+    assert "has a comma" in rows(tmp_path, "select last_error from queue")[0][0]
+
+
+def test_no_cell_of_a_csv_is_a_formula_or_holds_an_escape(upstream, tmp_path):
+    upstream.answer("/page", json_answer({"ids": ["=1+1", "@SUM(1)", "+1", "-1", "fine"]}))
+    write_family(tmp_path, upstream.address)
+    file = tmp_path / "adce.yaml"
+    file.write_text(file.read_text().replace('key: "named/{id}"', 'key: "{id}"'))
+    run_adce("run", "--once", folder=tmp_path)
+    text = run_adce("--format", "csv", "tasks", folder=tmp_path).stdout
+    keys = {row["key"] for row in csv.DictReader(io.StringIO(text))}
+    assert keys == {"'=1+1", "'@SUM(1)", "'+1", "'-1", "fine"}
+    assert adce.render([adce.Section("x", "X", [{"a": "\x1b[31mred", "b": -1}])], "csv") == "a,b\n?[31mred,-1"
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "create trigger evil after insert on attempts begin delete from counts; end",
+        "drop trigger objects_counted_in; create trigger objects_counted_in after insert on facts begin select 1; end",
+        "drop index objects_pending; create index objects_pending on objects (key)",
+    ],
+)
+def test_database_with_a_planted_definition_is_not_used(planted, upstream, tmp_path):
+    write_box(tmp_path, address=upstream.address)
+    run_adce("run", "--once", folder=tmp_path)
+    with sqlite3.connect(tmp_path / "adce.db") as sql:
+        sql.executescript(planted)
+    done = run_adce("run", "--once", folder=tmp_path)
+    assert (done.returncode, "another program has changed the" in done.stderr) == (1, True), done.stderr
+
+
+def test_planted_view_is_replaced_and_a_view_of_the_user_stays(upstream, tmp_path):
+    upstream.answer("/A", Answer(b"whole"))
+    write_box(tmp_path, address=upstream.address)
+    run_adce("run", "--once", folder=tmp_path)
+    with sqlite3.connect(tmp_path / "adce.db") as sql:
+        sql.executescript(
+            "drop view coverage; create view coverage as select 1 as one; create view mine as select 2 as two"
+        )
+    assert json.loads(run_adce("--format", "json", "coverage", folder=tmp_path).stdout)[0]["present"] == 1
+    assert rows(tmp_path, "select two from mine") == [(2,)]
+
+
+def test_links_in_place_of_the_lock_and_the_log_are_not_followed(upstream, tmp_path):
+    write_box(tmp_path, address=upstream.address)
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "adce.db.lock").symlink_to("victim")
+    (tmp_path / "run.log").symlink_to("victim")
+    assert "it has to be a file, no link" in run_adce("run", "--once", folder=tmp_path).stderr
+    (tmp_path / "adce.db.lock").unlink()
+    assert "cannot write to" in run_adce("run", "--once", "--log", "run.log", folder=tmp_path).stderr
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_tree_that_is_deeper_than_any_key_ends_no_listing(upstream, tmp_path):
+    upstream.answer("/A", Answer(b"whole"))
+    write_box(tmp_path, address=upstream.address)
+    run_adce("run", "--once", folder=tmp_path)
+    here = os.open(tmp_path / "lake/things", os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("a", dir_fd=here)
+        below = os.open("a", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    done = run_adce("run", "--once", folder=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    os.system(f"rm -rf {tmp_path}/lake")  # too deep for shutil
+
+
+def test_header_that_a_source_repeats_is_not_kept(upstream, tmp_path):
+    upstream.route("/A", lambda *_: Answer(f"bad key {upstream.arrivals[-1].headers['Authorization']}".encode(), 403))
+    write_box(tmp_path, address=upstream.address)
+    text = (tmp_path / "adce.yaml").read_text()
+    more = 'timeout_seconds: 60, headers: {Authorization: "Bearer C4N4RYhdr"}'
+    (tmp_path / "adce.yaml").write_text(
+        text.replace("timeout_seconds: 60", more).replace('url: "/{name}"', 'url: "/{name}?api_key=C4N4RYurl"')
+    )
+    upstream.route("/A", lambda *_: Answer(f"bad key {upstream.arrivals[-1].headers['Authorization']}".encode(), 403))
+    told = run_adce("run", "--once", folder=tmp_path).stderr
+    assert "bad key Bearer ***" in told
+    assert not any(b"C4N4RY" in file.read_bytes() for file in tmp_path.glob("adce.db*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("""s: {base_url: "ftp://u:C4N4RY@h/x"}""", "ftp://u:***@h/x"),
+        ("""s: {headers: {Authorization: "Bearer C4N4RY"}, base_ur: x}""", 'Authorization: "***'),
+        ("""s: {headers: {'X-Api-Key': C4N4RY}, base_ur: x}""", "'X-Api-Key': ***"),
+        ("""s: {base_url: "https://h/x?token=C4N4RY#"}""", "token=***"),
+    ],
+)
+def test_message_about_a_mistake_does_not_repeat_a_secret(line, shown, configure):
+    with pytest.raises(adce.ConfigurationError) as raised:
+        configure(f"sources:\n  {line}\n")
+    assert "C4N4RY" not in str(raised.value)
+    assert shown in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("database", '"a\\0b"'), ("store", '"a\\0b"'), ("store", "~nobodyatall/x"), ("store", '"a\\nb"')]
+)
+def test_path_that_no_file_can_have_is_a_mistake_in_the_configuration(key, value, configure):
+    with pytest.raises(adce.ConfigurationError) as raised:
+        configure(f"{key}: {value}\nsources: {{}}\n")
+    assert f"{key}: " in str(raised.value)
