@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from datetime import date, time
@@ -633,11 +634,27 @@ def test_byte_order_mark_and_carriage_returns_are_accepted(tmp_path):
     assert list(adce.load_configuration(path).datasets) == ["days"]
 
 
-def test_shipped_configuration_holds_four_sources_and_twelve_datasets():
+def test_shipped_configuration_holds_four_sources_and_eighteen_datasets():
     configuration = adce.load_configuration(ROOT / "adce.yaml")
     assert list(configuration.sources) == ["espn", "nba_api", "basketball_reference", "hoopr"]
-    assert len(configuration.datasets) == 12
+    assert len(configuration.datasets) == 18
     assert configuration.store == str(ROOT / "lake")
+
+
+@pytest.mark.parametrize(
+    ("date", "body", "is_valid"),
+    [
+        ("2002-12-25", {"header": {"id": "7"}, "plays": []}, True),
+        ("2002-12-25", {"page": {"content": {"gamepackage": {"gmStrp": {}}}}}, True),
+        ("2002-12-25", {"header": {"id": "8"}}, False),
+        ("2024-12-25", {"header": {"id": "7"}, "plays": []}, False),
+    ],
+)
+def test_shipped_play_by_play_may_be_empty_before_2003_only(date, body, is_valid):
+    dataset = adce.load_configuration(ROOT / "adce.yaml").datasets["espn_play_by_play"]
+    dataset = dataclasses.replace(dataset, validate=dataclasses.replace(dataset.validate, min_bytes=1))
+    found = adce.inspect(dataset, {"game_id": "7", "date": date}, json.dumps(body).encode())
+    assert found.valid is is_valid, found.verdict
 
 
 def test_four_blocks_are_accepted_exactly_as_written(configure):

@@ -41,7 +41,7 @@ def test_keys_of_the_shipped_configuration_can_be_explained():
     known = {name for path in adce.all_settings() for name in path.split(".")}
     sources = set(adce.load_configuration(ROOT / "adce.yaml").sources)
     datasets = set(adce.load_configuration(ROOT / "adce.yaml").datasets)
-    assert keys - known - sources - datasets == {"month"}  # the name of a field
+    assert keys - known - sources - datasets == {"measure", "month"}  # names of fields
 
 
 LAKES = re.findall(r"^\*\*([\w ]+)\*\*[^\n]*\n\n```yaml\n(.+?)```", README, re.DOTALL | re.MULTILINE)
@@ -102,6 +102,12 @@ def test_small_lakes_of_the_guide_are_whole_and_ask_for_what_they_should(name, t
     assert asked == URLS[name]
     assert text.count("\n") <= 25
     assert {one.source for one in datasets} <= configuration.rate_limiting.scopes.keys()
+
+
+def test_old_scraper_of_the_guide_fits_into_the_shipped_file(configure):
+    found = re.search(r"```yaml\n(  box_scores_of_old:.+?)```", README, re.DOTALL)
+    assert found
+    assert configure(SHIPPED + found[1]).datasets["box_scores_of_old"].command
 
 
 def test_there_are_eight_small_lakes():
