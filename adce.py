@@ -8541,6 +8541,61 @@ def build_parser(words: Sequence[str] = ()) -> Parser:
     return parser
 
 
+MADE_EXAMPLES = ("completion", "completion-fish", "config", "grafana", "launchd")
+COMPLETION = """\
+# For bash and zsh: source <(adce.py example completion)
+if [ -n "$ZSH_VERSION" ]; then
+    whence compdef > /dev/null || {{ autoload -U compinit && compinit -C; }}
+    autoload -U bashcompinit && bashcompinit
+fi
+_adce() {{
+    local word words="{commands}" i
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        case "${{COMP_WORDS[i]}}" in
+{cases}
+        esac
+    done
+    case "${{COMP_WORDS[COMP_CWORD - 1]}}" in
+{choices}
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _adce adce.py
+"""
+
+
+def completion(shell: str) -> str:
+    """A script that completes commands, options and their choices, for `fish`, or for bash and zsh."""
+    options = [option for each in commands() for option in each.options]
+    choices = {
+        name: settings["choices"]
+        for names, settings in [*EVERYWHERE, *options]
+        for name in names
+        if name.startswith("--") and "choices" in settings
+    }
+    words: dict[str, list[str]] = {}
+    for each in commands():
+        words[each.name] = [names[-1] for names, _ in each.options if names[-1].startswith("-")]
+        words[each.name] += [
+            word for names, more in each.options if names[0][0] != "-" for word in more.get("choices", ())
+        ]
+    if shell != "fish":
+        return COMPLETION.format(
+            commands=" ".join(words),
+            cases="\n".join(f'            {name}) words="{" ".join(known)}" ;;' for name, known in words.items()),
+            choices="\n".join(f'        {name}) words="{" ".join(known)}" ;;' for name, known in choices.items()),
+        )
+    lines = ["# For fish: adce.py example completion-fish > ~/.config/fish/completions/adce.py.fish"]
+    for each in commands():
+        meaning = shlex.quote((each.act.__doc__ or "").removesuffix("."))
+        lines.append(f"complete -c adce.py -f -n __fish_use_subcommand -a {each.name} -d {meaning}")
+        for word in words[each.name]:
+            kind = f"-l {word.removeprefix('--')}" if word.startswith("--") else f"-a {word}"
+            known = f" -xa {shlex.quote(' '.join(choices[word]))}" if word in choices else ""
+            lines.append(f"complete -c adce.py -n '__fish_seen_subcommand_from {each.name}' {kind}{known}")
+    return "\n".join(lines) + "\n"
+
+
 def parse_arguments(words: Sequence[str]) -> Arguments:
     """Parse a command line; `--` begins the program of acquire, which is not parsed. Exits on wrong usage."""
     end = words.index("--") if "--" in words else len(words)
@@ -9021,10 +9076,12 @@ def command_explain(arguments: Arguments, _: Configuration) -> None:
         _print(arguments, [Section("keys", "", rows)])
 
 
-@command(option("name", choices=sorted([*EXAMPLES, "config", "grafana", "launchd"])), needs="nothing")
+@command(option("name", choices=sorted([*EXAMPLES, *MADE_EXAMPLES])), needs="nothing")
 def command_example(arguments: Arguments, _: Configuration) -> None:
-    """Print a configuration, a unit, a property list, a crontab line, alert rules or a dashboard."""
-    if arguments.name == "config":
+    """Print a configuration, a text for systemd, launchd, cron, Grafana or Prometheus, or the completion of a shell."""
+    if arguments.name.startswith("completion"):
+        print(completion(arguments.name.partition("-")[2]), end="")
+    elif arguments.name == "config":
         print(Path(__file__).with_name(DEFAULT_NAME).read_text(encoding="utf-8"), end="")
     else:
         print(example(arguments.name, configured(arguments)), end="")

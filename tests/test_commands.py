@@ -649,3 +649,37 @@ def test_check_warns_of_what_may_do_harm_and_is_content_all_the_same(tmp_path):
         ("permissions", f"everybody may write {tmp_path}/adce.yaml"),
     ]
     assert "s3cret" not in checked.stdout
+
+
+COMPLETE = """source <("{python}" "{adce}" example completion)
+COMP_WORDS=({words}); COMP_CWORD=$(({count} - 1)); _adce; echo "${{COMPREPLY[*]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("adce.py sk", "skip"),
+        ("adce.py skip --rea", "--reason"),
+        ("adce.py -c other.yaml tasks --da", "--dataset --day"),
+        ("adce.py --format j", "json"),
+        ("adce.py report --format c", "csv"),
+        ("adce.py example comp", "completion completion-fish"),
+    ],
+)
+def test_shell_completes_commands_options_and_choices(words, found):
+    script = COMPLETE.format(python=sys.executable, adce=adce.__file__, words=words, count=len(words.split()))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == found.split()
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_is_accepted_by_other_shells(shell, tmp_path):
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    name = "completion-fish" if shell == "fish" else "completion"
+    (tmp_path / "script").write_text(run_adce("example", name, folder=tmp_path).stdout)
+    ask = "; complete -C 'adce.py sk'" if shell == "fish" else "; whence -w _adce"
+    done = subprocess.run([shell, "-c", f". ./script{ask}"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0].rstrip(":") == ("skip" if shell == "fish" else "_adce")
+    assert done.stderr == ""
