@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import atexit
 import calendar
 import collections
 import contextlib
@@ -2875,7 +2876,7 @@ class Inspector:
             try:
                 return cast(Answer, self._call(memory, file, function, arguments))
             except (EOFError, OSError):  # it was killed, or could not allocate what it needs to say so
-                self._end()
+                self.end()
                 raise TooCostlyError(f"its inspection takes more than {memory >> 20} MB of memory") from None
 
     def _call(self, memory: int, file: BinaryIO | None, function: Any, arguments: Sequence[Any]) -> Any:
@@ -2892,7 +2893,7 @@ class Inspector:
                 socket.send_fds(channel, [b"f"], [file.fileno()])
             while not connection.poll(POLL_SECONDS / 2):
                 if time.monotonic() > min(until, self.ends_at):
-                    self._end()
+                    self.end()
                     if time.monotonic() > self.ends_at:
                         raise Error("the runner stops")
                     raise TooCostlyError(f"its inspection takes more than {APART_SECONDS} s")
@@ -2902,7 +2903,7 @@ class Inspector:
         return answer
 
     def _start(self) -> None:
-        self._end()
+        self.end()
         here = str(Path(__file__).resolve().parent)
         self._socket, theirs = socket.socketpair()
         marks = {"ADCE_DB": os.path.realpath(os.environ.get("ADCE_DB", "")), "ADCE_TASK": "inspection"}
@@ -2917,7 +2918,8 @@ class Inspector:
                 start_new_session=True,
             )
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End the process, and with it the call that it is at."""
         if self._process and self._socket:
             self._socket.close()
             self._process.kill()
@@ -2928,7 +2930,9 @@ class Inspector:
 @functools.cache
 def inspector() -> Inspector:
     """The inspector of this process."""
-    return Inspector()
+    made = Inspector()
+    atexit.register(made.end)
+    return made
 
 
 def serve_inspections(module: types.ModuleType, descriptor: int) -> None:

@@ -83,8 +83,8 @@ def rows(folder: Path, sql: str) -> list[tuple]:
 
 
 def _is_complete(connection: sqlite3.Connection) -> bool:
-    tables = connection.execute("select count(*) from sqlite_schema where name = 'facts'").fetchone()[0]
-    return tables > 0 and connection.execute("select views is not null from facts").fetchone()[0] == 1
+    views = connection.execute("select count(*) from sqlite_schema where type = 'view'").fetchone()[0]
+    return bool(views >= adce.VIEWS.count("create view "))
 
 
 def has_begun(folder: Path) -> bool:
