@@ -6690,6 +6690,8 @@ channel: ! adce.py check
     select json_extract(value, '$.channel') as about, 'alerts cannot be sent: ' || max(json_extract(value, '$.error'))
            || ', ' || count(*) || ' wait' as text, 1 as is_quiet
     from alerts join json_each(unsent) group by about having max(json_extract(value, '$.error')) is not null
+demand above limit: ! adce.py explain freshness
+    select key as about, value as text from json_each(:demand)
 no limits: - adce.py explain rate_limiting
     select value as about, 'has no limits' as text from json_each(:unlimited)
 changed: - adce.py restart
@@ -6728,6 +6730,37 @@ def problems(
     return found
 
 
+def demand_above_limits(database: Database, configuration: Configuration, now: float) -> dict[str, str]:
+    """What is wrong with a source whose refetches alone need all the requests that its limits allow, by its name."""
+    kept = """
+        select dataset, nullif(season, ''), sum(objects) from counts join datasets using (dataset_id)
+        where active and state in ('present', 'stale') group by dataset, season
+    """
+    at_once = """
+        select count(*) from objects where state = 'stale' and live and season is ?
+          and dataset_id = (select dataset_id from datasets where dataset = ?)
+    """
+    hourly, asked = dict.fromkeys(configuration.sources, 0.0), set[tuple[str, str | None]]()
+    for name, label, count in database.read(kept):
+        one = configuration.datasets.get(name)
+        if not one or not one.url or (str(one.request()), label) in asked:
+            continue
+        asked.add((str(one.request()), label))  # one response for all of them
+        rules, season = one.freshness, season_of(one, label)
+        every = rules.refetch_every if not rules.until else None
+        if season and not every:
+            every = rules.past if season.finish < day_of(now) else rules.current
+        hourly[one.source] += count * HOUR / every if every else 0
+        hourly[one.source] += database.value(at_once, (label, name)) * HOUR / rules.live.every if rules.live else 0
+    found = {}
+    for source, needed in hourly.items():
+        windows = configuration.rate_limiting.scopes.get(source, ScopeLimits()).windows
+        allowed = min((limit.max_requests * HOUR / limit.seconds for limit in windows), default=math.inf)
+        if needed >= allowed:
+            found[source] = f"refetches need {needed:,.0f} requests an hour, and {allowed:,.0f} are allowed: gaps wait"
+    return found
+
+
 def conditions(
     database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
 ) -> list[Condition]:
@@ -6747,6 +6780,7 @@ def conditions(
     values |= {"at_least": json.dumps(least), "over": json.dumps(over)}
     values |= {"changed_at": path.stat().st_mtime if path.exists() else 0}
     with contextlib.suppress(DatabaseError):  # that is one of its problems
+        values["demand"] = json.dumps(demand_above_limits(database, configuration, now))
         for one in CONDITIONS:
             mark, _, hint = one.title.partition(" ")
             for about, text, *quiet in database.read(LATEST + one.sql, values):

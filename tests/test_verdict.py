@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -98,6 +99,16 @@ def give_up(lake: Lake) -> None:
     lake.desk.end(lake.desk.claim(), adce.Outcome.INVALID)
 
 
+def ask_too_often(lake: Lake) -> None:
+    """Each second of the six objects again, of which one a second is allowed."""
+    games = lake.desk.configuration.datasets["games"]
+    often = dataclasses.replace(games, freshness=adce.Freshness(refetch_every=1))
+    lake.desk.configuration.datasets["games"] = often  # type: ignore[index]
+    for _ in range(6):
+        lake.desk.end(lake.desk.claim(), adce.Outcome.OK)
+        lake.clock.advance(2)
+
+
 def change_the_file(lake: Lake) -> None:
     os.utime(lake.path, (lake.clock.wall() + 60,) * 2)
 
@@ -129,6 +140,13 @@ SITUATIONS: dict[Callable[[Lake], None], tuple[str, str, str, int | None, str]] 
         f"200 of 300 objects are no longer expected; if {MISTAKE}",
         None,
         "adce.py plan",
+    ),
+    ask_too_often: (
+        "!",
+        "league",
+        "refetches need 21,600 requests an hour, and 3,600 are allowed: gaps wait",
+        None,
+        "adce.py explain freshness",
     ),
     break_a_channel: ("!", "webhook", "alerts cannot be sent: HTTP 500, 1 wait", None, "adce.py check"),
     give_up: (
