@@ -7958,7 +7958,8 @@ class Runner:
             with contextlib.suppress(DatabaseError):  # the first error is reported
                 cast(Any, self.steps).close()
         if self.running:
-            self.journal.write("INFO", "stopping", running=len(self.running), grace=self.configuration.grace_seconds)
+            facts = {"running": len(self.running), "grace": self.configuration.grace_seconds}
+            self.journal.write("INFO", "stopping", **facts, hint="a second signal, or Ctrl-C, ends at once")
         while self.running and self.clock.boot() < limit:
             self.journal.paint([claimed.tasks[0].key for claimed in self.running.values()], math.inf)
             self.clock.wait(self.wakeups, min(1.0, limit - self.clock.boot()))
@@ -8651,6 +8652,9 @@ def _existing(configuration: Configuration) -> Database:
 
 
 def _print(arguments: Arguments, sections: Sequence[Section]) -> None:
+    if arguments.format == "csv" and hasattr(arguments, "table") and len(sections) > 1:
+        names = ", ".join(part.name for part in sections)
+        raise Error("csv holds one table", f"adce.py report TABLE --format csv, of {names}")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(render(sections, arguments.format, width))
 

@@ -47,6 +47,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("command", READING)
 @pytest.mark.parametrize("style", adce.FORMATS)
 def test_every_command_that_prints_data_has_every_format(command, style, folder):
+    command = "report cycles" if (command, style) == ("report", "csv") else command
     done = run_adce(*command.split(), "--format", style, folder=folder, LANG="C", COLUMNS="20", NO_COLOR="1")
     assert done.returncode == (4 if command in ("status", "health") else 0), done.stderr
     assert "Traceback" not in done.stderr
@@ -56,6 +57,12 @@ def test_every_command_that_prints_data_has_every_format(command, style, folder)
         assert json.loads(done.stdout) is not None
     if style == "csv":
         assert len(list(csv.reader(io.StringIO(done.stdout)))) > 1
+
+
+def test_csv_of_several_tables_says_which_to_name(folder):
+    done = run_adce("report", "--format", "csv", folder=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search("report TABLE --format csv, of verdict, .*cycles", done.stderr)
 
 
 def on_a_terminal(*words: str, folder: Path, columns: int, lines: int = 24) -> str:
