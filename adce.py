@@ -6860,6 +6860,9 @@ rect { stroke: CanvasText; stroke-opacity: .6; } .none { fill: none; stroke-opac
 .all { fill: #1b4f9c; } .part { fill: #7fb2e5; stroke-dasharray: 2 1; } .gap { fill: #d9822b; stroke-width: 2; }
 svg text { font: 9px system-ui, sans-serif; fill: CanvasText; }
 .swatch { display: inline-block; vertical-align: -1px; margin-left: .8rem; }
+.lines { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: 1rem 0; } figure { margin: 0; min-width: 15rem; }
+figcaption { font-size: .8rem; }
+polyline { fill: none; stroke: #3574c8; stroke-width: 1.5; }
 """
 SQUARE = '<rect class="{}" x="1" y="1" width="9" height="9"/>'
 SWATCH = f'<svg class="swatch" width="11" height="11" aria-hidden="true">{SQUARE}</svg>'
@@ -6901,7 +6904,26 @@ DAYS = """
     select dataset, day, expected, present from coverage_by_day
     where day between :year || '-01-01' and :year || '-12-31' order by dataset, day
 """
-CELL, LEFT, TOP = 11, 26, 12  # pixels
+LINES = """
+    with recent as (
+        select source, day, sum(attempts) as attempts, sum(seconds) / sum(attempts) as seconds,
+               sum(iif(outcome in ('ok', 'not_yet', 'lost'), 0, attempts)) as failed
+        from daily_totals join datasets using (dataset_id)
+        where day > date(:now - 2592000, 'unixepoch') group by source, day
+    )
+    select 1 as place, 'open gaps, 24 hours' as title, strftime('%H:%M', started_at, 'unixepoch') as at,
+           missing + stale + suspect as value, started_at as moment
+    from reconciliations where seconds is not null and started_at > :now - 86400
+    union all
+    select 2, 'coverage in percent, 30 days', date(started_at, 'unixepoch'), max(present * 100.0 / expected), started_at
+    from reconciliations where expected > 0 and started_at > :now - 2592000 group by date(started_at, 'unixepoch')
+    union all select 3, source || ': attempts a day, 30 days', day, attempts, day from recent
+    union all select 4, source || ': failed a day, 30 days', day, failed, day from recent
+    union all select 5, source || ': mean seconds, 30 days', day, round(seconds, 2), day from recent
+    order by place, title, moment
+"""
+LINE_WIDTH, LINE_HEIGHT = 180, 32  # pixels
+CELL, LEFT, TOP = 11, 26, 12
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
 
 
@@ -6933,6 +6955,7 @@ def page(database: Database, configuration: Configuration, now: float, year: int
     links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
     body = f"""<p>{html.escape(configuration.store)}, {utc_text(now)}</p>
 {tables(above)}
+<div class="lines">{_lines(database.read(LINES, {"now": now}))}</div>
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
 <p>A square is a day: {LEGEND}</p>
 {"".join(_calendar(name, year, list(rows), has_links=bool(nearby)) for name, rows in days)}
@@ -6956,6 +6979,26 @@ def task_page(database: Database, wanted: str) -> str:
     return document(
         f"Task {number}", f"{tables(sections)}<h2>Commands</h2><pre>{html.escape(chr(10).join(lines))}</pre>"
     )
+
+
+def _lines(rows: Sequence[sqlite3.Row]) -> str:
+    """A small line for each figure that has changed; its title says from when to when, and how far it went."""
+    figures = []
+    for title, points in itertools.groupby(rows, key=lambda row: row["title"]):
+        listed = list(points)
+        values = [row["value"] for row in listed]
+        low, high = min(values), max(values)
+        if low == high:
+            continue
+        step, rise = (LINE_WIDTH - 2) / (len(values) - 1), (LINE_HEIGHT - 4) / (high - low)
+        dots = " ".join(
+            f"{1 + n * step:.1f},{LINE_HEIGHT - 2 - (one - low) * rise:.1f}" for n, one in enumerate(values)
+        )
+        span = f"{listed[0]['at']} to {listed[-1]['at']}: from {low:g} to {high:g}, now {values[-1]:g}"
+        name, size = html.escape(title), f'width="{LINE_WIDTH}" height="{LINE_HEIGHT}"'
+        picture = f'<svg role="img" {size}><title>{name}, {span}</title><polyline points="{dots}"/></svg>'
+        figures.append(f"<figure>{picture}<figcaption>{name}: {values[-1]:g}</figcaption></figure>")
+    return "".join(figures)
 
 
 def _calendar(dataset: str, year: int, rows: Sequence[sqlite3.Row], *, has_links: bool) -> str:

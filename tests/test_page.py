@@ -164,3 +164,16 @@ def test_each_number_is_the_same_wherever_it_is_told(lake, address):
     ]
     assert sum(int(row["expected"]) for row in coverage) == expected
     assert sum(int(row["missing"]) for row in coverage) == missing
+
+
+def test_small_lines_show_how_figures_went_and_say_it_in_words(lake, address):
+    with contextlib.closing(adce.open_database(lake / "adce.db")) as database, database.transaction() as sql:
+        for missing in (9, 4):
+            columns = "started_at, seconds, expected, missing"
+            sql.execute(
+                f"insert into reconciliations ({columns}) values (unixepoch() - ?, 1, 20, ?)", (missing, missing)
+            )
+    text = urllib.request.urlopen(address).read().decode()
+    titles = re.findall(r"<figure>.*?<title>(.*?)</title>.*?</figure>", text)
+    assert any(re.fullmatch(r"open gaps, 24 hours, .*: from \d+ to 9, now \d", title) for title in titles), titles
+    assert text.count("<polyline points=") == len(titles)
