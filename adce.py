@@ -8117,8 +8117,12 @@ groups:
         for: 15m
         annotations: {summary: "more than 10% of the attempts fail"}
       - alert: ADCESourceIsPaused
-        expr: adce_paused_until_timestamp_seconds - time() > 1800
-        annotations: {summary: "{{ $labels.scope }} is paused for more than half an hour"}
+        # pauses are short and follow one another: paused for most of half an hour, twice in a row
+        expr: >-
+          count_over_time(adce_paused_until_timestamp_seconds[30m])
+          > on (job, instance) group_left () 0.8 * count_over_time(up{job="adce"}[30m])
+        for: 30m
+        annotations: {summary: "{{ $labels.scope }} has been paused for an hour"}
 """,
     "cron": """\
 # For `crontab -e`: cron mails what is printed. While a run still works, the next one exits at once. Lines NAME=value
@@ -8193,19 +8197,67 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
     }
 
 
+PRESENT = 'sum(adce_objects{state="present"})'
+# Panels of the dashboard: kind, title, unit, width of 24, and expressions with the legends of their lines.
+PANELS: tuple[tuple[str, str, str, int, Mapping[str, str]], ...] = (
+    ("stat", "Coverage", "percentunit", 4, {f"{PRESENT} / sum(adce_objects)": ""}),
+    ("stat", "Gave up", "short", 4, {'sum(adce_tasks{state="gave_up"}) or vector(0)': ""}),
+    ("stat", "Conditions", "short", 4, {"adce_open_alerts": ""}),
+    ("stat", "Since the last good cycle", "s", 6, {"time() - adce_cycle_last_success_timestamp_seconds": ""}),
+    ("stat", "Since the last sign of life", "s", 6, {"time() - adce_runner_last_beat_timestamp_seconds": ""}),
+    (
+        "timeseries",
+        "Coverage by dataset",
+        "percentunit",
+        12,
+        {'sum by (dataset) (adce_objects{state="present"}) / sum by (dataset) (adce_objects)': "{{dataset}}"},
+    ),
+    ("timeseries", "Open tasks", "short", 12, {"sum by (dataset, state) (adce_tasks)": "{{dataset}} {{state}}"}),
+    (
+        "timeseries",
+        "Used of each limit",
+        "percentunit",
+        12,
+        {"adce_window_used_requests / adce_window_limit_requests": "{{scope}} in {{seconds}} s"},
+    ),
+    ("timeseries", "Left of a pause", "s", 12, {"adce_paused_until_timestamp_seconds - time()": "{{scope}}"}),
+    ("timeseries", "Attempts", "cpm", 12, {"sum by (outcome) (60 * rate(adce_attempts_total[15m]))": "{{outcome}}"}),
+    (
+        "timeseries",
+        "Seconds an attempt",
+        "s",
+        12,
+        {
+            "rate(adce_attempt_seconds_total[15m]) / on (dataset) "
+            "sum by (dataset) (rate(adce_attempts_total[15m]))": "{{dataset}}"
+        },
+    ),
+    ("timeseries", "Stored", "Bps", 12, {"sum by (dataset) (rate(adce_stored_bytes_total[15m]))": "{{dataset}}"}),
+    (
+        "timeseries",
+        "Cycles",
+        "s",
+        12,
+        {"adce_cycle_duration_seconds": "the last took", "rate(adce_cycles_total[1h]) * 3600": "an hour"},
+    ),
+)
+
+
 def grafana_dashboard() -> str:
-    """A dashboard with a panel for each metric; its data source is chosen at the top of the page."""
-    source = {"type": "prometheus", "uid": "${datasource}"}
-    panels = []
-    for number, one in enumerate(METRICS):
-        expression, title = one.name, one.title.rstrip(".")
-        if one.is_one:
-            expression = f"rate({one.name}[5m])"
-        elif one.name.endswith("_timestamp_seconds"):
-            expression, title = f"time() - {one.name}", f"Seconds since: {title}"
-        place = {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)}
-        panel = {"id": number + 1, "type": "timeseries", "title": title, "datasource": source, "gridPos": place}
-        panels.append({**panel, "targets": [{"refId": "A", "datasource": source, "expr": expression}]})
+    """A dashboard of PANELS; its data source is chosen at the top of the page."""
+    source, panels, x, y = {"type": "prometheus", "uid": "${datasource}"}, list[dict[str, Any]](), 0, 0
+    for kind, title, unit, width, lines in PANELS:
+        height = 4 if kind == "stat" else 8
+        targets = [
+            {"refId": chr(65 + n), "datasource": source, "expr": expression, "legendFormat": legend}
+            for n, (expression, legend) in enumerate(lines.items())
+        ]
+        panel = {"id": len(panels) + 1, "type": kind, "title": title, "datasource": source, "targets": targets}
+        place = {"h": height, "w": width, "x": x, "y": y}
+        panels.append(
+            {**panel, "gridPos": place, "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []}}
+        )
+        x, y = (x + width, y) if x + width < 24 else (0, y + height)
     choice = {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"}
     dashboard = {"uid": "adce", "title": "ADCE", "schemaVersion": 39, "refresh": "1m", "panels": panels}
     shown = {"time": {"from": "now-24h", "to": "now"}, "templating": {"list": [choice]}}

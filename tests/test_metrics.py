@@ -60,12 +60,49 @@ def test_promtool_accepts_the_rules(lake):
     assert "6 rules found" in told.stdout
 
 
+# a source that refuses is paused for 15 minutes, asked once, and paused again
+BLOCKED = """
+rule_files: [rules.yml]
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - {{series: 'up{{job="adce", instance="a"}}', values: '1x120'}}
+      - series: 'adce_paused_until_timestamp_seconds{{job="adce", instance="a", scope="{scope}"}}'
+        values: '{values}'
+    alert_rule_test:
+      - {{eval_time: 20m, alertname: ADCESourceIsPaused}}
+      - eval_time: 100m
+        alertname: ADCESourceIsPaused
+        exp_alerts: {alerts}
+"""
+
+
+@needs_prometheus
+@pytest.mark.battery
+@pytest.mark.parametrize("scope", ["espn", "nba_api", "basketball_reference", "hoopr"])
+@pytest.mark.parametrize("is_blocked", [True, False])
+def test_promtool_sees_the_alert_of_a_source_that_is_blocked_for_an_hour(scope, is_blocked, lake):
+    (lake / "rules.yml").write_text(run_adce("example", "alerts", folder=lake).stdout)
+    values = " ".join(["5x14", "_"] * 8) if is_blocked else " ".join(["5x14", "_x60"] * 2)
+    labels = f"{{job: adce, instance: a, scope: {scope}}}"
+    fired = f"[{{exp_labels: {labels}, exp_annotations: {{summary: {scope} has been paused for an hour}}}}]"
+    text = BLOCKED.format(scope=scope, values=values, alerts=fired if is_blocked else "[]")
+    (lake / "test.yml").write_text(text)
+    told = subprocess.run(
+        ["promtool", "test", "rules", "test.yml"], cwd=lake, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
 def test_rules_and_panels_ask_for_metrics_that_exist(lake):
     rules = run_adce("example", "alerts", folder=lake).stdout
     dashboard = json.loads(run_adce("example", "grafana", folder=lake).stdout)
     names = {one.name for one in adce.METRICS}
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert all(any(name in expression for name in names) for expression in asked)
+    assert names == {name for name in names if any(name in expression for expression in asked)}
+    assert all(panel["fieldConfig"]["defaults"]["unit"] for panel in dashboard["panels"])
     assert {
         word for word in rules.replace("(", " ").replace("{", " ").replace("[", " ").split() if word[:5] == "adce_"
     } <= names
