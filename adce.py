@@ -1323,6 +1323,12 @@ def _like(pattern: str) -> Mapping[str, Any]:
     return {"type": "string", "pattern": f"^({pattern})$"}
 
 
+def _address(text: str) -> str:
+    if urllib.parse.urlsplit(text).port == 0:  # raises ValueError for what is no host or port
+        raise ValueError(text)
+    return text.rstrip("/")
+
+
 def _lake(text: str) -> str:
     try:
         return text if "://" in text else str(Path(text).expanduser())
@@ -1348,7 +1354,7 @@ Address = Annotated[
     Kind(
         "an http or https address",
         _like(r"(https?://[^/\s?#]+|\$\{?[A-Z_][A-Z0-9_]*\}?)[^\s?#]*"),
-        lambda text: text.rstrip("/"),
+        _address,
     ),
 ]
 Header = Annotated[str, Kind("plain ASCII text", _like(r"[\x20-\x7e]*"))]
@@ -1427,6 +1433,7 @@ def settings_of(record: type) -> Mapping[str, Setting]:
 ONE_OR_MORE = object()  # marks a list in whose place a single item may stand
 
 
+@functools.cache
 def shape_of(declared: Any) -> tuple[str, Any, Any]:
     """What an annotation declares: a block, list, mapping or value; the names in a mapping, or ONE_OR_MORE of a list;
     and the record, item or Kind. A field that is converted after reading is Annotated with what is read."""
@@ -1987,7 +1994,7 @@ def all_settings(declared: Any = Configuration, path: str = "") -> Mapping[str, 
     return found
 
 
-def _hint(path: str, node: Any, known: Iterable[str]) -> str:
+def _hint(path: str, node: Any, known: Iterable[str], text: str) -> str:
     """The end of the message about an unknown key: where it belongs, or what it may mean."""
     name, paths = path.rpartition(".")[2], all_settings()
     inner = [key.value for key, _ in node.value if str(key.value) in paths] if node.id == "mapping" else []
@@ -1995,8 +2002,7 @@ def _hint(path: str, node: Any, known: Iterable[str]) -> str:
         return f"; {' and '.join(inner)} in it {'belong' if inner[1:] else 'belongs'} at the top level"
     for former, successor in SUCCESSORS.items():
         if path.endswith(f".{former}"):
-            mark = node.start_mark
-            return f"; write {successor}: {' '.join(mark.buffer[mark.pointer : node.end_mark.pointer].split())}"
+            return f"; write {successor}: {' '.join(text[node.start_mark.index : node.end_mark.index].split())}"
     if advice := FORMER.get(name):
         return f', did you mean "{advice}"?' if advice in paths else f"; remove it: {advice}"
     homes = [one.rpartition(".")[0] for one in paths if one.rpartition(".")[2] == name]
@@ -2012,6 +2018,7 @@ class Reader:
         self.problems = set[tuple[int, int, str, str]]()  # line and column from 1, path of the key, what is wrong
         self.places: dict[str, tuple[int, int]] = {}
         self.templates: dict[str, Template] = {}
+        self.text = ""
 
     def complain(self, path: str, text: str) -> None:
         """Note a problem at the place of `path`, or of the nearest block around it."""
@@ -2068,7 +2075,7 @@ class Reader:
                 continue
             self.places[here] = place
             if not (declared := known.get(name) if known else other):
-                self.complain(here, f"unknown key{_hint(here, value_node, known)}")
+                self.complain(here, f"unknown key{_hint(here, value_node, known, self.text)}")
             elif (value := self.parse(declared, value_node, here)) is not NEEDED:
                 found[name] = value
         return found
@@ -2114,9 +2121,16 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
             yield path, f"season {other.label} repeats or overlaps season {one.label}"
     if "global" in sources:
         yield "sources.global", "a source cannot be named global"
+    texts, shapes = (
+        dict[str, dict[str, Template]](),
+        dict[str, str](),
+    )  # by dataset; datasets by the shape of their keys
     for path, template in reader.templates.items():
-        if path.startswith("sources."):
+        block, name, *rest = path.split(".")
+        if block == "sources":
             yield from ((path, text) for text in _text_problems(template, set()))
+        elif block == "datasets":
+            texts.setdefault(name, {})[".".join(rest)] = template
     for path in ("priority_weighting.source_multipliers", "rate_limiting.source_limits"):
         names: Mapping[str, Any] = functools.reduce(getattr, path.split("."), cast(Any, read))
         for name in names.keys() - sources.keys():  # no harm, unless it is misspelt or stands for others
@@ -2130,8 +2144,10 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
         if broken := [text for line in lines if (text := _broken_reference(reader, line, read.datasets))]:
             yield f"{path}.{'copy_of' if dataset.copy_of else 'partitions.from'}", broken[0]
         elif {name, *(line[-1] for line in lines)} <= configuration.datasets.keys():
-            problems = _object_problems(reader, configuration, configuration.datasets[name])
+            problems = _object_problems(configuration, configuration.datasets[name], texts.get(name, {}))
             yield from ((f"{path}.{key}", text) for key, text in problems)
+            if (first := shapes.setdefault(dataset.key.shape(), name)) != name:
+                yield f"{path}.key", f'the same keys as dataset "{first}": two datasets cannot share objects'
 
 
 def _broken_reference(reader: Reader, line: Sequence[str], known: Iterable[str]) -> str | None:
@@ -2160,16 +2176,15 @@ def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
             yield f"{match[0]}: unsupported format code %{unknown[0]}"
 
 
-def _object_problems(reader: Reader, configuration: Configuration, dataset: Dataset) -> Problems:
+def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapping[str, Template]) -> Problems:
     """Fields that are not there, names that objects cannot have, and keys without effect, wherever these stand."""
     key, declared, own = dataset.key, configuration.fields_of(dataset.name), configuration.own_fields_of(dataset.name)
     fields = dict.fromkeys(settings_of(Dataset), declared)
     fields["partitions"] = configuration.fields_above(dataset.name)
     fields["key"] = declared - ({"next"} if dataset.pages else set())  # it is another one each time
     fields["command"] = declared | ({f"{name}s" for name in own} if dataset.batch else set())
-    for path, template in reader.templates.items():
-        name = path.removeprefix(f"datasets.{dataset.name}.")
-        if name != path and (block := name.partition(".")[0]) in fields:
+    for name, template in texts.items():
+        if (block := name.partition(".")[0]) in fields:
             yield from ((name, text) for text in _text_problems(template, fields[block]))
     dates, calendars = dataset.partitions.dates, {season.calendar for season in configuration.seasons}
     for path, names in (("", dataset.partitions.seasons), ("dates.", dates.seasons if dates else ())):
@@ -2214,9 +2229,6 @@ def _object_problems(reader: Reader, configuration: Configuration, dataset: Data
     yield from (("key", f"does not name {{{name}}}: its objects would overwrite one another") for name in missing)
     if dataset.partitions.dates and not missing and len({*keys}) < len(days):
         yield "key", "its date format gives different days the same key"
-    for other in itertools.takewhile(lambda one: one.name != dataset.name, configuration.datasets.values()):
-        if other.key.shape() == key.shape():
-            yield "key", f'the same keys as dataset "{other.name}": two datasets cannot share objects'
 
 
 def secrets_of(source: Source, dataset: Dataset) -> set[str]:
@@ -2269,15 +2281,16 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
         datasets=datasets,
     )
     urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
-    places = {urllib.parse.urlsplit(url).netloc.rpartition("@")[2] for url in urls} - {""}
+    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url) for url in urls if "://" in url}
     hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
     sources = {name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()}
     configuration = dataclasses.replace(configuration, sources=sources)
+    parts = [one.partitions for one in datasets.values()]
+    searched = {name for part in parts if part.ids or part.regex for name in part.parents}
     for name, one in datasets.items():
         calendar = tuple(chosen(seasons, [*configuration.season_names(name)]))
-        children = configuration.children_of(name)
         is_parsed = bool(one.freshness.until or one.freshness.live or (one.pages and one.pages.next != LINK))
-        is_parsed = is_parsed or any(child.partitions.ids or child.partitions.regex for child in children)
+        is_parsed = is_parsed or name in searched
         validate = dataclasses.replace(one.validate, is_parsed=is_parsed)
         datasets[name] = dataclasses.replace(one, calendar=calendar, validate=validate)
     return configuration
@@ -2300,7 +2313,11 @@ def load_configuration(path: Path) -> Configuration:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
         text = path.read_text(encoding="utf-8-sig")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        reader.text = text
+        try:
+            node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except yaml.YAMLError:  # this one says better what is wrong
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
             reader.complain("", "the file is empty")
         elif (read := reader.parse(Configuration, node)) is not NEEDED:
@@ -5704,8 +5721,8 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
         result = dataclasses.replace(_refused(error), http_status=status)
     except _PrivateAddressError as error:
         return [Result(Outcome.HTTP_ERROR, str(error))] * len(claimed.parts())
-    except Error as error:
-        return [Result(Outcome.LOST, str(error))] * len(claimed.parts())
+    except Error as error:  # before it was sent, or when the runner stopped after the response
+        return [Result(Outcome.LOST, str(error), requests=int(status is not None))] * len(claimed.parts())
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:
         if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
             result = Result(Outcome.LOST, "this program stood still meanwhile")
@@ -6264,7 +6281,8 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     except Error as error:
         return [Result(Outcome.LOST, str(error))] * len(claimed.parts())
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
-        return [Result(Outcome.ERROR, describe(error))] * len(claimed.parts())
+        first = Result(Outcome.ERROR, describe(error), requests=int(bool(claimed.url)))  # it may have been sent
+        return [first, *[dataclasses.replace(first, requests=0)] * (len(claimed.parts()) - 1)]
 
 
 # ---------------------------------------------------------------- Report
@@ -7795,7 +7813,6 @@ class Runner:
         """Work until stopped. With `once`: one cycle, then one attempt at every task that is due or has failed, but
         without a wait for pauses of more than `max_wait` seconds. `address` and `log` are stored for other commands."""
         self.once, self.max_wait, self.stop_at = once, max_wait, self.clock.boot() + max_seconds
-        inspector().ends_at = math.inf
         self._start(address, log)
         try:
             while not self.stop_reason:
@@ -8017,6 +8034,7 @@ class Runner:
         self.running.clear()
         self._sweep()
         self._collect()
+        inspector().ends_at = math.inf
         left = dict[str, int]()
         with contextlib.suppress(DatabaseError):
             with self.database.transaction() as sql:

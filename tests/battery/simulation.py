@@ -454,7 +454,7 @@ class World:
             body = b"<html>down for maintenance</html>"
         elif dice < 0.07 and not spec.hops:
             status, headers = 302, {"location": spec.url + "&again=1"}
-        answer = mock.Mock(status_code=status, headers=headers, is_redirect=status == 302)
+        answer = mock.Mock(status_code=status, headers=headers, links={}, is_redirect=status == 302)
         results = adce._judge(spec, answer, io.BytesIO(body), store, mock.Mock(passed=False))
         return [dataclasses.replace(result, requests=not place) for place, result in enumerate(results)]
 

@@ -41,8 +41,9 @@ def close_no_task(ledger, known, **options):
     return row._replace(task="pending") if known.task and not row.task else row
 
 
-def believe_whatever_is_fetched(dataset, fields, body, children=()):
-    return adce.Inspection(True, None, True, False, {adce.expression_of(child): () for child in children})
+def believe_whatever_is_fetched(dataset, fields, body, children=(), links=None):
+    mentions = {adce.expression_of(child, dataset.name): () for child in children}
+    return adce.Inspection(True, None, True, False, mentions)
 
 
 def forget_open_tasks(sql, before):
