@@ -912,7 +912,6 @@ def memory_database() -> Database:
     """An empty database that is gone when it is closed."""
     connection = _connect(":memory:")
     _create_tables(connection)
-    _renew_views(connection)
     return Database(":memory:", connection, connection)
 
 
@@ -952,7 +951,7 @@ def _sync(path: Path) -> None:
 
 def _create_tables(connection: sqlite3.Connection) -> None:
     numbers = f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION};"
-    connection.executescript(f"pragma journal_mode = wal; begin; {numbers} {TABLES} commit;")
+    connection.executescript(f"pragma journal_mode = wal; begin; {numbers} {TABLES} {VIEWS} commit;")
 
 
 def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
@@ -1913,6 +1912,15 @@ class Configuration:
         return set.intersection(*above) if above else set()
 
 
+def secrets_of(source: Source, dataset: Dataset) -> set[str]:
+    """The variables of the environment that the requests of a dataset hold, and what is secret in plain text."""
+    urls = [one.text for one in (dataset.url, dataset.pages and dataset.pages.url) if one]
+    headers = [*source.headers.values(), *dataset.headers.values()]
+    found = variables_in(source.base_url, dataset.body, *urls, *headers)
+    user = urllib.parse.urlsplit(source.base_url).netloc.rpartition("@")[0].split(":")
+    return found | secrets_in(source.headers) | secrets_in(dataset.headers) | {f"={word}" for word in user[1:]}
+
+
 def problems_in(block: object) -> Problems:
     """What does not hold between the values of a block."""
     match block:
@@ -2229,15 +2237,6 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
     yield from (("key", f"does not name {{{name}}}: its objects would overwrite one another") for name in missing)
     if dataset.partitions.dates and not missing and len({*keys}) < len(days):
         yield "key", "its date format gives different days the same key"
-
-
-def secrets_of(source: Source, dataset: Dataset) -> set[str]:
-    """The variables of the environment that the requests of a dataset hold, and what is secret in plain text."""
-    urls = [one.text for one in (dataset.url, dataset.pages and dataset.pages.url) if one]
-    headers = [*source.headers.values(), *dataset.headers.values()]
-    found = variables_in(source.base_url, dataset.body, *urls, *headers)
-    user = urllib.parse.urlsplit(source.base_url).netloc.rpartition("@")[0].split(":")
-    return found | secrets_in(source.headers) | secrets_in(dataset.headers) | {f"={word}" for word in user[1:]}
 
 
 def _resolve(reader: Reader, read: Configuration) -> Configuration:

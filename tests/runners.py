@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import START
 
 import adce
 
@@ -51,7 +51,7 @@ def fill_box(folder: Path, *names: str) -> None:
 
 
 def command_line(*words: str) -> list[str]:
-    return [sys.executable, str(ROOT / "adce.py"), *words]
+    return [sys.executable, "-c", START, *words]
 
 
 def read_object(store: adce.Store, key: str) -> bytes:
@@ -72,19 +72,13 @@ def rows(folder: Path, sql: str) -> list[tuple]:
         connection = sqlite3.connect(f"file:{folder / 'adce.db'}?mode=ro", uri=True, timeout=10)
     except sqlite3.OperationalError:
         return []
-    try:
-        return connection.execute(sql).fetchall()
-    except sqlite3.OperationalError as error:
-        if not re.match("no such (table|view|column)", str(error)) or _is_complete(connection):
-            raise
-        return []
-    finally:
-        connection.close()
-
-
-def _is_complete(connection: sqlite3.Connection) -> bool:
-    views = connection.execute("select count(*) from sqlite_schema where type = 'view'").fetchone()[0]
-    return bool(views >= adce.VIEWS.count("create view "))
+    with contextlib.closing(connection):
+        try:
+            return connection.execute(sql).fetchall()
+        except sqlite3.OperationalError:
+            if connection.execute("select 1 from sqlite_schema limit 1").fetchone():
+                raise
+            return []
 
 
 def has_begun(folder: Path) -> bool:

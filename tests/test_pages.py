@@ -143,8 +143,15 @@ def test_new_database_finds_the_pages_in_the_store_but_for_links_that_were_heade
     assert source.upstream.count() - asked == (len(pages_of(7)) if way == "header" else 0)
 
 
-@pytest.mark.parametrize("count", [2, 4, 10, 0])
-@pytest.mark.parametrize("way", WAYS)
+QUICK = {("header", 2), ("cursor", 10), ("number", 4), ("token", 4), ("until_empty", 0)}
+SIZES = [
+    pytest.param(way, count, marks=() if (way, count) in QUICK else pytest.mark.battery)
+    for way in WAYS
+    for count in (2, 4, 10, 0)
+]
+
+
+@pytest.mark.parametrize(("way", "count"), SIZES)
 def test_list_that_grows_or_shrinks_is_followed_when_its_first_page_is_due(source, way, count, tmp_path):
     write_lake(tmp_path, source.upstream, way, ", freshness: {refetch_every: 1s}")
     run(tmp_path)
