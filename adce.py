@@ -2927,6 +2927,7 @@ class Inspector:
             self._process = subprocess.Popen(  # noqa: S603  # this very program
                 [sys.executable, "-c", INSPECTOR, here, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
+                cwd="/",  # it keeps no folder busy
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

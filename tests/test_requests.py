@@ -345,7 +345,9 @@ def test_compressed_file_is_asked_for_and_kept_as_it_is(key, headers, upstream, 
     assert read_object(store, key) == file
 
 
-@pytest.mark.parametrize("body", [gzip.compress(TEXT)[:5000], b"<html>sorry</html>", b""])
+@pytest.mark.parametrize(
+    "body", [gzip.compress(TEXT)[:5000], b"<html>sorry</html>", b""], ids=["a part", "text", "none"]
+)
 def test_gz_file_that_does_not_unpack_is_not_stored(body, upstream, store):
     upstream.answer("/x", Answer(body))
     assert fetch(text_of(upstream.address, "a.gz"), store).outcome is O.BROKEN
