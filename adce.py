@@ -2866,6 +2866,7 @@ APART_SECONDS = 10
 INSPECTOR = "import sys; sys.path.insert(0, sys.argv[1]); import adce; adce.serve_inspections(adce, int(sys.argv[2]))"
 LEAST_MEMORY = 1 << 30  # that the process may use; more for a dataset that takes larger objects
 MEMORY_FACTOR = 8  # JSON in memory is so many times larger
+TOO_LARGE = "its inspection takes more than {} MB of memory"
 STOPPING_SECONDS = 2  # for the last result when the runner stops
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
 Answer = TypeVar("Answer")
@@ -2887,13 +2888,13 @@ class Inspector:
     def call(self, memory: int, file: BinaryIO | None, function: Callable[..., Answer], *arguments: Any) -> Answer:
         """The result of a function of this module; a file becomes its last argument.
 
-        Raises TooCostlyError, or Error when the runner stops."""
+        Raises TooCostlyError, StoreError when there can be no process now, or Error when the runner stops."""
         with self._lock:
-            try:
-                return cast(Answer, self._call(memory, file, function, arguments))
-            except (EOFError, OSError):  # it was killed, or could not allocate what it needs to say so
+            for _ in range(2):  # whatever has ended the process: a call that does so again is the cause
+                with contextlib.suppress(EOFError, OSError):
+                    return cast(Answer, self._call(memory, file, function, arguments))
                 self.end()
-                raise TooCostlyError(f"its inspection takes more than {memory >> 20} MB of memory") from None
+        raise TooCostlyError(TOO_LARGE.format(memory >> 20))
 
     def _call(self, memory: int, file: BinaryIO | None, function: Any, arguments: Sequence[Any]) -> Any:
         from multiprocessing.connection import Connection
@@ -2915,7 +2916,7 @@ class Inspector:
                     raise TooCostlyError(f"its inspection takes more than {APART_SECONDS} s")
             is_done, answer = connection.recv()
         if not is_done:
-            raise EOFError
+            raise TooCostlyError(TOO_LARGE.format(memory >> 20))
         return answer
 
     def _start(self) -> None:
@@ -2924,16 +2925,19 @@ class Inspector:
         self._socket, theirs = socket.socketpair()
         marks = {"ADCE_DB": os.path.realpath(os.environ.get("ADCE_DB", "")), "ADCE_TASK": "inspection"}
         with theirs:
-            self._process = subprocess.Popen(  # noqa: S603  # this very program
-                [sys.executable, "-c", INSPECTOR, here, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                cwd="/",  # it keeps no folder busy
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in INHERITED if name in os.environ} | marks,
-                start_new_session=True,
-            )
+            try:
+                self._process = subprocess.Popen(  # noqa: S603  # this very program
+                    [sys.executable, "-c", INSPECTOR, here, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    cwd="/",  # it keeps no folder busy
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={name: os.environ[name] for name in INHERITED if name in os.environ} | marks,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise StoreError(f"cannot start a process for its content: {error.strerror}") from error
 
     def end(self) -> None:
         """End the process, and with it the call that it is at."""
@@ -2964,7 +2968,8 @@ def serve_inspections(module: types.ModuleType, descriptor: int) -> None:
             memory, function, arguments, has_file = connection.recv()
             seconds = math.ceil(time.process_time()) + 2 * APART_SECONDS  # if the runner was killed
             for kind, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds)):
-                resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+                hard = resource.getrlimit(kind)[1]
+                resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
             try:
                 if has_file:
                     with _PositionedFile(socket.recv_fds(channel, 1, 1)[1][0]) as raw:

@@ -83,6 +83,14 @@ def test_content_that_takes_too_long_or_too_much_memory_is_invalid_and_the_next_
     assert verdicts == [("its inspection takes more than 0.5 s", {}), (None, {"regex (a+)+b": ("a",)})]
 
 
+def test_inspector_that_something_kills_is_started_again(tmp_path):
+    for _ in range(3):
+        assert adce.is_found_apart("a", "ab")
+        process = adce.inspector()._process
+        assert process
+        process.kill()
+
+
 def test_body_that_is_searched_for_signs_of_a_block_for_ever_is_invalid(monkeypatch):
     monkeypatch.setattr(adce, "APART_SECONDS", 0.3)
     source = adce.Source("box", blocked_when=adce.BlockedWhen(body="(a+)+b"))
