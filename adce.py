@@ -776,7 +776,8 @@ class Database:
         self._durable = True  # setting of the writer
         self._data_version = -1  # last seen by the writer
         self._patience = float(BUSY_SECONDS)
-        self._pid, self._inode = os.getpid(), _inode(path)
+        self._pid, self._inodes = os.getpid(), dict.fromkeys((path, f"{path}-wal"), 0)  # as first seen
+        self.check_file()
         writer.execute(f"pragma busy_timeout = {BUSY_STEP_SECONDS * 1000:.0f}")
 
     @contextlib.contextmanager
@@ -844,8 +845,11 @@ class Database:
 
     def check_file(self) -> None:
         """Raises NoDatabaseError when the file was moved, replaced or deleted: SQLite would go on writing to it."""
-        if _inode(self.path) != self._inode:
-            raise NoDatabaseError(f"{self.path} was moved, replaced or deleted while in use", "start again")
+        for path, known in self._inodes.items():
+            found = _inode(path)
+            if known not in (0, found):
+                raise NoDatabaseError(f"{path} was moved, replaced or deleted while in use", "start again")
+            self._inodes[path] = found
 
     def copy(self) -> Database:
         """The same contents in memory: what is tried there changes nothing here."""

@@ -288,11 +288,12 @@ def test_copy_is_independent(database):
     assert database.value("select value from settings where name = 'only'") is None
 
 
+@pytest.mark.parametrize("name", ["adce.db", "adce.db-wal"])
 @pytest.mark.parametrize("disturb", [Path.unlink, lambda path: path.rename(path.with_name("moved.db"))])
-def test_file_that_was_taken_away_is_noticed(disturb, tmp_path):
+def test_file_that_was_taken_away_is_noticed(disturb, name, tmp_path):
     database = adce.open_database(tmp_path / "adce.db")
     database.check_file()
-    disturb(tmp_path / "adce.db")
+    disturb(tmp_path / name)
     with pytest.raises(adce.NoDatabaseError, match="moved, replaced or deleted"):
         database.check_file()
     database.close()
