@@ -8773,12 +8773,25 @@ def _existing(configuration: Configuration) -> Database:
     return open_database(configuration.database, must_exist=True)
 
 
+RED, YELLOW, GREEN = ("\x1b[31m{}\x1b[0m", "\x1b[33m{}\x1b[0m", "\x1b[32m{}\x1b[0m")
+COLOURS = {"x": RED, "!": YELLOW, "ATTENTION": YELLOW, "FILLING": YELLOW, "COMPLETE": GREEN}  # https://no-color.org
+
+
+def coloured(text: str) -> str:
+    """A text with its marks in colour, for a terminal that wants that."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
+        return text
+    marks = re.compile("^ *(x|!|ATTENTION|FILLING|COMPLETE)(?= )", re.MULTILINE)
+    return marks.sub(lambda found: COLOURS[found[1]].format(found[0]), text)
+
+
 def _print(arguments: Arguments, sections: Sequence[Section]) -> None:
     if arguments.format == "csv" and hasattr(arguments, "table") and len(sections) > 1:
         names = ", ".join(part.name for part in sections)
         raise Error("csv holds one table", f"adce.py report TABLE --format csv, of {names}")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(render(sections, arguments.format, width))
+    text = render(sections, arguments.format, width)
+    print(coloured(text) if arguments.format == "table" else text)
 
 
 def print_result(arguments: Arguments, text: str, **facts: Any) -> None:
@@ -9144,7 +9157,7 @@ def command_status(arguments: Arguments, configuration: Configuration) -> ExitCo
     if arguments.format == "table":
         head, body = status_lines(database, configuration, Clock().wall())
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-        print("\n".join(cut(line, width) for line in head + body))
+        print(coloured("\n".join(cut(line, width) for line in head + body)))
     else:
         _print(arguments, status_sections(database, configuration, Clock().wall()))
     return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING

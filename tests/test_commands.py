@@ -59,6 +59,12 @@ def test_every_command_that_prints_data_has_every_format(command, style, folder)
         assert len(list(csv.reader(io.StringIO(done.stdout)))) > 1
 
 
+def test_marks_have_colours_on_a_terminal_only(folder, monkeypatch):
+    assert "\x1b[33mATTENTION\x1b[0m" in on_a_terminal("status", folder=folder, columns=100)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[33m" not in on_a_terminal("status", folder=folder, columns=100)
+
+
 def test_csv_of_several_tables_says_which_to_name(folder):
     done = run_adce("report", "--format", "csv", folder=folder)
     assert (done.returncode, done.stdout) == (1, "")
