@@ -2652,9 +2652,10 @@ def _pages_named(
         found = re.search(cast(str, pages.next), file.read().decode("utf-8", "replace"))
         value = found and html.unescape(found[1])
     if value and dataset.page_values() != {"page"}:
-        if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).isprintable():
-            raise ValueError(f"{str(value)[:60]} names no page")
-        value = str(value).strip()
+        text = str(value).strip()
+        if not isinstance(value, str | int) or isinstance(value, bool) or not text.isprintable():
+            raise ValueError(f"{text[:60]!r} names no page")
+        value = text
     if value:
         text = value if dataset.page_values() != {"page"} else ""
         yield FIELDS_AS_JSON.encode({"page": str(page + 1), "next": text})
