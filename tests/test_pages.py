@@ -227,7 +227,7 @@ def test_killed_runner_loses_no_page(source, way, tmp_path):
         wait_until(lambda asked=asked: source.upstream.count() >= asked + 5)
         os.kill(process.pid, signal.SIGKILL)
         stopped(process)
-    assert run(tmp_path) == 0
+    assert run_to_the_end(tmp_path) == 0
     assert (expected(tmp_path, "lists"), expected(tmp_path, "items")) == (sorted(pages_of(40)), sorted(items_of(40)))
 
 
