@@ -1171,10 +1171,9 @@ def redacted(text: str, names: Iterable[str]) -> str:
     return text
 
 
-def secrets_in(headers: Mapping[str, str]) -> set[str]:
-    """The words that headers with such names have in plain text."""
-    plain = [text for name, text in headers.items() if SECRET_NAME.search(name) and not variables_in(text)]
-    return {f"={word}" for text in plain for word in re.split(r"[\s;,]+", text) if len(word) > 7}
+def plain_secrets(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers with names of secrets whose values are no variables."""
+    return {name: text for name, text in headers.items() if SECRET_NAME.search(name) and not variables_in(text)}
 
 
 def names_in_result(expression: str) -> tuple[str, ...]:
@@ -1689,6 +1688,7 @@ class Partitions:
 
 PAGES = "pages"  # in place of an expression
 PAGE_FIELDS = ("page", "next")  # the number of a page from 1, and what the page before it says of it
+FIRST_PAGE: Fields = types.MappingProxyType(dict(zip(PAGE_FIELDS, ("1", ""), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -1922,7 +1922,9 @@ def secrets_of(source: Source, dataset: Dataset) -> set[str]:
     headers = [*source.headers.values(), *dataset.headers.values()]
     found = variables_in(source.base_url, dataset.body, *urls, *headers)
     user = urllib.parse.urlsplit(source.base_url).netloc.rpartition("@")[0].split(":")
-    return found | secrets_in(source.headers) | secrets_in(dataset.headers) | {f"={word}" for word in user[1:]}
+    plain = [*plain_secrets(source.headers).values(), *plain_secrets(dataset.headers).values()]
+    words = [word for text in plain for word in re.split(r"[\s;,]+", text) if len(word) > 7]
+    return found | {f"={word}" for word in [*words, *user[1:]]}
 
 
 def problems_in(block: object) -> Problems:
@@ -2513,7 +2515,7 @@ def expand(
             [_season_fields(season) for season in chosen(seasons, partitions.seasons) if season.start <= day_of(now)]
         )
     kinds += [[{name: value} for value in values] for name, values in partitions.values]
-    kinds += [[dict(zip(PAGE_FIELDS, ("1", ""), strict=True))]] if dataset.pages else []
+    kinds += [[FIRST_PAGE]] if dataset.pages else []
     for combination in itertools.product(*kinds):
         yield {name: value for part in combination for name, value in part.items()}
 
@@ -2651,13 +2653,10 @@ def _pages_named(
         file.seek(0)
         found = re.search(cast(str, pages.next), file.read().decode("utf-8", "replace"))
         value = found and html.unescape(found[1])
-    if value and dataset.page_values() != {"page"}:
-        text = str(value).strip()
-        if not isinstance(value, str | int) or isinstance(value, bool) or not text.isprintable():
-            raise ValueError(f"{text[:60]!r} names no page")
-        value = text
     if value:
-        text = value if dataset.page_values() != {"page"} else ""
+        text = "" if dataset.page_values() == {"page"} else str(value).strip()
+        if text and (not isinstance(value, str | int) or isinstance(value, bool) or not text.isprintable()):
+            raise ValueError(f"{text[:60]!r} names no page")
         yield FIELDS_AS_JSON.encode({"page": str(page + 1), "next": text})
 
 
@@ -2877,6 +2876,11 @@ INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
 Answer = TypeVar("Answer")
 
 
+def inherited() -> dict[str, str]:
+    """The variables that every program of ADCE gets."""
+    return {name: os.environ[name] for name in INHERITED if name in os.environ}
+
+
 class TooCostlyError(Error):
     """A call took more time or memory than it may."""
 
@@ -2940,7 +2944,7 @@ class Inspector:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    env={name: os.environ[name] for name in INHERITED if name in os.environ} | marks,
+                    env=inherited() | marks,
                     start_new_session=True,
                 )
             except OSError as error:
@@ -4578,7 +4582,7 @@ def _page_problem(ledger: Ledger, page: ObjectRow, url: str) -> str | None:
         return None
     if number > dataset.pages.most:
         return f"there are more than {dataset.pages.most} pages, see pages.most"
-    first = {**page.fields, "page": "1", "next": ""}
+    first = {**page.fields, **FIRST_PAGE}
     if origin_of(url) != origin_of(url_of(ledger.configuration.sources[dataset.source], dataset, first)):
         return f"the page before it names {urllib.parse.urlsplit(url).netloc}, another host"
     before = ledger.page(page, 1 << ((number - 1).bit_length() - 1))
@@ -6059,7 +6063,7 @@ def run_program(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if max_bytes is None else subprocess.PIPE,
-        env={name: os.environ[name] for name in INHERITED if name in os.environ} | dict(environment),
+        env=inherited() | dict(environment),
         cwd=folder,
         start_new_session=True,
     ) as process:
@@ -8228,32 +8232,29 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
 
 
 PRESENT = 'sum(adce_objects{state="present"})'
-# Panels of the dashboard: kind, title, unit, width of 24, and expressions with the legends of their lines.
-PANELS: tuple[tuple[str, str, str, int, Mapping[str, str]], ...] = (
-    ("stat", "Coverage", "percentunit", 4, {f"{PRESENT} / sum(adce_objects)": ""}),
-    ("stat", "Gave up", "short", 4, {'sum(adce_tasks{state="gave_up"}) or vector(0)': ""}),
-    ("stat", "Conditions", "short", 4, {"adce_open_alerts": ""}),
-    ("stat", "Since the last good cycle", "s", 6, {"time() - adce_cycle_last_success_timestamp_seconds": ""}),
-    ("stat", "Since the last sign of life", "s", 6, {"time() - adce_runner_last_beat_timestamp_seconds": ""}),
+# Panels of the dashboard: title, unit, width of 24, and expressions with the legends of their lines.
+PANELS: tuple[tuple[str, str, int, Mapping[str, str]], ...] = (
+    ("Coverage", "percentunit", 4, {f"{PRESENT} / sum(adce_objects)": ""}),
+    ("Gave up", "short", 4, {'sum(adce_tasks{state="gave_up"}) or vector(0)': ""}),
+    ("Conditions", "short", 4, {"adce_open_alerts": ""}),
+    ("Since the last good cycle", "s", 6, {"time() - adce_cycle_last_success_timestamp_seconds": ""}),
+    ("Since the last sign of life", "s", 6, {"time() - adce_runner_last_beat_timestamp_seconds": ""}),
     (
-        "timeseries",
         "Coverage by dataset",
         "percentunit",
         12,
         {'sum by (dataset) (adce_objects{state="present"}) / sum by (dataset) (adce_objects)': "{{dataset}}"},
     ),
-    ("timeseries", "Open tasks", "short", 12, {"sum by (dataset, state) (adce_tasks)": "{{dataset}} {{state}}"}),
+    ("Open tasks", "short", 12, {"sum by (dataset, state) (adce_tasks)": "{{dataset}} {{state}}"}),
     (
-        "timeseries",
         "Used of each limit",
         "percentunit",
         12,
         {"adce_window_used_requests / adce_window_limit_requests": "{{scope}} in {{seconds}} s"},
     ),
-    ("timeseries", "Left of a pause", "s", 12, {"adce_paused_until_timestamp_seconds - time()": "{{scope}}"}),
-    ("timeseries", "Attempts", "cpm", 12, {"sum by (outcome) (60 * rate(adce_attempts_total[15m]))": "{{outcome}}"}),
+    ("Left of a pause", "s", 12, {"adce_paused_until_timestamp_seconds - time()": "{{scope}}"}),
+    ("Attempts", "cpm", 12, {"sum by (outcome) (60 * rate(adce_attempts_total[15m]))": "{{outcome}}"}),
     (
-        "timeseries",
         "Seconds an attempt",
         "s",
         12,
@@ -8262,9 +8263,8 @@ PANELS: tuple[tuple[str, str, str, int, Mapping[str, str]], ...] = (
             "sum by (dataset) (rate(adce_attempts_total[15m]))": "{{dataset}}"
         },
     ),
-    ("timeseries", "Stored", "Bps", 12, {"sum by (dataset) (rate(adce_stored_bytes_total[15m]))": "{{dataset}}"}),
+    ("Stored", "Bps", 12, {"sum by (dataset) (rate(adce_stored_bytes_total[15m]))": "{{dataset}}"}),
     (
-        "timeseries",
         "Cycles",
         "s",
         12,
@@ -8276,8 +8276,8 @@ PANELS: tuple[tuple[str, str, str, int, Mapping[str, str]], ...] = (
 def grafana_dashboard() -> str:
     """A dashboard of PANELS; its data source is chosen at the top of the page."""
     source, panels, x, y = {"type": "prometheus", "uid": "${datasource}"}, list[dict[str, Any]](), 0, 0
-    for kind, title, unit, width, lines in PANELS:
-        height = 4 if kind == "stat" else 8
+    for title, unit, width, lines in PANELS:
+        kind, height = ("stat", 4) if width < 12 else ("timeseries", 8)
         targets = [
             {"refId": chr(65 + n), "datasource": source, "expr": expression, "legendFormat": legend}
             for n, (expression, legend) in enumerate(lines.items())
@@ -8415,9 +8415,8 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
             yield about, "has no header User-Agent; say who you are"
     blocks: dict[str, Mapping[str, Any]] = {"sources": configuration.sources, "datasets": configuration.datasets}
     for path, block in ((path, one) for path, named in blocks.items() for one in named.values()):
-        plain = [name for name, text in block.headers.items() if SECRET_NAME.search(name) and not variables_in(text)]
-        if plain:
-            yield f"{path}.{block.name}", f"{plain[0]} is in the file; put it into a variable, and $NAME in its place"
+        for name in plain_secrets(block.headers):
+            yield f"{path}.{block.name}", f"{name} is in the file; put it into a variable, and $NAME in its place"
     for dataset in configuration.datasets.values():
         rules, children = dataset.validate, configuration.children_of(dataset.name)
         is_json = bool(dataset.freshness.until) or any(one.partitions.ids for one in children)
@@ -8428,7 +8427,7 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
         with contextlib.suppress(OSError):
             mode = place.stat().st_mode
             if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-                yield "permissions", f"everybody may write {place}; chmod o-w {place}"
+                yield "permissions", f"{place} is writable for every account; chmod o-w {place}"
     if os.geteuid() == 0:
         yield "permissions", "this is root; a user of its own is enough"
 
@@ -8538,7 +8537,7 @@ def example_fields(database: Database, configuration: Configuration, dataset: Da
     fields = json.loads(database.value(known, (dataset.name,)) or "{}")
     if not fields and not dataset.partitions.parents:
         fields = next(expand(dataset, dataset.calendar, Clock().wall()), fields)
-    fields = {**(dict(zip(PAGE_FIELDS, ("1", ""), strict=True)) if dataset.pages else {}), **fields, **given}
+    fields = {**(FIRST_PAGE if dataset.pages else {}), **fields, **given}
     if lacking := sorted(configuration.fields_of(dataset.name) - fields.keys()):
         raise Error(f"no value for {', '.join(lacking)}", f"adce.py try {dataset.name} {lacking[0]}=VALUE")
     return cast(dict[str, str], fields)

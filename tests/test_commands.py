@@ -659,7 +659,7 @@ def test_check_warns_of_what_may_do_harm_and_is_content_all_the_same(tmp_path):
         ("source open", "has no header User-Agent"),
         ("sources.open", "X-Api-Key is in the file"),
         ("dataset any", "has no validate: any answer counts as its object, a login page too"),
-        ("permissions", f"everybody may write {tmp_path}/adce.yaml"),
+        ("permissions", f"{tmp_path}/adce.yaml is writable for every account"),
     ]
     assert "s3cret" not in checked.stdout
 
