@@ -105,6 +105,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
+    from multiprocessing.connection import Connection
     from typing import BinaryIO
 
 __version__ = "1.0.0"
@@ -2867,6 +2868,7 @@ def may_still_appear(season: Season | None, day: str | None, now: float) -> bool
 
 APART_BYTES = 256 << 10  # of content, above which JSON is read apart
 APART_SECONDS = 10
+READY_SECONDS = 60  # for the process to take a call
 INSPECTOR = "import sys; sys.path.insert(0, sys.argv[1]); import adce; adce.serve_inspections(adce, int(sys.argv[2]))"
 LEAST_MEMORY = 1 << 30  # that the process may use; more for a dataset that takes larger objects
 MEMORY_FACTOR = 8  # JSON in memory is so many times larger
@@ -2911,22 +2913,27 @@ class Inspector:
         if self._process is None or self._process.poll() is not None:
             self._start()
         channel = cast(socket.socket, self._socket)
-        connection, until = Connection(os.dup(channel.fileno())), time.monotonic() + APART_SECONDS
-        with connection:
+        with Connection(os.dup(channel.fileno())) as connection:
             connection.send((memory, function, arguments, file is not None))
             if file:
                 file.flush()
                 socket.send_fds(channel, [b"f"], [file.fileno()])
-            while not connection.poll(POLL_SECONDS / 2):
-                if time.monotonic() > min(until, self.ends_at):
-                    self.end()
-                    if time.monotonic() > self.ends_at:
-                        raise Error("the runner stops")
-                    raise TooCostlyError(f"its inspection takes more than {APART_SECONDS} s")
+            # A busy machine starts a process slowly: that is not the content's fault.
+            self._wait(connection, READY_SECONDS, StoreError("the process for its content does not start"))
+            connection.recv()
+            error = TooCostlyError(f"its inspection takes more than {APART_SECONDS} s")
+            self._wait(connection, APART_SECONDS, error)
             is_done, answer = connection.recv()
         if not is_done:
             raise TooCostlyError(TOO_LARGE.format(memory >> 20))
         return answer
+
+    def _wait(self, connection: Connection, seconds: float, error: Error) -> None:
+        until = time.monotonic() + seconds
+        while not connection.poll(POLL_SECONDS / 2):
+            if time.monotonic() > min(until, self.ends_at):
+                self.end()
+                raise Error("the runner stops") if time.monotonic() > self.ends_at else error
 
     def _start(self) -> None:
         self.end()
@@ -2977,6 +2984,7 @@ def serve_inspections(module: types.ModuleType, descriptor: int) -> None:
     with contextlib.suppress(EOFError):
         while True:
             memory, function, arguments, has_file = connection.recv()
+            connection.send("taken")
             seconds = math.ceil(time.process_time()) + 2 * APART_SECONDS  # if the runner was killed
             for kind, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds)):
                 hard = resource.getrlimit(kind)[1]
@@ -4753,7 +4761,9 @@ def _settle(
         row = ledger.appraised(row, is_fetched=is_ok)
         if row.task and not is_ok:
             times = failures if counted else fruitless - failures
-            delay = max(health.pause_seconds or 0.0, retry_delay(ledger.configuration.retry, times, rng))
+            # a second later than the probe, which takes another object if there is one
+            pause_seconds = health.pause_seconds + 1 if health.pause_seconds else 0.0
+            delay = max(pause_seconds, retry_delay(ledger.configuration.retry, times, rng))
             row = _after_failure(ledger.configuration.retry, row, result, ledger.now, delay)
     ledger.write([row])
     if is_ok and ledger.configuration.children_of(row.dataset) and row.state != ObjectState.DROPPED:
@@ -9168,10 +9178,16 @@ def command_status(arguments: Arguments, configuration: Configuration) -> ExitCo
 @command(needs="database")
 def command_health(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show whether the runner is healthy; exit 4 when there is none, or when it is stuck."""
-    database, lock, now = _existing(configuration), RunnerLock(configuration.database), Clock().wall()
-    found = problems(database, configuration, now, now - HOUR)
-    if lock.holder() is None:
-        found = {"not running": "no runner works on this database"}
+    database, clock = _existing(configuration), Clock()
+    now = clock.wall()
+    found = {"not running": "no runner works on this database"}
+    if RunnerLock(configuration.database).holder() is not None:
+        try:
+            found = problems(database, configuration, now, now - HOUR)
+            with database.transaction(durable=False) as sql:  # reading works on a full disk
+                sql.execute("update facts set wall_offset = ?", (now - clock.boot(),))
+        except DatabaseUnavailableError as error:
+            found = {"database unusable": str(error)}
     state = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
     _print(arguments, [Section("health", "", [{**state, "problems": "; ".join(found.values())}], is_one=True)])
     return ExitCode.NOT_RUNNING if found else ExitCode.DONE

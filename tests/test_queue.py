@@ -407,7 +407,19 @@ def test_task_of_a_paused_source_waits_at_least_as_long_as_its_source(desk):
     claimed = desk.claim()
     told = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.THROTTLED, desk.clock), retry_after=500.0)
     ending = desk.finish(claimed, told)[0]
-    assert 500 <= ending.next_at - desk.clock.wall() <= 501
+    assert 501 <= ending.next_at - desk.clock.wall() <= 502
+
+
+@pytest.mark.parametrize("fraction", [0, 0.5, 0.999])
+def test_first_request_after_a_pause_is_for_another_object(desk, fraction):
+    desk.clock.advance(fraction)
+    for team in "AB":
+        desk.expect("teams", team=team)
+    claimed = desk.claim()
+    told = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.THROTTLED, desk.clock), retry_after=500.0)
+    desk.finish(claimed, told)
+    desk.clock.advance(500)
+    assert [task.fields["team"] for task in desk.claim().tasks] == ["B"]
 
 
 def test_wait_of_a_task_grows_with_its_own_attempts_and_not_with_those_of_others(desk):

@@ -76,6 +76,8 @@ def test_full_disk_of_the_database_is_told_seldom_and_work_goes_on_when_there_is
         troubles = [line for line in lines if "SQLITE_FULL" in line]
         assert all("free some disk space" in line for line in troubles)
         assert len(troubles) <= 4 * FULL_SECONDS, troubles
+        poll(lambda: disk.fill() or scene.run("health") == 4, 20, "health says that the disk is full")
+        assert "adce.db: database or disk is full (SQLITE_FULL)" in scene.said()
         assert not scene.is_complete()
         disk.free()
         poll(scene.is_complete, 30, "the lake is complete")
