@@ -371,7 +371,7 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 # readers: plain names, UTC times as text, live scores; created anew when their text changes. Headlines: TABLES, VIEWS.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-SCHEMA_VERSION = 14
+SCHEMA_VERSION = 15
 TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
@@ -554,6 +554,7 @@ create table reconciliations (
     created      integer not null default 0, -- tasks opened
     closed       integer not null default 0, -- tasks closed because their gap was gone
     dropped      integer not null default 0, -- objects no longer expected
+    progress     text,               -- while it goes on: how far it is
     error        text
 ) strict;
 
@@ -5153,6 +5154,7 @@ class Cycle:
         self.readers = {one.name for one in configuration.datasets.values() if _needs_reading(configuration, one)}
         self.started_at, self.started, self.calls_before = clock.wall(), clock.boot(), store.calls
         self.saves_at = self.started + SAVED_EVERY_SECONDS
+        self.enter("expanding")
         with database.transaction() as sql:
             sql.execute("update reconciliations set error = ?, seconds = 0 where seconds is null", (RUNNER_CRASHED,))
             begun = sql.execute("insert into reconciliations (started_at) values (?)", (self.started_at,))
@@ -5194,13 +5196,30 @@ class Cycle:
                 ledger.write([change(ledger, row) for row in ledger.some(chunk) if row.cycle_id != self.cycle_id])
             yield
 
+    def enter(self, phase: str) -> None:
+        """Begin a phase, whose progress is counted in `done`."""
+        self.phase, self.phase_began, self.done = phase, self.clock.boot(), 0
+
     def save_progress(self) -> None:
-        """Store what was compared so far, now and then."""
+        """Store how far the phase is, now and then."""
         if self.clock.boot() >= self.saves_at:
             self.saves_at = self.clock.boot() + SAVED_EVERY_SECONDS
             with self.database.transaction(durable=False) as sql:
-                progress = (self.listed, self.looked, self.cycle_id)
-                sql.execute("update reconciliations set listed = ?, looked = ? where cycle_id = ?", progress)
+                row = (self.listed, self.looked, self._progress(sql), self.cycle_id)
+                sql.execute("update reconciliations set listed = ?, looked = ?, progress = ? where cycle_id = ?", row)
+
+    def _progress(self, sql: sqlite3.Connection) -> str:
+        left, seconds = 0, max(1e-3, self.clock.boot() - self.phase_began)
+        if self.phase == "reading":
+            unread = "select count(*) from objects where etag is not read_etag and etag is not null"
+            (left,) = sql.execute(unread).fetchone()
+        elif self.phase == "listing" and self.share == ALL_KEYS:
+            known = "select coalesce(sum(objects), 0) from counts where state != 'dropped'"
+            left = sql.execute(known).fetchone()[0] + self.new - self.looked
+        text = f"{self.phase}, {self.done:,} objects, {self.done / seconds:,.0f} a second"
+        if left > 0 and self.done:
+            text += f", {left:,} to go, about {format_duration(left * seconds / self.done)}"
+        return text
 
     def end(self) -> None:
         """Record the cycle. A store that ends two cycles in a row is unusable until the next that is complete."""
@@ -5255,6 +5274,7 @@ def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | Non
             found = {number: inspection for number, future in reading.items() if (inspection := future.result())}
             yield from cycle.rewrite(found, functools.partial(_judged, cycle, found))
             after = unread[-1].key
+            cycle.done += len(unread)
             cycle.may_verify -= len(unread) * is_validated_only
 
 
@@ -5346,17 +5366,21 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
         cycle.has_new_pages = True
         while cycle.has_new_pages:
             cycle.has_new_pages = False
+            cycle.enter("expanding")
             yield from _expand(cycle, level)
+            cycle.enter("listing")
             yield from _compare(cycle, level)
             yield from _end_expansion(cycle)
             if cycle.listed:  # else the store may be empty, or another one
                 yield from _apply_losses(cycle)
+            cycle.enter("reading")
             yield from read_contents(cycle, level)
     # datasets that are no longer declared, with objects that no other dataset has taken over
     undeclared = """
         select dataset from datasets
         where not active and dataset_id in (select dataset_id from counts where state != 'dropped' and objects > 0)
     """
+    cycle.enter("ageing")
     yield from _drop_unexpected(cycle, [row[0] for row in cycle.database.read(undeclared)], cycle.last_id())
     yield from _apply_losses(cycle)
     yield from _age(cycle)
@@ -5394,6 +5418,7 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
                 known, new = expect(ledger, dataset, page)
             kept[dataset] += known
             cycle.new += new
+            cycle.done += known + new
             yield
         if len(cycle.problems) > problems_before:
             stale[dataset] = "with problems"  # the next cycle expands it, and reports them, again
@@ -5519,6 +5544,7 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
             elif not proven or (entry is not None and entry.etag != etag):
                 differing.append(object_id)
         cycle.looked += len(known)
+        cycle.done += len(known)
         yield from cycle.rewrite(differing, lambda ledger, row: _searched(cycle, ledger, row, listed.get(row.key)))
         yield
         if len(known) < PAGE:
@@ -5539,6 +5565,7 @@ def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]
             inserted = ledger.insert(rows)
         cycle.new -= inserted
         cycle.looked += inserted
+        cycle.done += inserted
         count, low = len(wanted), wanted[-1].key + "\0" if wanted else ""
         yield
 
@@ -7343,12 +7370,9 @@ def log_cycle(journal: Journal, database: Database) -> None:
 
 
 def log_progress(journal: Journal, database: Database) -> None:
-    """One line for a cycle that takes long, and how many objects it has still to read."""
-    now = journal.clock.wall()
-    sql = "select seconds is null and started_at <= ? from reconciliations order by cycle_id desc limit 1"
-    if database.value(sql, (now - SAVED_EVERY_SECONDS,)):
-        to_read = database.value("select count(*) from objects where etag is not read_etag and etag is not null")
-        journal.write("INFO", "progress", cycle=_cycle_text(database, now), to_read=to_read)
+    """One line for a cycle that takes long."""
+    for row in database.read("select cycle_id, progress from reconciliations where seconds is null and progress != ''"):
+        journal.write("INFO", "progress", cycle=row["cycle_id"], doing=row["progress"])
 
 
 def log_ending(journal: Journal, ending: Ending, max_attempts: int) -> None:
@@ -7382,16 +7406,14 @@ def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Ite
 def _cycle_text(database: Database, now: float, next_cycle_in: float | None = None) -> str:
     """The last cycle: how far it is, or when it ended."""
     sql = """
-        select cycle_id, seconds, looked, (select coalesce(sum(objects), 0) from counts where state != 'dropped'),
-               :now - started_at
+        select cycle_id, seconds, coalesce(progress, 'begins'), :now - started_at
         from reconciliations order by cycle_id desc limit 1
     """
-    for number, seconds, looked, known, elapsed in database.read(sql, {"now": now}):
+    for number, seconds, progress, elapsed in database.read(sql, {"now": now}):
         if seconds is not None:
             following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
             return f"{number} done {format_duration(elapsed - seconds)} ago{following}"
-        left = f", {format_duration((known - looked) * elapsed / looked)} left" if 0 < looked < known else ""
-        return f"{number}: {looked:,} of {known:,} objects{left}"
+        return f"{number} {progress}"
     return "none yet"
 
 

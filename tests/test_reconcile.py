@@ -1312,12 +1312,13 @@ def test_long_cycle_tells_how_far_it_is(configure, database, lake, clock, shares
     for _ in adce.reconcile(database, desk.configuration, lake.store, clock, options):
         clock.advance(6)
         adce.log_progress(journal, database)
-    told = re.findall(r'progress cycle="\d+: (\d+) of (\d+) objects(, .* left)?" to_read=(\d+)', lines.getvalue())
-    looked = [int(one[0]) for one in told]
-    assert looked == sorted(looked)
-    assert told[-1] == (str(len(keys) + 1), str(len(keys) + 1), "", "0")  # the game is known by now
-    assert "30" in [to_read for *_, to_read in told]
-    assert any(left for _, _, left, _ in told)
+    told = re.findall(r'progress cycle=\d+ doing="([a-z]+), (\d+) objects, [\d,]+ a second(.*)"', lines.getvalue())
+    assert list(dict.fromkeys(phase for phase, *_ in told)) == ["listing", "reading", "ageing"]
+    compared = [int(count) for phase, count, _ in told if phase == "listing"]
+    assert max(compared) == len(keys)
+    left = [rest for phase, _, rest in told if phase == "reading" and rest]
+    assert left
+    assert all(re.fullmatch(r", \d+ to go, about .*", rest) for rest in left)
 
 
 def test_share_grows_with_the_time_since_the_last_cycle(configure, database, lake, clock, shares):

@@ -67,13 +67,12 @@ def test_running_cycle_tells_how_far_it_is(paint, database, clock):
     with database.transaction() as sql:
         sql.execute(
             """
-            insert into reconciliations (started_at, looked, listed, list_calls, expected, present, missing, stale,
-                                         suspect, created, closed)
-            values (?, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+            insert into reconciliations (started_at, progress)
+            values (?, 'listing, 10 objects, 1 a second, 30 to go, about 30 s')
             """,
             (clock.wall() - 10,),
         )
-    assert paint(50)[2] == "cycle   1: 10 of 40 objects, 30 s left"
+    assert paint(50)[2] == "cycle   1 listing, 10 objects, 1 a second, 30 to go, about 30 s"
 
 
 def test_wide_letters_are_cut_by_the_columns_they_take():
