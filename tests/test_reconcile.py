@@ -1316,7 +1316,7 @@ def test_long_cycle_tells_how_far_it_is(configure, database, lake, clock, shares
     assert {phase for phase, *_ in told} == {"expanding", "listing", "reading", "ageing"}
     compared = [int(count) for phase, count, _ in told if phase == "listing"]
     assert max(compared) == len(keys)
-    left = [rest for phase, _, rest in told if phase == "reading" and rest]
+    left = [rest for phase, _, rest in told if phase == "listing" and rest]
     assert left
     assert all(re.fullmatch(r", \d+ to go, about .*", rest) for rest in left)
 
