@@ -1974,6 +1974,7 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
 # From a file to a configuration, with every mistake, its line and a hint. Headlines: Reader, load_configuration().
 
 MAX_FILE_BYTES = 1 << 20
+SHOWN_PROBLEMS, SHOWN_COLUMNS = 50, 140  # of them, and of their lines
 DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
 DATE_CODES = "aAbBcCdDeFgGhHIjmMpqRSTuUVwWxXyY"  # of strftime, those that every platform knows, and q: the quarter
 SUCCESSORS = {"partitions.times": "values", "dates.until": "to", "batch.by": "group_by"}
@@ -2345,11 +2346,13 @@ def load_configuration(path: Path) -> Configuration:
     if not reader.problems and configuration:
         return configuration
     lines, blocks, problems = text.splitlines(), [], sorted(reader.problems)
-    for number, column, where, what in problems:
+    for number, column, where, what in problems[:SHOWN_PROBLEMS]:
         blocks.append(f"{path.name}:{number}:{column}: {f'{where}: ' if where else ''}{masked(what)}")
         if number <= len(lines) and lines[number - 1].strip():
-            source = masked(lines[number - 1].replace("\t", " ")[:200])
-            blocks.append(f"{number:5} | {source}\n      | {' ' * (column - 1)}^")
+            source, left = masked(lines[number - 1].replace("\t", " ")), max(0, column - 100)
+            blocks.append(f"{number:5} | {source[left : left + SHOWN_COLUMNS]}\n      | {' ' * (column - 1 - left)}^")
+    if len(problems) > SHOWN_PROBLEMS:
+        blocks.append(f"... and {len(problems) - SHOWN_PROBLEMS} more")
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     raise ConfigurationError("\n".join([*blocks, f"{count}; nothing was started"]))
 
@@ -4490,11 +4493,12 @@ class Ending:
     counted: bool  # the attempt counts towards retry.max_attempts
 
 
-HEADS = f"""
-    select head.*, d.source, s.throttles > 0 as is_probed, s.paused_until > :boot as is_paused,
+HEADS = """
+    select d.dataset, d.source, head.object_id, head.crashes,
+           s.throttles > 0 as is_probed, s.paused_until > :boot as is_paused,
            exists (select 1 from waiters w where w.source = d.source and w.owner = 'runner') as is_waiting
     from datasets d
-    join ({SELECT_OBJECTS}) head on head.object_id = (
+    join objects head on head.object_id = (
         select object_id from objects
         where dataset_id = d.dataset_id and task = 'pending'
         order by rank desc, object_id
@@ -4502,7 +4506,7 @@ HEADS = f"""
     join scopes s on s.scope = d.source
     where d.active and d.ready
     order by rank + slope * :wall / 3600.0 + bonus desc, detected_at, head.object_id
-"""  # noqa: S608  # a constant
+"""
 
 
 def claim(
@@ -4551,14 +4555,19 @@ def claim(
         if dataset.url:
             owner = RUNNER if head["is_waiting"] else ""
             granted = grant(sql, source.name, source.timeout_seconds, now, owner)
-        first = ObjectRow._make(head[: len(ObjectRow._fields)])
-        begun = _begin_all(sql, configuration, first, wall, is_exclusive=is_exclusive)
-        return dataclasses.replace(begun, permit=granted), openings
+        (first,) = Ledger(sql, configuration, wall).objects("o.object_id = ?", (head["object_id"],))
+        return _begin_all(sql, configuration, first, wall, granted, is_exclusive=is_exclusive), openings
     return None, openings
 
 
 def _begin_all(
-    sql: sqlite3.Connection, configuration: Configuration, first: ObjectRow, wall: float, *, is_exclusive: bool
+    sql: sqlite3.Connection,
+    configuration: Configuration,
+    first: ObjectRow,
+    wall: float,
+    permit: Permit | None,
+    *,
+    is_exclusive: bool,
 ) -> Claim:
     """Begin a task, and with it the others of its batch, or those that the same response brings, unless it has to run
     alone."""
@@ -4569,12 +4578,14 @@ def _begin_all(
         rows += _others_in_batch(sql, configuration, first, dataset.batch) if dataset.batch else []
         beside += _objects_of_same_url(sql, configuration, first) if url else []
 
-    def begun(one: Dataset, tasks: Sequence[ObjectRow]) -> Claim:
+    def begun(one: Dataset, tasks: Sequence[ObjectRow], **more: Any) -> Claim:
         children = tuple(configuration.children_of(one.name))
-        return Claim(one, source, tuple(_begin(sql, row, url, wall) for row in tasks), children, url=url)
+        return Claim(one, source, tuple(_begin(sql, row, url, wall) for row in tasks), children, url=url, **more)
 
-    return dataclasses.replace(
-        begun(dataset, rows),
+    return begun(
+        dataset,
+        rows,
+        permit=permit,
         beside=tuple(begun(one, [row]) for one, row in beside),
         environment={} if url else _environment(configuration, source, rows),
         runs_exclusively=is_exclusive,
