@@ -433,7 +433,7 @@ create table objects (
     reason       text,               -- of a gap
     since        integer not null,   -- start of this state
     next_at      integer,            -- when time alone will change the state or the task
-    proven       integer not null,   -- 0: the store was not searched for it yet
+    proven       integer not null,   -- 1: the store was searched for it, 2: not, its parent has just named it, 0: not
     cycle_id     integer,            -- the cycle in or after which ADCE last stored it
     seen_at      integer,            -- first seen in the store
     etag         text,               -- null: not in the store
@@ -2398,7 +2398,7 @@ class ObjectRow(NamedTuple):
     reason: str | None = None
     since: int = 0
     next_at: int | None = None
-    proven: int = 1  # 0: the store was not searched yet
+    proven: int = 1  # 0: the store was not searched yet; 2: nor was it, and it is taken for missing
     cycle_id: int | None = None
     seen_at: int | None = None
     etag: str | None = None  # None: not in the store
@@ -2920,8 +2920,9 @@ class Inspector:
         with Connection(os.dup(channel.fileno())) as connection:
             connection.send((memory, function, arguments, file is not None))
             if file:
+                descriptor = file.fileno()  # which may bring it from memory to the disk
                 file.flush()
-                socket.send_fds(channel, [b"f"], [file.fileno()])
+                socket.send_fds(channel, [b"f"], [descriptor])
             # A busy machine starts a process slowly: that is not the content's fault.
             self._wait(connection, READY_SECONDS, StoreError("the process for its content does not start"))
             connection.recv()
@@ -3097,6 +3098,7 @@ class StoredObject(NamedTuple):
 
 
 SPOOL_NAME, PROBE = "[0-9a-f]{16}", "0" * 16  # of files in the staging folder; no other file there is ADCE's
+SPOOLED_BYTES = 1 << 20  # of a body, held in memory
 PAGE = 1000  # objects compared, sorted or noted in one transaction
 Item = TypeVar("Item")
 
@@ -3136,7 +3138,7 @@ class Store(Protocol):
         """The content of an object, to be read and sought in. Raises KeyError when there is none."""
 
     def spool(self) -> contextlib.AbstractContextManager[BinaryIO]:
-        """A file for a body that may become an object; gone at the end."""
+        """A file for a body that may become an object, in memory while it is small; gone at the end."""
 
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
         """Put an object whole or not at all; durable when this returns. A file of spool() is moved."""
@@ -3187,6 +3189,22 @@ def _make_folder(folder: Path) -> None:
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)  # another thread may make it too
         _sync_folder(folder.parent)
+
+
+class _Spool(tempfile.SpooledTemporaryFile[bytes]):
+    """A body in memory, and from SPOOLED_BYTES on in a file that can be renamed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(SPOOLED_BYTES)
+        self.path, self.is_file = folder / secrets.token_hex(8), False
+
+    def rollover(self) -> None:
+        """Move to the file. Raises OSError."""
+        if not self.is_file:
+            memory, self._file = self._file, self.path.open("x+b")
+            self.is_file = self._rolled = True
+            self._file.write(memory.getbuffer())
+            self._file.seek(memory.tell())
 
 
 class FolderStore:
@@ -3282,32 +3300,36 @@ class FolderStore:
 
     @contextlib.contextmanager
     def spool(self) -> Iterator[BinaryIO]:
-        """A file in the staging folder."""
+        """A file in the staging folder, or in memory. Raises StoreError when there is no room for one."""
         with self._translated():
-            path = self._staging() / secrets.token_hex(8)
-            file = path.open("x+b")
+            staging = self._staging()
+            disk = os.statvfs(staging)
+            if disk.f_blocks and not disk.f_bavail:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        file = _Spool(staging)
         try:
-            yield file
+            yield cast("BinaryIO", file)
         finally:
             with contextlib.suppress(OSError):  # of a full disk
                 file.close()
-            path.unlink(missing_ok=True)
+            if file.is_file:
+                file.path.unlink(missing_ok=True)
 
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
         """Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
-        spooled = Path(str(getattr(body, "name", "")))
-        if spooled.parent != self.root / STAGING or not spooled.exists():  # it may be an object by now
+        file: Any = body
+        if not isinstance(file, _Spool) or (file.is_file and not file.path.exists()):  # it may be an object by now
             with self.spool() as copied:
                 fill(copied, body)
                 return self.write(key, copied)
-        file = cast("BinaryIO", body)
-        try:
-            path = self._path(key)
+        with self._translated():
+            file.rollover()
             file.flush()
             os.fsync(file.fileno())
-            status = os.fstat(file.fileno())
+        try:
+            path, status = self._path(key), os.fstat(file.fileno())
             _make_folder(path.parent)
-            spooled.rename(path)
+            file.path.rename(path)
             _sync_folder(path.parent)
         except OSError as error:
             raise _store_error(f"write {key}", error) from error
@@ -3315,11 +3337,13 @@ class FolderStore:
 
     def _path(self, key: str) -> Path:
         """The file of a key, or the folder of one that ends with a slash. Raises OSError when its folder is a link."""
-        folder = key.rpartition("/")[0]
         if not self.root.is_dir():
             raise self._gone()
-        if os.path.realpath(self.root / folder) != str(Path(os.path.realpath(self.root), folder)):
-            raise OSError(errno.ELOOP, "its folder is a link")
+        folder = str(self.root)
+        for name in key.split("/")[:-1]:
+            folder += f"/{name}"
+            if os.path.islink(folder):
+                raise OSError(errno.ELOOP, "its folder is a link")
         return self.root / key
 
     def _gone(self) -> StoreError:
@@ -3331,7 +3355,6 @@ class FolderStore:
 
 
 LISTED = ("Key", "Size", "ETag", "LastModified")
-SPOOLED_BYTES = 1 << 20  # of a body, held in memory
 MULTIPART_BYTES = 8 << 20  # an object that is larger is uploaded in parts
 
 
@@ -4176,7 +4199,7 @@ class Ledger:
         """An object must be fetched again; a task that gave up gets another chance."""
         if row.task == TaskState.GAVE_UP:
             row = row._replace(task=TaskState.PENDING, failures=0, fruitless=0)
-        self.note(row, proven=1, outdated=reason if row.etag else None)
+        self.note(row, proven=1 if row.etag else 2, outdated=reason if row.etag else None)
 
 
 # ---------------------------------------------------------------- Expectations
@@ -4450,7 +4473,7 @@ def _insert_children(
         if is_renewed:
             ledger.renew(row, f"{parent.key} was fetched {utc_text(ledger.now)}")
         elif row.state == ObjectState.AWAITED and row.etag is None:
-            ledger.note(row, proven=1)
+            ledger.note(row, proven=2)
 
 
 # ---------------------------------------------------------------- Queue
@@ -5552,7 +5575,7 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
                 continue  # stored since this listing may have begun, or to be dropped
             if entry is None and etag is not None:
                 cycle.losses.setdefault(dataset_id, array.array("q")).append(object_id)
-            elif not proven or (entry is not None and entry.etag != etag):
+            elif proven != 1 or (entry is not None and entry.etag != etag):
                 differing.append(object_id)
         cycle.looked += len(known)
         cycle.done += len(known)
@@ -5679,6 +5702,7 @@ def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]
 # each hop needs a permit of its own. Headlines: inspect_stored(), validate_and_store(), request().
 
 CONNECT_SECONDS = 10
+KEPT_SECONDS = 1  # a connection that nobody uses
 STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about the source
 MAX_REDIRECTS = 5
 CLASSIFIED_BYTES = 1 << 20  # of a body, in which its meaning is looked for
@@ -5758,10 +5782,10 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
     begun, seconds = clock.boot(), claimed.source.timeout_seconds
     deadline, status = _Deadline(seconds), None
     try:
-        with deadline, requests.Session() as opened:
-            opened.trust_env, opened.cookies = claimed.source.trust_env, claimed.cookies or opened.cookies
-            for adapter in opened.adapters.values():  # none of them retries
-                _on_pools(adapter, functools.partial(_watch_pool, claimed, deadline, clock))
+        with SESSIONS.opened(deadline) as opened:
+            opened.present = claimed, deadline, clock
+            opened.trust_env = claimed.source.trust_env
+            opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
             timeout = (min(CONNECT_SECONDS, seconds), seconds)
             options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False, "data": _sent_body(claimed)}
             options["headers"] = _headers(claimed)
@@ -5834,42 +5858,101 @@ def _require_public(claimed: Claim, connected: socket.socket) -> None:
     import ipaddress
 
     to = urllib.parse.urlsplit(claimed.url)
+    if not claimed.hops:
+        return
     peer = ipaddress.ip_address(connected.getpeername()[0].partition("%")[0])
     peer = getattr(peer, "ipv4_mapped", None) or peer
     is_known = to.netloc.rpartition("@")[2] in claimed.source.known_hosts
-    if claimed.hops and not (is_known or peer.is_global or claimed.source.trust_env):
+    if not (is_known or peer.is_global or claimed.source.trust_env):
         raise _PrivateAddressError(f"redirected to {to.hostname}, which is {peer}: a private address, which is refused")
 
 
-class _Deadline(threading.Timer):
+class _Deadline:
     """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
     the timeout of a single read."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(seconds, self._end)
-        self.daemon, self.passed = True, False
+        self.ends_at, self.passed = time.monotonic() + seconds, False
         self._handle: socket.socket | None = None
 
-    def watch(self, connected: socket.socket) -> None:
+    def watch(self, connected: socket.socket) -> socket.socket:
         """By a second handle: TLS and http.client let go of the first while the response is still coming."""
-        self._handle = connected.dup()
+        self.close()
+        self._handle = socket.socket(fileno=os.dup(connected.fileno()))
         if self.passed:
-            self._end()
+            self.end()
+        return self._handle
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """The time is over."""
         self.passed = True
         if self._handle:
             with contextlib.suppress(OSError):  # the server has closed it already
                 self._handle.shutdown(socket.SHUT_RDWR)
 
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
-        self.join()
+    def close(self) -> None:
+        """Let go of the socket."""
         if self._handle:
             self._handle.close()
+
+
+class Sessions:
+    """Sessions of requests, each for one request at a time. The next request uses the same connections for a moment:
+    a server may close an idle one at any time, also while a request is being sent. A thread ends what takes too long,
+    and what nobody uses."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[tuple[float, Any]] = []  # since then
+        self._deadlines: set[_Deadline] = set()
+        self._is_watched = False
+
+    @contextlib.contextmanager
+    def opened(self, deadline: _Deadline) -> Iterator[Any]:
+        """A session for a request with a deadline."""
+        with self._lock:
+            session = self._idle.pop()[1] if self._idle else None
+            self._deadlines.add(deadline)
+            if not self._is_watched:
+                self._is_watched = True
+                threading.Thread(target=self._watch, name="adce-deadlines", daemon=True).start()
+        session = session or self._new()
+        try:
+            yield session
+        except BaseException:
+            session.close()
+            raise
+        else:
+            with self._lock:
+                self._idle.append((time.monotonic(), session))
+        finally:
+            with self._lock:
+                self._deadlines.discard(deadline)
+            deadline.close()
+
+    def _new(self) -> Any:
+        import requests
+
+        session = requests.Session()
+        for adapter in session.adapters.values():  # none of them retries
+            _on_pools(adapter, functools.partial(_watch_pool, session))
+        return session
+
+    def _watch(self) -> None:
+        while self._is_watched:
+            time.sleep(POLL_SECONDS / 2)
+            with self._lock:
+                now, idle = time.monotonic(), self._idle
+                for deadline in self._deadlines:
+                    if now > deadline.ends_at:
+                        deadline.end()
+                self._idle = [one for one in idle if one[0] > now - KEPT_SECONDS]
+                self._is_watched = bool(self._deadlines or self._idle)
+            for _, session in idle[: len(idle) - len(self._idle)]:
+                session.close()
+
+
+SESSIONS = Sessions()
 
 
 def _on_pools(adapter: Any, prepare: Callable[[Any], None]) -> None:
@@ -5886,25 +5969,47 @@ def _on_pools(adapter: Any, prepare: Callable[[Any], None]) -> None:
     adapter.__attrs__ = [*type(adapter).__attrs__, "get_connection_with_tls_context"]
 
 
-def _watch_pool(claimed: Claim, deadline: _Deadline, clock: Clock, pool: Any) -> None:
-    """The deadline watches each socket of a pool, and the permit is checked once more when that is ready."""
+def _watch_pool(session: Any, pool: Any) -> None:
+    """The deadline of the present request watches each socket of a pool, and the permit is checked once more when
+    that is ready."""
     kind = pool.ConnectionCls
+    if hasattr(kind, "used_at"):
+        return
+
+    def watch(connected: socket.socket) -> None:
+        claimed, deadline, _ = session.present
+        _require_public(claimed, deadline.watch(connected))
+
+    def check_permit() -> None:
+        claimed, _, clock = session.present
+        if claimed.permit and clock.boot() > claimed.permit.send_before:
+            raise Error("its permit ran out before it was sent")
 
     def open_socket(connection: Any) -> Any:
         connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
         with contextlib.ExitStack() as opened:
             opened.enter_context(connected)
-            _require_public(claimed, connected)
+            watch(connected)
             opened.pop_all()
-        deadline.watch(connected)
         return connected
 
     def connect(connection: Any) -> None:
         kind.connect(connection)  # TLS included
-        if claimed.permit and clock.boot() > claimed.permit.send_before:
-            raise Error("its permit ran out before it was sent")
+        check_permit()
 
-    pool.ConnectionCls = type(kind.__name__, (kind,), {"_new_conn": open_socket, "connect": connect})
+    def send(connection: Any, *arguments: Any, **options: Any) -> Any:
+        connection.used_at = time.monotonic()
+        if connection.sock:  # connected for an earlier request, perhaps
+            watch(connection.sock)
+            check_permit()
+        return kind.request(connection, *arguments, **options)
+
+    def is_connected(connection: Any) -> bool:
+        is_fresh = time.monotonic() < connection.used_at + KEPT_SECONDS
+        return is_fresh and kind.is_connected.fget(connection)
+
+    members = {"_new_conn": open_socket, "connect": connect, "request": send, "is_connected": property(is_connected)}
+    pool.ConnectionCls = type(kind.__name__, (kind,), {**members, "used_at": -math.inf})
 
 
 def _validators(url: str, headers: Mapping[str, str], links: Mapping[str, str] | None) -> str | None:
@@ -6331,7 +6436,11 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
         parts = claimed.parts()
         if claimed.refusal:
             return [Result(Outcome.INVALID, claimed.refusal)] * len(parts)
-        if len(claimed.tasks) == 1 and not claimed.hops and all(row.state == ObjectState.MISSING for _, row in parts):
+        is_missing = len(claimed.tasks) == 1 and all(row.state == ObjectState.MISSING for _, row in parts)
+        # a request to the bucket, in which the last cycle has found nothing, and nothing was tried since
+        is_remote = isinstance(store, S3Store) and claimed.url
+        is_searched = is_remote and all(row.proven == 1 and not row.attempts for _, row in parts)
+        if is_missing and not is_searched and not claimed.hops:
             found = [inspect_stored(one, row, store) for one, row in parts]
             judged = [one for one in found if one and one.inspection and not one.inspection.outdated]
             if whole := [one for one in judged if one.outcome is Outcome.OK]:
@@ -7322,12 +7431,14 @@ class Journal:
         """Log an event; fields without a value are left out. The journal of systemd has the time, and takes the level
         from a prefix (sd-daemon(3))."""
         number = getattr(logging, level)
+        if number < self.handler.level:
+            return
         head = LEVELS[level] if self.is_journald else f"{utc_text(self.clock.wall())} {level:5} "
         words = [f" {name}={_logged(value)}" for name, value in fields.items() if value is not None]
         line = f"{head}{event}{''.join(words)}"
-        if number >= self.handler.level and self.screen:
+        if self.screen:
             self.screen.last_lines = [*self.screen.last_lines[-4:], line]
-        elif number >= self.handler.level:
+        else:
             self.handler.handle(logging.makeLogRecord({"levelno": number, "msg": line}))
 
     def report_database_error(self, error: Error | None) -> None:
