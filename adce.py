@@ -281,7 +281,7 @@ class UnusablePathError(StoreError):
 
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
-POLL_SECONDS = 0.1
+POLL_SECONDS, IDLE_POLL_SECONDS = 0.1, 1.0
 PROC = Path("/proc")  # where there is one
 
 
@@ -307,15 +307,19 @@ class Clock:
         return "unknown"
 
     def wait(
-        self, wakeups: queue.SimpleQueue[str], seconds: float, has_changed: Callable[[], bool] | None = None
+        self,
+        wakeups: queue.SimpleQueue[str],
+        seconds: float,
+        has_changed: Callable[[], bool] | None = None,
+        every: float = POLL_SECONDS,
     ) -> None:
         """Sleep for `seconds`, until something is put into `wakeups`, or until `has_changed`; empty `wakeups`.
 
-        `has_changed` is polled: a write by another process cannot put anything into `wakeups`."""
+        `has_changed` is asked `every` so many seconds: another process cannot put anything into `wakeups`."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
-                wakeups.get(timeout=min(left, POLL_SECONDS) if has_changed else left)
+                wakeups.get(timeout=min(left, every) if has_changed else left)
                 break
             if has_changed and has_changed():
                 break
@@ -3201,7 +3205,7 @@ class _Spool(tempfile.SpooledTemporaryFile[bytes]):
     def rollover(self) -> None:
         """Move to the file. Raises OSError."""
         if not self.is_file:
-            memory, self._file = self._file, self.path.open("x+b")
+            memory, self._file = cast(Any, self._file), self.path.open("x+b")
             self.is_file = self._rolled = True
             self._file.write(memory.getbuffer())
             self._file.seek(memory.tell())
@@ -3339,10 +3343,10 @@ class FolderStore:
         """The file of a key, or the folder of one that ends with a slash. Raises OSError when its folder is a link."""
         if not self.root.is_dir():
             raise self._gone()
-        folder = str(self.root)
+        folder = self.root
         for name in key.split("/")[:-1]:
-            folder += f"/{name}"
-            if os.path.islink(folder):
+            folder /= name
+            if folder.is_symlink():
                 raise OSError(errno.ELOOP, "its folder is a link")
         return self.root / key
 
@@ -6006,7 +6010,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
 
     def is_connected(connection: Any) -> bool:
         is_fresh = time.monotonic() < connection.used_at + KEPT_SECONDS
-        return is_fresh and kind.is_connected.fget(connection)
+        return is_fresh and bool(kind.is_connected.fget(connection))
 
     members = {"_new_conn": open_socket, "connect": connect, "request": send, "is_connected": property(is_connected)}
     pool.ConnectionCls = type(kind.__name__, (kind,), {**members, "used_at": -math.inf})
@@ -8048,7 +8052,8 @@ class Runner:
         elif self.once and is_idle and all(one.is_pause and one.at > too_late for one in openings.values()):
             self.stop("the rest belongs to paused sources" if openings else "every task was attempted")
         if not self.stop_reason:
-            self.clock.wait(self.wakeups, wait, self.database.has_changed)
+            every = IDLE_POLL_SECONDS if is_idle and not openings else POLL_SECONDS
+            self.clock.wait(self.wakeups, wait, self.database.has_changed, every)
 
     def _advance_cycle(self) -> None:
         """Begin a cycle when it is time, or do the next step of the one that runs."""

@@ -59,7 +59,7 @@ class ManualClock(adce.Clock):
     def boot_id(self) -> str:
         return self.name
 
-    def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_changed: object = None) -> None:
+    def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, *_: object) -> None:
         self.seconds += max(0.0, seconds)
 
     def advance(self, seconds: float) -> None:

@@ -13,14 +13,14 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runners import read_object
+from runners import read_object, wait_until
 from upstream import Answer, Upstream, json_answer
 
 import adce
@@ -606,3 +606,82 @@ def test_bomb_takes_little_memory(upstream, tmp_path):
     outcome, kilobytes = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
     assert outcome == "invalid"
     assert int(kilobytes) < 50_000
+
+
+def fetch_anew(spec: adce.Claim, store: adce.FolderStore) -> adce.Result:
+    (store.root / KEY).unlink(missing_ok=True)
+    return fetch(spec, store)
+
+
+@pytest.mark.parametrize(("kept_seconds", "connections"), [(60, 1), (0, 3)])
+def test_connection_is_used_again_for_a_moment(upstream, store, monkeypatch, kept_seconds, connections):
+    monkeypatch.setattr(adce, "KEPT_SECONDS", kept_seconds)
+    upstream.answer("/x", Answer(GOOD))
+    assert [fetch_anew(specification(upstream.address), store).outcome for _ in range(3)] == [O.OK] * 3
+    assert len({arrival.port for arrival in upstream.arrivals}) == connections
+
+
+def test_second_request_of_a_connection_has_a_deadline_too(upstream, store, monkeypatch):
+    monkeypatch.setattr(adce, "KEPT_SECONDS", 60)
+    upstream.answer("/x", Answer(GOOD), Answer(behaviour="drip_body"))
+    spec = specification(upstream.address, timeout_seconds=0.5)
+    assert fetch_anew(spec, store).outcome is O.OK
+    assert fetch_anew(spec, store).error == "timed out after 0.5 s"
+    assert len({arrival.port for arrival in upstream.arrivals}) == 1
+
+
+def test_second_request_of_a_connection_is_not_sent_after_its_permit_ran_out(upstream, store, monkeypatch):
+    monkeypatch.setattr(adce, "KEPT_SECONDS", 60)
+    upstream.answer("/x", Answer(GOOD))
+    spec = specification(upstream.address)
+    assert fetch_anew(spec, store).outcome is O.OK
+    late = dataclasses.replace(spec, permit=adce.Permit(1, adce.Clock().boot() - 1, adce.Clock().boot() + 60))
+    result = fetch_anew(late, store)
+    assert (result.outcome, result.requests, upstream.count()) == (O.LOST, 0, 1)
+
+
+def test_cookie_of_one_request_is_not_sent_with_the_next(upstream, store):
+    upstream.answer("/x", Answer(GOOD, headers={"Set-Cookie": "who=me"}))
+    for _ in range(2):
+        assert fetch_anew(specification(upstream.address), store).outcome is O.OK
+    assert [arrival.headers.get("Cookie") for arrival in upstream.arrivals] == [None, None]
+
+
+@pytest.fixture
+def raw_server() -> Iterator[Callable[[bytes], tuple[str, list[str]]]]:
+    """A server that answers each request with the same bytes, and notes which connections the client has closed."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer_all(connected: socket.socket, answer: bytes, ended: list[str]) -> None:
+            with connected, contextlib.suppress(OSError):
+                while connected.recv(65536):
+                    connected.sendall(answer)
+                ended.append("by the client")
+
+        def serve(*more: object) -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=answer_all, args=(server.accept()[0], *more), daemon=True).start()
+
+        def start(answer: bytes) -> tuple[str, list[str]]:
+            ended = list[str]()
+            threading.Thread(target=serve, args=(answer, ended), daemon=True).start()
+            return f"http://127.0.0.1:{server.getsockname()[1]}", ended
+
+        yield start
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(GOOD)
+
+
+def test_connection_that_nobody_uses_is_closed(raw_server, store):
+    address, ended = raw_server(HEAD + GOOD)
+    assert fetch(specification(address), store).outcome is O.OK
+    wait_until(lambda: ended == ["by the client"], 10)
+
+
+def test_what_follows_a_body_is_not_taken_for_the_next_answer(raw_server, store):
+    address, _ = raw_server(HEAD + GOOD + HEAD + GOOD.replace(b"3", b"4"))
+    for _ in range(3):
+        assert fetch_anew(specification(address), store).outcome is O.OK
+        assert read_object(store, KEY) == GOOD

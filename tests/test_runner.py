@@ -463,7 +463,7 @@ def test_locked_database_is_outlasted_and_no_answer_is_lost(configure, database,
     class Clock(adce.Clock):
         """Locks the database when something was asked, until that has been noticed."""
 
-        def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_changed: object = None) -> None:
+        def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, *_: object) -> None:
             is_noticed = "database is locked (SQLITE_BUSY)" in lines.getvalue()
             if meddler.in_transaction and is_noticed:
                 meddler.rollback()

@@ -413,3 +413,27 @@ def test_folder_or_file_in_the_wrong_place_is_trouble_of_that_place_only(folder)
     with pytest.raises(adce.UnusablePathError, match=r"cannot read games/1\.json/3: Not a directory"):
         read_object(folder, "games/1.json/3")
     assert [entry.key for entry in folder.list("")] == ["games/1.json"]
+
+
+@pytest.mark.parametrize(("proven", "attempts", "looks"), [(1, 0, 0), (1, 1, 1), (2, 0, 1)])
+def test_bucket_that_the_cycle_has_searched_is_not_asked_again_before_the_first_attempt(
+    bucket, upstream, proven, attempts, looks
+):
+    store, heads = adce.open_store(bucket), []
+    assert isinstance(store, adce.S3Store)
+    store._client.meta.events.register("before-call.s3.HeadObject", lambda **_: heads.append("asked"))
+    upstream.answer("/x", Answer(b"whole"))
+    dataset = adce.Dataset("box", "box", adce.Template("a"), url=adce.Template("/x"))
+    row = adce.ObjectRow(key="a", state=adce.ObjectState.MISSING, proven=proven, attempts=attempts)
+    claimed = adce.Claim(dataset, adce.Source("box"), (row,), url=f"{upstream.address}/x")
+    (result,) = adce.fetch(claimed, store, adce.Clock())
+    assert (result.outcome, len(heads)) == (adce.Outcome.OK, looks)
+
+
+def test_small_body_in_memory_is_inspected_by_another_process_too(store):
+    by_id = adce.Partitions(parents=("box",), regex=r"id=(\d+)", id_field="id")
+    child = adce.Dataset("child", "box", adce.Template("{id}"), by_id)
+    with store.spool() as body:
+        adce.fill(body, b"id=7 id=8")
+        found = adce.inspect_apart(adce.Dataset("box", "box", adce.Template("a")), {}, body, (child,), None)
+    assert list(found.mentions.values()) == [("7", "8")]

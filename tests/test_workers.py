@@ -492,7 +492,7 @@ class HurriedClock(adce.Clock):
     def boot(self) -> float:
         return super().boot() + self.ahead
 
-    def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, has_changed: object = None) -> None:
+    def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, *_: object) -> None:
         try:
             wakeups.get(timeout=min(seconds, 0.03))
         except queue.Empty:

@@ -62,6 +62,7 @@ class Arrival:
     path: str  # with its query
     headers: Mapping[str, str]
     body: bytes = b""
+    port: int = 0  # of the client's end of the connection
 
 
 class Upstream:
@@ -110,11 +111,11 @@ class Upstream:
         self._server.shutdown()
         self._server.server_close()
 
-    def receive(self, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
+    def receive(self, path: str, headers: Mapping[str, str], body: bytes = b"", port: int = 0) -> Answer:
         """Note a request, judge it by its arrival, and decide the answer."""
         with self._lock:
             now = time.monotonic()
-            self.arrivals.append(Arrival(now, path, headers, body))
+            self.arrivals.append(Arrival(now, path, headers, body, port))
             wait = max((self._excess(now, *limit) for limit in self.limits), default=0.0)
             delay = self._dice.uniform(*self.latency_seconds)
             is_fault = self._dice.random() < self.fault_share
@@ -157,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        answer = self.upstream.receive(self.path, dict(self.headers), body)
+        answer = self.upstream.receive(self.path, dict(self.headers), body, self.client_address[1])
         self.upstream.stopping.wait(answer.delay_seconds)
         send = getattr(self, f"_send_{answer.behaviour}", None)
         if send is None:

@@ -127,7 +127,11 @@ class Clock(adce.Clock):
         return f"boot {self.world.boots}"
 
     def wait(
-        self, wakeups: queue.SimpleQueue[str], seconds: float, has_changed: Callable[[], bool] | None = None
+        self,
+        wakeups: queue.SimpleQueue[str],
+        seconds: float,
+        has_changed: Callable[[], bool] | None = None,
+        every: float = adce.POLL_SECONDS,
     ) -> None:
         self.world.pass_time(seconds, lambda: not wakeups.empty() or self.world.has_changed)
         self.world.has_changed = False

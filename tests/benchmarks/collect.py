@@ -25,12 +25,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from s3_server import BUCKET, S3Server
 from tabulate import tabulate
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 SERVER = """
 import asyncio, sys
 
@@ -168,15 +168,17 @@ def main() -> None:
                     {name: of_objects(name, port, arguments.objects, s3) for name in ("script", "ADCE")}
                     for _ in range(arguments.rounds)
                 ]
-            for name in ("script", "ADCE"):
-                rows.append({
+            rows += [
+                {
                     "bytes": f"{size:,}",
                     "collector": name,
                     "objects/s": f"{1 / statistics.median(each[name].seconds for each in rounds):,.0f}",
                     "of script": spread([each["script"].seconds / each[name].seconds for each in rounds]),
                     "CPU ms": f"{1e3 * statistics.median(each[name].cpu for each in rounds):.2f}",
                     "CPU of script": spread([each[name].cpu / each["script"].cpu for each in rounds]),
-                })
+                }
+                for name in ("script", "ADCE")
+            ]
     print(tabulate(rows, headers="keys"))
 
 

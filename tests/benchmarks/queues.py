@@ -261,15 +261,17 @@ def main() -> None:
         for one in there:
             seconds, cpu, slow = zip(*(each[one] for each in rounds), strict=True)
             bare_seconds, bare_cpu, _ = zip(*(each["bare"] for each in rounds), strict=True)
-            rows.append({
-                "pending": f"{pending:,}",
-                "queue": one,
-                "tasks/s": f"{1 / statistics.median(seconds):,.0f}",
-                "of bare": spread([b / a for a, b in zip(seconds, bare_seconds, strict=True)]),
-                "CPU us": f"{1e6 * statistics.median(cpu):,.0f}",
-                "CPU of bare": spread([a / b for a, b in zip(cpu, bare_cpu, strict=True)], ".1f"),
-                "p99 ms of a step": f"{1e3 * statistics.median(slow):.2f}",
-            })
+            rows.append(
+                {
+                    "pending": f"{pending:,}",
+                    "queue": one,
+                    "tasks/s": f"{1 / statistics.median(seconds):,.0f}",
+                    "of bare": spread([b / a for a, b in zip(seconds, bare_seconds, strict=True)]),
+                    "CPU us": f"{1e6 * statistics.median(cpu):,.0f}",
+                    "CPU of bare": spread([a / b for a, b in zip(cpu, bare_cpu, strict=True)], ".1f"),
+                    "p99 ms of a step": f"{1e3 * statistics.median(slow):.2f}",
+                }
+            )
     print(tabulate(rows, headers="keys"))
 
 
