@@ -4057,6 +4057,11 @@ GONE: Mapping[str, Any] = {
     "outdated": None,
     **UNREAD,
 }
+NEW_TASK: Mapping[str, Any] = {
+    "gap_size": 1,
+    **dict.fromkeys(("attempts", "failures", "fruitless", "crashes"), 0),
+    "last_error": None,
+}
 SELECT_OBJECTS = f"""
     select o.object_id, d.dataset, o.key, o.fields, {", ".join(f"o.{name}" for name in ObjectRow._fields[4:])}
     from objects o
@@ -4120,14 +4125,13 @@ class Ledger:
             next_at = int(self.now + self.configuration.retry.initial_delay_seconds) + 1
         waits = next_at is not None and next_at > self.now
         has_changed = task == TaskState.RETRY and not known.failures and state != known.state and not waits
-        row = known._replace(state=state, reason=reason, since=since)
+        changes: dict[str, Any] = {"state": state, "reason": reason, "since": since}
         if task is None or is_fetched or has_changed:
-            row = row._replace(task=TaskState.RETRY if waits else TaskState.PENDING, next_at=next_at if waits else None)
+            changes |= {"task": TaskState.RETRY if waits else TaskState.PENDING, "next_at": next_at if waits else None}
         if task is not None:
-            return row
+            return known._replace(**changes)
         self.created += 1
-        row = row._replace(detected_at=int(self.now), gap_size=1, attempts=0, failures=0, fruitless=0, crashes=0)
-        return self.ranked(row._replace(last_error=None))
+        return self.ranked(known._replace(**changes, **NEW_TASK, detected_at=int(self.now)))
 
     def ranked(self, row: ObjectRow) -> ObjectRow:
         """The row with the priority, rank and slope of its task as of today."""
@@ -4301,8 +4305,6 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
     changed = "update facts set declaration = ?1 where declaration is not ?1"
     if sql.execute(changed, (declaration,)).rowcount:
         sql.execute("update datasets set expansion = '', ready = not exists (select 1 from objects)")
-    # in a new database there is nothing to appraise anew
-    sql.execute("update facts set priorities = coalesce(priorities, ?)", (f" {appraisal_rules(configuration)}",))
 
 
 def declare(database: Database, configuration: Configuration, clock: Clock) -> None:
@@ -4375,14 +4377,17 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
     known = {row[0]: tuple(row) for row in sql.execute(declared, (page,))}
     can_move = "select dataset_id from datasets where not active or expansion = ''"
     movable = {row[0] for row in sql.execute(can_move)}
-    changed, counts = [], [0, 0]
+    earlier = "select key, dataset_id from wanted where key in (select value from json_each(?))"
+    wanted = dict(sql.execute(earlier, (page,)).fetchall())
+    changed, counts, held = [], [0, 0], list[tuple[Any, ...]]()
     for row in rows:
-        before = known.get(row.key)
-        held = row if before is None else (row.key, row.dataset_id, None, None, None, None, None)
-        is_first = sql.execute("insert or ignore into wanted values (?, ?, ?, ?, ?, ?, ?)", held).rowcount
+        before, is_first = known.get(row.key), row.key not in wanted
         owner = before[1] if before and before[-1] and before[1] not in movable else row.dataset_id
-        if not is_first:
-            owner = sql.execute("select dataset_id from wanted where key = ?", (row.key,)).fetchone()[0]
+        if is_first:
+            held.append(row if before is None else (row.key, row.dataset_id, None, None, None, None, None))
+            wanted[row.key] = row.dataset_id
+        else:
+            owner = wanted[row.key]
         if owner != row.dataset_id:
             other = sql.execute("select dataset from datasets where dataset_id = ?", (owner,)).fetchone()[0]
             text = f"{dataset.name}: {row.key} is already the key of another object of {other}"
@@ -4391,6 +4396,7 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
             counts[before is None] += 1
             if before is not None and before != (*row, 1):
                 changed.append((*row, int(ledger.now)))
+    sql.executemany("insert into wanted values (?, ?, ?, ?, ?, ?, ?)", held)
     sql.executemany(UPSERT_OBJECT, changed)
     if changed:
         ledger.touch(dataset.name)
@@ -5399,6 +5405,9 @@ def run_cycle(steps: Iterator[int]) -> int:
 
 def _steps(cycle: Cycle) -> Iterator[bool | None]:
     """Yields True while it waits for the store."""
+    if not cycle.last_id():  # what follows is appraised and ranked by the rules of today
+        with cycle.database.transaction() as sql:
+            sql.execute("update facts set priorities = ?", (_ranked_by(cycle),))
     yield from _forget_readings(cycle)
     for level in cycle.configuration.levels():
         cycle.has_new_pages = True
@@ -5650,11 +5659,10 @@ def _age(cycle: Cycle) -> Iterator[None]:
     for dataset in cycle.configuration.datasets.values():
         if dataset.batch:
             yield from _resize_gaps(cycle, dataset, dataset.batch)
-    rules = appraisal_rules(cycle.configuration)
-    inputs, known = f"{day_of(cycle.clock.wall())} {rules}", cycle.database.value("select priorities from facts")
+    inputs, known = _ranked_by(cycle), cycle.database.value("select priorities from facts") or ""
     if known == inputs:
         return
-    is_everything = not known.endswith(rules)
+    is_everything = known.partition(" ")[2] != inputs.partition(" ")[2]
     condition = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
     condition += "" if is_everything else " and o.task is not null"
 
@@ -5666,6 +5674,11 @@ def _age(cycle: Cycle) -> Iterator[None]:
     yield from cycle.scan(cycle.last_id(), review)
     with cycle.database.transaction() as sql:
         sql.execute("update facts set priorities = ?", (inputs,))
+
+
+def _ranked_by(cycle: Cycle) -> str:
+    """The day and the rules of ranks and appraisals."""
+    return f"{day_of(cycle.clock.wall())} {appraisal_rules(cycle.configuration)}"
 
 
 def _reviewed(cycle: Cycle, ledger: Ledger, row: ObjectRow, *, is_everything: bool) -> ObjectRow:
