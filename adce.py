@@ -2110,7 +2110,12 @@ class Reader:
             self.complain(f"{path}.{name}", text)
         if any(one.default is NEEDED and name not in found for name, one in known.items()):
             return NEEDED
-        values: dict[str, Any] = {"name": path.rpartition(".")[2]} if "name" in record.__slots__ else {}
+        values: dict[str, Any] = {}
+        if "name" in record.__slots__:
+            values["name"] = path.partition(".")[2]
+            if "." in values["name"]:
+                self.complain(path, "a name with a dot; write _ in its place")
+                return NEEDED
         for one, value in ((known[name], value) for name, value in found.items()):
             values[one.attribute] = value * one.unit if one.unit > 1 else value
         made = record(**values)
@@ -3468,7 +3473,7 @@ class S3Store:
         libraries = botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, boto3.exceptions.Boto3Error
         try:
             yield
-        except (*libraries, ValueError) as error:
+        except (*libraries, ValueError, TypeError) as error:  # TypeError: an element of an answer comes twice
             code = getattr(error, "response", {}).get("Error", {}).get("Code")
             if key and code in ("NoSuchKey", "404"):
                 raise KeyError(key) from None
@@ -8379,8 +8384,11 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
         title = f"a {shape}, each {item['title']}"
         several = {"title": title, "type": "array", "minItems": 1, "items": item}
         if shape == "mapping":
-            known_names = {} if names in (str, ONE_OR_MORE) else {"propertyNames": {"enum": list(names)}}
-            several = {"title": title, "type": "object", "additionalProperties": item, **known_names}
+            several = {"title": title, "type": "object", "additionalProperties": item}
+            if names not in (str, ONE_OR_MORE):
+                several["propertyNames"] = {"enum": list(names)}
+            elif "name" in (getattr(inner, "__slots__", ()) or ()):
+                several["propertyNames"] = {"pattern": "^[^.]*$"}
         one_or_more = {"title": f"{item['title']}, or {title}", "anyOf": [item, several]}
         return one_or_more if names is ONE_OR_MORE else several
 

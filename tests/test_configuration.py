@@ -148,6 +148,10 @@ BROKEN = {
         edited("source: espn", "source: epsn"),
         ['5:13: datasets.days.source: source "epsn" is not defined, did you mean "espn"?'],
     ),
+    "a dot in a name": (
+        edited("  days:\n", "  league.days:\n"),
+        ["5:5: datasets.league.days: a name with a dot; write _ in its place"],
+    ),
     "undefined parent": (
         BASE + CHILD.replace("from: days", "from: dayz"),
         ['13:24: datasets.games.partitions.from: dataset "dayz" is not defined, did you mean "days"?'],
@@ -585,6 +589,24 @@ def test_message_shows_the_line_with_a_caret(tmp_path):
         "      |             ^",
         "1 problem; nothing was started",
     ]
+
+
+def test_message_shows_a_part_of_a_long_line_and_the_first_of_very_many_problems(tmp_path):
+    names = [f"x{number}" for number in range(400)]
+    path = tmp_path / "adce.yaml"
+    path.write_text(
+        edited(
+            "{dates: {from: 2024-01-01}}", f"{{values: {{date: [{', '.join(['1'] * 400)}]}}, {': 1, '.join(names)}: 1}}"
+        )
+    )
+    with pytest.raises(adce.ConfigurationError) as caught:
+        adce.load_configuration(path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 155
+    assert max(map(len, lines)) <= 160
+    assert re.fullmatch(r"\.\.\. and \d+ more", lines[-2])
+    for problem, line, caret in zip(lines[0:90:3], lines[1:90:3], lines[2:90:3], strict=True):
+        assert line[caret.index("^")] in "1xd", (problem, line, caret)
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,12 @@ def answered(monkeypatch) -> Callable[..., adce.S3Store]:
 LAST = PAGE.replace(b"<IsTruncated>true</IsTruncated>", b"<IsTruncated>false</IsTruncated>")
 
 
+def test_listing_in_which_an_element_comes_twice_is_an_error_of_the_store(answered):
+    body = LAST.replace(b"<IsTruncated>", b"<KeyCount>1</KeyCount><KeyCount>2</KeyCount><IsTruncated>")
+    with pytest.raises(adce.StoreError, match="cannot list"):
+        list(answered(body).list(""))
+
+
 @pytest.mark.parametrize("quoted", [True, False])
 def test_entries_of_a_page_are_those_that_botocore_would_parse(quoted, answered):
     """Entities, quoting, any order of fields, no quoting at all."""
