@@ -1225,6 +1225,7 @@ def holds(expression: str, fields: Fields, document: Any) -> bool:
     return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
 
 
+MOST = 10**12  # of any number: no unit makes it too large for SQLite or a clock
 NEEDED = dataclasses.MISSING  # the default of a required key, and the value of a node that is not of its kind
 
 
@@ -1247,7 +1248,7 @@ class Kind:
             form = r"[-+]?(0|[1-9]\d{0,14})" + r"(\.\d+)?" * (rule["type"] == "number")  # more digits overflow a float
             is_good = tag in ("int", "float") and re.fullmatch(form, value)
             value = float(value) if "." in value else int(value)
-            is_good = is_good and rule.get("minimum", value) <= value <= rule.get("maximum", value)
+            is_good = is_good and rule.get("minimum", -MOST) <= value <= rule.get("maximum", MOST)
             is_good = is_good and value > rule.get("exclusiveMinimum", -math.inf)
         elif tag == "mapping":
             is_good, value = "object" in rule["type"], [(key.value, part) for key, part in value]
@@ -8378,7 +8379,8 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
     """The JSON Schema (Draft 2020-12) of adce.yaml, or of a part of it. What must hold between blocks is not in it."""
     shape, names, inner = shape_of(declared)
     if shape == "value":
-        return {"title": inner.expected, **inner.schema}
+        most = {"maximum": MOST} if inner.schema.get("type") in ("integer", "number") else {}
+        return {"title": inner.expected, **most, **inner.schema}
     if shape != "block":
         item = json_schema(inner)
         title = f"a {shape}, each {item['title']}"

@@ -148,6 +148,10 @@ BROKEN = {
         edited("source: espn", "source: epsn"),
         ['5:13: datasets.days.source: source "epsn" is not defined, did you mean "espn"?'],
     ),
+    "a number beyond every use": (
+        "retention_days: 1000000000001\n" + BASE,
+        ["1:17: retention_days: expected a number above 0, found '1000000000001' (a number)"],
+    ),
     "a dot in a name": (
         edited("  days:\n", "  league.days:\n"),
         ["5:5: datasets.league.days: a name with a dot; write _ in its place"],
