@@ -782,7 +782,7 @@ SchemaLoader.yaml_implicit_resolvers = {
 }
 # Mistakes that no schema can see: duplicate keys, the letters of YAML, references, expressions, two keys' values.
 UNSEEN = """
-    duplicate key, YAML reads 010 as 8, a number that is too long, a bucket that nothing refills, a limit for a
+    duplicate key, YAML reads 010 as 8, a bucket that nothing refills, a limit for a
     misspelt source, undefined source, undefined parent, undefined same_as, a dataset below itself, the same as
     each other, bad JMESPath, bad regular expression, regular expression without a group, undeclared field in a
     url, undeclared field in an expression, format of a field that is no date, attribute access in a template,
