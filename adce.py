@@ -64,6 +64,7 @@ import enum
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import html
 import importlib
@@ -2322,6 +2323,19 @@ def find_configuration(given: str | None) -> Path:
     return here if here.exists() else Path(__file__).resolve().with_name(DEFAULT_NAME)
 
 
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Nothing that is made in here is garbage: looking for it takes a third of the time."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
+
+
+@_without_collector()
 def load_configuration(path: Path) -> Configuration:
     """Read adce.yaml. Raises ConfigurationError, which lists every problem with its place."""
     import yaml
