@@ -438,7 +438,7 @@ create table objects (
     reason       text,               -- of a gap
     since        integer not null,   -- start of this state
     next_at      integer,            -- when time alone will change the state or the task
-    proven       integer not null,   -- 1: the store was searched for it, 2: not, its parent has just named it, 0: not
+    proven       integer not null,   -- 1: the store was searched for it, 2: its parent has just named it, 0: neither
     cycle_id     integer,            -- the cycle in or after which ADCE last stored it
     seen_at      integer,            -- first seen in the store
     etag         text,               -- null: not in the store
@@ -4608,32 +4608,24 @@ def claim(
         if dataset.url:
             owner = RUNNER if head["is_waiting"] else ""
             granted = grant(sql, source.name, source.timeout_seconds, now, owner)
-        (first,) = Ledger(sql, configuration, wall).objects("o.object_id = ?", (head["object_id"],))
-        return _begin_all(sql, configuration, first, wall, granted, is_exclusive=is_exclusive), openings
+        return _begin_all(Ledger(sql, configuration, wall), head, granted, is_exclusive=is_exclusive), openings
     return None, openings
 
 
-def _begin_all(
-    sql: sqlite3.Connection,
-    configuration: Configuration,
-    first: ObjectRow,
-    wall: float,
-    permit: Permit | None,
-    *,
-    is_exclusive: bool,
-) -> Claim:
+def _begin_all(ledger: Ledger, head: sqlite3.Row, permit: Permit | None, *, is_exclusive: bool) -> Claim:
     """Begin a task, and with it the others of its batch, or those that the same response brings, unless it has to run
     alone."""
-    dataset, rows, beside = configuration.datasets[first.dataset], [first], list[tuple[Dataset, ObjectRow]]()
-    source = configuration.sources[dataset.source]
+    (first,) = ledger.objects("o.object_id = ?", (head["object_id"],))
+    configuration, dataset = ledger.configuration, ledger.configuration.datasets[first.dataset]
+    source, rows, beside = configuration.sources[dataset.source], [first], list[tuple[Dataset, ObjectRow]]()
     url = url_of(source, dataset, first.fields) if dataset.url else ""
     if not is_exclusive:
-        rows += _others_in_batch(sql, configuration, first, dataset.batch) if dataset.batch else []
-        beside += _objects_of_same_url(sql, configuration, first) if url else []
+        rows += _others_in_batch(ledger, first, dataset.batch) if dataset.batch else []
+        beside += _objects_of_same_url(ledger, first) if url else []
 
     def begun(one: Dataset, tasks: Sequence[ObjectRow], **more: Any) -> Claim:
         children = tuple(configuration.children_of(one.name))
-        return Claim(one, source, tuple(_begin(sql, row, url, wall) for row in tasks), children, url=url, **more)
+        return Claim(one, source, tuple(_begin(ledger, row, url) for row in tasks), children, url=url, **more)
 
     return begun(
         dataset,
@@ -4642,7 +4634,7 @@ def _begin_all(
         beside=tuple(begun(one, [row]) for one, row in beside),
         environment={} if url else _environment(configuration, source, rows),
         runs_exclusively=is_exclusive,
-        refusal=_page_problem(Ledger(sql, configuration, wall), first, url),
+        refusal=_page_problem(ledger, first, url),
     )
 
 
@@ -4663,18 +4655,16 @@ def _page_problem(ledger: Ledger, page: ObjectRow, url: str) -> str | None:
     return f"the page before it names page {before.fields['page']} again" if before and is_named_twice else None
 
 
-def _objects_of_same_url(
-    sql: sqlite3.Connection, configuration: Configuration, first: ObjectRow
-) -> Iterator[tuple[Dataset, ObjectRow]]:
+def _objects_of_same_url(ledger: Ledger, first: ObjectRow) -> Iterator[tuple[Dataset, ObjectRow]]:
     """The pending objects of other datasets that one response brings together with the first."""
-    own, fields = configuration.datasets[first.dataset], first.fields
-    for other in configuration.datasets.values():
+    own, fields = ledger.configuration.datasets[first.dataset], first.fields
+    for other in ledger.configuration.datasets.values():
         if own.pages or other.name == own.name or other.request() != own.request():
             continue
         key = other.key.render(fields, quote_for_key) if set(other.partitions.own_fields()) <= fields.keys() else ""
         pending = "o.key = ? and d.dataset = ? and o.task = 'pending' and d.active and d.ready"
         if Path(key).suffix == Path(first.key).suffix:
-            yield from ((other, row) for row in Ledger(sql, configuration, 0).objects(pending, (key, other.name)))
+            yield from ((other, row) for row in ledger.objects(pending, (key, other.name)))
 
 
 def _environment(configuration: Configuration, source: Source, rows: Iterable[ObjectRow]) -> dict[str, str]:
@@ -4687,13 +4677,12 @@ def _environment(configuration: Configuration, source: Source, rows: Iterable[Ob
     }
 
 
-def _others_in_batch(
-    sql: sqlite3.Connection, configuration: Configuration, first: ObjectRow, batch: Batch
-) -> list[ObjectRow]:
+def _others_in_batch(ledger: Ledger, first: ObjectRow, batch: Batch) -> list[ObjectRow]:
     """The best pending tasks that share the field of the batch with the first."""
+    configuration = ledger.configuration
     shared = (configuration.retry.crash_limit(), batch.group_by, first.fields[batch.group_by], batch.max - 1)
     names = configuration.datasets[first.dataset].partitions.own_fields()
-    rows = Ledger(sql, configuration, 0).objects(
+    rows = ledger.objects(
         """
         d.dataset = ? and o.task = 'pending' and o.object_id != ? and o.crashes < ? and o.fields ->> ? = ?
         order by o.rank desc, o.object_id
@@ -4704,15 +4693,16 @@ def _others_in_batch(
     return [row for row in rows if not any("," in row.fields[name] for name in names)]  # it would be several values
 
 
-def _begin(sql: sqlite3.Connection, row: ObjectRow, url: str, wall: float) -> ObjectRow:
+def _begin(ledger: Ledger, row: ObjectRow, url: str) -> ObjectRow:
     begin = "insert into attempts (object_id, started_at, outcome, requests, url) values (?, ?, 'running', 0, ?)"
     shown = re.sub(r"^(https?://)[^/?#]*@", r"\1", url)  # without a user name and a password
-    attempt_id = cast(int, sql.execute(begin, (row.object_id, wall, masked(shown) or None)).lastrowid)
+    begun = ledger.sql.execute(begin, (row.object_id, ledger.now, masked(shown) or None))
+    attempt_id = cast(int, begun.lastrowid)
     run = """
         update objects set task = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null
         where object_id = ?
     """
-    sql.execute(run, (attempt_id, row.object_id))
+    ledger.sql.execute(run, (attempt_id, row.object_id))
     return row._replace(task=TaskState.RUNNING, attempt_id=attempt_id)
 
 
@@ -5986,7 +5976,8 @@ class Sessions:
                 self._idle = [one for one in idle if one[0] > now - KEPT_SECONDS]
                 self._is_watched = bool(self._deadlines or self._idle)
             for _, session in idle[: len(idle) - len(self._idle)]:
-                session.close()
+                with contextlib.suppress(OSError):
+                    session.close()
 
 
 SESSIONS = Sessions()
