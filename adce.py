@@ -823,7 +823,7 @@ class Database:
             else:
                 return
 
-    def hurry(self) -> None:
+    def shorten_waits(self) -> None:
         """From now on, do not wait long for other programs."""
         self._patience = 1
 
@@ -992,7 +992,7 @@ def _definitions(connection: sqlite3.Connection) -> dict[tuple[str, str], str]:
 
 def _check_definitions(connection: sqlite3.Connection, path: Path) -> None:
     """Views are made anew when their text differs. Raises DatabaseError when another program has changed a table, an
-    index or a trigger, or added a trigger: it would run at each write. What else it has added is let be."""
+    index or a trigger, or added a trigger: it would run at each write. Other additions are ignored."""
     with contextlib.closing(sqlite3.connect(":memory:")) as made:
         made.executescript(TABLES + VIEWS)
         wanted = _definitions(made)
@@ -1266,7 +1266,7 @@ class Kind:
 
 
 def tag_of(node: Any) -> str:
-    """What YAML takes a node for: str, int, float, bool, null, timestamp, sequence or mapping."""
+    """The YAML type of a node: str, int, float, bool, null, timestamp, sequence or mapping."""
     return cast(str, node.tag.rpartition(":")[2] if node.id == "scalar" else node.id)
 
 
@@ -1445,8 +1445,8 @@ ONE_OR_MORE = object()  # marks a list in whose place a single item may stand
 
 @functools.cache
 def shape_of(declared: Any) -> tuple[str, Any, Any]:
-    """What an annotation declares: a block, list, mapping or value; the names in a mapping, or ONE_OR_MORE of a list;
-    and the record, item or Kind. A field that is converted after reading is Annotated with what is read."""
+    """The shape that an annotation declares: a block, list, mapping or value; the names in a mapping, or ONE_OR_MORE of
+    a list; and the record, item or Kind. A field that is converted after reading is Annotated with its form in YAML."""
     while typing.get_origin(declared) in (types.UnionType, typing.Union):
         declared = typing.get_args(declared)[0]  # the other one is None
     if dataclasses.is_dataclass(declared):
@@ -1826,7 +1826,7 @@ class Dataset:
     priority: Urgency = setting("auto: from the age of its date or season", "auto")
 
     def request(self) -> tuple[Any, ...]:
-        """What its HTTP requests consist of: equal ones have equal answers."""
+        """The parts of its HTTP requests: equal ones have equal answers."""
         return self.source, self.url, self.method, self.headers, self.body, self.pages
 
     def page_values(self) -> set[str]:
@@ -1936,7 +1936,7 @@ def secrets_of(source: Source, dataset: Dataset) -> set[str]:
 
 
 def problems_in(block: object) -> Problems:
-    """What does not hold between the values of a block."""
+    """Contradictions between the values of a block."""
     match block:
         case Season() if block.finish < block.start:
             yield "finish", f"{block.finish} is before its start {block.start}"
@@ -2138,7 +2138,7 @@ def _describe(node: Any) -> str:
 
 
 def _problems(reader: Reader, read: Configuration, configuration: Configuration) -> Problems:
-    """What does not hold between blocks."""
+    """Contradictions between blocks."""
     sources: Mapping[str, Any] = configuration.sources
     for one, other in itertools.combinations(configuration.seasons, 2):  # by their starts
         is_one_time = one.label == other.label or one.end == other.end or other.start <= one.finish
@@ -2179,7 +2179,7 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
 
 
 def _broken_reference(reader: Reader, line: Sequence[str], known: Iterable[str]) -> str | None:
-    """What is wrong with a chain of datasets, each of which names the next."""
+    """The first mistake in a chain of datasets, each of which names the next."""
     if line[-1] in line[:-1]:
         return "cycle: " + " -> ".join(line)
     if len(line) == 2 and f"datasets.{line[1]}" not in reader.places:
@@ -2391,7 +2391,7 @@ def database_named_in(path: Path) -> Path:
 
 
 # ---------------------------------------------------------------- Objects
-# What should exist, under which key, and where it is asked for. Decisions only, as in the next room: values in, values
+# Expected objects, their keys and their urls. Decisions only, as in the next room: values in, values
 # out, no clock, no disk, no SQL. Headlines: ObjectRow, expected_object(), expand().
 
 MAX_KEY_BYTES = 1000  # S3 takes 1,024
@@ -2603,7 +2603,7 @@ def part_problem(dataset: Dataset, name: str, value: str) -> str | None:
 
 
 # ---------------------------------------------------------------- Contents
-# What the content of an object says: whether it is whole, whether it is final, and which other objects it names; and
+# Meaning of the content of an object: whether it is whole, whether it is final, and which other objects it names; and
 # from all facts about an object, its state. Headlines: inspect(), appraise().
 
 
@@ -3147,7 +3147,7 @@ def sort_listing(listing: Iterator[StoredObject]) -> tuple[bool, Iterator[Stored
 
 
 class Store(Protocol):
-    """What ADCE needs of a store. Every call raises StoreError when the store fails."""
+    """The store that ADCE needs. Every call raises StoreError when the store fails."""
 
     calls: int  # list requests made so far
 
@@ -3168,7 +3168,7 @@ class Store(Protocol):
         """Put an object whole or not at all; durable when this returns. A file of spool() is moved."""
 
     def sweep(self, *, is_known: bool = False) -> None:
-        """Make the store usable, and remove what a crash has left half written. One that `is_known` is not made."""
+        """Make the store usable, and remove unfinished files of a crash. One that `is_known` is not made."""
 
 
 def fill(file: BinaryIO, body: Any) -> None:
@@ -3797,7 +3797,7 @@ LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one request, or an attempt at one object, has brought."""
+    """The result of one request, or of an attempt at one object."""
 
     outcome: Outcome
     error: str | None = None
@@ -4335,7 +4335,7 @@ def declare(database: Database, configuration: Configuration, clock: Clock) -> N
 
 
 def expansion_inputs(sql: sqlite3.Connection, dataset: Dataset, now: float) -> str:
-    """What the expected objects of a dataset follow from, besides adce.yaml: the state of its parents, and the day."""
+    """The inputs of the expected objects of a dataset, besides adce.yaml: the state of its parents, and the day."""
     names = [*dataset.partitions.parents, *([dataset.name] if dataset.pages else [])]
     parents = "select changed from datasets where dataset in (select value from json_each(?)) order by dataset_id"
     changed = [row[0] for row in sql.execute(parents, (json.dumps(names),))]
@@ -4719,7 +4719,7 @@ def wake_retries(sql: sqlite3.Connection, before: float) -> int:
 
 
 def wake_failed(sql: sqlite3.Connection) -> None:
-    """What has failed is pending; what waits for its freshness, or is not there yet, waits on."""
+    """Failed tasks are pending; those that wait for freshness, or for an object that is not there yet, wait on."""
     sql.execute(
         """
         update objects set task = 'pending', next_at = null
@@ -5223,7 +5223,7 @@ class Cycle:
 
     @contextlib.contextmanager
     def ledger(self) -> Iterator[Ledger]:
-        """A transaction whose changes count for this cycle. What a power cut undoes, the next cycle finds again."""
+        """A transaction whose changes count for this cycle. The next cycle finds again whatever a power cut undoes."""
         with self.database.transaction(durable=False) as sql:
             ledger = Ledger(sql, self.configuration, self.clock.wall(), self.cycle_id)
             yield ledger
@@ -5660,7 +5660,7 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
 
 
 def _age(cycle: Cycle) -> Iterator[None]:
-    """Note what time alone has changed. Once a day, or when the rules have changed, appraise and rank anew."""
+    """Note the changes that time alone makes. Once a day, or when the rules have changed, appraise and rank anew."""
     count = PAGE
     while count >= PAGE:
         with cycle.ledger() as ledger:
@@ -5729,7 +5729,7 @@ def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]
 # each hop needs a permit of its own. Headlines: inspect_stored(), validate_and_store(), request().
 
 CONNECT_SECONDS = 10
-KEPT_SECONDS = 1  # a connection that nobody uses
+KEPT_SECONDS = 1  # an idle connection
 STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about the source
 MAX_REDIRECTS = 5
 CLASSIFIED_BYTES = 1 << 20  # of a body, in which its meaning is looked for
@@ -5925,8 +5925,8 @@ class _Deadline:
 
 class Sessions:
     """Sessions of requests, each for one request at a time. The next request uses the same connections for a moment:
-    a server may close an idle one at any time, also while a request is being sent. A thread ends what takes too long,
-    and what nobody uses."""
+    a server may close an idle one at any time, also while a request is being sent. A thread enforces the deadlines,
+    and closes idle sessions."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -6807,8 +6807,8 @@ def tasks_document(database: Database, filters: Mapping[str, str | None], most: 
 
 
 # ---------------------------------------------------------------- Conditions
-# What needs attention, each as a question by an index. One cause is one condition: what a blocked source holds up is no
-# condition of its own. Headlines: CONDITIONS, problems(), verdict().
+# Conditions that need attention, each a query with an index. One cause is one condition: tasks held up by a blocked
+# source are none of their own. Headlines: CONDITIONS, problems(), verdict().
 
 CRASHED, STUCK = "exited unexpectedly", "loop stuck"
 BEAT_SECONDS = 10  # between two heartbeats of the main loop
@@ -6925,8 +6925,8 @@ seasons over: - adce.py explain seasons
 def problems(
     database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
 ) -> dict[str, str]:
-    """What makes a runner that has worked `since` then unhealthy, by its name: being idle does not. The runner may
-    know an `error` of its database."""
+    """The problems that make a runner unhealthy which has worked `since` then, by name: being idle is none. The runner
+    may know an `error` of its database."""
     if error:
         return {"database unusable": error}
     found, store = dict[str, str](), open_store(configuration.store)
@@ -6950,7 +6950,7 @@ def problems(
 
 
 def demand_above_limits(database: Database, configuration: Configuration, now: float) -> dict[str, str]:
-    """What is wrong with a source whose refetches alone need all the requests that its limits allow, by its name."""
+    """The sources whose refetches alone need all the requests that their limits allow, and the explanation."""
     kept = """
         select dataset, nullif(season, ''), sum(objects) from counts join datasets using (dataset_id)
         where active and state in ('present', 'stale') group by dataset, season
@@ -6983,7 +6983,7 @@ def demand_above_limits(database: Database, configuration: Configuration, now: f
 def conditions(
     database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
 ) -> list[Condition]:
-    """What holds now."""
+    """The conditions that hold now."""
     ill = problems(database, configuration, now, since, error)
     found = [Condition(name, "runner", "x", text, "adce.py check") for name, text in ill.items()]
     if (free := shutil.disk_usage(configuration.database.parent).free) < LEAST_FREE_BYTES:
@@ -7022,7 +7022,7 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
 
 
 def verdict(database: Database, configuration: Configuration, now: float) -> Section:
-    """What is wrong, the worst first, what it holds up, and the command that helps; the title is the headline."""
+    """The problems, worst first, with the tasks held up and the command that helps; the title is the headline."""
     state = runner_state(database, RunnerLock(configuration.database), now)
     (lake,) = answers(database, STATUS, "lake")[0].rows
     gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
@@ -7715,8 +7715,8 @@ class Alerter:
             self.alerts = [alert for alert in self.alerts if alert["ended_at"] is None or alert["unsent"]]
 
     def send(self) -> None:
-        """Send what waits, in order. A channel that fails is tried again after as long as its first message has waited,
-        at least a minute and at most an hour, and gets nothing that is older than a day."""
+        """Send waiting messages, in order. A channel that fails is tried again after as long as its first message has
+        waited, at least a minute and at most an hour, and gets nothing that is older than a day."""
         for channel in CHANNELS:
             waiting = [(alert, one) for alert in self.alerts for one in alert["unsent"] if one["channel"] == channel]
             for alert, message in sorted(waiting, key=lambda pair: pair[1]["made_at"]):
@@ -7996,7 +7996,7 @@ class Runner:
     def stop(self, reason: str) -> None:
         """Ask the loop to end; safe from a signal handler and from other threads."""
         self.stop_reason = self.stop_reason or reason
-        self.database.hurry()
+        self.database.shorten_waits()
         self.wakeups.put("stop")
 
     def run(
@@ -8381,7 +8381,7 @@ def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def json_schema(declared: Any = Configuration) -> dict[str, Any]:
-    """The JSON Schema (Draft 2020-12) of adce.yaml, or of a part of it. What must hold between blocks is not in it."""
+    """The JSON Schema (Draft 2020-12) of adce.yaml, or of a part of it. Rules between blocks are not in it."""
     shape, names, inner = shape_of(declared)
     if shape == "value":
         most = {"maximum": MOST} if inner.schema.get("type") in ("integer", "number") else {}
@@ -8534,7 +8534,7 @@ def quote_for_systemd(word: str) -> str:
 # ---------------------------------------------------------------- Checks
 # Is everything in order, and what would a run do? Headlines: check_rows(), trial().
 
-# What is wrong with a database, and how many times.
+# Faults of a database, and how many times each occurs.
 CONSISTENCY = {
     "gaps without a task": """
         select count(*) from objects where state in ('missing', 'stale', 'suspect') and task is null
@@ -8593,7 +8593,7 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
 
 
 def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
-    """What is no mistake, and yet may do harm: its subject, and what to do."""
+    """Settings that are valid and may do harm: the subject, and the remedy."""
     for source in configuration.sources.values():
         about, headers = f"source {source.name}", {name.lower() for name in source.headers}
         if not configuration.rate_limiting.limits(source.name):

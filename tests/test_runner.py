@@ -471,7 +471,7 @@ def test_locked_database_is_outlasted_and_no_answer_is_lost(configure, database,
                 meddler.execute("begin immediate")
             super().wait(wakeups, min(seconds, 0.05))
 
-    database.hurry()
+    database.shorten_waits()
     runner.clock = Clock()
     upstream.route("/summary", once_all_are_asked(league, lambda: runner.stop("the games are here")))
     assert runner.run(max_seconds=60) == adce.ExitCode.DONE

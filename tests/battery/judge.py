@@ -49,10 +49,10 @@ class Witness(Upstream):
         super().__init__(**options)
         self.history = history
 
-    def receive(self, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
+    def receive(self, path: str, headers: Mapping[str, str], body: bytes = b"", port: int = 0) -> Answer:
         number = id(threading.current_thread())
         self.history.note("asked", path=path, number=number)
-        answer = super().receive(path, headers, body)
+        answer = super().receive(path, headers, body, port)
         is_whole = answer.behaviour == "whole" and answer.status == 200
         sent = {"digest": digest_of(answer.body)} if is_whole else {}
         self.history.note("answered", path=path, number=number, status=answer.status, **sent)
