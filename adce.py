@@ -532,7 +532,7 @@ create table attempts (
 create index attempts_by_object on attempts (object_id);
 
 create table daily_totals (
-    -- Attempts by day, kept when old attempts are removed.
+    -- Attempts by day, kept when old attempts are removed: the trigger below adds each attempt as it ends.
     day          text    not null,
     dataset_id   integer not null references datasets,
     priority     text    not null,
@@ -542,6 +542,14 @@ create table daily_totals (
     bytes        integer not null,
     primary key (day, dataset_id, priority, outcome)
 ) strict, without rowid;
+create trigger attempts_totalled after update of outcome on attempts when old.outcome = 'running' begin
+    insert into daily_totals
+    select date(new.started_at + new.seconds, 'unixepoch'), dataset_id, coalesce(priority, 'LOW'), new.outcome, 1,
+           new.seconds, coalesce(new.bytes, 0)
+    from objects where object_id = new.object_id
+    on conflict do update set
+        attempts = attempts + 1, seconds = seconds + excluded.seconds, bytes = bytes + excluded.bytes;
+end;
 
 create table reconciliations (
     -- One row for each cycle.
@@ -4876,37 +4884,17 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ObjectRow, result: R
         """,
         (result.outcome, ledger.now, result.http_status, size, result.requests, result.error, output, task.attempt_id),
     )
-    if not ended.rowcount:
-        return
-    _add_to_totals(sql, task.attempt_id)
-    if result.outcome.traits.rated:
+    if ended.rowcount and result.outcome.traits.rated:
         average = "update datasets set success_rate = success_rate + ? * (? - success_rate) where dataset = ?"
         sql.execute(average, (SUCCESS_MEMORY, result.outcome is Outcome.OK, dataset.name))
-
-
-def _add_to_totals(sql: sqlite3.Connection, attempt_id: int | None) -> None:
-    """Add an attempt that has ended to the totals of its day."""
-    sql.execute(
-        """
-        insert into daily_totals
-        select date(started_at + seconds, 'unixepoch'), dataset_id, coalesce(priority, 'LOW'), outcome, 1, seconds,
-               coalesce(bytes, 0)
-        from attempts a join objects using (object_id)
-        where a.attempt_id = ?
-        on conflict do update set
-            attempts = attempts + 1, seconds = seconds + excluded.seconds, bytes = bytes + excluded.bytes
-        """,
-        (attempt_id,),
-    )
 
 
 def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
     """After a crash: running tasks are pending again, and their attempts are lost. Returns how many.
 
     A task during which `max_attempts` runners in a row have crashed may be the cause, and gave up."""
-    lose = "update attempts set outcome = 'lost', seconds = 0, error = ? where outcome = 'running' returning attempt_id"
-    for row in sql.execute(lose, (RUNNER_CRASHED,)).fetchall():
-        _add_to_totals(sql, row[0])
+    lose = "update attempts set outcome = 'lost', seconds = 0, error = ? where outcome = 'running'"
+    sql.execute(lose, (RUNNER_CRASHED,))
     requeue = """
         update objects
         set attempt_id = null,

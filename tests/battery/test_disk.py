@@ -115,7 +115,7 @@ def test_full_disk_of_the_store_is_told_seldom_and_work_goes_on_when_there_is_ro
     with Scene(tmp_path / "scene", store=disk.root / "lake", **SLOW_ANSWERS) as scene:
         process = scene.start("-v", "run", launcher=LAUNCHER)
         poll(lambda: len(scene.told()) >= 2)
-        lines = lines_within(scene, disk, r"paused source=global .*cannot write .*No space left on device")
+        lines = lines_within(scene, disk, r"paused source=global .*cannot be written: No space left on device")
         assert len(lines) <= 10 * FULL_SECONDS, lines
         asked = scene.upstream.count()
         assert asked <= len(scene.expected) * 2
