@@ -7065,6 +7065,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; } h3 { 
 th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #8886; }
 rect { stroke: CanvasText; stroke-opacity: .6; } .none { fill: none; stroke-opacity: .25; }
 .all { fill: #1b4f9c; } .part { fill: #7fb2e5; stroke-dasharray: 2 1; } .gap { fill: #d9822b; stroke-width: 2; }
+.stale { fill: #6f5aa8; stroke-dasharray: 4 2; } .gave_up { fill: #a31515; stroke-width: 3; }
+.absent { fill: #8884; stroke-dasharray: 1 2; }
 svg text { font: 9px system-ui, sans-serif; fill: CanvasText; }
 .swatch { display: inline-block; vertical-align: -1px; margin-left: .8rem; }
 .lines { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: 1rem 0; } figure { margin: 0; min-width: 15rem; }
@@ -7077,8 +7079,11 @@ LEGEND = " ".join(
     f"{SWATCH.format(kind)} {words}"
     for kind, words in (
         ("all", "all is there"),
+        ("stale", "all, and some stale"),
         ("part", "a part"),
         ("gap", "nothing"),
+        ("gave_up", "some gave up"),
+        ("absent", "the source has none"),
         ("none", "nothing is expected"),
     )
 )
@@ -7108,9 +7113,17 @@ objects: Objects | nothing is expected
     where d.dataset = :dataset and o.day = :day and o.state != 'dropped' order by o.state = 'present', o.key
 """)
 DAYS = """
-    select dataset, day, expected, present from coverage_by_day
-    where day between :year || '-01-01' and :year || '-12-31' order by dataset, day
+    select dataset, day, sum(state != 'absent') as expected, sum(state = 'present') as present,
+           sum(state = 'stale') as stale, sum(state = 'absent') as absent
+    from objects join datasets using (dataset_id)
+    where state in ('present', 'missing', 'stale', 'suspect', 'absent')
+      and day between :year || '-01-01' and :year || '-12-31'
+    group by dataset, day order by dataset, day
 """
+GAVE_UP_DAYS = f"""
+    select dataset, day, count(*) from objects join datasets using (dataset_id)
+    where task = 'gave_up' and {FRAGMENTS["BY_TASK"]} and day like :year || '-%' group by dataset, day
+"""  # noqa: S608  # a constant
 LINES = """
     with recent as (
         select source, day, sum(attempts) as attempts, sum(seconds) / sum(attempts) as seconds,
@@ -7158,6 +7171,7 @@ def page(database: Database, configuration: Configuration, now: float, year: int
     latest = "select coalesce(max(day), :today) from objects where day <= :today and state != 'dropped'"
     year = year or int(database.value(latest, {"today": day_of(now).isoformat()})[:4])
     days = itertools.groupby(database.read(DAYS, {"year": year}), key=lambda row: row["dataset"])
+    gave_up = {tuple(row)[:2]: row[2] for row in database.read(GAVE_UP_DAYS, {"year": year})}
     years = range(year - nearby, year + 2 if nearby else year)
     links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
     body = f"""<p>{html.escape(configuration.store)}, {utc_text(now)}</p>
@@ -7165,7 +7179,7 @@ def page(database: Database, configuration: Configuration, now: float, year: int
 <div class="lines">{_lines(database.read(LINES, {"now": now}))}</div>
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
 <p>A square is a day: {LEGEND}</p>
-{"".join(_calendar(name, year, list(rows), has_links=bool(nearby)) for name, rows in days)}
+{"".join(_calendar(name, year, list(rows), gave_up, has_links=bool(nearby)) for name, rows in days)}
 {tables(below)}"""
     return document(f"ADCE: {judged.title}".replace("  ", ", "), body, is_fresh=bool(nearby))
 
@@ -7208,14 +7222,27 @@ def _lines(rows: Sequence[sqlite3.Row]) -> str:
     return "".join(figures)
 
 
-def _calendar(dataset: str, year: int, rows: Sequence[sqlite3.Row], *, has_links: bool) -> str:
+def _state_of_day(row: sqlite3.Row, gave_up: int) -> tuple[str, str]:
+    """The class of the cell of a day, and its state in words."""
+    expected, present, stale, absent = (row[name] for name in ("expected", "present", "stale", "absent"))
+    counts = {"stale": stale, "gave up": gave_up, "absent": absent}
+    text = ", ".join([f"{present} of {expected}", *(f"{count} {state}" for state, count in counts.items() if count)])
+    if gave_up or not expected:
+        return "gave_up" if gave_up else "absent", text
+    if present + stale == expected:
+        return "stale" if stale else "all", text
+    return "part" if present + stale else "gap", text
+
+
+def _calendar(
+    dataset: str, year: int, rows: Sequence[sqlite3.Row], gave_up: Mapping[Any, int], *, has_links: bool
+) -> str:
     """A year of days: a column is a week, a cell a day, its title says what its colour does."""
     days, first, cells = {row["day"]: row for row in rows}, datetime.date(year, 1, 1), []
     for number in range((datetime.date(year + 1, 1, 1) - first).days):
         day, kind, text = first + datetime.timedelta(days=number), "none", "nothing expected"
         if row := days.get(day.isoformat()):
-            kind = "all" if row["present"] == row["expected"] else "part" if row["present"] else "gap"
-            text = f"{row['present']} of {row['expected']}"
+            kind, text = _state_of_day(row, gave_up.get((dataset, row["day"]), 0))
         week, weekday = divmod(number + first.weekday(), 7)
         if day.day == 1:
             cells.append(f'<text x="{LEFT + week * CELL}" y="8">{day:%b}</text>')

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_adce
-from lakes import write_league
+from lakes import league_text, write_league
 from runners import rows
 from upstream import League
 
@@ -177,3 +177,33 @@ def test_small_lines_show_how_figures_went_and_say_it_in_words(lake, address):
     titles = re.findall(r"<figure>.*?<title>(.*?)</title>.*?</figure>", text)
     assert any(re.fullmatch(r"open gaps, 24 hours, .*: from \d+ to 9, now \d", title) for title in titles), titles
     assert text.count("<polyline points=") == len(titles)
+
+
+DAY_STATES = {
+    "01": (["present", "present"], None, 'class="all"', "2 of 2"),
+    "02": (["present", "stale"], None, 'class="stale"', "1 of 2, 1 stale"),
+    "03": (["present", "missing"], None, 'class="part"', "1 of 2"),
+    "04": (["missing", "missing"], None, 'class="gap"', "0 of 2"),
+    "05": (["present", "missing"], "gave_up", 'class="gave_up"', "1 of 2, 1 gave up"),
+    "06": (["absent"], None, 'class="absent"', "0 of 0, 1 absent"),
+}
+
+
+def test_cell_of_a_day_shows_its_state(configure, database, clock):
+    configuration = configure(league_text("http://127.0.0.1:9"))
+    insert = """
+        insert into objects (dataset_id, key, fields, state, since, proven, day, task, priority, detected_at,
+                             gap_size, rank, slope, last_error)
+        values ((select dataset_id from datasets where dataset = 'days'), ?, '{}', ?, 0, 1, ?, ?, ?, 0, 1, 0, 0, 'HTTP 500')
+    """
+    with database.transaction() as sql:
+        adce.declare_limits(sql, configuration, clock)
+        adce.declare_datasets(sql, configuration)
+        for day, (states, task, *_) in DAY_STATES.items():
+            for number, state in enumerate(states):
+                has_task = state in adce.GAPS
+                values = (f"{day}/{number}", state, f"2025-01-{day}", (task or "pending") if has_task else None)
+                sql.execute(insert, (*values, "LOW" if has_task else None))
+    text = adce.page(database, configuration, clock.wall(), year=2025)
+    for day, (*_, kind, words) in DAY_STATES.items():
+        assert re.search(rf"<rect {kind} [^>]*><title>\w+ 2025-01-{day}: {words}</title>", text), day
