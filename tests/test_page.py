@@ -194,7 +194,7 @@ def test_cell_of_a_day_shows_its_state(configure, database, clock):
     insert = """
         insert into objects (dataset_id, key, fields, state, since, proven, day, task, priority, detected_at,
                              gap_size, rank, slope, last_error)
-        values ((select dataset_id from datasets where dataset = 'days'), ?, '{}', ?, 0, 1, ?, ?, ?, 0, 1, 0, 0, 'HTTP 500')
+        values ((select dataset_id from datasets where dataset = 'days'), ?, '{}', ?, 0, 1, ?, ?, ?, 0, 1, 0, 0, 'none')
     """
     with database.transaction() as sql:
         adce.declare_limits(sql, configuration, clock)
