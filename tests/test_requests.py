@@ -617,15 +617,16 @@ def fetch_anew(spec: adce.Claim, store: adce.FolderStore) -> adce.Result:
 def test_connection_is_used_again_for_a_moment(upstream, store, monkeypatch, kept_seconds, connections):
     monkeypatch.setattr(adce, "KEPT_SECONDS", kept_seconds)
     upstream.answer("/x", Answer(GOOD))
-    assert [fetch_anew(specification(upstream.address), store).outcome for _ in range(3)] == [O.OK] * 3
+    spec = specification(upstream.address, timeout_seconds=10)
+    assert [fetch_anew(spec, store).outcome for _ in range(3)] == [O.OK] * 3
     assert len({arrival.port for arrival in upstream.arrivals}) == connections
 
 
 def test_second_request_of_a_connection_has_a_deadline_too(upstream, store, monkeypatch):
     monkeypatch.setattr(adce, "KEPT_SECONDS", 60)
     upstream.answer("/x", Answer(GOOD), Answer(behaviour="drip_body"))
+    assert fetch_anew(specification(upstream.address, timeout_seconds=10), store).outcome is O.OK
     spec = specification(upstream.address, timeout_seconds=0.5)
-    assert fetch_anew(spec, store).outcome is O.OK
     assert fetch_anew(spec, store).error == "timed out after 0.5 s"
     assert len({arrival.port for arrival in upstream.arrivals}) == 1
 
@@ -633,7 +634,7 @@ def test_second_request_of_a_connection_has_a_deadline_too(upstream, store, monk
 def test_second_request_of_a_connection_is_not_sent_after_its_permit_ran_out(upstream, store, monkeypatch):
     monkeypatch.setattr(adce, "KEPT_SECONDS", 60)
     upstream.answer("/x", Answer(GOOD))
-    spec = specification(upstream.address)
+    spec = specification(upstream.address, timeout_seconds=10)
     assert fetch_anew(spec, store).outcome is O.OK
     late = dataclasses.replace(spec, permit=adce.Permit(1, adce.Clock().boot() - 1, adce.Clock().boot() + 60))
     result = fetch_anew(late, store)
@@ -643,7 +644,7 @@ def test_second_request_of_a_connection_is_not_sent_after_its_permit_ran_out(ups
 def test_cookie_of_one_request_is_not_sent_with_the_next(upstream, store):
     upstream.answer("/x", Answer(GOOD, headers={"Set-Cookie": "who=me"}))
     for _ in range(2):
-        assert fetch_anew(specification(upstream.address), store).outcome is O.OK
+        assert fetch_anew(specification(upstream.address, timeout_seconds=10), store).outcome is O.OK
     assert [arrival.headers.get("Cookie") for arrival in upstream.arrivals] == [None, None]
 
 
@@ -676,12 +677,12 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(GOOD)
 
 def test_connection_that_nobody_uses_is_closed(raw_server, store):
     address, ended = raw_server(HEAD + GOOD)
-    assert fetch(specification(address), store).outcome is O.OK
+    assert fetch(specification(address, timeout_seconds=10), store).outcome is O.OK
     wait_until(lambda: ended == ["by the client"], 10)
 
 
 def test_what_follows_a_body_is_not_taken_for_the_next_answer(raw_server, store):
     address, _ = raw_server(HEAD + GOOD + HEAD + GOOD.replace(b"3", b"4"))
     for _ in range(3):
-        assert fetch_anew(specification(address), store).outcome is O.OK
+        assert fetch_anew(specification(address, timeout_seconds=10), store).outcome is O.OK
         assert read_object(store, KEY) == GOOD
