@@ -370,6 +370,18 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
     return datetime.datetime.fromtimestamp(instant, zoneinfo.ZoneInfo(timezone)).date()
 
 
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Nothing that is made in here is garbage: looking for it takes a third of the time."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
+
+
 # ---------------------------------------------------------------- Schema
 # The tables: the centre of the design. One row of `objects` is an object and its open task. Instants are seconds
 # since 1970 (UTC); boot times, so marked, are seconds since the machine started. The views are the contract for
@@ -1479,6 +1491,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
 # Everything that may stand in adce.yaml: a record for each block, a field for each key with its kind, its meaning
 # and its default. Here are seasons, limits, weights and sources. Headlines: Season, RateLimiting, Source.
 
+DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
+
 
 @dataclass(frozen=True, slots=True)
 class Season:
@@ -1636,6 +1650,14 @@ class Source:
     blocked_when: BlockedWhen = setting("signs of a block, and the pause that follows", BlockedWhen())
     trust_env: Switch = setting("use proxies, netrc and certificates of the environment", False)
     known_hosts: frozenset[str] = frozenset()  # of all sources: a redirect may lead there
+
+
+def find_configuration(given: str | None) -> Path:
+    """Which file: the given one, $ADCE_CONFIG, adce.yaml here, else the one beside this module."""
+    if chosen := given or os.environ.get("ADCE_CONFIG"):
+        return Path(chosen).absolute()
+    here = Path(DEFAULT_NAME).absolute()
+    return here if here.exists() else Path(__file__).resolve().with_name(DEFAULT_NAME)
 
 
 # ---------------------------------------------------------------- Datasets
@@ -1989,7 +2011,6 @@ def conflicts(record: type, given: Sequence[str]) -> Problems:
 
 MAX_FILE_BYTES = 1 << 20
 SHOWN_PROBLEMS, SHOWN_COLUMNS = 50, 140  # of them, and of their lines
-DEFAULT_NAME, DEFAULT_DATABASE = "adce.yaml", "adce.db"
 DATE_CODES = "aAbBcCdDeFgGhHIjmMpqRSTuUVwWxXyY"  # of strftime, those that every platform knows, and q: the quarter
 SUCCESSORS = {"partitions.times": "values", "dates.until": "to", "batch.by": "group_by"}
 # Keys of the system that ADCE replaces, and former ones: the key that took their place, or what to do instead.
@@ -2323,27 +2344,7 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
     return configuration
 
 
-def find_configuration(given: str | None) -> Path:
-    """Which file: the given one, $ADCE_CONFIG, adce.yaml here, else the one beside this module."""
-    if chosen := given or os.environ.get("ADCE_CONFIG"):
-        return Path(chosen).absolute()
-    here = Path(DEFAULT_NAME).absolute()
-    return here if here.exists() else Path(__file__).resolve().with_name(DEFAULT_NAME)
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Nothing that is made in here is garbage: looking for it takes a third of the time."""
-    is_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if is_enabled:
-            gc.enable()
-
-
-@_without_collector()
+@without_collector()
 def load_configuration(path: Path) -> Configuration:
     """Read adce.yaml. Raises ConfigurationError, which lists every problem with its place."""
     import yaml
@@ -3141,19 +3142,6 @@ def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def sort_listing(listing: Iterator[StoredObject]) -> tuple[bool, Iterator[StoredObject]]:
-    """Whether a whole listing was in key order, and the listing in that order, by way of a temporary file."""
-    scratch = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # pages are taken by several threads
-    scratch.execute("pragma cache_size = -256")  # KiB: several are at work at once
-    scratch.execute("create table listing (key text primary key, size, etag, modified_at) without rowid")
-    was_ascending, last = True, ""
-    for page in chunks(listing, PAGE):
-        for entry in page:
-            was_ascending, last = was_ascending and entry.key > last, entry.key
-        scratch.executemany("insert or replace into listing values (?, ?, ?, ?)", page)
-    return was_ascending, map(StoredObject._make, scratch.execute("select * from listing order by key"))
-
-
 class Store(Protocol):
     """The store that ADCE needs. Every call raises StoreError when the store fails."""
 
@@ -3874,6 +3862,26 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
     if is_error and status < 500:
         return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)
     return Result(Outcome.OK if status == 200 else Outcome.HTTP_ERROR, text, status)
+
+
+def connection_error(error: BaseException) -> tuple[Outcome, str]:
+    """The meaning of an exception of urllib3, or of requests around one, for the source. Its text is the innermost
+    reason, without the address, which may hold a key."""
+    import urllib3
+
+    causes, inner = list[BaseException](), cast(Any, error)
+    while isinstance(inner, BaseException):
+        causes.append(inner)
+        inner = getattr(inner, "reason", None) or inner.__cause__ or inner.__context__
+    words = (getattr(causes[-1], "strerror", None) or type(causes[-1]).__name__)[:100]
+    if any(isinstance(cause, urllib3.exceptions.SSLError) for cause in causes):
+        return Outcome.UNREACHABLE, f"TLS failure: {words}"
+    unconnected = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError)
+    if any(isinstance(cause, unconnected) for cause in causes):
+        return Outcome.UNREACHABLE, f"cannot be reached: {words}"
+    if isinstance(error, urllib3.exceptions.TimeoutError):
+        return Outcome.TIMEOUT, "timed out"
+    return Outcome.BROKEN, f"connection closed by server ({words})"
 
 
 def record_response(
@@ -5064,6 +5072,19 @@ class ReadAhead:
         return future
 
 
+def sort_listing(listing: Iterator[StoredObject]) -> tuple[bool, Iterator[StoredObject]]:
+    """Whether a whole listing was in key order, and the listing in that order, by way of a temporary file."""
+    scratch = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # pages are taken by several threads
+    scratch.execute("pragma cache_size = -256")  # KiB: several are at work at once
+    scratch.execute("create table listing (key text primary key, size, etag, modified_at) without rowid")
+    was_ascending, last = True, ""
+    for page in chunks(listing, PAGE):
+        for entry in page:
+            was_ascending, last = was_ascending and entry.key > last, entry.key
+        scratch.executemany("insert or replace into listing values (?, ?, ?, ?)", page)
+    return was_ascending, map(StoredObject._make, scratch.execute("select * from listing order by key"))
+
+
 class Listing:
     """The objects of a range below a prefix, as pages. A prefix that was out of order, or was never listed, is sorted
     first; its range is all of it."""
@@ -6075,26 +6096,6 @@ def _sent_url(claimed: Claim) -> str:
     return claimed.url if claimed.hops else from_environment(claimed.url, claimed.dataset.secrets)
 
 
-def connection_error(error: BaseException) -> tuple[Outcome, str]:
-    """The meaning of an exception of urllib3, or of requests around one, for the source. Its text is the innermost
-    reason, without the address, which may hold a key."""
-    import urllib3
-
-    causes, inner = list[BaseException](), cast(Any, error)
-    while isinstance(inner, BaseException):
-        causes.append(inner)
-        inner = getattr(inner, "reason", None) or inner.__cause__ or inner.__context__
-    words = (getattr(causes[-1], "strerror", None) or type(causes[-1]).__name__)[:100]
-    if any(isinstance(cause, urllib3.exceptions.SSLError) for cause in causes):
-        return Outcome.UNREACHABLE, f"TLS failure: {words}"
-    unconnected = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ProxyError)
-    if any(isinstance(cause, unconnected) for cause in causes):
-        return Outcome.UNREACHABLE, f"cannot be reached: {words}"
-    if isinstance(error, urllib3.exceptions.TimeoutError):
-        return Outcome.TIMEOUT, "timed out"
-    return Outcome.BROKEN, f"connection closed by server ({words})"
-
-
 def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline: _Deadline) -> list[Result]:
     """The meaning of a response for each object. A redirect is the next request to make."""
     status, target, parts = response.status_code, claimed.tasks[0], claimed.parts()
@@ -6935,6 +6936,16 @@ def problems(
     if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
         found[STUCK] = f"the main loop has been stuck for {format_duration(silent)}"
     return found
+
+
+def write_problem(database: Database, clock: Clock) -> dict[str, str]:
+    """The problem of a database that cannot be written, as problems() names it: reading works on a full disk."""
+    try:
+        with database.transaction(durable=False) as sql:
+            sql.execute("update facts set wall_offset = ?", (clock.wall() - clock.boot(),))
+    except DatabaseUnavailableError as error:
+        return {"database unusable": str(error)}
+    return {}
 
 
 def demand_above_limits(database: Database, configuration: Configuration, now: float) -> dict[str, str]:
@@ -9374,12 +9385,7 @@ def command_health(arguments: Arguments, configuration: Configuration) -> ExitCo
     now = clock.wall()
     found = {"not running": "no runner works on this database"}
     if RunnerLock(configuration.database).holder() is not None:
-        try:
-            found = problems(database, configuration, now, now - HOUR)
-            with database.transaction(durable=False) as sql:  # reading works on a full disk
-                sql.execute("update facts set wall_offset = ?", (now - clock.boot(),))
-        except DatabaseUnavailableError as error:
-            found = {"database unusable": str(error)}
+        found = write_problem(database, clock) or problems(database, configuration, now, now - HOUR)
     state = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
     _print(arguments, [Section("health", "", [{**state, "problems": "; ".join(found.values())}], is_one=True)])
     return ExitCode.NOT_RUNNING if found else ExitCode.DONE
