@@ -9381,9 +9381,8 @@ def command_status(arguments: Arguments, configuration: Configuration) -> ExitCo
 @command(needs="database")
 def command_health(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Show whether the runner is healthy; exit 4 when there is none, or when it is stuck."""
-    database, clock = _existing(configuration), Clock()
+    database, clock, found = _existing(configuration), Clock(), {"not running": "no runner works on this database"}
     now = clock.wall()
-    found = {"not running": "no runner works on this database"}
     if RunnerLock(configuration.database).holder() is not None:
         found = write_problem(database, clock) or problems(database, configuration, now, now - HOUR)
     state = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
