@@ -1,6 +1,6 @@
 """Claim and finish, five tasks in flight, beside a bare SQLite loop and other queues.
 
-    pip install huey litequeue persist-queue spoolctl
+    pip install huey litequeue persist-queue
     python tests/benchmarks/queues.py                          1,000, 100,000 and 1,000,000 pending tasks, five rounds
     python tests/benchmarks/queues.py --pending 1000 --folder /dev/shm
 
