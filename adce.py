@@ -802,7 +802,7 @@ class Database:
         self._writing, self._reading = threading.Lock(), threading.Lock()  # guard the connections
         self._durable = True  # setting of the writer
         self._data_version = -1  # last seen by the writer
-        self._patience = float(BUSY_SECONDS)
+        self._wait_seconds = float(BUSY_SECONDS)
         self._pid, self._inodes = os.getpid(), dict.fromkeys((path, f"{path}-wal"), 0)  # as first seen
         self.check_file()
         writer.execute(f"pragma busy_timeout = {BUSY_STEP_SECONDS * 1000:.0f}")
@@ -838,14 +838,17 @@ class Database:
             try:
                 self._writer.execute("begin immediate")
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or tries * BUSY_STEP_SECONDS >= self._patience:
+                if (
+                    error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY
+                    or tries * BUSY_STEP_SECONDS >= self._wait_seconds
+                ):
                     raise
             else:
                 return
 
     def shorten_waits(self) -> None:
         """From now on, do not wait long for other programs."""
-        self._patience = 1
+        self._wait_seconds = 1
 
     def read(self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a query, as of one moment. Never waits for a writer."""
@@ -3214,15 +3217,17 @@ def _make_folder(folder: Path) -> None:
 class _Spool(tempfile.SpooledTemporaryFile[bytes]):
     """A body in memory, and from SPOOLED_BYTES on in a file that can be renamed."""
 
+    _rolled: bool
+
     def __init__(self, folder: Path) -> None:
         super().__init__(SPOOLED_BYTES)
-        self.path, self.is_file = folder / secrets.token_hex(8), False
+        self.path, self.is_object = folder / secrets.token_hex(8), False
 
     def rollover(self) -> None:
         """Move to the file. Raises OSError."""
-        if not self.is_file:
+        if not self._rolled:
             memory, self._file = cast(Any, self._file), self.path.open("x+b")
-            self.is_file = self._rolled = True
+            self._rolled = True
             self._file.write(memory.getbuffer())
             self._file.seek(memory.tell())
 
@@ -3332,13 +3337,12 @@ class FolderStore:
         finally:
             with contextlib.suppress(OSError):  # of a full disk
                 file.close()
-            if file.is_file:
-                file.path.unlink(missing_ok=True)
+            file.path.unlink(missing_ok=True)
 
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
         """Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
         file: Any = body
-        if not isinstance(file, _Spool) or (file.is_file and not file.path.exists()):  # it may be an object by now
+        if not isinstance(file, _Spool) or file.is_object:  # under another key
             with self.spool() as copied:
                 fill(copied, body)
                 return self.write(key, copied)
@@ -3350,6 +3354,7 @@ class FolderStore:
             path, status = self._path(key), os.fstat(file.fileno())
             _make_folder(path.parent)
             file.path.rename(path)
+            file.is_object = True
             _sync_folder(path.parent)
         except OSError as error:
             raise _store_error(f"write {key}", error) from error
@@ -3547,7 +3552,7 @@ class Opening:
     is_pause: bool = False
 
 
-# One row for each window of a source and of global: the requests in flight, the waiters ahead of `owner`, and the
+# One row for each window of a source and of global: the requests in flight, the waiters before `owner`, and the
 # requests that finished within the window.
 OBSERVATION = """
     with observed as materialized (
@@ -3560,7 +3565,7 @@ OBSERVATION = """
                    and iif(s.scope = 'global', waits_for = 'global' or opens_at <= :now, source = s.scope)
                    and waiter_id < coalesce(
                        (select waiter_id from waiters where source = :source and owner = :owner),
-                       9223372036854775807)) as ahead,
+                       9223372036854775807)) as queue_position,
                (select min(finished_at) from finished f where f.scope = s.scope) as oldest,
                (select number from finished f where f.scope = s.scope order by finished_at desc, number desc limit 1)
                    as last_number
@@ -3645,26 +3650,26 @@ def opening(sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: f
 
 def _openings(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff | None, now: float) -> Iterator[Opening]:
     """The obstacles that one window and its scope put in the way now."""
-    scope, ahead = row["scope"], row["ahead"]
+    scope, position = row["scope"], row["queue_position"]
     if row["paused_until"] > now:
         yield Opening(row["paused_until"], row["reason"] or "paused", scope, is_pause=True)
-    if row["throttles"] and row["in_flight"] + ahead:
+    if row["throttles"] and row["in_flight"] + position:
         yield Opening(now + 1, "waits for the response that shows whether it is back", scope)
     if row["burst_size"]:
         tokens = row["tokens"] + (now - row["tokens_at"]) * row["refill_per_second"]
-        lacking = 1 + ahead - min(float(row["burst_size"]), tokens)
+        lacking = 1 + position - min(float(row["burst_size"]), tokens)
         if lacking > 1e-9:
             opens_at = now + lacking / row["refill_per_second"]
             yield Opening(opens_at, f"{scope}: bucket of {row['burst_size']} empty", scope)
     if row["max_requests"] is None:
         return
     name = f"{scope}: {row['max_requests']} in {row['window_seconds']:g} s"
-    taken = row["used"] + row["in_flight"] + ahead
+    taken = row["used"] + row["in_flight"] + position
     if taken >= row["max_requests"]:
         yield Opening(_leaves_at(sql, row, taken - row["max_requests"], now), f"{name} used up", scope)
     elif backoff and row["slow_from"] is not None and taken >= row["slow_from"]:
         leaves_at = _leaves_at(sql, row, 0, now)  # then there may be less to slow down
-        last: float = now if ahead else row["granted_at"]  # those ahead come first, now or later
+        last: float = now if position else row["granted_at"]  # those before it come first, now or later
         slowed_until = min(leaves_at, last + _delay(row, backoff, taken, leaves_at - last))
         if slowed_until > now + 1e-6:  # less is rounding
             yield Opening(slowed_until, f"{name} nearly used up", scope)
@@ -3682,7 +3687,7 @@ def _leaves_at(sql: sqlite3.Connection, row: sqlite3.Row, index: int, now: float
     for (finished_at,) in sql.execute(counted, (row["scope"], now - seconds, index)).fetchall():
         leaves_at: float = finished_at + seconds
         return leaves_at if leaves_at - seconds >= finished_at else math.nextafter(leaves_at, math.inf)  # by rounding
-    rounds: int = (row["in_flight"] + row["ahead"]) // row["max_requests"]
+    rounds: int = (row["in_flight"] + row["queue_position"]) // row["max_requests"]
     return now + seconds * max(1, rounds)
 
 
@@ -5303,7 +5308,7 @@ class Cycle:
                 set seconds = :seconds, listed = :listed, looked = :looked, list_calls = :list_calls,
                     expected = :present + :missing + :stale + :suspect,
                     present = :present, missing = :missing, stale = :stale, suspect = :suspect,
-                    created = :created, closed = :closed, dropped = :dropped, error = :error
+                    created = :created, closed = :closed, dropped = :dropped, progress = null, error = :error
                 where cycle_id = :cycle_id
                 """,
                 row,
@@ -7547,7 +7552,9 @@ def log_cycle(journal: Journal, database: Database) -> None:
 
 def log_progress(journal: Journal, database: Database) -> None:
     """One line for a cycle that takes long."""
-    for row in database.read("select cycle_id, progress from reconciliations where seconds is null and progress != ''"):
+    for row in database.read(
+        "select cycle_id, progress from reconciliations where seconds is null and progress is not null"
+    ):
         journal.write("INFO", "progress", cycle=row["cycle_id"], doing=row["progress"])
 
 

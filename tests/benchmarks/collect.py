@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from queues import spread
 from s3_server import BUCKET, S3Server
 from tabulate import tabulate
 
@@ -119,9 +120,9 @@ def upstream(size: int) -> Iterator[int]:
         process.kill()
 
 
-def run(words: list[str], folder: Path, environment: dict[str, str]) -> Cost:
+def run(words: list[str], folder: Path, environment: dict[str, str], *, check: bool = True) -> Cost:
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(words, cwd=folder, env={**os.environ, **environment}, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(words, cwd=folder, env={**os.environ, **environment}, check=check, stdout=subprocess.DEVNULL)
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     return Cost(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
@@ -145,11 +146,6 @@ def of_objects(name: str, port: int, count: int, s3: S3Server | None) -> Cost:
     """The cost of an object, without that of the start."""
     start, whole = collect(name, port, 1, s3), collect(name, port, count, s3)
     return Cost(*((a - b) / (count - 1) for a, b in zip(whole, start, strict=True)))
-
-
-def spread(values: list[float], form: str = ".2f") -> str:
-    """Median, least and most."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
 
 
 def main() -> None:

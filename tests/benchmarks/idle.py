@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import resource
-import statistics
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from collect import run
+from queues import spread
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -41,25 +42,28 @@ def resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def cycles_done(folder: Path) -> int:
+    """How many cycles its database has that have ended."""
+    with (
+        contextlib.suppress(sqlite3.OperationalError),
+        contextlib.closing(sqlite3.connect(f"file:{folder / 'adce.db'}?mode=ro", uri=True)) as sql,
+    ):
+        return sql.execute("select count(seconds) from cycles").fetchone()[0]
+    return 0
+
+
 def idle(folder: Path, seconds: float) -> tuple[float, float]:
     """Resident MB of an idle runner, and its share of a core in percent."""
     process = subprocess.Popen([sys.executable, ROOT / "adce.py", "-q", "run"], cwd=folder)
     try:
-        time.sleep(5)  # its first cycle is over by then
+        while not cycles_done(folder):
+            time.sleep(0.1)
         before = cpu_of(process.pid)
         time.sleep(seconds)
         return resident(process.pid), 100 * (cpu_of(process.pid) - before) / seconds
     finally:
         process.terminate()
         process.wait()
-
-
-def cost(folder: Path, *words: str) -> float:
-    """CPU milliseconds of a command."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, ROOT / "adce.py", *words], cwd=folder, stdout=subprocess.DEVNULL, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return 1e3 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def main() -> None:
@@ -76,10 +80,10 @@ def main() -> None:
             memory, share = idle(folder, arguments.seconds)
             print(f"idle runner: {memory:.0f} MB resident, {share:.2f} % of a core")
         rows = []
-        for words in (["--help"], ["status"], ["report"], ["check"]):
-            costs = [cost(folder, *words) for _ in range(arguments.rounds)]
-            low, middle, high = min(costs), statistics.median(costs), max(costs)
-            rows.append({"command": " ".join(words), "CPU ms": f"{middle:.0f} ({low:.0f}-{high:.0f})"})
+        for command in ("--help", "status", "report", "check"):
+            words = [sys.executable, str(ROOT / "adce.py"), command]
+            costs = [1e3 * run(words, folder, {}, check=False).cpu for _ in range(arguments.rounds)]
+            rows.append({"command": command, "CPU ms": spread(costs, ".0f")})
         print(tabulate(rows, headers="keys"))
 
 
