@@ -3226,8 +3226,7 @@ class _Spool(tempfile.SpooledTemporaryFile[bytes]):
     def rollover(self) -> None:
         """Move to the file. Raises OSError."""
         if not self._rolled:
-            memory, self._file = cast(Any, self._file), self.path.open("x+b")
-            self._rolled = True
+            memory, self._file, self._rolled = cast(Any, self._file), self.path.open("x+b"), True
             self._file.write(memory.getbuffer())
             self._file.seek(memory.tell())
 
