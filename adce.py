@@ -1272,7 +1272,9 @@ class Kind:
             form = r"[-+]?(0|[1-9]\d{0,14})" + r"(\.\d+)?" * (rule["type"] == "number")  # more digits overflow a float
             is_good = tag in ("int", "float") and re.fullmatch(form, value)
             value = float(value) if "." in value else int(value)
-            is_good = is_good and rule.get("minimum", -MOST) <= value <= rule.get("maximum", MOST)
+            if is_good and abs(value) > rule.get("maximum", MOST) == MOST:
+                raise ConfigurationError(f"{node.value} is beyond {MOST:,}")
+            is_good = is_good and rule.get("minimum", value) <= value <= rule.get("maximum", value)
             is_good = is_good and value > rule.get("exclusiveMinimum", -math.inf)
         elif tag == "mapping":
             is_good, value = "object" in rule["type"], [(key.value, part) for key, part in value]
