@@ -35,11 +35,11 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Reconcile                   expected against present
     Requests                    one HTTP request
     Programs                    sessions under the limits; commands and calls; one execution of any kind
+    Cluster                     the same on the workers of other machines
     Report                      questions in SQL, one renderer
     Conditions                  what needs attention
     Page                        the same in a browser, for Prometheus and over HTTP
-    Events                      the log and the live screen
-    Alerts                      messages when a condition begins, lasts and ends
+    Events                      the log, the live screen, and alerts
     Supervision                 the runner as a process: systemd, signals, start, stop
     Runner                      keeps going until stopped
     Examples                    the reference of adce.yaml, texts for the programs around ADCE
@@ -56,6 +56,7 @@ import atexit
 import calendar
 import collections
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -67,7 +68,7 @@ import functools
 import gc
 import hashlib
 import html
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -388,7 +389,7 @@ def without_collector() -> Iterator[None]:
 # readers: plain names, UTC times as text, live scores; created anew when their text changes. Headlines: TABLES, VIEWS.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-SCHEMA_VERSION = 15
+SCHEMA_VERSION = 16
 TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
@@ -417,7 +418,7 @@ create table runner (
     unit         text,               -- of systemd
     log          text,               -- its log file
     stopped_at   integer,
-    note         text                -- why it stopped
+    note         text                -- why it stopped, or why it cannot begin anything
 ) strict;
 
 create table datasets (
@@ -539,7 +540,8 @@ create table attempts (
     requests     integer not null,   -- HTTP requests, redirects included
     url          text,
     error        text,
-    output       text                -- the end of the output of a command
+    output       text,               -- the end of the output of a command
+    worker       text                -- of a cluster
 ) strict;
 create index attempts_by_object on attempts (object_id);
 
@@ -737,7 +739,7 @@ create view recent_attempts as
     -- Every attempt that is still kept, the latest first.
     select a.attempt_id, a.object_id as task_id, d.source, d.dataset, o.key, a.url,
            strftime('%Y-%m-%dT%H:%M:%SZ', a.started_at, 'unixepoch') as started_at, round(a.seconds, 3) as seconds,
-           a.outcome, a.http_status, a.bytes, a.error
+           a.outcome, a.http_status, a.bytes, a.worker, a.error
     from attempts a join objects o using (object_id) join datasets d using (dataset_id)
     order by a.attempt_id desc;
 
@@ -1424,6 +1426,7 @@ Port = Annotated[int, Kind("a port from 0 to 65535", {"type": "integer", "minimu
 Status = Annotated[int, Kind("an HTTP status", {"type": "integer", "minimum": 100, "maximum": 599})]
 Urgency = Annotated[str, Kind("auto, CRITICAL, HIGH, MEDIUM or LOW", {"enum": ["auto", *Priority]})]
 Method = Annotated[str, Kind("GET or POST", {"enum": ["GET", "POST"]})]
+Scheduler = Annotated[str, Kind("tcp://HOST:PORT or tls://HOST:PORT", _like(r"(tcp|tls)://[^\s/]+:\d+"))]
 Output = Annotated[str, Kind("store or stdout", {"enum": ["store", "stdout"]})]
 Switch = Annotated[bool, Kind("true or false", {"type": "boolean"}, lambda text: text.lower() in ("true", "yes", "on"))]
 Available = Annotated[AvailableAfter, Kind('"HH:MM" or {hours: N}', {"type": ["string", "object"]}, _available)]
@@ -1891,6 +1894,9 @@ class Configuration:
     verify_per_cycle: Amount = setting("stored contents that a cycle reads for their validation alone", 1000)
     queue_check_seconds: Positive = setting("maximum sleep of the main loop", 10)
     max_concurrent_scrapers: Count = setting("number of workers", 5)
+    pool: Scheduler | None = setting(
+        "the scheduler of dask.distributed on whose workers to work; absent: threads", None
+    )
     grace_seconds: Number = setting("time that a stop grants running attempts", 30)
     retention_seconds: Positive = setting("age of attempts and cycles to delete", 90, name="retention_days", unit=DAY)
     priority_weighting: PriorityWeighting = setting("the score, which orders the queue", PriorityWeighting())
@@ -2203,6 +2209,10 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
         path, source, lines = f"datasets.{name}", dataset.source, [*configuration.lines_of(name)]
         if source not in sources and f"sources.{source}" not in reader.places:
             yield f"{path}.source", f'source "{source}" is not defined{suggest(source, sources)}'
+        limits = configuration.rate_limiting.scopes.get(source)
+        if read.pool and limits and limits.windows and (dataset.command or dataset.call):
+            why = f"source {source} has limits, and a program gets no permits on a worker of `pool`"
+            yield f"{path}.{'command' if dataset.command else 'call'}", why
         if broken := [text for line in lines if (text := _broken_reference(reader, line, read.datasets))]:
             yield f"{path}.{'copy_of' if dataset.copy_of else 'partitions.from'}", broken[0]
         elif {name, *(line[-1] for line in lines)} <= configuration.datasets.keys():
@@ -3812,6 +3822,7 @@ class Result:
     cookies: Any = None  # with these
     validators: str | None = None  # of the stored object, for the next request
     output: str | None = None  # the end of the output of a command
+    worker: str | None = None  # of a cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -4038,6 +4049,8 @@ def shared_limiter(config: str | os.PathLike[str] | None = None) -> Limiter:
     """The limiter of a configuration file: the given one, $ADCE_CONFIG, adce.yaml here, or beside the module.
 
     Its database is $ADCE_DB when that is set, else the configured one."""
+    if worker := os.environ.get("ADCE_WORKER"):
+        raise Error(f"worker {worker} of a pool can give no permit", "programs that send requests need `pool:` absent")
     database = os.environ.get("ADCE_DB")
     path = find_configuration(os.fspath(config) if config is not None else None)
     return _limiter_of(path, Path(database).absolute() if database else None)
@@ -4893,10 +4906,13 @@ def _record_attempt(ledger: Ledger, dataset: Dataset, task: ObjectRow, result: R
         """
         update attempts
         set outcome = ?, seconds = max(0, ? - started_at), http_status = ?, bytes = ?, requests = requests + ?,
-            error = ?, output = ?
+            error = ?, output = ?, worker = ?
         where attempt_id = ? and outcome = 'running'
         """,
-        (result.outcome, ledger.now, result.http_status, size, result.requests, result.error, output, task.attempt_id),
+        (
+            *(result.outcome, ledger.now, result.http_status, size, result.requests),
+            *(result.error, output, result.worker, task.attempt_id),
+        ),
     )
     if ended.rowcount and result.outcome.traits.rated:
         average = "update datasets set success_rate = success_rate + ? * (? - success_rate) where dataset = ?"
@@ -6481,6 +6497,276 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
         return [first, *[dataclasses.replace(first, requests=0)] * (len(claimed.parts()) - 1)]
 
 
+# ---------------------------------------------------------------- Cluster
+# Workers on other machines: a cluster of dask.distributed. An attempt has its permit before it is sent, and begins at
+# most once: its worker asks a register in the scheduler, where the runner cancels what has not begun. An attempt whose
+# worker is lost ends when no request of it can be under way. Headlines: Cluster, run_on_worker().
+
+POOL_SECONDS = 1  # between two looks at the workers
+BEGIN_SECONDS = 5  # for an attempt to begin after it was sent, and then to send its request
+UNSEEN_SECONDS = 10  # without a heartbeat; then a worker counts as lost
+NOT_BEGUN = "it did not begin in time"
+
+
+class Register:
+    """The attempts of one runner that have begun, kept in the process of the scheduler."""
+
+    def __init__(self) -> None:
+        self.begun, self.least, self.looked_at = set[int](), 0, time.monotonic()
+
+    async def begin(self, attempt: int) -> bool:
+        """Whether an attempt may begin: once, and only while its runner looks."""
+        is_over = attempt < self.least or attempt in self.begun
+        self.begun.add(attempt)
+        return not is_over and time.monotonic() < self.looked_at + BEGIN_SECONDS
+
+    def look(self, least: int, late: Collection[int]) -> set[int]:
+        """Cancel the attempts that are `late`, if they have not begun: these are returned. None before `least` is
+        under way."""
+        self.looked_at, self.least = time.monotonic(), least
+        cancelled = {*late} - self.begun
+        self.begun = {attempt for attempt in self.begun | cancelled if attempt >= least}
+        return cancelled
+
+
+class Worker(NamedTuple):
+    """A worker of the cluster."""
+
+    name: str
+    threads: int
+    unseen_seconds: float  # since its last heartbeat
+
+
+def look_at_cluster(
+    name: str, least: int, late: Collection[int], dask_scheduler: Any
+) -> tuple[dict[str, Worker], set[int]]:
+    """Runs in the scheduler: its workers by address, and the attempts that Register.look() has cancelled."""
+    register = dask_scheduler.extensions.setdefault(name, Register())
+    dask_scheduler.handlers[name] = register.begin
+    found, now = {}, time.time()
+    for one in dask_scheduler.workers.values():
+        threads = one.nthreads if one.status.name == "running" else 0
+        found[one.address] = Worker(str(one.name), threads, now - one.last_seen)
+    return found, register.look(least, late)
+
+
+def forget_runner(name: str, dask_scheduler: Any) -> None:
+    """Runs in the scheduler, when a runner stops."""
+    dask_scheduler.handlers.pop(name, None)
+    dask_scheduler.extensions.pop(name, None)
+
+
+@functools.cache
+def _store_of_worker(address: str) -> Store:
+    store = open_store(address)
+    if isinstance(store, FolderStore):
+        store.is_swept = True  # by the runner, whose folder it must be
+    return store
+
+
+def _seconds(claimed: Claim) -> float:
+    """The most that an execution takes until its body is there."""
+    return claimed.source.timeout_seconds if claimed.url else claimed.dataset.timeout_seconds
+
+
+def run_on_worker(register: str, attempt: int, claimed: Claim, address: str) -> list[Result]:
+    """Runs in a worker: fetch(), if the attempt may begin. It stores nothing so late that the runner may have given it
+    up. The worker has credentials of its own for the store, another clock, and no database."""
+    from distributed import get_worker
+    from distributed.utils import sync
+
+    clock, worker = Clock(), get_worker()
+    begun_at, name = clock.boot(), str(worker.name)
+    store, until = copy.copy(_store_of_worker(address)), begun_at + _seconds(claimed) + BEGIN_SECONDS
+    write = store.write
+
+    def write_in_time(key: str, body: bytes | BinaryIO) -> StoredObject:
+        if clock.boot() > until:
+            raise Error(f"worker {name} stood still meanwhile")
+        return write(key, body)
+
+    store.write = write_in_time  # type: ignore[method-assign]
+    if not sync(worker.loop, getattr(worker.scheduler, register), attempt=attempt, callback_timeout=BEGIN_SECONDS):
+        return [Result(Outcome.LOST, NOT_BEGUN, worker=name)] * len(claimed.parts())
+    try:
+        if isinstance(store, FolderStore):
+            store.require_mark()
+    except StoreError as error:
+        return [Result(Outcome.STORE_ERROR, f"{error} (on worker {name})", worker=name)] * len(claimed.parts())
+    permit = claimed.permit and dataclasses.replace(claimed.permit, send_before=begun_at + BEGIN_SECONDS)
+    variables = {"ADCE_DB": f"{worker.local_directory}/adce.db", "ADCE_WORKER": name}
+    environment = {**claimed.environment, **variables} if claimed.environment else {}
+    results = fetch(dataclasses.replace(claimed, permit=permit, environment=environment), store, clock)
+    return [dataclasses.replace(one, worker=name) for one in results]
+
+
+class Sent(NamedTuple):
+    """An attempt on its way. Boot times."""
+
+    attempt: int
+    claimed: Claim
+    execution: Future[list[Result]]  # of the engine
+    address: str  # of its worker,
+    worker: str  # and its name
+    at: float
+    over_at: float  # then no request of it can be under way
+
+
+class Cluster:
+    """The workers of a cluster. Each future that submit() returns ends with results, also when the worker is lost.
+
+    A thread keeps the connection, looks at the workers, and connects again when the scheduler is lost."""
+
+    def __init__(self, address: str, store: str, clock: Clock, wake: Callable[[], None]) -> None:
+        """Raises Error when the package is not installed."""
+        if importlib.util.find_spec("distributed") is None:
+            raise Error("pool: needs the package distributed", "pip install distributed")
+        self.address, self.store, self.clock, self.wake = address, store, clock, wake
+        self.problem: str | None = None  # why nothing can begin
+        self._register = f"adce_{secrets.token_hex(8)}"
+        self._lock, self._ended, self._submitted = threading.Lock(), threading.Event(), 0
+        self._client: Any = None
+        self._workers = dict[str, Worker]()
+        self._sent = dict[Any, Sent]()  # by the future that the runner has
+        self._places = dict[Any, str]()  # of executions, also of attempts that were given up: the worker's address
+        self._begun = set[int]()  # attempts, of those that took long
+        self._check()
+        self._thread = threading.Thread(target=self._work, name="adce-cluster", daemon=True)
+        self._thread.start()
+
+    def free_threads(self) -> int:
+        """How many more attempts can begin at once."""
+        with self._lock:
+            return sum(self._free().values())
+
+    def _seen(self) -> dict[str, Worker]:
+        return {at: one for at, one in self._workers.items() if one.unseen_seconds < UNSEEN_SECONDS}
+
+    def _free(self) -> dict[str, int]:
+        busy = collections.Counter(self._places.values())
+        return {at: max(0, one.threads - busy[at]) for at, one in self._seen().items()}
+
+    def submit(self, claimed: Claim) -> Future[list[Result]]:
+        """fetch() on the worker with the most free threads."""
+        from concurrent.futures import Future
+
+        future, execution = Future[list[Result]](), None
+        with self._lock:
+            free, client, now = self._free(), self._client, self.clock.boot()
+            address = max(free, key=free.__getitem__, default=None)
+            if client and address:
+                pinned = client.get_executor(pure=False, retries=0, workers=[address], allow_other_workers=False)
+                self._submitted += 1
+                execution = pinned.submit(run_on_worker, self._register, self._submitted, claimed, self.store)
+                over_at = now + SEND_WITHIN_SECONDS + _seconds(claimed) + RELEASE_WITHIN_SECONDS
+                place = address, self._workers[address].name
+                self._sent[future] = Sent(self._submitted, claimed, execution, *place, now, over_at)
+                self._places[execution] = address
+        if execution:
+            execution.add_done_callback(functools.partial(self._pass_on, future))
+        else:
+            future.set_result([Result(Outcome.LOST, "its worker was lost")] * len(claimed.parts()))
+        return future
+
+    def _pass_on(self, future: Future[list[Result]], execution: Future[list[Result]]) -> None:
+        """The results of an execution that is done. An error is the engine's: the attempt may have begun."""
+        with self._lock:
+            self._places.pop(execution, None)
+            is_good = not execution.cancelled() and not execution.exception()
+            if not is_good or not self._sent.pop(future, None):  # or it was given up
+                return
+        future.set_result(execution.result())
+
+    def _work(self) -> None:
+        while not self._ended.wait(POOL_SECONDS):
+            before = self.problem, len(self._workers)
+            self._check()
+            self._end_lost()
+            if before != (self.problem, len(self._workers)):
+                self.wake()
+        with contextlib.suppress(Exception):
+            self._client.run_on_scheduler(forget_runner, self._register, callback_timeout=BEGIN_SECONDS)
+        self._disconnect()
+
+    def _check(self) -> None:
+        try:
+            self._client = self._client or self._connect()
+            self._look()
+            self.problem = None if self._seen() else f"no worker of {self.address} answers"
+        except Exception as error:  # noqa: BLE001  # whatever the engine raises
+            self.problem = f"{self.address} cannot be used: {describe(error)}"
+            self._disconnect()
+
+    def _connect(self) -> Any:
+        import dask
+
+        loggers = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
+        dask.config.set({"logging": dict.fromkeys(loggers, "critical")})  # the runner logs what there is to do
+        from distributed import Client
+        from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
+        from distributed.utils import sync
+
+        client = cast(Any, Client)(self.address, timeout=BEGIN_SECONDS, set_as_default=False)
+        # This module, in the scheduler and in its workers, also in those that join later; but not in place of itself,
+        # which would take the classes of attempts under way.
+        name = f"adce {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
+        for place, kind in (("scheduler", SchedulerUploadFile), ("workers", UploadFile)):
+            plugin = kind(__file__)
+            plugin.idempotent = True
+            try:
+                sync(client.loop, client.register_plugin, plugin, f"{name}, {place}", callback_timeout=BEGIN_SECONDS)
+            except TimeoutError:
+                if place == "scheduler":  # else a frozen worker has not answered; all others have it
+                    client.close(timeout=0)
+                    raise
+        return client
+
+    def _disconnect(self) -> None:
+        with self._lock:
+            client, self._client = self._client, None
+            self._workers, self._places = {}, {}
+        with contextlib.suppress(Exception):
+            client.close(timeout=0)
+
+    def _look(self) -> None:
+        """See which workers are there, and cancel the attempts that have not begun in time."""
+        with self._lock:
+            now, sent = self.clock.boot(), list(self._sent.items())
+            least = min((one.attempt for _, one in sent), default=self._submitted + 1)
+        late = [one.attempt for _, one in sent if now > one.at + BEGIN_SECONDS and one.attempt not in self._begun]
+        look = functools.partial(self._client.run_on_scheduler, callback_timeout=BEGIN_SECONDS)
+        workers, cancelled = look(look_at_cluster, self._register, least, late)
+        with self._lock:
+            self._workers = workers
+            gone = [one for one, address in self._places.items() if address not in workers]
+        self._begun = ({*late} | self._begun) - cancelled if late else self._begun
+        self._give_up([future for future, one in sent if one.attempt in cancelled], NOT_BEGUN, requests=0)
+        for execution in gone:
+            execution.cancel()  # else the engine waits for another worker at that address
+
+    def _end_lost(self) -> None:
+        """End the attempts that the engine or their workers have lost, once that is safe."""
+        with self._lock:
+            now, seen = self.clock.boot(), self._seen()
+            over = {future: one for future, one in self._sent.items() if now > one.over_at}
+        lost = [future for future, one in over.items() if one.address not in seen or one.execution.done()]
+        self._give_up(lost, "its worker was lost", requests=1)
+
+    def _give_up(self, futures: Iterable[Any], error: str, requests: int) -> None:
+        for future in futures:
+            with self._lock:
+                one = self._sent.pop(future, None)
+            if one:
+                other = Result(Outcome.LOST, error, worker=one.worker)
+                first = dataclasses.replace(other, requests=requests * bool(one.claimed.url))
+                future.set_result([first, *[other] * (len(one.claimed.parts()) - 1)])
+
+    def shutdown(self) -> None:
+        """Let no more attempt begin. Those that have begun end on their own."""
+        self._ended.set()
+        self._thread.join(BEGIN_SECONDS)
+
+
 # ---------------------------------------------------------------- Report
 # Every figure is a question in SQL, every screen a few questions; one renderer for all formats. Nothing here changes
 # anything. Headlines: REPORT, answers(), render().
@@ -6663,7 +6949,7 @@ task!: Task {task_id}
            strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as next_at, o.last_error, o.size, o.etag
     from objects o join datasets d using (dataset_id) where o.object_id = :task_id
 attempts: Attempts, the latest first
-    select attempt_id, started_at, seconds, outcome, http_status, bytes, url, error
+    select attempt_id, started_at, seconds, outcome, http_status, bytes, url, worker, error
     from recent_attempts where task_id = :task_id
 """)
 
@@ -6906,6 +7192,8 @@ channel: ! adce.py check
     from alerts join json_each(unsent) group by about having max(json_extract(value, '$.error')) is not null
 demand above limit: ! adce.py explain freshness
     select key as about, value as text from json_each(:demand)
+no workers: x adce.py explain pool
+    select 'pool' as about, note as text from runner where stopped_at is null and note is not null
 no limits: - adce.py explain rate_limiting
     select value as about, 'has no limits' as text from json_each(:unlimited)
 changed: - adce.py restart
@@ -7453,7 +7741,9 @@ class HealthServer:
 
 
 # ---------------------------------------------------------------- Events
-# The log: one line for each event. On a terminal, a live screen instead. Headlines: Journal, LiveScreen.
+# The log: one line for each event. On a terminal, a live screen instead. A condition is reported by every channel once
+# when it begins, once a day while it lasts and once when it is over; a thread of its own looks and sends, so that a
+# broken channel delays nothing. Headlines: Journal, LiveScreen, Alerter.
 
 SCREEN_SECONDS = 0.5
 MOST_FINDINGS = 5  # of a verdict, and most sources, on one screen
@@ -7652,10 +7942,6 @@ class LiveScreen:
             self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in shown) + "\x1b[J")
             self.stream.flush()
 
-
-# ---------------------------------------------------------------- Alerts
-# A condition is reported once when it begins, once a day while it lasts and once when it is over, by every channel.
-# A thread of its own looks and sends, so that a broken channel delays nothing. Headline: Alerter.
 
 LOOK_SECONDS = 30
 CALM_SECONDS = 15 * MINUTE  # a condition that returns sooner was never over
@@ -8014,6 +8300,12 @@ class Runner:
         self.rng = random.Random()  # noqa: S311  # spreads retries, guards nothing
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.pool: Executor = ThreadPoolExecutor(configuration.max_concurrent_scrapers, "adce-worker")
+        self.cluster: Cluster | None = None
+        self.trouble: str | None = None  # of the cluster,
+        self.trouble_at = math.inf  # since this boot time
+        if configuration.pool:
+            woken = functools.partial(self.wakeups.put, "cluster")
+            self.cluster = Cluster(configuration.pool, configuration.store, self.clock, woken)
         self.running: dict[Future[list[Result]], Claim] = {}
         self.listers: Executor = ThreadPoolExecutor(LISTED_AT_ONCE, "adce-lister")
         self.beat_seconds = min(BEAT_SECONDS, watchdog_seconds() / 3)
@@ -8103,7 +8395,7 @@ class Runner:
         self.journal.report_pauses(self.database)
         self._beat()
         wait = self._seconds_to_next_event(openings)
-        is_idle = self.steps is None and not self.running
+        is_idle = self.steps is None and not self.running and not self.trouble
         too_late = self.clock.boot() + self.max_wait - 1  # a pause that has just begun counts in full
         if self.clock.boot() >= self.stop_at:
             self.stop("its time was up")
@@ -8138,7 +8430,8 @@ class Runner:
 
     def _free_workers(self) -> int:
         is_exclusive = any(claimed.runs_exclusively for claimed in self.running.values())
-        return 0 if is_exclusive else self.configuration.max_concurrent_scrapers - len(self.running)
+        free = 0 if is_exclusive else self.configuration.max_concurrent_scrapers - len(self.running)
+        return min(free, self.cluster.free_threads()) if self.cluster else free
 
     def _work(self, *, may_claim: bool) -> dict[str, Opening]:
         """Record the finished executions and claim the best tasks for the free workers, in one transaction; if that
@@ -8164,7 +8457,11 @@ class Runner:
                 self.is_waiting = update_waiters(sql, RUNNER, openings, self.clock.boot(), seconds)
         self.unrecorded, self.hops = [], hops
         for claimed in begun:
-            future = self.pool.submit(fetch, claimed, self.store, self.clock)
+            future = (
+                self.cluster.submit(claimed)
+                if self.cluster
+                else self.pool.submit(fetch, claimed, self.store, self.clock)
+            )
             self.running[future] = claimed
             future.add_done_callback(lambda _: self.wakeups.put("finished"))
         for write in log:
@@ -8215,7 +8512,16 @@ class Runner:
             self.journal.report_database_error(error)
 
     def _beat(self) -> None:
+        """Sign of life, upkeep, and the trouble of the cluster. Raises Error when `once` has waited enough for that."""
         now, wall = self.clock.boot(), self.clock.wall()
+        if self.trouble and self.once and now > self.trouble_at + self.max_wait:
+            raise Error(f"pool: {self.trouble}")
+        if self.cluster and self.cluster.problem != self.trouble:
+            problem = self.cluster.problem
+            with self.database.transaction() as sql:
+                sql.execute("update runner set note = ?", (problem,))
+            self.trouble, self.trouble_at = problem, min(self.trouble_at, now) if problem else math.inf
+            self.journal.write("WARN" if problem else "INFO", "pool", problem=problem, is_back=not problem or None)
         if now >= self.next_beat_at:
             self.next_beat_at = now + self.beat_seconds
             self.database.check_file()
@@ -8260,7 +8566,11 @@ class Runner:
             notify("WATCHDOG=1")
         for pool in (self.listers, self.pool):
             pool.shutdown(wait=False, cancel_futures=True)
-        sent = [(claimed, int(bool(claimed.url))) for claimed in self.running.values()]
+        left_running = list(self.running.values())
+        if self.cluster:  # whose attempts go on: their permits end with their deadlines
+            self.cluster.shutdown()
+            left_running = [dataclasses.replace(claimed, permit=None) for claimed in left_running]
+        sent = [(claimed, int(bool(claimed.url))) for claimed in left_running]
         for claimed, requests in [*sent, *((hop, 0) for hop in self.hops)]:
             lost = Result(Outcome.LOST, "the runner stopped", requests=requests)
             self.unrecorded.append((claimed, [lost] * len(claimed.parts())))
@@ -8614,6 +8924,8 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
         "alerts": lambda: _check_alerts(configuration.alerts),
         "system": _check_system,
     }
+    if configuration.pool:
+        checks["pool"] = lambda: _check_pool(configuration)
     if online:
         checks |= {f"source {one.name}": functools.partial(_check_source, one) for one in sources}
     rows = []
@@ -8624,6 +8936,15 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
             details = f"{error}; {hint}" if (hint := getattr(error, "hint", "")) else str(error)
             rows.append({"result": "FAIL", "what": what, "details": details})
     return rows + [{"result": "warn", "what": what, "details": text} for what, text in warnings_about(configuration)]
+
+
+def _check_pool(configuration: Configuration) -> str:
+    cluster = Cluster(configuration.pool or "", configuration.store, Clock(), lambda: None)
+    free = cluster.free_threads()
+    cluster.shutdown()
+    if cluster.problem:
+        raise Error(cluster.problem, "see: adce.py explain pool")
+    return f"{configuration.pool}, {free} threads"
 
 
 def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
@@ -9489,7 +9810,7 @@ def command_example(arguments: Arguments, _: Configuration) -> None:
 
 if __name__ == "__main__":
     script = Path(__file__).resolve()
-    if script.name == "adce.py" and "run" in sys.argv and "--once" not in sys.argv:
+    if script.name == "adce.py" and "run" in sys.argv:
         # Python keeps the syntax tree of a script, 20 MB here, until it ends; that of a module it drops.
         start = f"import os, sys; sys.path[0] = os.path.dirname({str(script)!r}); import adce; adce.leave(adce.main())"
         os.execv(sys.executable, [sys.executable, "-c", start, *sys.argv[1:]])  # noqa: S606  # this very program

@@ -113,6 +113,14 @@ BROKEN = {
         "max_concurrent_scrapers: " + "9" * 400 + "\n" + BASE,
         [f"1:26: max_concurrent_scrapers: expected a whole number of 1 or more, found '{'9' * 400}' (a number)"],
     ),
+    "a pool that is no scheduler": (
+        "pool: http://h:8786\n" + BASE,
+        ["1:7: pool: expected tcp://HOST:PORT or tls://HOST:PORT, found 'http://h:8786' (text)"],
+    ),
+    "a program in a pool whose requests are limited": (
+        "pool: tcp://h:8786\nrate_limiting: {source_limits: {espn: {requests_per_minute: 5}}}\n" + CALL,
+        ["9:11: datasets.days.call: source espn has limits, and a program gets no permits on a worker of `pool`"],
+    ),
     "a percentage above 100": (
         "rate_limiting: {backoff: {threshold_percent: 180}}\n" + BASE,
         ["1:46: rate_limiting.backoff.threshold_percent: expected a number from 0 to 100, found '180' (a number)"],
@@ -793,7 +801,8 @@ UNSEEN = """
     day, a batch by the field that differs, an unknown code in a date, a date in seconds, a multiplier of all
     others, a limit of all others, a first delay beyond the longest, a field in ids that the parent has not, an
     undeclared field in until, an undeclared field in live, a field in error_when, ids without the name of their field, a field of two kinds of
-    partitions, a season set twice, a shift of a text, months with one key for two
+    partitions, a season set twice, a shift of a text, months with one key for two, a program in a pool whose requests are
+    limited
 """
 
 

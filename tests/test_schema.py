@@ -26,7 +26,8 @@ COLUMNS = {
     "coverage": "source dataset season expected present missing stale suspect gave_up percent",
     "coverage_by_day": "source dataset day expected present missing stale suspect",
     "rates": "scope window_seconds max_requests used in_flight blocked_until",
-    "recent_attempts": "attempt_id task_id source dataset key url started_at seconds outcome http_status bytes error",
+    "recent_attempts": "attempt_id task_id source dataset key url started_at seconds outcome http_status bytes worker "
+    "error",
     "stats": "day source dataset priority outcome attempts seconds bytes",
     "cycles": "cycle_id started_at seconds listed expected present missing stale suspect created closed dropped "
     "list_calls error",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import io
 import json
 import queue
@@ -617,3 +619,29 @@ def test_refetch_that_leaves_the_object_as_it_was_is_an_error_and_gives_up(tmp_p
     )
     assert rows(tmp_path, "select outcome, count(*) from attempts group by 1 order by 1") == [("error", 3), ("ok", 1)]
     assert (tmp_path / "lake" / "games" / "1").read_text() == "x\n"
+
+
+def test_a_pool_without_its_package_says_what_to_install(configure, monkeypatch):
+    configuration = configure("pool: tcp://127.0.0.1:1\nsources: {web: {}}\ndatasets: {}\n")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "distributed" else find(name))
+    (row,) = [row for row in adce.check_rows(configuration, online=False) if row["what"] == "pool"]
+    assert row == {
+        "result": "FAIL",
+        "what": "pool",
+        "details": "pool: needs the package distributed; pip install distributed",
+    }
+
+
+def test_an_attempt_begins_once_and_only_while_its_runner_looks():
+    async def begun(register: adce.Register, *attempts: int) -> list[bool]:
+        return [await register.begin(attempt) for attempt in attempts]
+
+    register = adce.Register()
+    assert asyncio.run(begun(register, 1, 2, 1)) == [True, True, False]
+    assert register.look(1, [2, 3]) == {3}  # which has not begun, and never does
+    assert asyncio.run(begun(register, 3, 4)) == [False, True]
+    register.look(5, [])
+    assert asyncio.run(begun(register, 1, 4, 5)) == [False, False, True]
+    register.looked_at -= adce.BEGIN_SECONDS
+    assert asyncio.run(begun(register, 6)) == [False]
