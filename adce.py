@@ -6509,7 +6509,7 @@ NOT_BEGUN = "it did not begin in time"
 
 
 class Register:
-    """The attempts of one runner that have begun, kept in the process of the scheduler."""
+    """The attempts of one connection that have begun, kept in the process of the scheduler."""
 
     def __init__(self) -> None:
         self.begun, self.least, self.looked_at = set[int](), 0, time.monotonic()
@@ -6558,9 +6558,12 @@ def forget_runner(name: str, dask_scheduler: Any) -> None:
 
 @functools.cache
 def _store_of_worker(address: str) -> Store:
+    """The store, as the runner has prepared it. Raises StoreError."""
     store = open_store(address)
     if isinstance(store, FolderStore):
-        store.is_swept = True  # by the runner, whose folder it must be
+        store.is_swept = True
+    else:
+        store.sweep()  # one client for all attempts
     return store
 
 
@@ -6576,9 +6579,18 @@ def run_on_worker(register: str, attempt: int, claimed: Claim, address: str) -> 
     from distributed.utils import sync
 
     clock, worker = Clock(), get_worker()
-    begun_at, name = clock.boot(), str(worker.name)
-    store, until = copy.copy(_store_of_worker(address)), begun_at + _seconds(claimed) + BEGIN_SECONDS
-    write = store.write
+    begun_at, name, parts = clock.boot(), str(worker.name), len(claimed.parts())
+    if not sync(worker.loop, getattr(worker.scheduler, register), attempt=attempt, callback_timeout=BEGIN_SECONDS):
+        return [Result(Outcome.LOST, NOT_BEGUN, worker=name)] * parts
+    if missing := [one for one in claimed.dataset.secrets - os.environ.keys() if not one.startswith("=")]:
+        return [Result(Outcome.ERROR, f"${min(missing)} is not set on worker {name}", worker=name)] * parts
+    try:
+        store = copy.copy(_store_of_worker(address))
+        if isinstance(store, FolderStore):
+            store.require_mark()
+    except StoreError as error:
+        return [Result(Outcome.STORE_ERROR, f"{error} (on worker {name})", worker=name)] * parts
+    write, until = store.write, begun_at + _seconds(claimed) + BEGIN_SECONDS
 
     def write_in_time(key: str, body: bytes | BinaryIO) -> StoredObject:
         if clock.boot() > until:
@@ -6586,13 +6598,6 @@ def run_on_worker(register: str, attempt: int, claimed: Claim, address: str) -> 
         return write(key, body)
 
     store.write = write_in_time  # type: ignore[method-assign]
-    if not sync(worker.loop, getattr(worker.scheduler, register), attempt=attempt, callback_timeout=BEGIN_SECONDS):
-        return [Result(Outcome.LOST, NOT_BEGUN, worker=name)] * len(claimed.parts())
-    try:
-        if isinstance(store, FolderStore):
-            store.require_mark()
-    except StoreError as error:
-        return [Result(Outcome.STORE_ERROR, f"{error} (on worker {name})", worker=name)] * len(claimed.parts())
     permit = claimed.permit and dataclasses.replace(claimed.permit, send_before=begun_at + BEGIN_SECONDS)
     variables = {"ADCE_DB": f"{worker.local_directory}/adce.db", "ADCE_WORKER": name}
     environment = {**claimed.environment, **variables} if claimed.environment else {}
@@ -6623,13 +6628,13 @@ class Cluster:
             raise Error("pool: needs the package distributed", "pip install distributed")
         self.address, self.store, self.clock, self.wake = address, store, clock, wake
         self.problem: str | None = None  # why nothing can begin
-        self._register = f"adce_{secrets.token_hex(8)}"
+        self._register = ""  # its name: each connection has its own
         self._lock, self._ended, self._submitted = threading.Lock(), threading.Event(), 0
         self._client: Any = None
         self._workers = dict[str, Worker]()
         self._sent = dict[Any, Sent]()  # by the future that the runner has
         self._places = dict[Any, str]()  # of executions, also of attempts that were given up: the worker's address
-        self._begun = set[int]()  # attempts, of those that took long
+        self._begun = set[int]()  # attempts that take long, or whose register is out of reach
         self._check()
         self._thread = threading.Thread(target=self._work, name="adce-cluster", daemon=True)
         self._thread.start()
@@ -6673,16 +6678,18 @@ class Cluster:
         with self._lock:
             self._places.pop(execution, None)
             is_good = not execution.cancelled() and not execution.exception()
-            if not is_good or not self._sent.pop(future, None):  # or it was given up
-                return
-        future.set_result(execution.result())
+            is_awaited = is_good and bool(self._sent.pop(future, None))
+        if is_awaited:
+            future.set_result(execution.result())
+        else:
+            self.wake()  # a thread is free
 
     def _work(self) -> None:
         while not self._ended.wait(POOL_SECONDS):
-            before = self.problem, len(self._workers)
+            before = self.problem, self._seen().keys()
             self._check()
             self._end_lost()
-            if before != (self.problem, len(self._workers)):
+            if before != (self.problem, self._seen().keys()):
                 self.wake()
         with contextlib.suppress(Exception):
             self._client.run_on_scheduler(forget_runner, self._register, callback_timeout=BEGIN_SECONDS)
@@ -6706,6 +6713,7 @@ class Cluster:
         from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
         from distributed.utils import sync
 
+        self._register = f"adce_{secrets.token_hex(8)}"
         client = cast(Any, Client)(self.address, timeout=BEGIN_SECONDS, set_as_default=False)
         # This module, in the scheduler and in its workers, also in those that join later; but not in place of itself,
         # which would take the classes of attempts under way.
@@ -6725,6 +6733,7 @@ class Cluster:
         with self._lock:
             client, self._client = self._client, None
             self._workers, self._places = {}, {}
+            self._begun = {one.attempt for one in self._sent.values()}
         with contextlib.suppress(Exception):
             client.close(timeout=0)
 
@@ -6739,7 +6748,7 @@ class Cluster:
         with self._lock:
             self._workers = workers
             gone = [one for one, address in self._places.items() if address not in workers]
-        self._begun = ({*late} | self._begun) - cancelled if late else self._begun
+            self._begun = ({*late} | self._begun).intersection(one.attempt for _, one in sent) - cancelled
         self._give_up([future for future, one in sent if one.attempt in cancelled], NOT_BEGUN, requests=0)
         for execution in gone:
             execution.cancel()  # else the engine waits for another worker at that address
@@ -6877,6 +6886,10 @@ attempts: How attempts of the last {span} ended
     select d.dataset, outcome, count(*) as attempts, sum(requests) as requests, round(avg(seconds), 3) as mean_seconds,
            round(max(seconds), 3) as longest, sum(bytes) as bytes
     from {ATTEMPTS} group by d.dataset, outcome order by d.dataset, attempts desc
+workers: Attempts of the last {span} on each worker of the pool
+    select worker, count(*) as attempts, sum(outcome = 'ok') as ok, sum(outcome = 'lost') as lost,
+           sum(requests) as requests, sum(bytes) as bytes, round(avg(seconds), 3) as mean_seconds
+    from {ATTEMPTS} and worker is not null group by worker
 rates: Rate limits
     {RATES}
 cycles: The last cycles

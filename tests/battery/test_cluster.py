@@ -112,14 +112,14 @@ def test_a_lake_is_whole_though_workers_and_the_scheduler_are_killed_and_frozen(
         with Engine(tmp_path, environment=s3.environment()) as engine:
             declare(tmp_path, engine, upstream, names, store=f"s3://{BUCKET}/lake")
             with running(tmp_path, **s3.environment()):
-                wait_for(lambda: present(tmp_path) > count / 10, 60)
+                wait_for(lambda: present(tmp_path) > count / 10, 60 + count / 10)
                 engine.kill("w0")
                 engine.signal("w1", signal.SIGSTOP)
-                wait_for(lambda: present(tmp_path) > count / 4, 100)
+                wait_for(lambda: present(tmp_path) > count / 4, 100 + count / 10)
                 engine.start_worker("w0")
                 time.sleep(13)  # until it counts as lost
                 engine.signal("w1", signal.SIGCONT)
-                wait_for(lambda: present(tmp_path) > count / 2, 100)
+                wait_for(lambda: present(tmp_path) > count / 2, 100 + count / 10)
                 engine.signal("w2", signal.SIGSTOP)
                 engine.kill("scheduler")
                 wait_for(lambda: rows(tmp_path, "select note from runner where note is not null"), 20)
@@ -136,6 +136,9 @@ def test_a_lake_is_whole_though_workers_and_the_scheduler_are_killed_and_frozen(
     assert rows(tmp_path, "select count(*) from attempts where outcome = 'running'") == [(0,)]
     assert rows(tmp_path, "select count(*) from objects where task is not null") == [(0,)]
     assert {name for (name,) in rows(tmp_path, "select distinct worker from recent_attempts")} >= {*engine.names}
+    shown = json.loads(run_adce("report", "workers", "--format", "json", folder=tmp_path).stdout)
+    total = "select worker, count(*), sum(outcome = 'lost') from attempts where worker is not null group by 1"
+    assert [(row["worker"], row["attempts"], row["lost"]) for row in shown] == rows(tmp_path, total)
     assert log.count("WARN  pool") in (1, 2), log  # no scheduler, then a moment without workers
 
 
@@ -233,6 +236,20 @@ def test_a_worker_whose_folder_is_not_that_of_the_lake_stores_nothing(tmp_path, 
         assert "has no folder .adce (on worker w0)" in ended.stderr
         assert "has no folder .adce (on worker w0)" in run_adce("status", folder=tmp_path).stdout
     assert upstream.count() == 0
+
+
+def test_a_variable_that_a_worker_has_not_is_an_error_of_the_attempt_and_never_leaves_the_runner(tmp_path, upstream):
+    with Engine(tmp_path, workers=1) as engine:
+        declare(tmp_path, engine, upstream, ["1"])
+        path = tmp_path / "adce.yaml"
+        path.write_text(
+            path.read_text().replace("timeout_seconds: 3,", "timeout_seconds: 3, headers: {X-Key: $A_KEY},")
+        )
+        assert run_adce("run", "--once", folder=tmp_path, A_KEY="a-canary").returncode == adce.ExitCode.GAPS_LEFT
+        left = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert rows(tmp_path, "select distinct error from attempts") == [("$A_KEY is not set on worker w0",)]
+    assert upstream.count() == 0
+    assert not any(b"a-canary" in text for text in left)
 
 
 def test_a_scheduler_that_is_not_there_is_a_reported_problem_and_ends_a_run_once(tmp_path, upstream):
