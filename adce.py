@@ -6883,13 +6883,9 @@ datasets: Attempts of the last {span}
           from {ATTEMPTS} and outcome != 'running')
     group by source, dataset
 attempts: How attempts of the last {span} ended
-    select d.dataset, outcome, count(*) as attempts, sum(requests) as requests, round(avg(seconds), 3) as mean_seconds,
-           round(max(seconds), 3) as longest, sum(bytes) as bytes
-    from {ATTEMPTS} group by d.dataset, outcome order by d.dataset, attempts desc
-workers: Attempts of the last {span} on each worker of the pool
-    select worker, count(*) as attempts, sum(outcome = 'ok') as ok, sum(outcome = 'lost') as lost,
-           sum(requests) as requests, sum(bytes) as bytes, round(avg(seconds), 3) as mean_seconds
-    from {ATTEMPTS} and worker is not null group by worker
+    select d.dataset, outcome, worker, count(*) as attempts, sum(requests) as requests,
+           round(avg(seconds), 3) as mean_seconds, round(max(seconds), 3) as longest, sum(bytes) as bytes
+    from {ATTEMPTS} group by d.dataset, outcome, worker order by d.dataset, attempts desc
 rates: Rate limits
     {RATES}
 cycles: The last cycles
