@@ -63,6 +63,17 @@ def test_every_table_is_strict_and_every_commit_durable(database):
     assert settings == ["wal", 2, 1]
 
 
+def test_definitions_in_the_file_are_not_trusted_and_pages_are_checked(database):
+    with database.transaction() as sql:
+        settings = [sql.execute(f"pragma {name}").fetchone()[0] for name in ("trusted_schema", "cell_size_check")]
+    assert settings == [0, 1]
+
+
+def make_linked(path: Path) -> None:
+    adce.open_database(path.with_name("other.db")).close()
+    path.symlink_to("other.db")
+
+
 def make_foreign(path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("create table theirs (a)")
@@ -105,6 +116,7 @@ def make_zeroed(path: Path) -> None:
         ),
         (lambda path: path.mkdir(), "is not a regular file"),
         (lambda path: path.symlink_to("/dev/null"), "is not a regular file"),
+        (make_linked, "is not a regular file"),
     ],
 )
 def test_what_is_not_ours_is_refused_and_left_as_it_is(make, message, tmp_path):

@@ -253,6 +253,23 @@ def test_only_reading_from_here_is_answered(served, method, path, host, status):
     assert (method == "HEAD") == answer.endswith(b"\r\n\r\n")
 
 
+def test_it_listens_on_loopback_only(served):
+    port = int(served.rpartition(":")[2])
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=10)
+
+
+@pytest.mark.parametrize("page", ["/day?dataset={}&day={}", "/day?dataset=days&day=2025-01-01", "/task/1", "/"])
+def test_no_name_from_outside_becomes_a_part_of_a_page(page, own, database):
+    mark = "<img src=x onerror=alert(1)>"
+    with database.transaction() as sql:
+        sql.execute("update objects set key = key || ?, last_error = ?, reason = ?", (mark, mark, mark))
+        sql.execute("update attempts set error = ?, url = ?", (mark, mark))
+    text = get(own + page.format(mark, mark)).text
+    assert "<img" not in text
+    assert "&lt;img" in text
+
+
 def test_head_tells_the_length_of_the_answer(served):
     head = requests.head(f"{served}/tasks", timeout=10, headers={"Accept-Encoding": "identity"})
     plain = get(f"{served}/tasks", headers={"Accept-Encoding": "identity"})

@@ -8,7 +8,7 @@ import gzip
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import adce
@@ -36,6 +36,8 @@ def child(**partitions) -> adce.Dataset:
     return dataset(name="games", key=adce.Template("games/{game_id}.json"), partitions=parts)
 
 
+@example("..", "%2E%2E")
+@example(".", "...")
 @given(st.text(min_size=1), st.text(min_size=1))
 def test_quoted_values_stay_different_and_inside_their_folder(one, other):
     try:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from runners import wait_until
 
 import adce
 
@@ -173,11 +174,24 @@ def test_command_finds_the_interpreter_and_the_module_of_the_runner(store, tmp_p
 
 
 def test_program_inherits_nothing_open(store, tmp_path):
-    with (tmp_path / "secret").open("w") as file:
+    with (tmp_path / "secret").open("w+") as file:
         os.set_inheritable(file.fileno(), True)
-        run(specification(tmp_path, *shell("ls /proc/self/fd > open; readlink /proc/self/fd/0 >> open")), store)
+        own = os.dup(0)
+        os.dup2(file.fileno(), 0)
+        try:
+            run(specification(tmp_path, *shell("ls /proc/self/fd > open; readlink /proc/self/fd/0 >> open")), store)
+        finally:
+            os.dup2(own, 0)
+            os.close(own)
     *numbers, standard_input = (tmp_path / "open").read_text().split()
     assert (set(numbers) <= {"0", "1", "2", "3"}, standard_input) == (True, "/dev/null")  # 3 is what ls reads
+
+
+def test_process_of_its_group_is_ended_although_it_has_cleared_its_environment(store, tmp_path):
+    script = "env -i sleep 60 & echo $! > number"
+    run(specification(tmp_path, *shell(script)), store)
+    state = Path("/proc", (tmp_path / "number").read_text().strip(), "stat")
+    wait_until(lambda: not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX", 10)
 
 
 def test_argument_is_one_word_whatever_is_in_it(store, tmp_path):
