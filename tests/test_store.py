@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import os
 import secrets
@@ -164,6 +166,15 @@ def test_prefix_of_the_address_stays_out_of_the_keys(bucket, s3_server):
     listed = s3_server.client().list_objects_v2(Bucket="lake", Prefix=name)["Contents"]
     assert [entry["Key"] for entry in listed] == [f"{name}/a/b.json"]
     assert isinstance(boto3.__version__, str)
+
+
+def test_upload_has_a_checksum_that_the_server_verifies_and_keeps(moto, monkeypatch):
+    _use(moto, monkeypatch)
+    address = _prefix()
+    adce.open_store(address).write("a", b"whole")
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    head = moto.client().head_object(Bucket=bucket, Key=f"{prefix}/a", ChecksumMode="ENABLED")
+    assert head["ChecksumSHA256"] == base64.b64encode(hashlib.sha256(b"whole").digest()).decode()
 
 
 @pytest.fixture
