@@ -7142,7 +7142,7 @@ gave up: ! adce.py tasks --state gave_up --dataset {about}
     from counts c join datasets using (dataset_id)
     where task = 'gave_up' group by dataset having sum(objects) > 0
 never answered: ! adce.py tasks --dataset {about}
-    select dataset as about, sum(attempts) || ' attempts, and the source never had such an object: '
+    select dataset as about, sum(attempts) || ' attempts, never an object: '
            || coalesce((select url from late join objects o using (object_id)
                         where o.dataset_id = t.dataset_id and url is not null order by late.attempt_id desc limit 1),
                        'see its url') as text
@@ -7158,7 +7158,11 @@ critical gap: ! adce.py tasks --dataset {about}
       and detected_at < :now - 86400 and coalesce(over_at, 0) < :now - 86400
     group by dataset
 errors: ! adce.py report
-    select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' attempts failed' as text
+    select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' failed, most of ' || (
+               select dataset || ': ' || coalesce(error, outcome)
+               from late join objects using (object_id) join datasets using (dataset_id)
+               where outcome not in ('ok', 'not_yet', 'lost', 'store_error', 'running')
+               group by dataset, substr(error, 1, 24) order by count(*) desc limit 1) as text
     from (select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
                  late.attempt_id > (select max(attempt_id) from attempts) - 20 as is_latest
           from late join objects using (object_id) join datasets using (dataset_id)
@@ -7426,13 +7430,20 @@ objects: Objects | nothing is expected
     from objects o join datasets d using (dataset_id)
     where d.dataset = :dataset and o.day = :day and o.state != 'dropped' order by o.state = 'present', o.key
 """)
+# By state and season, group by group: then an index leads to the days of a year, and to the last one.
 DAYS = """
-    select dataset, day, sum(state != 'absent') as expected, sum(state = 'present') as present,
-           sum(state = 'stale') as stale, sum(state = 'absent') as absent
-    from objects join datasets using (dataset_id)
-    where state in ('present', 'missing', 'stale', 'suspect', 'absent')
-      and day between :year || '-01-01' and :year || '-12-31'
+    select dataset, day, sum(o.state != 'absent') as expected, sum(o.state = 'present') as present,
+           sum(o.state = 'stale') as stale, sum(o.state = 'absent') as absent
+    from (select distinct dataset_id, season, state from counts where state not in ('dropped', 'skipped', 'awaited')) c
+    cross join objects o on o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state
+    join datasets on datasets.dataset_id = o.dataset_id
+    where day between :year || '-01-01' and :year || '-12-31'
     group by dataset, day order by dataset, day
+"""
+LAST_DAY = """
+    select coalesce(max((select max(day) from objects o where o.dataset_id = c.dataset_id
+                         and o.season is nullif(c.season, '') and o.state = c.state and day <= :today)), :today)
+    from counts c where state != 'dropped'
 """
 GAVE_UP_DAYS = f"""
     select dataset, day, count(*) from objects join datasets using (dataset_id)
@@ -7482,8 +7493,7 @@ def page(database: Database, configuration: Configuration, now: float, year: int
     judged = verdict(database, configuration, now)
     above = [dataclasses.replace(judged, title=""), *answers(database, REPORT, "coverage")]
     below = [*answers(database, WEB), *answers(database, REPORT, "queue", "rates", "cycles")]
-    latest = "select coalesce(max(day), :today) from objects where day <= :today and state != 'dropped'"
-    year = year or int(database.value(latest, {"today": day_of(now).isoformat()})[:4])
+    year = year or int(database.value(LAST_DAY, {"today": day_of(now).isoformat()})[:4])
     days = itertools.groupby(database.read(DAYS, {"year": year}), key=lambda row: row["dataset"])
     gave_up = {tuple(row)[:2]: row[2] for row in database.read(GAVE_UP_DAYS, {"year": year})}
     years = range(year - nearby, year + 2 if nearby else year)
@@ -7511,9 +7521,8 @@ def task_page(database: Database, wanted: str) -> str:
     number, attempts = sections[0].rows[0]["task_id"], sections[1].rows
     lines = [f"adce.py retry {number}", f"adce.py skip {number}", f"adce.py task {number}"]
     lines += [f"curl -sS {shlex.quote(attempts[0]['url'])}"] if attempts and attempts[0]["url"] else []
-    return document(
-        f"Task {number}", f"{tables(sections)}<h2>Commands</h2><pre>{html.escape(chr(10).join(lines))}</pre>"
-    )
+    commands = html.escape("\n".join(lines))
+    return document(f"Task {number}", f"{tables(sections)}<h2>Commands</h2><pre>{commands}</pre>")
 
 
 def _lines(rows: Sequence[sqlite3.Row]) -> str:

@@ -130,7 +130,7 @@ SITUATIONS: dict[Callable[[Lake], None], tuple[str, str, str, int | None, str]] 
     answer_never: (
         "!",
         "games",
-        "6 attempts, and the source never had such an object: http://127.0.0.1:9/wrong",
+        "6 attempts, never an object: http://127.0.0.1:9/wrong",
         None,
         "adce.py tasks --dataset games",
     ),
