@@ -120,6 +120,10 @@ def test_a_lake_is_whole_though_workers_and_the_scheduler_are_killed_and_frozen(
                 time.sleep(13)  # until it counts as lost
                 engine.signal("w1", signal.SIGCONT)
                 wait_for(lambda: present(tmp_path) > count / 2, 100 + count / 10)
+                engine.signal("scheduler", signal.SIGSTOP)
+                wait_for(lambda: rows(tmp_path, "select note from runner where note is not null"), 40)
+                engine.signal("scheduler", signal.SIGCONT)
+                wait_for(lambda: rows(tmp_path, "select 1 from runner where note is null"), 40)
                 engine.signal("w2", signal.SIGSTOP)
                 engine.kill("scheduler")
                 wait_for(lambda: rows(tmp_path, "select note from runner where note is not null"), 20)
