@@ -1894,9 +1894,7 @@ class Configuration:
     verify_per_cycle: Amount = setting("stored contents that a cycle reads for their validation alone", 1000)
     queue_check_seconds: Positive = setting("maximum sleep of the main loop", 10)
     max_concurrent_scrapers: Count = setting("number of workers", 5)
-    pool: Scheduler | None = setting(
-        "the scheduler of dask.distributed on whose workers to work; absent: threads", None
-    )
+    pool: Scheduler | None = setting("scheduler of a dask.distributed cluster to work on; absent: threads", None)
     grace_seconds: Number = setting("time that a stop grants running attempts", 30)
     retention_seconds: Positive = setting("age of attempts and cycles to delete", 90, name="retention_days", unit=DAY)
     priority_weighting: PriorityWeighting = setting("the score, which orders the queue", PriorityWeighting())
@@ -6550,7 +6548,7 @@ def look_at_cluster(
     return found, register.look(least, late)
 
 
-def forget_runner(name: str, dask_scheduler: Any) -> None:
+def remove_register(name: str, dask_scheduler: Any) -> None:
     """Runs in the scheduler, when a runner stops."""
     dask_scheduler.handlers.pop(name, None)
     dask_scheduler.extensions.pop(name, None)
@@ -6608,6 +6606,7 @@ def run_on_worker(register: str, attempt: int, claimed: Claim, address: str) -> 
 class Sent(NamedTuple):
     """An attempt on its way. Boot times."""
 
+    register: str
     attempt: int
     claimed: Claim
     execution: Future[list[Result]]  # of the engine
@@ -6631,10 +6630,10 @@ class Cluster:
         self._register = ""  # its name: each connection has its own
         self._lock, self._ended, self._submitted = threading.Lock(), threading.Event(), 0
         self._client: Any = None
+        self._loop: Any = None  # of all its clients
         self._workers = dict[str, Worker]()
         self._sent = dict[Any, Sent]()  # by the future that the runner has
         self._places = dict[Any, str]()  # of executions, also of attempts that were given up: the worker's address
-        self._begun = set[int]()  # attempts that take long, or whose register is out of reach
         self._check()
         self._thread = threading.Thread(target=self._work, name="adce-cluster", daemon=True)
         self._thread.start()
@@ -6662,10 +6661,10 @@ class Cluster:
             if client and address:
                 pinned = client.get_executor(pure=False, retries=0, workers=[address], allow_other_workers=False)
                 self._submitted += 1
-                execution = pinned.submit(run_on_worker, self._register, self._submitted, claimed, self.store)
+                attempt = self._register, self._submitted, claimed
+                execution = pinned.submit(run_on_worker, *attempt, self.store)
                 over_at = now + SEND_WITHIN_SECONDS + _seconds(claimed) + RELEASE_WITHIN_SECONDS
-                place = address, self._workers[address].name
-                self._sent[future] = Sent(self._submitted, claimed, execution, *place, now, over_at)
+                self._sent[future] = Sent(*attempt, execution, address, self._workers[address].name, now, over_at)
                 self._places[execution] = address
         if execution:
             execution.add_done_callback(functools.partial(self._pass_on, future))
@@ -6692,7 +6691,7 @@ class Cluster:
             if before != (self.problem, self._seen().keys()):
                 self.wake()
         with contextlib.suppress(Exception):
-            self._client.run_on_scheduler(forget_runner, self._register, callback_timeout=BEGIN_SECONDS)
+            self._client.run_on_scheduler(remove_register, self._register, callback_timeout=BEGIN_SECONDS)
         self._disconnect()
 
     def _check(self) -> None:
@@ -6711,10 +6710,14 @@ class Cluster:
         dask.config.set({"logging": dict.fromkeys(loggers, "critical")})  # the runner logs what there is to do
         from distributed import Client
         from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
-        from distributed.utils import sync
+        from distributed.utils import LoopRunner, sync
 
+        if not self._loop:  # a client that cannot connect leaves the thread of a loop that it has made
+            self._loop = cast(Any, LoopRunner)()
+            self._loop.start()
         self._register = f"adce_{secrets.token_hex(8)}"
-        client = cast(Any, Client)(self.address, timeout=BEGIN_SECONDS, set_as_default=False)
+        options = {"timeout": BEGIN_SECONDS, "set_as_default": False, "loop": self._loop.loop}
+        client = cast(Any, Client)(self.address, **options)
         # This module, in the scheduler and in its workers, also in those that join later; but not in place of itself,
         # which would take the classes of attempts under way.
         name = f"adce {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
@@ -6733,7 +6736,6 @@ class Cluster:
         with self._lock:
             client, self._client = self._client, None
             self._workers, self._places = {}, {}
-            self._begun = {one.attempt for one in self._sent.values()}
         with contextlib.suppress(Exception):
             client.close(timeout=0)
 
@@ -6742,13 +6744,12 @@ class Cluster:
         with self._lock:
             now, sent = self.clock.boot(), list(self._sent.items())
             least = min((one.attempt for _, one in sent), default=self._submitted + 1)
-        late = [one.attempt for _, one in sent if now > one.at + BEGIN_SECONDS and one.attempt not in self._begun]
-        look = functools.partial(self._client.run_on_scheduler, callback_timeout=BEGIN_SECONDS)
-        workers, cancelled = look(look_at_cluster, self._register, least, late)
+        own = [one for _, one in sent if one.register == self._register]  # only that knows whether they have begun
+        question = self._register, least, [one.attempt for one in own if now > one.at + BEGIN_SECONDS]
+        workers, cancelled = self._client.run_on_scheduler(look_at_cluster, *question, callback_timeout=BEGIN_SECONDS)
         with self._lock:
             self._workers = workers
             gone = [one for one, address in self._places.items() if address not in workers]
-            self._begun = ({*late} | self._begun).intersection(one.attempt for _, one in sent) - cancelled
         self._give_up([future for future, one in sent if one.attempt in cancelled], NOT_BEGUN, requests=0)
         for execution in gone:
             execution.cancel()  # else the engine waits for another worker at that address
@@ -7430,7 +7431,7 @@ objects: Objects | nothing is expected
     from objects o join datasets d using (dataset_id)
     where d.dataset = :dataset and o.day = :day and o.state != 'dropped' order by o.state = 'present', o.key
 """)
-# By state and season, group by group: then an index leads to the days of a year, and to the last one.
+# For each state and season in `counts`, an index leads to the days of a year, or to the last day.
 DAYS = """
     select dataset, day, sum(o.state != 'absent') as expected, sum(o.state = 'present') as present,
            sum(o.state = 'stale') as stale, sum(o.state = 'absent') as absent
@@ -8475,11 +8476,10 @@ class Runner:
                 self.is_waiting = update_waiters(sql, RUNNER, openings, self.clock.boot(), seconds)
         self.unrecorded, self.hops = [], hops
         for claimed in begun:
-            future = (
-                self.cluster.submit(claimed)
-                if self.cluster
-                else self.pool.submit(fetch, claimed, self.store, self.clock)
-            )
+            if self.cluster:
+                future = self.cluster.submit(claimed)
+            else:
+                future = self.pool.submit(fetch, claimed, self.store, self.clock)
             self.running[future] = claimed
             future.add_done_callback(lambda _: self.wakeups.put("finished"))
         for write in log:
@@ -8943,7 +8943,7 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
         "system": _check_system,
     }
     if configuration.pool:
-        checks["pool"] = lambda: _check_pool(configuration)
+        checks["pool"] = functools.partial(_check_pool, configuration.pool, configuration.store)
     if online:
         checks |= {f"source {one.name}": functools.partial(_check_source, one) for one in sources}
     rows = []
@@ -8956,13 +8956,13 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
     return rows + [{"result": "warn", "what": what, "details": text} for what, text in warnings_about(configuration)]
 
 
-def _check_pool(configuration: Configuration) -> str:
-    cluster = Cluster(configuration.pool or "", configuration.store, Clock(), lambda: None)
-    free = cluster.free_threads()
+def _check_pool(address: str, store: str) -> str:
+    cluster = Cluster(address, store, Clock(), lambda: None)
+    text = f"{address}, {cluster.free_threads()} threads"
     cluster.shutdown()
     if cluster.problem:
         raise Error(cluster.problem, "see: adce.py explain pool")
-    return f"{configuration.pool}, {free} threads"
+    return text
 
 
 def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
@@ -9829,7 +9829,7 @@ def command_example(arguments: Arguments, _: Configuration) -> None:
 if __name__ == "__main__":
     script = Path(__file__).resolve()
     if script.name == "adce.py" and "run" in sys.argv:
-        # Python keeps the syntax tree of a script, 20 MB here, until it ends; that of a module it drops.
+        # Python keeps the syntax tree of a script, 20 MB, until it ends; and workers of a pool know only a module.
         start = f"import os, sys; sys.path[0] = os.path.dirname({str(script)!r}); import adce; adce.leave(adce.main())"
         os.execv(sys.executable, [sys.executable, "-c", start, *sys.argv[1:]])  # noqa: S606  # this very program
     leave(main())

@@ -79,7 +79,7 @@ class S3Server:
         return _client("s3", self.environment())
 
     def __enter__(self) -> S3Server:
-        ports = _free_ports(len(PORTS))
+        ports = free_ports(len(PORTS))
         numbers = dict(zip(PORTS, ports, strict=True))
         self.endpoint = f"http://127.0.0.1:{numbers['s3.port']}"
         self.filer = f"http://127.0.0.1:{numbers['filer.port']}/buckets/{BUCKET}"  # takes files much faster
@@ -161,7 +161,7 @@ def _weed() -> str:
     return str(beside) if beside.exists() else shutil.which("weed") or "weed"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:

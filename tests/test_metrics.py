@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.request
@@ -16,6 +15,7 @@ import pytest
 from conftest import run_adce
 from lakes import write_league
 from runners import command_line, wait_until
+from s3_server import free_ports
 from upstream import League
 
 import adce
@@ -31,12 +31,6 @@ def lake(tmp_path, upstream) -> Path:
     write_league(tmp_path, upstream.address)
     assert run_adce("run", "--once", "-q", folder=tmp_path).returncode == 0
     return tmp_path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @needs_prometheus
@@ -114,7 +108,7 @@ def test_rules_and_panels_ask_for_metrics_that_exist(lake):
 @needs_prometheus
 @pytest.mark.battery
 def test_prometheus_scrapes_the_runner(lake, upstream):
-    port, own = free_port(), free_port()
+    port, own = free_ports(2)
     text = (lake / "adce.yaml").read_text()
     (lake / "adce.yaml").write_text(f"health_check: {{enabled: true, port: {port}}}\n{text}")
     (lake / "prometheus.yml").write_text(

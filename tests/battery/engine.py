@@ -12,12 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from s3_server import free_ports
+
 READY_SECONDS = 60
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 class Engine:
@@ -26,7 +23,7 @@ class Engine:
     def __init__(self, folder: Path, workers: int = 3, threads: int = 2, environment: Mapping[str, str] = {}) -> None:
         self.folder, self.names, self.threads = folder, [f"w{number}" for number in range(workers)], threads
         self.environment = {**os.environ, **environment, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
-        self.port = free_port()
+        (self.port,) = free_ports(1)
         self.address = f"tcp://127.0.0.1:{self.port}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 

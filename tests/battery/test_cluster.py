@@ -7,15 +7,15 @@ import contextlib
 import json
 import shlex
 import signal
-import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import run_adce, start_adce
+from runners import rows, wait_until
 from s3_server import BUCKET, S3Server
 from upstream import Answer, Upstream
 
@@ -79,22 +79,8 @@ def running(folder: Path, **environment: str) -> Iterator[None]:
     assert "Traceback" not in err
 
 
-def rows(folder: Path, sql: str) -> list[tuple]:
-    with contextlib.closing(sqlite3.connect(f"file:{folder}/adce.db?mode=ro", uri=True, timeout=20)) as connection:
-        return connection.execute(sql).fetchall()
-
-
-def wait_for(what: Callable[[], object], seconds: float, message: Callable[[], object] = lambda: "too late") -> None:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until, message()
-        time.sleep(0.1)
-
-
 def present(folder: Path) -> int:
-    with contextlib.suppress(sqlite3.OperationalError):  # it is not there yet
-        return rows(folder, "select count(*) from objects where state = 'present'")[0][0]
-    return 0
+    return sum(count for (count,) in rows(folder, "select count(*) from objects where state = 'present'"))
 
 
 def declare(folder: Path, engine: Engine, upstream: Upstream, names: list[str], **values: object) -> None:
@@ -112,27 +98,27 @@ def test_a_lake_is_whole_though_workers_and_the_scheduler_are_killed_and_frozen(
         with Engine(tmp_path, environment=s3.environment()) as engine:
             declare(tmp_path, engine, upstream, names, store=f"s3://{BUCKET}/lake")
             with running(tmp_path, **s3.environment()):
-                wait_for(lambda: present(tmp_path) > count / 10, 60 + count / 10)
+                wait_until(lambda: present(tmp_path) > count / 10, 60 + count / 10)
                 engine.kill("w0")
                 engine.signal("w1", signal.SIGSTOP)
-                wait_for(lambda: present(tmp_path) > count / 4, 100 + count / 10)
+                wait_until(lambda: present(tmp_path) > count / 4, 100 + count / 10)
                 engine.start_worker("w0")
-                time.sleep(13)  # until it counts as lost
+                wait_until(lambda: rows(tmp_path, "select 1 from attempts where worker = 'w1' and outcome = 'lost'"))
                 engine.signal("w1", signal.SIGCONT)
-                wait_for(lambda: present(tmp_path) > count / 2, 100 + count / 10)
+                wait_until(lambda: present(tmp_path) > count / 2, 100 + count / 10)
                 engine.signal("scheduler", signal.SIGSTOP)
-                wait_for(lambda: rows(tmp_path, "select note from runner where note is not null"), 40)
+                wait_until(lambda: rows(tmp_path, "select note from runner where note is not null"), 40)
                 engine.signal("scheduler", signal.SIGCONT)
-                wait_for(lambda: rows(tmp_path, "select 1 from runner where note is null"), 40)
+                wait_until(lambda: rows(tmp_path, "select 1 from runner where note is null"), 40)
                 engine.signal("w2", signal.SIGSTOP)
                 engine.kill("scheduler")
-                wait_for(lambda: rows(tmp_path, "select note from runner where note is not null"), 20)
+                wait_until(lambda: rows(tmp_path, "select note from runner where note is not null"), 20)
                 engine.signal("w2", signal.SIGCONT)
                 engine.kill(*engine.names)
                 engine.start_scheduler()
                 for name in engine.names:
                     engine.start_worker(name)
-                wait_for(lambda: present(tmp_path) == count, count / 5 + 120, lambda: rows(tmp_path, STATES))
+                wait_until(lambda: present(tmp_path) == count, count / 5 + 120)
             log = (tmp_path / "run.log").read_text()
         kept = {one["Key"] for page in pages(s3) for one in page.get("Contents", [])}
     assert kept == {f"lake/things/{name}.txt" for name in names}
@@ -141,12 +127,9 @@ def test_a_lake_is_whole_though_workers_and_the_scheduler_are_killed_and_frozen(
     assert rows(tmp_path, "select count(*) from objects where task is not null") == [(0,)]
     assert {name for (name,) in rows(tmp_path, "select distinct worker from recent_attempts")} >= {*engine.names}
     shown = json.loads(run_adce("report", "attempts", "--format", "json", folder=tmp_path).stdout)
-    total = "select outcome, worker, count(*) from attempts group by 1, 2 order by 3 desc"
+    total = "select outcome, worker, count(*) from attempts group by 1, 2"
     assert {(row["outcome"], row["worker"], row["attempts"]) for row in shown} == set(rows(tmp_path, total))
     assert "WARN  pool" in log, log
-
-
-STATES = "select state, task, count(*) from objects group by 1, 2"
 
 
 def pages(s3: S3Server) -> Iterator[dict]:
@@ -159,14 +142,14 @@ def test_a_frozen_worker_costs_one_deadline_and_its_late_result_changes_nothing(
     with Engine(tmp_path, workers=1, threads=6) as engine:
         declare(tmp_path, engine, upstream, names)
         with running(tmp_path):
-            wait_for(lambda: upstream.count() == 6, 60)
+            wait_until(lambda: upstream.count() == 6, 60)
             engine.signal("w0", signal.SIGSTOP)
             began = time.monotonic()
             engine.start_worker("w1")
-            wait_for(lambda: present(tmp_path) == 6, 100)
+            wait_until(lambda: present(tmp_path) == 6, 100)
             seconds = time.monotonic() - began
             engine.signal("w0", signal.SIGCONT)
-            wait_for(lambda: rows(tmp_path, "select 1 from runner where note is null"), 20)
+            wait_until(lambda: rows(tmp_path, "select 1 from runner where note is null"), 20)
     assert seconds < 45  # 10 until it counts as lost, and the deadline of a permit: 10 + 3 + 10
     ended = "select outcome, worker, count(*) from attempts group by 1, 2 order by 1"
     assert rows(tmp_path, ended) == [("lost", "w0", 6), ("ok", "w1", 6)]
@@ -183,11 +166,11 @@ def test_an_attempt_that_has_not_begun_in_time_never_does(tmp_path, upstream, aw
         engine.signal("w0", signal.SIGSTOP)
         declare(tmp_path, engine, upstream, names, limit=4, store=f"s3://{BUCKET}/begun")
         with running(tmp_path, **aws.environment()):
-            wait_for(lambda: rows(tmp_path, "select count(*) from attempts where outcome = 'lost'")[0][0] >= 4, 60)
+            wait_until(lambda: rows(tmp_path, "select count(*) from attempts where outcome = 'lost'")[0][0] >= 4, 60)
             engine.start_worker("w1")
-            wait_for(lambda: present(tmp_path) > 4, 60)
+            wait_until(lambda: present(tmp_path) > 4, 60)
             engine.signal("w0", signal.SIGCONT)
-            wait_for(lambda: present(tmp_path) == len(names), 60)
+            wait_until(lambda: present(tmp_path) == len(names), 60)
     assert rows(tmp_path, "select count(*) from attempts where worker = 'w0' and outcome = 'ok'")[0][0] > 1
     assert rows(tmp_path, "select distinct requests, error from attempts where outcome = 'lost'") == [
         (0, adce.NOT_BEGUN)
@@ -264,9 +247,21 @@ def test_a_scheduler_that_is_not_there_is_a_reported_problem_and_ends_a_run_once
     assert f"pool: {engine.address} cannot be used" in ended.stderr
     assert "Traceback" not in ended.stderr
     with running(tmp_path):
-        wait_for(lambda: rows(tmp_path, "select note from runner where note is not null and stopped_at is null"), 60)
+        wait_until(lambda: rows(tmp_path, "select note from runner where note is not null and stopped_at is null"), 60)
         assert f"x pool: {engine.address} cannot be used" in run_adce("status", folder=tmp_path).stdout
         engine.start_scheduler()
         engine.start_worker("w0")
-        wait_for(lambda: rows(tmp_path, "select count(*) from runner where note is null") == [(1,)], 60)
+        wait_until(lambda: rows(tmp_path, "select count(*) from runner where note is null") == [(1,)], 60)
         engine.kill("scheduler", "w0")
+
+
+def test_a_scheduler_that_stays_away_costs_no_threads(monkeypatch):
+    monkeypatch.setattr(adce, "BEGIN_SECONDS", 0.2)
+    monkeypatch.setattr(adce, "POOL_SECONDS", 0.01)
+    tries, connect = [], adce.Cluster._connect
+    monkeypatch.setattr(adce.Cluster, "_connect", lambda cluster: tries.append(1) or connect(cluster))
+    cluster = adce.Cluster("tcp://127.0.0.1:9", "lake", adce.Clock(), lambda: None)
+    threads = threading.active_count()
+    wait_until(lambda: len(tries) > 5)
+    assert threading.active_count() <= threads
+    cluster.shutdown()
