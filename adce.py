@@ -2209,7 +2209,7 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
             yield f"{path}.source", f'source "{source}" is not defined{suggest(source, sources)}'
         limits = configuration.rate_limiting.scopes.get(source)
         if read.pool and limits and limits.windows and (dataset.command or dataset.call):
-            why = f"source {source} has limits, and a program gets no permits on a worker of `pool`"
+            why = f"source {source} has limits, and a worker of `pool` gives no permits: name a source without limits"
             yield f"{path}.{'command' if dataset.command else 'call'}", why
         if broken := [text for line in lines if (text := _broken_reference(reader, line, read.datasets))]:
             yield f"{path}.{'copy_of' if dataset.copy_of else 'partitions.from'}", broken[0]
@@ -6700,10 +6700,13 @@ class Cluster:
             self._look()
             self.problem = None if self._seen() else f"no worker of {self.address} answers"
         except Exception as error:  # noqa: BLE001  # whatever the engine raises
-            self.problem = f"{self.address} cannot be used: {describe(error)}"
+            is_silent = isinstance(error, TimeoutError)
+            self.problem = f"{self.address} {'does not answer' if is_silent else f'cannot be used: {describe(error)}'}"
             self._disconnect()
 
     def _connect(self) -> Any:
+        import asyncio
+
         import dask
 
         loggers = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
@@ -6716,8 +6719,17 @@ class Cluster:
             self._loop = cast(Any, LoopRunner)()
             self._loop.start()
         self._register = f"adce_{secrets.token_hex(8)}"
-        options = {"timeout": BEGIN_SECONDS, "set_as_default": False, "loop": self._loop.loop}
-        client = cast(Any, Client)(self.address, **options)
+        loop = self._loop.loop
+
+        async def connect() -> Any:  # in the loop: one made outside waits for ever for a server of another kind
+            client = cast(Any, Client)(self.address, timeout=BEGIN_SECONDS, set_as_default=False, loop=loop)
+            try:
+                return await asyncio.wait_for(client, BEGIN_SECONDS)
+            except BaseException:
+                await client.close(timeout=0)
+                raise
+
+        client = sync(loop, connect, callback_timeout=3 * BEGIN_SECONDS)
         # This module, in the scheduler and in its workers, also in those that join later; but not in place of itself,
         # which would take the classes of attempts under way.
         name = f"adce {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"

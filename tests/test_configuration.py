@@ -119,7 +119,9 @@ BROKEN = {
     ),
     "a program in a pool whose requests are limited": (
         "pool: tcp://h:8786\nrate_limiting: {source_limits: {espn: {requests_per_minute: 5}}}\n" + CALL,
-        ["9:11: datasets.days.call: source espn has limits, and a program gets no permits on a worker of `pool`"],
+        [
+            "9:11: datasets.days.call: source espn has limits, and a worker of `pool` gives no permits: name a source without limits"
+        ],
     ),
     "a percentage above 100": (
         "rate_limiting: {backoff: {threshold_percent: 180}}\n" + BASE,

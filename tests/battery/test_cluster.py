@@ -7,6 +7,7 @@ import contextlib
 import json
 import shlex
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -244,11 +245,14 @@ def test_a_scheduler_that_is_not_there_is_a_reported_problem_and_ends_a_run_once
     declare(tmp_path, engine, upstream, ["1"])
     ended = run_adce("run", "--once", "--max-wait", "1s", folder=tmp_path)
     assert ended.returncode == adce.ExitCode.ERROR
-    assert f"pool: {engine.address} cannot be used" in ended.stderr
+    assert f"pool: {engine.address} does not answer" in ended.stderr
     assert "Traceback" not in ended.stderr
+    with socket.create_server(("127.0.0.1", engine.port)):  # which is something else
+        checked = run_adce("check", folder=tmp_path, seconds=40)
+    assert f"{engine.address} does not answer" in checked.stdout
     with running(tmp_path):
         wait_until(lambda: rows(tmp_path, "select note from runner where note is not null and stopped_at is null"), 60)
-        assert f"x pool: {engine.address} cannot be used" in run_adce("status", folder=tmp_path).stdout
+        assert f"x pool: {engine.address} does not answer" in run_adce("status", folder=tmp_path).stdout
         engine.start_scheduler()
         engine.start_worker("w0")
         wait_until(lambda: rows(tmp_path, "select count(*) from runner where note is null") == [(1,)], 60)
