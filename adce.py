@@ -6699,9 +6699,13 @@ class Cluster:
             self._client = self._client or self._connect()
             self._look()
             self.problem = None if self._seen() else f"no worker of {self.address} answers"
-        except Exception as error:  # noqa: BLE001  # whatever the engine raises
-            is_silent = isinstance(error, TimeoutError)
-            self.problem = f"{self.address} {'does not answer' if is_silent else f'cannot be used: {describe(error)}'}"
+        except Error as error:
+            self.problem = f"{self.address} {error}"
+        except OSError:  # a timeout, a closed connection, a name without an address
+            self.problem = f"{self.address} does not answer"
+            self._disconnect()
+        except Exception as error:  # noqa: BLE001  # whatever else the engine raises
+            self.problem = f"{self.address} cannot be used: {describe(error)}"
             self._disconnect()
 
     def _connect(self) -> Any:
@@ -6711,6 +6715,8 @@ class Cluster:
 
         loggers = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
         dask.config.set({"logging": dict.fromkeys(loggers, "critical")})  # the runner logs what there is to do
+        if self.address.startswith("tls") and not dask.config.get("distributed.comm.tls.ca-file", None):
+            raise Error("needs certificates: https://distributed.dask.org/en/stable/tls.html")
         from distributed import Client
         from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
         from distributed.utils import LoopRunner, sync
@@ -7219,7 +7225,8 @@ channel: ! adce.py check
 demand above limit: ! adce.py explain freshness
     select key as about, value as text from json_each(:demand)
 no workers: x adce.py explain pool
-    select 'pool' as about, note as text from runner where stopped_at is null and note is not null
+    select 'pool' as about, note as text from runner
+    where stopped_at is null and note is not null and beat_at > :now - 120  -- else no runner looks
 no limits: - adce.py explain rate_limiting
     select value as about, 'has no limits' as text from json_each(:unlimited)
 changed: - adce.py restart
@@ -7928,7 +7935,8 @@ def status_lines(
     """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
     judged, (tasks,) = verdict(database, configuration, now), answers(database, STATUS, "tasks")[0].rows
     counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
-    if minutes := minutes_left(database):
+    stands = any(row[""] == "x" and row["about"] in ("runner", "pool") for row in judged.rows)
+    if (minutes := minutes_left(database)) and not stands:
         counts.append(f"about {format_duration(minutes * MINUTE)} left")
     cycle = _cycle_text(database, now, next_cycle_in)
     head, body = [judged.title, f"cycle   {cycle}", f"tasks   {', '.join(counts) or 'none open'}"], []

@@ -250,9 +250,15 @@ def test_a_scheduler_that_is_not_there_is_a_reported_problem_and_ends_a_run_once
     with socket.create_server(("127.0.0.1", engine.port)):  # which is something else
         checked = run_adce("check", folder=tmp_path, seconds=40)
     assert f"{engine.address} does not answer" in checked.stdout
+    path, text = tmp_path / "adce.yaml", (tmp_path / "adce.yaml").read_text()
+    path.write_text(text.replace("tcp:", "tls:"))
+    assert "needs certificates: https://" in run_adce("check", folder=tmp_path, seconds=40).stdout
+    path.write_text(text)
     with running(tmp_path):
         wait_until(lambda: rows(tmp_path, "select note from runner where note is not null and stopped_at is null"), 60)
-        assert f"x pool: {engine.address} does not answer" in run_adce("status", folder=tmp_path).stdout
+        status = run_adce("status", folder=tmp_path).stdout
+        assert f"x pool: {engine.address} does not answer" in status
+        assert (" pending" in status, " left" in status) == (True, False)  # no estimate while nothing can begin
         engine.start_scheduler()
         engine.start_worker("w0")
         wait_until(lambda: rows(tmp_path, "select count(*) from runner where note is null") == [(1,)], 60)
