@@ -6800,6 +6800,7 @@ class Cluster:
 # anything. Headlines: REPORT, answers(), render().
 
 FORMATS = ("table", "json", "csv", "github", "html")
+SHOWN_ZEROS = ("percent", "expected_now", "expected_then")  # that a table does not leave out
 TASK_FILTERS = ("state", "source", "dataset", "day", "key", "error")
 NARROWEST = 8  # characters of a column on a terminal
 Rows = list[dict[str, Any]]
@@ -6833,6 +6834,8 @@ FRAGMENTS = {
         and (:error is null or instr(lower(last_error), lower(:error)))""",
     "ATTEMPTS": """attempts a join objects o using (object_id) join datasets d using (dataset_id)
         where a.started_at >= :since""",
+    "EXPECTED": """select dataset, sum(objects) as n from counts join datasets using (dataset_id)
+        where state not in ('dropped', 'skipped', 'absent') group by dataset""",
     "RATES": """select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
         from rates order by scope = 'global', scope, window_seconds""",
     # sources that cannot be asked now
@@ -6934,9 +6937,7 @@ coverage: Coverage by dataset and day | no object has such a day
 """)
 PLAN = questions("""
 changes: What would be expected | the same as now
-    with after as (
-        select dataset, sum(objects) as n from counts join datasets using (dataset_id)
-        where state not in ('dropped', 'skipped', 'absent') group by dataset)
+    with after as ({EXPECTED})
     select dataset, coalesce(value, 0) as expected_now, coalesce(n, 0) as expected_then
     from (select dataset from after union select key from json_each(:before))
     left join after using (dataset) left join json_each(:before) on key = dataset
@@ -6948,19 +6949,28 @@ datasets: What would be asked for | nothing
            sum(state = 'retry') as later, sum(state = 'gave_up') as gave_up,
            min(case when state = 'retry' then next_at end) as next_retry, max(last_error) as last_error
     from queue group by dataset
-sources: How long that takes at the limits, with a request for each task
-    -- a request that a window does not allow now waits for one more of these windows, or for several
+sources: How long that takes at least, by the limits and the pace of the last attempts, with a request for each task
     with pending as (
         select source, sum(objects) as tasks from counts join datasets using (dataset_id)
         where task = 'pending' and active group by source having sum(objects) > 0),
+    paces as (
+        select source, sum(seconds) / sum(attempts) as pace from daily_totals join datasets using (dataset_id)
+        where day >= (select date(max(day), '-1 day') from daily_totals) group by source),
     needs as (
         select p.source, tasks, iif(scope = 'global', sum(tasks) over (partition by scope, window_seconds), tasks) as n,
                window_seconds, max_requests, used, unixepoch(blocked_until) - unixepoch() as paused
-        from pending p left join rates on scope in (p.source, 'global'))
-    select source, tasks, round((coalesce(max(0, max(paused)), 0) + max(
-               (max(0, n - max(0, max_requests - used)) + max_requests - 1) / max_requests * window_seconds)) / 60, 1)
-               as least_minutes
-    from needs group by source
+        from pending p left join rates on scope in (p.source, 'global')),
+    times as (
+        -- a request that a window does not allow now waits for one more of these windows, or for several
+        select source, tasks, paused, (max(0, n - max(0, max_requests - used)) + max_requests - 1) / max_requests
+                                      * window_seconds as seconds
+        from needs
+        union all
+        select source, tasks, 0, max(tasks * pace / value, sum(tasks * pace) over () / (:workers ->> 'global'))
+        from pending join paces using (source) join json_each(:workers) on key = source)
+    select source, tasks, iif(max(paused) > 31536000, null,  -- paused until it is resumed
+                              round((max(0, ifnull(max(paused), 0)) + max(seconds)) / 60, 1)) as least_minutes
+    from times group by source
 first: First of them (at most {most}) | nothing can start now
     {PAUSED}
     select score, priority, dataset, key, reason, attempts
@@ -7019,7 +7029,7 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
     """A table; on a terminal without columns of nothing but zeros, and with texts wrapped to fit its width."""
     import tabulate
 
-    kept = [name for name in rows[0] if name == "percent" or any(row[name] not in (0, None) for row in rows)]
+    kept = [name for name in rows[0] if name in SHOWN_ZEROS or any(row[name] not in (0, None) for row in rows)]
     names = kept if kept and style == "table" else list(rows[0])
     cells = [[_cell(row[name], style) for name in names] for row in rows]
     are_numbers = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
@@ -7098,19 +7108,29 @@ def tasks_by_source(database: Database) -> dict[str, int]:
     return dict(map(tuple, database.read(sql)))
 
 
-def minutes_left(database: Database) -> float:
-    """The time until the last pending task has its permit, by the limits and pauses of the sources."""
-    return max((row["least_minutes"] or 0.0 for row in answers(database, PLAN, "sources")[0].rows), default=0.0)
+def workers_json(configuration: Configuration) -> str:
+    """The most workers of each source, and of all, for the question of how long the tasks take."""
+    most = {one.name: one.max_concurrent for one in configuration.sources.values()}
+    return json.dumps({**most, GLOBAL: configuration.max_concurrent_scrapers})
 
 
-def tasks_document(database: Database, filters: Mapping[str, str | None], most: int) -> dict[str, Any]:
+def minutes_left(database: Database, configuration: Configuration) -> float | None:
+    """The least time until no task is pending; None: not known, or a source is paused until it is resumed."""
+    rows = answers(database, PLAN, "sources", workers=workers_json(configuration))[0].rows
+    minutes = [row["least_minutes"] for row in rows]
+    return None if None in minutes else max(minutes, default=0.0)
+
+
+def tasks_document(
+    database: Database, configuration: Configuration, filters: Mapping[str, str | None], most: int
+) -> dict[str, Any]:
     """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
     by_source = tasks_by_source(database)
     return {
         "total_tasks": sum(by_source.values()),
         "by_priority": {row["priority"]: row for row in answers(database, REPORT, "queue")[0].rows},
         "by_source": by_source,
-        "estimated_total_minutes": minutes_left(database),
+        "estimated_total_minutes": minutes_left(database, configuration),
         "tasks": tasks_sections(database, filters, most)[0].rows,
     }
 
@@ -7766,7 +7786,7 @@ class HealthServer:
             return 200, JSON, render(status_sections(self.database, self.configuration, now), "json")
         if path == "/tasks":
             filters = {name: options.get(name) for name in TASK_FILTERS}
-            return 200, JSON, json.dumps(tasks_document(self.database, filters, 100))
+            return 200, JSON, json.dumps(tasks_document(self.database, self.configuration, filters, 100))
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
             return 200, HTML, page(self.database, self.configuration, now, year, 5)
@@ -7840,11 +7860,11 @@ class Journal:
     def report_pauses(self, database: Database) -> None:
         """Log the pauses of sources that have begun since the last call, and those that are over."""
         now, paused = self.clock.boot(), dict[str, float]()
-        sql = "select scope, paused_until, reason from scopes where paused_until > ?"
-        for scope, until, reason in database.read(sql, (now,)):
+        sql = "select scope, paused_until, paused_for, reason from scopes where paused_until > ?"
+        for scope, until, seconds, reason in database.read(sql, (now,)):
             paused[scope] = until
             if self.paused.get(scope) != until:
-                at = utc_text(self.clock.wall() + until - now)
+                at = utc_text(self.clock.wall() + until - now) if seconds < UNTIL_RESUMED else None  # as reason says
                 self.write("WARN", "paused", source=scope, until=at, reason=reason)
         for scope in sorted(self.paused.keys() - paused.keys()):
             self.write("INFO", "resumed", source=scope)
@@ -7936,8 +7956,8 @@ def status_lines(
     judged, (tasks,) = verdict(database, configuration, now), answers(database, STATUS, "tasks")[0].rows
     counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
     stands = any(row[""] == "x" and row["about"] in ("runner", "pool") for row in judged.rows)
-    if (minutes := minutes_left(database)) and not stands:
-        counts.append(f"about {format_duration(minutes * MINUTE)} left")
+    if (minutes := minutes_left(database, configuration)) and not stands:
+        counts.append(f"at least {format_duration(minutes * MINUTE)} left")
     cycle = _cycle_text(database, now, next_cycle_in)
     head, body = [judged.title, f"cycle   {cycle}", f"tasks   {', '.join(counts) or 'none open'}"], []
     for row in judged.rows[:MOST_FINDINGS]:
@@ -9462,11 +9482,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
     """Show what a run would do: a cycle on a copy of the database, which is thrown away."""
     clock = Clock()
     with trial(configuration) as (database, store):
-        expected = """
-            select dataset, sum(objects) from counts join datasets using (dataset_id)
-            where state not in ('dropped', 'skipped', 'absent') group by dataset
-        """
-        before = dict(map(tuple, database.read(expected)))
+        before = dict(map(tuple, database.read(FRAGMENTS["EXPECTED"])))
         declare(database, configuration, clock)
         options = CycleOptions(is_full=True)
         cycle_id = run_cycle(show_progress(reconcile(database, configuration, store, clock, options), database, clock))
@@ -9479,7 +9495,8 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
             if is_once:
                 wake_failed(sql)
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
-    _print(arguments, answers(database, PLAN, most=most, before=json.dumps(before)))
+    workers = workers_json(configuration)
+    _print(arguments, answers(database, PLAN, most=most, before=json.dumps(before), workers=workers))
     if error:
         print(f"adce.py: the cycle failed: {error}", file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
@@ -9794,7 +9811,9 @@ def command_task(arguments: Arguments, configuration: Configuration) -> None:
 def command_coverage(arguments: Arguments, configuration: Configuration) -> None:
     """Show what is expected and what is there, by dataset and season."""
     database = _existing(configuration)
-    _print(arguments, answers(database, (BY_DAY if arguments.by_day else COVERAGE,), **vars(arguments)))
+    (part,) = answers(database, (BY_DAY if arguments.by_day else COVERAGE,), **vars(arguments))
+    is_known = arguments.gaps and database.value("select 1 from coverage")
+    _print(arguments, [dataclasses.replace(part, empty="no gaps") if is_known else part])
 
 
 @command(

@@ -132,7 +132,7 @@ def test_tasks_are_shown_the_most_urgent_first(database):
             sql.execute(objects, (number, f"{number}.json", now, now, rank))
     (told,) = adce.tasks_sections(database, {"state": None, "dataset": None, "source": None}, 3)
     assert [row["task_id"] for row in told.rows] == [2, 4, 3]
-    first = section(adce.answers(database, adce.PLAN, most=3, before="{}"), "first")
+    first = section(adce.answers(database, adce.PLAN, most=3, before="{}", workers="{}"), "first")
     assert [row["key"] for row in first] == ["2.json", "4.json", "3.json"]
 
 
@@ -255,7 +255,8 @@ def test_columns_of_zeros_are_left_out_for_people_alone():
     for style, is_shown in (("table", False), ("csv", True), ("github", True), ("html", True), ("json", True)):
         assert ("stale" in adce.render([adce.Section("x", "", WIDE_ROWS)], style)) == is_shown
     assert adce.render([adce.Section("x", "", [{"n": 0}])], "table") == "n\n-\n0"
-    assert "percent" in adce.render([adce.Section("x", "", [{"n": 1, "percent": 0.0}])], "table")
+    for name in ("percent", "expected_then"):
+        assert name in adce.render([adce.Section("x", "", [{"n": 1, name: 0.0}])], "table")
 
 
 def test_nothing_is_said_in_words():

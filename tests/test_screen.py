@@ -60,7 +60,7 @@ def test_low_terminal_cuts_the_datasets_and_keeps_what_is_done_now(paint):
 def test_limits_tell_how_long_the_open_tasks_last(paint, database):
     with database.transaction() as sql:
         sql.execute("insert into windows (scope, window_seconds, max_requests) values ('league', 60, 10)")
-    assert paint(50)[3] == "tasks   40 pending, about 3 min left"
+    assert paint(50)[3] == "tasks   40 pending, at least 3 min left"
 
 
 def test_running_cycle_tells_how_far_it_is(paint, database, clock):

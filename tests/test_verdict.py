@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,9 +178,11 @@ def test_worst_comes_first(lake):
     assert lake.verdict().title == "ATTENTION  0.0 %  6 missing of 6  runner up 0.0 s"
 
 
-def test_complete_lake_needs_nothing(lake):
+def test_complete_lake_needs_nothing(lake, tmp_path):
     lake.write("update objects set task = null, state = 'present'")
     assert lake.verdict().title == "COMPLETE  100.0 %  all of 6  runner up 0.0 s"
+    for words in ((), ("--by-day",)):
+        assert run_adce("coverage", "--gaps", *words, folder=tmp_path).stdout.splitlines()[1:] == ["no gaps"]
 
 
 @pytest.mark.parametrize(
@@ -214,11 +218,32 @@ def test_status_fits_a_terminal_and_says_the_same_as_report(lake, tmp_path):
 
 
 def test_estimate_counts_limits_and_pauses(lake):
-    def minutes() -> float:
-        return adce.answers(lake.database, adce.PLAN, "sources")[0].rows[0]["least_minutes"]
+    def minutes() -> float | None:
+        return adce.minutes_left(lake.database, lake.desk.configuration)
 
     assert minutes() == 0.0  # 6 of 60 now
     lake.write("update windows set max_requests = 2")
     assert minutes() == 2.0  # 2 now, 2 after a minute, 2 after another
     lake.write("update scopes set paused_until = (select unixepoch() - wall_offset + 600 from facts)")
     assert minutes() == pytest.approx(12.0, abs=0.1)
+
+
+def test_pause_until_resumed_has_no_end_in_years(lake):
+    with lake.database.transaction() as sql:
+        adce.pause_source(sql, "global", None, "", lake.clock.boot())
+    assert adce.minutes_left(lake.database, lake.desk.configuration) is None
+    adce.Journal(stream := io.StringIO(), clock=lake.clock).report_pauses(lake.database)
+    assert stream.getvalue().endswith(' paused source=global reason="by the operator, until it is resumed"\n')
+
+
+@pytest.mark.parametrize("limits", ["", "rate_limiting: {source_limits: {league: {requests_per_minute: 60}}}"])
+def test_estimate_follows_the_observed_pace_of_the_workers(limits, lake, configure):
+    configuration = configure("max_concurrent_scrapers: 2\n" + re.sub("rate_limiting.*", limits, TEXT))
+    with lake.database.transaction() as sql:
+        adce.declare_limits(sql, configuration, lake.clock)
+    assert adce.minutes_left(lake.database, configuration) == (0.0 if limits else None)
+    for seconds in (40, 80):
+        claimed = lake.desk.claim()
+        lake.clock.advance(seconds)
+        lake.desk.end(claimed, adce.Outcome.OK)
+    assert adce.minutes_left(lake.database, configuration) == 2.0  # 4 tasks of a minute by 2 workers
