@@ -7026,40 +7026,58 @@ def _csv_cell(value: Any) -> Any:
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
-    """A table; on a terminal without columns of nothing but zeros, and with texts wrapped to fit its width."""
-    import tabulate
-
+    """A table; on a terminal without columns of nothing but zeros, and cut to its width."""
     kept = [name for name in rows[0] if name in SHOWN_ZEROS or any(row[name] not in (0, None) for row in rows)]
     names = kept if kept and style == "table" else list(rows[0])
-    cells = [[_cell(row[name], style) for name in names] for row in rows]
-    are_numbers = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
-    headers = [name.replace("_", " ") if style == "html" else name for name in names]
-    room = width if width and style == "table" else sys.maxsize
-    if style == "table":
-        cells, headers = _fitted([names, *cells], are_numbers, room), []
-    text = tabulate.tabulate(
-        cells,
-        headers=headers,
-        tablefmt={"table": "plain", "github": "github", "html": "html"}[style],
-        disable_numparse=True,
-        colalign=["right" if is_number else "left" for is_number in are_numbers],
-    )
-    lines = (line.rstrip() for line in text.splitlines())
+    columns = {name: [_cell(row[name], style) for row in rows] for name in names}
+    numbers = {name for name in names if all(isinstance(row[name], int | float | None) for row in rows)}
+    if style != "table":
+        heads = {name.replace("_", " ") if style == "html" else name: cells for name, cells in columns.items()}
+        return _tabulated([*zip(*columns.values(), strict=True)], [name in numbers for name in names], style, heads)
+    room = width or sys.maxsize
+    lines = (line.rstrip() for line in _fitted(columns, numbers, room))
     return "\n".join(line if line == cut(line, room) else f"{cut(line, room - 1)}…" for line in lines)
 
 
-def _fitted(lines: list[list[str]], are_numbers: Sequence[bool], width: int) -> list[list[str]]:
-    """The lines of a table with its head underlined, and with the longest texts wrapped so that it fits if it can."""
-    pairs = zip(zip(*lines, strict=True), are_numbers, strict=True)
-    sizes = [(max(map(len, cells)), max(map(len, cells[1:])) if is_number else 0) for cells, is_number in pairs]
-    for most in range(max(NARROWEST, *(size for size, _ in sizes)), NARROWEST - 1, -1):
-        widths = [max(min(size, most), unbroken) for size, unbroken in sizes]
+def _tabulated(
+    lines: Sequence[Sequence[str]], are_numbers: Sequence[bool], style: str = "plain", headers: Iterable[str] = ()
+) -> str:
+    import tabulate
+
+    sides = ["right" if is_number else "left" for is_number in are_numbers]
+    return tabulate.tabulate(lines, headers=[*headers], tablefmt=style, disable_numparse=True, colalign=sides)
+
+
+def _fitted(columns: dict[str, list[str]], numbers: Collection[str], width: int) -> Iterator[str]:
+    """The lines of a table with its head underlined. If it is too wide, although its texts are wrapped, what all rows
+    have in common stands above it, and the last text of each row below that row."""
+    below = list[str]()
+    table = _wrapped(columns, numbers, width)
+    if len("  ".join(table[1])) > width:
+        *_, last = columns
+        below = [] if last in numbers else columns.pop(last)
+        same = {name: cells[0] for name, cells in columns.items() if len({*cells}) == 1 < len(cells)}
+        yield from textwrap.wrap(", ".join(f"{name} {cell}" for name, cell in same.items()), width)
+        columns = {name: cells for name, cells in columns.items() if name not in same} or columns
+        table = _wrapped(columns, numbers, width)
+    shown = iter(_tabulated(table, [name in numbers for name in columns]).splitlines())
+    for line, text in itertools.zip_longest(table, ["", "", *below], fillvalue=""):
+        yield from itertools.islice(shown, 1 + max(cell.count("\n") for cell in line))
+        yield from textwrap.wrap("" if text == "-" else text, width, initial_indent="    ", subsequent_indent="    ")
+
+
+def _wrapped(columns: Mapping[str, list[str]], numbers: Collection[str], width: int) -> list[list[str]]:
+    """The cells of a table with its head underlined, and with the longest texts wrapped so that it fits if it can."""
+    sizes = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
+    unbroken = {name: max(map(len, cells)) if name in numbers else 0 for name, cells in columns.items()}
+    for most in range(max(NARROWEST, *sizes.values()), NARROWEST - 1, -1):
+        widths = [max(min(size, most), unbroken[name]) for name, size in sizes.items()]
         if sum(widths) + 2 * len(widths) - 2 <= width:
             break
-    lines[0] = [name if len(name) <= n else name.replace("_", " ") for name, n in zip(lines[0], widths, strict=True)]
+    names = [name if len(name) <= n else name.replace("_", " ") for name, n in zip(columns, widths, strict=True)]
     wrapped = [
         [cell if len(cell) <= n else "\n".join(textwrap.wrap(cell, n)) for cell, n in zip(line, widths, strict=True)]
-        for line in lines
+        for line in (names, *zip(*columns.values(), strict=True))
     ]
     return [wrapped[0], ["-" * n for n in widths], *wrapped[1:]]
 
@@ -7084,7 +7102,11 @@ def tasks_sections(database: Database, filters: Mapping[str, str | None], most: 
     sql = f"from queue where {FRAGMENTS['TASKS']} and {FRAGMENTS['FILTER']}"
     count = database.value(f"select count(*) {sql}", values)
     rows = query(database, f"select * {sql} order by state = 'gave_up', score desc, task_id limit :most", values)
-    return [Section("tasks", f"{count} open tasks" + (f", the first {most}" if count > most else ""), rows)]
+    title = f"{count} open tasks" + (f", the first {most}" if count > most else "")
+    if count and values["state"] == TaskState.GAVE_UP and not values["key"]:
+        chosen = [f"--{name}={value}" for name, value in filters.items() if name in TASK_FILTERS and value]
+        title += f"; to open them again: {shlex.join(['adce.py', 'retry', *chosen])}"
+    return [Section("tasks", title, rows)]
 
 
 def task_sections(database: Database, wanted: str) -> list[Section]:
@@ -7221,7 +7243,7 @@ nothing collected: x adce.py logs
                   where o.dataset_id = d.dataset_id and o.task = 'pending' and o.detected_at < began)
       and not exists (select 1 from late where outcome = 'ok' and started_at + seconds > began)
     having count(*) > 0
-mass loss: x adce.py report cycles
+mass loss: x adce.py reconcile --accept-loss DATASET  # if the loss is real
     select 'lake' as about, error as text from last where instr(error, :vanished)
 cycles fail: ! adce.py check
     select 'lake' as about, 'the last cycle could not look at everything: ' || error as text,

@@ -117,6 +117,8 @@ def test_tasks_are_all_that_are_open(lived):  # noqa: F811
     live = lived.read("select task_id from gaps")  # each has one
     assert {row["task_id"] for row in told.rows} == {row["task_id"] for row in live}
     assert told.title == f"{len(live)} open tasks"
+    (told,) = adce.tasks_sections(lived, {"state": "gave_up", "dataset": "games", "source": None}, 1)
+    assert told.title.endswith("the first 1; to open them again: adce.py retry --state=gave_up --dataset=games")
 
 
 def test_tasks_are_shown_the_most_urgent_first(database):
@@ -249,6 +251,20 @@ def test_texts_of_a_wide_table_are_wrapped_and_numbers_are_not():
     lines = adce.render([adce.Section("x", "", numbers)], "table", width=22).splitlines()
     assert [line.split() for line in lines[:3]] == [["number", "of", "text"], ["requests"], ["-" * 12, "-" * 8]]
     assert lines[3].split() == ["123456789012", "x" * 8]
+
+
+def test_too_wide_table_says_once_what_all_rows_share_and_has_the_last_text_below():
+    rows = [{**row, "key": f"{row['n']}", "error": "HTTP 404" * (row["n"] - 1)} for row in WIDE_ROWS]
+    assert adce.render([adce.Section("x", "", rows)], "table", width=24).splitlines() == [
+        "source league",
+        "id  key  n",
+        "--  ---  -",
+        " 1  1    1",
+        " 2  2    2",
+        "    HTTP 404",
+    ]
+    one = adce.render([adce.Section("x", "", rows[1:])], "table", width=24).splitlines()
+    assert one[-1] == "    HTTP 404"  # nothing to share
 
 
 def test_columns_of_zeros_are_left_out_for_people_alone():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_adce
-from test_alerts import note_cycle, note_drop
+from test_alerts import VANISHED, note_cycle, note_drop
 from test_queue import Desk
 
 import adce
@@ -86,6 +86,11 @@ def lose_a_cycle(lake: Lake) -> None:
         note_cycle(sql, 1, lake.clock, "days: cannot list")
 
 
+def lose_many(lake: Lake) -> None:
+    with lake.database.transaction() as sql:
+        note_cycle(sql, 1, lake.clock, VANISHED)
+
+
 def drop_many(lake: Lake) -> None:
     with lake.database.transaction() as sql:
         note_cycle(sql, 1, lake.clock)
@@ -128,6 +133,13 @@ SITUATIONS: dict[Callable[[Lake], None], tuple[str, str, str, int | None, str]] 
         "the last cycle could not look at everything: days: cannot list",
         None,
         "adce.py check",
+    ),
+    lose_many: (
+        "x",
+        "lake",
+        VANISHED,
+        None,
+        "adce.py reconcile --accept-loss DATASET  # if the loss is real",
     ),
     answer_never: (
         "!",
