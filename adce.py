@@ -7318,17 +7318,17 @@ def write_problem(database: Database, clock: Clock) -> dict[str, str]:
 
 
 def demand_above_limits(database: Database, configuration: Configuration, now: float) -> dict[str, str]:
-    """The sources whose refetches alone need all the requests that their limits allow, and the explanation."""
-    kept = """
+    """The sources whose refetches alone will need all the requests that their limits allow, and the explanation."""
+    expected = """
         select dataset, nullif(season, ''), sum(objects) from counts join datasets using (dataset_id)
-        where active and state in ('present', 'stale') group by dataset, season
+        where active and state in ('present', 'missing', 'stale', 'suspect') group by dataset, season
     """
     at_once = """
         select count(*) from objects where state = 'stale' and live and season is ?
           and dataset_id = (select dataset_id from datasets where dataset = ?)
     """
     hourly, asked = dict.fromkeys(configuration.sources, 0.0), set[tuple[str, str | None]]()
-    for name, label, count in database.read(kept):
+    for name, label, count in database.read(expected):
         one = configuration.datasets.get(name)
         if not one or not one.url or (str(one.request()), label) in asked:
             continue
@@ -9015,7 +9015,13 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
         except (Error, OSError) as error:
             details = f"{error}; {hint}" if (hint := getattr(error, "hint", "")) else str(error)
             rows.append({"result": "FAIL", "what": what, "details": details})
-    return rows + [{"result": "warn", "what": what, "details": text} for what, text in warnings_about(configuration)]
+    warnings = [*warnings_about(configuration)]
+    with (
+        contextlib.suppress(DatabaseError),  # that has a row of its own
+        contextlib.closing(open_database(configuration.database, must_exist=True)) as database,
+    ):
+        warnings += demand_above_limits(database, configuration, Clock().wall()).items()
+    return rows + [{"result": "warn", "what": what, "details": text} for what, text in warnings]
 
 
 def _check_pool(address: str, store: str) -> str:

@@ -107,13 +107,10 @@ def give_up(lake: Lake) -> None:
 
 
 def ask_too_often(lake: Lake) -> None:
-    """Each second of the six objects again, of which one a second is allowed."""
+    """Each second each of the six objects, though none is there yet, of which one a second is allowed."""
     games = lake.desk.configuration.datasets["games"]
     often = dataclasses.replace(games, freshness=adce.Freshness(refetch_every=1))
     lake.desk.configuration.datasets["games"] = often  # type: ignore[index]
-    for _ in range(6):
-        lake.desk.end(lake.desk.claim(), adce.Outcome.OK)
-        lake.clock.advance(2)
 
 
 def change_the_file(lake: Lake) -> None:
@@ -227,6 +224,13 @@ def test_status_fits_a_terminal_and_says_the_same_as_report(lake, tmp_path):
         assert f"      {row['try']}" in shown
     status = json.loads(run_adce("status", "--format", "json", folder=tmp_path).stdout)
     assert [row["about"] for row in status["verdict"]] == [row["about"] for row in verdict]
+
+
+def test_check_warns_of_refetches_above_the_limits(lake, tmp_path):
+    text = lake.path.read_text()
+    for freshness, count in (("", 0), ("freshness: {refetch_every: 1s}, ", 1)):
+        lake.path.write_text(text.replace("partitions:", f"{freshness}partitions:"))
+        assert run_adce("check", folder=tmp_path).stdout.count("refetches need 21,600 requests an hour") == count
 
 
 def test_estimate_counts_limits_and_pauses(lake):
