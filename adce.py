@@ -7272,8 +7272,9 @@ no workers: x adce.py explain pool
 no limits: - adce.py explain rate_limiting
     select value as about, 'has no limits' as text from json_each(:unlimited)
 changed: - adce.py restart
-    select :file as about, 'has changed since the runner started' as text from runner
-    where stopped_at is null and :changed_at > started_at + 1
+    select :file as about, 'has changed since the runner started' as text where :has_changed and :broken is null
+broken file: ! adce.py check
+    select :file as about, 'cannot be used: ' || :broken as text, 1 as is_quiet where :broken is not null
 seasons over: - adce.py explain seasons
     select iif(key = '', 'seasons', key) as about, 'all of them are over: add the next one' as text
     from json_each(:last_days) where value < date(:now, 'unixepoch')
@@ -7348,6 +7349,16 @@ def demand_above_limits(database: Database, configuration: Configuration, now: f
     return found
 
 
+@functools.lru_cache(1)
+def file_error(path: Path, _: float) -> str | None:
+    """The first mistake in adce.yaml since its last change, in one line."""
+    try:
+        load_configuration(path)
+    except ConfigurationError as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
 def conditions(
     database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
 ) -> list[Condition]:
@@ -7365,8 +7376,11 @@ def conditions(
     over = [season.label for season in configuration.seasons if season.finish < day_of(now)]
     least = {one.name: one.at_least for one in configuration.datasets.values() if one.at_least}
     values |= {"at_least": json.dumps(least), "over": json.dumps(over)}
-    values |= {"changed_at": path.stat().st_mtime if path.exists() else 0}
+    changed_at = path.stat().st_mtime if path.exists() else 0
     with contextlib.suppress(DatabaseError):  # that is one of its problems
+        has_changed = database.value("select ? > started_at + 1 from runner where stopped_at is null", (changed_at,))
+        is_doubtful = has_changed or not configuration.store  # a command goes on without what it cannot read
+        values |= {"has_changed": has_changed, "broken": file_error(path, changed_at) if is_doubtful else None}
         values["demand"] = json.dumps(demand_above_limits(database, configuration, now))
         for one in CONDITIONS:
             mark, _, hint = one.title.partition(" ")
@@ -7994,7 +8008,8 @@ def status_lines(
     for scope, used, most, seconds, share in database.read(tightest)[:MOST_FINDINGS]:
         bar = ("#" * round(20 * min(1, share))).ljust(20, "-")
         body.append(f"  {scope:20} [{bar}] {used:,} of {most:,} in {format_duration(seconds)}")
-    return head, [*body, f"store {configuration.store}, database {configuration.database}"]
+    store = f"store {configuration.store}, " if configuration.store else ""
+    return head, [*body, f"{store}database {configuration.database}"]
 
 
 class LiveScreen:

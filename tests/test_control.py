@@ -274,6 +274,9 @@ def test_mistake_in_the_configuration_hides_no_runner_that_works(mistake, folder
         told = f"adce.py: {folder}/adce.yaml cannot be used (see adce.py check); using {folder}/here.db\n"
         assert (done.returncode, done.stderr) == (0, told), words
         assert done.stdout
+        if words == ["status"]:
+            assert "! adce.yaml: cannot be used: adce.yaml:" in done.stdout
+            assert done.stdout.splitlines()[-1] == f"database {folder}/here.db"  # the store is not known
     assert holder(folder, "here.db") is None
     assert do("report", folder=folder).returncode == 78
     assert do("--db", "elsewhere.db", "status", folder=folder).returncode == 78  # nothing is there

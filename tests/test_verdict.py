@@ -117,6 +117,11 @@ def change_the_file(lake: Lake) -> None:
     os.utime(lake.path, (lake.clock.wall() + 60,) * 2)
 
 
+def break_the_file(lake: Lake) -> None:
+    lake.path.write_text(TEXT.replace("source: league", "source: leage"))
+    change_the_file(lake)
+
+
 GAVE_UP = "adce.py tasks --state gave_up --dataset games"
 MISTAKE = "that is a mistake in adce.yaml, correct it: the next cycle expects them again"
 SITUATIONS: dict[Callable[[Lake], None], tuple[str, str, str, int | None, str]] = {
@@ -166,6 +171,13 @@ SITUATIONS: dict[Callable[[Lake], None], tuple[str, str, str, int | None, str]] 
         "1 gave up, last error: it was invalid",
         None,
         "adce.py tasks --state gave_up --dataset games",
+    ),
+    break_the_file: (
+        "!",
+        "adce.yaml",
+        'cannot be used: adce.yaml:6:19: datasets.games.source: source "leage" is not defined, did you mean "league"?',
+        None,
+        "adce.py check",
     ),
     change_the_file: ("-", "adce.yaml", "has changed since the runner started", None, "adce.py restart"),
 }
