@@ -7162,6 +7162,7 @@ def tasks_document(
 # source are none of their own. Headlines: CONDITIONS, problems(), verdict().
 
 CRASHED, STUCK = "exited unexpectedly", "loop stuck"
+ENDS_OF_ONCE = ("every task was attempted", "the rest belongs to paused sources")  # of `run --once`
 BEAT_SECONDS = 10  # between two heartbeats of the main loop
 LEAST_FREE_BYTES = 100 << 20
 COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": STUCK}  # and their problems
@@ -7409,17 +7410,21 @@ def verdict(database: Database, configuration: Configuration, now: float) -> Sec
     (lake,) = answers(database, STATUS, "lake")[0].rows
     gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
     found = conditions(database, configuration, now, now - HOUR)
+    tasks, note = tasks_by_source(database), state.get("note")
+    tasks = {**dict.fromkeys(("runner", "pool", GLOBAL), sum(tasks.values())), **tasks}
     if state["runner"] != "running":
-        mark = "x" if state.get("note") == CRASHED else "!" if gaps else "-"
-        text = ": ".join(filter(None, (state["runner"], state.get("note"))))
         found = [one for one in found if one.name != STUCK]
-        found.append(Condition("no runner", "runner", mark, text, "adce.py start"))
-    tasks = tasks_by_source(database)
+        if gaps or note not in ENDS_OF_ONCE:
+            mark = "x" if note == CRASHED else "!" if gaps else "-"
+            ago = now - (database.value("select coalesce(stopped_at, beat_at) from runner") or now)
+            text = f"{state['runner']}: {note}, {format_duration(ago)} ago" if note else state["runner"]
+            hint = "adce.py run --once" if note in ENDS_OF_ONCE else "adce.py start"
+            found.append(Condition("no runner", "runner", mark, text, hint))
     rows: Rows = [
-        {"": mark, "about": about, "what": text, "holds_up": tasks.get(about) if mark == "x" else None, "try": hint}
+        {"": mark, "about": about, "what": text, "holds_up": (mark == "x" and tasks.get(about)) or None, "try": hint}
         for _, about, mark, text, hint, _ in found
     ]
-    rows.sort(key=lambda row: ("x!-".index(row[""]), -(row["holds_up"] or 0)))
+    rows.sort(key=lambda row: ("x!-".index(row[""]), -(row["holds_up"] or 0), row["about"] != GLOBAL))
     word = "ATTENTION" if rows and rows[0][""] != "-" else "FILLING" if gaps else "COMPLETE"
     amount = f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
     up = f"up {state['uptime']}" if "uptime" in state else state["runner"]
@@ -8496,7 +8501,7 @@ class Runner:
         if self.clock.boot() >= self.stop_at:
             self.stop("its time was up")
         elif self.once and is_idle and all(one.is_pause and one.at > too_late for one in openings.values()):
-            self.stop("the rest belongs to paused sources" if openings else "every task was attempted")
+            self.stop(ENDS_OF_ONCE[bool(openings)])
         if not self.stop_reason:
             every = IDLE_POLL_SECONDS if is_idle and not openings else POLL_SECONDS
             self.clock.wait(self.wakeups, wait, self.database.has_changed, every)

@@ -70,11 +70,17 @@ def answer_never(lake: Lake) -> None:
 
 def crash(lake: Lake) -> None:
     lake.lock.release()
+    lake.write("update runner set beat_at = beat_at - 120")
 
 
 def stop(lake: Lake) -> None:
     lake.lock.release()
     lake.write("update runner set stopped_at = beat_at, note = 'SIGTERM'")
+
+
+def end_once(lake: Lake) -> None:
+    stop(lake)
+    lake.write("update runner set note = ?", (adce.ENDS_OF_ONCE[0],))
 
 
 def lose_the_store(lake: Lake) -> None:
@@ -126,9 +132,10 @@ GAVE_UP = "adce.py tasks --state gave_up --dataset games"
 MISTAKE = "that is a mistake in adce.yaml, correct it: the next cycle expects them again"
 SITUATIONS: dict[Callable[[Lake], None], tuple[str, str, str, int | None, str]] = {
     pause: ("x", "league", "paused for 13 min more: HTTP 403 Access Denied", 6, "adce.py resume league"),
-    crash: ("x", "runner", "not running: exited unexpectedly", None, "adce.py start"),
-    stop: ("!", "runner", "not running: SIGTERM", None, "adce.py start"),
-    lose_the_store: ("x", "runner", "the store is not there", None, "adce.py check"),
+    crash: ("x", "runner", "not running: exited unexpectedly, 2 min ago", 6, "adce.py start"),
+    stop: ("!", "runner", "not running: SIGTERM, 0.0 s ago", None, "adce.py start"),
+    end_once: ("!", "runner", "not running: every task was attempted, 0.0 s ago", None, "adce.py run --once"),
+    lose_the_store: ("x", "runner", "the store is not there", 6, "adce.py check"),
     lose_a_cycle: (
         "!",
         "lake",
@@ -199,11 +206,20 @@ def test_worst_comes_first(lake):
     assert lake.verdict().title == "ATTENTION  0.0 %  6 missing of 6  runner up 0.0 s"
 
 
+def test_pause_of_all_sources_comes_before_that_of_one(lake):
+    for scope in ("league", "global"):
+        with lake.database.transaction() as sql:
+            adce.pause(sql, scope, 780, "HTTP 403", lake.clock.boot())
+    assert [(row["about"], row["holds_up"]) for row in lake.verdict().rows] == [("global", 6), ("league", 6)]
+
+
 def test_complete_lake_needs_nothing(lake, tmp_path):
     lake.write("update objects set task = null, state = 'present'")
     assert lake.verdict().title == "COMPLETE  100.0 %  all of 6  runner up 0.0 s"
     for words in ((), ("--by-day",)):
         assert run_adce("coverage", "--gaps", *words, folder=tmp_path).stdout.splitlines()[1:] == ["no gaps"]
+    end_once(lake)
+    assert (lake.verdict().title, lake.verdict().rows) == ("COMPLETE  100.0 %  all of 6  runner not running", [])
 
 
 @pytest.mark.parametrize(
