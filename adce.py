@@ -7185,7 +7185,11 @@ LATEST = """
     late as (select * from attempts where attempt_id > (select max(attempt_id) from attempts) - 200),
     blocks as (
         select about as source, max(coalesce(ended_at, :now)) as over_at
-        from alerts where condition = 'source blocked' group by about)
+        from alerts where condition = 'source blocked' group by about),
+    never as (  -- the datasets without any object
+        select dataset_id, sum(attempts) as attempts from daily_totals
+        where dataset_id not in (select dataset_id from counts where state = 'present' and objects > 0)
+        group by dataset_id having sum(attempts) >= 5 and min(outcome) = 'not_yet' and max(outcome) = 'not_yet')
 """
 # condition: its mark and the command that helps; its subjects, a sentence about each, and whether it is quiet
 CONDITIONS = questions("""
@@ -7202,16 +7206,14 @@ gave up: ! adce.py tasks --state gave_up --dataset {about}
                select last_error from objects o
                where o.dataset_id = c.dataset_id and o.task = 'gave_up' and o.{BY_TASK}) as text
     from counts c join datasets using (dataset_id)
-    where task = 'gave_up' group by dataset having sum(objects) > 0
-never answered: ! adce.py tasks --dataset {about}
-    select dataset as about, sum(attempts) || ' attempts, never an object: '
-           || coalesce((select url from late join objects o using (object_id)
-                        where o.dataset_id = t.dataset_id and url is not null order by late.attempt_id desc limit 1),
+    where task = 'gave_up' and dataset_id not in (select dataset_id from never)
+    group by dataset having sum(objects) > 0
+never answered: ! adce.py try {about}
+    select dataset as about, attempts || ' attempts, never an object: '
+           || coalesce((select url || coalesce(', ' || error, '') from late join objects o using (object_id)
+                        where o.dataset_id = n.dataset_id and url is not null order by late.attempt_id desc limit 1),
                        'see its url') as text
-    from daily_totals t join datasets using (dataset_id)
-    where active and not exists (select 1 from counts c where c.dataset_id = t.dataset_id and state = 'present'
-                                 and objects > 0)
-    group by dataset having sum(attempts) >= 5 and min(outcome) = 'not_yet' and max(outcome) = 'not_yet'
+    from never n join datasets using (dataset_id) where active
 critical gap: ! adce.py tasks --dataset {about}
     select dataset as about, 'a CRITICAL object has been missing since '
            || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text

@@ -63,8 +63,10 @@ def pause(lake: Lake) -> None:
 
 
 def answer_never(lake: Lake) -> None:
+    """Some of its tasks have given up, which is the same problem."""
     for _ in range(6):
         lake.desk.end(lake.desk.claim(), adce.Outcome.NOT_YET)
+    lake.write("update objects set task = 'gave_up'")
     lake.write("update attempts set url = 'http://127.0.0.1:9/wrong'")
 
 
@@ -153,9 +155,9 @@ SITUATIONS: dict[Callable[[Lake], None], tuple[str, str, str, int | None, str]] 
     answer_never: (
         "!",
         "games",
-        "6 attempts, never an object: http://127.0.0.1:9/wrong",
+        "6 attempts, never an object: http://127.0.0.1:9/wrong, it was not_yet",
         None,
-        "adce.py tasks --dataset games",
+        "adce.py try games",
     ),
     drop_many: (
         "!",
