@@ -6838,6 +6838,11 @@ FRAGMENTS = {
         where state not in ('dropped', 'skipped', 'absent') group by dataset""",
     "RATES": """select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
         from rates order by scope = 'global', scope, window_seconds""",
+    # of a source d.source that cannot be asked now: until when, and why
+    "PAUSE": """(
+        select iif(julianday(blocked_until) > julianday() + 366, '', 'until ' || blocked_until || ', ') || reason
+        from rates where scope in (d.source, 'global') and blocked_until is not null
+        order by blocked_until desc limit 1)""",
     # sources that cannot be asked now
     "PAUSED": """with paused as (
         select source from datasets
@@ -6983,7 +6988,7 @@ task!: Task {task_id}
            o.state as object, coalesce(o.skipped, o.reason) as reason, o.fields,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.detected_at, 'unixepoch') as detected_at,
            iif(o.task is null, null, round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 2)) as score,
-           o.gap_size, o.attempts, o.failures,
+           iif(o.task is null, null, {PAUSE}) as source_paused, o.gap_size, o.attempts, o.failures,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as next_at, o.last_error, o.size, o.etag
     from objects o join datasets d using (dataset_id) where o.object_id = :task_id
 attempts: Attempts, the latest first
@@ -7121,6 +7126,14 @@ def task_sections(database: Database, wanted: str) -> list[Section]:
         lines = [{"line": line} for line in output.splitlines()]
         sections.append(Section("output", f"Printed by attempt {attempt_id}", lines))
     return sections
+
+
+def time_of_retry(database: Database, tasks: Iterable[Mapping[str, Any]]) -> str:
+    """When tasks that are retried can start: now, unless their sources are paused."""
+    sql = f"select distinct source, {FRAGMENTS['PAUSE']} as pause from datasets d where pause is not null"  # noqa: S608
+    sources = {task["source"] for task in tasks}
+    found = [f"{source} is paused {pause}" for source, pause in database.read(sql) if source in sources]
+    return f"as soon as possible: {'; '.join(found)}" if found else "now"
 
 
 def tasks_by_source(database: Database) -> dict[str, int]:
@@ -7601,11 +7614,12 @@ def day_page(database: Database, dataset: str, day: str) -> str:
 def task_page(database: Database, wanted: str) -> str:
     """One task, its attempts, and commands to copy. Raises Error when there is none."""
     sections = task_sections(database, wanted)
-    number, attempts = sections[0].rows[0]["task_id"], sections[1].rows
-    lines = [f"adce.py retry {number}", f"adce.py skip {number}", f"adce.py task {number}"]
+    task, attempts = sections[0].rows[0], sections[1].rows
+    words = ["retry"] * (task["state"] in ("retry", "gave_up", "skipped", "absent"))  # of others it is refused
+    lines = [f"adce.py {word} {task['task_id']}" for word in [*words, *["skip"] * (task["score"] is not None), "task"]]
     lines += [f"curl -sS {shlex.quote(attempts[0]['url'])}"] if attempts and attempts[0]["url"] else []
     commands = html.escape("\n".join(lines))
-    return document(f"Task {number}", f"{tables(sections)}<h2>Commands</h2><pre>{commands}</pre>")
+    return document(f"Task {task['task_id']}", f"{tables(sections)}<h2>Commands</h2><pre>{commands}</pre>")
 
 
 def _lines(rows: Sequence[sqlite3.Row]) -> str:
@@ -9744,7 +9758,8 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
         return ExitCode.USAGE
     with database.transaction() as sql:
         count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
-    print_result(arguments, f"{count} task{'s' * (count != 1)} will be retried now", retried=count)
+    text = f"{count} task{'s' * (count != 1)} will be retried {time_of_retry(database, tasks)}"
+    print_result(arguments, text, retried=count)
     return ExitCode.DONE
 
 

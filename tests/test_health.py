@@ -202,9 +202,25 @@ def test_day_leads_to_its_objects_and_these_to_their_tasks(served):
     assert "<title>days, 2025-01-0" in text and "missing" in text
     (task,) = re.findall(r'href="(/task/\d+)"', text)
     text = get(served + task).text
-    assert "Attempts, the latest first" in text and f"adce.py retry {task.rpartition('/')[2]}" in text
+    assert "Attempts, the latest first" in text and f"adce.py skip {task.rpartition('/')[2]}" in text
     assert get(f"{served}/task/days/20250101.json").status_code == 200
     assert get(f"{served}/task/99999").status_code == 404
+
+
+def test_task_offers_what_is_not_refused_and_tells_of_the_pause_of_its_source(own, database):
+    for state, is_offered in (("pending", False), ("gave_up", True)):
+        with database.transaction() as sql:
+            sql.execute("update objects set task = ?, state = 'missing'", (state,))
+        text = get(f"{own}/task/1").text
+        assert ("adce.py retry 1" in text, "adce.py skip 1" in text) == (is_offered, True)
+        assert "until 20" not in text
+    for until, words in (("3600", "until 20"), ("315360000", ", until it is resumed")):
+        with database.transaction() as sql:
+            sql.execute(
+                "update scopes set paused_until = (select unixepoch() - wall_offset + ? from facts), reason = ?",
+                (float(until), f"by the operator{words * words.startswith(',')}"),
+            )
+        assert words in get(f"{own}/task/1").text
 
 
 def test_markup_from_upstream_is_only_shown(own, database):
