@@ -7156,6 +7156,20 @@ def minutes_left(database: Database, configuration: Configuration) -> float | No
     return None if None in minutes else max(minutes, default=0.0)
 
 
+def cycle_text(database: Database, now: float, next_cycle_in: float | None = None) -> str:
+    """The last cycle: how far it is, or when it ended."""
+    sql = """
+        select cycle_id, seconds, coalesce(progress, 'begins'), :now - started_at
+        from reconciliations order by cycle_id desc limit 1
+    """
+    for number, seconds, progress, elapsed in database.read(sql, {"now": now}):
+        if seconds is not None:
+            following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
+            return f"{number} done {format_duration(elapsed - seconds)} ago{following}"
+        return f"{number} {progress}"
+    return "none yet"
+
+
 def tasks_document(
     database: Database, configuration: Configuration, filters: Mapping[str, str | None], most: int
 ) -> dict[str, Any]:
@@ -7446,6 +7460,16 @@ def verdict(database: Database, configuration: Configuration, now: float) -> Sec
     return Section("verdict", f"{word}  {amount}  runner {up}", rows, empty="")
 
 
+def tasks_text(database: Database, configuration: Configuration, judged: Section) -> str:
+    """The open tasks by state, and how long the pending ones take at least unless all work stands still."""
+    (tasks,) = answers(database, STATUS, "tasks")[0].rows
+    counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
+    stands = any(row[""] == "x" and row["about"] in ("runner", "pool") for row in judged.rows)
+    if (minutes := minutes_left(database, configuration)) and not stands:
+        counts.append(f"at least {format_duration(minutes * MINUTE)} left")
+    return ", ".join(counts) or "none open"
+
+
 def status_sections(database: Database, configuration: Configuration, now: float) -> list[Section]:
     """In one screen: is it running, is the lake complete, what is under way, which sources can be asked."""
     state = runner_state(database, RunnerLock(configuration.database), now)
@@ -7473,10 +7497,13 @@ setInterval(async () => {
 """
 PAGE_STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
-body { max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; background: Canvas; } p { overflow-wrap: anywhere; }
+body { max-width: 110rem; margin: 1.5rem auto; padding: 0 1rem; background: Canvas; }
+p, pre { overflow-wrap: anywhere; } pre { white-space: pre-wrap; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
 .wide { overflow-x: auto; } svg { display: block; } table { border-collapse: collapse; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #8886; }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8886; }
+td { min-width: 4.5rem; overflow-wrap: anywhere; }
+td:first-child, td[style*=right] { min-width: 0; white-space: nowrap; }
 rect { stroke: CanvasText; stroke-opacity: .6; } .none { fill: none; stroke-opacity: .25; }
 .all { fill: #1b4f9c; } .part { fill: #7fb2e5; stroke-dasharray: 2 1; } .gap { fill: #d9822b; stroke-width: 2; }
 .stale { fill: #6f5aa8; stroke-dasharray: 4 2; } .gave_up { fill: #a31515; stroke-width: 3; }
@@ -7489,25 +7516,16 @@ polyline { fill: none; stroke: #3574c8; stroke-width: 1.5; }
 """
 SQUARE = '<rect class="{}" x="1" y="1" width="9" height="9"/>'
 SWATCH = f'<svg class="swatch" width="11" height="11" aria-hidden="true">{SQUARE}</svg>'
-LEGEND = " ".join(
-    f"{SWATCH.format(kind)} {words}"
-    for kind, words in (
-        ("all", "all is there"),
-        ("stale", "all, and some stale"),
-        ("part", "a part"),
-        ("gap", "nothing"),
-        ("gave_up", "some gave up"),
-        ("absent", "the source has none"),
-        ("none", "nothing is expected"),
-    )
-)
+MEANINGS = {"all": "all is there", "stale": "all, and some stale", "part": "a part", "gap": "nothing"}
+MEANINGS |= {"gave_up": "some gave up", "absent": "the source has none", "none": "nothing is expected"}
+LEGEND = " ".join(f"{SWATCH.format(kind)} {words}" for kind, words in MEANINGS.items())
 WEB = questions("""
-queue: First in the queue | nothing is open
+queue: First in the queue | nothing can start now
     -- the score in its parts: when the gap was found, gained by age since, and for the success rate of the dataset
     select o.key, o.priority, d.source, round(o.rank + o.slope * o.detected_at / 3600.0, 1) as base,
            round(o.slope * (unixepoch() - o.detected_at) / 3600.0, 1) as age, round(d.bonus, 1) as success_rate,
            round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 1) as score,
-           coalesce(o.last_error, o.reason, o.state) as reason
+           coalesce(o.last_error, o.reason, o.state) as reason, {PAUSE} as source_paused
     from datasets d join objects o on o.object_id in (
         select object_id from objects
         where dataset_id = d.dataset_id and task = 'pending' order by rank desc, object_id limit 10)
@@ -7518,7 +7536,7 @@ running: Running now | nothing
     from objects o join attempts a using (attempt_id) join datasets d using (dataset_id)
     where o.task = 'running' and o.{BY_TASK}
 attempts: The last attempts
-    select * from recent_attempts limit 20
+    select started_at, dataset, key, outcome, error, seconds, bytes, url from recent_attempts limit 20
 """)
 OF_DAY = questions("""
 objects: Objects | nothing is expected
@@ -7536,11 +7554,12 @@ DAYS = """
     where day between :year || '-01-01' and :year || '-12-31'
     group by dataset, day order by dataset, day
 """
-LAST_DAY = """
-    select coalesce(max((select max(day) from objects o where o.dataset_id = c.dataset_id
-                         and o.season is nullif(c.season, '') and o.state = c.state and day <= :today)), :today)
+OF_COUNT = "from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state"
+YEARS = f"""
+    select coalesce(max((select max(day) {OF_COUNT} and day <= :today)), :today),
+           coalesce(min((select min(day) {OF_COUNT})), :today), coalesce(max((select max(day) {OF_COUNT})), :today)
     from counts c where state != 'dropped'
-"""
+"""  # noqa: S608  # a constant
 GAVE_UP_DAYS = f"""
     select dataset, day, count(*) from objects join datasets using (dataset_id)
     where task = 'gave_up' and {FRAGMENTS["BY_TASK"]} and day like :year || '-%' group by dataset, day
@@ -7589,12 +7608,14 @@ def page(database: Database, configuration: Configuration, now: float, year: int
     judged = verdict(database, configuration, now)
     above = [dataclasses.replace(judged, title=""), *answers(database, REPORT, "coverage")]
     below = [*answers(database, WEB), *answers(database, REPORT, "queue", "rates", "cycles")]
-    year = year or int(database.value(LAST_DAY, {"today": day_of(now).isoformat()})[:4])
+    latest, first, last = (int(day[:4]) for day in database.read(YEARS, {"today": day_of(now).isoformat()})[0])
+    year = year or latest
     days = itertools.groupby(database.read(DAYS, {"year": year}), key=lambda row: row["dataset"])
     gave_up = {tuple(row)[:2]: row[2] for row in database.read(GAVE_UP_DAYS, {"year": year})}
-    years = range(year - nearby, year + 2 if nearby else year)
+    years = range(max(first, min(year, last) - nearby), min(last, max(year, first) + 1) + 1) if nearby else ()
     links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
-    body = f"""<p>{html.escape(configuration.store)}, {utc_text(now)}</p>
+    words = cycle_text(database, now), tasks_text(database, configuration, judged), configuration.store
+    body = f"""<p>{html.escape("Cycle {}. Tasks: {}. Store {}".format(*words))}, {utc_text(now)}</p>
 {tables(above)}
 <div class="lines">{_lines(database.read(LINES, {"now": now}))}</div>
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
@@ -7836,6 +7857,8 @@ class HealthServer:
             body = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
             text = json.dumps({**body, "problems": [*found.values()], "components": components})
             return (503 if found else 200), JSON, text
+        if path == "/favicon.ico":  # every browser asks for one
+            return 204, TEXT, ""
         self.database.check_file()
         if path == "/metrics" and options.get("format") != "json":
             return 200, TEXT.replace(";", "; version=0.0.4;"), metrics_text(self.database)
@@ -7989,34 +8012,16 @@ def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Ite
         yield step
         if sys.stderr.isatty() and clock.boot() >= shown + SAVED_EVERY_SECONDS:
             shown = clock.boot()
-            print(f"cycle {_cycle_text(database, clock.wall())}", file=sys.stderr)
-
-
-def _cycle_text(database: Database, now: float, next_cycle_in: float | None = None) -> str:
-    """The last cycle: how far it is, or when it ended."""
-    sql = """
-        select cycle_id, seconds, coalesce(progress, 'begins'), :now - started_at
-        from reconciliations order by cycle_id desc limit 1
-    """
-    for number, seconds, progress, elapsed in database.read(sql, {"now": now}):
-        if seconds is not None:
-            following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
-            return f"{number} done {format_duration(elapsed - seconds)} ago{following}"
-        return f"{number} {progress}"
-    return "none yet"
+            print(f"cycle {cycle_text(database, clock.wall())}", file=sys.stderr)
 
 
 def status_lines(
     database: Database, configuration: Configuration, now: float, next_cycle_in: float | None = None
 ) -> tuple[list[str], list[str]]:
     """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
-    judged, (tasks,) = verdict(database, configuration, now), answers(database, STATUS, "tasks")[0].rows
-    counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
-    stands = any(row[""] == "x" and row["about"] in ("runner", "pool") for row in judged.rows)
-    if (minutes := minutes_left(database, configuration)) and not stands:
-        counts.append(f"at least {format_duration(minutes * MINUTE)} left")
-    cycle = _cycle_text(database, now, next_cycle_in)
-    head, body = [judged.title, f"cycle   {cycle}", f"tasks   {', '.join(counts) or 'none open'}"], []
+    judged, body = verdict(database, configuration, now), list[str]()
+    head = [judged.title, f"cycle   {cycle_text(database, now, next_cycle_in)}"]
+    head.append(f"tasks   {tasks_text(database, configuration, judged)}")
     for row in judged.rows[:MOST_FINDINGS]:
         held = f" holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
         body += [f"  {row['']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]

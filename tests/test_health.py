@@ -194,6 +194,9 @@ def test_page_is_one_document_that_asks_only_for_itself(served):
     (nonce,) = re.findall(r'<script nonce="(\w+)">', answer.text)
     assert f"script-src 'nonce-{nonce}'; connect-src 'self';" in answer.headers["Content-Security-Policy"]
     assert all(link.startswith(("?year=", "/day?")) for link in re.findall(r'href="([^"]*)"', answer.text))
+    assert re.findall(r'href="(\?year=\d+)"', get(f"{served}/?year=2024").text) == ["?year=2025"]  # no day is in others
+    assert re.search(r"<p>Cycle 1 done .* ago\. Tasks: 6 pending", answer.text)
+    assert get(f"{served}/favicon.ico").status_code == 204
 
 
 def test_day_leads_to_its_objects_and_these_to_their_tasks(served):
@@ -210,9 +213,10 @@ def test_day_leads_to_its_objects_and_these_to_their_tasks(served):
 def test_task_offers_what_is_not_refused_and_tells_of_the_pause_of_its_source(own, database):
     for state, is_offered in (("pending", False), ("gave_up", True)):
         with database.transaction() as sql:
-            sql.execute("update objects set task = ?, state = 'missing'", (state,))
+            sql.execute("update objects set task = ?, state = 'missing', last_error = 'it failed'", (state,))
         text = get(f"{own}/task/1").text
         assert ("adce.py retry 1" in text, "adce.py skip 1" in text) == (is_offered, True)
+        assert ("nothing can start now" in get(f"{own}/").text) == is_offered
         assert "until 20" not in text
     for until, words in (("3600", "until 20"), ("315360000", ", until it is resumed")):
         with database.transaction() as sql:
@@ -220,7 +224,9 @@ def test_task_offers_what_is_not_refused_and_tells_of_the_pause_of_its_source(ow
                 "update scopes set paused_until = (select unixepoch() - wall_offset + ? from facts), reason = ?",
                 (float(until), f"by the operator{words * words.startswith(',')}"),
             )
+            sql.execute("update objects set task = 'pending'")
         assert words in get(f"{own}/task/1").text
+        assert words in get(f"{own}/").text.partition("First in the queue")[2]
 
 
 def test_markup_from_upstream_is_only_shown(own, database):

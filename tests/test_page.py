@@ -48,7 +48,7 @@ def address(lake) -> Iterator[str]:
 @needs_chromium
 @pytest.mark.battery
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 1120, 1920])
+@pytest.mark.parametrize("width", [320, 360, 1120, 1920])
 def test_page_is_one_quiet_response_that_fits_its_window(width, scheme, address, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
     said: list[str] = []
@@ -61,9 +61,13 @@ def test_page_is_one_quiet_response_that_fits_its_window(width, scheme, address,
         tab.goto(f"{address}?year=2025")
         assert "1 missing of " in tab.title()
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        if width > 320:  # then the command that helps is seen without scrolling
+            assert tab.evaluate("(box => box.scrollWidth <= box.clientWidth)(document.querySelector('.wide'))")
         tab.screenshot(path=os.environ.get("SCREENSHOT", str(tmp_path / "page.png")), full_page=True)
+        tab.goto(f"{address}task/days/20250101.json")
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         browser.close()
-    assert (said, asked) == ([], [f"{address}?year=2025"])
+    assert (said, asked) == ([], [f"{address}?year=2025", f"{address}task/days/20250101.json"])
 
 
 @pytest.fixture(scope="module")
