@@ -931,7 +931,7 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
         raise DatabaseError(f"{path} is not a regular file", "name the database file itself in `database:`")
     is_there = path.exists() and path.stat().st_size
     if must_exist and not is_there:
-        raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
+        raise NoDatabaseError(f"there is no database at {path}", "adce.py run")
     with _translation(str(path)), contextlib.ExitStack() as opened:
         if not is_there:
             _create(path)
@@ -1286,7 +1286,8 @@ class Kind:
                 import yaml
 
                 read = json.dumps(yaml.safe_load(value), default=str)
-                raise ConfigurationError(f'{value} is read as {read}; write "{value}"')
+                if tag != "bool" or read != value:  # else another kind of value is meant
+                    raise ConfigurationError(f'{value} is read as {read}; write "{value}"')
         if not is_good:
             raise ValueError(value)
         return self.make(value)
@@ -2801,7 +2802,7 @@ def _verdict(
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {str(error)[:100]}"
     failed = next((expression for expression in validation.require if not holds(expression, fields, document)), None)
-    return document, f"not true: {failed}" if failed else None
+    return document, f"require is not true: {failed}" if failed else None
 
 
 def _texts_in(file: BinaryIO, texts: Iterable[str]) -> set[str]:
@@ -7119,7 +7120,7 @@ def task_sections(database: Database, wanted: str) -> list[Section]:
     by_id = "select object_id from objects where object_id = ? or key = ? order by key = ? limit 1"
     task_id = database.value(by_id, (int(wanted) if wanted.isdecimal() and len(wanted) < 19 else -1, wanted, wanted))
     if task_id is None:
-        raise Error(f"there is no task {wanted}", "see: adce.py tasks")
+        raise Error(f"there is no task {wanted}", "adce.py tasks")
     sections = answers(database, TASK, task_id=task_id)
     sql = "select attempt_id, output from attempts where object_id = ? and output > '' order by 1 desc limit 1"
     for attempt_id, output in database.read(sql, (task_id,)):
@@ -7281,8 +7282,8 @@ cycles fail: ! adce.py check
             order by cycle_id desc limit 1) is null as is_quiet
     from last where error is not null and not instr(error, :vanished) and :unusable is null
 too few: ! adce.py coverage --dataset {about}
-    select dataset as about, sum(expected) || ' objects are expected' || coalesce(' of season ' || season, '')
-           || ', fewer than ' || value as text
+    select dataset as about, sum(expected) || iif(sum(expected) = 1, ' object is', ' objects are') || ' expected'
+           || coalesce(' of season ' || season, '') || ', fewer than the ' || value || ' of at_least' as text
     from json_each(:at_least) join coverage on dataset = key
     where season is null or season in (select value from json_each(:over))
     group by dataset, season having sum(expected) < value
@@ -7449,12 +7450,11 @@ def verdict(database: Database, configuration: Configuration, now: float) -> Sec
             text = f"{state['runner']}: {note}, {format_duration(ago)} ago" if note else state["runner"]
             hint = "adce.py run --once" if note in ENDS_OF_ONCE else "adce.py start"
             found.append(Condition("no runner", "runner", mark, text, hint))
-    rows: Rows = [
-        {"": mark, "about": about, "what": text, "holds_up": (mark == "x" and tasks.get(about)) or None, "try": hint}
-        for _, about, mark, text, hint, _ in found
-    ]
-    rows.sort(key=lambda row: ("x!-".index(row[""]), -(row["holds_up"] or 0), row["about"] != GLOBAL))
-    word = "ATTENTION" if rows and rows[0][""] != "-" else "FILLING" if gaps else "COMPLETE"
+    rows: Rows = [{"mark": one.mark, "about": one.about, "what": one.text, "holds_up": None} for one in found]
+    for row, one in zip(rows, found, strict=True):
+        row |= {"holds_up": (one.mark == "x" and tasks.get(one.about)) or None, "try": one.hint}
+    rows.sort(key=lambda row: ("x!-".index(row["mark"]), -(row["holds_up"] or 0), row["about"] != GLOBAL))
+    word = "ATTENTION" if rows and rows[0]["mark"] != "-" else "FILLING" if gaps else "COMPLETE"
     amount = f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
     up = f"up {state['uptime']}" if "uptime" in state else state["runner"]
     return Section("verdict", f"{word}  {amount}  runner {up}", rows, empty="")
@@ -7464,7 +7464,7 @@ def tasks_text(database: Database, configuration: Configuration, judged: Section
     """The open tasks by state, and how long the pending ones take at least unless all work stands still."""
     (tasks,) = answers(database, STATUS, "tasks")[0].rows
     counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
-    stands = any(row[""] == "x" and row["about"] in ("runner", "pool") for row in judged.rows)
+    stands = any(row["mark"] == "x" and row["about"] in ("runner", "pool") for row in judged.rows)
     if (minutes := minutes_left(database, configuration)) and not stands:
         counts.append(f"at least {format_duration(minutes * MINUTE)} left")
     return ", ".join(counts) or "none open"
@@ -8024,7 +8024,7 @@ def status_lines(
     head.append(f"tasks   {tasks_text(database, configuration, judged)}")
     for row in judged.rows[:MOST_FINDINGS]:
         held = f" holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
-        body += [f"  {row['']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]
+        body += [f"  {row['mark']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]
     if len(judged.rows) > MOST_FINDINGS:
         body.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
     tightest = """
@@ -8392,7 +8392,7 @@ def cycle_of_runner(database: Database, configuration: Configuration, lock: Runn
         if lock.holder() is None:
             raise Error("the runner exited before the cycle ended", "try again; a new runner starts with a cycle")
         if stuck := problems(database, configuration, clock.wall(), since).get("loop stuck"):
-            raise Error(stuck, "see: adce.py logs")
+            raise Error(stuck, "adce.py logs")
         clock.wait(queue.SimpleQueue(), 1, database.has_changed)
     return cycle_id
 
@@ -9231,7 +9231,7 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
         with session(source.name).request(dataset.method, _sent_url(claimed), **sent) as answer:
             body = answer.raw.read(dataset.validate.most(), decode_content=True)
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise Error(f"{source.name} {connection_error(error)[1]}", "see: adce.py check --online") from error
+        raise Error(f"{source.name} {connection_error(error)[1]}", "adce.py check --online") from error
     names = dataset.secrets
     result = classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES])
     links = {rel: link["url"] for rel, link in answer.links.items()}
@@ -9389,6 +9389,8 @@ _adce() {{
     done
     case "${{COMP_WORDS[COMP_CWORD - 1]}}" in
 {choices}
+        {files}) words="" ;;
+        {others}) words=""; compopt +o default 2> /dev/null ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
@@ -9399,12 +9401,14 @@ complete -o default -F _adce adce.py
 def completion(shell: str) -> str:
     """A script that completes commands, options and their choices, for `fish`, or for bash and zsh."""
     options = [option for each in commands() for option in each.options]
-    choices = {
-        name: settings["choices"]
+    valued = {
+        names[-1]: settings
         for names, settings in [*EVERYWHERE, *options]
-        for name in names
-        if name.startswith("--") and "choices" in settings
+        if names[-1].startswith("--") and settings.get("action") != "store_true"
     }
+    choices = {name: settings["choices"] for name, settings in valued.items() if "choices" in settings}
+    files = [name for name, settings in valued.items() if settings.get("metavar") == "FILE"]
+    others = [name for name in valued if name not in (*choices, *files)]  # whose values are not known here
     words: dict[str, list[str]] = {}
     for each in commands():
         words[each.name] = [names[-1] for names, _ in each.options if names[-1].startswith("-")]
@@ -9416,6 +9420,8 @@ def completion(shell: str) -> str:
             commands=" ".join(words),
             cases="\n".join(f'            {name}) words="{" ".join(known)}" ;;' for name, known in words.items()),
             choices="\n".join(f'        {name}) words="{" ".join(known)}" ;;' for name, known in choices.items()),
+            files="|".join(files),
+            others="|".join(others),
         )
     lines = ["# For fish: adce.py example completion-fish > ~/.config/fish/completions/adce.py.fish"]
     for each in commands():
@@ -9423,7 +9429,7 @@ def completion(shell: str) -> str:
         lines.append(f"complete -c adce.py -f -n __fish_use_subcommand -a {each.name} -d {meaning}")
         for word in words[each.name]:
             kind = f"-l {word.removeprefix('--')}" if word.startswith("--") else f"-a {word}"
-            known = f" -xa {shlex.quote(' '.join(choices[word]))}" if word in choices else ""
+            known = f" -xa {shlex.quote(' '.join(choices[word]))}" if word in choices else " -x" * (word in others)
             lines.append(f"complete -c adce.py -n '__fish_seen_subcommand_from {each.name}' {kind}{known}")
     return "\n".join(lines) + "\n"
 
@@ -9522,7 +9528,7 @@ def main(words: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):  # stderr may be closed
             print(error if isinstance(error, ConfigurationError) else f"adce.py: {error}", file=sys.stderr)
             if error.hint:
-                print(f"Try: {error.hint}", file=sys.stderr)
+                print(f"Try: {error.hint}".replace("Try: see ", "See "), file=sys.stderr)
         return error.exit_code
     except OSError as error:
         with contextlib.suppress(OSError):  # the final flush must not fail again
@@ -9754,7 +9760,7 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     tasks = tasks_to_retry(database, vars(arguments), arguments.task_ids)
     task_ids = [task["task_id"] for task in tasks]
     if missing := sorted(set(arguments.task_ids) - set(task_ids)):
-        raise Error(f"not in state retry or gave_up: {', '.join(map(str, missing))}", "see: adce.py task ID")
+        raise Error(f"not in state retry or gave_up: {', '.join(map(str, missing))}", "adce.py task ID")
     if not task_ids:
         print_result(arguments, "no task in state retry or gave_up matches", retried=0)
         return ExitCode.DONE
@@ -9786,7 +9792,7 @@ def command_skip(arguments: Arguments, configuration: Configuration) -> None:
     with database.transaction() as sql:
         skipped = skip_tasks(Ledger(sql, configuration, Clock().wall()), arguments.task_ids, arguments.reason)
         if missing := sorted(set(arguments.task_ids) - set(skipped)):
-            raise Error(f"not open: {', '.join(map(str, missing))}", "see: adce.py tasks")
+            raise Error(f"not open: {', '.join(map(str, missing))}", "adce.py tasks")
     what = "1 object" if len(skipped) == 1 else f"{len(skipped)} objects"
     print_result(arguments, f"{what} excluded; undo with: adce.py retry ID", skipped=len(skipped))
 

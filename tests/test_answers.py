@@ -201,5 +201,5 @@ def test_old_object_that_the_source_has_not_is_absent_once_others_are_there(upst
     upstream.answer("/2024-01-03", Answer(b"late"))
     run_adce("run", "--once", folder=tmp_path)
     assert states(tmp_path)["2024-01-03"] == "present"
-    assert "1 objects are expected, fewer than 5" not in run_adce("status", folder=tmp_path).stdout
-    assert "2 objects are expected, fewer than 5" in run_adce("status", folder=tmp_path).stdout
+    assert "1 object is expected" not in run_adce("status", folder=tmp_path).stdout
+    assert "2 objects are expected, fewer than the 5 of at_least" in run_adce("status", folder=tmp_path).stdout

@@ -94,7 +94,7 @@ COMMANDS = [
     ),
     of("half an object", f"mkdir -p lake/games; printf '{WHOLE[:6]}' > lake/{KEY}", O.INVALID, "not JSON"),
     of("empty object", f"mkdir -p lake/games; : > lake/{KEY}", O.INVALID, "0 bytes, fewer than 1"),
-    of("object of another id", f'{WRITE}; echo \'{{"id": "8"}}\' > lake/{KEY}', O.INVALID, "not true: id =="),
+    of("object of another id", f'{WRITE}; echo \'{{"id": "8"}}\' > lake/{KEY}', O.INVALID, "is not true: id =="),
     of("object is a folder", f"mkdir -p lake/{KEY}", O.ERROR, "left no games/7.json (exit 0)"),
     of("object is a pipe", f"mkdir -p lake/games; mkfifo lake/{KEY}", O.ERROR, "left no games/7.json (exit 0)"),
     of(

@@ -190,7 +190,7 @@ def test_without_a_database_there_is_nothing_to_show(command, tmp_path):
     write_league(tmp_path, "http://127.0.0.1:9")
     done = run_adce(*command.split(), folder=tmp_path)
     assert (done.returncode, done.stdout) == (10, "")
-    assert "Try: start with: adce.py run" in done.stderr
+    assert "Try: adce.py run" in done.stderr
 
 
 def test_unknown_name_is_no_empty_answer(folder):
@@ -229,13 +229,13 @@ def test_runner_is_seen_by_status_and_keeps_others_out(folder, tmp_path):
 
 def test_task_that_does_not_exist_is_told(folder):
     done = run_adce("task", "4711", folder=folder)
-    assert (done.returncode, done.stderr) == (1, "adce.py: there is no task 4711\nTry: see: adce.py tasks\n")
+    assert (done.returncode, done.stderr) == (1, "adce.py: there is no task 4711\nTry: adce.py tasks\n")
 
 
 def test_report_tells_what_is_missing_and_what_to_do_next(folder):
     done = run_adce("report", folder=folder)
     assert "HTTP 500: trouble" in done.stdout
-    assert "adce.py start" in done.stdout
+    assert "adce.py run --once" in done.stdout
     assert (done.stderr, run_adce("report", "-q", folder=folder).stderr) == ("", "")
 
 
@@ -678,6 +678,8 @@ COMP_WORDS=({words}); COMP_CWORD=$(({count} - 1)); _adce; echo "${{COMPREPLY[*]}
         ("adce.py --format j", "json"),
         ("adce.py report --format c", "csv"),
         ("adce.py example comp", "completion completion-fish"),
+        ("adce.py tasks --dataset ''", ""),
+        ("adce.py --config ''", ""),
     ],
 )
 def test_shell_completes_commands_options_and_choices(words, found):

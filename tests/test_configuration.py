@@ -270,6 +270,10 @@ BROKEN = {
         edited("source: espn", "source: no"),
         ['5:13: datasets.days.source: no is read as false; write "no"'],
     ),
+    "true is no name": (
+        edited("{dates: {from: 2024-01-01}}", "{dates: {seasons: true}}"),
+        ["8:35: datasets.days.partitions.dates.seasons: expected text, found 'true' (yes or no)"],
+    ),
     "YAML reads 12:30 as 750": (
         BASE + "    available_after: 12:30\n",
         ['9:22: datasets.days.available_after: 12:30 is read as 750; write "12:30"'],

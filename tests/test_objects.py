@@ -311,7 +311,7 @@ WHOLE = b'{"id": "7", "plays": [1, 2]}'
             "not JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
         ),
         ({"require": ("id == '{game_id}'",)}, WHOLE, None),
-        ({"require": ("id == '8'",)}, WHOLE, "not true: id == '8'"),
+        ({"require": ("id == '8'",)}, WHOLE, "require is not true: id == '8'"),
         ({"require": ("id == '8' || no || plays",)}, WHOLE, None),
         ({"contains": ("plays", "{game_id}")}, WHOLE, None),
         ({"contains": ("goals",)}, WHOLE, "does not contain 'goals'"),

@@ -88,7 +88,7 @@ VERDICTS = {
     "infinite": (Answer(b'{"id": -Infinity}'), O.INVALID, "Infinity is not JSON"),
     "not text": (Answer(b'{"id": "7", "x": "\xff\xfe"}'), O.INVALID, "not JSON"),
     "too many headers": (Answer(GOOD, headers={f"X-{n}": "x" for n in range(150)}), O.BROKEN, "127.0.0.1"),
-    "another object": (Answer(b'{"id": "8"}'), O.INVALID, "not true: id == '{game_id}'"),
+    "another object": (Answer(b'{"id": "8"}'), O.INVALID, "require is not true: id == '{game_id}'"),
     "an error with 200": (json_answer({"code": 500, "message": "oops"}), O.HTTP_ERROR, "HTTP 200, an error"),
     "nothing there, with 200": (json_answer({"code": 404, "message": "none"}), O.NOT_YET, "HTTP 200"),
     "nothing there": (Answer(b"Not Found", 404), O.NOT_YET, "HTTP 404: Not Found"),

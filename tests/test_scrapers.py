@@ -249,7 +249,7 @@ def odd(game_id): raise Odd
         ("long", O.ERROR, f"ValueError: {'x' * 108}"),
         ("nothing", O.ERROR, "left no games/7.json (exit 0): empty"),
         ("nowhere", O.ERROR, "FileNotFoundError: [Errno 2] No such file or directory: 'no-such-file'"),
-        ("invalid", O.INVALID, "not true: id == '{game_id}'"),
+        ("invalid", O.INVALID, "require is not true: id == '{game_id}'"),
         ("missing", O.ERROR, "AttributeError: module 'a_scraper' has no attribute 'missing'"),
     ],
 )

@@ -30,7 +30,7 @@ def test_try_says_why_an_answer_is_not_the_object(upstream, tmp_path):
     upstream.answer("/summary?event=7", json_answer({"header": {"id": "8"}}))
     write_league(tmp_path, upstream.address)
     done = run_adce("try", "games", "game_id=7", "date=2025-01-03", "--format", "json", folder=tmp_path)
-    assert json.loads(done.stdout)["answer"]["error"].startswith("not true: header.id == ")
+    assert json.loads(done.stdout)["answer"]["error"].startswith("require is not true: header.id == ")
     done = run_adce("try", "games", folder=tmp_path)
     assert (done.returncode, "no value for date, game_id" in done.stderr) == (adce.ExitCode.ERROR, True)
 

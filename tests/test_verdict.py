@@ -204,7 +204,7 @@ def test_verdict_names_the_problem_what_it_holds_up_and_the_command(cause, lake)
 def test_worst_comes_first(lake):
     for cause in (give_up, change_the_file, pause):
         cause(lake)
-    assert [row[""] for row in lake.verdict().rows] == ["x", "!", "-"]
+    assert [row["mark"] for row in lake.verdict().rows] == ["x", "!", "-"]
     assert lake.verdict().title == "ATTENTION  0.0 %  6 missing of 6  runner up 0.0 s"
 
 
@@ -240,7 +240,7 @@ def test_gaps_of_the_configuration_are_remarks(old, new, about, hint, lake, conf
     changed = configure(TEXT.replace(old, new))
     os.utime(lake.path, (lake.clock.wall() - 60,) * 2)
     found = adce.verdict(lake.database, changed, lake.clock.wall())
-    assert [(row[""], row["about"], row["try"]) for row in found.rows] == [("-", about, f"adce.py {hint}")]
+    assert [(row["mark"], row["about"], row["try"]) for row in found.rows] == [("-", about, f"adce.py {hint}")]
 
 
 def test_status_fits_a_terminal_and_says_the_same_as_report(lake, tmp_path):
