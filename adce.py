@@ -9061,7 +9061,8 @@ def check_rows(configuration: Configuration, *, online: bool) -> Rows:
         contextlib.suppress(DatabaseError),  # that has a row of its own
         contextlib.closing(open_database(configuration.database, must_exist=True)) as database,
     ):
-        warnings += demand_above_limits(database, configuration, Clock().wall()).items()
+        demand = demand_above_limits(database, configuration, Clock().wall())
+        warnings += [(f"source {name}", text) for name, text in demand.items()]
     return rows + [{"result": "warn", "what": what, "details": text} for what, text in warnings]
 
 
