@@ -7061,7 +7061,7 @@ def _fitted(columns: dict[str, list[str]], numbers: Collection[str], width: int)
     table = _wrapped(columns, numbers, width)
     if len("  ".join(table[1])) > width:
         *_, last = columns
-        below = [] if last in numbers else columns.pop(last)
+        below = [] if last in numbers or len(columns) == 1 else columns.pop(last)
         same = {name: cells[0] for name, cells in columns.items() if len({*cells}) == 1 < len(cells)}
         yield from textwrap.wrap(", ".join(f"{name} {cell}" for name, cell in same.items()), width)
         columns = {name: cells for name, cells in columns.items() if name not in same} or columns

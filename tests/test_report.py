@@ -265,6 +265,9 @@ def test_too_wide_table_says_once_what_all_rows_share_and_has_the_last_text_belo
     ]
     one = adce.render([adce.Section("x", "", rows[1:])], "table", width=24).splitlines()
     assert one[-1] == "    HTTP 404"  # nothing to share
+    for width in range(1, 12):
+        for part in (rows, [{"line": "HTTP 404"}], [{"n": 123456789}], [{"n": 1, "text": None}]):
+            assert adce.render([adce.Section("x", "", part)], "table", width=width)
 
 
 def test_columns_of_zeros_are_left_out_for_people_alone():

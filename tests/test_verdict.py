@@ -85,6 +85,10 @@ def end_once(lake: Lake) -> None:
     lake.write("update runner set note = ?", (adce.ENDS_OF_ONCE[0],))
 
 
+def lose_the_pool(lake: Lake) -> None:
+    lake.write("update runner set note = 'no scheduler answers'")
+
+
 def lose_the_store(lake: Lake) -> None:
     lake.write("update facts set store_error = 'the store is not there'")
 
@@ -137,6 +141,7 @@ SITUATIONS: dict[Callable[[Lake], None], tuple[str, str, str, int | None, str]] 
     crash: ("x", "runner", "not running: exited unexpectedly, 2 min ago", 6, "adce.py start"),
     stop: ("!", "runner", "not running: SIGTERM, 0.0 s ago", None, "adce.py start"),
     end_once: ("!", "runner", "not running: every task was attempted, 0.0 s ago", None, "adce.py run --once"),
+    lose_the_pool: ("x", "pool", "no scheduler answers", 6, "adce.py explain pool"),
     lose_the_store: ("x", "runner", "the store is not there", 6, "adce.py check"),
     lose_a_cycle: (
         "!",
