@@ -7045,9 +7045,7 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
     return "\n".join(line if line == cut(line, room) else f"{cut(line, room - 1)}…" for line in lines)
 
 
-def _tabulated(
-    lines: Sequence[Sequence[str]], are_numbers: Sequence[bool], style: str = "plain", headers: Iterable[str] = ()
-) -> str:
+def _tabulated(lines: Sequence[Sequence[str]], are_numbers: Iterable[bool], style: str, headers: Iterable[str]) -> str:
     import tabulate
 
     sides = ["right" if is_number else "left" for is_number in are_numbers]
@@ -7066,7 +7064,7 @@ def _fitted(columns: dict[str, list[str]], numbers: Collection[str], width: int)
         yield from textwrap.wrap(", ".join(f"{name} {cell}" for name, cell in same.items()), width)
         columns = {name: cells for name, cells in columns.items() if name not in same} or columns
         table = _wrapped(columns, numbers, width)
-    shown = iter(_tabulated(table, [name in numbers for name in columns]).splitlines())
+    shown = iter(_tabulated(table, [name in numbers for name in columns], "plain", ()).splitlines())
     for line, text in itertools.zip_longest(table, ["", "", *below], fillvalue=""):
         yield from itertools.islice(shown, 1 + max(cell.count("\n") for cell in line))
         yield from textwrap.wrap("" if text == "-" else text, width, initial_indent="    ", subsequent_indent="    ")
@@ -7215,8 +7213,8 @@ LATEST = """
         select about as source, max(coalesce(ended_at, :now)) as over_at
         from alerts where condition = 'source blocked' group by about),
     never as (  -- the datasets without any object
-        select dataset_id, sum(attempts) as attempts from daily_totals
-        where dataset_id not in (select dataset_id from counts where state = 'present' and objects > 0)
+        select dataset_id, sum(attempts) as attempts from datasets cross join daily_totals using (dataset_id)
+        where active and dataset_id not in (select dataset_id from counts where state = 'present' and objects > 0)
         group by dataset_id having sum(attempts) >= 5 and min(outcome) = 'not_yet' and max(outcome) = 'not_yet')
 """
 # condition: its mark and the command that helps; its subjects, a sentence about each, and whether it is quiet
@@ -7241,7 +7239,7 @@ never answered: ! adce.py try {about}
            || coalesce((select url || coalesce(', ' || error, '') from late join objects o using (object_id)
                         where o.dataset_id = n.dataset_id and url is not null order by late.attempt_id desc limit 1),
                        'see its url') as text
-    from never n join datasets using (dataset_id) where active
+    from never n join datasets using (dataset_id)
 critical gap: ! adce.py tasks --dataset {about}
     select dataset as about, 'a CRITICAL object has been missing since '
            || strftime('%Y-%m-%dT%H:%M:%SZ', min(detected_at), 'unixepoch') as text
