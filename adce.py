@@ -3344,9 +3344,9 @@ class FolderStore:
         try:
             yield cast("BinaryIO", file)
         finally:
-            with contextlib.suppress(OSError):  # of a full disk
-                file.close()
-            file.path.unlink(missing_ok=True)
+            for undo in (file.close, functools.partial(file.path.unlink, missing_ok=True)):
+                with contextlib.suppress(OSError):  # of a disk that is full or has become read-only
+                    undo()
 
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
         """Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
@@ -7120,6 +7120,7 @@ def tasks_document(database: Database, filters: Mapping[str, str | None], most: 
 # source are none of their own. Headlines: CONDITIONS, problems(), verdict().
 
 CRASHED, STUCK = "exited unexpectedly", "loop stuck"
+AT_WORK = ("running", "starting")  # states of a runner
 BEAT_SECONDS = 10  # between two heartbeats of the main loop
 LEAST_FREE_BYTES = 100 << 20
 COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": STUCK}  # and their problems
@@ -7238,6 +7239,16 @@ seasons over: - adce.py explain seasons
 """)
 
 
+def write_problem(database: Database, clock: Clock) -> dict[str, str]:
+    """The problem of a database that cannot be written, as problems() names it: reading works on a full disk."""
+    try:
+        with database.transaction(durable=False) as sql:
+            sql.execute("update facts set wall_offset = ?", (clock.wall() - clock.boot(),))
+    except DatabaseUnavailableError as error:
+        return {"database unusable": str(error)}
+    return {}
+
+
 def problems(
     database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
 ) -> dict[str, str]:
@@ -7260,19 +7271,11 @@ def problems(
     except StoreError as problem:
         found["store unusable"] = str(problem)
     silent = now - max(beat, since)  # the last beat may be that of an earlier run
+    if silent > 3 * BEAT_SECONDS and (unusable := write_problem(database, Clock())):
+        return unusable
     if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
         found[STUCK] = f"the main loop has been stuck for {format_duration(silent)}"
     return found
-
-
-def write_problem(database: Database, clock: Clock) -> dict[str, str]:
-    """The problem of a database that cannot be written, as problems() names it: reading works on a full disk."""
-    try:
-        with database.transaction(durable=False) as sql:
-            sql.execute("update facts set wall_offset = ?", (clock.wall() - clock.boot(),))
-    except DatabaseUnavailableError as error:
-        return {"database unusable": str(error)}
-    return {}
 
 
 def demand_above_limits(database: Database, configuration: Configuration, now: float) -> dict[str, str]:
@@ -7338,7 +7341,7 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
     """Whether a runner works, and its last heartbeat."""
     row, holder = next(iter(query(database, "select * from runner")), None), lock.holder()
     if row is None or holder not in (None, row["pid"]):  # the present one has not registered itself yet
-        return {"runner": "never ran"} if holder is None else {"runner": "running", "pid": holder or None}
+        return {"runner": "never ran"} if holder is None else {"runner": "starting", "pid": holder or None}
     started_at, beat_at, stopped_at = (utc_text(row[name]) for name in ("started_at", "beat_at", "stopped_at"))
     if holder is None:
         ended = {"stopped_at": stopped_at, "note": row["note"]} if stopped_at else {"note": CRASHED}
@@ -7347,16 +7350,16 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
     return {"runner": "running", **{name: row[name] for name in ("pid", "version", "address", "unit", "log")}, **times}
 
 
-def verdict(database: Database, configuration: Configuration, now: float) -> Section:
-    """The problems, worst first, with the tasks held up and the command that helps; the title is the headline."""
+def verdict(database: Database, configuration: Configuration, now: float, error: str | None = None) -> Section:
+    """The problems, worst first, with the tasks held up and the command that helps; the title is the headline. The
+    runner may know an `error` of its database."""
     state = runner_state(database, RunnerLock(configuration.database), now)
     (lake,) = answers(database, STATUS, "lake")[0].rows
     gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
-    found = conditions(database, configuration, now, now - HOUR)
-    if state["runner"] != "running":
+    found = conditions(database, configuration, now, now - HOUR if state["runner"] == "running" else now, error)
+    if state["runner"] not in AT_WORK:
         mark = "x" if state.get("note") == CRASHED else "!" if gaps else "-"
         text = ": ".join(filter(None, (state["runner"], state.get("note"))))
-        found = [one for one in found if one.name != STUCK]
         found.append(Condition("no runner", "runner", mark, text, "adce.py start"))
     tasks = tasks_by_source(database)
     rows: Rows = [
@@ -7808,12 +7811,15 @@ class Journal:
         self.screen: LiveScreen | None = None
         self.next_paint_at = -math.inf  # boot
 
-    def paint(self, running: Sequence[str], next_cycle_at: float) -> None:
+    def paint(self, running: Iterable[Claim], next_cycle_at: float) -> None:
         """Refresh the live screen, if there is one, every SCREEN_SECONDS; a cycle at infinity will not come."""
         now = self.clock.boot()
         if self.screen and now >= self.next_paint_at:
             self.next_paint_at = now + SCREEN_SECONDS
-            self.screen.paint(self.clock.wall(), running, next_cycle_at - now if next_cycle_at < math.inf else None)
+            following = next_cycle_at - now if next_cycle_at < math.inf else None
+            with contextlib.suppress(DatabaseError):
+                keys = [claimed.tasks[0].key for claimed in running]
+                self.screen.paint(self.clock.wall(), keys, following, self.database_error)
 
     def write(self, level: str, event: str, **fields: Any) -> None:
         """Log an event; fields without a value are left out. The journal of systemd has the time, and takes the level
@@ -7930,10 +7936,14 @@ def _cycle_text(database: Database, now: float, next_cycle_in: float | None = No
 
 
 def status_lines(
-    database: Database, configuration: Configuration, now: float, next_cycle_in: float | None = None
+    database: Database,
+    configuration: Configuration,
+    now: float,
+    next_cycle_in: float | None = None,
+    error: str | None = None,
 ) -> tuple[list[str], list[str]]:
     """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
-    judged, (tasks,) = verdict(database, configuration, now), answers(database, STATUS, "tasks")[0].rows
+    judged, (tasks,) = verdict(database, configuration, now, error), answers(database, STATUS, "tasks")[0].rows
     counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
     stands = any(row[""] == "x" and row["about"] in ("runner", "pool") for row in judged.rows)
     if (minutes := minutes_left(database)) and not stands:
@@ -7963,10 +7973,10 @@ class LiveScreen:
         self.last_lines: list[str] = []  # events, at the foot
         self._height = 0
 
-    def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None) -> None:
+    def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None, error: str | None = None) -> None:
         """Draw the present state over the last one."""
         width, height = shutil.get_terminal_size()
-        head, body = status_lines(self.database, self.configuration, now, next_cycle_in)
+        head, body = status_lines(self.database, self.configuration, now, next_cycle_in, error)
         coverage = answers(self.database, REPORT, "coverage")
         body += render(coverage, "table", width - 1).splitlines()[1:] if coverage[0].rows else []
         head.insert(0, f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly")
@@ -8387,6 +8397,7 @@ class Runner:
                     if once and not self.stop_reason:
                         raise
                     self.journal.report_database_error(error)
+                    self.journal.paint(self.running.values(), self.next_cycle_at)
                     self.clock.wait(self.wakeups, TROUBLE_SECONDS)
         finally:
             self._finish()
@@ -8569,7 +8580,7 @@ class Runner:
                 sql.execute("update facts set wall_offset = ?", (wall - now,))
                 forget(sql, wall - self.configuration.retention_seconds)
             notify("WATCHDOG=1", f"STATUS={status_line(self.database)}")
-        self.journal.paint([claimed.tasks[0].key for claimed in self.running.values()], self.next_cycle_at)
+        self.journal.paint(self.running.values(), self.next_cycle_at)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
         """How long nothing can happen; while a cycle goes on there is always something to do."""
@@ -8598,7 +8609,7 @@ class Runner:
             facts = {"running": len(self.running), "grace": self.configuration.grace_seconds}
             self.journal.write("INFO", "stopping", **facts, hint="a second signal, or Ctrl-C, ends at once")
         while self.running and self.clock.boot() < limit:
-            self.journal.paint([claimed.tasks[0].key for claimed in self.running.values()], math.inf)
+            self.journal.paint(self.running.values(), math.inf)
             self.clock.wait(self.wakeups, min(1.0, limit - self.clock.boot()))
             self._collect()
             notify("WATCHDOG=1")
@@ -9750,10 +9761,11 @@ def command_health(arguments: Arguments, configuration: Configuration) -> ExitCo
     """Show whether the runner is healthy; exit 4 when there is none, or when it is stuck."""
     database, clock, found = _existing(configuration), Clock(), {"not running": "no runner works on this database"}
     now = clock.wall()
-    if RunnerLock(configuration.database).holder() is not None:
-        found = write_problem(database, clock) or problems(database, configuration, now, now - HOUR)
-    state = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
-    _print(arguments, [Section("health", "", [{**state, "problems": "; ".join(found.values())}], is_one=True)])
+    if (state := runner_state(database, RunnerLock(configuration.database), now)["runner"]) in AT_WORK:
+        since = now - HOUR if state == "running" else now
+        found = write_problem(database, clock) or problems(database, configuration, now, since)
+    judged = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
+    _print(arguments, [Section("health", "", [{**judged, "problems": "; ".join(found.values())}], is_one=True)])
     return ExitCode.NOT_RUNNING if found else ExitCode.DONE
 
 

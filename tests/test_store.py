@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -454,3 +455,13 @@ def test_small_body_in_memory_is_inspected_by_another_process_too(store):
         adce.fill(body, b"id=7 id=8")
         found = adce.inspect_apart(adce.Dataset("box", "box", adce.Template("a")), {}, body, (child,), None)
     assert list(found.mentions.values()) == [("7", "8")]
+
+
+def test_disk_that_goes_away_under_a_body_is_an_error_of_the_store(tmp_path):
+    store = adce.FolderStore(tmp_path / "lake")
+    store.sweep()
+    with pytest.raises(adce.StoreError, match="cannot be written"), store.spool() as body:
+        adce.fill(body, b"content")
+        shutil.rmtree(tmp_path / "lake" / adce.STAGING)
+        (tmp_path / "lake" / adce.STAGING).touch()  # nothing below it can be removed, either
+        store.write("a.txt", body)
