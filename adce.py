@@ -7939,11 +7939,11 @@ class LiveScreen:
     def __init__(self, stream: TextIO, database: Database, configuration: Configuration) -> None:
         self.stream, self.database, self.configuration = stream, database, configuration
         self.last_lines: list[str] = []  # events, at the foot
-        self._height = 0
+        self._height, self._size = 0, shutil.get_terminal_size()
 
     def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None, error: str | None = None) -> None:
         """Draw the present state over the last one."""
-        width, height = shutil.get_terminal_size()
+        width, height = size = shutil.get_terminal_size()
         head, body = status_lines(self.database, self.configuration, now, next_cycle_in, error)
         coverage = answers(self.database, REPORT, "coverage")
         body += render(coverage, "table", width - 1).splitlines()[1:] if coverage[0].rows else []
@@ -7954,7 +7954,8 @@ class LiveScreen:
             body = [*body[: room - 1], f"... and {len(body) - room + 1} more"] if room > 1 else []
         shown = [cut(line, width - 1) for line in [*head, *body, *foot]][: max(2, height - 1)]
         up = f"\x1b[{self._height}F" if self._height else ""  # to the first column: Ctrl-C has written ^C
-        self._height = len(shown)
+        up = up if size == self._size else "\x1b[H\x1b[2J"  # whose lines the terminal has broken anew
+        self._height, self._size = len(shown), size
         with contextlib.suppress(OSError):  # the terminal is gone, the work is not
             self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in shown) + "\x1b[J")
             self.stream.flush()
