@@ -1663,9 +1663,9 @@ def find_configuration(given: str | None) -> Path:
 
 
 # ---------------------------------------------------------------- Datasets
-# The records of what a lake consists of, and of the whole file. A key is added to its block's record and nowhere else,
-# and in problems_in() what must hold between it and others. Headlines: Partitions, Pages, Dataset, Configuration,
-# problems_in().
+# The records of what a lake consists of, and of the file as a whole. A key is added to its block's record, what must
+# hold between it and others in problems_in(), and to reading_rules() when contents must be read again after its change.
+# Headlines: Partitions, Pages, Dataset, Configuration, problems_in().
 
 STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
 NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
@@ -1830,7 +1830,7 @@ class Dataset:
     copy_of: Text | None = setting("dataset whose stored objects are copied, without a request", None)
     original: Template | None = None  # the key of what is copied
     calendar: tuple[Season, ...] = ()  # of its days
-    secrets: frozenset[str] = frozenset()  # variables that its requests hold, and secrets in plain text
+    secrets: frozenset[str] = field(default=frozenset(), repr=False)  # variables of its requests, and plain secrets
     pages: Pages | None = setting(
         "the pages of an answer, each an object with {page} in its key", None, beside=("url",)
     )
@@ -4312,11 +4312,7 @@ def reading_rules(configuration: Configuration, dataset: Dataset) -> str:
 
 def appraisal_rules(configuration: Configuration) -> str:
     """A digest of the rules by which states and ranks follow from facts, the day excepted."""
-    rules = [
-        (one.name, one.source, one.priority, one.batch, one.freshness, one.validate, one.absent_after, one.pages)
-        for one in configuration.datasets.values()
-    ]
-    return _digest(rules, configuration.priority_weighting, configuration.seasons)
+    return _digest(configuration.datasets, configuration.seasons, configuration.priority_weighting)
 
 
 def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> None:
@@ -4332,13 +4328,7 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
         """,
         [(one.name, one.source, weight) for one in configuration.datasets.values()],
     )
-    declaration = _digest(
-        [
-            (one.name, one.key.text, one.partitions, one.available_after, one.excluded, one.pages)
-            for one in configuration.datasets.values()
-        ],
-        configuration.seasons,
-    )
+    declaration = _digest(configuration.datasets, configuration.seasons)
     changed = "update facts set declaration = ?1 where declaration is not ?1"
     if sql.execute(changed, (declaration,)).rowcount:
         sql.execute("update datasets set expansion = '', ready = not exists (select 1 from objects)")
