@@ -1382,19 +1382,13 @@ WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 BUCKET_OR_FOLDER = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|(?![sS]3:)((?!://)[^\x00-\x1f\x7f])+"
 # any date of these years can be shifted by as much as a text may say
 DATE_FORM, DURATION_FORM = r"[12]\d{3}-\d\d-\d\d", r"\s*\d*[1-9]\d*\s*[smhd]\s*"
+ADDRESS_FORM = r"(https?://[^/\s?#]+|\$\{?[A-Z_][A-Z0-9_]*\}?)[^\s?#]*"
 DURATION_WORDS = "a duration like 90s, 15m, 6h or 1d"
 
 Text = Annotated[str, Kind("text")]
 File = Annotated[Path, Kind("the path of a file", _like(r"[^\x00-\x1f\x7f]+"), Path)]
 Lake = Annotated[str, Kind("a folder or s3://bucket/prefix", _like(BUCKET_OR_FOLDER), _lake)]
-Address = Annotated[
-    str,
-    Kind(
-        "an http or https address",
-        _like(r"(https?://[^/\s?#]+|\$\{?[A-Z_][A-Z0-9_]*\}?)[^\s?#]*"),
-        _address,
-    ),
-]
+Address = Annotated[str, Kind("an http or https address", _like(ADDRESS_FORM), _address)]
 Header = Annotated[str, Kind("plain ASCII text", _like(r"[\x20-\x7e]*"))]
 FieldText = Annotated[Template, Kind("text with {fields}", make=Template, fields=FIELD_IN_TEXT)]
 SearchText = Annotated[str, Kind("text", fields=FIELD_IN_EXPRESSION)]
@@ -1670,9 +1664,9 @@ def find_configuration(given: str | None) -> Path:
 
 
 # ---------------------------------------------------------------- Datasets
-# The records of what a lake consists of, and of the whole file. A key is added to its block's record and nowhere else,
-# and in problems_in() what must hold between it and others. Headlines: Partitions, Pages, Dataset, Configuration,
-# problems_in().
+# The records of what a lake consists of, and of the file as a whole. A key is added to its block's record, what must
+# hold between it and others in problems_in(), and to reading_rules() when contents must be read again after its change.
+# Headlines: Partitions, Pages, Dataset, Configuration, problems_in().
 
 STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
 NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
@@ -1837,7 +1831,7 @@ class Dataset:
     copy_of: Text | None = setting("dataset whose stored objects are copied, without a request", None)
     original: Template | None = None  # the key of what is copied
     calendar: tuple[Season, ...] = ()  # of its days
-    secrets: frozenset[str] = frozenset()  # variables that its requests hold, and secrets in plain text
+    secrets: frozenset[str] = field(default=frozenset(), repr=False)  # variables of its requests, and plain secrets
     pages: Pages | None = setting(
         "the pages of an answer, each an object with {page} in its key", None, beside=("url",)
     )
@@ -2188,10 +2182,8 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
             yield path, f"season {other.label} repeats or overlaps season {one.label}"
     if "global" in sources:
         yield "sources.global", "a source cannot be named global"
-    texts, shapes = (
-        dict[str, dict[str, Template]](),
-        dict[str, str](),
-    )  # by dataset; datasets by the shape of their keys
+    texts = dict[str, dict[str, Template]]()  # by dataset
+    shapes = dict[str, str]()  # datasets by the shape of their keys
     for path, template in reader.templates.items():
         block, name, *rest = path.split(".")
         if block == "sources":
@@ -2554,6 +2546,11 @@ def timezone_of(dataset: Dataset) -> str:
     return dataset.partitions.dates.timezone if dataset.partitions.dates else "UTC"
 
 
+def end_of_day(day: datetime.date, timezone: str) -> int:
+    """The instant at which a day is over."""
+    return instant_of(day + datetime.timedelta(days=1), datetime.time(), timezone)
+
+
 def expand(
     dataset: Dataset, seasons: Sequence[Season], now: float, base: Mapping[str, str] = types.MappingProxyType({})
 ) -> Iterator[dict[str, str]]:
@@ -2634,13 +2631,22 @@ def part_problem(dataset: Dataset, name: str, value: str) -> str | None:
 class Inspection:
     """The findings in the content of an object."""
 
-    valid: bool
-    verdict: str | None  # why it is invalid
-    settled: bool  # final: its `until` holds
-    live: bool  # its `live.while` holds
-    mentions: Mapping[str, tuple[str, ...]]  # ids by expression
+    verdict: str | None = None  # why it is invalid
+    settled: bool = False  # final: its `until` holds
+    live: bool = False  # its `live.while` holds
+    mentions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # ids by expression
     problems: tuple[str, ...] = ()  # values in the place of ids that can be none
     outdated: str | None = None  # why it must be fetched again all the same
+
+    @property
+    def valid(self) -> bool:
+        """Whether the content is the object."""
+        return self.verdict is None
+
+    def facts(self, etag: str | None) -> dict[str, Any]:
+        """Its columns in a row of objects. Content with unusable ids counts as unread: each cycle reports it."""
+        read_etag = None if self.problems else etag
+        return {"verdict": self.verdict, "settled": self.settled, "live": self.live, "read_etag": read_etag}
 
 
 def inspect(
@@ -2663,7 +2669,7 @@ def inspect(
     content = _gunzipped(file, rules.most()) if is_packed else file
     document, verdict = _verdict(rules, fields, file, content, is_json=is_asked)
     if verdict:
-        return Inspection(False, verdict, False, False, {})
+        return Inspection(verdict)
     settled = freshness.until is None or holds(freshness.until, fields, document)
     live = freshness.live is not None and holds(freshness.live.expression, fields, document)
     mentions, problems, outdated = dict[str, tuple[str, ...]](), list[str](), None
@@ -2677,9 +2683,9 @@ def inspect(
             try:
                 ids = list(_pages_named(dataset, fields, document, content, links or {}))
             except ValueError as error:
-                return Inspection(False, str(error), False, False, {})
+                return Inspection(str(error))
         mentions[expression_of(child, dataset.name)] = tuple(dict.fromkeys(ids))
-    return Inspection(True, None, settled, live, mentions, tuple(problems), outdated)
+    return Inspection(None, settled, live, mentions, tuple(problems), outdated)
 
 
 def _pages_named(
@@ -2820,9 +2826,7 @@ def _texts_in(file: BinaryIO, texts: Iterable[str]) -> set[str]:
 def parse_json(file: BinaryIO) -> Any:
     """The document in a file, of which no second copy is held meanwhile. Raises ValueError or RecursionError."""
     file.seek(0)
-    encoding = json.detect_encoding(file.read(4))
-    file.seek(0)
-    return json.loads(file.read().decode(encoding, "surrogatepass"), parse_constant=_refuse_constant)
+    return json.loads(file.read(), parse_constant=_refuse_constant)
 
 
 def _refuse_constant(name: str) -> None:
@@ -2893,11 +2897,10 @@ def _refetch_instants(dataset: Dataset, season: Season | None, known: ObjectRow)
     if freshness.refetch_once_after:
         since = known.seen_at or modified
         if known.day:
-            following = datetime.date.fromisoformat(known.day) + datetime.timedelta(days=1)
-            since = instant_of(following, datetime.time(), timezone_of(dataset))
+            since = end_of_day(datetime.date.fromisoformat(known.day), timezone_of(dataset))
         yield from (since + after for after in freshness.refetch_once_after if modified < since + after)
     if season and (freshness.current or freshness.past):
-        over = instant_of(season.finish + datetime.timedelta(days=1), datetime.time(), "UTC")
+        over = end_of_day(season.finish, "UTC")
         if modified < over:  # fetched during its season: refetched once more when that is over
             yield min(modified + freshness.current, over) if freshness.current else over
         elif freshness.past:
@@ -3099,26 +3102,21 @@ def inspect_apart(
     if not (has_regex or is_unpacked or (is_parsed and size > APART_BYTES)):
         found = inspect(dataset, fields, body, children, links)
     else:
-        memory, arguments = max(LEAST_MEMORY, MEMORY_FACTOR * rules.most()), (dataset, fields, tuple(children), links)
+        memory = max(LEAST_MEMORY, MEMORY_FACTOR * rules.most())
+        judge = functools.partial(inspect, dataset, fields, children=tuple(children), links=links)
         with contextlib.ExitStack() as opened:
             if isinstance(body, io.BytesIO):
                 file = cast("BinaryIO", opened.enter_context(tempfile.TemporaryFile()))
                 file.write(body.getbuffer())
                 body = file
             try:
-                found = inspector().call(memory, body, _inspect_file, *arguments)
+                found = inspector().call(memory, body, judge)
             except TooCostlyError as error:
-                return Inspection(False, str(error), False, False, {})
+                return Inspection(str(error))
     if PAGES in found.mentions:
         named = tuple(redacted(text, dataset.secrets) for text in found.mentions[PAGES])
         found = dataclasses.replace(found, mentions={**found.mentions, PAGES: named})
     return found
-
-
-def _inspect_file(
-    dataset: Dataset, fields: Fields, children: Sequence[Dataset], links: Mapping[str, str] | None, file: BinaryIO
-) -> Inspection:
-    return inspect(dataset, fields, file, children, links)
 
 
 def is_found_apart(pattern: str, text: str) -> bool:
@@ -3177,8 +3175,11 @@ class Store(Protocol):
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
         """Put an object whole or not at all; durable when this returns. A file of spool() is moved."""
 
-    def sweep(self, *, is_known: bool = False) -> None:
-        """Make the store usable, and remove unfinished files of a crash. One that `is_known` is not made."""
+    def sweep(self) -> None:
+        """Make the store usable, and remove unfinished files of a crash."""
+
+    def require_mark(self) -> None:
+        """Raises StoreError when this is not the store that it was."""
 
 
 def fill(file: BinaryIO, body: Any) -> None:
@@ -3209,20 +3210,11 @@ def _store_error(action: str, error: OSError) -> StoreError:
     return (UnusablePathError if is_local else StoreError)(f"cannot {action}: {error.strerror}")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)  # another thread may make it too
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
 
 
 class _Spool(tempfile.SpooledTemporaryFile[bytes]):
@@ -3248,11 +3240,8 @@ class FolderStore:
     def __init__(self, root: Path) -> None:
         self.root, self.calls, self.is_swept = root, 0, False
 
-    def sweep(self, *, is_known: bool = False) -> None:
-        """Make the root and its staging folder; remove unfinished files. Where the staging folder of a known store
-        is gone, so may be the disk that was mounted there."""
-        if is_known:
-            self.require_mark()
+    def sweep(self) -> None:
+        """Make the root and its staging folder; remove unfinished files."""
         with self._translated():
             staging = self._staging()
             staging.mkdir(parents=True, exist_ok=True)
@@ -3281,7 +3270,7 @@ class FolderStore:
         return staging
 
     def require_mark(self) -> None:
-        """Raises StoreError when this is not the folder that it was."""
+        """Raises StoreError when the staging folder is gone, as on a disk that is not mounted."""
         staging = self._staging()
         if not staging.is_dir():
             hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {staging}"
@@ -3345,9 +3334,9 @@ class FolderStore:
         try:
             yield cast("BinaryIO", file)
         finally:
-            with contextlib.suppress(OSError):  # of a full disk
-                file.close()
-            file.path.unlink(missing_ok=True)
+            for undo in (file.close, functools.partial(file.path.unlink, missing_ok=True)):
+                with contextlib.suppress(OSError):  # of a disk that is full or has become read-only
+                    undo()
 
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
         """Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
@@ -3365,7 +3354,7 @@ class FolderStore:
             _make_folder(path.parent)
             file.path.rename(path)
             file.is_object = True
-            _sync_folder(path.parent)
+            _sync(path.parent)
         except OSError as error:
             raise _store_error(f"write {key}", error) from error
         return self._stored(key, status)
@@ -3412,10 +3401,13 @@ class S3Store:
         client.meta.events.register("before-parse.s3.ListObjectsV2", self._take_entries)
         return client
 
-    def sweep(self, *, is_known: bool = False) -> None:  # noqa: ARG002  # a bucket is never made
+    def sweep(self) -> None:
         """See that the bucket is there. S3 keeps nothing half written."""
         with self._translated("use"):
             self._client.head_bucket(Bucket=self.bucket)
+
+    def require_mark(self) -> None:
+        """A bucket is never made, so it cannot be another one."""
 
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """Page by page, a thousand keys a request."""
@@ -3509,15 +3501,17 @@ class S3Store:
             raise StoreError(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {error}", hint) from error
 
 
-def is_store_known(database: Database, configuration: Configuration) -> bool:
-    """Whether this database has been kept for this store before."""
-    return bool(database.value("select store from facts") == configuration.store)
+def require_known_store(database: Database, configuration: Configuration, store: Store) -> None:
+    """Raises StoreError when the store that this database was used with is gone, such as a disk that is not mounted."""
+    if database.value("select store from facts") == configuration.store:
+        store.require_mark()
 
 
 def prepare_store(database: Database, configuration: Configuration, store: Store) -> None:
-    """Make the store usable. The one for which this database has been kept before must still be there."""
+    """Make the store usable. Raises StoreError."""
     database.check_file()
-    store.sweep(is_known=is_store_known(database, configuration))
+    require_known_store(database, configuration, store)
+    store.sweep()
     with database.transaction() as sql:
         sql.execute("update facts set store = ?", (configuration.store,))
 
@@ -4100,17 +4094,9 @@ def priority_of(
 
 
 # An object whose content is not known.
-UNREAD: Mapping[str, Any] = {"read_etag": None, "verdict": None, "settled": None, "live": None}
+UNREAD: Mapping[str, Any] = dict.fromkeys(("read_etag", "verdict", "settled", "live"))
 # An object that is not in the store.
-GONE: Mapping[str, Any] = {
-    "etag": None,
-    "size": None,
-    "modified_at": None,
-    "validators": None,
-    "absent_at": None,
-    "outdated": None,
-    **UNREAD,
-}
+GONE: Mapping[str, Any] = dict.fromkeys(("etag", "size", "modified_at", "validators", "absent_at", "outdated", *UNREAD))
 NEW_TASK: Mapping[str, Any] = {
     "gap_size": 1,
     **dict.fromkeys(("attempts", "failures", "fruitless", "crashes"), 0),
@@ -4252,10 +4238,8 @@ class Ledger:
         known = known._replace(
             proven=1, cycle_id=self.cycle_id or known.cycle_id, seen_at=known.seen_at or int(self.now)
         )
-        judged: Mapping[str, Any] = {"verdict": found.verdict, "settled": found.settled, "live": found.live}
         stored: Mapping[str, Any] = {"etag": entry.etag, "size": entry.size, "modified_at": entry.modified_at}
-        read_etag = None if found.problems else entry.etag
-        return known._replace(**judged, **stored, validators=validators, read_etag=read_etag)
+        return known._replace(**found.facts(entry.etag), **stored, validators=validators)
 
     def renew(self, row: ObjectRow, reason: str) -> None:
         """An object must be fetched again; a task that gave up gets another chance."""
@@ -4329,11 +4313,7 @@ def reading_rules(configuration: Configuration, dataset: Dataset) -> str:
 
 def appraisal_rules(configuration: Configuration) -> str:
     """A digest of the rules by which states and ranks follow from facts, the day excepted."""
-    rules = [
-        (one.name, one.source, one.priority, one.batch, one.freshness, one.validate, one.absent_after, one.pages)
-        for one in configuration.datasets.values()
-    ]
-    return _digest(rules, configuration.priority_weighting, configuration.seasons)
+    return _digest(configuration.datasets, configuration.seasons, configuration.priority_weighting)
 
 
 def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> None:
@@ -4349,13 +4329,7 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
         """,
         [(one.name, one.source, weight) for one in configuration.datasets.values()],
     )
-    declaration = _digest(
-        [
-            (one.name, one.key.text, one.partitions, one.available_after, one.excluded, one.pages)
-            for one in configuration.datasets.values()
-        ],
-        configuration.seasons,
-    )
+    declaration = _digest(configuration.datasets, configuration.seasons)
     changed = "update facts set declaration = ?1 where declaration is not ?1"
     if sql.execute(changed, (declaration,)).rowcount:
         sql.execute("update datasets set expansion = '', ready = not exists (select 1 from objects)")
@@ -4567,6 +4541,10 @@ class Claim:
         """Each task with the claim that has its dataset, in the order of the results."""
         return [(self, task) for task in self.tasks] + [part for one in self.beside for part in one.parts()]
 
+    def results(self, result: Result) -> list[Result]:
+        """The same result for each task; the first counts the requests."""
+        return [result, *[dataclasses.replace(result, requests=0)] * (len(self.parts()) - 1)]
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -4740,27 +4718,22 @@ def _begin(ledger: Ledger, row: ObjectRow, url: str) -> ObjectRow:
     return row._replace(task=TaskState.RUNNING, attempt_id=attempt_id)
 
 
+def wake(sql: sqlite3.Connection, condition: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> int:
+    """Make the retries that meet a condition pending. Returns how many."""
+    woken = f"update objects set task = 'pending', next_at = null where task = 'retry' and {condition}"  # noqa: S608
+    return sql.execute(woken, parameters).rowcount
+
+
 def wake_retries(sql: sqlite3.Connection, before: float) -> int:
-    """Up to a page of the retries whose time has come are pending. Returns how many."""
-    woken = """
-        update objects set task = 'pending', next_at = null
-        where object_id in (
-            select object_id from objects
-            where task = 'retry' and next_at is not null and next_at <= ?
-            limit ?)
-    """
-    return sql.execute(woken, (int(before), PAGE)).rowcount
+    """Make up to a page of the retries that are due pending. Returns how many."""
+    due = "select object_id from objects where task = 'retry' and next_at is not null and next_at <= ? limit ?"
+    return wake(sql, f"object_id in ({due})", (int(before), PAGE))
 
 
 def wake_failed(sql: sqlite3.Connection) -> None:
-    """Failed tasks are pending; those that wait for freshness, or for an object that is not there yet, wait on."""
-    sql.execute(
-        """
-        update objects set task = 'pending', next_at = null
-        where task = 'retry' and fruitless > 0 and 'not_yet' is not (
-            select outcome from attempts a where a.object_id = objects.object_id order by attempt_id desc limit 1)
-        """
-    )
+    """Make failed tasks pending, except those that wait for freshness or for an object that is not there yet."""
+    last = "select outcome from attempts a where a.object_id = objects.object_id order by attempt_id desc limit 1"
+    wake(sql, f"fruitless > 0 and 'not_yet' is not ({last})")
 
 
 def appraise_due(ledger: Ledger) -> int:
@@ -4881,8 +4854,7 @@ def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
     dataset = ledger.configuration.datasets[row.dataset]
     since = row.detected_at or 0
     if row.day:
-        following = datetime.date.fromisoformat(row.day) + datetime.timedelta(days=1)
-        since = instant_of(following, datetime.time(), timezone_of(dataset))
+        since = end_of_day(datetime.date.fromisoformat(row.day), timezone_of(dataset))
     good = """select 1 from counts join datasets using (dataset_id)
               where dataset = ? and state in ('present', 'stale', 'suspect') and objects > 0"""
     is_old = dataset.absent_after is not None and ledger.now >= since + dataset.absent_after
@@ -4981,15 +4953,8 @@ def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool
     sql.execute(
         "update scopes set paused_until = 0, reason = null, failures = 0, throttles = 0 where scope = ?", (scope,)
     )
-    woken = sql.execute(
-        """
-        update objects set task = 'pending', next_at = null
-        where task = 'retry' and last_error is not null
-          and dataset_id in (select dataset_id from datasets where :scope in (source, 'global'))
-        """,
-        {"scope": scope},
-    )
-    return bool(was_paused), woken.rowcount
+    own = "dataset_id in (select dataset_id from datasets where ? in (source, 'global'))"
+    return bool(was_paused), wake(sql, f"last_error is not null and {own}", (scope,))
 
 
 def tasks_to_retry(
@@ -5389,17 +5354,14 @@ def _inspect(cycle: Cycle, target: ObjectRow, children: Sequence[Dataset]) -> In
 
 
 def _judged(cycle: Cycle, found: Mapping[int, Inspection], ledger: Ledger, row: ObjectRow) -> ObjectRow:
-    """Content with unusable ids counts as unread, so that every cycle reports it."""
     inspection = found[row.object_id]
     if inspection.valid and (named := note_mentions(ledger, row, inspection)):
         ledger.touch(row.dataset)
         cycle.has_new_pages |= PAGES in {expression for expression, _ in named}
     if inspection.valid and row.read_etag not in (None, row.etag):  # another program, or a runner that crashed
         expect_children(ledger, row, set(), is_fetched=True, is_changed=True)
-    read_etag = None if inspection.problems else row.etag
-    verdict, settled, live = inspection.verdict, inspection.settled, inspection.live
-    row = row._replace(verdict=verdict, settled=settled, live=live, read_etag=read_etag)
-    return ledger.appraised(row._replace(outdated=inspection.outdated or row.outdated))
+    outdated = inspection.outdated or row.outdated
+    return ledger.appraised(row._replace(**inspection.facts(row.etag), outdated=outdated))
 
 
 # ---------------------------------------------------------------- Reconcile
@@ -5828,8 +5790,7 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     with store.spool() as body:
         results = _request_into(body, claimed, store, clock)
     names = claimed.dataset.secrets
-    first, *others = (dataclasses.replace(one, error=one.error and redacted(one.error, names)) for one in results)
-    return [first, *(dataclasses.replace(one, requests=0) for one in others)]
+    return [dataclasses.replace(one, error=one.error and redacted(one.error, names)) for one in results]
 
 
 def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> list[Result]:
@@ -5860,14 +5821,14 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
                 if deadline.passed:  # the socket that was shut looks like the end of the body
                     raise requests.Timeout
                 results = _judge(claimed, response, body, store, deadline)
-                cookies = opened.cookies if results[0].redirect else None
-                return [dataclasses.replace(one, requests=1, cookies=cookies) for one in results]
+                results[0] = dataclasses.replace(results[0], requests=1, cookies=opened.cookies)
+                return results
     except StoreError as error:
         result = dataclasses.replace(_refused(error), http_status=status)
     except _PrivateAddressError as error:
-        return [Result(Outcome.HTTP_ERROR, str(error))] * len(claimed.parts())
+        return claimed.results(Result(Outcome.HTTP_ERROR, str(error)))
     except Error as error:  # before it was sent, or when the runner stopped after the response
-        return [Result(Outcome.LOST, str(error), requests=int(status is not None))] * len(claimed.parts())
+        return claimed.results(Result(Outcome.LOST, str(error), requests=int(status is not None)))
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:
         if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
             result = Result(Outcome.LOST, "this program stood still meanwhile")
@@ -5880,7 +5841,7 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
             outcome, text = connection_error(error)
             host = urllib.parse.urlsplit(claimed.url).hostname or claimed.source.name
             result = Result(outcome, f"{host} {text}", status)
-    return [dataclasses.replace(result, requests=1)] * len(claimed.parts())
+    return claimed.results(dataclasses.replace(result, requests=1))
 
 
 def _decoded(key: str, response: Any) -> Iterator[bytes]:
@@ -6127,7 +6088,7 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
             return [Result(Outcome.OK, None, status)]
         answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES))
         if answer.outcome is not Outcome.OK:
-            return [answer] * len(parts)
+            return claimed.results(answer)
         if target.key.lower().endswith(".gz") and size <= claimed.dataset.validate.most():
             for _ in unpack(blocks_of(body), "gzip"):
                 if deadline.passed:  # half a file can have the whole Content-Length
@@ -6140,14 +6101,15 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
         return [dataclasses.replace(result, validators=validators) for result in results]
     url = urllib.parse.urljoin(_sent_url(claimed), response.headers["location"])
     to = urllib.parse.urlsplit(url)
-    answer = Result(Outcome.RUNNING, None, status, redirect=url)
     if claimed.dataset.method == "POST":
-        answer = Result(Outcome.HTTP_ERROR, "a redirect of a POST, which is refused", status)
+        problem = "a redirect of a POST, which is refused"
     elif claimed.hops >= MAX_REDIRECTS:
-        answer = Result(Outcome.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects", status)
+        problem = f"more than {MAX_REDIRECTS} redirects"
     elif to.scheme not in ("http", "https") or (to.scheme == "http" and _sent_url(claimed).startswith("https:")):
-        answer = Result(Outcome.HTTP_ERROR, f"redirected to {to.scheme}://{to.hostname}, which is refused", status)
-    return [answer] * len(parts)
+        problem = f"redirected to {to.scheme}://{to.hostname}, which is refused"
+    else:
+        return [Result(Outcome.RUNNING, None, status, redirect=url)] * len(parts)
+    return [Result(Outcome.HTTP_ERROR, problem, status)] * len(parts)
 
 
 # ---------------------------------------------------------------- Programs
@@ -6343,7 +6305,7 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     try:
         words, environment = _command_line(claimed)
     except ValueError as error:
-        return [Result(Outcome.INVALID, str(error))] * len(claimed.tasks)
+        return claimed.results(Result(Outcome.INVALID, str(error)))
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
         place = Path(folder) if dataset.batch else Path(folder, "object")
@@ -6353,7 +6315,7 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
             end = run_program(words, Path(environment["ADCE_CONFIG"]).parent, environment, *limits)
         except (OSError, ValueError) as error:
             text = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
-            return [Result(Outcome.ERROR, text)] * len(claimed.tasks)
+            return claimed.results(Result(Outcome.ERROR, text))
         output, results = end.tail.decode("utf-8", "replace"), []
         if dataset.call:
             with contextlib.suppress(OSError), open_regular(Path(folder, FAILURE)) as failure:
@@ -6446,8 +6408,7 @@ def _returned_blocks(value: Any) -> Iterator[bytes]:
     """The bytes that a function has returned. Raises TypeError when it has returned anything else."""
     if isinstance(value, str | Path):
         with Path(value).open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                yield block
+            yield from blocks_of(file)
     elif isinstance(value, bytes | bytearray | memoryview):
         yield bytes(value)
     elif isinstance(value, Iterator):
@@ -6459,8 +6420,7 @@ def _returned_blocks(value: Any) -> Iterator[bytes]:
 def _copy(claimed: Claim, store: Store, original: str) -> Result:
     try:
         with store.open(original) as body, store.spool() as copy:
-            for block in blocks_of(body):
-                fill(copy, block)
+            fill(copy, body)
             return validate_and_store(claimed, claimed.tasks[0], copy, store)
     except KeyError:
         return Result(Outcome.NOT_YET, f"{original} is not in the store")
@@ -6473,7 +6433,7 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     try:
         parts = claimed.parts()
         if claimed.refusal:
-            return [Result(Outcome.INVALID, claimed.refusal)] * len(parts)
+            return claimed.results(Result(Outcome.INVALID, claimed.refusal))
         is_missing = len(claimed.tasks) == 1 and all(row.state == ObjectState.MISSING for _, row in parts)
         # a request to the bucket, in which the last cycle has found nothing, and nothing was tried since
         is_remote = isinstance(store, S3Store) and claimed.url
@@ -6488,12 +6448,12 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
             return [_copy(claimed, store, claimed.dataset.original.render(claimed.tasks[0].fields, quote_for_key))]
         return request(claimed, store, clock) if claimed.url else run_command(claimed, store)
     except StoreError as error:
-        return [_refused(error)] * len(claimed.parts())
+        return claimed.results(_refused(error))
     except Error as error:
-        return [Result(Outcome.LOST, str(error))] * len(claimed.parts())
+        return claimed.results(Result(Outcome.LOST, str(error)))
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
-        first = Result(Outcome.ERROR, describe(error), requests=int(bool(claimed.url)))  # it may have been sent
-        return [first, *[dataclasses.replace(first, requests=0)] * (len(claimed.parts()) - 1)]
+        may_be_sent = int(bool(claimed.url))
+        return claimed.results(Result(Outcome.ERROR, describe(error), requests=may_be_sent))
 
 
 # ---------------------------------------------------------------- Cluster
@@ -6578,17 +6538,16 @@ def run_on_worker(register: str, attempt: int, claimed: Claim, address: str) -> 
     from distributed.utils import sync
 
     clock, worker = Clock(), get_worker()
-    begun_at, name, parts = clock.boot(), str(worker.name), len(claimed.parts())
+    begun_at, name = clock.boot(), str(worker.name)
     if not sync(worker.loop, getattr(worker.scheduler, register), attempt=attempt, callback_timeout=BEGIN_SECONDS):
-        return [Result(Outcome.LOST, NOT_BEGUN, worker=name)] * parts
+        return claimed.results(Result(Outcome.LOST, NOT_BEGUN, worker=name))
     if missing := [one for one in claimed.dataset.secrets - os.environ.keys() if not one.startswith("=")]:
-        return [Result(Outcome.ERROR, f"${min(missing)} is not set on worker {name}", worker=name)] * parts
+        return claimed.results(Result(Outcome.ERROR, f"${min(missing)} is not set on worker {name}", worker=name))
     try:
         store = copy.copy(_store_of_worker(address))
-        if isinstance(store, FolderStore):
-            store.require_mark()
+        store.require_mark()
     except StoreError as error:
-        return [Result(Outcome.STORE_ERROR, f"{error} (on worker {name})", worker=name)] * parts
+        return claimed.results(Result(Outcome.STORE_ERROR, f"{error} (on worker {name})", worker=name))
     write, until = store.write, begun_at + _seconds(claimed) + BEGIN_SECONDS
 
     def write_in_time(key: str, body: bytes | BinaryIO) -> StoredObject:
@@ -6670,7 +6629,7 @@ class Cluster:
         if execution:
             execution.add_done_callback(functools.partial(self._pass_on, future))
         else:
-            future.set_result([Result(Outcome.LOST, "its worker was lost")] * len(claimed.parts()))
+            future.set_result(claimed.results(Result(Outcome.LOST, "its worker was lost")))
         return future
 
     def _pass_on(self, future: Future[list[Result]], execution: Future[list[Result]]) -> None:
@@ -6786,9 +6745,9 @@ class Cluster:
             with self._lock:
                 one = self._sent.pop(future, None)
             if one:
-                other = Result(Outcome.LOST, error, worker=one.worker)
-                first = dataclasses.replace(other, requests=requests * bool(one.claimed.url))
-                future.set_result([first, *[other] * (len(one.claimed.parts()) - 1)])
+                requests_sent = requests * bool(one.claimed.url)
+                lost = Result(Outcome.LOST, error, requests=requests_sent, worker=one.worker)
+                future.set_result(one.claimed.results(lost))
 
     def shutdown(self) -> None:
         """Let no more attempt begin. Those that have begun end on their own."""
@@ -7189,6 +7148,7 @@ def tasks_document(
 
 CRASHED, STUCK = "exited unexpectedly", "loop stuck"
 ENDS_OF_ONCE = ("every task was attempted", "the rest belongs to paused sources")  # of `run --once`
+AT_WORK = ("running", "starting")  # states of a runner
 BEAT_SECONDS = 10  # between two heartbeats of the main loop
 LEAST_FREE_BYTES = 100 << 20
 COMPONENTS = {"database": "database unusable", "store": "store unusable", "loop": STUCK}  # and their problems
@@ -7310,6 +7270,16 @@ seasons over: - adce.py explain seasons
 """)
 
 
+def write_problem(database: Database, clock: Clock) -> dict[str, str]:
+    """The problem of a database that cannot be written, as problems() names it: reading works on a full disk."""
+    try:
+        with database.transaction(durable=False) as sql:
+            sql.execute("update facts set wall_offset = ?", (clock.wall() - clock.boot(),))
+    except DatabaseUnavailableError as error:
+        return {"database unusable": str(error)}
+    return {}
+
+
 def problems(
     database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
 ) -> dict[str, str]:
@@ -7325,26 +7295,18 @@ def problems(
                                   where scope = 'global' and glob(:prefix || '*', reason)), store_error) from facts"""
         if fails := database.value(sql, {"prefix": STORE_TROUBLE}):
             found["store unusable"] = fails
-        elif isinstance(store, FolderStore) and is_store_known(database, configuration):
-            store.require_mark()
+        else:
+            require_known_store(database, configuration, store)
     except DatabaseError as problem:
         return {"database unusable": str(problem)}
     except StoreError as problem:
         found["store unusable"] = str(problem)
     silent = now - max(beat, since)  # the last beat may be that of an earlier run
+    if silent > 3 * BEAT_SECONDS and (unusable := write_problem(database, Clock())):
+        return unusable
     if silent > 2 * max(configuration.queue_check_seconds, BEAT_SECONDS) + MINUTE:
         found[STUCK] = f"the main loop has been stuck for {format_duration(silent)}"
     return found
-
-
-def write_problem(database: Database, clock: Clock) -> dict[str, str]:
-    """The problem of a database that cannot be written, as problems() names it: reading works on a full disk."""
-    try:
-        with database.transaction(durable=False) as sql:
-            sql.execute("update facts set wall_offset = ?", (clock.wall() - clock.boot(),))
-    except DatabaseUnavailableError as error:
-        return {"database unusable": str(error)}
-    return {}
 
 
 def demand_above_limits(database: Database, configuration: Configuration, now: float) -> dict[str, str]:
@@ -7423,7 +7385,7 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
     """Whether a runner works, and its last heartbeat."""
     row, holder = next(iter(query(database, "select * from runner")), None), lock.holder()
     if row is None or holder not in (None, row["pid"]):  # the present one has not registered itself yet
-        return {"runner": "never ran"} if holder is None else {"runner": "running", "pid": holder or None}
+        return {"runner": "never ran"} if holder is None else {"runner": "starting", "pid": holder or None}
     started_at, beat_at, stopped_at = (utc_text(row[name]) for name in ("started_at", "beat_at", "stopped_at"))
     if holder is None:
         ended = {"stopped_at": stopped_at, "note": row["note"]} if stopped_at else {"note": CRASHED}
@@ -7432,22 +7394,21 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
     return {"runner": "running", **{name: row[name] for name in ("pid", "version", "address", "unit", "log")}, **times}
 
 
-def verdict(database: Database, configuration: Configuration, now: float) -> Section:
-    """The problems, worst first, with the tasks held up and the command that helps; the title is the headline."""
+def verdict(database: Database, configuration: Configuration, now: float, error: str | None = None) -> Section:
+    """The problems, worst first, with the tasks held up and the command that helps; the title is the headline. The
+    runner may know an `error` of its database."""
     state = runner_state(database, RunnerLock(configuration.database), now)
     (lake,) = answers(database, STATUS, "lake")[0].rows
     gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
-    found = conditions(database, configuration, now, now - HOUR)
+    found = conditions(database, configuration, now, now - HOUR if state["runner"] == "running" else now, error)
     tasks, note = tasks_by_source(database), state.get("note")
     tasks = {**dict.fromkeys(("runner", "pool", GLOBAL), sum(tasks.values())), **tasks}
-    if state["runner"] != "running":
-        found = [one for one in found if one.name != STUCK]
-        if gaps or note not in ENDS_OF_ONCE:
-            mark = "x" if note == CRASHED else "!" if gaps else "-"
-            ago = now - (database.value("select coalesce(stopped_at, beat_at) from runner") or now)
-            text = f"{state['runner']}: {note}, {format_duration(ago)} ago" if note else state["runner"]
-            hint = "adce.py run --once" if note in ENDS_OF_ONCE else "adce.py start"
-            found.append(Condition("no runner", "runner", mark, text, hint))
+    if state["runner"] not in AT_WORK and (gaps or note not in ENDS_OF_ONCE):
+        mark = "x" if note == CRASHED else "!" if gaps else "-"
+        ago = now - (database.value("select coalesce(stopped_at, beat_at) from runner") or now)
+        text = f"{state['runner']}: {note}, {format_duration(ago)} ago" if note else state["runner"]
+        hint = "adce.py run --once" if note in ENDS_OF_ONCE else "adce.py start"
+        found.append(Condition("no runner", "runner", mark, text, hint))
     rows: Rows = [{"mark": one.mark, "about": one.about, "what": one.text, "holds_up": None} for one in found]
     for row, one in zip(rows, found, strict=True):
         row |= {"holds_up": (one.mark == "x" and tasks.get(one.about)) or None, "try": one.hint}
@@ -7906,12 +7867,15 @@ class Journal:
         self.screen: LiveScreen | None = None
         self.next_paint_at = -math.inf  # boot
 
-    def paint(self, running: Sequence[str], next_cycle_at: float) -> None:
+    def paint(self, running: Iterable[Claim], next_cycle_at: float) -> None:
         """Refresh the live screen, if there is one, every SCREEN_SECONDS; a cycle at infinity will not come."""
         now = self.clock.boot()
         if self.screen and now >= self.next_paint_at:
             self.next_paint_at = now + SCREEN_SECONDS
-            self.screen.paint(self.clock.wall(), running, next_cycle_at - now if next_cycle_at < math.inf else None)
+            following = next_cycle_at - now if next_cycle_at < math.inf else None
+            with contextlib.suppress(DatabaseError):
+                keys = [claimed.tasks[0].key for claimed in running]
+                self.screen.paint(self.clock.wall(), keys, following, self.database_error)
 
     def write(self, level: str, event: str, **fields: Any) -> None:
         """Log an event; fields without a value are left out. The journal of systemd has the time, and takes the level
@@ -7979,10 +7943,9 @@ def log_cycle(journal: Journal, database: Database) -> None:
 
 def log_progress(journal: Journal, database: Database) -> None:
     """One line for a cycle that takes long."""
-    for row in database.read(
-        "select cycle_id, progress from reconciliations where seconds is null and progress is not null"
-    ):
-        journal.write("INFO", "progress", cycle=row["cycle_id"], doing=row["progress"])
+    sql = "select cycle_id, progress from reconciliations where seconds is null and progress is not null"
+    for number, progress in database.read(sql):
+        journal.write("INFO", "progress", cycle=number, doing=progress)
 
 
 def log_ending(journal: Journal, ending: Ending, max_attempts: int) -> None:
@@ -8014,10 +7977,14 @@ def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Ite
 
 
 def status_lines(
-    database: Database, configuration: Configuration, now: float, next_cycle_in: float | None = None
+    database: Database,
+    configuration: Configuration,
+    now: float,
+    next_cycle_in: float | None = None,
+    error: str | None = None,
 ) -> tuple[list[str], list[str]]:
     """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
-    judged, body = verdict(database, configuration, now), list[str]()
+    judged, body = verdict(database, configuration, now, error), list[str]()
     head = [judged.title, f"cycle   {cycle_text(database, now, next_cycle_in)}"]
     head.append(f"tasks   {tasks_text(database, configuration, judged)}")
     for row in judged.rows[:MOST_FINDINGS]:
@@ -8042,12 +8009,12 @@ class LiveScreen:
     def __init__(self, stream: TextIO, database: Database, configuration: Configuration) -> None:
         self.stream, self.database, self.configuration = stream, database, configuration
         self.last_lines: list[str] = []  # events, at the foot
-        self._height = 0
+        self._height, self._size = 0, shutil.get_terminal_size()
 
-    def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None) -> None:
+    def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None, error: str | None = None) -> None:
         """Draw the present state over the last one."""
-        width, height = shutil.get_terminal_size()
-        head, body = status_lines(self.database, self.configuration, now, next_cycle_in)
+        width, height = size = shutil.get_terminal_size()
+        head, body = status_lines(self.database, self.configuration, now, next_cycle_in, error)
         coverage = answers(self.database, REPORT, "coverage")
         body += render(coverage, "table", width - 1).splitlines()[1:] if coverage[0].rows else []
         head.insert(0, f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly")
@@ -8057,7 +8024,8 @@ class LiveScreen:
             body = [*body[: room - 1], f"... and {len(body) - room + 1} more"] if room > 1 else []
         shown = [cut(line, width - 1) for line in [*head, *body, *foot]][: max(2, height - 1)]
         up = f"\x1b[{self._height}F" if self._height else ""  # to the first column: Ctrl-C has written ^C
-        self._height = len(shown)
+        up = up if size == self._size else "\x1b[H\x1b[2J"  # whose lines the terminal has broken anew
+        self._height, self._size = len(shown), size
         with contextlib.suppress(OSError):  # the terminal is gone, the work is not
             self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in shown) + "\x1b[J")
             self.stream.flush()
@@ -8468,6 +8436,7 @@ class Runner:
                     if once and not self.stop_reason:
                         raise
                     self.journal.report_database_error(error)
+                    self.journal.paint(self.running.values(), self.next_cycle_at)
                     self.clock.wait(self.wakeups, TROUBLE_SECONDS)
         finally:
             self._finish()
@@ -8650,7 +8619,7 @@ class Runner:
                 sql.execute("update facts set wall_offset = ?", (wall - now,))
                 forget(sql, wall - self.configuration.retention_seconds)
             notify("WATCHDOG=1", f"STATUS={status_line(self.database)}")
-        self.journal.paint([claimed.tasks[0].key for claimed in self.running.values()], self.next_cycle_at)
+        self.journal.paint(self.running.values(), self.next_cycle_at)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
         """How long nothing can happen; while a cycle goes on there is always something to do."""
@@ -8679,7 +8648,7 @@ class Runner:
             facts = {"running": len(self.running), "grace": self.configuration.grace_seconds}
             self.journal.write("INFO", "stopping", **facts, hint="a second signal, or Ctrl-C, ends at once")
         while self.running and self.clock.boot() < limit:
-            self.journal.paint([claimed.tasks[0].key for claimed in self.running.values()], math.inf)
+            self.journal.paint(self.running.values(), math.inf)
             self.clock.wait(self.wakeups, min(1.0, limit - self.clock.boot()))
             self._collect()
             notify("WATCHDOG=1")
@@ -8692,7 +8661,7 @@ class Runner:
         sent = [(claimed, int(bool(claimed.url))) for claimed in left_running]
         for claimed, requests in [*sent, *((hop, 0) for hop in self.hops)]:
             lost = Result(Outcome.LOST, "the runner stopped", requests=requests)
-            self.unrecorded.append((claimed, [lost] * len(claimed.parts())))
+            self.unrecorded.append((claimed, claimed.results(lost)))
         self.running.clear()
         self._sweep()
         self._collect()
@@ -8881,56 +8850,36 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
     }
 
 
-PRESENT = 'sum(adce_objects{state="present"})'
 # Panels of the dashboard: title, unit, width of 24, and expressions with the legends of their lines.
-PANELS: tuple[tuple[str, str, int, Mapping[str, str]], ...] = (
-    ("Coverage", "percentunit", 4, {f"{PRESENT} / sum(adce_objects)": ""}),
-    ("Gave up", "short", 4, {'sum(adce_tasks{state="gave_up"}) or vector(0)': ""}),
-    ("Conditions", "short", 4, {"adce_open_alerts": ""}),
-    ("Since the last good cycle", "s", 6, {"time() - adce_cycle_last_success_timestamp_seconds": ""}),
-    ("Since the last sign of life", "s", 6, {"time() - adce_runner_last_beat_timestamp_seconds": ""}),
-    (
-        "Coverage by dataset",
-        "percentunit",
-        12,
-        {'sum by (dataset) (adce_objects{state="present"}) / sum by (dataset) (adce_objects)': "{{dataset}}"},
-    ),
-    ("Open tasks", "short", 12, {"sum by (dataset, state) (adce_tasks)": "{{dataset}} {{state}}"}),
-    (
-        "Used of each limit",
-        "percentunit",
-        12,
-        {"adce_window_used_requests / adce_window_limit_requests": "{{scope}} in {{seconds}} s"},
-    ),
-    ("Left of a pause", "s", 12, {"adce_paused_until_timestamp_seconds - time()": "{{scope}}"}),
-    ("Attempts", "cpm", 12, {"sum by (outcome) (60 * rate(adce_attempts_total[15m]))": "{{outcome}}"}),
-    (
-        "Seconds an attempt",
-        "s",
-        12,
-        {
-            "rate(adce_attempt_seconds_total[15m]) / on (dataset) "
-            "sum by (dataset) (rate(adce_attempts_total[15m]))": "{{dataset}}"
-        },
-    ),
-    ("Stored", "Bps", 12, {"sum by (dataset) (rate(adce_stored_bytes_total[15m]))": "{{dataset}}"}),
-    (
-        "Cycles",
-        "s",
-        12,
-        {"adce_cycle_duration_seconds": "the last took", "rate(adce_cycles_total[1h]) * 3600": "an hour"},
-    ),
-)
+PANELS = """
+Coverage | percentunit | 4 | sum(adce_objects{state="present"}) / sum(adce_objects) =>
+Gave up | short | 4 | sum(adce_tasks{state="gave_up"}) or vector(0) =>
+Conditions | short | 4 | adce_open_alerts =>
+Since the last good cycle | s | 6 | time() - adce_cycle_last_success_timestamp_seconds =>
+Since the last sign of life | s | 6 | time() - adce_runner_last_beat_timestamp_seconds =>
+Coverage by dataset | percentunit | 12 | sum by (dataset) (adce_objects{state="present"}) / \
+sum by (dataset) (adce_objects) => {{dataset}}
+Open tasks | short | 12 | sum by (dataset, state) (adce_tasks) => {{dataset}} {{state}}
+Used of each limit | percentunit | 12 | adce_window_used_requests / adce_window_limit_requests \
+=> {{scope}} in {{seconds}} s
+Left of a pause | s | 12 | adce_paused_until_timestamp_seconds - time() => {{scope}}
+Attempts | cpm | 12 | sum by (outcome) (60 * rate(adce_attempts_total[15m])) => {{outcome}}
+Seconds an attempt | s | 12 | rate(adce_attempt_seconds_total[15m]) / on (dataset) \
+sum by (dataset) (rate(adce_attempts_total[15m])) => {{dataset}}
+Stored | Bps | 12 | sum by (dataset) (rate(adce_stored_bytes_total[15m])) => {{dataset}}
+Cycles | s | 12 | adce_cycle_duration_seconds => the last took | rate(adce_cycles_total[1h]) * 3600 => an hour
+"""
 
 
 def grafana_dashboard() -> str:
     """A dashboard of PANELS; its data source is chosen at the top of the page."""
     source, panels, x, y = {"type": "prometheus", "uid": "${datasource}"}, list[dict[str, Any]](), 0, 0
-    for title, unit, width, lines in PANELS:
+    for title, unit, size, *lines in (line.split(" | ") for line in PANELS.strip().splitlines()):
+        width = int(size)
         kind, height = ("stat", 4) if width < 12 else ("timeseries", 8)
         targets = [
-            {"refId": chr(65 + n), "datasource": source, "expr": expression, "legendFormat": legend}
-            for n, (expression, legend) in enumerate(lines.items())
+            {"refId": chr(65 + n), "datasource": source, "expr": expression, "legendFormat": legend.strip()}
+            for n, (expression, _, legend) in enumerate(line.partition(" =>") for line in lines)
         ]
         panel = {"id": len(panels) + 1, "type": kind, "title": title, "datasource": source, "targets": targets}
         place = {"h": height, "w": width, "x": x, "y": y}
@@ -9131,8 +9080,7 @@ def _check_store(configuration: Configuration) -> str:
             contextlib.suppress(DatabaseError),  # that has a row of its own
             contextlib.closing(open_database(configuration.database, must_exist=True)) as database,
         ):
-            if is_store_known(database, configuration):
-                store.require_mark()
+            require_known_store(database, configuration, store)
         there = next(folder for folder in (store.root, *store.root.parents) if folder.exists() or folder.is_symlink())
         if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
             raise StoreError(f"{there} is not a writable folder", "see `store:` in adce.yaml")
@@ -9171,8 +9119,7 @@ def _check_alerts(alerts: Alerts) -> str:
             is_http = False
         if not is_http:
             raise Error(f"{channel} is not an http address", "see `alerts:` in adce.yaml")
-    channels = ("webhook", "ping", "sns_topic", "command", "cloudwatch")
-    return ", ".join(channel for channel in channels if getattr(alerts, channel)) or "no alert channel configured"
+    return ", ".join(name for name in settings_of(Alerts) if getattr(alerts, name)) or "no alert channel configured"
 
 
 def _check_system() -> str:
@@ -9267,11 +9214,9 @@ def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
             database = stack.enter_context(contextlib.closing(open_database(configuration.database))).copy()
         else:
             database = memory_database()
-        if isinstance(store, FolderStore):
-            if is_store_known(database, configuration):
-                store.require_mark()
-            elif not store.root.exists():  # the first run makes it
-                store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        require_known_store(database, configuration, store)
+        if isinstance(store, FolderStore) and not store.root.exists():  # the first run makes it
+            store = FolderStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         yield database, store
 
 
@@ -9805,7 +9750,7 @@ def command_acquire(arguments: Arguments, configuration: Configuration) -> int:
     limiter = Limiter(configuration, open_database(configuration.database))
     held = limiter.acquire(arguments.source, arguments.wait)
     if not (arguments.program or arguments.quiet):
-        print(f"{arguments.source} may be asked once, within {SEND_WITHIN_SECONDS} s", file=sys.stderr)
+        print(f"{arguments.source}: one request is permitted within {SEND_WITHIN_SECONDS} s", file=sys.stderr)
     return run_held(limiter, held, arguments.program) if arguments.program else ExitCode.DONE
 
 
@@ -9839,13 +9784,14 @@ def command_status(arguments: Arguments, configuration: Configuration) -> ExitCo
 
 @command(needs="database")
 def command_health(arguments: Arguments, configuration: Configuration) -> ExitCode:
-    """Show whether the runner is healthy; exit 4 when there is none, or when it is stuck."""
+    """Show whether the runner is healthy; exit 4 when it is unhealthy, or when there is none."""
     database, clock, found = _existing(configuration), Clock(), {"not running": "no runner works on this database"}
-    now = clock.wall()
-    if RunnerLock(configuration.database).holder() is not None:
-        found = write_problem(database, clock) or problems(database, configuration, now, now - HOUR)
-    state = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
-    _print(arguments, [Section("health", "", [{**state, "problems": "; ".join(found.values())}], is_one=True)])
+    state = runner_state(database, RunnerLock(configuration.database), now := clock.wall())["runner"]
+    if state in AT_WORK:
+        since = now - HOUR if state == "running" else now
+        found = write_problem(database, clock) or problems(database, configuration, now, since)
+    judged = {"status": "unhealthy" if found else "healthy", "timestamp": utc_text(now)}
+    _print(arguments, [Section("health", "", [{**judged, "problems": "; ".join(found.values())}], is_one=True)])
     return ExitCode.NOT_RUNNING if found else ExitCode.DONE
 
 
@@ -9921,12 +9867,10 @@ def command_explain(arguments: Arguments, _: Configuration) -> None:
     """Print the meaning of the keys of adce.yaml, or a JSON Schema of them."""
     if arguments.json_schema:
         print(json.dumps(json_schema(), indent=2))
-        return
-    rows = explain(arguments.key)
-    if arguments.format == "table":
-        print(explained_text(rows))
+    elif arguments.format == "table":
+        print(explained_text(explain(arguments.key)))
     else:
-        _print(arguments, [Section("keys", "", rows)])
+        _print(arguments, [Section("keys", "", explain(arguments.key))])
 
 
 @command(option("name", choices=sorted([*EXAMPLES, *MADE_EXAMPLES])), needs="nothing")

@@ -416,7 +416,7 @@ def test_acquire_tells_the_signal_that_ended_its_command(shop):
 def test_acquire_without_a_command_counts_until_the_deadline(shop):
     done = run_adce("acquire", "shop", folder=shop)
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == "shop may be asked once, within 10 s\n"
+    assert done.stderr == "shop: one request is permitted within 10 s\n"
     assert in_flight(shop) == 1
 
 

@@ -43,7 +43,7 @@ datasets:
     partitions: {values: {season: [S1, S2], name: [a, b, c, d]}}
     priority: MEDIUM
 """
-HELD = adce.Inspection(valid=True, verdict=None, settled=True, live=False, mentions={})
+HELD = adce.Inspection(settled=True, live=False, mentions={})
 
 
 class Desk:
@@ -505,7 +505,7 @@ def test_object_that_a_program_left_and_that_is_invalid_is_suspect_at_once(desk)
     desk.expect("files", season="S1", name="a")
     claimed = desk.claim()
     left = result(claimed.tasks[0], adce.Outcome.OK, desk.clock)
-    wrong = adce.Inspection(valid=False, verdict="not JSON", settled=False, live=False, mentions={})
+    wrong = adce.Inspection(verdict="not JSON", settled=False, live=False, mentions={})
     desk.finish(claimed, dataclasses.replace(left, outcome=adce.Outcome.INVALID, inspection=wrong))
     assert [tuple(row) for row in desk.database.read("select kind, reason, task_state from gaps")] == [
         ("suspect", "not JSON", "retry")

@@ -481,7 +481,7 @@ def note_stored(ledger: adce.Ledger, lake: Lake, key: str) -> None:
     """What a runner does with an object that it has just stored, and that is final."""
     known, stored = ledger.objects("o.key = :key", {"key": key})[0], lake.store.find(key)
     assert stored
-    found = adce.Inspection(valid=True, verdict=None, settled=True, live=False, mentions={})
+    found = adce.Inspection(settled=True, live=False, mentions={})
     ledger.write([ledger.appraised(ledger.stored(known, stored, found))])
 
 

@@ -162,7 +162,7 @@ def test_lock_of_another_process_is_not_taken_for_the_last_run(database, tmp_pat
     assert adce.runner_state(database, lock, 300)["note"] == "exited unexpectedly"
     lock.acquire()
     state = adce.runner_state(database, adce.RunnerLock(tmp_path / "adce.db"), 300)
-    assert (state["runner"], state["pid"]) == ("running", int((tmp_path / "adce.db.lock").read_text()))
+    assert (state["runner"], state["pid"]) == ("starting", int((tmp_path / "adce.db.lock").read_text()))
     assert "uptime" not in state
     lock.release()
 

@@ -456,15 +456,20 @@ def test_store_that_is_no_longer_mounted_is_not_filled_anew(configure, database,
     assert run_once(configuration, database)[0] == adce.ExitCode.DONE
 
 
-def test_locked_database_is_outlasted_and_no_answer_is_lost(configure, database, upstream, league, tmp_path):
+def test_locked_database_is_shown_and_outlasted_and_no_answer_is_lost(
+    configure, database, upstream, league, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
     meddler = sqlite3.connect(tmp_path / "adce.db", isolation_level=None)
-    runner, lines = make_runner(configure(league_text(upstream.address)), database)
+    configuration, shown = configure(league_text(upstream.address)), io.StringIO()
+    runner, lines = make_runner(configuration, database)
+    runner.journal.screen = adce.LiveScreen(shown, database, configuration)
 
     class Clock(adce.Clock):
         """Locks the database when something was asked, until that has been noticed."""
 
         def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, *_: object) -> None:
-            is_noticed = "database is locked (SQLITE_BUSY)" in lines.getvalue()
+            is_noticed = re.search(r"  x runner: .*database is locked \(SQLITE_BUSY\)", shown.getvalue())
             if meddler.in_transaction and is_noticed:
                 meddler.rollback()
             elif upstream.count() and not is_noticed and not meddler.in_transaction:

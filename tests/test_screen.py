@@ -57,6 +57,16 @@ def test_low_terminal_cuts_the_datasets_and_keeps_what_is_done_now(paint):
     assert len(paint(5)) == 4
 
 
+def test_terminal_that_is_resized_is_cleared(paint, configure, database, clock, monkeypatch):
+    paint(20)
+    stream = io.StringIO()
+    screen = adce.LiveScreen(stream, database, configure(TEXT))
+    for columns in ("120", "60", "60"):
+        monkeypatch.setenv("COLUMNS", columns)
+        screen.paint(clock.wall(), [], None)
+    assert stream.getvalue().count("\x1b[H\x1b[2J") == 1
+
+
 def test_limits_tell_how_long_the_open_tasks_last(paint, database):
     with database.transaction() as sql:
         sql.execute("insert into windows (scope, window_seconds, max_requests) values ('league', 60, 10)")

@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 from conftest import run_adce
+from runners import rows
 from upstream import Answer
 
 import adce
@@ -25,6 +26,15 @@ datasets:
     validate: {{json: true}}
 """
 ENVIRONMENT = {"QUOTES_KEY": CANARY, "PLACE": "here"}
+
+
+def test_configuration_with_several_variables_is_the_same_in_each_process(upstream, tmp_path):
+    (tmp_path / "adce.yaml").write_text(KEYED.format(address=upstream.address))
+    digests = []
+    for seed in ("6", "7"):  # with other orders of a set
+        run_adce("reconcile", folder=tmp_path, PYTHONHASHSEED=seed, **ENVIRONMENT)
+        digests += rows(tmp_path, "select declaration, priorities from facts")
+    assert len(set(digests)) == 1, digests
 
 
 def leaks(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -407,11 +408,11 @@ def test_page_that_is_no_whole_listing_is_an_error_and_not_a_smaller_lake(bodies
 def test_known_store_that_has_lost_its_mark_is_not_made_anew(folder):
     (folder.root / adce.STAGING).rmdir()
     with pytest.raises(adce.StoreError, match="is no longer there: it has no folder") as caught:
-        adce.FolderStore(folder.root).sweep(is_known=True)
+        adce.FolderStore(folder.root).require_mark()
     assert "is its disk mounted?" in caught.value.hint
     folder.root.rmdir()
     with pytest.raises(adce.StoreError):
-        adce.FolderStore(folder.root).sweep(is_known=True)
+        adce.FolderStore(folder.root).require_mark()
     assert not folder.root.exists()
 
 
@@ -454,3 +455,14 @@ def test_small_body_in_memory_is_inspected_by_another_process_too(store):
         adce.fill(body, b"id=7 id=8")
         found = adce.inspect_apart(adce.Dataset("box", "box", adce.Template("a")), {}, body, (child,), None)
     assert list(found.mentions.values()) == [("7", "8")]
+
+
+def test_disk_that_goes_away_under_a_body_is_an_error_of_the_store(tmp_path):
+    store = adce.FolderStore(tmp_path / "lake")
+    store.sweep()
+    with store.spool() as body:
+        adce.fill(body, b"content")
+        shutil.rmtree(tmp_path / "lake" / adce.STAGING)
+        (tmp_path / "lake" / adce.STAGING).touch()  # nothing below it can be removed, either
+        with pytest.raises(adce.StoreError, match="cannot be written"):
+            store.write("a.txt", body)

@@ -50,6 +50,15 @@ class Lake:
         return adce.verdict(self.database, self.desk.configuration, self.clock.wall())
 
 
+def test_runner_that_starts_beside_the_row_of_an_earlier_one_is_not_stuck(lake):
+    lake.clock.advance(3600)
+    assert [row["about"] for row in lake.verdict().rows if "stuck for" in row["what"]] == ["runner"]
+    lake.write("update runner set pid = pid + 1")
+    judged = lake.verdict()
+    assert judged.title.endswith("runner starting")
+    assert not [row for row in judged.rows if row["about"] == "runner"]
+
+
 @pytest.fixture
 def lake(configure, database, clock, tmp_path):
     made = Lake(Desk(configure(TEXT), database, clock), tmp_path / "adce.yaml")

@@ -43,7 +43,7 @@ def close_no_task(ledger, known, **options):
 
 def believe_whatever_is_fetched(dataset, fields, body, children=(), links=None):
     mentions = {adce.expression_of(child, dataset.name): () for child in children}
-    return adce.Inspection(True, None, True, False, mentions)
+    return adce.Inspection(None, True, False, mentions)
 
 
 def forget_open_tasks(sql, before):

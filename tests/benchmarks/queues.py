@@ -118,7 +118,7 @@ class Adce(Queue):
             for claimed in self.claimed:
                 key = claimed.tasks[0].key
                 stored = adce.StoredObject(key, 1000, f"{key} in version 1", int(self.clock.wall()))
-                found = adce.Inspection(valid=True, verdict=None, settled=False, live=False, mentions={})
+                found = adce.Inspection(settled=False, live=False, mentions={})
                 result = adce.Result(adce.Outcome.OK, http_status=200, stored=stored, inspection=found, requests=1)
                 ledger = adce.Ledger(sql, self.configuration, self.clock.wall(), 1)
                 adce.finish(ledger, claimed, [result], self.clock, self.rng)
