@@ -469,7 +469,7 @@ def test_locked_database_is_shown_and_outlasted_and_no_answer_is_lost(
         """Locks the database when something was asked, until that has been noticed."""
 
         def wait(self, wakeups: queue.SimpleQueue[str], seconds: float, *_: object) -> None:
-            is_noticed = re.search(r"  x runner: .*database is locked \(SQLITE_BUSY\)", shown.getvalue())
+            is_noticed = re.search(r"  x runner.*: .*database is locked \(SQLITE_BUSY\)", shown.getvalue())
             if meddler.in_transaction and is_noticed:
                 meddler.rollback()
             elif upstream.count() and not is_noticed and not meddler.in_transaction:

@@ -257,7 +257,7 @@ def test_a_scheduler_that_is_not_there_is_a_reported_problem_and_ends_a_run_once
     with running(tmp_path):
         wait_until(lambda: rows(tmp_path, "select note from runner where note is not null and stopped_at is null"), 60)
         status = run_adce("status", folder=tmp_path).stdout
-        assert f"x pool: {engine.address} does not answer" in status
+        assert "x pool" in status and f": {engine.address} does not answer" in status
         assert (" pending" in status, " left" in status) == (True, False)  # no estimate while nothing can begin
         engine.start_scheduler()
         engine.start_worker("w0")
