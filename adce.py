@@ -3853,8 +3853,6 @@ def parse_retry_after(text: str | None, date: str | None) -> float | None:
 
 def classify(source: Source, status: int, headers: Mapping[str, str], body: bytes = b"") -> Result:
     """The meaning of an HTTP response with its start. Errors can come with status 200, a missing object with 403."""
-    if status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000]):
-        return Result(Outcome.NOT_YET, "HTTP 403: no such object", status)
     text, blocked = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}", source.blocked_when
     retry_after = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
     try:
@@ -3872,7 +3870,9 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
             document = json.loads(body)
     is_error = document is not None and holds(cast(str, source.error_when), {}, document)
     code = document.get("code") if is_error and isinstance(document, dict) else None
-    if status in (404, 410) or (is_error and code in (404, "404")):
+    unlisted = status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000])  # S3's
+    is_unknown = unlisted and b"Request has expired" not in body[:2000]  # a signed url
+    if status in (404, 410) or is_unknown or (is_error and code in (404, "404")):
         return Result(Outcome.NOT_YET, text, status)
     if is_error and status < 500:
         return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)
