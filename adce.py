@@ -3872,7 +3872,7 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
     code = document.get("code") if is_error and isinstance(document, dict) else None
     unlisted = status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000])  # S3's
     is_unknown = unlisted and b"Request has expired" not in body[:2000]  # a signed url
-    if status in (404, 410) or is_unknown or (is_error and code in (404, "404")):
+    if status in (204, 404, 410) or is_unknown or (is_error and code in (404, "404")):
         return Result(Outcome.NOT_YET, text, status)
     if is_error and status < 500:
         return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)

@@ -110,7 +110,7 @@ VERDICTS = {
     "a redirect to nowhere": (Answer(b"", 302), O.HTTP_ERROR, "HTTP 302"),
     "slow down": (Answer(b"slow down", 429), O.THROTTLED, "HTTP 429: slow down"),
     "away for a while": (Answer(b"back soon", 503), O.THROTTLED, "HTTP 503: back soon"),
-    "no content": (Answer(b"", 204), O.HTTP_ERROR, "HTTP 204"),
+    "no content": (Answer(b"", 204), O.NOT_YET, "HTTP 204"),
     "part of it": (Answer(GOOD, 206), O.HTTP_ERROR, "HTTP 206"),
     "not modified": (Answer(b"", 304), O.HTTP_ERROR, "HTTP 304"),
     "control characters": (Answer(b"\x1b[31mred\r\nnext", 500), O.HTTP_ERROR, "HTTP 500: ?[31mred next"),
