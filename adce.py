@@ -1734,6 +1734,7 @@ class Partitions:
 
 PAGES = "pages"  # in place of an expression
 PAGE_FIELDS = ("page", "next")  # the number of a page from 1, and what the page before it says of it
+NAMED_BY = "named by"  # no name of a field: a digest of the page before it
 FIRST_PAGE: Fields = types.MappingProxyType(dict(zip(PAGE_FIELDS, ("1", ""), strict=True)))
 
 
@@ -2604,7 +2605,7 @@ def expand_named(child: Dataset, parent: Dataset, fields: Fields, value: str, no
     elif child.copy_of:
         yield {**fields}
     else:
-        inherited = {name: one for name, one in fields.items() if not parent.pages or name not in PAGE_FIELDS}
+        inherited = {name: fields[name] for name in fields.keys() - ({*PAGE_FIELDS, NAMED_BY} if parent.pages else ())}
         yield from expand(child, child.calendar, now, {**inherited, **child.partitions.fields_of_id(value)})
 
 
@@ -2708,7 +2709,9 @@ def _pages_named(
         text = "" if dataset.page_values() == {"page"} else str(value).strip()
         if text and (not isinstance(value, str | int) or isinstance(value, bool) or not text.isprintable()):
             raise ValueError(f"{text[:60]!r} names no page")
-        yield FIELDS_AS_JSON.encode({"page": str(page + 1), "next": text})
+        file.seek(0)
+        digest = hashlib.file_digest(cast(io.BytesIO, file), "sha256").hexdigest()[:32]
+        yield FIELDS_AS_JSON.encode({"page": str(page + 1), "next": text} | ({NAMED_BY: digest} if text else {}))
 
 
 def _gunzipped(file: BinaryIO, most: int) -> BinaryIO:
@@ -4672,9 +4675,9 @@ def _begin_all(ledger: Ledger, head: sqlite3.Row, permit: Permit | None, *, is_e
 
 
 def _page_problem(ledger: Ledger, page: ObjectRow, url: str) -> str | None:
-    """Why a page is not asked for: it is beyond the most, on another host, or named as one before it was. Each is
-    compared with the one at the last power of two, which finds every loop (R. P. Brent, An Improved Monte Carlo
-    Factorization Algorithm, 1980)."""
+    """Why a page is not asked for: it is beyond the most, on another host, or named as one before it was by the same
+    answer. Each is compared with the one at the last power of two, which finds every loop (R. P. Brent, An Improved
+    Monte Carlo Factorization Algorithm, 1980). A token alone may stay the same from page to page."""
     dataset = ledger.configuration.datasets[page.dataset]
     if not dataset.pages or (number := int(page.fields["page"])) == 1:
         return None
@@ -4684,7 +4687,8 @@ def _page_problem(ledger: Ledger, page: ObjectRow, url: str) -> str | None:
     if origin_of(url) != origin_of(url_of(ledger.configuration.sources[dataset.source], dataset, first)):
         return f"the page before it names {urllib.parse.urlsplit(url).netloc}, another host"
     before = ledger.page(page, 1 << ((number - 1).bit_length() - 1))
-    is_named_twice = before and before.fields["next"] == page.fields["next"] != "" and not dataset.pages.last
+    named = page.fields["next"], page.fields.get(NAMED_BY)
+    is_named_twice = before and all(named) and named == (before.fields["next"], before.fields.get(NAMED_BY))
     return f"the page before it names page {before.fields['page']} again" if before and is_named_twice else None
 
 

@@ -21,6 +21,7 @@ WAYS = {
     "header": 'url: "/header?kind={kind}", pages: {next: link}',
     "address": 'url: "/address?kind={kind}", pages: {next: links.next}',
     "cursor": 'url: "/cursor?kind={kind}&from={next}", pages: {next: cursor}',
+    "standing": 'url: "/standing?kind={kind}", pages: {next: cursor, url: "/standing?kind={kind}&from_cursor={next}"}',
     "token": 'url: "/token?kind={kind}", pages: {next: "<token[^>]*>([^<]+)<", url: "/token?resume={next}"}',
     "number": f'url: "/number?kind={{kind}}&page={{page}}", pages: {{last: total, size: {SIZE}}}',
     "until_empty": 'url: "/until_empty?kind={kind}&page={page}", pages: {next: items}',
@@ -43,6 +44,7 @@ class Source:
     def __init__(self, upstream: Upstream, count: int = 7) -> None:
         self.upstream, self.count, self.generation = upstream, count, 0
         self.tokens: dict[str, tuple[str, int]] = {}
+        self.standing: dict[str, int] = {}  # pages that a cursor has brought, which is the same all the time
         self.before_page: Callable[[int], None] = lambda page: None
         for way in WAYS:
             upstream.route(f"/{way}", lambda path, query: self.page(path[1:], query))
@@ -56,6 +58,8 @@ class Source:
             return Answer(b"<error>this token has expired</error>", 400)
         kind, page = self.tokens[query["resume"]] if "resume" in query else (query["kind"], int(query.get("page", 1)))
         page = int(query["from"]) // SIZE + 1 if query.get("from") else page
+        if way == "standing":
+            page = self.standing[kind] = self.standing.get(kind, 0) + 1 if "from_cursor" in query else 1
         self.before_page(page)
         found = [{"id": f"{kind}{number}"} for number in range(self.count)][SIZE * page - SIZE : SIZE * page]
         is_last = SIZE * page >= self.count
@@ -70,8 +74,9 @@ class Source:
             self.tokens |= {} if is_last else {token: (kind, page + 1)}
             more = "" if is_last else f"<token left='?'>{token}</token>"
             return Answer(f"{json.dumps(body)}{more}".encode())
+        cursor = "standing" if way == "standing" else SIZE * page
         body |= {"address": {"links": {"next": None if is_last else following}}, "number": {"total": self.count}}.get(
-            way, {"cursor": None if is_last else SIZE * page}
+            way, {"cursor": None if is_last else cursor}
         )
         return json_answer(body)
 
