@@ -4845,7 +4845,7 @@ def _settle(
         if result.stored and result.inspection:  # a program may have left an invalid object
             row = ledger.stored(row, result.stored, result.inspection, result.validators)
         elif result.http_status == 304:
-            row = row._replace(modified_at=int(ledger.now))
+            row = row._replace(modified_at=int(ledger.now), validators=result.validators or row.validators)
         if is_ok and row.outdated == outdated:  # else it was outdated meanwhile
             row = row._replace(outdated=None)
         if outcome is Outcome.NOT_YET and _may_be_absent(ledger, row):
@@ -5789,8 +5789,7 @@ def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | 
 
 def _refused(error: StoreError) -> Result:
     """A store that fails says nothing about the task; one place in it that cannot be used does."""
-    is_local = isinstance(error, UnusablePathError)
-    return Result(Outcome.ERROR if is_local else Outcome.STORE_ERROR, str(error))
+    return Result(Outcome.ERROR if isinstance(error, UnusablePathError) else Outcome.STORE_ERROR, str(error))
 
 
 def validate_and_store(
@@ -6124,10 +6123,18 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
     """The meaning of a response for each object. A redirect is the next request to make."""
     status, target, parts = response.status_code, claimed.tasks[0], claimed.parts()
     if not response.is_redirect:
-        size = body.seek(0, io.SEEK_END)
+        size, secrets = body.seek(0, io.SEEK_END), claimed.dataset.secrets
         body.seek(0)
+        links = {rel: redacted(link["url"], secrets) for rel, link in response.links.items() if rel == "next"}
+        has_links = claimed.dataset.pages and claimed.dataset.pages.next == LINK
         if status == 304 and _conditions(claimed):
-            return [Result(Outcome.OK, None, status)]
+            answer, is_new = Result(Outcome.OK, None, status), links != known_links(target.validators)
+            if has_links and response.links and is_new:  # a full page is the same when another follows it
+                known = json.dumps({**json.loads(target.validators or "{}"), "links": links})
+                found = inspect_stored(claimed, target._replace(validators=known), store)
+                if found and found.outcome is Outcome.OK:
+                    answer = dataclasses.replace(answer, inspection=found.inspection, validators=known)
+            return [answer]
         answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES))
         if answer.outcome is not Outcome.OK:
             return [answer] * len(parts)
@@ -6135,10 +6142,7 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
             for _ in unpack(blocks_of(body), "gzip"):
                 if deadline.passed:  # half a file can have the whole Content-Length
                     raise TimeoutError
-        secrets = claimed.dataset.secrets
-        links = {rel: redacted(link["url"], secrets) for rel, link in response.links.items() if rel == "next"}
         results = [validate_and_store(one, task, body, store, status, links) for one, task in parts]
-        has_links = claimed.dataset.pages and claimed.dataset.pages.next == LINK
         validators = _validators(redacted(claimed.url, secrets), response.headers, links if has_links else None)
         return [dataclasses.replace(result, validators=validators) for result in results]
     url = urllib.parse.urljoin(_sent_url(claimed), response.headers["location"])

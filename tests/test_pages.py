@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -111,6 +112,13 @@ def run_to_the_end(folder: Path, asked_again: int = 8) -> int:
     return code
 
 
+def run_when_due(folder: Path) -> None:
+    """Runs when every page that is fetched again each second is due."""
+    latest = "select 1 from (select max(modified_at) as last from objects) where last < unixepoch() - 1"
+    wait_until(lambda: rows(folder, latest))
+    run(folder)
+
+
 def expected(folder: Path, dataset: str) -> list[str]:
     found = rows(folder, f"select key from objects_now where state = 'present' and dataset = '{dataset}'")
     return sorted(key.partition("/")[2].removesuffix(".json") for (key,) in found)
@@ -162,17 +170,31 @@ def test_list_that_grows_or_shrinks_is_followed_when_its_first_page_is_due(sourc
     run(tmp_path)
     source.count = count
     source.expire()
-    wait_until(
-        lambda: rows(
-            tmp_path, "select 1 from (select max(modified_at) as last from objects) where last < unixepoch() - 1"
-        )
-    )
-    run(tmp_path)  # a second later it is due again
+    run_when_due(tmp_path)
     run_adce("reconcile", folder=tmp_path)
     now = rows(tmp_path, "select key, state from objects_now where dataset = 'lists' and state != 'dropped' order by 1")
     assert [key for key, _ in now] == [f"lists/{page}.json" for page in pages_of(count, way)]
     named = rows(tmp_path, "select count(*) from objects_now where dataset = 'items' and state != 'dropped'")
     assert named == [(len(items_of(count)),)]
+
+
+def test_full_page_that_is_unchanged_but_links_to_another_now_is_followed(source, tmp_path):
+    def page(path: str, query: dict[str, str]) -> Answer:
+        answer = source.page(path[1:], query)
+        etag = f'"{hashlib.sha256(answer.body).hexdigest()}"'
+        is_known = any(arrival.headers.get("If-None-Match") == etag for arrival in source.upstream.arrivals)
+        headers = {"Link": '</>; rel="first"', **answer.headers, "ETag": etag}
+        return Answer(b"" if is_known else answer.body, 304 if is_known else 200, headers)
+
+    source.count = 6
+    source.upstream.route("/header", page)
+    write_lake(tmp_path, source.upstream, "header", ", freshness: {refetch_every: 1s}")
+    run(tmp_path)
+    for source.count in (7, 6):
+        run_when_due(tmp_path)
+        run_adce("reconcile", folder=tmp_path)
+        listed = rows(tmp_path, "select key from objects_now where dataset = 'lists' and state != 'dropped' order by 1")
+        assert [key for (key,) in listed] == [f"lists/{page}.json" for page in pages_of(source.count)]
 
 
 def test_token_that_has_expired_starts_the_list_again(source, tmp_path):
