@@ -1710,7 +1710,9 @@ class Partitions:
         None,
         beside=("from",),
     )
-    regex: Regex | None = setting("finds ids, or fields by named groups, in any text", None, beside=("from",))
+    regex: Regex | None = setting(
+        "finds ids, or fields by named groups, in any text, without its HTML entities", None, beside=("from",)
+    )
     id_field: FieldName = setting(
         "field of an id", "", name="as", beside=("from",), instead="{season} is a label, {end} the year of its end"
     )
@@ -7235,6 +7237,14 @@ demand above limit: ! adce.py explain freshness
 no workers: x adce.py explain pool
     select 'pool' as about, note as text from runner
     where stopped_at is null and note is not null and beat_at > :now - 120  -- else no runner looks
+names nothing: - adce.py try {about}
+    select value ->> 0 as about, 'is there, and yet no object of ' || key || ' is expected: does its ids or regex '
+           || 'find any?' as text
+    from json_each(:parents)
+    where (select max(state = 'present') and not max(state in ('missing', 'suspect'))
+           from counts join datasets using (dataset_id)
+           where objects > 0 and dataset in (select p.value from json_each(json_each.value) p))
+      and not exists (select 1 from counts join datasets using (dataset_id) where dataset = key and objects > 0)
 no limits: - adce.py explain rate_limiting
     select value as about, 'has no limits' as text from json_each(:unlimited)
 changed: - adce.py restart
@@ -7330,7 +7340,8 @@ def conditions(
     values |= {"unlimited": json.dumps(unlimited), "last_days": json.dumps(last_days), "file": path.name}
     over = [season.label for season in configuration.seasons if season.finish < day_of(now)]
     least = {one.name: one.at_least for one in configuration.datasets.values() if one.at_least}
-    values |= {"at_least": json.dumps(least), "over": json.dumps(over)}
+    parents = {one.name: one.partitions.parents for one in configuration.datasets.values() if one.partitions.parents}
+    values |= {"at_least": json.dumps(least), "over": json.dumps(over), "parents": json.dumps(parents)}
     values |= {"changed_at": path.stat().st_mtime if path.exists() else 0}
     with contextlib.suppress(DatabaseError):  # that is one of its problems
         values["demand"] = json.dumps(demand_above_limits(database, configuration, now))
