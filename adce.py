@@ -2750,6 +2750,13 @@ def blocks_of(file: BinaryIO) -> Iterator[bytes]:
     return iter(functools.partial(file.read, BLOCK_BYTES), b"")
 
 
+def checksums(validation: Validation, fields: Fields) -> dict[str, str]:
+    """The checksums that a body must have, by algorithm. Some sources write them as md5:..."""
+    texts = {"sha256": validation.sha256, "md5": validation.md5}
+    wanted = {name: Template(text, FIELD_IN_EXPRESSION).render(fields, str) for name, text in texts.items() if text}
+    return {name: text.strip().lower().removeprefix(f"{name}:") for name, text in wanted.items()}
+
+
 def _damage(validation: Validation, fields: Fields, file: BinaryIO) -> str | None:
     """Why a body is not whole by its own structure, or by a checksum; None if it is."""
     try:
@@ -2757,15 +2764,12 @@ def _damage(validation: Validation, fields: Fields, file: BinaryIO) -> str | Non
             pass
     except zlib.error as error:
         return f"not whole gzip: {error}"
-    for name, text in (("sha256", validation.sha256), ("md5", validation.md5)):
-        if text:
-            file.seek(0)
-            found = hashlib.file_digest(
-                cast(io.BytesIO, file), functools.partial(hashlib.new, name, usedforsecurity=False)
-            ).hexdigest()
-            wanted = Template(text, FIELD_IN_EXPRESSION).render(fields, str).strip().lower()
-            if found != wanted:
-                return f"its {name} is {found}, not {wanted[:64]}"
+    for name, wanted in checksums(validation, fields).items():
+        file.seek(0)
+        algorithm = functools.partial(hashlib.new, name, usedforsecurity=False)
+        found = hashlib.file_digest(cast(io.BytesIO, file), algorithm).hexdigest()
+        if found != wanted:
+            return f"its {name} is {found}, not {wanted[:64]}"
     return None
 
 

@@ -103,7 +103,7 @@ sources: {{box: {{base_url: "{address}"}}}}
 datasets:
   sums: {{source: box, key: SUMS, url: /SUMS, partitions: {{values: {{}}}}, freshness: {{refetch_every: 1s}}}}
   files: {{source: box, key: "files/{{file}}", url: "/{{file}}", validate: {{{kind}: "{{sum}}"}},
-          partitions: {{from: sums, regex: '(?P<sum>[0-9a-fA-F]{{32,64}})  (?P<file>\\S+)'}}}}
+          partitions: {{from: sums, regex: '(?P<sum>\\S{{32,71}})  (?P<file>\\S+)'}}}}
 """
 
 
@@ -112,7 +112,7 @@ def test_file_that_its_checksum_does_not_prove_is_not_stored_and_a_new_checksum_
     kind, upstream, tmp_path
 ):
     first, second = (hashlib.new(kind, body).hexdigest() for body in (b"good", b"better"))
-    upstream.answer("/SUMS", Answer(f"{first.upper()}  a.zip\n{first}  b.zip\n".encode()))
+    upstream.answer("/SUMS", Answer(f"{first.upper()}  a.zip\n{kind.upper()}:{first}  b.zip\n".encode()))
     upstream.answer("/a.zip", Answer(b"good"))
     upstream.answer("/b.zip", Answer(b"cut"))
     (tmp_path / "adce.yaml").write_text(SUMS.format(address=upstream.address, kind=kind))
