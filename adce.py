@@ -4546,6 +4546,27 @@ def _insert_children(
             ledger.renew(row, f"{parent.key} was fetched {utc_text(ledger.now)}")
         elif row.state == ObjectState.AWAITED and row.etag is None:
             ledger.note(row, proven=2)
+    if not is_renewed and not is_expanding and (child.validate.sha256 or child.validate.md5):
+        _renew_changed(ledger, child, parent, {row.key: row.fields_json or "{}" for row in reversed(rows)})
+
+
+def _renew_changed(ledger: Ledger, child: Dataset, parent: ObjectRow, declared: Mapping[str, str]) -> None:
+    """Fetch the objects again of which their parent names another checksum now: the content has the one of before."""
+    own = """
+        o.key in (select value from json_each(?)) and o.parent_id = ? and d.dataset = ?
+        and o.task is not 'running' and o.state != 'dropped' and o.read_etag is o.etag
+    """
+    named = "select 1 from mentions where object_id = ? and expression = ? and value = ?"
+    for row in ledger.objects(own, (json.dumps([*declared]), parent.object_id, child.name)):
+        before, now = (checksums(child.validate, json.loads(one)) for one in (row.fields_json, declared[row.key]))
+        value = FIELDS_AS_JSON.encode({name: row.fields[name] for name in child.partitions.id_fields()})
+        mention = parent.object_id, expression_of(child, parent.dataset), value
+        if before != now and not ledger.sql.execute(named, mention).fetchone():
+            change = "update objects set fields = ? where object_id = ?"
+            ledger.sql.execute(change, (declared[row.key], row.object_id))
+            name = next(name for name in now if now[name] != before[name])
+            verdict = row.verdict or f"its {name} is {before[name][:64]}, not {now[name][:64]}"
+            ledger.renew(row._replace(verdict=verdict if row.etag else None), f"{parent.key} names another {name}")
 
 
 # ---------------------------------------------------------------- Queue
