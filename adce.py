@@ -1208,14 +1208,6 @@ def plain_secrets(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: text for name, text in headers.items() if SECRET_NAME.search(name) and not variables_in(text)}
 
 
-def names_in_result(expression: str) -> tuple[str, ...]:
-    """The members of the objects that a JMESPath expression makes, such as `games[].{home: h, away: a}`."""
-    node = _compile(FIELD_IN_EXPRESSION.sub("x", expression)).parsed
-    while node["type"] != "multi_select_dict" and node["children"]:
-        node = node["children"][-1]
-    return tuple(pair["value"] for pair in node["children"]) if node["type"] == "multi_select_dict" else ()
-
-
 def quote_for_expression(value: str) -> str:
     """A value inside a JMESPath 'raw string'. Raises ValueError for what such a string cannot hold."""
     if re.search(r"(?<!\\)\\(\\\\)*('|\Z)", value):  # it would quote what ends the string
@@ -1676,6 +1668,26 @@ def find_configuration(given: str | None) -> Path:
 STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
 NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
 Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
+
+
+@functools.cache
+def names_in_result(expression: str) -> tuple[str, ...]:
+    """The members of the objects that a JMESPath expression makes, such as `games[].{home: h, away: a}`."""
+    return _members(_compile(FIELD_IN_EXPRESSION.sub("x", expression)).parsed)
+
+
+def _members(node: Any, given: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The members of the objects that come out of a part of an expression, of those that come in."""
+    kind, parts = node["type"], node["children"]
+    if kind == "multi_select_dict":
+        return tuple(pair["value"] for pair in parts)
+    if kind in ("identity", "current", "index", "slice"):
+        return given
+    if kind in ("or_expression", "and_expression", "multi_select_list", "function_expression"):
+        return next((found for part in parts if (found := _members(part, given))), ())
+    for part in parts[:2]:  # the third of a filter is its condition
+        given = _members(part, given)
+    return given if parts else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,6 +208,29 @@ def several(**partitions) -> adce.Dataset:
     return dataset(name="games", key=adce.Template("games/{cik}/{form}"), partitions=parts)
 
 
+@pytest.mark.parametrize(
+    ("expression", "names"),
+    [
+        ("value[?on].{id: a, name: b}", "id name"),
+        ("value[?on == `true`].{id: a, name: b} || `[]`", "id name"),
+        ("value[].{id: a, name: b} | [?name && length(name) > `3`]", "id name"),
+        ("value[].{id: a} | [0]", "id"),
+        ("value[1:].{id: a} | [:3]", "id"),
+        ("value.*.[{id: a}][]", "id"),
+        ("map(&{id: a}, value)", "id"),
+        ("sort_by(value[].{id: a}, &id)", "id"),
+        ("value && value[].{id: a}", "id"),
+        ("value[].{id: a}.id", ""),
+        ("value[].{id: a} | [].id", ""),
+        ("value[?x == {id: a}].b", ""),
+        ("value", ""),
+        ("`[]`", ""),
+    ],
+)
+def test_members_of_what_an_expression_makes_are_known_before_it_is_used(expression, names):
+    assert adce.names_in_result(expression) == tuple(names.split())
+
+
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_members_of_the_objects_that_an_expression_makes_are_fields(pack):
     body = pack(b'{"games": [{"c": 7, "f": "10-K"}, {"c": 8, "f": null}]}')
