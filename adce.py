@@ -1748,6 +1748,7 @@ class Partitions:
 
 PAGES = "pages"  # in place of an expression
 PAGE_FIELDS = ("page", "next")  # the number of a page from 1, and what the page before it says of it
+OFFSET = "offset"  # a field of requests alone: the items before a page, or without their number the pages
 NAMED_BY = "named by"  # no name of a field: a digest of the page before it
 FIRST_PAGE: Fields = types.MappingProxyType(dict(zip(PAGE_FIELDS, ("1", ""), strict=True)))
 
@@ -1758,12 +1759,12 @@ class Pages:
 
     ONE_OF: ClassVar = (("", ("next", "last")),)
     next: NextPage | None = setting(
-        "how a page names the next: link is the header Link; a url, or what {next} is in `url`, or, when {page} is in "
-        "`url`, anything but null, false, 0 and empty values",
+        "how a page names the next: link is the header Link; a url, or what {next} is in `url`, or, when {page} or "
+        "{offset} is in `url`, anything but null, false, 0 and empty values",
         None,
     )
     last: Expression | None = setting("number of the last page, or with `size` of the items", None)
-    size: Count | None = setting("items on a page", None, beside=("last",))
+    size: Count | None = setting("items on a page: {offset} are those before it; without it, the pages before it", None)
     url: FieldText | None = setting("URL of each page after the first", None, beside=("next",))
     most: Count = setting("pages that are followed; more are reported", 10_000)
 
@@ -1885,7 +1886,7 @@ class Dataset:
     def page_values(self) -> set[str]:
         """Which of the fields of a page its requests name. With none of them, the next page is named by its url."""
         texts = [part.text for part in (self.url, self.pages and self.pages.url) if part] + [self.body]
-        named = {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)} & {*PAGE_FIELDS}
+        named = {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)} & {*PAGE_FIELDS, OFFSET}
         return set() if self.pages and self.pages.next == LINK else named
 
 
@@ -2202,10 +2203,8 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
             yield path, f"season {other.label} repeats or overlaps season {one.label}"
     if "global" in sources:
         yield "sources.global", "a source cannot be named global"
-    texts, shapes = (
-        dict[str, dict[str, Template]](),
-        dict[str, str](),
-    )  # by dataset; datasets by the shape of their keys
+    texts = dict[str, dict[str, Template]]()  # by dataset
+    shapes = dict[str, str]()  # datasets by the shape of their keys
     for path, template in reader.templates.items():
         block, name, *rest = path.split(".")
         if block == "sources":
@@ -2265,12 +2264,13 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
     """Fields that are not there, names that objects cannot have, and keys without effect, wherever these stand."""
     key, declared, own = dataset.key, configuration.fields_of(dataset.name), configuration.own_fields_of(dataset.name)
     fields = dict.fromkeys(settings_of(Dataset), declared)
+    fields |= dict.fromkeys(("url", "body", "pages.url"), declared | ({OFFSET} if dataset.pages else set()))
     fields["partitions"] = configuration.fields_above(dataset.name)
     fields["key"] = declared - ({"next"} if dataset.pages else set())  # it is another one each time
     fields["command"] = declared | ({f"{name}s" for name in own} if dataset.batch else set())
     for name, template in texts.items():
         if (block := name.partition(".")[0]) in fields:
-            yield from ((name, text) for text in _text_problems(template, fields[block]))
+            yield from ((name, text) for text in _text_problems(template, fields.get(name, fields[block])))
     dates, calendars = dataset.partitions.dates, {season.calendar for season in configuration.seasons}
     for path, names in (("", dataset.partitions.seasons), ("dates.", dates.seasons if dates else ())):
         labels = [season.label for season in configuration.seasons] + sorted(calendars)
@@ -2291,9 +2291,11 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
         yield "batch.group_by", f'no field "{dataset.batch.group_by}"{suggest(dataset.batch.group_by, declared)}'
     elif dataset.batch and dataset.command and own == (dataset.batch.group_by,):
         yield "batch.group_by", f"has no effect: no two objects share a {dataset.batch.group_by}"
-    if dataset.pages and dataset.pages.last and "page" not in dataset.page_values():
-        yield "pages.last", "no request names {page}: each page would be the first"
-    if dataset.pages and (twice := {*PAGE_FIELDS} & (fields["partitions"] | {*dataset.partitions.own_fields()})):
+    if dataset.pages and dataset.pages.last and {"page", OFFSET}.isdisjoint(dataset.page_values()):
+        yield "pages.last", "no request names {page} or {offset}: each page would be the first"
+    elif dataset.pages and dataset.pages.size and not dataset.pages.last and OFFSET not in dataset.page_values():
+        yield "pages.size", 'has no effect without "last" or {offset} in a request'
+    if dataset.pages and (twice := {*PAGE_FIELDS, OFFSET} & {*fields["partitions"], *dataset.partitions.own_fields()}):
         yield "pages", f"the field {min(twice)} is set twice"
     source = configuration.sources.get(dataset.source)
     if source and dataset.url and not (source.base_url or dataset.url.text.startswith(("http://", "https://"))):
@@ -2510,11 +2512,18 @@ def quote_for_url(value: str) -> str:
     return urllib.parse.quote(value, safe="")
 
 
+def sent_fields(dataset: Dataset, fields: Fields) -> Fields:
+    """The fields that a request may name: those of the object, and for a page its offset."""
+    pages = dataset.pages
+    return {**fields, OFFSET: str((int(fields["page"]) - 1) * (pages.size or 1))} if pages else fields
+
+
 def url_of(source: Source, dataset: Dataset, fields: Fields) -> str:
     """The url of an object: below base_url, with one slash between, unless it is whole by itself. That of a page after
     the first may be what the page before it names."""
     later = dataset.pages if dataset.pages and fields["page"] != "1" else None
-    url = cast(Template, (later and later.url) or dataset.url).render(fields, quote_for_url)
+    template = cast(Template, (later and later.url) or dataset.url)
+    url = template.render(sent_fields(dataset, fields), quote_for_url)
     is_whole = not source.base_url or url.startswith(("http://", "https://"))
     url = url if is_whole else f"{source.base_url}{url if url[:1] == '?' else '/' + url.lstrip('/')}"
     return urllib.parse.urljoin(url, fields["next"]) if later and not dataset.page_values() else url
@@ -2720,7 +2729,8 @@ def _pages_named(
         found = re.search(cast(str, pages.next), file.read().decode("utf-8", "replace"))
         value = found and html.unescape(found[1])
     if value:
-        text = "" if dataset.page_values() == {"page"} else str(value).strip()
+        named = dataset.page_values()
+        text = "" if named and "next" not in named else str(value).strip()
         if text and (not isinstance(value, str | int) or isinstance(value, bool) or not text.isprintable()):
             raise ValueError(f"{text[:60]!r} names no page")
         file.seek(0)
@@ -6149,7 +6159,7 @@ def _sent_body(claimed: Claim) -> bytes | None:
     quote = (lambda value: json.dumps(value)[1:-1]) if text.lstrip()[:1] in ("{", "[") else quote_for_url
     # in this order: a field may hold a $ that the source has chosen
     template = Template(from_environment(text), FIELD_IN_EXPRESSION)
-    return template.render(claimed.tasks[0].fields, quote).encode() if text else None
+    return template.render(sent_fields(claimed.dataset, claimed.tasks[0].fields), quote).encode() if text else None
 
 
 def _sent_url(claimed: Claim) -> str:

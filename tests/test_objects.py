@@ -251,6 +251,14 @@ def test_named_groups_are_fields_and_entities_are_unescaped(pack):
     assert [json.loads(value) for value in values] == [{"cik": "12", "form": "A&B"}, {"cik": "13", "form": "C"}]
 
 
+@pytest.mark.parametrize(("size", "offsets"), [(None, "0 1 2"), (100, "0 100 200")])
+def test_offset_of_a_page_counts_the_items_before_it_or_the_pages(size, offsets):
+    pages = adce.Pages(last="total", size=size)
+    one = dataset(url=adce.Template("/list?start={offset}"), pages=pages)
+    asked = [adce.url_of(adce.Source("s", "http://x"), one, {"page": page, "next": ""}) for page in "123"]
+    assert asked == [f"http://x/list?start={offset}" for offset in offsets.split()]
+
+
 def test_path_that_climbs_is_no_id_of_a_url_with_paths():
     one = dataclasses.replace(child(ids="ids"), url=adce.Template("/{game_id:path}"))
     found = adce.inspect(dataset(), {}, b'{"ids": ["a/../../b", "a/b"]}', [one])

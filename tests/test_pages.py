@@ -25,6 +25,9 @@ WAYS = {
     "standing": 'url: "/standing?kind={kind}", pages: {next: cursor, url: "/standing?kind={kind}&from_cursor={next}"}',
     "token": 'url: "/token?kind={kind}", pages: {next: "<token[^>]*>([^<]+)<", url: "/token?resume={next}"}',
     "number": f'url: "/number?kind={{kind}}&page={{page}}", pages: {{last: total, size: {SIZE}}}',
+    "offset": f'url: "/offset?kind={{kind}}&start={{offset}}", pages: {{last: total, size: {SIZE}}}',
+    "offset_until_empty": f"""url: "/offset_until_empty?kind={{kind}}", pages: {{next: items, size: {SIZE},
+           url: "/offset_until_empty?kind={{kind}}&start={{offset}}"}}""",
     "until_empty": 'url: "/until_empty?kind={kind}&page={page}", pages: {next: items}',
     "posted": """url: "/posted", method: POST, pages: {next: cursor},
            body: '{"kind": "{kind}", "after": "{next}"}'""",
@@ -59,6 +62,7 @@ class Source:
             return Answer(b"<error>this token has expired</error>", 400)
         kind, page = self.tokens[query["resume"]] if "resume" in query else (query["kind"], int(query.get("page", 1)))
         page = int(query["from"]) // SIZE + 1 if query.get("from") else page
+        page = int(query["start"]) // SIZE + 1 if query.get("start") else page
         if way == "standing":
             page = self.standing[kind] = self.standing.get(kind, 0) + 1 if "from_cursor" in query else 1
         self.before_page(page)
@@ -76,9 +80,12 @@ class Source:
             more = "" if is_last else f"<token left='?'>{token}</token>"
             return Answer(f"{json.dumps(body)}{more}".encode())
         cursor = "standing" if way == "standing" else SIZE * page
-        body |= {"address": {"links": {"next": None if is_last else following}}, "number": {"total": self.count}}.get(
-            way, {"cursor": None if is_last else cursor}
-        )
+        total = {"total": self.count}
+        body |= {
+            "address": {"links": {"next": None if is_last else following}},
+            "number": total,
+            "offset": total,
+        }.get(way, {"cursor": None if is_last else cursor})
         return json_answer(body)
 
     def expire(self) -> None:
@@ -125,7 +132,7 @@ def expected(folder: Path, dataset: str) -> list[str]:
 
 
 def pages_of(count: int, way: str = "") -> list[str]:
-    most = max(1, -(-count // SIZE)) + (way == "until_empty" and count > 0)
+    most = max(1, -(-count // SIZE)) + (way.endswith("until_empty") and count > 0)
     return [f"{kind}/{page}" for kind in "ab" for page in range(1, most + 1)]
 
 
@@ -288,6 +295,8 @@ def test_key_of_the_source_is_not_stored_when_a_page_repeats_it(source, tmp_path
         (WAYS["cursor"].replace("next: cursor", "next: '[a'"), "datasets.lists.pages.next: not a JMESPath expression"),
         (WAYS["cursor"].replace("{next: cursor", "{next: cursor, last: total"), "has next and last"),
         (WAYS["cursor"].replace("{next: cursor", "{next: cursor, size: 5"), 'pages.size: has no effect without "last"'),
+        (WAYS["number"].replace("last: total", """last: "[?a == '{offset}']\""""), 'pages.last: no field "offset"'),
+        ('url: "/posted", method: POST, body: "{offset}"', 'body: no field "offset"'),
         (WAYS["cursor"] + ", key: 'lists/{kind}.json'", "does not name {page}"),
         (WAYS["cursor"] + ", key: 'lists/{kind}/{page}/{next}.json'", 'key: no field "next"'),
         ('command: ["true"], pages: {next: link}', 'pages: has no effect without "url"'),
