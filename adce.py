@@ -1115,11 +1115,12 @@ FIELD = r"\{([a-z_][a-z0-9_]*)([+-]\d{1,3}[hdwmy])?"  # its name, and for a date
 FIELD_IN_TEXT = re.compile(FIELD + r"(?::([^{}]+))?\}")
 FIELD_IN_EXPRESSION = re.compile(FIELD + r"(?::((?:%-?[A-Za-z]|[-_./ ])+))?\}")
 SPLIT = functools.cache(re.Pattern[str].split)
+IN_URLS = "!#%&'()*+,/:;=?@[]"  # beside letters, digits and -._~ (RFC 3986); $ would begin the name of a variable
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Text with {field}, {date:%Y%m%d}, {date+1d:%Y%m%d} or {field:path} in it."""
+    """Text with {field}, {date:%Y%m%d}, {date+1d:%Y%m%d}, {field:path} or {field:url} in it."""
 
     text: str
     pattern: re.Pattern[str] = FIELD_IN_TEXT
@@ -1130,16 +1131,18 @@ class Template:
 
     def render(self, fields: Fields, quote: Callable[[str], str]) -> str:
         """The text with every field replaced by its quoted value; the slashes of a date's format, and of a path,
-        stay."""
+        stay. A part of a url is quoted already, but for what can be in no url."""
         words = list(SPLIT(self.pattern, self.text))  # text, field, shift, format, text, field, shift, format, text
         for place in range(1, len(words), 4):
             value, shift, form = fields[words[place]], words[place + 1], words[place + 2]
-            parts = [value]
-            if form == "path":
+            parts, quoted = [value], quote
+            if form == "url":
+                quoted = functools.partial(urllib.parse.quote, safe=IN_URLS)
+            elif form == "path":
                 parts = value.split("/")
             elif form or shift:
                 parts = _format_date(value, shift or "", form or "%Y-%m-%d")
-            words[place : place + 3] = "/".join(map(quote, parts)), "", ""
+            words[place : place + 3] = "/".join(map(quoted, parts)), "", ""
         return "".join(words)
 
 
@@ -2243,7 +2246,7 @@ def _broken_reference(reader: Reader, line: Sequence[str], known: Iterable[str])
     return None
 
 
-def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
+def _text_problems(template: Template, declared: set[str], name: str = "") -> Iterator[str]:
     if template.pattern is FIELD_IN_TEXT and set("{}") & set(VARIABLE.sub("", template.shape()).replace("{}", "")):
         yield f"{template.text}: a brace that is no {{field}}; a field is a name in small letters"
         return
@@ -2252,7 +2255,7 @@ def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
         if match[1] not in declared:
             there = f"(there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})"
             yield f'no field "{match[1]}"{suggest(match[1], declared)} {there}'
-        elif match[3] == "path" and not match[2]:
+        elif (match[3] == "path" or match[3] == name == "url") and not match[2]:
             continue
         elif (match[2] or match[3]) and (match[1] != "date" or not all(map(str.isalpha, codes))):
             yield f"{match[0]}: only a date has a format, made of codes like %Y%m%d"
@@ -2270,7 +2273,7 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
     fields["command"] = declared | ({f"{name}s" for name in own} if dataset.batch else set())
     for name, template in texts.items():
         if (block := name.partition(".")[0]) in fields:
-            yield from ((name, text) for text in _text_problems(template, fields.get(name, fields[block])))
+            yield from ((name, text) for text in _text_problems(template, fields.get(name, fields[block]), name))
     dates, calendars = dataset.partitions.dates, {season.calendar for season in configuration.seasons}
     for path, names in (("", dataset.partitions.seasons), ("dates.", dates.seasons if dates else ())):
         labels = [season.label for season in configuration.seasons] + sorted(calendars)
@@ -2533,6 +2536,21 @@ def origin_of(url: str) -> tuple[str, str]:
     """Whom a url asks: its scheme, and its host with its port."""
     parts = urllib.parse.urlsplit(url)
     return parts.scheme, parts.netloc
+
+
+def address_problem(source: Source, dataset: Dataset, fields: Fields) -> str | None:
+    """Why a url is not asked for: a value of the form {field:url} leads to another host than without it, or up."""
+    text = dataset.url.text if dataset.url else ""
+    if ":url}" not in text:
+        return None
+    url, plain = url_of(source, dataset, fields), dataclasses.replace(dataset, url=Template(text.replace(":url}", "}")))
+    try:
+        if origin_of(url) != origin_of(from_environment(url_of(source, plain, fields), dataset.secrets)):
+            return f"its parent names {urllib.parse.urlsplit(url).netloc}, another host"
+        steps = urllib.parse.unquote(urllib.parse.urlsplit(url).path).split("/")
+    except ValueError as error:
+        return f"its parent names no address: {error}"
+    return None if {".", ".."}.isdisjoint(steps) else "its parent names an address with . or .. in its path"
 
 
 @functools.lru_cache(4096)  # a date is a part of many keys
@@ -4719,7 +4737,7 @@ def _begin_all(ledger: Ledger, head: sqlite3.Row, permit: Permit | None, *, is_e
         beside=tuple(begun(one, [row]) for one, row in beside),
         environment={} if url else _environment(configuration, source, rows),
         runs_exclusively=is_exclusive,
-        refusal=_page_problem(ledger, first, url),
+        refusal=address_problem(source, dataset, first.fields) or _page_problem(ledger, first, url),
     )
 
 
@@ -9201,6 +9219,8 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
         key = expected_object(dataset, fields, dataset.calendar).key
     except ValueError as error:
         raise Error(str(error), f"adce.py try {dataset.name} FIELD=VALUE") from error
+    if problem := address_problem(source, dataset, fields):
+        raise Error(problem)
     claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
     claimed = dataclasses.replace(claimed, url=url_of(source, dataset, fields))
     sent: Any = {"headers": _headers(claimed), "data": _sent_body(claimed), "stream": True, "allow_redirects": False}

@@ -259,6 +259,34 @@ def test_offset_of_a_page_counts_the_items_before_it_or_the_pages(size, offsets)
     assert asked == [f"http://x/list?start={offset}" for offset in offsets.split()]
 
 
+@pytest.mark.parametrize(
+    ("value", "url", "problem"),
+    [
+        ("a%20b/c+d.csv?x=1&y=%2F", "http://own:8/api/a%20b/c+d.csv?x=1&y=%2F", None),
+        ("http://own:8/else/50%25 \u00e9", "http://own:8/else/50%25%20%C3%A9", None),
+        ("/a$KEY", "http://own:8/api/a%24KEY", None),
+        ("//evil.example/a", "http://own:8/api/evil.example/a", None),
+        ("HTTP://evil.example/a", "http://own:8/api/HTTP://evil.example/a", None),
+        ("http://own/a", None, "another host"),
+        ("https://own:8/a", None, "another host"),
+        ("http://own:8@evil.example/a", None, "another host"),
+        ("http://user:password@own:8/a", None, "another host"),
+        ("http://own:8\\@evil.example/", None, "another host"),
+        ("http://[own/a", None, "no address"),
+        ("http://own:8/api/../admin", None, "or .."),
+        ("a/%2E%2e/%2e./admin", None, "or .."),
+        ("a/..?x", None, "or .."),
+    ],
+)
+def test_address_that_a_parent_names_stays_as_it_is_and_on_its_host(value, url, problem):
+    one, source = dataset(url=adce.Template("{link:url}")), adce.Source("s", "http://own:8/api")
+    if problem:
+        assert problem in (adce.address_problem(source, one, {"link": value}) or "")
+    else:
+        assert adce.address_problem(source, one, {"link": value}) is None
+        assert adce.url_of(source, one, {"link": value}) == url
+
+
 def test_path_that_climbs_is_no_id_of_a_url_with_paths():
     one = dataclasses.replace(child(ids="ids"), url=adce.Template("/{game_id:path}"))
     found = adce.inspect(dataset(), {}, b'{"ids": ["a/../../b", "a/b"]}', [one])
