@@ -2751,6 +2751,7 @@ def _pages_named(
         text = "" if named and "next" not in named else str(value).strip()
         if text and (not isinstance(value, str | int) or isinstance(value, bool) or not text.isprintable()):
             raise ValueError(f"{text[:60]!r} names no page")
+        urllib.parse.urlsplit("" if named else text)  # raises ValueError for what is no address
         file.seek(0)
         digest = hashlib.file_digest(cast(io.BytesIO, file), "sha256").hexdigest()[:32]
         yield FIELDS_AS_JSON.encode({"page": str(page + 1), "next": text} | ({NAMED_BY: digest} if text else {}))

@@ -249,6 +249,12 @@ def test_page_that_is_not_followed_is_missing_and_says_why(source, way, followin
     assert source.upstream.count() <= 6
 
 
+@pytest.mark.parametrize("named", ["http://[x", "http://\u2100.example/"])
+def test_page_that_names_the_next_by_no_address_is_invalid(named):
+    one = adce.Dataset("l", "s", adce.Template("{page}"), url=adce.Template("/"), pages=adce.Pages(next="next"))
+    assert not adce.inspect(one, adce.FIRST_PAGE, json.dumps({"next": named}).encode(), [one]).valid
+
+
 @pytest.mark.parametrize("way", ["header", "token", "number"])
 def test_killed_runner_loses_no_page(source, way, tmp_path):
     source.count = 40
