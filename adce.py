@@ -1846,7 +1846,7 @@ class Dataset:
     source: Text = setting("name of the source")
     key: FieldText = setting("name of an object in the store; it names each field of the partitions")
     partitions: Partitions = setting("the objects of the dataset; those of the original of a copy", Partitions())
-    url: FieldText | None = setting("URL of a request, relative to base_url", None)
+    url: FieldText | None = setting("URL of a request, relative to base_url; {field:url} is encoded already", None)
     method: Method = setting("GET or POST", "GET", beside=("url",))
     headers: Mapping[str, Header] = setting("request headers besides those of the source", {}, beside=("url",))
     body: SearchText = setting("body of a POST, with fields; its type is JSON or that of a form", "", beside=("url",))
