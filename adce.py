@@ -1115,11 +1115,12 @@ FIELD = r"\{([a-z_][a-z0-9_]*)([+-]\d{1,3}[hdwmy])?"  # its name, and for a date
 FIELD_IN_TEXT = re.compile(FIELD + r"(?::([^{}]+))?\}")
 FIELD_IN_EXPRESSION = re.compile(FIELD + r"(?::((?:%-?[A-Za-z]|[-_./ ])+))?\}")
 SPLIT = functools.cache(re.Pattern[str].split)
+IN_URLS = "!#%&'()*+,/:;=?@[]"  # beside letters, digits and -._~ (RFC 3986); $ would begin the name of a variable
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Text with {field}, {date:%Y%m%d}, {date+1d:%Y%m%d} or {field:path} in it."""
+    """Text with {field}, {date:%Y%m%d}, {date+1d:%Y%m%d}, {field:path} or {field:url} in it."""
 
     text: str
     pattern: re.Pattern[str] = FIELD_IN_TEXT
@@ -1130,16 +1131,18 @@ class Template:
 
     def render(self, fields: Fields, quote: Callable[[str], str]) -> str:
         """The text with every field replaced by its quoted value; the slashes of a date's format, and of a path,
-        stay."""
+        stay. A part of a url is quoted already, but for what can be in no url."""
         words = list(SPLIT(self.pattern, self.text))  # text, field, shift, format, text, field, shift, format, text
         for place in range(1, len(words), 4):
             value, shift, form = fields[words[place]], words[place + 1], words[place + 2]
-            parts = [value]
-            if form == "path":
+            parts, quoted = [value], quote
+            if form == "url":
+                quoted = functools.partial(urllib.parse.quote, safe=IN_URLS)
+            elif form == "path":
                 parts = value.split("/")
             elif form or shift:
                 parts = _format_date(value, shift or "", form or "%Y-%m-%d")
-            words[place : place + 3] = "/".join(map(quote, parts)), "", ""
+            words[place : place + 3] = "/".join(map(quoted, parts)), "", ""
         return "".join(words)
 
 
@@ -1206,14 +1209,6 @@ def redacted(text: str, names: Iterable[str]) -> str:
 def plain_secrets(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers with names of secrets whose values are no variables."""
     return {name: text for name, text in headers.items() if SECRET_NAME.search(name) and not variables_in(text)}
-
-
-def names_in_result(expression: str) -> tuple[str, ...]:
-    """The members of the objects that a JMESPath expression makes, such as `games[].{home: h, away: a}`."""
-    node = _compile(FIELD_IN_EXPRESSION.sub("x", expression)).parsed
-    while node["type"] != "multi_select_dict" and node["children"]:
-        node = node["children"][-1]
-    return tuple(pair["value"] for pair in node["children"]) if node["type"] == "multi_select_dict" else ()
 
 
 def quote_for_expression(value: str) -> str:
@@ -1673,6 +1668,26 @@ NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tu
 Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
 
 
+@functools.cache
+def names_in_result(expression: str) -> tuple[str, ...]:
+    """The members of the objects that a JMESPath expression makes, such as `games[].{home: h, away: a}`."""
+    return _members(_compile(FIELD_IN_EXPRESSION.sub("x", expression)).parsed)
+
+
+def _members(node: Any, given: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The members of the objects that come out of a part of an expression, of those that come in."""
+    kind, parts = node["type"], node["children"]
+    if kind == "multi_select_dict":
+        return tuple(pair["value"] for pair in parts)
+    if kind in ("identity", "current", "index", "slice"):
+        return given
+    if kind in ("or_expression", "and_expression", "multi_select_list", "function_expression"):
+        return next((found for part in parts if (found := _members(part, given))), ())
+    for part in parts[:2]:  # the third of a filter is its condition
+        given = _members(part, given)
+    return given if parts else ()
+
+
 @dataclass(frozen=True, slots=True)
 class Dates:
     """One object a step: those of all seasons, or of a range. `date` is the first day of a step, or its hour."""
@@ -1705,7 +1720,9 @@ class Partitions:
         None,
         beside=("from",),
     )
-    regex: Regex | None = setting("finds ids, or fields by named groups, in any text", None, beside=("from",))
+    regex: Regex | None = setting(
+        "finds ids, or fields by named groups, in any text, without its HTML entities", None, beside=("from",)
+    )
     id_field: FieldName = setting(
         "field of an id", "", name="as", beside=("from",), instead="{season} is a label, {end} the year of its end"
     )
@@ -1729,6 +1746,8 @@ class Partitions:
 
 PAGES = "pages"  # in place of an expression
 PAGE_FIELDS = ("page", "next")  # the number of a page from 1, and what the page before it says of it
+OFFSET = "offset"  # a field of requests alone: the items before a page, or without their number the pages
+NAMED_BY = "named by"  # no name of a field: a digest of the page before it
 FIRST_PAGE: Fields = types.MappingProxyType(dict(zip(PAGE_FIELDS, ("1", ""), strict=True)))
 
 
@@ -1738,12 +1757,12 @@ class Pages:
 
     ONE_OF: ClassVar = (("", ("next", "last")),)
     next: NextPage | None = setting(
-        "how a page names the next: link is the header Link; a url, or what {next} is in `url`, or, when {page} is in "
-        "`url`, anything but null, false, 0 and empty values",
+        "how a page names the next: link is the header Link; a url, or what {next} is in `url`, or, when {page} or "
+        "{offset} is in `url`, anything but null, false, 0 and empty values",
         None,
     )
     last: Expression | None = setting("number of the last page, or with `size` of the items", None)
-    size: Count | None = setting("items on a page", None, beside=("last",))
+    size: Count | None = setting("items on a page: {offset} are those before it; without it, the pages before it", None)
     url: FieldText | None = setting("URL of each page after the first", None, beside=("next",))
     most: Count = setting("pages that are followed; more are reported", 10_000)
 
@@ -1822,7 +1841,7 @@ class Dataset:
     source: Text = setting("name of the source")
     key: FieldText = setting("name of an object in the store; it names each field of the partitions")
     partitions: Partitions = setting("the objects of the dataset; those of the original of a copy", Partitions())
-    url: FieldText | None = setting("URL of a request, relative to base_url", None)
+    url: FieldText | None = setting("URL of a request, relative to base_url; {field:url} is encoded already", None)
     method: Method = setting("GET or POST", "GET", beside=("url",))
     headers: Mapping[str, Header] = setting("request headers besides those of the source", {}, beside=("url",))
     body: SearchText = setting("body of a POST, with fields; its type is JSON or that of a form", "", beside=("url",))
@@ -1865,7 +1884,7 @@ class Dataset:
     def page_values(self) -> set[str]:
         """Which of the fields of a page its requests name. With none of them, the next page is named by its url."""
         texts = [part.text for part in (self.url, self.pages and self.pages.url) if part] + [self.body]
-        named = {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)} & {*PAGE_FIELDS}
+        named = {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)} & {*PAGE_FIELDS, OFFSET}
         return set() if self.pages and self.pages.next == LINK else named
 
 
@@ -2222,7 +2241,7 @@ def _broken_reference(reader: Reader, line: Sequence[str], known: Iterable[str])
     return None
 
 
-def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
+def _text_problems(template: Template, declared: set[str], name: str = "") -> Iterator[str]:
     if template.pattern is FIELD_IN_TEXT and set("{}") & set(VARIABLE.sub("", template.shape()).replace("{}", "")):
         yield f"{template.text}: a brace that is no {{field}}; a field is a name in small letters"
         return
@@ -2231,7 +2250,7 @@ def _text_problems(template: Template, declared: set[str]) -> Iterator[str]:
         if match[1] not in declared:
             there = f"(there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})"
             yield f'no field "{match[1]}"{suggest(match[1], declared)} {there}'
-        elif match[3] == "path" and not match[2]:
+        elif (match[3] == "path" or match[3] == name == "url") and not match[2]:
             continue
         elif (match[2] or match[3]) and (match[1] != "date" or not all(map(str.isalpha, codes))):
             yield f"{match[0]}: only a date has a format, made of codes like %Y%m%d"
@@ -2243,12 +2262,13 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
     """Fields that are not there, names that objects cannot have, and keys without effect, wherever these stand."""
     key, declared, own = dataset.key, configuration.fields_of(dataset.name), configuration.own_fields_of(dataset.name)
     fields = dict.fromkeys(settings_of(Dataset), declared)
+    fields |= dict.fromkeys(("url", "body", "pages.url"), declared | ({OFFSET} if dataset.pages else set()))
     fields["partitions"] = configuration.fields_above(dataset.name)
     fields["key"] = declared - ({"next"} if dataset.pages else set())  # it is another one each time
     fields["command"] = declared | ({f"{name}s" for name in own} if dataset.batch else set())
     for name, template in texts.items():
         if (block := name.partition(".")[0]) in fields:
-            yield from ((name, text) for text in _text_problems(template, fields[block]))
+            yield from ((name, text) for text in _text_problems(template, fields.get(name, fields[block]), name))
     dates, calendars = dataset.partitions.dates, {season.calendar for season in configuration.seasons}
     for path, names in (("", dataset.partitions.seasons), ("dates.", dates.seasons if dates else ())):
         labels = [season.label for season in configuration.seasons] + sorted(calendars)
@@ -2269,9 +2289,11 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
         yield "batch.group_by", f'no field "{dataset.batch.group_by}"{suggest(dataset.batch.group_by, declared)}'
     elif dataset.batch and dataset.command and own == (dataset.batch.group_by,):
         yield "batch.group_by", f"has no effect: no two objects share a {dataset.batch.group_by}"
-    if dataset.pages and dataset.pages.last and "page" not in dataset.page_values():
-        yield "pages.last", "no request names {page}: each page would be the first"
-    if dataset.pages and (twice := {*PAGE_FIELDS} & (fields["partitions"] | {*dataset.partitions.own_fields()})):
+    if dataset.pages and dataset.pages.last and {"page", OFFSET}.isdisjoint(dataset.page_values()):
+        yield "pages.last", "no request names {page} or {offset}: each page would be the first"
+    elif dataset.pages and dataset.pages.size and not dataset.pages.last and OFFSET not in dataset.page_values():
+        yield "pages.size", 'has no effect without "last" or {offset} in a request'
+    if dataset.pages and (twice := {*PAGE_FIELDS, OFFSET} & {*fields["partitions"], *dataset.partitions.own_fields()}):
         yield "pages", f"the field {min(twice)} is set twice"
     source = configuration.sources.get(dataset.source)
     if source and dataset.url and not (source.base_url or dataset.url.text.startswith(("http://", "https://"))):
@@ -2488,11 +2510,18 @@ def quote_for_url(value: str) -> str:
     return urllib.parse.quote(value, safe="")
 
 
+def sent_fields(dataset: Dataset, fields: Fields) -> Fields:
+    """The fields that a request may name: those of the object, and for a page its offset."""
+    pages = dataset.pages
+    return {**fields, OFFSET: str((int(fields["page"]) - 1) * (pages.size or 1))} if pages else fields
+
+
 def url_of(source: Source, dataset: Dataset, fields: Fields) -> str:
     """The url of an object: below base_url, with one slash between, unless it is whole by itself. That of a page after
     the first may be what the page before it names."""
     later = dataset.pages if dataset.pages and fields["page"] != "1" else None
-    url = cast(Template, (later and later.url) or dataset.url).render(fields, quote_for_url)
+    template = cast(Template, (later and later.url) or dataset.url)
+    url = template.render(sent_fields(dataset, fields), quote_for_url)
     is_whole = not source.base_url or url.startswith(("http://", "https://"))
     url = url if is_whole else f"{source.base_url}{url if url[:1] == '?' else '/' + url.lstrip('/')}"
     return urllib.parse.urljoin(url, fields["next"]) if later and not dataset.page_values() else url
@@ -2502,6 +2531,21 @@ def origin_of(url: str) -> tuple[str, str]:
     """Whom a url asks: its scheme, and its host with its port."""
     parts = urllib.parse.urlsplit(url)
     return parts.scheme, parts.netloc
+
+
+def address_problem(source: Source, dataset: Dataset, fields: Fields) -> str | None:
+    """Why a url is not asked for: a value of the form {field:url} leads to another host than without it, or up."""
+    text = dataset.url.text if dataset.url else ""
+    if ":url}" not in text:
+        return None
+    url, plain = url_of(source, dataset, fields), dataclasses.replace(dataset, url=Template(text.replace(":url}", "}")))
+    try:
+        if origin_of(url) != origin_of(from_environment(url_of(source, plain, fields), dataset.secrets)):
+            return f"its parent names {urllib.parse.urlsplit(url).netloc}, another host"
+        steps = urllib.parse.unquote(urllib.parse.urlsplit(url).path).split("/")
+    except ValueError as error:
+        return f"its parent names no address: {error}"
+    return None if {".", ".."}.isdisjoint(steps) else "its parent names an address with . or .. in its path"
 
 
 @functools.lru_cache(4096)  # a date is a part of many keys
@@ -2602,7 +2646,7 @@ def expand_named(child: Dataset, parent: Dataset, fields: Fields, value: str, no
     elif child.copy_of:
         yield {**fields}
     else:
-        inherited = {name: one for name, one in fields.items() if not parent.pages or name not in PAGE_FIELDS}
+        inherited = {name: fields[name] for name in fields.keys() - ({*PAGE_FIELDS, NAMED_BY} if parent.pages else ())}
         yield from expand(child, child.calendar, now, {**inherited, **child.partitions.fields_of_id(value)})
 
 
@@ -2712,10 +2756,14 @@ def _pages_named(
         found = re.search(cast(str, pages.next), file.read().decode("utf-8", "replace"))
         value = found and html.unescape(found[1])
     if value:
-        text = "" if dataset.page_values() == {"page"} else str(value).strip()
+        named = dataset.page_values()
+        text = "" if named and "next" not in named else str(value).strip()
         if text and (not isinstance(value, str | int) or isinstance(value, bool) or not text.isprintable()):
             raise ValueError(f"{text[:60]!r} names no page")
-        yield FIELDS_AS_JSON.encode({"page": str(page + 1), "next": text})
+        urllib.parse.urlsplit("" if named else text)  # raises ValueError for what is no address
+        file.seek(0)
+        digest = hashlib.file_digest(cast(io.BytesIO, file), "sha256").hexdigest()[:32]
+        yield FIELDS_AS_JSON.encode({"page": str(page + 1), "next": text} | ({NAMED_BY: digest} if text else {}))
 
 
 def _gunzipped(file: BinaryIO, most: int) -> BinaryIO:
@@ -2752,6 +2800,13 @@ def blocks_of(file: BinaryIO) -> Iterator[bytes]:
     return iter(functools.partial(file.read, BLOCK_BYTES), b"")
 
 
+def checksums(validation: Validation, fields: Fields) -> dict[str, str]:
+    """The checksums that a body must have, by algorithm. Some sources write them as md5:..."""
+    texts = {"sha256": validation.sha256, "md5": validation.md5}
+    wanted = {name: Template(text, FIELD_IN_EXPRESSION).render(fields, str) for name, text in texts.items() if text}
+    return {name: text.strip().lower().removeprefix(f"{name}:") for name, text in wanted.items()}
+
+
 def _damage(validation: Validation, fields: Fields, file: BinaryIO) -> str | None:
     """Why a body is not whole by its own structure, or by a checksum; None if it is."""
     try:
@@ -2759,15 +2814,12 @@ def _damage(validation: Validation, fields: Fields, file: BinaryIO) -> str | Non
             pass
     except zlib.error as error:
         return f"not whole gzip: {error}"
-    for name, text in (("sha256", validation.sha256), ("md5", validation.md5)):
-        if text:
-            file.seek(0)
-            found = hashlib.file_digest(
-                cast(io.BytesIO, file), functools.partial(hashlib.new, name, usedforsecurity=False)
-            ).hexdigest()
-            wanted = Template(text, FIELD_IN_EXPRESSION).render(fields, str).strip().lower()
-            if found != wanted:
-                return f"its {name} is {found}, not {wanted[:64]}"
+    for name, wanted in checksums(validation, fields).items():
+        file.seek(0)
+        algorithm = functools.partial(hashlib.new, name, usedforsecurity=False)
+        found = hashlib.file_digest(cast(io.BytesIO, file), algorithm).hexdigest()
+        if found != wanted:
+            return f"its {name} is {found}, not {wanted[:64]}"
     return None
 
 
@@ -3848,8 +3900,6 @@ def parse_retry_after(text: str | None, date: str | None) -> float | None:
 
 def classify(source: Source, status: int, headers: Mapping[str, str], body: bytes = b"") -> Result:
     """The meaning of an HTTP response with its start. Errors can come with status 200, a missing object with 403."""
-    if status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000]):
-        return Result(Outcome.NOT_YET, "HTTP 403: no such object", status)
     text, blocked = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}", source.blocked_when
     retry_after = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
     try:
@@ -3867,7 +3917,9 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
             document = json.loads(body)
     is_error = document is not None and holds(cast(str, source.error_when), {}, document)
     code = document.get("code") if is_error and isinstance(document, dict) else None
-    if status in (404, 410) or (is_error and code in (404, "404")):
+    unlisted = status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000])  # S3's
+    is_unknown = unlisted and b"Request has expired" not in body[:2000]  # a signed url
+    if status in (204, 404, 410) or is_unknown or (is_error and code in (404, "404")):
         return Result(Outcome.NOT_YET, text, status)
     if is_error and status < 500:
         return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)
@@ -4512,6 +4564,27 @@ def _insert_children(
             ledger.renew(row, f"{parent.key} was fetched {utc_text(ledger.now)}")
         elif row.state == ObjectState.AWAITED and row.etag is None:
             ledger.note(row, proven=2)
+    if not is_renewed and not is_expanding and (child.validate.sha256 or child.validate.md5):
+        _renew_changed(ledger, child, parent, {row.key: row.fields_json or "{}" for row in reversed(rows)})
+
+
+def _renew_changed(ledger: Ledger, child: Dataset, parent: ObjectRow, declared: Mapping[str, str]) -> None:
+    """Fetch the objects again of which their parent names another checksum now: the content has the one of before."""
+    own = """
+        o.key in (select value from json_each(?)) and o.parent_id = ? and d.dataset = ?
+        and o.task is not 'running' and o.state != 'dropped' and o.read_etag is o.etag
+    """
+    named = "select 1 from mentions where object_id = ? and expression = ? and value = ?"
+    for row in ledger.objects(own, (json.dumps([*declared]), parent.object_id, child.name)):
+        before, now = (checksums(child.validate, json.loads(one)) for one in (row.fields_json, declared[row.key]))
+        value = FIELDS_AS_JSON.encode({name: row.fields[name] for name in child.partitions.id_fields()})
+        mention = parent.object_id, expression_of(child, parent.dataset), value
+        if before != now and not ledger.sql.execute(named, mention).fetchone():
+            change = "update objects set fields = ? where object_id = ?"
+            ledger.sql.execute(change, (declared[row.key], row.object_id))
+            name = next(name for name in now if now[name] != before[name])
+            verdict = row.verdict or f"its {name} is {before[name][:64]}, not {now[name][:64]}"
+            ledger.renew(row._replace(verdict=verdict if row.etag else None), f"{parent.key} names another {name}")
 
 
 # ---------------------------------------------------------------- Queue
@@ -4646,14 +4719,14 @@ def _begin_all(ledger: Ledger, head: sqlite3.Row, permit: Permit | None, *, is_e
         beside=tuple(begun(one, [row]) for one, row in beside),
         environment={} if url else _environment(configuration, source, rows),
         runs_exclusively=is_exclusive,
-        refusal=_page_problem(ledger, first, url),
+        refusal=address_problem(source, dataset, first.fields) or _page_problem(ledger, first, url),
     )
 
 
 def _page_problem(ledger: Ledger, page: ObjectRow, url: str) -> str | None:
-    """Why a page is not asked for: it is beyond the most, on another host, or named as one before it was. Each is
-    compared with the one at the last power of two, which finds every loop (R. P. Brent, An Improved Monte Carlo
-    Factorization Algorithm, 1980)."""
+    """Why a page is not asked for: it is beyond the most, on another host, or named as one before it was by the same
+    answer. Each is compared with the one at the last power of two, which finds every loop (R. P. Brent, An Improved
+    Monte Carlo Factorization Algorithm, 1980). A token alone may stay the same from page to page."""
     dataset = ledger.configuration.datasets[page.dataset]
     if not dataset.pages or (number := int(page.fields["page"])) == 1:
         return None
@@ -4663,7 +4736,8 @@ def _page_problem(ledger: Ledger, page: ObjectRow, url: str) -> str | None:
     if origin_of(url) != origin_of(url_of(ledger.configuration.sources[dataset.source], dataset, first)):
         return f"the page before it names {urllib.parse.urlsplit(url).netloc}, another host"
     before = ledger.page(page, 1 << ((number - 1).bit_length() - 1))
-    is_named_twice = before and before.fields["next"] == page.fields["next"] != "" and not dataset.pages.last
+    named = page.fields["next"], page.fields.get(NAMED_BY)
+    is_named_twice = before and all(named) and named == (before.fields["next"], before.fields.get(NAMED_BY))
     return f"the page before it names page {before.fields['page']} again" if before and is_named_twice else None
 
 
@@ -4815,7 +4889,7 @@ def _settle(
         if result.stored and result.inspection:  # a program may have left an invalid object
             row = ledger.stored(row, result.stored, result.inspection, result.validators)
         elif result.http_status == 304:
-            row = row._replace(modified_at=int(ledger.now))
+            row = row._replace(modified_at=int(ledger.now), validators=result.validators or row.validators)
         if is_ok and row.outdated == outdated:  # else it was outdated meanwhile
             row = row._replace(outdated=None)
         if outcome is Outcome.NOT_YET and _may_be_absent(ledger, row):
@@ -5748,8 +5822,7 @@ def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | 
 
 def _refused(error: StoreError) -> Result:
     """A store that fails says nothing about the task; one place in it that cannot be used does."""
-    is_local = isinstance(error, UnusablePathError)
-    return Result(Outcome.ERROR if is_local else Outcome.STORE_ERROR, str(error))
+    return Result(Outcome.ERROR if isinstance(error, UnusablePathError) else Outcome.STORE_ERROR, str(error))
 
 
 def validate_and_store(
@@ -6069,7 +6142,7 @@ def _sent_body(claimed: Claim) -> bytes | None:
     quote = (lambda value: json.dumps(value)[1:-1]) if text.lstrip()[:1] in ("{", "[") else quote_for_url
     # in this order: a field may hold a $ that the source has chosen
     template = Template(from_environment(text), FIELD_IN_EXPRESSION)
-    return template.render(claimed.tasks[0].fields, quote).encode() if text else None
+    return template.render(sent_fields(claimed.dataset, claimed.tasks[0].fields), quote).encode() if text else None
 
 
 def _sent_url(claimed: Claim) -> str:
@@ -6082,10 +6155,18 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
     """The meaning of a response for each object. A redirect is the next request to make."""
     status, target, parts = response.status_code, claimed.tasks[0], claimed.parts()
     if not response.is_redirect:
-        size = body.seek(0, io.SEEK_END)
+        size, secrets = body.seek(0, io.SEEK_END), claimed.dataset.secrets
         body.seek(0)
+        links = {rel: redacted(link["url"], secrets) for rel, link in response.links.items() if rel == "next"}
+        has_links = claimed.dataset.pages and claimed.dataset.pages.next == LINK
         if status == 304 and _conditions(claimed):
-            return [Result(Outcome.OK, None, status)]
+            answer, is_new = Result(Outcome.OK, None, status), links != known_links(target.validators)
+            if has_links and response.links and is_new:  # a full page is the same when another follows it
+                known = json.dumps({**json.loads(target.validators or "{}"), "links": links})
+                found = inspect_stored(claimed, target._replace(validators=known), store)
+                if found and found.outcome is Outcome.OK:
+                    answer = dataclasses.replace(answer, inspection=found.inspection, validators=known)
+            return [answer]
         answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES))
         if answer.outcome is not Outcome.OK:
             return claimed.results(answer)
@@ -6093,10 +6174,7 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
             for _ in unpack(blocks_of(body), "gzip"):
                 if deadline.passed:  # half a file can have the whole Content-Length
                     raise TimeoutError
-        secrets = claimed.dataset.secrets
-        links = {rel: redacted(link["url"], secrets) for rel, link in response.links.items() if rel == "next"}
         results = [validate_and_store(one, task, body, store, status, links) for one, task in parts]
-        has_links = claimed.dataset.pages and claimed.dataset.pages.next == LINK
         validators = _validators(redacted(claimed.url, secrets), response.headers, links if has_links else None)
         return [dataclasses.replace(result, validators=validators) for result in results]
     url = urllib.parse.urljoin(_sent_url(claimed), response.headers["location"])
@@ -7258,6 +7336,14 @@ demand above limit: ! adce.py explain freshness
 no workers: x adce.py explain pool
     select 'pool' as about, note as text from runner
     where stopped_at is null and note is not null and beat_at > :now - 120  -- else no runner looks
+names nothing: - adce.py try {about}
+    select value ->> 0 as about, 'is there, and yet no object of ' || key || ' is expected: does its ids or regex '
+           || 'find any?' as text
+    from json_each(:parents)
+    where (select max(state = 'present') and not max(state in ('missing', 'suspect'))
+           from counts join datasets using (dataset_id)
+           where objects > 0 and dataset in (select p.value from json_each(json_each.value) p))
+      and not exists (select 1 from counts join datasets using (dataset_id) where dataset = key and objects > 0)
 no limits: - adce.py explain rate_limiting
     select value as about, 'has no limits' as text from json_each(:unlimited)
 changed: - adce.py restart
@@ -7366,7 +7452,8 @@ def conditions(
     values |= {"unlimited": json.dumps(unlimited), "last_days": json.dumps(last_days), "file": path.name}
     over = [season.label for season in configuration.seasons if season.finish < day_of(now)]
     least = {one.name: one.at_least for one in configuration.datasets.values() if one.at_least}
-    values |= {"at_least": json.dumps(least), "over": json.dumps(over)}
+    parents = {one.name: one.partitions.parents for one in configuration.datasets.values() if one.partitions.parents}
+    values |= {"at_least": json.dumps(least), "over": json.dumps(over), "parents": json.dumps(parents)}
     changed_at = path.stat().st_mtime if path.exists() else 0
     with contextlib.suppress(DatabaseError):  # that is one of its problems
         has_changed = database.value("select ? > started_at + 1 from runner where stopped_at is null", (changed_at,))
@@ -9170,6 +9257,8 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
         key = expected_object(dataset, fields, dataset.calendar).key
     except ValueError as error:
         raise Error(str(error), f"adce.py try {dataset.name} FIELD=VALUE") from error
+    if problem := address_problem(source, dataset, fields):
+        raise Error(problem)
     claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
     claimed = dataclasses.replace(claimed, url=url_of(source, dataset, fields))
     sent: Any = {"headers": _headers(claimed), "data": _sent_body(claimed), "stream": True, "allow_redirects": False}

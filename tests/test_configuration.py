@@ -219,6 +219,10 @@ BROKEN = {
         BASE + CHILD.replace("/games/{game_id}", "/games/{game_id:%Y}"),
         ["12:10: datasets.games.url: {game_id:%Y}: only a date has a format, made of codes like %Y%m%d"],
     ),
+    "form of a url in a key": (
+        BASE + CHILD.replace("games/{game_id}.json", "games/{game_id:url}"),
+        ["11:10: datasets.games.key: {game_id:url}: only a date has a format, made of codes like %Y%m%d"],
+    ),
     "attribute access in a template": (
         edited("/days/{date}", "/days/{date.__class__}"),
         [
@@ -799,7 +803,7 @@ UNSEEN = """
     duplicate key, YAML reads 010 as 8, a bucket that nothing refills, a limit for a
     misspelt source, undefined source, undefined parent, undefined same_as, a dataset below itself, the same as
     each other, bad JMESPath, bad regular expression, regular expression without a group, undeclared field in a
-    url, undeclared field in an expression, format of a field that is no date, attribute access in a template,
+    url, undeclared field in an expression, format of a field that is no date, attribute access in a template, form of a url in a key,
     dates that end before they start, a day that does not exist, a season that ends before it starts, seasons
     that are not declared, two datasets with the same key, a key that does not tell its objects apart, a date
     format that loses the day, a key that climbs out, a date format that leads out of the store, an unknown time

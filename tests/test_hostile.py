@@ -255,6 +255,24 @@ def test_header_that_a_source_repeats_is_not_kept(upstream, tmp_path):
     assert not any(b"C4N4RY" in file.read_bytes() for file in tmp_path.glob("adce.db*"))
 
 
+def test_address_on_another_host_that_a_parent_names_gets_no_request(upstream, tmp_path):
+    with Upstream() as evil:
+        links = [f"{evil.address}/a", f"{upstream.address}/b%20c", "../d"]
+        upstream.answer("/page", json_answer({"ids": links}))
+        upstream.answer("/b%20c", Answer(b"whole"))
+        write_family(tmp_path, upstream.address, way='url: "{id:url}"')
+        assert run_adce("run", "--once", folder=tmp_path).returncode == adce.ExitCode.GAPS_LEFT
+        errors = rows(tmp_path, "select last_error from queue order by last_error")
+        assert run_adce("try", "named", f"id={links[0]}", folder=tmp_path).returncode == adce.ExitCode.ERROR
+        assert (evil.count(), upstream.count()) == (0, 2)
+    host = evil.address.removeprefix("http://")
+    assert [error for (error,) in errors] == [
+        f"its parent names {host}, another host",
+        "its parent names an address with . or .. in its path",
+    ]
+    assert rows(tmp_path, "select outcome from attempts where outcome = 'ok'") == [("ok",)] * 2
+
+
 @pytest.mark.parametrize(
     ("line", "shown"),
     [

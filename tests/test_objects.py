@@ -208,6 +208,29 @@ def several(**partitions) -> adce.Dataset:
     return dataset(name="games", key=adce.Template("games/{cik}/{form}"), partitions=parts)
 
 
+@pytest.mark.parametrize(
+    ("expression", "names"),
+    [
+        ("value[?on].{id: a, name: b}", "id name"),
+        ("value[?on == `true`].{id: a, name: b} || `[]`", "id name"),
+        ("value[].{id: a, name: b} | [?name && length(name) > `3`]", "id name"),
+        ("value[].{id: a} | [0]", "id"),
+        ("value[1:].{id: a} | [:3]", "id"),
+        ("value.*.[{id: a}][]", "id"),
+        ("map(&{id: a}, value)", "id"),
+        ("sort_by(value[].{id: a}, &id)", "id"),
+        ("value && value[].{id: a}", "id"),
+        ("value[].{id: a}.id", ""),
+        ("value[].{id: a} | [].id", ""),
+        ("value[?x == {id: a}].b", ""),
+        ("value", ""),
+        ("`[]`", ""),
+    ],
+)
+def test_members_of_what_an_expression_makes_are_known_before_it_is_used(expression, names):
+    assert adce.names_in_result(expression) == tuple(names.split())
+
+
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_members_of_the_objects_that_an_expression_makes_are_fields(pack):
     body = pack(b'{"games": [{"c": 7, "f": "10-K"}, {"c": 8, "f": null}]}')
@@ -226,6 +249,42 @@ def test_named_groups_are_fields_and_entities_are_unescaped(pack):
     body = pack(b'<a href="12/A&amp;B"> <a href="13/C">')
     (values,) = adce.inspect(dataset(), {}, body, [one]).mentions.values()
     assert [json.loads(value) for value in values] == [{"cik": "12", "form": "A&B"}, {"cik": "13", "form": "C"}]
+
+
+@pytest.mark.parametrize(("size", "offsets"), [(None, "0 1 2"), (100, "0 100 200")])
+def test_offset_of_a_page_counts_the_items_before_it_or_the_pages(size, offsets):
+    pages = adce.Pages(last="total", size=size)
+    one = dataset(url=adce.Template("/list?start={offset}"), pages=pages)
+    asked = [adce.url_of(adce.Source("s", "http://x"), one, {"page": page, "next": ""}) for page in "123"]
+    assert asked == [f"http://x/list?start={offset}" for offset in offsets.split()]
+
+
+@pytest.mark.parametrize(
+    ("value", "url", "problem"),
+    [
+        ("a%20b/c+d.csv?x=1&y=%2F", "http://own:8/api/a%20b/c+d.csv?x=1&y=%2F", None),
+        ("http://own:8/else/50%25 \u00e9", "http://own:8/else/50%25%20%C3%A9", None),
+        ("/a$KEY", "http://own:8/api/a%24KEY", None),
+        ("//evil.example/a", "http://own:8/api/evil.example/a", None),
+        ("HTTP://evil.example/a", "http://own:8/api/HTTP://evil.example/a", None),
+        ("http://own/a", None, "another host"),
+        ("https://own:8/a", None, "another host"),
+        ("http://own:8@evil.example/a", None, "another host"),
+        ("http://user:password@own:8/a", None, "another host"),
+        ("http://own:8\\@evil.example/", None, "another host"),
+        ("http://[own/a", None, "no address"),
+        ("http://own:8/api/../admin", None, "or .."),
+        ("a/%2E%2e/%2e./admin", None, "or .."),
+        ("a/..?x", None, "or .."),
+    ],
+)
+def test_address_that_a_parent_names_stays_as_it_is_and_on_its_host(value, url, problem):
+    one, source = dataset(url=adce.Template("{link:url}")), adce.Source("s", "http://own:8/api")
+    if problem:
+        assert problem in (adce.address_problem(source, one, {"link": value}) or "")
+    else:
+        assert adce.address_problem(source, one, {"link": value}) is None
+        assert adce.url_of(source, one, {"link": value}) == url
 
 
 def test_path_that_climbs_is_no_id_of_a_url_with_paths():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,8 +22,12 @@ WAYS = {
     "header": 'url: "/header?kind={kind}", pages: {next: link}',
     "address": 'url: "/address?kind={kind}", pages: {next: links.next}',
     "cursor": 'url: "/cursor?kind={kind}&from={next}", pages: {next: cursor}',
+    "standing": 'url: "/standing?kind={kind}", pages: {next: cursor, url: "/standing?kind={kind}&from_cursor={next}"}',
     "token": 'url: "/token?kind={kind}", pages: {next: "<token[^>]*>([^<]+)<", url: "/token?resume={next}"}',
     "number": f'url: "/number?kind={{kind}}&page={{page}}", pages: {{last: total, size: {SIZE}}}',
+    "offset": f'url: "/offset?kind={{kind}}&start={{offset}}", pages: {{last: total, size: {SIZE}}}',
+    "offset_until_empty": f"""url: "/offset_until_empty?kind={{kind}}", pages: {{next: items, size: {SIZE},
+           url: "/offset_until_empty?kind={{kind}}&start={{offset}}"}}""",
     "until_empty": 'url: "/until_empty?kind={kind}&page={page}", pages: {next: items}',
     "posted": """url: "/posted", method: POST, pages: {next: cursor},
            body: '{"kind": "{kind}", "after": "{next}"}'""",
@@ -43,6 +48,7 @@ class Source:
     def __init__(self, upstream: Upstream, count: int = 7) -> None:
         self.upstream, self.count, self.generation = upstream, count, 0
         self.tokens: dict[str, tuple[str, int]] = {}
+        self.standing: dict[str, int] = {}  # pages that a cursor has brought, which is the same all the time
         self.before_page: Callable[[int], None] = lambda page: None
         for way in WAYS:
             upstream.route(f"/{way}", lambda path, query: self.page(path[1:], query))
@@ -56,6 +62,9 @@ class Source:
             return Answer(b"<error>this token has expired</error>", 400)
         kind, page = self.tokens[query["resume"]] if "resume" in query else (query["kind"], int(query.get("page", 1)))
         page = int(query["from"]) // SIZE + 1 if query.get("from") else page
+        page = int(query["start"]) // SIZE + 1 if query.get("start") else page
+        if way == "standing":
+            page = self.standing[kind] = self.standing.get(kind, 0) + 1 if "from_cursor" in query else 1
         self.before_page(page)
         found = [{"id": f"{kind}{number}"} for number in range(self.count)][SIZE * page - SIZE : SIZE * page]
         is_last = SIZE * page >= self.count
@@ -70,9 +79,13 @@ class Source:
             self.tokens |= {} if is_last else {token: (kind, page + 1)}
             more = "" if is_last else f"<token left='?'>{token}</token>"
             return Answer(f"{json.dumps(body)}{more}".encode())
-        body |= {"address": {"links": {"next": None if is_last else following}}, "number": {"total": self.count}}.get(
-            way, {"cursor": None if is_last else SIZE * page}
-        )
+        cursor = "standing" if way == "standing" else SIZE * page
+        total = {"total": self.count}
+        body |= {
+            "address": {"links": {"next": None if is_last else following}},
+            "number": total,
+            "offset": total,
+        }.get(way, {"cursor": None if is_last else cursor})
         return json_answer(body)
 
     def expire(self) -> None:
@@ -106,13 +119,20 @@ def run_to_the_end(folder: Path, asked_again: int = 8) -> int:
     return code
 
 
+def run_when_due(folder: Path) -> None:
+    """Runs when every page that is fetched again each second is due."""
+    latest = "select 1 from (select max(modified_at) as last from objects) where last < unixepoch() - 1"
+    wait_until(lambda: rows(folder, latest))
+    run(folder)
+
+
 def expected(folder: Path, dataset: str) -> list[str]:
     found = rows(folder, f"select key from objects_now where state = 'present' and dataset = '{dataset}'")
     return sorted(key.partition("/")[2].removesuffix(".json") for (key,) in found)
 
 
 def pages_of(count: int, way: str = "") -> list[str]:
-    most = max(1, -(-count // SIZE)) + (way == "until_empty" and count > 0)
+    most = max(1, -(-count // SIZE)) + (way.endswith("until_empty") and count > 0)
     return [f"{kind}/{page}" for kind in "ab" for page in range(1, most + 1)]
 
 
@@ -157,17 +177,31 @@ def test_list_that_grows_or_shrinks_is_followed_when_its_first_page_is_due(sourc
     run(tmp_path)
     source.count = count
     source.expire()
-    wait_until(
-        lambda: rows(
-            tmp_path, "select 1 from (select max(modified_at) as last from objects) where last < unixepoch() - 1"
-        )
-    )
-    run(tmp_path)  # a second later it is due again
+    run_when_due(tmp_path)
     run_adce("reconcile", folder=tmp_path)
     now = rows(tmp_path, "select key, state from objects_now where dataset = 'lists' and state != 'dropped' order by 1")
     assert [key for key, _ in now] == [f"lists/{page}.json" for page in pages_of(count, way)]
     named = rows(tmp_path, "select count(*) from objects_now where dataset = 'items' and state != 'dropped'")
     assert named == [(len(items_of(count)),)]
+
+
+def test_full_page_that_is_unchanged_but_links_to_another_now_is_followed(source, tmp_path):
+    def page(path: str, query: dict[str, str]) -> Answer:
+        answer = source.page(path[1:], query)
+        etag = f'"{hashlib.sha256(answer.body).hexdigest()}"'
+        is_known = any(arrival.headers.get("If-None-Match") == etag for arrival in source.upstream.arrivals)
+        headers = {"Link": '</>; rel="first"', **answer.headers, "ETag": etag}
+        return Answer(b"" if is_known else answer.body, 304 if is_known else 200, headers)
+
+    source.count = 6
+    source.upstream.route("/header", page)
+    write_lake(tmp_path, source.upstream, "header", ", freshness: {refetch_every: 1s}")
+    run(tmp_path)
+    for source.count in (7, 6):
+        run_when_due(tmp_path)
+        run_adce("reconcile", folder=tmp_path)
+        listed = rows(tmp_path, "select key from objects_now where dataset = 'lists' and state != 'dropped' order by 1")
+        assert [key for (key,) in listed] == [f"lists/{page}.json" for page in pages_of(source.count)]
 
 
 def test_token_that_has_expired_starts_the_list_again(source, tmp_path):
@@ -213,6 +247,12 @@ def test_page_that_is_not_followed_is_missing_and_says_why(source, way, followin
     assert [(state, kind) for state, _, kind in found] == [("gave_up", "missing")] * 2
     assert all(error in text for _, text, _ in found)
     assert source.upstream.count() <= 6
+
+
+@pytest.mark.parametrize("named", ["http://[x", "http://\u2100.example/"])
+def test_page_that_names_the_next_by_no_address_is_invalid(named):
+    one = adce.Dataset("l", "s", adce.Template("{page}"), url=adce.Template("/"), pages=adce.Pages(next="next"))
+    assert not adce.inspect(one, adce.FIRST_PAGE, json.dumps({"next": named}).encode(), [one]).valid
 
 
 @pytest.mark.parametrize("way", ["header", "token", "number"])
@@ -261,6 +301,8 @@ def test_key_of_the_source_is_not_stored_when_a_page_repeats_it(source, tmp_path
         (WAYS["cursor"].replace("next: cursor", "next: '[a'"), "datasets.lists.pages.next: not a JMESPath expression"),
         (WAYS["cursor"].replace("{next: cursor", "{next: cursor, last: total"), "has next and last"),
         (WAYS["cursor"].replace("{next: cursor", "{next: cursor, size: 5"), 'pages.size: has no effect without "last"'),
+        (WAYS["number"].replace("last: total", """last: "[?a == '{offset}']\""""), 'pages.last: no field "offset"'),
+        ('url: "/posted", method: POST, body: "{offset}"', 'body: no field "offset"'),
         (WAYS["cursor"] + ", key: 'lists/{kind}.json'", "does not name {page}"),
         (WAYS["cursor"] + ", key: 'lists/{kind}/{page}/{next}.json'", 'key: no field "next"'),
         ('command: ["true"], pages: {next: link}', 'pages: has no effect without "url"'),

@@ -96,7 +96,12 @@ VERDICTS = {
     "no such object in a bucket": (
         Answer(b"<Error><Code>AccessDenied</Code></Error>", 403),
         O.NOT_YET,
-        "no such object",
+        "HTTP 403: AccessDenied",
+    ),
+    "a signed url that has expired": (
+        Answer(b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>", 403),
+        O.HTTP_ERROR,
+        "Request has expired",
     ),
     "forbidden": (Answer(b"<html>Access Denied</html>", 403), O.HTTP_ERROR, "HTTP 403: Access Denied"),
     "bad request": (Answer(b"no", 400), O.HTTP_ERROR, "HTTP 400: no"),
@@ -105,7 +110,7 @@ VERDICTS = {
     "a redirect to nowhere": (Answer(b"", 302), O.HTTP_ERROR, "HTTP 302"),
     "slow down": (Answer(b"slow down", 429), O.THROTTLED, "HTTP 429: slow down"),
     "away for a while": (Answer(b"back soon", 503), O.THROTTLED, "HTTP 503: back soon"),
-    "no content": (Answer(b"", 204), O.HTTP_ERROR, "HTTP 204"),
+    "no content": (Answer(b"", 204), O.NOT_YET, "HTTP 204"),
     "part of it": (Answer(GOOD, 206), O.HTTP_ERROR, "HTTP 206"),
     "not modified": (Answer(b"", 304), O.HTTP_ERROR, "HTTP 304"),
     "control characters": (Answer(b"\x1b[31mred\r\nnext", 500), O.HTTP_ERROR, "HTTP 500: ?[31mred next"),
@@ -422,8 +427,9 @@ def test_throttling_answer_hands_its_retry_after_on(upstream, store):
     assert fetch(specification(upstream.address), store).retry_after == 77
 
 
-def test_status_or_body_that_means_blocked_is_recognized(upstream, store):
-    upstream.answer("/x", Answer(b"denied", 403))
+@pytest.mark.parametrize("body", [b"denied", b"<Error><Code>AccessDenied</Code></Error>"])
+def test_status_or_body_that_means_blocked_is_recognized(body, upstream, store):
+    upstream.answer("/x", Answer(body, 403))
     signs = adce.BlockedWhen(status=(403,), body="(?i)too many requests")
     assert fetch(specification(upstream.address, blocked_when=signs), store).outcome is O.BLOCKED
     upstream.answer("/x", Answer(b"<h1>Too Many Requests</h1>"))

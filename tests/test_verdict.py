@@ -257,6 +257,17 @@ def test_gaps_of_the_configuration_are_remarks(old, new, about, hint, lake, conf
     assert [(row["mark"], row["about"], row["try"]) for row in found.rows] == [("-", about, f"adce.py {hint}")]
 
 
+def test_dataset_of_which_its_parents_name_no_object_is_a_remark_once_they_are_there(lake, configure):
+    plays = 'plays: {source: league, key: "{id}", url: "/{id}", partitions: {from: games, regex: "(", as: id}}'
+    changed = configure(f"{TEXT}  {plays.replace('(', '&quot;(.+)')}\n")
+    os.utime(lake.path, (lake.clock.wall() - 60,) * 2)
+    assert adce.verdict(lake.database, changed, lake.clock.wall()).rows == []
+    lake.write("update objects set task = null, state = 'present'")
+    (row,) = adce.verdict(lake.database, changed, lake.clock.wall()).rows
+    assert (row[""], row["about"], row["try"]) == ("-", "games", "adce.py try games")
+    assert "no object of plays is expected" in row["what"]
+
+
 def test_status_fits_a_terminal_and_says_the_same_as_report(lake, tmp_path):
     for cause in (give_up, pause, lose_a_cycle, break_a_channel, change_the_file, crash, lose_the_store):
         cause(lake)
