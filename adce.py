@@ -209,6 +209,7 @@ class Outcome(enum.StrEnum):
     UNREACHABLE = "unreachable", Traits(counts=True, source_after=2)  # no connection
     BROKEN = "broken", Traits(counts=True, source_after=5)  # the response ended early
     STORE_ERROR = "store_error", Traits(passing=True)  # fetched, but not stored
+    UNSTORABLE = "unstorable", Traits(counts=True, passing=True)  # its place in the store cannot be used
     ERROR = "error", Traits(counts=True, rated=True, setting="failures_in_a_row")  # a command or call failed
     LOST = "lost", Traits(passing=True)  # the runner stopped or crashed before the end
 
@@ -5758,7 +5759,7 @@ def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | 
 def _refused(error: StoreError) -> Result:
     """A store that fails says nothing about the task; one place in it that cannot be used does."""
     is_local = isinstance(error, UnusablePathError)
-    return Result(Outcome.ERROR if is_local else Outcome.STORE_ERROR, str(error))
+    return Result(Outcome.UNSTORABLE if is_local else Outcome.STORE_ERROR, str(error))
 
 
 def validate_and_store(

@@ -295,6 +295,7 @@ def test_rolled_back_claim_leaves_neither_task_nor_permit(desk):
         (adce.Outcome.BROKEN, "retry", 1),
         (adce.Outcome.UNREACHABLE, "retry", 1),
         (adce.Outcome.STORE_ERROR, "retry", 0),
+        (adce.Outcome.UNSTORABLE, "retry", 1),
         (adce.Outcome.LOST, "pending", 0),
     ],
 )

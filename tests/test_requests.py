@@ -581,12 +581,12 @@ def test_one_place_in_the_store_that_cannot_be_used_is_the_task_s_own_trouble(up
     upstream.answer("/x", Answer(GOOD))
     (store.root / "games" / "7.json").mkdir(parents=True)
     result = fetch(specification(upstream.address), store)
-    assert (result.outcome, result.error) == (O.ERROR, "cannot write games/7.json: Is a directory")
+    assert (result.outcome, result.error) == (O.UNSTORABLE, "cannot write games/7.json: Is a directory")
     store = adce.FolderStore(store.root.with_name("other"))
     store.sweep()
     store.write("games", b"a file where the folder should be")
     result = fetch(specification(upstream.address), store)
-    assert (result.outcome, result.error) == (O.ERROR, "cannot look for games/7.json: Not a directory")
+    assert (result.outcome, result.error) == (O.UNSTORABLE, "cannot look for games/7.json: Not a directory")
 
 
 BOMB_VICTIM = """
