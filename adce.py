@@ -3144,14 +3144,6 @@ class StoredObject(NamedTuple):
 
 SPOOL_NAME, PROBE = "[0-9a-f]{16}", "0" * 16  # of files in the staging folder; no other file there is ADCE's
 SPOOLED_BYTES = 1 << 20  # of a body, held in memory
-PAGE = 1000  # objects compared, sorted or noted in one transaction
-Item = TypeVar("Item")
-
-
-def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    """The items in lists of at most `size`."""
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
 
 
 class Store(Protocol):
@@ -3387,6 +3379,7 @@ class S3Store:
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket, self.above, self.calls = bucket, f"{prefix}/" if prefix else "", 0
+        self._taken = self.above + STAGING  # the last key that was put
 
     @functools.cached_property
     def _client(self) -> Any:
@@ -3479,6 +3472,7 @@ class S3Store:
                 self._client.upload_fileobj(file, **place, ExtraArgs=with_checksum, Config=in_turn)
                 return cast(StoredObject, self.find(key))
             answer = self._client.put_object(**place, Body=file, ChecksumAlgorithm="SHA256")
+        self._taken = place["Key"]
         modified_at = http_date(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         return StoredObject(key, size, answer["ETag"].strip('"'), int(modified_at.timestamp()))
 
@@ -3492,13 +3486,24 @@ class S3Store:
         try:
             yield
         except (*libraries, ValueError, TypeError) as error:  # TypeError: an element of an answer comes twice
-            code = getattr(error, "response", {}).get("Error", {}).get("Code")
+            answer = getattr(error, "response", {})
+            code, status = answer.get("Error", {}).get("Code"), answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if key and code in ("NoSuchKey", "404"):
                 raise KeyError(key) from None
             if code in ("NoSuchBucket", "404"):
                 raise StoreError(f"there is no bucket {self.bucket}", "see `store:` in adce.yaml") from error
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
-            raise StoreError(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {error}", hint) from error
+            is_local = action == "write" and 400 <= (status or 0) < 500 and self._takes_others()
+            kind = UnusablePathError if is_local else StoreError
+            raise kind(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {error}", hint) from error
+
+    def _takes_others(self) -> bool:
+        """Whether an upload can begin where the last object was put. It is given up at once."""
+        place, upload = {"Bucket": self.bucket, "Key": self._taken}, None
+        with contextlib.suppress(Exception):  # then all of the store refuses
+            upload = self._client.create_multipart_upload(**place)
+            self._client.abort_multipart_upload(**place, UploadId=upload.get("UploadId"))
+        return upload is not None
 
 
 def require_known_store(database: Database, configuration: Configuration, store: Store) -> None:
@@ -4527,6 +4532,7 @@ def _insert_children(
 # ---------------------------------------------------------------- Queue
 # The best task whose source can be asked now is claimed together with its permit. Headline: claim().
 
+PAGE = 1000  # objects compared, sorted or noted in one transaction
 RUNNER = "runner"  # the owner of the main loop's places among the waiters
 
 
@@ -5033,6 +5039,13 @@ SAVED_EVERY_SECONDS = 5
 MOST_PROBLEMS = 5  # reported of one cycle
 STOPPED_EARLY = "stopped before its end"
 VANISHED = "vanished at once"  # marks a mass loss
+Item = TypeVar("Item")
+
+
+def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of at most `size`."""
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 
 class KeyRange(NamedTuple):
