@@ -3378,8 +3378,7 @@ class S3Store:
     """A bucket, or what lies below a prefix in one. Credentials and endpoint come from where boto3 looks."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
-        self.bucket, self.above, self.calls = bucket, f"{prefix}/" if prefix else "", 0
-        self._taken = self.above + STAGING  # the last key that was put
+        self.bucket, self.above, self.calls, self._taken = bucket, f"{prefix}/" if prefix else "", 0, STAGING
 
     @functools.cached_property
     def _client(self) -> Any:
@@ -3472,7 +3471,7 @@ class S3Store:
                 self._client.upload_fileobj(file, **place, ExtraArgs=with_checksum, Config=in_turn)
                 return cast(StoredObject, self.find(key))
             answer = self._client.put_object(**place, Body=file, ChecksumAlgorithm="SHA256")
-        self._taken = place["Key"]
+        self._taken = key
         modified_at = http_date(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         return StoredObject(key, size, answer["ETag"].strip('"'), int(modified_at.timestamp()))
 
@@ -3499,7 +3498,7 @@ class S3Store:
 
     def _takes_others(self) -> bool:
         """Whether an upload can begin where the last object was put. It is given up at once."""
-        place, upload = {"Bucket": self.bucket, "Key": self._taken}, None
+        place, upload = {"Bucket": self.bucket, "Key": self.above + self._taken}, None
         with contextlib.suppress(Exception):  # then all of the store refuses
             upload = self._client.create_multipart_upload(**place)
             self._client.abort_multipart_upload(**place, UploadId=upload.get("UploadId"))
@@ -5741,7 +5740,7 @@ def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]
 
 # ---------------------------------------------------------------- Requests
 # One HTTP request: a deadline for all of it, a cap on its size, no hidden retries. A redirect is handed back, because
-# each hop needs a permit of its own. Headlines: inspect_stored(), validate_and_store(), request().
+# each hop needs a permit of its own. Headlines: validate_and_store(), request().
 
 CONNECT_SECONDS = 10
 KEPT_SECONDS = 1  # an idle connection
@@ -5750,23 +5749,6 @@ MAX_REDIRECTS = 5
 CLASSIFIED_BYTES = 1 << 20  # of a body, in which its meaning is looked for
 KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
 COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files that are stored as sent
-
-
-def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
-    """The object that the store holds under a key, judged; None when there is none."""
-    stored, most = store.find(target.key), claimed.dataset.validate.most()
-    if stored is None:
-        return None
-    if stored.size > most:
-        return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
-    try:
-        with store.open(target.key) as body:
-            links = known_links(target.validators)
-            inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, links)
-    except KeyError:  # deleted meanwhile
-        return None
-    outcome = Outcome.OK if inspection.valid else Outcome.INVALID
-    return Result(outcome, inspection.verdict, stored=stored, inspection=inspection)
 
 
 def _refused(error: StoreError) -> Result:
@@ -5795,14 +5777,6 @@ def validate_and_store(
         return Result(Outcome.OK, None, http_status, store.write(target.key, body), inspection)
     except StoreError as error:
         return dataclasses.replace(_refused(error), http_status=http_status)
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line, whatever it is."""
-    try:
-        return excerpt(f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
-    except Exception:  # noqa: BLE001  # its own __str__ failed
-        return type(error).__name__
 
 
 def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
@@ -5862,6 +5836,9 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
             result = Result(Outcome.BROKEN, text, status)
         else:
             outcome, text = connection_error(error)
+            if outcome is Outcome.BROKEN and status is None and deadline.reuses:  # its next attempt gets a new one
+                SESSIONS.closers[deadline.reuses] = time.monotonic()
+                outcome, text = Outcome.LOST, f"{text} that was used again"
             host = urllib.parse.urlsplit(claimed.url).hostname or claimed.source.name
             result = Result(outcome, f"{host} {text}", status)
     return claimed.results(dataclasses.replace(result, requests=1))
@@ -5914,27 +5891,28 @@ class _Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.ends_at, self.passed = time.monotonic() + seconds, False
-        self._handle: socket.socket | None = None
+        self.handle: socket.socket | None = None
+        self.reuses: tuple[str, int] | None = None  # a connection of an earlier request
 
     def watch(self, connected: socket.socket) -> socket.socket:
         """By a second handle: TLS and http.client let go of the first while the response is still coming."""
         self.close()
-        self._handle = socket.socket(fileno=os.dup(connected.fileno()))
+        self.handle = socket.socket(fileno=os.dup(connected.fileno()))
         if self.passed:
             self.end()
-        return self._handle
+        return self.handle
 
     def end(self) -> None:
         """The time is over."""
         self.passed = True
-        if self._handle:
+        if self.handle:
             with contextlib.suppress(OSError):  # the server has closed it already
-                self._handle.shutdown(socket.SHUT_RDWR)
+                self.handle.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Let go of the socket."""
-        if self._handle:
-            self._handle.close()
+        if self.handle:
+            self.handle.close()
 
 
 class Sessions:
@@ -5946,6 +5924,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._idle: list[tuple[float, Any]] = []  # since then
         self._deadlines: set[_Deadline] = set()
+        self.closers: dict[tuple[str, int], float] = {}  # servers that close kept connections, and since when
         self._is_watched = False
 
     @contextlib.contextmanager
@@ -6042,12 +6021,15 @@ def _watch_pool(session: Any, pool: Any) -> None:
     def send(connection: Any, *arguments: Any, **options: Any) -> Any:
         connection.used_at = time.monotonic()
         if connection.sock:  # connected for an earlier request, perhaps
+            deadline = session.present[1]
+            deadline.reuses = None if deadline.handle else (connection.host, connection.port)
             watch(connection.sock)
             check_permit()
         return kind.request(connection, *arguments, **options)
 
     def is_connected(connection: Any) -> bool:
-        is_fresh = time.monotonic() < connection.used_at + KEPT_SECONDS
+        now, closed_at = time.monotonic(), SESSIONS.closers.get((connection.host, connection.port), -math.inf)
+        is_fresh = now < connection.used_at + KEPT_SECONDS and now > closed_at + HOUR
         return is_fresh and bool(kind.is_connected.fget(connection))
 
     members = {"_new_conn": open_socket, "connect": connect, "request": send, "is_connected": property(is_connected)}
@@ -6377,6 +6359,31 @@ def _command_line(claimed: Claim) -> tuple[list[str], dict[str, str]]:
         if word.startswith("-") and dataset.command[place].text.startswith("{") and "--" not in words[:place]:
             raise ValueError(f"{word[:60]} would be an option; write -- before {dataset.command[place].text}")
     return words, {**own, **inherited, **claimed.environment}
+
+
+def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
+    """The object that the store holds under a key, judged; None when there is none."""
+    stored, most = store.find(target.key), claimed.dataset.validate.most()
+    if stored is None:
+        return None
+    if stored.size > most:
+        return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
+    try:
+        with store.open(target.key) as body:
+            links = known_links(target.validators)
+            inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, links)
+    except KeyError:  # deleted meanwhile
+        return None
+    outcome = Outcome.OK if inspection.valid else Outcome.INVALID
+    return Result(outcome, inspection.verdict, stored=stored, inspection=inspection)
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line, whatever it is."""
+    try:
+        return excerpt(f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
+    except Exception:  # noqa: BLE001  # its own __str__ failed
+        return type(error).__name__
 
 
 def _judge_end(claimed: Claim, target: ObjectRow, end: ProgramEnd, body: BinaryIO | None, store: Store) -> Result:

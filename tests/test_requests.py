@@ -641,6 +641,20 @@ def test_second_request_of_a_connection_is_not_sent_after_its_permit_ran_out(ups
     assert (result.outcome, result.requests, upstream.count()) == (O.LOST, 0, 1)
 
 
+@pytest.mark.parametrize("kind", ["upstream", "secure"])
+def test_server_that_closes_a_used_connection_fails_no_task_and_gets_new_ones_from_then_on(
+    kind, request, store, monkeypatch
+):
+    monkeypatch.setattr(adce, "KEPT_SECONDS", 60)
+    server, drop = request.getfixturevalue(kind), Answer(behaviour="drop")
+    server.answer("/x", drop, Answer(GOOD), drop, Answer(GOOD), Answer(GOOD), drop)
+    spec = specification(server.address, timeout_seconds=10, trust_env=kind == "secure")
+    results = [fetch_anew(spec, store) for _ in range(6)]
+    assert [result.outcome for result in results] == [O.BROKEN, O.OK, O.LOST, O.OK, O.OK, O.BROKEN]
+    assert {result.requests for result in results} == {1}
+    assert len({arrival.port for arrival in server.arrivals}) == 5
+
+
 def test_cookie_of_one_request_is_not_sent_with_the_next(upstream, store):
     upstream.answer("/x", Answer(GOOD, headers={"Set-Cookie": "who=me"}))
     for _ in range(2):
