@@ -3906,7 +3906,7 @@ def record_response(
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
     Meanwhile one request at a time probes the source. A status that means blocked, or an error in a body, may concern
     one object only: it blames the source when it comes for several objects in a row. One whose object has failed
-    before (`is_repeated`) shows nothing new."""
+    before (`is_repeated`) shows nothing new, nor does its timeout unless others time out, too."""
     traits, outcome, status = answer.outcome.traits, answer.outcome, answer.http_status or 0
     is_throttled, is_error_body = outcome is Outcome.THROTTLED, outcome is Outcome.HTTP_ERROR and 200 <= status < 300
     if traits.passing or (is_repeated and (outcome is Outcome.BLOCKED or is_error_body)):
@@ -3925,6 +3925,8 @@ def record_response(
         return SourceHealth()
     state = "select failures, throttles, paused_until from scopes where scope = ?"
     failures, throttles, paused_until = sql.execute(state, (source.name,)).fetchone()
+    if is_repeated and outcome is Outcome.TIMEOUT and failures < 2:
+        return SourceHealth()
     failures = 0 if is_throttled else failures + 1
     longest, is_paused, seconds = source.blocked_when.pause_seconds, paused_until > now, None
     if answer.retry_after is not None:
