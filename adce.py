@@ -5796,7 +5796,7 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
     import requests
     import urllib3
 
-    begun, seconds = clock.boot(), claimed.source.timeout_seconds
+    begun, seconds, conditions = clock.boot(), claimed.source.timeout_seconds, _conditions(claimed, store)
     deadline, status = _Deadline(seconds), None
     try:
         with SESSIONS.opened(deadline) as opened:
@@ -5805,7 +5805,7 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
             opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
             timeout = (min(CONNECT_SECONDS, seconds), seconds)
             options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False, "data": _sent_body(claimed)}
-            options["headers"] = _headers(claimed)
+            options["headers"] = {**_headers(claimed), **conditions}
             with opened.request(claimed.dataset.method, _sent_url(claimed), **options) as response:
                 status = response.status_code
                 most = max(one.dataset.validate.most() for one, _ in claimed.parts())
@@ -5819,6 +5819,8 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
                         raise
                 if deadline.passed:  # the socket that was shut looks like the end of the body
                     raise requests.Timeout
+                if status == 304 and conditions:
+                    return [Result(Outcome.OK, None, status, requests=1, cookies=opened.cookies)]
                 results = _judge(claimed, response, body, store, deadline)
                 results[0] = dataclasses.replace(results[0], requests=1, cookies=opened.cookies)
                 return results
@@ -6047,12 +6049,15 @@ def _validators(url: str, headers: Mapping[str, str], links: Mapping[str, str] |
     return json.dumps(known) if given or links is not None else None
 
 
-def _conditions(claimed: Claim) -> dict[str, str]:
-    """The headers that ask for an object only if it is another than the one in the store."""
+def _conditions(claimed: Claim, store: Store) -> dict[str, str]:
+    """The headers that ask for an object only if it is another than the one that is still in the store."""
     target = claimed.tasks[0]
-    is_known = target.state == ObjectState.STALE and not claimed.beside
+    is_known = target.state == ObjectState.STALE and not claimed.beside and claimed.dataset.method == "GET"
     known = json.loads(target.validators or "{}") if is_known else {}
-    return dict(known["headers"]) if known.get("url") == claimed.url and claimed.dataset.method == "GET" else {}
+    if not known.get("headers") or known.get("url") != claimed.url:
+        return {}
+    stored = store.find(target.key)
+    return known["headers"] if stored and (stored.etag, stored.size) == (target.etag, target.size) else {}
 
 
 def _headers(claimed: Claim) -> dict[str, str]:
@@ -6067,7 +6072,7 @@ def _headers(claimed: Claim) -> dict[str, str]:
     encodings = "gzip, deflate"
     if claimed.tasks[0].key.lower().endswith(COMPRESSED):
         encodings, sent = "identity", {name: sent[name] for name in sent if name.lower() != "accept-encoding"}
-    return {"Accept-Encoding": encodings, **sent, **_conditions(claimed)}
+    return {"Accept-Encoding": encodings, **sent}
 
 
 def _sent_body(claimed: Claim) -> bytes | None:
@@ -6091,8 +6096,6 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
     if not response.is_redirect:
         size = body.seek(0, io.SEEK_END)
         body.seek(0)
-        if status == 304 and _conditions(claimed):
-            return [Result(Outcome.OK, None, status)]
         answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES))
         if answer.outcome is not Outcome.OK:
             return claimed.results(answer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import json
 import shutil
 import socket
 import ssl
@@ -611,6 +612,23 @@ def test_bomb_takes_little_memory(upstream, tmp_path):
 def fetch_anew(spec: adce.Claim, store: adce.FolderStore) -> adce.Result:
     (store.root / KEY).unlink(missing_ok=True)
     return fetch(spec, store)
+
+
+@pytest.mark.parametrize("left", [GOOD, GOOD[:-1], None])
+def test_condition_is_sent_only_for_an_object_that_is_still_in_the_store(left, upstream, store):
+    upstream.answer("/x", Answer(GOOD))
+    spec, stored = specification(upstream.address), store.write(KEY, GOOD)
+    known = json.dumps({"url": spec.url, "headers": {"If-None-Match": '"1"'}})
+    facts = {"state": adce.ObjectState.STALE, "size": stored.size, "etag": stored.etag, "validators": known}
+    if left == GOOD:
+        upstream.answer("/x", Answer(b"", 304))
+    elif left:
+        store.write(KEY, left)
+    else:
+        (store.root / KEY).unlink()
+    assert fetch(dataclasses.replace(spec, tasks=(spec.tasks[0]._replace(**facts),)), store).outcome is O.OK
+    assert ("If-None-Match" in upstream.arrivals[0].headers) == (left == GOOD)
+    assert read_object(store, KEY) == GOOD
 
 
 @pytest.mark.parametrize(("kept_seconds", "connections"), [(60, 1), (0, 3)])
