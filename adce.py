@@ -6036,7 +6036,12 @@ def _watch_pool(session: Any, pool: Any) -> None:
         is_fresh = now < connection.used_at + KEPT_SECONDS and now > closed_at + HOUR
         return is_fresh and bool(kind.is_connected.fget(connection))
 
+    def read_status(response: Any) -> tuple[str, int, str]:
+        version, status, reason = kind.response_class._read_status(response)  # noqa: SLF001
+        return version, 100 if 102 <= status < 200 else status, reason  # of interim ones http.client skips 100 only
+
     members = {"_new_conn": open_socket, "connect": connect, "request": send, "is_connected": property(is_connected)}
+    members["response_class"] = type("Final", (kind.response_class,), {"_read_status": read_status})
     pool.ConnectionCls = type(kind.__name__, (kind,), {**members, "used_at": -math.inf})
 
 
