@@ -1163,6 +1163,7 @@ def _format_date(date: str, shift: str, form: str) -> list[str]:
     return moment.strftime(form.replace("%q", str((moment.month + 2) // 3))).split("/")
 
 
+UNSENDABLE = re.compile(r"^\s|[^\t -~\x80-\xff]")  # in the value of a header
 VARIABLE = re.compile(r"\$(?:\{([A-Z_][A-Z0-9_]*)\}|([A-Z_][A-Z0-9_]*))")  # capitals: $id is GraphQL's
 
 
@@ -5797,6 +5798,7 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
     import urllib3
 
     begun, seconds, conditions = clock.boot(), claimed.source.timeout_seconds, _conditions(claimed, store)
+    headers = {**_headers(claimed), **conditions}
     deadline, status = _Deadline(seconds), None
     try:
         with SESSIONS.opened(deadline) as opened:
@@ -5805,8 +5807,7 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
             opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
             timeout = (min(CONNECT_SECONDS, seconds), seconds)
             options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False, "data": _sent_body(claimed)}
-            options["headers"] = {**_headers(claimed), **conditions}
-            with opened.request(claimed.dataset.method, _sent_url(claimed), **options) as response:
+            with opened.request(claimed.dataset.method, _sent_url(claimed), headers=headers, **options) as response:
                 status = response.status_code
                 most = max(one.dataset.validate.most() for one, _ in claimed.parts())
                 try:
@@ -5831,6 +5832,10 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
     except Error as error:  # before it was sent, or when the runner stopped after the response
         return claimed.results(Result(Outcome.LOST, str(error), requests=int(status is not None)))
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:
+        unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
+        unfit += [] if deadline.handle else ["address"]
+        if isinstance(error, ValueError) and unfit:  # nothing was sent
+            return claimed.results(Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})"))
         if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
             result = Result(Outcome.LOST, "this program stood still meanwhile")
         elif deadline.passed or isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
@@ -5957,7 +5962,8 @@ class Sessions:
     def _new(self) -> Any:
         import requests
 
-        session = requests.Session()
+        session: Any = requests.Session()
+        session.get_redirect_target = lambda _: None  # _judge() reads it; requests would load the body first
         for adapter in session.adapters.values():  # none of them retries
             _on_pools(adapter, functools.partial(_watch_pool, session))
         return session
@@ -6114,8 +6120,14 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
         has_links = claimed.dataset.pages and claimed.dataset.pages.next == LINK
         validators = _validators(redacted(claimed.url, secrets), response.headers, links if has_links else None)
         return [dataclasses.replace(result, validators=validators) for result in results]
-    url = urllib.parse.urljoin(_sent_url(claimed), response.headers["location"])
-    to = urllib.parse.urlsplit(url)
+    location = response.headers["location"].strip()
+    with contextlib.suppress(UnicodeError):  # http.client takes UTF-8 for Latin-1
+        location = location.encode("latin-1").decode()
+    try:
+        url = urllib.parse.urljoin(_sent_url(claimed), location)
+        to = urllib.parse.urlsplit(url)
+    except ValueError:
+        return claimed.results(Result(Outcome.HTTP_ERROR, f"HTTP {status} to an address that cannot be read", status))
     if claimed.dataset.method == "POST":
         problem = "a redirect of a POST, which is refused"
     elif claimed.hops >= MAX_REDIRECTS:
@@ -9059,6 +9071,11 @@ def check_environment(configuration: Configuration) -> str:
     names = sorted(name for name in held if not name.startswith("="))
     if missing := [f"${name}" for name in names if name not in os.environ]:
         raise ConfigurationError(f"not in the environment: {', '.join(missing)}", "set it where the runner starts")
+    for dataset in configuration.datasets.values():
+        for name, text in {**configuration.sources[dataset.source].headers, **dataset.headers}.items():
+            if UNSENDABLE.search(from_environment(text)):
+                problem = f"the header {name} of {dataset.name} holds a character that cannot be sent"
+                raise ConfigurationError(problem, "only letters of ASCII and Latin-1 can be in a header, in one line")
     return ", ".join(f"${name}" for name in names) or "no variable is needed"
 
 

@@ -179,7 +179,7 @@ def test_dripping_server_is_left_at_the_deadline_whatever_it_promised(first, pie
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 9\r\n\r\n{}", O.BROKEN),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000, O.BROKEN),
         (b"HTTP/1.1 99999 What\r\n\r\n", O.BROKEN),
-        (b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n", O.BROKEN),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n", O.HTTP_ERROR),
         (b"SSH-2.0-OpenSSH_9.2\r\n", O.BROKEN),
         (b"\x00\xff\xfe", O.BROKEN),
     ],
@@ -445,6 +445,20 @@ def test_redirect_is_handed_back_and_not_followed(location, target, upstream, st
     result = fetch(specification(upstream.address), store)
     assert result.redirect == target.format(upstream.address)
     assert upstream.count() == 1
+
+
+def test_redirect_to_letters_outside_ascii_is_read_as_utf_8(store):
+    said = "HTTP/1.1 302 Found\r\nLocation: /caf\u00e9 x \r\nContent-Length: 0\r\n\r\n"
+    with speaker(said.encode()) as address:
+        assert fetch(specification(address), store).redirect == f"{address}/caf\u00e9 x"
+
+
+@pytest.mark.parametrize("held", ["a\u20ac", "a\nb"])
+def test_header_that_cannot_be_sent_is_no_request_and_its_value_is_not_told(held, upstream, store, monkeypatch):
+    monkeypatch.setenv("TOKEN", held)
+    result = fetch(specification(upstream.address, headers={"X-Token": "$TOKEN"}), store)
+    assert (result.outcome, result.requests, upstream.count()) == (O.ERROR, 0, 0)
+    assert (result.error or "").startswith("its header X-Token cannot be sent (")
 
 
 def test_redirects_have_an_end(upstream, store):
