@@ -2627,6 +2627,7 @@ def part_problem(dataset: Dataset, name: str, value: str) -> str | None:
 # Meaning of the content of an object: whether it is whole, whether it is final, and which other objects it names; and
 # from all facts about an object, its state. Headlines: inspect(), appraise().
 
+COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files that are stored as sent
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
@@ -2666,7 +2667,9 @@ def inspect(
     file.seek(0)
     rules = dataset.validate
     is_read = children or is_asked or rules.json or rules.require or rules.contains or rules.not_contains
-    is_packed = is_read and file.read(2) == b"\x1f\x8b"
+    key = dataset.key.render(fields, str) if dataset.key.text.endswith("}") else dataset.key.text
+    is_plain = (rules.json or rules.require) and not rules.gzip and not key.lower().endswith(COMPRESSED)
+    is_packed = is_read and not is_plain and file.read(2) == b"\x1f\x8b"
     content = _gunzipped(file, rules.most()) if is_packed else file
     document, verdict = _verdict(rules, fields, file, content, is_json=is_asked)
     if verdict:
@@ -5751,7 +5754,6 @@ STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about t
 MAX_REDIRECTS = 5
 CLASSIFIED_BYTES = 1 << 20  # of a body, in which its meaning is looked for
 KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
-COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files that are stored as sent
 
 
 def _refused(error: StoreError) -> Result:
