@@ -2629,6 +2629,7 @@ def part_problem(dataset: Dataset, name: str, value: str) -> str | None:
 
 COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files that are stored as sent
 
+
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """The findings in the content of an object."""
