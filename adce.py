@@ -9107,14 +9107,27 @@ def _check_system() -> str:
 
 
 def _check_source(source: Source) -> str:
-    """Whether a source accepts a connection; no request is sent."""
+    """Whether a source accepts a connection, with TLS as a request begins it; no request is sent."""
+    import ssl
+
+    import requests
+
     parts = urllib.parse.urlsplit(from_environment(source.base_url))
     if not parts.hostname:
         return "no base_url"
+    opened = requests.Session()
+    opened.trust_env = source.trust_env
     try:
-        socket.create_connection((parts.hostname, parts.port or parts.scheme), timeout=5).close()
+        with socket.create_connection((parts.hostname, parts.port or parts.scheme), timeout=5) as connection:
+            if parts.scheme == "https":
+                chosen: Any = opened.merge_environment_settings(parts.geturl(), {}, None, None, None)["verify"]
+                known = Path(requests.utils.DEFAULT_CA_BUNDLE_PATH if chosen is True else chosen)
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.load_verify_locations(*((None, known) if known.is_dir() else (known,)))
+                context.wrap_socket(connection, server_hostname=parts.hostname).close()
     except OSError as error:
-        raise Error(f"{parts.hostname} cannot be reached: {error.strerror or error}") from error
+        problem = "TLS failure" if isinstance(error, ssl.SSLError) else "cannot be reached"
+        raise Error(f"{parts.hostname} {problem}: {error.strerror or error}") from error
     return f"{parts.hostname} is reachable"
 
 

@@ -511,6 +511,13 @@ def test_certificate_of_an_unknown_authority_is_refused(secure, store):
     assert "TLS failure: [SSL: CERTIFICATE_VERIFY_FAILED]" in (result.error or "")
 
 
+def test_online_check_trusts_the_authorities_that_requests_trust(secure):
+    assert adce._check_source(adce.Source("espn", base_url=secure.address, trust_env=True)) == "127.0.0.1 is reachable"
+    with pytest.raises(adce.Error, match=r"127\.0\.0\.1 TLS failure: \[SSL: CERTIFICATE_VERIFY_FAILED\]"):
+        adce._check_source(adce.Source("espn", base_url=secure.address))
+    assert secure.count() == 0
+
+
 def test_server_that_never_begins_tls_is_left_at_the_deadline(store):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"https://127.0.0.1:{silent.getsockname()[1]}"
