@@ -4934,6 +4934,17 @@ def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
     return sql.execute(requeue, {"most": policy.max_attempts, "crashed": RUNNER_CRASHED}).rowcount
 
 
+def correct_instants(sql: sqlite3.Connection, policy: Retry, now: float) -> None:
+    """After a run whose clock was ahead: what it stored is as old as this instant, and what it would retry is due."""
+    correct = """
+        update objects
+        set next_at = 0, since = min(since, :now), modified_at = min(modified_at, :now)
+        where max(coalesce(modified_at, 0), iif(task = 'retry', max(since, iif(fruitless, next_at, 0)), 0))
+              > :now + :longest
+    """
+    sql.execute(correct, {"now": int(now), "longest": DAY + policy.max_delay_seconds})
+
+
 def forget(sql: sqlite3.Connection, before: float) -> int:
     """Remove some attempts, cycles (but the last) and dropped objects from before an instant. Returns how many rows."""
     attempts = """
@@ -8440,6 +8451,7 @@ class Runner:
         row = (os.getpid(), __version__, now, now, address, systemd_unit(), str(log) if log else None)
         with self.database.transaction() as sql:
             orphans = requeue_orphans(sql, configuration.retry)
+            correct_instants(sql, configuration.retry, now)
             sql.execute("insert or replace into runner values (1, ?, ?, ?, ?, ?, ?, ?, null, null)", row)
         facts = {"version": __version__, "pid": os.getpid(), "config": configuration.path}
         facts |= {"database": configuration.database, "store": configuration.store}

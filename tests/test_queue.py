@@ -250,6 +250,21 @@ def lose_all(desk: Desk) -> None:
     desk.busy.clear()
 
 
+def test_what_a_clock_that_was_ahead_has_left_is_due_now(desk):
+    desk.clock.step_wall(1500 * adce.DAY)
+    for team in "AB":
+        desk.expect("teams", team=team)
+    desk.end(desk.claim(), adce.Outcome.HTTP_ERROR)
+    desk.end(desk.claim(), adce.Outcome.OK)
+    desk.clock.step_wall(-1500 * adce.DAY)
+    assert desk.claim() is None
+    with desk.database.transaction() as sql:
+        adce.correct_instants(sql, desk.configuration.retry, desk.clock.wall())
+    assert desk.claim()
+    newest = desk.database.read("select max(modified_at), max(next_at) from objects")[0]
+    assert tuple(newest) == (int(desk.clock.wall()), 0)
+
+
 def test_among_equals_the_oldest_goes_first(desk):
     for team in "CAB":
         desk.expect("teams", team=team)
