@@ -359,7 +359,8 @@ def http_date(text: str) -> datetime.datetime:
     """The instant of a header such as Date. Raises ValueError, TypeError or OverflowError."""
     from email.utils import parsedate_to_datetime
 
-    return parsedate_to_datetime(text)
+    instant = parsedate_to_datetime(text)  # without a zone if it is written as asctime() does
+    return instant if instant.tzinfo else instant.replace(tzinfo=datetime.UTC)
 
 
 def instant_of(day: datetime.date, at: datetime.time, timezone: str) -> int:
@@ -3843,12 +3844,12 @@ def excerpt(body: bytes, most: int = 120) -> str:
 
 
 def parse_retry_after(text: str | None, date: str | None) -> float | None:
-    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date less the response's own Date,
-    which needs no agreement of clocks. None when it names no instant in the future."""
-    seconds = 0.0
+    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, the largest of several, or a date less the
+    response's own Date, which needs no agreement of clocks. None when it names no instant in the future."""
+    seconds, parts = 0.0, (text or "").split(",")
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if re.fullmatch(r"\s*\d{1,9}\s*", text or ""):
-            seconds = float(text or "")
+        if all(re.fullmatch(r"\s*[0-9]{1,9}(\.[0-9]{1,9})?\s*", part) for part in parts):
+            seconds = max(map(float, parts))
         elif text:
             since = http_date(date) if date else datetime.datetime.now(datetime.UTC)
             seconds = (http_date(text) - since).total_seconds()
@@ -3900,6 +3901,8 @@ def connection_error(error: BaseException) -> tuple[Outcome, str]:
         return Outcome.UNREACHABLE, f"cannot be reached: {words}"
     if isinstance(error, urllib3.exceptions.TimeoutError):
         return Outcome.TIMEOUT, "timed out"
+    if words == "HTTPException":  # the only use of it itself in http.client
+        return Outcome.BROKEN, "sent too many headers"
     return Outcome.BROKEN, f"connection closed by server ({words})"
 
 
@@ -5873,6 +5876,9 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
         # urllib3 takes half of a chunk size, "0" of "00ff", for the end, and reads on and on for a negative one
         whole = lambda size: line if (line := file.readline(size))[-1:] in b"\n" and line[:1] != b"-" else b"?"  # noqa: E731
         response.raw._fp.fp = types.SimpleNamespace(read=file.read, readline=whole, close=file.close, flush=file.flush)  # noqa: SLF001
+    transfer = response.headers.get("Transfer-Encoding", "").strip().lower()
+    if transfer not in ("", "chunked", "identity"):
+        raise zlib.error(f"Transfer-Encoding {transfer}, which was not asked for")
     blocks: Iterator[bytes] = response.raw.stream(BLOCK_BYTES, decode_content=False)
     if key.lower().endswith(COMPRESSED):  # servers label the file itself
         return blocks
