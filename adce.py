@@ -8395,7 +8395,7 @@ class Runner:
         self.cycle_id: int | None = None
         self.next_cycle_at = self.next_beat_at = -math.inf
         self.stop_at, self.stop_reason = math.inf, ""
-        self.once = self.is_waiting = self.cycle_waits = False
+        self.once = self.is_waiting = self.cycle_waits = self.has_problems = False
         self.max_wait = 0.0
         self.datasets: Collection[str] = configuration.datasets  # whose tasks are claimed
 
@@ -8435,7 +8435,7 @@ class Runner:
         if not once:
             return ExitCode.DONE
         failure = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
-        if failure and failure != STOPPED_EARLY:
+        if self.has_problems or (failure and failure != STOPPED_EARLY):
             return ExitCode.ERROR
         gaps = """select sum(objects) from counts join datasets using (dataset_id)
                   where state in ('missing', 'stale', 'suspect') and dataset in (select value from json_each(?))"""
@@ -8582,6 +8582,7 @@ class Runner:
         endings = finish(ledger, claimed, results, self.clock, self.rng)
         journal, most = self.journal, self.configuration.retry.max_attempts
         problems = ledger.problems[:MOST_PROBLEMS]
+        self.has_problems |= bool(problems)
         log = [functools.partial(journal.write, "WARN", "children", problem=problem) for problem in problems]
         return [*log, *(functools.partial(log_ending, journal, ending, most) for ending in endings)]
 
