@@ -211,7 +211,7 @@ class Outcome(enum.StrEnum):
     STORE_ERROR = "store_error", Traits(passing=True)  # fetched, but not stored
     UNSTORABLE = "unstorable", Traits(counts=True, passing=True)  # its place in the store cannot be used
     ERROR = "error", Traits(counts=True, rated=True, setting="failures_in_a_row")  # a command or call failed
-    LOST = "lost", Traits(passing=True)  # the runner stopped or crashed before the end
+    LOST = "lost", Traits(passing=True)  # it says nothing: the runner or a used connection ended first
 
 
 class ExitCode(enum.IntEnum):
