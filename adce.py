@@ -209,8 +209,9 @@ class Outcome(enum.StrEnum):
     UNREACHABLE = "unreachable", Traits(counts=True, source_after=2)  # no connection
     BROKEN = "broken", Traits(counts=True, source_after=5)  # the response ended early
     STORE_ERROR = "store_error", Traits(passing=True)  # fetched, but not stored
+    UNSTORABLE = "unstorable", Traits(counts=True, passing=True)  # its place in the store cannot be used
     ERROR = "error", Traits(counts=True, rated=True, setting="failures_in_a_row")  # a command or call failed
-    LOST = "lost", Traits(passing=True)  # the runner stopped or crashed before the end
+    LOST = "lost", Traits(passing=True)  # it says nothing: the runner or a used connection ended first
 
 
 class ExitCode(enum.IntEnum):
@@ -358,7 +359,8 @@ def http_date(text: str) -> datetime.datetime:
     """The instant of a header such as Date. Raises ValueError, TypeError or OverflowError."""
     from email.utils import parsedate_to_datetime
 
-    return parsedate_to_datetime(text)
+    instant = parsedate_to_datetime(text)  # without a zone if it is written as asctime() does
+    return instant if instant.tzinfo else instant.replace(tzinfo=datetime.UTC)
 
 
 def instant_of(day: datetime.date, at: datetime.time, timezone: str) -> int:
@@ -1165,6 +1167,7 @@ def _format_date(date: str, shift: str, form: str) -> list[str]:
     return moment.strftime(form.replace("%q", str((moment.month + 2) // 3))).split("/")
 
 
+UNSENDABLE = re.compile(r"^\s|[^\t -~\x80-\xff]")  # in the value of a header
 VARIABLE = re.compile(r"\$(?:\{([A-Z_][A-Z0-9_]*)\}|([A-Z_][A-Z0-9_]*))")  # capitals: $id is GraphQL's
 
 
@@ -2670,6 +2673,8 @@ def part_problem(dataset: Dataset, name: str, value: str) -> str | None:
 # Meaning of the content of an object: whether it is whole, whether it is final, and which other objects it names; and
 # from all facts about an object, its state. Headlines: inspect(), appraise().
 
+COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files that are stored as sent
+
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
@@ -2709,7 +2714,9 @@ def inspect(
     file.seek(0)
     rules = dataset.validate
     is_read = children or is_asked or rules.json or rules.require or rules.contains or rules.not_contains
-    is_packed = is_read and file.read(2) == b"\x1f\x8b"
+    key = dataset.key.render(fields, str) if dataset.key.text.endswith("}") else dataset.key.text
+    is_plain = (rules.json or rules.require) and not rules.gzip and not key.lower().endswith(COMPRESSED)
+    is_packed = is_read and not is_plain and file.read(2) == b"\x1f\x8b"
     content = _gunzipped(file, rules.most()) if is_packed else file
     document, verdict = _verdict(rules, fields, file, content, is_json=is_asked)
     if verdict:
@@ -3196,14 +3203,6 @@ class StoredObject(NamedTuple):
 
 SPOOL_NAME, PROBE = "[0-9a-f]{16}", "0" * 16  # of files in the staging folder; no other file there is ADCE's
 SPOOLED_BYTES = 1 << 20  # of a body, held in memory
-PAGE = 1000  # objects compared, sorted or noted in one transaction
-Item = TypeVar("Item")
-
-
-def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    """The items in lists of at most `size`."""
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
 
 
 class Store(Protocol):
@@ -3438,7 +3437,7 @@ class S3Store:
     """A bucket, or what lies below a prefix in one. Credentials and endpoint come from where boto3 looks."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
-        self.bucket, self.above, self.calls = bucket, f"{prefix}/" if prefix else "", 0
+        self.bucket, self.above, self.calls, self._taken = bucket, f"{prefix}/" if prefix else "", 0, STAGING
 
     @functools.cached_property
     def _client(self) -> Any:
@@ -3531,6 +3530,7 @@ class S3Store:
                 self._client.upload_fileobj(file, **place, ExtraArgs=with_checksum, Config=in_turn)
                 return cast(StoredObject, self.find(key))
             answer = self._client.put_object(**place, Body=file, ChecksumAlgorithm="SHA256")
+        self._taken = key
         modified_at = http_date(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         return StoredObject(key, size, answer["ETag"].strip('"'), int(modified_at.timestamp()))
 
@@ -3544,13 +3544,24 @@ class S3Store:
         try:
             yield
         except (*libraries, ValueError, TypeError) as error:  # TypeError: an element of an answer comes twice
-            code = getattr(error, "response", {}).get("Error", {}).get("Code")
+            answer = getattr(error, "response", {})
+            code, status = answer.get("Error", {}).get("Code"), answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if key and code in ("NoSuchKey", "404"):
                 raise KeyError(key) from None
             if code in ("NoSuchBucket", "404"):
                 raise StoreError(f"there is no bucket {self.bucket}", "see `store:` in adce.yaml") from error
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
-            raise StoreError(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {error}", hint) from error
+            is_local = action == "write" and 400 <= (status or 0) < 500 and self._takes_others()
+            kind = UnusablePathError if is_local else StoreError
+            raise kind(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {error}", hint) from error
+
+    def _takes_others(self) -> bool:
+        """Whether an upload can begin where the last object was put. It is given up at once."""
+        place, upload = {"Bucket": self.bucket, "Key": self.above + self._taken}, None
+        with contextlib.suppress(Exception):  # then all of the store refuses
+            upload = self._client.create_multipart_upload(**place)
+            self._client.abort_multipart_upload(**place, UploadId=upload.get("UploadId"))
+        return upload is not None
 
 
 def require_known_store(database: Database, configuration: Configuration, store: Store) -> None:
@@ -3886,12 +3897,12 @@ def excerpt(body: bytes, most: int = 120) -> str:
 
 
 def parse_retry_after(text: str | None, date: str | None) -> float | None:
-    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date less the response's own Date,
-    which needs no agreement of clocks. None when it names no instant in the future."""
-    seconds = 0.0
+    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, the largest of several, or a date less the
+    response's own Date, which needs no agreement of clocks. None when it names no instant in the future."""
+    seconds, parts = 0.0, (text or "").split(",")
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if re.fullmatch(r"\s*\d{1,9}\s*", text or ""):
-            seconds = float(text or "")
+        if all(re.fullmatch(r"\s*[0-9]{1,9}(\.[0-9]{1,9})?\s*", part) for part in parts):
+            seconds = max(map(float, parts))
         elif text:
             since = http_date(date) if date else datetime.datetime.now(datetime.UTC)
             seconds = (http_date(text) - since).total_seconds()
@@ -3943,6 +3954,8 @@ def connection_error(error: BaseException) -> tuple[Outcome, str]:
         return Outcome.UNREACHABLE, f"cannot be reached: {words}"
     if isinstance(error, urllib3.exceptions.TimeoutError):
         return Outcome.TIMEOUT, "timed out"
+    if words == "HTTPException":  # the only use of it itself in http.client
+        return Outcome.BROKEN, "sent too many headers"
     return Outcome.BROKEN, f"connection closed by server ({words})"
 
 
@@ -3954,7 +3967,7 @@ def record_response(
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
     Meanwhile one request at a time probes the source. A status that means blocked, or an error in a body, may concern
     one object only: it blames the source when it comes for several objects in a row. One whose object has failed
-    before (`is_repeated`) shows nothing new."""
+    before (`is_repeated`) shows nothing new, nor does its timeout unless others time out, too."""
     traits, outcome, status = answer.outcome.traits, answer.outcome, answer.http_status or 0
     is_throttled, is_error_body = outcome is Outcome.THROTTLED, outcome is Outcome.HTTP_ERROR and 200 <= status < 300
     if traits.passing or (is_repeated and (outcome is Outcome.BLOCKED or is_error_body)):
@@ -3973,6 +3986,8 @@ def record_response(
         return SourceHealth()
     state = "select failures, throttles, paused_until from scopes where scope = ?"
     failures, throttles, paused_until = sql.execute(state, (source.name,)).fetchone()
+    if is_repeated and outcome is Outcome.TIMEOUT and failures < 2:
+        return SourceHealth()
     failures = 0 if is_throttled else failures + 1
     longest, is_paused, seconds = source.blocked_when.pause_seconds, paused_until > now, None
     if answer.retry_after is not None:
@@ -4590,6 +4605,7 @@ def _renew_changed(ledger: Ledger, child: Dataset, parent: ObjectRow, declared: 
 # ---------------------------------------------------------------- Queue
 # The best task whose source can be asked now is claimed together with its permit. Headline: claim().
 
+PAGE = 1000  # objects compared, sorted or noted in one transaction
 RUNNER = "runner"  # the owner of the main loop's places among the waiters
 
 
@@ -4833,6 +4849,23 @@ UNTIL_RESUMED = 3650 * DAY
 BY_OPERATOR = "by the operator"
 
 
+def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
+    """The object that the store holds under a key, judged; None when there is none."""
+    stored, most = store.find(target.key), claimed.dataset.validate.most()
+    if stored is None:
+        return None
+    if stored.size > most:
+        return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
+    try:
+        with store.open(target.key) as body:
+            links = known_links(target.validators)
+            inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, links)
+    except KeyError:  # deleted meanwhile
+        return None
+    outcome = Outcome.OK if inspection.valid else Outcome.INVALID
+    return Result(outcome, inspection.verdict, stored=stored, inspection=inspection)
+
+
 def retry_delay(policy: Retry, times: int, rng: random.Random) -> float:
     """Seconds before the next attempt after so many: doubled each time, varied by a quarter."""
     growing = policy.initial_delay_seconds * 2.0 ** min(times - 1, 40)
@@ -4986,6 +5019,17 @@ def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
     return sql.execute(requeue, {"most": policy.max_attempts, "crashed": RUNNER_CRASHED}).rowcount
 
 
+def correct_instants(sql: sqlite3.Connection, policy: Retry, now: float) -> None:
+    """After a run whose clock was ahead: what it stored is as old as this instant, and what it would retry is due."""
+    correct = """
+        update objects
+        set next_at = 0, since = min(since, :now), modified_at = min(modified_at, :now)
+        where max(coalesce(modified_at, 0), iif(task = 'retry', max(since, iif(fruitless, next_at, 0)), 0))
+              > :now + :longest
+    """
+    sql.execute(correct, {"now": int(now), "longest": DAY + policy.max_delay_seconds})
+
+
 def forget(sql: sqlite3.Connection, before: float) -> int:
     """Remove some attempts, cycles (but the last) and dropped objects from before an instant. Returns how many rows."""
     attempts = """
@@ -5097,6 +5141,13 @@ SAVED_EVERY_SECONDS = 5
 MOST_PROBLEMS = 5  # reported of one cycle
 STOPPED_EARLY = "stopped before its end"
 VANISHED = "vanished at once"  # marks a mass loss
+Item = TypeVar("Item")
+
+
+def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of at most `size`."""
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 
 class KeyRange(NamedTuple):
@@ -5792,7 +5843,7 @@ def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]
 
 # ---------------------------------------------------------------- Requests
 # One HTTP request: a deadline for all of it, a cap on its size, no hidden retries. A redirect is handed back, because
-# each hop needs a permit of its own. Headlines: inspect_stored(), validate_and_store(), request().
+# each hop needs a permit of its own. Headlines: validate_and_store(), request().
 
 CONNECT_SECONDS = 10
 KEPT_SECONDS = 1  # an idle connection
@@ -5800,29 +5851,12 @@ STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about t
 MAX_REDIRECTS = 5
 CLASSIFIED_BYTES = 1 << 20  # of a body, in which its meaning is looked for
 KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
-COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files that are stored as sent
-
-
-def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
-    """The object that the store holds under a key, judged; None when there is none."""
-    stored, most = store.find(target.key), claimed.dataset.validate.most()
-    if stored is None:
-        return None
-    if stored.size > most:
-        return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
-    try:
-        with store.open(target.key) as body:
-            links = known_links(target.validators)
-            inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, links)
-    except KeyError:  # deleted meanwhile
-        return None
-    outcome = Outcome.OK if inspection.valid else Outcome.INVALID
-    return Result(outcome, inspection.verdict, stored=stored, inspection=inspection)
 
 
 def _refused(error: StoreError) -> Result:
     """A store that fails says nothing about the task; one place in it that cannot be used does."""
-    return Result(Outcome.ERROR if isinstance(error, UnusablePathError) else Outcome.STORE_ERROR, str(error))
+    is_local = isinstance(error, UnusablePathError)
+    return Result(Outcome.UNSTORABLE if is_local else Outcome.STORE_ERROR, str(error))
 
 
 def validate_and_store(
@@ -5847,14 +5881,6 @@ def validate_and_store(
         return dataclasses.replace(_refused(error), http_status=http_status)
 
 
-def describe(error: BaseException) -> str:
-    """An exception in one line, whatever it is."""
-    try:
-        return excerpt(f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
-    except Exception:  # noqa: BLE001  # its own __str__ failed
-        return type(error).__name__
-
-
 def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     """One HTTP request with a deadline for all of it, and a result for each object. Reads at most a block more than
     max_bytes.
@@ -5870,7 +5896,8 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
     import requests
     import urllib3
 
-    begun, seconds = clock.boot(), claimed.source.timeout_seconds
+    begun, seconds, conditions = clock.boot(), claimed.source.timeout_seconds, _conditions(claimed, store)
+    headers = {**_headers(claimed), **conditions}
     deadline, status = _Deadline(seconds), None
     try:
         with SESSIONS.opened(deadline) as opened:
@@ -5879,8 +5906,7 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
             opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
             timeout = (min(CONNECT_SECONDS, seconds), seconds)
             options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False, "data": _sent_body(claimed)}
-            options["headers"] = _headers(claimed)
-            with opened.request(claimed.dataset.method, _sent_url(claimed), **options) as response:
+            with opened.request(claimed.dataset.method, _sent_url(claimed), headers=headers, **options) as response:
                 status = response.status_code
                 most = max(one.dataset.validate.most() for one, _ in claimed.parts())
                 try:
@@ -5893,7 +5919,12 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
                         raise
                 if deadline.passed:  # the socket that was shut looks like the end of the body
                     raise requests.Timeout
-                results = _judge(claimed, response, body, store, deadline)
+                is_same = status == 304 and conditions
+                results = (
+                    _unchanged(claimed, response, store)
+                    if is_same
+                    else _judge(claimed, response, body, store, deadline)
+                )
                 results[0] = dataclasses.replace(results[0], requests=1, cookies=opened.cookies)
                 return results
     except StoreError as error:
@@ -5903,6 +5934,10 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
     except Error as error:  # before it was sent, or when the runner stopped after the response
         return claimed.results(Result(Outcome.LOST, str(error), requests=int(status is not None)))
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:
+        unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
+        unfit += [] if deadline.handle else ["address"]
+        if isinstance(error, ValueError) and unfit:  # nothing was sent
+            return claimed.results(Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})"))
         if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
             result = Result(Outcome.LOST, "this program stood still meanwhile")
         elif deadline.passed or isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
@@ -5912,6 +5947,9 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
             result = Result(Outcome.BROKEN, text, status)
         else:
             outcome, text = connection_error(error)
+            if outcome is Outcome.BROKEN and status is None and deadline.reuses:  # its next attempt gets a new one
+                SESSIONS.closers[deadline.reuses] = time.monotonic()
+                outcome, text = Outcome.LOST, f"{text} that was used again"
             host = urllib.parse.urlsplit(claimed.url).hostname or claimed.source.name
             result = Result(outcome, f"{host} {text}", status)
     return claimed.results(dataclasses.replace(result, requests=1))
@@ -5923,6 +5961,9 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
         # urllib3 takes half of a chunk size, "0" of "00ff", for the end, and reads on and on for a negative one
         whole = lambda size: line if (line := file.readline(size))[-1:] in b"\n" and line[:1] != b"-" else b"?"  # noqa: E731
         response.raw._fp.fp = types.SimpleNamespace(read=file.read, readline=whole, close=file.close, flush=file.flush)  # noqa: SLF001
+    transfer = response.headers.get("Transfer-Encoding", "").strip().lower()
+    if transfer not in ("", "chunked", "identity"):
+        raise zlib.error(f"Transfer-Encoding {transfer}, which was not asked for")
     blocks: Iterator[bytes] = response.raw.stream(BLOCK_BYTES, decode_content=False)
     if key.lower().endswith(COMPRESSED):  # servers label the file itself
         return blocks
@@ -5964,27 +6005,28 @@ class _Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.ends_at, self.passed = time.monotonic() + seconds, False
-        self._handle: socket.socket | None = None
+        self.handle: socket.socket | None = None
+        self.reuses: tuple[str, int] | None = None  # a connection of an earlier request
 
     def watch(self, connected: socket.socket) -> socket.socket:
         """By a second handle: TLS and http.client let go of the first while the response is still coming."""
         self.close()
-        self._handle = socket.socket(fileno=os.dup(connected.fileno()))
+        self.handle = socket.socket(fileno=os.dup(connected.fileno()))
         if self.passed:
             self.end()
-        return self._handle
+        return self.handle
 
     def end(self) -> None:
         """The time is over."""
         self.passed = True
-        if self._handle:
+        if self.handle:
             with contextlib.suppress(OSError):  # the server has closed it already
-                self._handle.shutdown(socket.SHUT_RDWR)
+                self.handle.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Let go of the socket."""
-        if self._handle:
-            self._handle.close()
+        if self.handle:
+            self.handle.close()
 
 
 class Sessions:
@@ -5996,6 +6038,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._idle: list[tuple[float, Any]] = []  # since then
         self._deadlines: set[_Deadline] = set()
+        self.closers: dict[tuple[str, int], float] = {}  # servers that close kept connections, and since when
         self._is_watched = False
 
     @contextlib.contextmanager
@@ -6024,7 +6067,8 @@ class Sessions:
     def _new(self) -> Any:
         import requests
 
-        session = requests.Session()
+        session: Any = requests.Session()
+        session.get_redirect_target = lambda _: None  # _judge() reads it; requests would load the body first
         for adapter in session.adapters.values():  # none of them retries
             _on_pools(adapter, functools.partial(_watch_pool, session))
         return session
@@ -6092,15 +6136,23 @@ def _watch_pool(session: Any, pool: Any) -> None:
     def send(connection: Any, *arguments: Any, **options: Any) -> Any:
         connection.used_at = time.monotonic()
         if connection.sock:  # connected for an earlier request, perhaps
+            deadline = session.present[1]
+            deadline.reuses = None if deadline.handle else (connection.host, connection.port)
             watch(connection.sock)
             check_permit()
         return kind.request(connection, *arguments, **options)
 
     def is_connected(connection: Any) -> bool:
-        is_fresh = time.monotonic() < connection.used_at + KEPT_SECONDS
+        now, closed_at = time.monotonic(), SESSIONS.closers.get((connection.host, connection.port), -math.inf)
+        is_fresh = now < connection.used_at + KEPT_SECONDS and now > closed_at + HOUR
         return is_fresh and bool(kind.is_connected.fget(connection))
 
+    def read_status(response: Any) -> tuple[str, int, str]:
+        version, status, reason = kind.response_class._read_status(response)  # noqa: SLF001
+        return version, 100 if 102 <= status < 200 else status, reason  # of interim ones http.client skips 100 only
+
     members = {"_new_conn": open_socket, "connect": connect, "request": send, "is_connected": property(is_connected)}
+    members["response_class"] = type("Final", (kind.response_class,), {"_read_status": read_status})
     pool.ConnectionCls = type(kind.__name__, (kind,), {**members, "used_at": -math.inf})
 
 
@@ -6113,12 +6165,15 @@ def _validators(url: str, headers: Mapping[str, str], links: Mapping[str, str] |
     return json.dumps(known) if given or links is not None else None
 
 
-def _conditions(claimed: Claim) -> dict[str, str]:
-    """The headers that ask for an object only if it is another than the one in the store."""
+def _conditions(claimed: Claim, store: Store) -> dict[str, str]:
+    """The headers that ask for an object only if it is another than the one that is still in the store."""
     target = claimed.tasks[0]
-    is_known = target.state == ObjectState.STALE and not claimed.beside
+    is_known = target.state == ObjectState.STALE and not claimed.beside and claimed.dataset.method == "GET"
     known = json.loads(target.validators or "{}") if is_known else {}
-    return dict(known["headers"]) if known.get("url") == claimed.url and claimed.dataset.method == "GET" else {}
+    if not known.get("headers") or known.get("url") != claimed.url:
+        return {}
+    stored = store.find(target.key)
+    return known["headers"] if stored and (stored.etag, stored.size) == (target.etag, target.size) else {}
 
 
 def _headers(claimed: Claim) -> dict[str, str]:
@@ -6133,7 +6188,7 @@ def _headers(claimed: Claim) -> dict[str, str]:
     encodings = "gzip, deflate"
     if claimed.tasks[0].key.lower().endswith(COMPRESSED):
         encodings, sent = "identity", {name: sent[name] for name in sent if name.lower() != "accept-encoding"}
-    return {"Accept-Encoding": encodings, **sent, **_conditions(claimed)}
+    return {"Accept-Encoding": encodings, **sent}
 
 
 def _sent_body(claimed: Claim) -> bytes | None:
@@ -6151,22 +6206,32 @@ def _sent_url(claimed: Claim) -> str:
     return claimed.url if claimed.hops else from_environment(claimed.url, claimed.dataset.secrets)
 
 
+def _next_link(claimed: Claim, response: Any) -> dict[str, str]:
+    secrets, found = claimed.dataset.secrets, response.links.items()
+    return {rel: redacted(link["url"], secrets) for rel, link in found if rel == "next"}
+
+
+def _has_links(claimed: Claim) -> bool:
+    return bool(claimed.dataset.pages and claimed.dataset.pages.next == LINK)
+
+
+def _unchanged(claimed: Claim, response: Any, store: Store) -> list[Result]:
+    """The result of a 304. A full page is the same when another page, which its header names, follows it now."""
+    target, links, answer = claimed.tasks[0], _next_link(claimed, response), Result(Outcome.OK, None, 304)
+    if _has_links(claimed) and response.links and links != known_links(target.validators):
+        known = json.dumps({**json.loads(target.validators or "{}"), "links": links})
+        found = inspect_stored(claimed, target._replace(validators=known), store)
+        if found and found.outcome is Outcome.OK:
+            answer = dataclasses.replace(answer, inspection=found.inspection, validators=known)
+    return [answer]
+
+
 def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline: _Deadline) -> list[Result]:
     """The meaning of a response for each object. A redirect is the next request to make."""
     status, target, parts = response.status_code, claimed.tasks[0], claimed.parts()
     if not response.is_redirect:
-        size, secrets = body.seek(0, io.SEEK_END), claimed.dataset.secrets
+        size, links = body.seek(0, io.SEEK_END), _next_link(claimed, response)
         body.seek(0)
-        links = {rel: redacted(link["url"], secrets) for rel, link in response.links.items() if rel == "next"}
-        has_links = claimed.dataset.pages and claimed.dataset.pages.next == LINK
-        if status == 304 and _conditions(claimed):
-            answer, is_new = Result(Outcome.OK, None, status), links != known_links(target.validators)
-            if has_links and response.links and is_new:  # a full page is the same when another follows it
-                known = json.dumps({**json.loads(target.validators or "{}"), "links": links})
-                found = inspect_stored(claimed, target._replace(validators=known), store)
-                if found and found.outcome is Outcome.OK:
-                    answer = dataclasses.replace(answer, inspection=found.inspection, validators=known)
-            return [answer]
         answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES))
         if answer.outcome is not Outcome.OK:
             return claimed.results(answer)
@@ -6175,10 +6240,17 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
                 if deadline.passed:  # half a file can have the whole Content-Length
                     raise TimeoutError
         results = [validate_and_store(one, task, body, store, status, links) for one, task in parts]
-        validators = _validators(redacted(claimed.url, secrets), response.headers, links if has_links else None)
+        address = redacted(claimed.url, claimed.dataset.secrets)
+        validators = _validators(address, response.headers, links if _has_links(claimed) else None)
         return [dataclasses.replace(result, validators=validators) for result in results]
-    url = urllib.parse.urljoin(_sent_url(claimed), response.headers["location"])
-    to = urllib.parse.urlsplit(url)
+    location = response.headers["location"].strip()
+    with contextlib.suppress(UnicodeError):  # http.client takes UTF-8 for Latin-1
+        location = location.encode("latin-1").decode()
+    try:
+        url = urllib.parse.urljoin(_sent_url(claimed), location)
+        to = urllib.parse.urlsplit(url)
+    except ValueError:
+        return claimed.results(Result(Outcome.HTTP_ERROR, f"HTTP {status} to an address that cannot be read", status))
     if claimed.dataset.method == "POST":
         problem = "a redirect of a POST, which is refused"
     elif claimed.hops >= MAX_REDIRECTS:
@@ -6432,6 +6504,14 @@ def _command_line(claimed: Claim) -> tuple[list[str], dict[str, str]]:
         if word.startswith("-") and dataset.command[place].text.startswith("{") and "--" not in words[:place]:
             raise ValueError(f"{word[:60]} would be an option; write -- before {dataset.command[place].text}")
     return words, {**own, **inherited, **claimed.environment}
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line, whatever it is."""
+    try:
+        return excerpt(f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
+    except Exception:  # noqa: BLE001  # its own __str__ failed
+        return type(error).__name__
 
 
 def _judge_end(claimed: Claim, target: ObjectRow, end: ProgramEnd, body: BinaryIO | None, store: Store) -> Result:
@@ -8490,7 +8570,7 @@ class Runner:
         self.cycle_id: int | None = None
         self.next_cycle_at = self.next_beat_at = -math.inf
         self.stop_at, self.stop_reason = math.inf, ""
-        self.once = self.is_waiting = self.cycle_waits = False
+        self.once = self.is_waiting = self.cycle_waits = self.has_problems = False
         self.max_wait = 0.0
         self.datasets: Collection[str] = configuration.datasets  # whose tasks are claimed
 
@@ -8530,7 +8610,7 @@ class Runner:
         if not once:
             return ExitCode.DONE
         failure = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
-        if failure and failure != STOPPED_EARLY:
+        if self.has_problems or (failure and failure != STOPPED_EARLY):
             return ExitCode.ERROR
         gaps = """select sum(objects) from counts join datasets using (dataset_id)
                   where state in ('missing', 'stale', 'suspect') and dataset in (select value from json_each(?))"""
@@ -8552,6 +8632,7 @@ class Runner:
         row = (os.getpid(), __version__, now, now, address, systemd_unit(), str(log) if log else None)
         with self.database.transaction() as sql:
             orphans = requeue_orphans(sql, configuration.retry)
+            correct_instants(sql, configuration.retry, now)
             sql.execute("insert or replace into runner values (1, ?, ?, ?, ?, ?, ?, ?, null, null)", row)
         facts = {"version": __version__, "pid": os.getpid(), "config": configuration.path}
         facts |= {"database": configuration.database, "store": configuration.store}
@@ -8676,6 +8757,7 @@ class Runner:
         endings = finish(ledger, claimed, results, self.clock, self.rng)
         journal, most = self.journal, self.configuration.retry.max_attempts
         problems = ledger.problems[:MOST_PROBLEMS]
+        self.has_problems |= bool(problems)
         log = [functools.partial(journal.write, "WARN", "children", problem=problem) for problem in problems]
         return [*log, *(functools.partial(log_ending, journal, ending, most) for ending in endings)]
 
@@ -9193,6 +9275,11 @@ def check_environment(configuration: Configuration) -> str:
     names = sorted(name for name in held if not name.startswith("="))
     if missing := [f"${name}" for name in names if name not in os.environ]:
         raise ConfigurationError(f"not in the environment: {', '.join(missing)}", "set it where the runner starts")
+    for dataset in configuration.datasets.values():
+        for name, text in {**configuration.sources[dataset.source].headers, **dataset.headers}.items():
+            if UNSENDABLE.search(from_environment(text)):
+                problem = f"the header {name} of {dataset.name} holds a character that cannot be sent"
+                raise ConfigurationError(problem, "only letters of ASCII and Latin-1 can be in a header, in one line")
     return ", ".join(f"${name}" for name in names) or "no variable is needed"
 
 
@@ -9221,14 +9308,27 @@ def _check_system() -> str:
 
 
 def _check_source(source: Source) -> str:
-    """Whether a source accepts a connection; no request is sent."""
+    """Whether a source accepts a connection, with TLS as a request begins it; no request is sent."""
+    import ssl
+
+    import requests
+
     parts = urllib.parse.urlsplit(from_environment(source.base_url))
     if not parts.hostname:
         return "no base_url"
+    opened = requests.Session()
+    opened.trust_env = source.trust_env
     try:
-        socket.create_connection((parts.hostname, parts.port or parts.scheme), timeout=5).close()
+        with socket.create_connection((parts.hostname, parts.port or parts.scheme), timeout=5) as connection:
+            if parts.scheme == "https":
+                chosen: Any = opened.merge_environment_settings(parts.geturl(), {}, None, None, None)["verify"]
+                known = Path(requests.utils.DEFAULT_CA_BUNDLE_PATH if chosen is True else chosen)
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.load_verify_locations(*((None, known) if known.is_dir() else (known,)))
+                context.wrap_socket(connection, server_hostname=parts.hostname).close()
     except OSError as error:
-        raise Error(f"{parts.hostname} cannot be reached: {error.strerror or error}") from error
+        problem = "TLS failure" if isinstance(error, ssl.SSLError) else "cannot be reached"
+        raise Error(f"{parts.hostname} {problem}: {error.strerror or error}") from error
     return f"{parts.hostname} is reachable"
 
 

@@ -203,3 +203,17 @@ def test_old_object_that_the_source_has_not_is_absent_once_others_are_there(upst
     assert states(tmp_path)["2024-01-03"] == "present"
     assert "1 object is expected" not in run_adce("status", folder=tmp_path).stdout
     assert "2 objects are expected, fewer than the 5 of at_least" in run_adce("status", folder=tmp_path).stdout
+
+
+def test_id_that_makes_no_key_ends_every_single_run_with_the_same_code(upstream, tmp_path):
+    upstream.answer("/list", Answer(b'{"ids": [" ", "one"]}'))
+    upstream.answer("/one", Answer(b"{}"))
+    (tmp_path / "adce.yaml").write_text(
+        f"sources: {{box: {{base_url: '{upstream.address}'}}}}\n"
+        "datasets:\n"
+        "  list: {source: box, key: list, url: /list, partitions: {values: {}}}\n"
+        "  each: {source: box, key: 'each/{id}', url: '/{id}', partitions: {from: list, ids: ids, as: id}}\n"
+    )
+    codes = [run_adce("run", "--once", folder=tmp_path).returncode for _ in range(2)]
+    assert codes == [adce.ExitCode.ERROR] * 2
+    assert (tmp_path / "lake/each/one").read_bytes() == b"{}"

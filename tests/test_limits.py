@@ -326,7 +326,7 @@ def test_so_many_server_errors_in_a_row_pause_a_source_and_no_other_status_does(
     assert pauses == [None] * (times - 1) + [60 if is_away else None]
 
 
-@pytest.mark.parametrize("outcome", [adce.Outcome.LOST, adce.Outcome.STORE_ERROR])
+@pytest.mark.parametrize("outcome", [adce.Outcome.LOST, adce.Outcome.STORE_ERROR, adce.Outcome.UNSTORABLE])
 def test_what_says_nothing_of_the_source_changes_nothing_of_it(outcome):
     desk = Desk(limiting())
     desk.respond(adce.Outcome.UNREACHABLE)

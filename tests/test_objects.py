@@ -235,7 +235,8 @@ def test_members_of_what_an_expression_makes_are_known_before_it_is_used(express
 def test_members_of_the_objects_that_an_expression_makes_are_fields(pack):
     body = pack(b'{"games": [{"c": 7, "f": "10-K"}, {"c": 8, "f": null}]}')
     one = several(ids="games[].{cik: c, form: f}")
-    found = adce.inspect(dataset(validate=adce.Validation(json=True)), {}, body, [one])
+    parent = dataset(validate=adce.Validation(json=True, gzip=pack is not bytes))
+    found = adce.inspect(parent, {}, body, [one])
     assert [json.loads(value) for value in found.mentions["games[].{cik: c, form: f}"]] == [
         {"cik": "7", "form": "10-K"}
     ]
@@ -382,6 +383,21 @@ WHOLE = b'{"id": "7", "plays": [1, 2]}'
 def test_body_is_judged_by_each_rule(rules, body, verdict):
     inspection = adce.inspect(dataset(validate=adce.Validation(**rules)), {"game_id": "7"}, body)
     assert (inspection.valid, inspection.verdict) == (verdict is None, verdict)
+
+
+@pytest.mark.parametrize(
+    ("key", "rules", "is_whole"),
+    [
+        ("a.json", {"json": True}, False),
+        ("a.json", {"require": ("id == '7'",)}, False),
+        ("a.json", {"json": True, "gzip": True}, True),
+        ("a.json.GZ", {"json": True}, True),
+        ("{game_id}", {"json": True}, True),
+    ],
+)
+def test_gzip_is_json_only_where_gzip_is_expected(key, rules, is_whole):
+    packed = dataset(key=adce.Template(key), validate=adce.Validation(**rules))
+    assert adce.inspect(packed, {"game_id": "7.gz"}, gzip.compress(WHOLE)).valid == is_whole
 
 
 def test_body_is_settled_when_its_until_holds():

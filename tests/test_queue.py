@@ -250,6 +250,21 @@ def lose_all(desk: Desk) -> None:
     desk.busy.clear()
 
 
+def test_what_a_clock_that_was_ahead_has_left_is_due_now(desk):
+    desk.clock.step_wall(1500 * adce.DAY)
+    for team in "AB":
+        desk.expect("teams", team=team)
+    desk.end(desk.claim(), adce.Outcome.HTTP_ERROR)
+    desk.end(desk.claim(), adce.Outcome.OK)
+    desk.clock.step_wall(-1500 * adce.DAY)
+    assert desk.claim() is None
+    with desk.database.transaction() as sql:
+        adce.correct_instants(sql, desk.configuration.retry, desk.clock.wall())
+    assert desk.claim()
+    newest = desk.database.read("select max(modified_at), max(next_at) from objects")[0]
+    assert tuple(newest) == (int(desk.clock.wall()), 0)
+
+
 def test_among_equals_the_oldest_goes_first(desk):
     for team in "CAB":
         desk.expect("teams", team=team)
@@ -295,6 +310,7 @@ def test_rolled_back_claim_leaves_neither_task_nor_permit(desk):
         (adce.Outcome.BROKEN, "retry", 1),
         (adce.Outcome.UNREACHABLE, "retry", 1),
         (adce.Outcome.STORE_ERROR, "retry", 0),
+        (adce.Outcome.UNSTORABLE, "retry", 1),
         (adce.Outcome.LOST, "pending", 0),
     ],
 )
@@ -460,6 +476,25 @@ def test_second_failure_in_a_row_of_a_source_blames_the_source_and_not_the_task(
     assert [ending.failures for ending in endings] == [1, 0, 0, 0]
     assert desk.claim() is None
     assert desk.database.value("select reason from scopes where scope = 'nba'") == "it was unreachable"
+
+
+def test_object_that_times_out_alone_gives_up_and_its_source_is_not_paused(desk):
+    desk.expect("teams", team="A")
+    for _ in range(3):
+        ending = desk.end(desk.claim(), adce.Outcome.TIMEOUT)
+        desk.clock.advance(adce.HOUR)
+    assert ending.state == "gave_up"
+    assert desk.database.value("select paused_until from scopes where scope = 'nba'") == 0
+
+
+def test_object_does_not_give_up_while_others_time_out_too(desk):
+    for team in "AB":
+        desk.expect("teams", team=team)
+    failures = [desk.end(claimed, adce.Outcome.TIMEOUT).failures for claimed in (desk.claim(), desk.claim())]
+    for _ in range(6):
+        desk.clock.advance(adce.HOUR)
+        failures.append(desk.end(desk.claim(), adce.Outcome.TIMEOUT).failures)
+    assert set(failures) == {0, 1}
 
 
 def test_attempts_that_sent_no_request_are_failures_of_their_tasks_and_never_of_the_source(desk):

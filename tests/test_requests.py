@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import json
 import shutil
 import socket
 import ssl
@@ -87,7 +88,7 @@ VERDICTS = {
     "too deep": (Answer(b"[" * 10_000 + b"]" * 10_000), O.INVALID, "not JSON"),
     "infinite": (Answer(b'{"id": -Infinity}'), O.INVALID, "Infinity is not JSON"),
     "not text": (Answer(b'{"id": "7", "x": "\xff\xfe"}'), O.INVALID, "not JSON"),
-    "too many headers": (Answer(GOOD, headers={f"X-{n}": "x" for n in range(150)}), O.BROKEN, "127.0.0.1"),
+    "too many headers": (Answer(GOOD, headers={f"X-{n}": "x" for n in range(150)}), O.BROKEN, "sent too many"),
     "another object": (Answer(b'{"id": "8"}'), O.INVALID, "require is not true: id == '{game_id}'"),
     "an error with 200": (json_answer({"code": 500, "message": "oops"}), O.HTTP_ERROR, "HTTP 200, an error"),
     "nothing there, with 200": (json_answer({"code": 404, "message": "none"}), O.NOT_YET, "HTTP 200"),
@@ -178,11 +179,13 @@ def test_dripping_server_is_left_at_the_deadline_whatever_it_promised(first, pie
 @pytest.mark.parametrize(
     ("said", "outcome"),
     [
-        (b"HTTP/1.1 103 Early Hints\r\n\r\n", O.HTTP_ERROR),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\n", O.BROKEN),
+        (b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 102 X\r\n\r\nHTTP/1.1 200 OK\r\n\r\n" + GOOD, O.OK),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 9\r\n\r\n{}", O.BROKEN),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000, O.BROKEN),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n1f\r\n" + GOOD + b"\r\n0\r\n\r\n", O.BROKEN),
         (b"HTTP/1.1 99999 What\r\n\r\n", O.BROKEN),
-        (b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n", O.BROKEN),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n", O.HTTP_ERROR),
         (b"SSH-2.0-OpenSSH_9.2\r\n", O.BROKEN),
         (b"\x00\xff\xfe", O.BROKEN),
     ],
@@ -191,7 +194,7 @@ def test_server_that_hardly_speaks_http_gets_a_verdict(said, outcome, store):
     with speaker(said) as address:
         result = fetch(specification(address, timeout_seconds=10), store)
     assert result.outcome is outcome
-    assert files(store) == []
+    assert files(store) == ([KEY] if outcome is O.OK else [])
 
 
 HEAD = st.sampled_from(
@@ -413,6 +416,10 @@ def test_source_without_a_server_is_unreachable(address, reason, store):
         ("Wed, 21 Oct 2026 07:29:00 GMT", 60),
         ("Wed, 21 Oct 2026 07:27:00 GMT", None),
         ("99999999999999", None),
+        ("1.5", 1.5),
+        ("60, 120", 120),
+        ("Wed Oct 21 07:29:00 2026", 60),
+        ("Wednesday, 21-Oct-26 07:29:00 GMT", 60),
         ("315360000", 315_360_000),
         ("Wed, 32 Foo 9999 99:99:99 GMT", None),
         ("", None),
@@ -449,6 +456,20 @@ def test_redirect_is_handed_back_and_not_followed(location, target, upstream, st
     result = fetch(specification(upstream.address), store)
     assert result.redirect == target.format(upstream.address)
     assert upstream.count() == 1
+
+
+def test_redirect_to_letters_outside_ascii_is_read_as_utf_8(store):
+    said = "HTTP/1.1 302 Found\r\nLocation: /caf\u00e9 x \r\nContent-Length: 0\r\n\r\n"
+    with speaker(said.encode()) as address:
+        assert fetch(specification(address), store).redirect == f"{address}/caf\u00e9 x"
+
+
+@pytest.mark.parametrize("held", ["a\u20ac", "a\nb"])
+def test_header_that_cannot_be_sent_is_no_request_and_its_value_is_not_told(held, upstream, store, monkeypatch):
+    monkeypatch.setenv("TOKEN", held)
+    result = fetch(specification(upstream.address, headers={"X-Token": "$TOKEN"}), store)
+    assert (result.outcome, result.requests, upstream.count()) == (O.ERROR, 0, 0)
+    assert (result.error or "").startswith("its header X-Token cannot be sent (")
 
 
 def test_redirects_have_an_end(upstream, store):
@@ -499,6 +520,13 @@ def test_certificate_of_an_unknown_authority_is_refused(secure, store):
     result = fetch(specification(secure.address, timeout_seconds=10), store)
     assert (result.outcome, secure.count()) == (O.UNREACHABLE, 0)
     assert "TLS failure: [SSL: CERTIFICATE_VERIFY_FAILED]" in (result.error or "")
+
+
+def test_online_check_trusts_the_authorities_that_requests_trust(secure):
+    assert adce._check_source(adce.Source("espn", base_url=secure.address, trust_env=True)) == "127.0.0.1 is reachable"
+    with pytest.raises(adce.Error, match=r"127\.0\.0\.1 TLS failure: \[SSL: CERTIFICATE_VERIFY_FAILED\]"):
+        adce._check_source(adce.Source("espn", base_url=secure.address))
+    assert secure.count() == 0
 
 
 def test_server_that_never_begins_tls_is_left_at_the_deadline(store):
@@ -587,12 +615,12 @@ def test_one_place_in_the_store_that_cannot_be_used_is_the_task_s_own_trouble(up
     upstream.answer("/x", Answer(GOOD))
     (store.root / "games" / "7.json").mkdir(parents=True)
     result = fetch(specification(upstream.address), store)
-    assert (result.outcome, result.error) == (O.ERROR, "cannot write games/7.json: Is a directory")
+    assert (result.outcome, result.error) == (O.UNSTORABLE, "cannot write games/7.json: Is a directory")
     store = adce.FolderStore(store.root.with_name("other"))
     store.sweep()
     store.write("games", b"a file where the folder should be")
     result = fetch(specification(upstream.address), store)
-    assert (result.outcome, result.error) == (O.ERROR, "cannot look for games/7.json: Not a directory")
+    assert (result.outcome, result.error) == (O.UNSTORABLE, "cannot look for games/7.json: Not a directory")
 
 
 BOMB_VICTIM = """
@@ -617,6 +645,23 @@ def test_bomb_takes_little_memory(upstream, tmp_path):
 def fetch_anew(spec: adce.Claim, store: adce.FolderStore) -> adce.Result:
     (store.root / KEY).unlink(missing_ok=True)
     return fetch(spec, store)
+
+
+@pytest.mark.parametrize("left", [GOOD, GOOD[:-1], None])
+def test_condition_is_sent_only_for_an_object_that_is_still_in_the_store(left, upstream, store):
+    upstream.answer("/x", Answer(GOOD))
+    spec, stored = specification(upstream.address), store.write(KEY, GOOD)
+    known = json.dumps({"url": spec.url, "headers": {"If-None-Match": '"1"'}})
+    facts = {"state": adce.ObjectState.STALE, "size": stored.size, "etag": stored.etag, "validators": known}
+    if left == GOOD:
+        upstream.answer("/x", Answer(b"", 304))
+    elif left:
+        store.write(KEY, left)
+    else:
+        (store.root / KEY).unlink()
+    assert fetch(dataclasses.replace(spec, tasks=(spec.tasks[0]._replace(**facts),)), store).outcome is O.OK
+    assert ("If-None-Match" in upstream.arrivals[0].headers) == (left == GOOD)
+    assert read_object(store, KEY) == GOOD
 
 
 @pytest.mark.parametrize(("kept_seconds", "connections"), [(60, 1), (0, 3)])
@@ -645,6 +690,20 @@ def test_second_request_of_a_connection_is_not_sent_after_its_permit_ran_out(ups
     late = dataclasses.replace(spec, permit=adce.Permit(1, adce.Clock().boot() - 1, adce.Clock().boot() + 60))
     result = fetch_anew(late, store)
     assert (result.outcome, result.requests, upstream.count()) == (O.LOST, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["upstream", "secure"])
+def test_server_that_closes_a_used_connection_fails_no_task_and_gets_new_ones_from_then_on(
+    kind, request, store, monkeypatch
+):
+    monkeypatch.setattr(adce, "KEPT_SECONDS", 60)
+    server, drop = request.getfixturevalue(kind), Answer(behaviour="drop")
+    server.answer("/x", drop, Answer(GOOD), drop, Answer(GOOD), Answer(GOOD), drop)
+    spec = specification(server.address, timeout_seconds=10, trust_env=kind == "secure")
+    results = [fetch_anew(spec, store) for _ in range(6)]
+    assert [result.outcome for result in results] == [O.BROKEN, O.OK, O.LOST, O.OK, O.OK, O.BROKEN]
+    assert {result.requests for result in results} == {1}
+    assert len({arrival.port for arrival in server.arrivals}) == 5
 
 
 def test_cookie_of_one_request_is_not_sent_with_the_next(upstream, store):

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from unittest import mock
 
+import pytest
 from conftest import run_adce
 from runners import rows
 from upstream import Answer
@@ -59,11 +60,18 @@ def test_variables_are_sent_and_shown_nowhere(upstream, tmp_path):
     assert "you sent $QUOTES_KEY" in first.stderr
 
 
-def test_variable_that_is_missing_is_found_before_anything_starts(upstream, tmp_path):
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "not in the environment: $PLACE, $QUOTES_KEY"),
+        ({**ENVIRONMENT, "QUOTES_KEY": "a\u20ac"}, "the header Authorization of a holds"),
+    ],
+)
+def test_variable_that_cannot_be_used_is_found_before_anything_starts(environment, message, upstream, tmp_path):
     (tmp_path / "adce.yaml").write_text(KEYED.format(address=upstream.address))
-    done = run_adce("run", "--once", folder=tmp_path)
-    assert (done.returncode, "not in the environment: $PLACE, $QUOTES_KEY" in done.stderr) == (78, True)
-    assert run_adce("check", folder=tmp_path).returncode == adce.ExitCode.ERROR
+    done = run_adce("run", "--once", folder=tmp_path, **environment)
+    assert (done.returncode, message in done.stderr) == (78, True)
+    assert run_adce("check", folder=tmp_path, **environment).returncode == adce.ExitCode.ERROR
     assert upstream.count() == 0
 
 

@@ -151,6 +151,27 @@ def test_missing_bucket_and_missing_server_are_told(bucket, monkeypatch):
         adce.open_store("s3://lake").sweep()
 
 
+def test_key_that_a_bucket_refuses_is_trouble_of_that_place_unless_it_refuses_the_others_too(moto, monkeypatch):
+    _use(moto, monkeypatch)
+    store = adce.open_store(_prefix())
+
+    def refuse(request: AWSPreparedRequest, **_: object) -> AWSResponse:
+        raw = io.BytesIO()
+        raw.stream = lambda **_: iter([b"<Error><Code>AccessDenied</Code></Error>"])
+        return AWSResponse(request.url, 403, {}, raw)
+
+    store._client.meta.events.register("before-send.s3.PutObject", refuse)
+    with pytest.raises(adce.UnusablePathError, match=r"cannot write .*/a: .*AccessDenied"):
+        store.write("a", b"x")
+    assert list(store.list("")) == []
+    uploads = moto.client().list_multipart_uploads(Bucket="lake", Prefix=store.above)
+    assert uploads.get("Uploads", []) == []
+    store._client.meta.events.register("before-send.s3.CreateMultipartUpload", refuse)
+    with pytest.raises(adce.StoreError, match=r"cannot write .*/a: .*AccessDenied") as caught:
+        store.write("a", b"x")
+    assert not isinstance(caught.value, adce.UnusablePathError)
+
+
 def test_page_of_a_proxy_is_no_empty_listing(upstream, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
