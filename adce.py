@@ -2334,7 +2334,7 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
         datasets=datasets,
     )
     urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
-    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url) for url in urls if "://" in url}
+    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url.lower()) for url in urls if "://" in url}
     hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
     sources = {name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()}
     configuration = dataclasses.replace(configuration, sources=sources)
@@ -5834,7 +5834,7 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
                 return results
     except StoreError as error:
         result = dataclasses.replace(_refused(error), http_status=status)
-    except _PrivateAddressError as error:
+    except PrivateAddressError as error:
         return claimed.results(Result(Outcome.HTTP_ERROR, str(error)))
     except Error as error:  # before it was sent, or when the runner stopped after the response
         return claimed.results(Result(Outcome.LOST, str(error), requests=int(status is not None)))
@@ -5875,23 +5875,32 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
     return blocks
 
 
-class _PrivateAddressError(Error):
-    """A redirect leads to an address that only this machine or its network has."""
+class PrivateAddressError(Error):
+    """A redirect leads to an address that only this machine or its network has, or out of TLS."""
 
 
-def _require_public(claimed: Claim, connected: socket.socket) -> None:
-    """Raises _PrivateAddressError for a redirect to a special address, under whatever name; hosts of adce.yaml may have
-    one. A proxy of the environment answers for what it connects to."""
+def _is_public(address: str) -> bool:
+    """Whether an IP address is one of the Internet; one that stands for an IPv4 address is if that is (RFC 6890)."""
     import ipaddress
 
-    to = urllib.parse.urlsplit(claimed.url)
-    if not claimed.hops:
-        return
-    peer = ipaddress.ip_address(connected.getpeername()[0].partition("%")[0])
-    peer = getattr(peer, "ipv4_mapped", None) or peer
-    is_known = to.netloc.rpartition("@")[2] in claimed.source.known_hosts
-    if not (is_known or peer.is_global or claimed.source.trust_env):
-        raise _PrivateAddressError(f"redirected to {to.hostname}, which is {peer}: a private address, which is refused")
+    found: Any = ipaddress.ip_address(address.partition("%")[0])
+    if found.version == 6:
+        number, ends = int(found), (0, 0xFFFF, 0x64FF9B << 64)  # compatible, mapped, NAT64
+        found = found.sixtofour or (ipaddress.IPv4Address(number & 0xFFFFFFFF) if number >> 32 in ends else found)
+        if number >> 80 == 0x64FF9B0001 or (found.version == 6 and found.is_site_local):
+            return False
+    return bool(found.is_global and not found.is_multicast)
+
+
+def require_public(source: Source, connection: Any, connected: socket.socket) -> None:
+    """Raises PrivateAddressError for a connection to a special address, under whatever name; hosts of adce.yaml may
+    have one. A proxy answers for what it connects to."""
+    host, peer = connection.host, connected.getpeername()[0]
+    place = f"[{host}]" if ":" in host else host
+    place = place if connection.port == connection.default_port else f"{place}:{connection.port}"
+    is_by_proxy = connection.proxy or hasattr(connection, "_socks_options")
+    if not (is_by_proxy or place in source.known_hosts or _is_public(peer)):
+        raise PrivateAddressError(f"redirected to {host}, which is {peer}: a private address, which is refused")
 
 
 class _Deadline:
@@ -6004,9 +6013,11 @@ def _watch_pool(session: Any, pool: Any) -> None:
     if hasattr(kind, "used_at"):
         return
 
-    def watch(connected: socket.socket) -> None:
+    def watch(connection: Any, connected: socket.socket) -> None:
         claimed, deadline, _ = session.present
-        _require_public(claimed, deadline.watch(connected))
+        deadline.watch(connected)
+        if claimed.hops:
+            require_public(claimed.source, connection, connected)
 
     def check_permit() -> None:
         claimed, _, clock = session.present
@@ -6017,7 +6028,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
         connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
         with contextlib.ExitStack() as opened:
             opened.enter_context(connected)
-            watch(connected)
+            watch(connection, connected)
             opened.pop_all()
         return connected
 
@@ -6028,7 +6039,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
     def send(connection: Any, *arguments: Any, **options: Any) -> Any:
         connection.used_at = time.monotonic()
         if connection.sock:  # connected for an earlier request, perhaps
-            watch(connection.sock)
+            watch(connection, connection.sock)
             check_permit()
         return kind.request(connection, *arguments, **options)
 
@@ -6142,7 +6153,7 @@ def session(source: str, config: str | os.PathLike[str] | None = None, wait: flo
     Its requests wait for their permits, `wait` seconds at most each; then they raise RateLimitedError."""
     import requests
 
-    described = shared_limiter(config).source(source)
+    described, present = shared_limiter(config).source(source), threading.local()
 
     class SourceSession(requests.Session):
         def request(self, method: Any, url: Any, *arguments: Any, **options: Any) -> Any:
@@ -6150,12 +6161,24 @@ def session(source: str, config: str | os.PathLike[str] | None = None, wait: flo
             url = from_environment(described.base_url) + url if str(url).startswith("/") else url
             return super().request(method, url, *arguments, **options)
 
+        def send(self, request: Any, **options: Any) -> Any:
+            present.is_hop = hasattr(request, "is_hop")
+            return super().send(request, **options)
+
         def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
             super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
-            if origin_of(prepared_request.url) != origin_of(response.request.url):
+            prepared_request.is_hop, (scheme, host) = True, origin_of(prepared_request.url)
+            if scheme == "http" and response.request.url.startswith("https:"):
+                raise PrivateAddressError(f"redirected to http://{host}, which is refused")
+            if (scheme, host) != origin_of(response.request.url):
                 for name in described.headers:
                     if name.lower() not in KEPT_ON_OTHER_HOSTS:
                         prepared_request.headers.pop(name, None)
+
+        def check(self, connection: Any) -> None:
+            if present.is_hop:
+                connection.sock or connection.connect()
+                require_public(described, connection, connection.sock)
 
     opened = SourceSession()
     opened.headers.update({name: from_environment(text) for name, text in described.headers.items()})
@@ -6175,11 +6198,14 @@ def limit(session: Any, source: str, config: str | os.PathLike[str] | None = Non
         if owner != source:
             raise Error(f'this session is limited for source "{owner}" already', "give each source its own session")
         adapter.adce_source = source
-        _on_pools(adapter, functools.partial(_limit_pool, functools.partial(limiter.permit, source, wait)))
+        ask, check = functools.partial(limiter.permit, source, wait), getattr(session, "check", lambda _: None)
+        _on_pools(adapter, functools.partial(_limit_pool, ask, check))
     return session
 
 
-def _limit_pool(ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]], pool: Any) -> None:
+def _limit_pool(
+    ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]], check: Callable[[Any], None], pool: Any
+) -> None:
     """Give every request of a connection pool a permit, also those that urllib3 repeats."""
     from http.client import HTTPException
 
@@ -6194,6 +6220,7 @@ def _limit_pool(ask: Callable[[], contextlib.AbstractContextManager[ActivePermit
                 if pool.proxy is not None and pool.scheme == "https":
                     pool._prepare_proxy(connection)  # noqa: SLF001  # which has forgotten its tunnel
             try:
+                check(connection)
                 response = make_request(pool, connection, *arguments, **options)
             except (urllib3.exceptions.HTTPError, HTTPException, OSError) as error:
                 held.failed(*connection_error(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -106,11 +107,14 @@ def test_body_that_is_searched_for_signs_of_a_block_for_ever_is_invalid(monkeypa
     assert adce.classify(source, 200, {}, b"ab").outcome is adce.Outcome.THROTTLED
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "0177.0.0.1", "127.1", "[::ffff:127.0.0.1]", "localhost"])
-def test_redirect_to_a_private_address_gets_no_request_under_any_name(host, upstream, tmp_path):
+PRIVATE = ["127.0.0.1", "2130706433", "0177.0.0.1", "127.1", "[::ffff:127.0.0.1]", "localhost"]
+
+
+@pytest.mark.parametrize(("host", "end"), [*((host, "") for host in PRIVATE), ("127.0.0.1", "\\@{known}/..")])
+def test_redirect_to_a_private_address_gets_no_request_under_any_name(host, end, upstream, tmp_path):
     with Upstream() as inner:
-        port = inner.address.rpartition(":")[2]
-        upstream.answer("/A", Answer(b"", 302, {"Location": f"http://{host}:{port}/secret"}))
+        place = inner.address.rpartition(":")[2] + end.format(known=upstream.address.removeprefix("http://"))
+        upstream.answer("/A", Answer(b"", 302, {"Location": f"http://{host}:{place}/secret"}))
         write_box(tmp_path, address=upstream.address, more="retry: {max_attempts: 1}")
         assert run_adce("run", "--once", folder=tmp_path).returncode == adce.ExitCode.GAPS_LEFT
         assert inner.count() == 0
@@ -118,6 +122,39 @@ def test_redirect_to_a_private_address_gets_no_request_under_any_name(host, upst
     assert [(outcome, "a private address, which is refused" in text) for outcome, text in error] == [
         ("http_error", True)
     ]
+
+
+def test_redirect_of_a_session_to_a_private_address_gets_no_request(upstream, tmp_path, monkeypatch):
+    (tmp_path / "adce.yaml").write_text(f"sources: {{box: {{base_url: '{upstream.address}'}}}}\ndatasets: {{}}\n")
+    monkeypatch.chdir(tmp_path)
+    with Upstream() as inner, contextlib.closing(adce.shared_limiter().database), adce.session("box") as session:
+        upstream.answer("/A", Answer(b"", 302, {"Location": f"{inner.address}/secret"}))
+        upstream.answer("/B", Answer(b"", 302, {"Location": "/C"}))
+        for _ in range(2):
+            with pytest.raises(adce.Error, match="a private address, which is refused"):
+                session.get("/A")
+        assert inner.count() == 0
+        assert session.get("/B").url == f"{upstream.address}/C"
+        assert session.get(f"{inner.address}/secret").status_code == 404  # the program's own choice
+    adce._limiter_of.cache_clear()
+
+
+def test_address_that_stands_for_another_is_judged_by_that():
+    public = ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
+    special = [
+        "169.254.1.1",
+        "100.64.0.1",
+        "224.0.0.1",
+        "fec0::1",
+        "fe80::1%eth0",
+        "fd00::1",
+        "ff0e::1",
+        "::1",
+        "::7f00:1",
+        "::ffff:7f00:1",
+    ]
+    special += ["64:ff9b::7f00:1", "64:ff9b:1::808:808", "2002:7f00:1::1"]
+    assert list(filter(adce._is_public, public + special)) == public
 
 
 def test_redirect_to_a_host_of_the_configuration_is_followed_whatever_its_address(upstream, tmp_path):
