@@ -1181,9 +1181,11 @@ def from_environment(text: str, known: Container[str] | None = None) -> str:
 
 
 SECRET_NAME = re.compile("authorization|cookie|token|secret|key", re.IGNORECASE)  # of a header
-SECRETIVE = r"[\w-]*(?:authorization|cookie|token|secret|password|signature|api-?_?key)[\w-]*"
-SECRET_IN_TEXT = re.compile(
-    rf"""(://[^/\s:@'"]*:)[^@/\s'"]+(?=@)|({SECRETIVE}['":\s]*[:=]['":\s]*)[^'",}}&]+""", re.IGNORECASE
+SECRETIVE = r"(?:authorization|cookie|token|secret|passw(?:or)?d|pwd|signature|api-?_?key)[\w-]{0,60}['\"]?\s{0,9}[:=]"
+SECRET_IN_TEXT = re.compile(  # in time that grows with the text: a source may have chosen that
+    rf"""(://(?:[^/\s:@'"]*:)?)[^/\s'"]+(?=@)|((?:{SECRETIVE}|[?&](?:key|sig|auth)=)\s{{0,9}}['"]?)"""
+    r"""(?:(?<=")(?:[^"\\]|\\.)*|(?<=')[^']*|(?<!['"])[^'",}&]+)""",
+    re.IGNORECASE,
 )
 
 
@@ -2409,6 +2411,7 @@ def database_named_in(path: Path) -> Path:
 # out, no clock, no disk, no SQL. Headlines: ObjectRow, expected_object(), expand().
 
 MAX_KEY_BYTES = 1000  # S3 takes 1,024
+MAX_URL = 4000  # characters of one that a source has chosen
 BLOCK_BYTES = 64 << 10  # of a body, read at once
 FIELDS_AS_JSON = json.JSONEncoder(sort_keys=True)  # json.dumps would make one for each object
 
@@ -2712,7 +2715,8 @@ def _pages_named(
         value = found and html.unescape(found[1])
     if value:
         text = "" if dataset.page_values() == {"page"} else str(value).strip()
-        if text and (not isinstance(value, str | int) or isinstance(value, bool) or not text.isprintable()):
+        is_url = isinstance(value, str | int) and text.isprintable() and len(text) <= MAX_URL
+        if text and (not is_url or isinstance(value, bool)):
             raise ValueError(f"{text[:60]!r} names no page")
         yield FIELDS_AS_JSON.encode({"page": str(page + 1), "next": text})
 
@@ -6123,6 +6127,8 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
     to = urllib.parse.urlsplit(url)
     if claimed.dataset.method == "POST":
         problem = "a redirect of a POST, which is refused"
+    elif len(url) > MAX_URL:
+        problem = f"redirected to a url of {len(url)} characters, which is refused"
     elif claimed.hops >= MAX_REDIRECTS:
         problem = f"more than {MAX_REDIRECTS} redirects"
     elif to.scheme not in ("http", "https") or (to.scheme == "http" and _sent_url(claimed).startswith("https:")):

@@ -153,7 +153,16 @@ def test_address_that_stands_for_another_is_judged_by_that():
         "::7f00:1",
         "::ffff:7f00:1",
     ]
-    special += ["64:ff9b::7f00:1", "64:ff9b:1::808:808", "2002:7f00:1::1"]
+    special += [
+        "fd00::1",
+        "ff0e::1",
+        "::1",
+        "::7f00:1",
+        "::ffff:7f00:1",
+        "64:ff9b::7f00:1",
+        "64:ff9b:1::808:808",
+        "2002:7f00:1::1",
+    ]
     assert list(filter(adce._is_public, public + special)) == public
 
 
@@ -299,6 +308,9 @@ def test_header_that_a_source_repeats_is_not_kept(upstream, tmp_path):
         ("""s: {headers: {Authorization: "Bearer C4N4RY"}, base_ur: x}""", 'Authorization: "***'),
         ("""s: {headers: {'X-Api-Key': C4N4RY}, base_ur: x}""", "'X-Api-Key': ***"),
         ("""s: {base_url: "https://h/x?token=C4N4RY#"}""", "token=***"),
+        ("""s: {headers: {Authorization: "it's C4N4RY"}, base_ur: x}""", 'Authorization: "***"'),
+        ("""s: {base_url: "ftp://u:a@C4N4RY@h/x"}""", "ftp://u:***@h/x"),
+        ("""s: {base_url: "ftp://C4N4RY@h/x?key=C4N4RY&sig=C4N4RY"}""", "ftp://***@h/x?key=***&sig=***"),
     ],
 )
 def test_message_about_a_mistake_does_not_repeat_a_secret(line, shown, configure):
@@ -306,6 +318,27 @@ def test_message_about_a_mistake_does_not_repeat_a_secret(line, shown, configure
         configure(f"sources:\n  {line}\n")
     assert "C4N4RY" not in str(raised.value)
     assert shown in str(raised.value)
+
+
+@pytest.mark.parametrize("part", ["a", "token", "token='", '://a:"', "://a@", "pwd" + " " * 9, "?key=", ":", '"'])
+def test_secrets_are_looked_for_in_a_time_that_grows_with_the_text(part):
+    began = time.process_time()
+    adce.masked("http://token:" + part * 50_000)
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("where", ["next", "redirect"])
+def test_url_that_is_too_long_is_not_asked_for(where, upstream, tmp_path):
+    path = "/" + "a" * adce.MAX_URL
+    answer = json_answer({"next": path}) if where == "next" else Answer(b"", 302, {"Location": path})
+    upstream.answer("/A", answer)
+    write_box(tmp_path, address=upstream.address, more="retry: {max_attempts: 1}")
+    text = (tmp_path / "adce.yaml").read_text()
+    (tmp_path / "adce.yaml").write_text(
+        text.replace('key: "things/{name}', 'pages: {next: next}, key: "things/{name}-{page}')
+    )
+    assert run_adce("run", "--once", folder=tmp_path).returncode == adce.ExitCode.GAPS_LEFT
+    assert upstream.count() == 1
 
 
 @pytest.mark.parametrize(
