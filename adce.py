@@ -2929,7 +2929,8 @@ READY_SECONDS = 60  # for the process to take a call
 INSPECTOR = "import sys; sys.path.insert(0, sys.argv[1]); import adce; adce.serve_inspections(adce, int(sys.argv[2]))"
 LEAST_MEMORY = 1 << 30  # that the process may use; more for a dataset that takes larger objects
 MEMORY_FACTOR = 8  # JSON in memory is so many times larger
-TOO_LARGE = "its inspection takes more than {} MB of memory"
+COSTLY = "its inspection takes more than "
+TOO_LARGE = COSTLY + "{} MB of memory"
 STOPPING_SECONDS = 2  # for the last result when the runner stops
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
 Answer = TypeVar("Answer")
@@ -2947,8 +2948,10 @@ class TooCostlyError(Error):
 class Inspector:
     """Calls functions in another process, one at a time."""
 
+    ends_at: ClassVar[float] = math.inf  # monotonic seconds: the runner stops, and no call goes on or begins
+
     def __init__(self) -> None:
-        self.ends_at = math.inf  # monotonic seconds: the runner stops, and no call goes on or begins
+        self.costly = set[str]()  # sources whose content has kept the others waiting
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -2979,7 +2982,7 @@ class Inspector:
             # A busy machine starts a process slowly: that is not the content's fault.
             self._wait(connection, READY_SECONDS, StoreError("the process for its content does not start"))
             connection.recv()
-            error = TooCostlyError(f"its inspection takes more than {APART_SECONDS} s")
+            error = TooCostlyError(f"{COSTLY}{APART_SECONDS} s")
             self._wait(connection, APART_SECONDS, error)
             is_done, answer = connection.recv()
         if not is_done:
@@ -3025,11 +3028,22 @@ class Inspector:
 
 
 @functools.cache
-def inspector() -> Inspector:
-    """The inspector of this process."""
+def inspector(source: str = "") -> Inspector:  # noqa: ARG001  # by which it is found again
+    """The inspector of this process that the sources share, or the one of a costly source."""
     made = Inspector()
     atexit.register(made.end)
     return made
+
+
+def _call_apart(
+    source: str, memory: int, file: BinaryIO | None, function: Callable[..., Answer], *given: Any
+) -> Answer:
+    shared = inspector()
+    try:
+        return (inspector(source) if source in shared.costly else shared).call(memory, file, function, *given)
+    except TooCostlyError:
+        shared.costly.add(source)
+        raise
 
 
 def serve_inspections(module: types.ModuleType, descriptor: int) -> None:
@@ -3113,7 +3127,7 @@ def inspect_apart(
                 file.write(body.getbuffer())
                 body = file
             try:
-                found = inspector().call(memory, body, judge)
+                found = _call_apart(dataset.source, memory, body, judge)
             except TooCostlyError as error:
                 return Inspection(str(error))
     if PAGES in found.mentions:
@@ -3122,9 +3136,10 @@ def inspect_apart(
     return found
 
 
-def is_found_apart(pattern: str, text: str) -> bool:
-    """Whether a regular expression is found. Raises TooCostlyError."""
-    return inspector().call(LEAST_MEMORY, None, _is_found, pattern, text)
+def is_found_apart(source: str, pattern: str, text: str) -> bool:
+    """Whether a regular expression is found; one that repeats nothing takes no time. Raises TooCostlyError."""
+    is_simple = not re.search("[*+{]", pattern)
+    return _is_found(pattern, text) if is_simple else _call_apart(source, LEAST_MEMORY, None, _is_found, pattern, text)
 
 
 def _is_found(pattern: str, text: str) -> bool:
@@ -3856,7 +3871,9 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
     text, blocked = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}", source.blocked_when
     retry_after = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
     try:
-        is_blocked = bool(blocked.body) and is_found_apart(str(blocked.body), body.decode("utf-8", "replace"))
+        is_blocked = bool(blocked.body) and is_found_apart(
+            source.name, blocked.body or "", body.decode("utf-8", "replace")
+        )
     except TooCostlyError as error:
         return Result(Outcome.INVALID, str(error), status)
     if status in (429, 503) or is_blocked:
@@ -3905,13 +3922,14 @@ def record_response(
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
     Meanwhile one request at a time probes the source. A status that means blocked, or an error in a body, may concern
     one object only: it blames the source when it comes for several objects in a row. One whose object has failed
-    before (`is_repeated`) shows nothing new."""
+    before (`is_repeated`) shows nothing new. A content that cannot be judged in time is like a timeout."""
     traits, outcome, status = answer.outcome.traits, answer.outcome, answer.http_status or 0
     is_throttled, is_error_body = outcome is Outcome.THROTTLED, outcome is Outcome.HTTP_ERROR and 200 <= status < 300
-    if traits.passing or (is_repeated and (outcome is Outcome.BLOCKED or is_error_body)):
+    is_costly = outcome is Outcome.INVALID and (answer.error or "").startswith(COSTLY)
+    if traits.passing or (is_repeated and (outcome is Outcome.BLOCKED or is_error_body or is_costly)):
         return SourceHealth()
     is_server_error = is_error_body or (outcome is Outcome.HTTP_ERROR and status >= 500)
-    setting = "failures_in_a_row" if is_server_error else traits.setting
+    setting = "timeouts_in_a_row" if is_costly else "failures_in_a_row" if is_server_error else traits.setting
     threshold = getattr(source.blocked_when, setting) if setting else traits.source_after
     if outcome is Outcome.BROKEN and status:  # the body ended early: the object's own trouble
         threshold = 0
@@ -8600,7 +8618,7 @@ class Runner:
     def _finish(self) -> None:
         """Let running attempts finish within the grace time; the rest return to the queue. Then log the end."""
         self.stop_reason = self.stop_reason or "an error"
-        inspector().ends_at = time.monotonic() + STOPPING_SECONDS
+        Inspector.ends_at = time.monotonic() + STOPPING_SECONDS
         limit = self.clock.boot() + self.configuration.grace_seconds
         notify("STOPPING=1")
         if self.steps is not None:
@@ -8627,7 +8645,7 @@ class Runner:
         self.running.clear()
         self._sweep()
         self._collect()
-        inspector().ends_at = math.inf
+        Inspector.ends_at = math.inf
         left = dict[str, int]()
         with contextlib.suppress(DatabaseError):
             with self.database.transaction() as sql:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sqlite3
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_content_that_takes_too_long_or_too_much_memory_is_invalid_and_the_next_
 
 def test_inspector_that_something_kills_is_started_again(tmp_path):
     for _ in range(3):
-        assert adce.is_found_apart("a", "ab")
+        assert adce.is_found_apart("", "a+", "ab")
         process = adce.inspector()._process
         assert process
         process.kill()
@@ -96,7 +97,31 @@ def test_slow_start_of_the_inspector_is_not_held_against_the_content(monkeypatch
     adce.inspector().end()
     monkeypatch.setattr(adce, "APART_SECONDS", 1)
     monkeypatch.setattr(adce, "INSPECTOR", "import time; time.sleep(1.5); " + adce.INSPECTOR)
-    assert adce.is_found_apart("a", "ab")
+    assert adce.is_found_apart("", "a+", "ab")
+
+
+def test_source_that_outlasts_the_inspector_gets_one_of_its_own_and_is_paused(monkeypatch, database):
+    monkeypatch.setattr(adce, "APART_SECONDS", 1)
+    costly, other = (adce.Source(name, blocked_when=adce.BlockedWhen(body="(a+)+b")) for name in ("costly", "other"))
+    adce.inspector().costly.discard("costly")
+    results = [adce.classify(costly, 200, {}, b"a" * 60) for _ in range(3)]
+    assert {(one.outcome, one.error) for one in results} == {
+        (adce.Outcome.INVALID, "its inspection takes more than 1 s")
+    }
+    held = threading.Thread(target=adce.classify, args=(costly, 200, {}, b"a" * 60))
+    monkeypatch.setattr(adce, "APART_SECONDS", 5)
+    held.start()
+    began = time.monotonic()
+    simple = adce.Source("simple", blocked_when=adce.BlockedWhen(body="(?i)too many"))
+    assert adce.classify(other, 200, {}, b"ab").outcome is adce.Outcome.THROTTLED
+    assert adce.classify(simple, 200, {}, b"Too many").outcome is adce.Outcome.THROTTLED
+    assert (time.monotonic() - began < 4, held.is_alive()) == (True, True)
+    adce.inspector("costly").end()
+    held.join()
+    with database.transaction() as sql:
+        adce.declare_limits(sql, adce.Configuration(sources={"costly": costly}), adce.Clock())
+        pauses = [adce.record_response(sql, costly, one, 1.0).pause_seconds for one in results]
+    assert pauses == [None, None, adce.FIRST_PAUSE_SECONDS]
 
 
 def test_body_that_is_searched_for_signs_of_a_block_for_ever_is_invalid(monkeypatch):
