@@ -53,6 +53,7 @@ from __future__ import annotations
 import argparse
 import array
 import atexit
+import base64
 import calendar
 import collections
 import contextlib
@@ -1195,13 +1196,33 @@ def masked(text: str) -> str:
     return SECRET_IN_TEXT.sub(r"\1\2***", text)
 
 
+AWS_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+@functools.lru_cache(256)
+def _forms(value: str) -> set[str]:
+    """A secret as a source may repeat it: as a host, or encoded for a url, for HTML, JSON or Basic authentication."""
+    plain, quoted = urllib.parse.unquote(value), {urllib.parse.quote_plus(value)}
+    quoted |= {urllib.parse.quote(value, safe=safe) for safe in ("", "/", "!#$%&'()*+,/:;=?@[]~")}
+    forms = {value, plain, value.lower(), html.escape(value, quote=False), *quoted}
+    forms |= {re.sub("%..", lambda code: code[0].lower(), one) for one in quoted}
+    forms |= {html.escape(value).replace("&#x27;", mark) for mark in ("&#x27;", "&#39;")}
+    for text in (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]):
+        forms |= {text, text.replace("/", "\\/")}
+    forms.add(base64.b64encode(plain.encode("utf-8", "replace")).decode().rstrip("="))
+    return {form for form in forms if len(form) > 3}
+
+
 def redacted(text: str, names: Iterable[str]) -> str:
     """A text with the names of variables in place of their values. A name that begins with = is a secret itself."""
+    shown = dict[str, str]()
     for name in names:
         is_plain = name.startswith("=")
-        value, shown = (name[1:], "***") if is_plain else (os.environ.get(name, "").strip(), f"${name}")
+        value = from_environment(name[1:], os.environ) if is_plain else os.environ.get(name, "").strip()
         if len(value) > 3:
-            text = text.replace(value, shown).replace(urllib.parse.quote(value, safe=""), shown)
+            shown |= dict.fromkeys(_forms(value), "***" if is_plain else f"${name}")
+    for form in sorted(shown, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(form, shown[form])
     return text
 
 
@@ -1964,10 +1985,17 @@ def secrets_of(source: Source, dataset: Dataset) -> set[str]:
     urls = [one.text for one in (dataset.url, dataset.pages and dataset.pages.url) if one]
     headers = [*source.headers.values(), *dataset.headers.values()]
     found = variables_in(source.base_url, dataset.body, *urls, *headers)
-    user = urllib.parse.urlsplit(source.base_url).netloc.rpartition("@")[0].split(":")
+    user = urllib.parse.urlsplit(source.base_url).netloc.rpartition("@")[0]
+    pair = [user, user.partition(":")[2]] if user else []
     plain = [*plain_secrets(source.headers).values(), *plain_secrets(dataset.headers).values()]
     words = [word for text in plain for word in re.split(r"[\s;,]+", text) if len(word) > 7]
-    return found | {f"={word}" for word in [*words, *user[1:]]}
+    return found | {f"={word}" for word in [*words, *pair]}
+
+
+def hidden_names(dataset: Dataset) -> set[str]:
+    """What no result of a dataset may show, for redacted(): a call can read every variable."""
+    read = {name for name in os.environ if SECRET_NAME.search(name)} if dataset.call else set[str]()
+    return {*dataset.secrets, *dataset.environment, *read}
 
 
 def problems_in(block: object) -> Problems:
@@ -2700,7 +2728,7 @@ def _pages_named(
         total = str(search(pages.last, fields, document))
         is_number = re.fullmatch(r"\d{1,15}", total)
         if page == 1 and not is_number:
-            raise ValueError(f"{pages.last} is no number: {total[:60]}")
+            raise ValueError(f"{pages.last} is no number: {total[:1000]}")
         if page > 1 and is_number and total != fields["next"]:
             raise ValueError(f"{pages.last} is {total}, but was {fields['next']} on the first page")
         last = min(-(-int(total) // (pages.size or 1)), pages.most + 1) if page == 1 else 0
@@ -2717,7 +2745,7 @@ def _pages_named(
         text = "" if dataset.page_values() == {"page"} else str(value).strip()
         is_url = isinstance(value, str | int) and text.isprintable() and len(text) <= MAX_URL
         if text and (not is_url or isinstance(value, bool)):
-            raise ValueError(f"{text[:60]!r} names no page")
+            raise ValueError(f"{text[:1000]!r} names no page")
         yield FIELDS_AS_JSON.encode({"page": str(page + 1), "next": text})
 
 
@@ -2853,7 +2881,7 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
             [value] if partitions.id_field else [value.get(name) for name in names] if isinstance(value, dict) else []
         )
         if not parts or not all(isinstance(part, str | int) and not isinstance(part, bool) for part in parts):
-            problems.append(f"{child.name}: {str(value)[:60]} is no id")
+            problems.append(f"{child.name}: {str(value)[:1000]} is no id")
             continue
         texts = dict(zip(names, map(str, parts), strict=True))
         if problem := next(filter(None, (part_problem(child, *part) for part in texts.items())), None):
@@ -3130,10 +3158,17 @@ def inspect_apart(
                 found = _call_apart(dataset.source, memory, body, judge)
             except TooCostlyError as error:
                 return Inspection(str(error))
-    if PAGES in found.mentions:
-        named = tuple(redacted(text, dataset.secrets) for text in found.mentions[PAGES])
-        found = dataclasses.replace(found, mentions={**found.mentions, PAGES: named})
-    return found
+    mentions = dict(found.mentions)
+    if named := mentions.get(PAGES):
+        mentions[PAGES] = tuple(redacted("\n".join(named), dataset.secrets).split("\n"))  # of JSON
+    verdict, *problems = (text and _shown(text, dataset) for text in (found.verdict, *found.problems))
+    return dataclasses.replace(found, mentions=mentions, verdict=verdict, problems=tuple(filter(None, problems)))
+
+
+def _shown(text: str, dataset: Dataset) -> str:
+    """What was found, without secrets and then without the middle of a long value."""
+    text = redacted(text, hidden_names(dataset))
+    return text if len(text) < 300 else f"{text[:200]}...{text[-60:]}"
 
 
 def is_found_apart(source: str, pattern: str, text: str) -> bool:
@@ -3516,7 +3551,8 @@ class S3Store:
             if code in ("NoSuchBucket", "404"):
                 raise StoreError(f"there is no bucket {self.bucket}", "see `store:` in adce.yaml") from error
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
-            raise StoreError(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {error}", hint) from error
+            text = redacted(str(error), AWS_SECRETS)
+            raise StoreError(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {text}", hint) from error
 
 
 def require_known_store(database: Database, configuration: Configuration, store: Store) -> None:
@@ -3844,9 +3880,9 @@ class SourceHealth:
     pause_seconds: float | None = None  # it is not asked for so long
 
 
-def excerpt(body: bytes, most: int = 120) -> str:
-    """The start of a body in one line of at most `most` characters."""
-    text = body[: 3 * most].decode("utf-8", "replace")
+def excerpt(body: bytes, most: int = 120, names: Iterable[str] = ()) -> str:
+    """The start of a body in one line of at most `most` characters; half a secret would not be known as one."""
+    text = redacted(body.decode("utf-8", "replace"), names)[: 3 * most]
     plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
     return "".join(letter if letter.isprintable() else "?" for letter in plain)[:most] or "empty"
 
@@ -3864,11 +3900,15 @@ def parse_retry_after(text: str | None, date: str | None) -> float | None:
     return seconds if seconds > 0 else None
 
 
-def classify(source: Source, status: int, headers: Mapping[str, str], body: bytes = b"") -> Result:
-    """The meaning of an HTTP response with its start. Errors can come with status 200, a missing object with 403."""
+def classify(
+    source: Source, status: int, headers: Mapping[str, str], body: bytes = b"", names: Iterable[str] = ()
+) -> Result:
+    """The meaning of an HTTP response with its start, of which the secrets with these names are not shown. Errors can
+    come with status 200, a missing object with 403."""
     if status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000]):
         return Result(Outcome.NOT_YET, "HTTP 403: no such object", status)
-    text, blocked = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}", source.blocked_when
+    shown, blocked = excerpt(body, names=names), source.blocked_when
+    text = f"HTTP {status}: {shown}" if body else f"HTTP {status}"
     retry_after = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
     try:
         is_blocked = bool(blocked.body) and is_found_apart(
@@ -3890,7 +3930,7 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
     if status in (404, 410) or (is_error and code in (404, "404")):
         return Result(Outcome.NOT_YET, text, status)
     if is_error and status < 500:
-        return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)
+        return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {shown}", status)
     return Result(Outcome.OK if status == 200 else Outcome.HTTP_ERROR, text, status)
 
 
@@ -5805,10 +5845,10 @@ def validate_and_store(
         return dataclasses.replace(_refused(error), http_status=http_status)
 
 
-def describe(error: BaseException) -> str:
+def describe(error: BaseException, most: int = 120, names: Iterable[str] = ()) -> str:
     """An exception in one line, whatever it is."""
     try:
-        return excerpt(f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
+        return excerpt(f"{type(error).__name__}: {error}".encode("utf-8", "replace"), most, names)
     except Exception:  # noqa: BLE001  # its own __str__ failed
         return type(error).__name__
 
@@ -5819,9 +5859,7 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
 
     Raises StoreError when there is no place for the body; then nothing was sent."""
     with store.spool() as body:
-        results = _request_into(body, claimed, store, clock)
-    names = claimed.dataset.secrets
-    return [dataclasses.replace(one, error=one.error and redacted(one.error, names)) for one in results]
+        return _request_into(body, claimed, store, clock)
 
 
 def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> list[Result]:
@@ -6073,11 +6111,14 @@ def _watch_pool(session: Any, pool: Any) -> None:
     pool.ConnectionCls = type(kind.__name__, (kind,), {**members, "used_at": -math.inf})
 
 
-def _validators(url: str, headers: Mapping[str, str], links: Mapping[str, str] | None) -> str | None:
+def _validators(
+    url: str, headers: Mapping[str, str], links: Mapping[str, str] | None, hidden: Collection[str]
+) -> str | None:
     """The conditions of the next request for a url (RFC 9110, 13.1), as JSON, and the links of the header; None when
     the response has no validators."""
     names = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
     given = {name: headers[header] for name, header in names.items() if header in headers}
+    given = {name: text for name, text in given.items() if redacted(text, hidden) == text}
     known = {"url": url, "headers": given} | ({} if links is None else {"links": links})
     return json.dumps(known) if given or links is not None else None
 
@@ -6128,7 +6169,9 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
         body.seek(0)
         if status == 304 and _conditions(claimed):
             return [Result(Outcome.OK, None, status)]
-        answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES))
+        answer = classify(
+            claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES), claimed.dataset.secrets
+        )
         if answer.outcome is not Outcome.OK:
             return claimed.results(answer)
         if target.key.lower().endswith(".gz") and size <= claimed.dataset.validate.most():
@@ -6139,7 +6182,9 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
         links = {rel: redacted(link["url"], secrets) for rel, link in response.links.items() if rel == "next"}
         results = [validate_and_store(one, task, body, store, status, links) for one, task in parts]
         has_links = claimed.dataset.pages and claimed.dataset.pages.next == LINK
-        validators = _validators(redacted(claimed.url, secrets), response.headers, links if has_links else None)
+        validators = _validators(
+            redacted(claimed.url, secrets), response.headers, links if has_links else None, secrets
+        )
         return [dataclasses.replace(result, validators=validators) for result in results]
     url = urllib.parse.urljoin(_sent_url(claimed), response.headers["location"])
     to = urllib.parse.urlsplit(url)
@@ -6313,7 +6358,7 @@ def _read_output(pipe: Any, kept: bytearray, max_bytes: int | None = None) -> No
         while block := pipe.read(BLOCK_BYTES):
             kept += block
             if max_bytes is None:
-                del kept[:-TAIL_BYTES]
+                del kept[: -2 * TAIL_BYTES]  # the first half is cut off when the secrets are out of it
             elif len(kept) > max_bytes:
                 break
 
@@ -6376,17 +6421,18 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
         except (OSError, ValueError) as error:
             text = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
             return claimed.results(Result(Outcome.ERROR, text))
-        output, results = end.tail.decode("utf-8", "replace"), []
+        output, results = redacted(end.tail.decode("utf-8", "replace"), hidden_names(dataset))[-TAIL_BYTES:], []
         if dataset.call:
             with contextlib.suppress(OSError), open_regular(Path(folder, FAILURE)) as failure:
                 outcome, text, retry_after = json.load(failure)
+                text = excerpt(text.encode("utf-8", "replace"), names=hidden_names(dataset))
                 return [Result(Outcome(outcome), text, retry_after=retry_after, output=output)]
         for target in claimed.tasks:
             body, handed = None, place / target.key if dataset.batch else place
             with contextlib.ExitStack() as opened:
                 with contextlib.suppress(OSError):
                     body = opened.enter_context(io.BytesIO(end.body) if is_printed else open_regular(handed))
-                result = _judge_end(claimed, target, end, body, store)
+                result = _judge_end(claimed, target, end._replace(tail=output.encode()), body, store)
             results.append(dataclasses.replace(result, output=output))
         return results
 
@@ -6456,7 +6502,7 @@ def call_function(words: Sequence[str]) -> ExitCode:
                         break
     except BaseException as error:  # noqa: BLE001  # SystemExit too is the attempt's error
         traceback.print_exc()
-        failure: tuple[Outcome, str, float | None] = (Outcome.ERROR, describe(error), None)
+        failure: tuple[Outcome, str, float | None] = (Outcome.ERROR, describe(error, TAIL_BYTES), None)
         if isinstance(error, RateLimitedError):  # neither the task nor the source has failed
             failure = (Outcome.LOST, str(error), error.seconds)
         place.with_name(FAILURE).write_text(json.dumps(failure), encoding="utf-8")
@@ -6487,9 +6533,15 @@ def _copy(claimed: Claim, store: Store, original: str) -> Result:
 
 
 def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
-    """Bring the objects of a claim into the store. One result for each task; never raises.
+    """Bring the objects of a claim into the store. One result for each task, without secrets; never raises.
 
     An object that is in the store already, and whole, is not asked for again."""
+    names = hidden_names(claimed.dataset)
+    results = _fetch(claimed, store, clock)
+    return [dataclasses.replace(one, error=one.error and redacted(one.error, names)) for one in results]
+
+
+def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     try:
         parts = claimed.parts()
         if claimed.refusal:
@@ -6513,7 +6565,9 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
         return claimed.results(Result(Outcome.LOST, str(error)))
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
         may_be_sent = int(bool(claimed.url))
-        return claimed.results(Result(Outcome.ERROR, describe(error), requests=may_be_sent))
+        return claimed.results(
+            Result(Outcome.ERROR, describe(error, names=claimed.dataset.secrets), requests=may_be_sent)
+        )
 
 
 # ---------------------------------------------------------------- Cluster
@@ -8159,7 +8213,8 @@ def deliver(channel: str, configuration: Configuration, message: Mapping[str, An
         environment = {"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"}
         end = run_program(words, configuration.path.parent, environment, SEND_SECONDS)
         if end.text != "exit 0":
-            raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
+            tail = redacted(end.tail.decode("utf-8", "replace"), filter(SECRET_NAME.search, os.environ))[-120:]
+            raise Error(f"{end.text}: {excerpt(tail.encode())}" if tail else end.text)
     elif channel == "sns_topic":
         topic = str(settings.sns_topic)
         client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
@@ -9152,7 +9207,7 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise Error(f"{source.name} {connection_error(error)[1]}", "see: adce.py check --online") from error
     names = dataset.secrets
-    result = classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES])
+    result = classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES], names)
     links = {rel: link["url"] for rel, link in answer.links.items()}
     found = inspect_apart(dataset, fields, io.BytesIO(body), configuration.children_of(dataset.name), links)
     is_ok = result.outcome is Outcome.OK
