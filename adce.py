@@ -1239,9 +1239,20 @@ def names_in_result(expression: str) -> tuple[str, ...]:
     return tuple(pair["value"] for pair in node["children"]) if node["type"] == "multi_select_dict" else ()
 
 
-def quote_for_expression(value: str) -> str:
-    """A value inside a JMESPath 'raw string'. Raises ValueError for what such a string cannot hold."""
-    if re.search(r"(?<!\\)\\(\\\\)*('|\Z)", value):  # it would quote what ends the string
+LITERAL = re.compile(r"""('(?:[^'\\]|\\.)*'|`(?:[^`\\]|\\.)*`|"(?:[^"\\]|\\.)*")""", re.DOTALL)  # of JMESPath
+
+
+def quote_for_expression(literal: str, value: str) -> str:
+    """A value as a part of a literal of JMESPath, or of none. Raises ValueError for what that cannot hold."""
+    mark, escaped = literal[:1], json.dumps(value)
+    if mark == '"':
+        return escaped[1:-1]
+    if mark == "`":  # JSON: a number, or a text, which has quotes already if there is more in it
+        is_whole = not re.search(r'[\w"]', FIELD_IN_EXPRESSION.sub("", literal))
+        is_number = is_whole and re.fullmatch(r"-?(0|[1-9]\d{0,99})(\.\d{1,99})?", value)
+        return value if is_number else (escaped if is_whole else escaped[1:-1]).replace("`", "\\`")
+    # a backslash would quote what ends the string
+    if re.search(r"(?<!\\)\\(\\\\)*('|\Z)", value) or (not mark and not re.fullmatch(r"-?\w+", value)):
         raise ValueError(f"{value!r} cannot be compared")
     return value.replace("'", "\\'")
 
@@ -1263,7 +1274,10 @@ def search(expression: str, fields: Fields, document: Any) -> Any:
     import jmespath.exceptions
 
     try:
-        return _compile(Template(expression, FIELD_IN_EXPRESSION).render(fields, quote_for_expression)).search(document)
+        for place, part in enumerate(parts := list(SPLIT(LITERAL, expression))):
+            quote = functools.partial(quote_for_expression, part if place % 2 else "")
+            parts[place] = Template(part, FIELD_IN_EXPRESSION).render(fields, quote)
+        return _compile("".join(parts)).search(document)
     except (jmespath.exceptions.JMESPathError, TypeError, ValueError, RecursionError):
         return None
 
