@@ -5876,36 +5876,46 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
         return _request_into(body, claimed, store, clock)
 
 
+@contextlib.contextmanager
+def responded(claimed: Claim, deadline: Deadline, clock: Clock) -> Iterator[tuple[Any, Any]]:
+    """The response to a request, whose body is read until its deadline, and the cookies after it."""
+    import requests
+
+    seconds = claimed.source.timeout_seconds
+    with SESSIONS.opened(deadline) as opened:
+        opened.present = claimed, deadline, clock
+        opened.trust_env = claimed.source.trust_env
+        opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
+        timeout = (min(CONNECT_SECONDS, seconds), seconds)
+        options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False, "data": _sent_body(claimed)}
+        options["headers"] = _headers(claimed)
+        with opened.request(claimed.dataset.method, _sent_url(claimed), **options) as response:
+            yield response, opened.cookies
+
+
 def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     import requests
     import urllib3
 
     begun, seconds = clock.boot(), claimed.source.timeout_seconds
-    deadline, status = _Deadline(seconds), None
+    deadline, status = Deadline(seconds), None
     try:
-        with SESSIONS.opened(deadline) as opened:
-            opened.present = claimed, deadline, clock
-            opened.trust_env = claimed.source.trust_env
-            opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
-            timeout = (min(CONNECT_SECONDS, seconds), seconds)
-            options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False, "data": _sent_body(claimed)}
-            options["headers"] = _headers(claimed)
-            with opened.request(claimed.dataset.method, _sent_url(claimed), **options) as response:
-                status = response.status_code
-                most = max(one.dataset.validate.most() for one, _ in claimed.parts())
-                try:
-                    for block in _decoded(claimed.tasks[0].key, response):
-                        fill(body, block)
-                        if body.tell() > (most if status == 200 else CLASSIFIED_BYTES) or deadline.passed:
-                            break
-                except (zlib.error, urllib3.exceptions.HTTPError):
-                    if status == 200:  # any other status counts without its body
-                        raise
-                if deadline.passed:  # the socket that was shut looks like the end of the body
-                    raise requests.Timeout
-                results = _judge(claimed, response, body, store, deadline)
-                results[0] = dataclasses.replace(results[0], requests=1, cookies=opened.cookies)
-                return results
+        with responded(claimed, deadline, clock) as (response, cookies):
+            status = response.status_code
+            most = max(one.dataset.validate.most() for one, _ in claimed.parts())
+            try:
+                for block in _decoded(claimed.tasks[0].key, response):
+                    fill(body, block)
+                    if body.tell() > (most if status == 200 else CLASSIFIED_BYTES) or deadline.passed:
+                        break
+            except (zlib.error, urllib3.exceptions.HTTPError):
+                if status == 200:  # any other status counts without its body
+                    raise
+            if deadline.passed:  # the socket that was shut looks like the end of the body
+                raise requests.Timeout
+            results = _judge(claimed, response, body, store, deadline)
+            results[0] = dataclasses.replace(results[0], requests=1, cookies=cookies)
+            return results
     except StoreError as error:
         result = dataclasses.replace(_refused(error), http_status=status)
     except PrivateAddressError as error:
@@ -5977,7 +5987,7 @@ def require_public(source: Source, connection: Any, connected: socket.socket) ->
         raise PrivateAddressError(f"redirected to {host}, which is {peer}: a private address, which is refused")
 
 
-class _Deadline:
+class Deadline:
     """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
     the timeout of a single read."""
 
@@ -6014,11 +6024,11 @@ class Sessions:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[tuple[float, Any]] = []  # since then
-        self._deadlines: set[_Deadline] = set()
+        self._deadlines: set[Deadline] = set()
         self._is_watched = False
 
     @contextlib.contextmanager
-    def opened(self, deadline: _Deadline) -> Iterator[Any]:
+    def opened(self, deadline: Deadline) -> Iterator[Any]:
         """A session for a request with a deadline."""
         with self._lock:
             session = self._idle.pop()[1] if self._idle else None
@@ -6175,7 +6185,7 @@ def _sent_url(claimed: Claim) -> str:
     return claimed.url if claimed.hops else from_environment(claimed.url, claimed.dataset.secrets)
 
 
-def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline: _Deadline) -> list[Result]:
+def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline: Deadline) -> list[Result]:
     """The meaning of a response for each object. A redirect is the next request to make."""
     status, target, parts = response.status_code, claimed.tasks[0], claimed.parts()
     if not response.is_redirect:
@@ -6188,10 +6198,12 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
         )
         if answer.outcome is not Outcome.OK:
             return claimed.results(answer)
-        if target.key.lower().endswith(".gz") and size <= claimed.dataset.validate.most():
-            for _ in unpack(blocks_of(body), "gzip"):
-                if deadline.passed:  # half a file can have the whole Content-Length
-                    raise TimeoutError
+        is_file = target.key.lower().endswith(".gz")  # half of one can have the whole Content-Length
+        if (is_file or claimed.dataset.validate.gzip) and size <= claimed.dataset.validate.most():
+            with contextlib.suppress(*[] if is_file else [zlib.error]):  # else it is invalid
+                for _ in unpack(blocks_of(body), "gzip"):
+                    if deadline.passed:
+                        raise TimeoutError
         secrets = claimed.dataset.secrets
         links = {rel: redacted(link["url"], secrets) for rel, link in response.links.items() if rel == "next"}
         results = [validate_and_store(one, task, body, store, status, links) for one, task in parts]
@@ -6245,15 +6257,16 @@ def session(source: str, config: str | os.PathLike[str] | None = None, wait: flo
             return super().request(method, url, *arguments, **options)
 
         def send(self, request: Any, **options: Any) -> Any:
-            present.is_hop = hasattr(request, "is_hop")
+            before = getattr(request, "redirected_by", "")
+            present.is_hop = bool(before)
+            if before.startswith("https:") and request.url.startswith("http:"):
+                raise PrivateAddressError(f"redirected to http://{origin_of(request.url)[1]}, which is refused")
             return super().send(request, **options)
 
         def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
             super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
-            prepared_request.is_hop, (scheme, host) = True, origin_of(prepared_request.url)
-            if scheme == "http" and response.request.url.startswith("https:"):
-                raise PrivateAddressError(f"redirected to http://{host}, which is refused")
-            if (scheme, host) != origin_of(response.request.url):
+            prepared_request.redirected_by = response.request.url
+            if origin_of(prepared_request.url) != origin_of(response.request.url):
                 for name in described.headers:
                     if name.lower() not in KEPT_ON_OTHER_HOSTS:
                         prepared_request.headers.pop(name, None)
@@ -9213,15 +9226,26 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
     except ValueError as error:
         raise Error(str(error), f"adce.py try {dataset.name} FIELD=VALUE") from error
     claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
-    claimed = dataclasses.replace(claimed, url=url_of(source, dataset, fields))
-    sent: Any = {"headers": _headers(claimed), "data": _sent_body(claimed), "stream": True, "allow_redirects": False}
-    try:
-        with session(source.name).request(dataset.method, _sent_url(claimed), **sent) as answer:
-            body = answer.raw.read(dataset.validate.most(), decode_content=True)
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise Error(f"{source.name} {connection_error(error)[1]}", "see: adce.py check --online") from error
+    claimed, body = dataclasses.replace(claimed, url=url_of(source, dataset, fields)), bytearray()
+    with permit(source.name) as held:
+        deadline = Deadline(source.timeout_seconds)
+        try:
+            with responded(claimed, deadline, Clock()) as (answer, _):
+                held.answered(answer.status_code, answer.headers)
+                for block in _decoded(key, answer):
+                    body += block
+                    if len(body) > dataset.validate.most() or deadline.passed:
+                        break
+            if deadline.passed:
+                raise urllib3.exceptions.TimeoutError
+        except zlib.error as error:
+            raise Error(f"{dataset.name}: its encoding is broken: {error}") from error
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            late = Outcome.TIMEOUT, f"timed out after {source.timeout_seconds:g} s"
+            held.failed(*(failed := late if deadline.passed else connection_error(error)))
+            raise Error(f"{source.name} {failed[1]}", "see: adce.py check --online") from error
     names = dataset.secrets
-    result = classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES], names)
+    result = classify(source, answer.status_code, answer.headers, bytes(body[:CLASSIFIED_BYTES]), names)
     links = {rel: link["url"] for rel, link in answer.links.items()}
     found = inspect_apart(dataset, fields, io.BytesIO(body), configuration.children_of(dataset.name), links)
     is_ok = result.outcome is Outcome.OK

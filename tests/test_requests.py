@@ -21,7 +21,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runners import read_object, wait_until
-from upstream import Answer, Upstream, json_answer
+from upstream import BOMB, Answer, Upstream, json_answer
 
 import adce
 
@@ -443,6 +443,15 @@ def test_redirect_is_handed_back_and_not_followed(location, target, upstream, st
     result = fetch(specification(upstream.address), store)
     assert result.redirect == target.format(upstream.address)
     assert upstream.count() == 1
+
+
+def test_unpacking_has_the_deadline_of_its_request_whatever_the_key(upstream, store):
+    upstream.answer("/x", Answer(BOMB * 100))
+    spec = specification(upstream.address, timeout_seconds=0.5)
+    rules = adce.Validation(gzip=True, max_bytes=1 << 30)
+    began = time.monotonic()
+    result = fetch(dataclasses.replace(spec, dataset=dataclasses.replace(spec.dataset, validate=rules)), store)
+    assert (result.outcome, time.monotonic() - began < 5) == (O.TIMEOUT, True)
 
 
 def test_redirects_have_an_end(upstream, store):
