@@ -1196,36 +1196,6 @@ def masked(text: str) -> str:
     return SECRET_IN_TEXT.sub(r"\1\2***", text)
 
 
-AWS_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-
-
-@functools.lru_cache(256)
-def _forms(value: str) -> set[str]:
-    """A secret as a source may repeat it: as a host, or encoded for a url, for HTML, JSON or Basic authentication."""
-    plain, quoted = urllib.parse.unquote(value), {urllib.parse.quote_plus(value)}
-    quoted |= {urllib.parse.quote(value, safe=safe) for safe in ("", "/", "!#$%&'()*+,/:;=?@[]~")}
-    forms = {value, plain, value.lower(), html.escape(value, quote=False), *quoted}
-    forms |= {re.sub("%..", lambda code: code[0].lower(), one) for one in quoted}
-    forms |= {html.escape(value).replace("&#x27;", mark) for mark in ("&#x27;", "&#39;")}
-    for text in (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]):
-        forms |= {text, text.replace("/", "\\/")}
-    forms.add(base64.b64encode(plain.encode("utf-8", "replace")).decode().rstrip("="))
-    return {form for form in forms if len(form) > 3}
-
-
-def redacted(text: str, names: Iterable[str]) -> str:
-    """A text with the names of variables in place of their values. A name that begins with = is a secret itself."""
-    shown = dict[str, str]()
-    for name in names:
-        is_plain = name.startswith("=")
-        value = from_environment(name[1:], os.environ) if is_plain else os.environ.get(name, "").strip()
-        if len(value) > 3:
-            shown |= dict.fromkeys(_forms(value), "***" if is_plain else f"${name}")
-    for form in sorted(shown, key=len, reverse=True):  # one may be a part of another
-        text = text.replace(form, shown[form])
-    return text
-
-
 def plain_secrets(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers with names of secrets whose values are no variables."""
     return {name: text for name, text in headers.items() if SECRET_NAME.search(name) and not variables_in(text)}
@@ -2004,6 +1974,36 @@ def secrets_of(source: Source, dataset: Dataset) -> set[str]:
     plain = [*plain_secrets(source.headers).values(), *plain_secrets(dataset.headers).values()]
     words = [word for text in plain for word in re.split(r"[\s;,]+", text) if len(word) > 7]
     return found | {f"={word}" for word in [*words, *pair]}
+
+
+AWS_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+@functools.lru_cache(256)
+def _forms(value: str) -> set[str]:
+    """A secret as a source may repeat it: as a host, or encoded for a url, for HTML, JSON or Basic authentication."""
+    plain, quoted = urllib.parse.unquote(value), {urllib.parse.quote_plus(value)}
+    quoted |= {urllib.parse.quote(value, safe=safe) for safe in ("", "/", "!#$%&'()*+,/:;=?@[]~")}
+    forms = {value, plain, value.lower(), html.escape(value, quote=False), *quoted}
+    forms |= {re.sub("%..", lambda code: code[0].lower(), one) for one in quoted}
+    forms |= {html.escape(value).replace("&#x27;", mark) for mark in ("&#x27;", "&#39;")}
+    for text in (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]):
+        forms |= {text, text.replace("/", "\\/")}
+    forms.add(base64.b64encode(plain.encode("utf-8", "replace")).decode().rstrip("="))
+    return {form for form in forms if len(form) > 3}
+
+
+def redacted(text: str, names: Iterable[str]) -> str:
+    """A text with the names of variables in place of their values. A name that begins with = is a secret itself."""
+    shown = dict[str, str]()
+    for name in names:
+        is_plain = name.startswith("=")
+        value = from_environment(name[1:], os.environ) if is_plain else os.environ.get(name, "").strip()
+        if len(value) > 3:
+            shown |= dict.fromkeys(_forms(value), "***" if is_plain else f"${name}")
+    for form in sorted(shown, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(form, shown[form])
+    return text
 
 
 def hidden_names(dataset: Dataset) -> set[str]:
@@ -3175,7 +3175,7 @@ def inspect_apart(
     mentions = dict(found.mentions)
     if named := mentions.get(PAGES):
         mentions[PAGES] = tuple(redacted("\n".join(named), dataset.secrets).split("\n"))  # of JSON
-    verdict, *problems = (text and _shown(text, dataset) for text in (found.verdict, *found.problems))
+    verdict, *problems = (text and _shown(text, dataset) for text in (found.verdict, *found.problems[:10]))
     return dataclasses.replace(found, mentions=mentions, verdict=verdict, problems=tuple(filter(None, problems)))
 
 
@@ -3966,6 +3966,34 @@ def connection_error(error: BaseException) -> tuple[Outcome, str]:
     if isinstance(error, urllib3.exceptions.TimeoutError):
         return Outcome.TIMEOUT, "timed out"
     return Outcome.BROKEN, f"connection closed by server ({words})"
+
+
+class PrivateAddressError(Error):
+    """A redirect leads to an address that only this machine or its network has, or out of TLS."""
+
+
+def _is_public(address: str) -> bool:
+    """Whether an IP address is one of the Internet; one that stands for an IPv4 address is if that is (RFC 6890)."""
+    import ipaddress
+
+    found: Any = ipaddress.ip_address(address.partition("%")[0])
+    if found.version == 6:
+        number, ends = int(found), (0, 0xFFFF, 0x64FF9B << 64)  # compatible, mapped, NAT64
+        found = found.sixtofour or (ipaddress.IPv4Address(number & 0xFFFFFFFF) if number >> 32 in ends else found)
+        if number >> 80 == 0x64FF9B0001 or (found.version == 6 and found.is_site_local):
+            return False
+    return bool(found.is_global and not found.is_multicast)
+
+
+def require_public(source: Source, connection: Any, connected: socket.socket) -> None:
+    """Raises PrivateAddressError for a connection to a special address, under whatever name; hosts of adce.yaml may
+    have one. A proxy answers for what it connects to."""
+    host, peer = connection.host, connected.getpeername()[0]
+    place = f"[{host}]" if ":" in host else host
+    place = place if connection.port == connection.default_port else f"{place}:{connection.port}"
+    is_by_proxy = connection.proxy or hasattr(connection, "_socks_options")
+    if not (is_by_proxy or place in source.known_hosts or _is_public(peer)):
+        raise PrivateAddressError(f"redirected to {host}, which is {peer}: a private address, which is refused")
 
 
 def record_response(
@@ -5957,34 +5985,6 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
             raise zlib.error(f"Content-Encoding {coding}, which {problem}")
         blocks = unpack(blocks, name)
     return blocks
-
-
-class PrivateAddressError(Error):
-    """A redirect leads to an address that only this machine or its network has, or out of TLS."""
-
-
-def _is_public(address: str) -> bool:
-    """Whether an IP address is one of the Internet; one that stands for an IPv4 address is if that is (RFC 6890)."""
-    import ipaddress
-
-    found: Any = ipaddress.ip_address(address.partition("%")[0])
-    if found.version == 6:
-        number, ends = int(found), (0, 0xFFFF, 0x64FF9B << 64)  # compatible, mapped, NAT64
-        found = found.sixtofour or (ipaddress.IPv4Address(number & 0xFFFFFFFF) if number >> 32 in ends else found)
-        if number >> 80 == 0x64FF9B0001 or (found.version == 6 and found.is_site_local):
-            return False
-    return bool(found.is_global and not found.is_multicast)
-
-
-def require_public(source: Source, connection: Any, connected: socket.socket) -> None:
-    """Raises PrivateAddressError for a connection to a special address, under whatever name; hosts of adce.yaml may
-    have one. A proxy answers for what it connects to."""
-    host, peer = connection.host, connected.getpeername()[0]
-    place = f"[{host}]" if ":" in host else host
-    place = place if connection.port == connection.default_port else f"{place}:{connection.port}"
-    is_by_proxy = connection.proxy or hasattr(connection, "_socks_options")
-    if not (is_by_proxy or place in source.known_hosts or _is_public(peer)):
-        raise PrivateAddressError(f"redirected to {host}, which is {peer}: a private address, which is refused")
 
 
 class Deadline:

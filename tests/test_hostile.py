@@ -347,30 +347,12 @@ def test_message_about_a_mistake_does_not_repeat_a_secret(line, shown, configure
 
 @pytest.mark.parametrize("literal", ["`{id}`", "'{id}'", '"{id}"', '`"{id}"`', "{id}", "`[{id}]`[0]"])
 def test_id_cannot_leave_the_literal_of_an_expression(literal):
-    evil = [
-        "1` || `true",
-        "1' || '1",
-        '1" || "x',
-        '"',
-        "`",
-        "'",
-        "\\",
-        "\\'",
-        "\\`",
-        '\\"',
-        "1 || x",
-        "null",
-        "true",
-        "[]",
-    ]
+    evil = ["1` || `true", "1' || '1", '1" || "x', *"\"`'\\", "\\'", "\\`", '\\"', "1 || x", "null", "true", "[]"]
     assert not [one for one in evil if adce.holds(f"id == {literal}", {"id": one}, {"id": "other", "x": 1})]
     is_json = literal in ("`{id}`", "`[{id}]`[0]")
-    for value in ["7", "abc"] if literal == "{id}" else ["7", "-7", "abc", "a`b", 'a"b', "1e5", "007"]:
+    for value in ["abc"] if literal == "{id}" else ["7", "-7", "abc", "a`b", 'a"b', "1e5", "007"]:
         found = int(value) if is_json and value[-2:].lstrip("-") == "7" else value
-        assert adce.holds(f"id == {literal}", {"id": value}, {"id": found, value: found}) or (literal, value) == (
-            "{id}",
-            "7",
-        )
+        assert adce.holds(f"id == {literal}", {"id": value}, {"id": found, value: found}), value
 
 
 @pytest.mark.parametrize("part", ["a", "token", "token='", '://a:"', "://a@", "pwd" + " " * 9, "?key=", ":", '"'])
