@@ -6271,8 +6271,8 @@ def session(source: str, config: str | os.PathLike[str] | None = None, wait: flo
                     if name.lower() not in KEPT_ON_OTHER_HOSTS:
                         prepared_request.headers.pop(name, None)
 
-        def check(self, connection: Any) -> None:
-            if present.is_hop:
+        def adce_check(self, connection: Any) -> None:
+            if getattr(present, "is_hop", False):
                 connection.sock or connection.connect()
                 require_public(described, connection, connection.sock)
 
@@ -6294,7 +6294,7 @@ def limit(session: Any, source: str, config: str | os.PathLike[str] | None = Non
         if owner != source:
             raise Error(f'this session is limited for source "{owner}" already', "give each source its own session")
         adapter.adce_source = source
-        ask, check = functools.partial(limiter.permit, source, wait), getattr(session, "check", lambda _: None)
+        ask, check = functools.partial(limiter.permit, source, wait), getattr(session, "adce_check", lambda _: None)
         _on_pools(adapter, functools.partial(_limit_pool, ask, check))
     return session
 
