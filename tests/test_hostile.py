@@ -358,7 +358,7 @@ def test_id_cannot_leave_the_literal_of_an_expression(literal):
 @pytest.mark.parametrize("part", ["a", "token", "token='", '://a:"', "://a@", "pwd" + " " * 9, "?key=", ":", '"'])
 def test_secrets_are_looked_for_in_a_time_that_grows_with_the_text(part):
     began = time.process_time()
-    adce.masked("http://token:" + part * 50_000)
+    adce.masked(part * 50_000)
     assert time.process_time() - began < 2
 
 
