@@ -53,6 +53,7 @@ from __future__ import annotations
 import argparse
 import array
 import atexit
+import base64
 import calendar
 import collections
 import contextlib
@@ -1187,9 +1188,11 @@ def from_environment(text: str, known: Container[str] | None = None) -> str:
 
 
 SECRET_NAME = re.compile("authorization|cookie|token|secret|key", re.IGNORECASE)  # of a header
-SECRETIVE = r"[\w-]*(?:authorization|cookie|token|secret|password|signature|api-?_?key)[\w-]*"
-SECRET_IN_TEXT = re.compile(
-    rf"""(://[^/\s:@'"]*:)[^@/\s'"]+(?=@)|({SECRETIVE}['":\s]*[:=]['":\s]*)[^'",}}&]+""", re.IGNORECASE
+SECRETIVE = r"(?:authorization|cookie|token|secret|passw(?:or)?d|pwd|signature|api-?_?key)[\w-]{0,60}['\"]?\s{0,9}[:=]"
+SECRET_IN_TEXT = re.compile(  # in time that grows with the text: a source may have chosen that
+    rf"""(://(?:[^/\s:@'"]*:)?)[^/\s'"]+(?=@)|((?:{SECRETIVE}|[?&](?:key|sig|auth)=)\s{{0,9}}['"]?)"""
+    r"""(?:(?<=")(?:[^"\\]|\\.)*|(?<=')[^']*|(?<!['"])[^'",}&]+)""",
+    re.IGNORECASE,
 )
 
 
@@ -1199,24 +1202,25 @@ def masked(text: str) -> str:
     return SECRET_IN_TEXT.sub(r"\1\2***", text)
 
 
-def redacted(text: str, names: Iterable[str]) -> str:
-    """A text with the names of variables in place of their values. A name that begins with = is a secret itself."""
-    for name in names:
-        is_plain = name.startswith("=")
-        value, shown = (name[1:], "***") if is_plain else (os.environ.get(name, "").strip(), f"${name}")
-        if len(value) > 3:
-            text = text.replace(value, shown).replace(urllib.parse.quote(value, safe=""), shown)
-    return text
-
-
 def plain_secrets(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers with names of secrets whose values are no variables."""
     return {name: text for name, text in headers.items() if SECRET_NAME.search(name) and not variables_in(text)}
 
 
-def quote_for_expression(value: str) -> str:
-    """A value inside a JMESPath 'raw string'. Raises ValueError for what such a string cannot hold."""
-    if re.search(r"(?<!\\)\\(\\\\)*('|\Z)", value):  # it would quote what ends the string
+LITERAL = re.compile(r"""('(?:[^'\\]|\\.)*'|`(?:[^`\\]|\\.)*`|"(?:[^"\\]|\\.)*")""", re.DOTALL)  # of JMESPath
+
+
+def quote_for_expression(literal: str, value: str) -> str:
+    """A value as a part of a literal of JMESPath, or of none. Raises ValueError for what that cannot hold."""
+    mark, escaped = literal[:1], json.dumps(value)
+    if mark == '"':
+        return escaped[1:-1]
+    if mark == "`":  # JSON: a number, or a text, which has quotes already if there is more in it
+        is_whole = not re.search(r'[\w"]', FIELD_IN_EXPRESSION.sub("", literal))
+        is_number = is_whole and re.fullmatch(r"-?(0|[1-9]\d{0,99})(\.\d{1,99})?", value)
+        return value if is_number else (escaped if is_whole else escaped[1:-1]).replace("`", "\\`")
+    # a backslash would quote what ends the string
+    if re.search(r"(?<!\\)\\(\\\\)*('|\Z)", value) or (not mark and not re.fullmatch(r"-?\w+", value)):
         raise ValueError(f"{value!r} cannot be compared")
     return value.replace("'", "\\'")
 
@@ -1238,7 +1242,10 @@ def search(expression: str, fields: Fields, document: Any) -> Any:
     import jmespath.exceptions
 
     try:
-        return _compile(Template(expression, FIELD_IN_EXPRESSION).render(fields, quote_for_expression)).search(document)
+        for place, part in enumerate(parts := list(SPLIT(LITERAL, expression))):
+            quote = functools.partial(quote_for_expression, part if place % 2 else "")
+            parts[place] = Template(part, FIELD_IN_EXPRESSION).render(fields, quote)
+        return _compile("".join(parts)).search(document)
     except (jmespath.exceptions.JMESPathError, TypeError, ValueError, RecursionError):
         return None
 
@@ -1985,10 +1992,47 @@ def secrets_of(source: Source, dataset: Dataset) -> set[str]:
     urls = [one.text for one in (dataset.url, dataset.pages and dataset.pages.url) if one]
     headers = [*source.headers.values(), *dataset.headers.values()]
     found = variables_in(source.base_url, dataset.body, *urls, *headers)
-    user = urllib.parse.urlsplit(source.base_url).netloc.rpartition("@")[0].split(":")
+    user = urllib.parse.urlsplit(source.base_url).netloc.rpartition("@")[0]
+    pair = [user, user.partition(":")[2]] if user else []
     plain = [*plain_secrets(source.headers).values(), *plain_secrets(dataset.headers).values()]
     words = [word for text in plain for word in re.split(r"[\s;,]+", text) if len(word) > 7]
-    return found | {f"={word}" for word in [*words, *user[1:]]}
+    return found | {f"={word}" for word in [*words, *pair]}
+
+
+AWS_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+@functools.lru_cache(256)
+def _forms(value: str) -> set[str]:
+    """A secret as a source may repeat it: as a host, or encoded for a url, for HTML, JSON or Basic authentication."""
+    plain, quoted = urllib.parse.unquote(value), {urllib.parse.quote_plus(value)}
+    quoted |= {urllib.parse.quote(value, safe=safe) for safe in ("", "/", "!#$%&'()*+,/:;=?@[]~")}
+    forms = {value, plain, value.lower(), html.escape(value, quote=False), *quoted}
+    forms |= {re.sub("%..", lambda code: code[0].lower(), one) for one in quoted}
+    forms |= {html.escape(value).replace("&#x27;", mark) for mark in ("&#x27;", "&#39;")}
+    for text in (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]):
+        forms |= {text, text.replace("/", "\\/")}
+    forms.add(base64.b64encode(plain.encode("utf-8", "replace")).decode().rstrip("="))
+    return {form for form in forms if len(form) > 3}
+
+
+def redacted(text: str, names: Iterable[str]) -> str:
+    """A text with the names of variables in place of their values. A name that begins with = is a secret itself."""
+    shown = dict[str, str]()
+    for name in names:
+        is_plain = name.startswith("=")
+        value = from_environment(name[1:], os.environ) if is_plain else os.environ.get(name, "").strip()
+        if len(value) > 3:
+            shown |= dict.fromkeys(_forms(value), "***" if is_plain else f"${name}")
+    for form in sorted(shown, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(form, shown[form])
+    return text
+
+
+def hidden_names(dataset: Dataset) -> set[str]:
+    """What no result of a dataset may show, for redacted(): a call can read every variable."""
+    read = {name for name in os.environ if SECRET_NAME.search(name)} if dataset.call else set[str]()
+    return {*dataset.secrets, *dataset.environment, *read}
 
 
 def problems_in(block: object) -> Problems:
@@ -2360,7 +2404,7 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
         datasets=datasets,
     )
     urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
-    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url) for url in urls if "://" in url}
+    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url.lower()) for url in urls if "://" in url}
     hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
     sources = {name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()}
     configuration = dataclasses.replace(configuration, sources=sources)
@@ -2435,6 +2479,7 @@ def database_named_in(path: Path) -> Path:
 # out, no clock, no disk, no SQL. Headlines: ObjectRow, expected_object(), expand().
 
 MAX_KEY_BYTES = 1000  # S3 takes 1,024
+MAX_URL = 4000  # characters of one that a source has chosen
 BLOCK_BYTES = 64 << 10  # of a body, read at once
 FIELDS_AS_JSON = json.JSONEncoder(sort_keys=True)  # json.dumps would make one for each object
 
@@ -2749,7 +2794,7 @@ def _pages_named(
         total = str(search(pages.last, fields, document))
         is_number = re.fullmatch(r"\d{1,15}", total)
         if page == 1 and not is_number:
-            raise ValueError(f"{pages.last} is no number: {total[:60]}")
+            raise ValueError(f"{pages.last} is no number: {total[:1000]}")
         if page > 1 and is_number and total != fields["next"]:
             raise ValueError(f"{pages.last} is {total}, but was {fields['next']} on the first page")
         last = min(-(-int(total) // (pages.size or 1)), pages.most + 1) if page == 1 else 0
@@ -2765,8 +2810,9 @@ def _pages_named(
     if value:
         named = dataset.page_values()
         text = "" if named and "next" not in named else str(value).strip()
-        if text and (not isinstance(value, str | int) or isinstance(value, bool) or not text.isprintable()):
-            raise ValueError(f"{text[:60]!r} names no page")
+        is_url = isinstance(value, str | int) and text.isprintable() and len(text) <= MAX_URL
+        if text and (not is_url or isinstance(value, bool)):
+            raise ValueError(f"{text[:1000]!r} names no page")
         urllib.parse.urlsplit("" if named else text)  # raises ValueError for what is no address
         file.seek(0)
         digest = hashlib.file_digest(cast(io.BytesIO, file), "sha256").hexdigest()[:32]
@@ -2909,7 +2955,7 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
             [value] if partitions.id_field else [value.get(name) for name in names] if isinstance(value, dict) else []
         )
         if not parts or not all(isinstance(part, str | int) and not isinstance(part, bool) for part in parts):
-            problems.append(f"{child.name}: {str(value)[:60]} is no id")
+            problems.append(f"{child.name}: {str(value)[:1000]} is no id")
             continue
         texts = dict(zip(names, map(str, parts), strict=True))
         if problem := next(filter(None, (part_problem(child, *part) for part in texts.items())), None):
@@ -2985,7 +3031,8 @@ READY_SECONDS = 60  # for the process to take a call
 INSPECTOR = "import sys; sys.path.insert(0, sys.argv[1]); import adce; adce.serve_inspections(adce, int(sys.argv[2]))"
 LEAST_MEMORY = 1 << 30  # that the process may use; more for a dataset that takes larger objects
 MEMORY_FACTOR = 8  # JSON in memory is so many times larger
-TOO_LARGE = "its inspection takes more than {} MB of memory"
+COSTLY = "its inspection takes more than "
+TOO_LARGE = COSTLY + "{} MB of memory"
 STOPPING_SECONDS = 2  # for the last result when the runner stops
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
 Answer = TypeVar("Answer")
@@ -3003,8 +3050,10 @@ class TooCostlyError(Error):
 class Inspector:
     """Calls functions in another process, one at a time."""
 
+    ends_at: ClassVar[float] = math.inf  # monotonic seconds: the runner stops, and no call goes on or begins
+
     def __init__(self) -> None:
-        self.ends_at = math.inf  # monotonic seconds: the runner stops, and no call goes on or begins
+        self.costly = set[str]()  # sources whose content has kept the others waiting
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -3035,7 +3084,7 @@ class Inspector:
             # A busy machine starts a process slowly: that is not the content's fault.
             self._wait(connection, READY_SECONDS, StoreError("the process for its content does not start"))
             connection.recv()
-            error = TooCostlyError(f"its inspection takes more than {APART_SECONDS} s")
+            error = TooCostlyError(f"{COSTLY}{APART_SECONDS} s")
             self._wait(connection, APART_SECONDS, error)
             is_done, answer = connection.recv()
         if not is_done:
@@ -3081,11 +3130,22 @@ class Inspector:
 
 
 @functools.cache
-def inspector() -> Inspector:
-    """The inspector of this process."""
+def inspector(source: str = "") -> Inspector:  # noqa: ARG001  # by which it is found again
+    """The inspector of this process that the sources share, or the one of a costly source."""
     made = Inspector()
     atexit.register(made.end)
     return made
+
+
+def _call_apart(
+    source: str, memory: int, file: BinaryIO | None, function: Callable[..., Answer], *given: Any
+) -> Answer:
+    shared = inspector()
+    try:
+        return (inspector(source) if source in shared.costly else shared).call(memory, file, function, *given)
+    except TooCostlyError:
+        shared.costly.add(source)
+        raise
 
 
 def serve_inspections(module: types.ModuleType, descriptor: int) -> None:
@@ -3169,18 +3229,26 @@ def inspect_apart(
                 file.write(body.getbuffer())
                 body = file
             try:
-                found = inspector().call(memory, body, judge)
+                found = _call_apart(dataset.source, memory, body, judge)
             except TooCostlyError as error:
                 return Inspection(str(error))
-    if PAGES in found.mentions:
-        named = tuple(redacted(text, dataset.secrets) for text in found.mentions[PAGES])
-        found = dataclasses.replace(found, mentions={**found.mentions, PAGES: named})
-    return found
+    mentions = dict(found.mentions)
+    if named := mentions.get(PAGES):
+        mentions[PAGES] = tuple(redacted("\n".join(named), dataset.secrets).split("\n"))  # of JSON
+    verdict, *problems = (text and _shown(text, dataset) for text in (found.verdict, *found.problems[:10]))
+    return dataclasses.replace(found, mentions=mentions, verdict=verdict, problems=tuple(filter(None, problems)))
 
 
-def is_found_apart(pattern: str, text: str) -> bool:
-    """Whether a regular expression is found. Raises TooCostlyError."""
-    return inspector().call(LEAST_MEMORY, None, _is_found, pattern, text)
+def _shown(text: str, dataset: Dataset) -> str:
+    """What was found, without secrets and then without the middle of a long value."""
+    text = redacted(text, hidden_names(dataset))
+    return text if len(text) < 300 else f"{text[:200]}...{text[-60:]}"
+
+
+def is_found_apart(source: str, pattern: str, text: str) -> bool:
+    """Whether a regular expression is found; one that repeats nothing takes no time. Raises TooCostlyError."""
+    is_simple = not re.search("[*+{]", pattern)
+    return _is_found(pattern, text) if is_simple else _call_apart(source, LEAST_MEMORY, None, _is_found, pattern, text)
 
 
 def _is_found(pattern: str, text: str) -> bool:
@@ -3552,8 +3620,9 @@ class S3Store:
                 raise StoreError(f"there is no bucket {self.bucket}", "see `store:` in adce.yaml") from error
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
             is_local = action == "write" and 400 <= (status or 0) < 500 and self._takes_others()
+            text = redacted(str(error), AWS_SECRETS)
             kind = UnusablePathError if is_local else StoreError
-            raise kind(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {error}", hint) from error
+            raise kind(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {text}", hint) from error
 
     def _takes_others(self) -> bool:
         """Whether an upload can begin where the last object was put. It is given up at once."""
@@ -3889,9 +3958,9 @@ class SourceHealth:
     pause_seconds: float | None = None  # it is not asked for so long
 
 
-def excerpt(body: bytes, most: int = 120) -> str:
-    """The start of a body in one line of at most `most` characters."""
-    text = body[: 3 * most].decode("utf-8", "replace")
+def excerpt(body: bytes, most: int = 120, names: Iterable[str] = ()) -> str:
+    """The start of a body in one line of at most `most` characters; half a secret would not be known as one."""
+    text = redacted(body.decode("utf-8", "replace"), names)[: 3 * most]
     plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
     return "".join(letter if letter.isprintable() else "?" for letter in plain)[:most] or "empty"
 
@@ -3909,12 +3978,18 @@ def parse_retry_after(text: str | None, date: str | None) -> float | None:
     return seconds if seconds > 0 else None
 
 
-def classify(source: Source, status: int, headers: Mapping[str, str], body: bytes = b"") -> Result:
-    """The meaning of an HTTP response with its start. Errors can come with status 200, a missing object with 403."""
-    text, blocked = f"HTTP {status}: {excerpt(body)}" if body else f"HTTP {status}", source.blocked_when
+def classify(
+    source: Source, status: int, headers: Mapping[str, str], body: bytes = b"", names: Iterable[str] = ()
+) -> Result:
+    """The meaning of an HTTP response with its start, of which the secrets with these names are not shown. Errors can
+    come with status 200, a missing object with 403."""
+    shown, blocked = excerpt(body, names=names), source.blocked_when
+    text = f"HTTP {status}: {shown}" if body else f"HTTP {status}"
     retry_after = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
     try:
-        is_blocked = bool(blocked.body) and is_found_apart(str(blocked.body), body.decode("utf-8", "replace"))
+        is_blocked = bool(blocked.body) and is_found_apart(
+            source.name, blocked.body or "", body.decode("utf-8", "replace")
+        )
     except TooCostlyError as error:
         return Result(Outcome.INVALID, str(error), status)
     if status in (429, 503) or is_blocked:
@@ -3933,7 +4008,7 @@ def classify(source: Source, status: int, headers: Mapping[str, str], body: byte
     if status in (204, 404, 410) or is_unknown or (is_error and code in (404, "404")):
         return Result(Outcome.NOT_YET, text, status)
     if is_error and status < 500:
-        return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {excerpt(body)}", status)
+        return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {shown}", status)
     return Result(Outcome.OK if status == 200 else Outcome.HTTP_ERROR, text, status)
 
 
@@ -3959,6 +4034,34 @@ def connection_error(error: BaseException) -> tuple[Outcome, str]:
     return Outcome.BROKEN, f"connection closed by server ({words})"
 
 
+class PrivateAddressError(Error):
+    """A redirect leads to an address that only this machine or its network has, or out of TLS."""
+
+
+def _is_public(address: str) -> bool:
+    """Whether an IP address is one of the Internet; one that stands for an IPv4 address is if that is (RFC 6890)."""
+    import ipaddress
+
+    found: Any = ipaddress.ip_address(address.partition("%")[0])
+    if found.version == 6:
+        number, ends = int(found), (0, 0xFFFF, 0x64FF9B << 64)  # compatible, mapped, NAT64
+        found = found.sixtofour or (ipaddress.IPv4Address(number & 0xFFFFFFFF) if number >> 32 in ends else found)
+        if number >> 80 == 0x64FF9B0001 or (found.version == 6 and found.is_site_local):
+            return False
+    return bool(found.is_global and not found.is_multicast)
+
+
+def require_public(source: Source, connection: Any, connected: socket.socket) -> None:
+    """Raises PrivateAddressError for a connection to a special address, under whatever name; hosts of adce.yaml may
+    have one. A proxy answers for what it connects to."""
+    host, peer = connection.host, connected.getpeername()[0]
+    place = f"[{host}]" if ":" in host else host
+    place = place if connection.port == connection.default_port else f"{place}:{connection.port}"
+    is_by_proxy = connection.proxy or hasattr(connection, "_socks_options")
+    if not (is_by_proxy or place in source.known_hosts or _is_public(peer)):
+        raise PrivateAddressError(f"redirected to {host}, which is {peer}: a private address, which is refused")
+
+
 def record_response(
     sql: sqlite3.Connection, source: Source, answer: Result, now: float, *, is_repeated: bool = False
 ) -> SourceHealth:
@@ -3967,13 +4070,15 @@ def record_response(
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
     Meanwhile one request at a time probes the source. A status that means blocked, or an error in a body, may concern
     one object only: it blames the source when it comes for several objects in a row. One whose object has failed
-    before (`is_repeated`) shows nothing new, nor does its timeout unless others time out, too."""
+    before (`is_repeated`) shows nothing new, nor does its timeout unless others time out, too. A content that cannot
+    be judged in time is like a timeout."""
     traits, outcome, status = answer.outcome.traits, answer.outcome, answer.http_status or 0
     is_throttled, is_error_body = outcome is Outcome.THROTTLED, outcome is Outcome.HTTP_ERROR and 200 <= status < 300
-    if traits.passing or (is_repeated and (outcome is Outcome.BLOCKED or is_error_body)):
+    is_costly = outcome is Outcome.INVALID and (answer.error or "").startswith(COSTLY)
+    if traits.passing or (is_repeated and (outcome is Outcome.BLOCKED or is_error_body or is_costly)):
         return SourceHealth()
     is_server_error = is_error_body or (outcome is Outcome.HTTP_ERROR and status >= 500)
-    setting = "failures_in_a_row" if is_server_error else traits.setting
+    setting = "timeouts_in_a_row" if is_costly else "failures_in_a_row" if is_server_error else traits.setting
     threshold = getattr(source.blocked_when, setting) if setting else traits.source_after
     if outcome is Outcome.BROKEN and status:  # the body ended early: the object's own trouble
         threshold = 0
@@ -5887,9 +5992,25 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
 
     Raises StoreError when there is no place for the body; then nothing was sent."""
     with store.spool() as body:
-        results = _request_into(body, claimed, store, clock)
-    names = claimed.dataset.secrets
-    return [dataclasses.replace(one, error=one.error and redacted(one.error, names)) for one in results]
+        return _request_into(body, claimed, store, clock)
+
+
+@contextlib.contextmanager
+def responded(
+    claimed: Claim, headers: Mapping[str, str], deadline: Deadline, clock: Clock
+) -> Iterator[tuple[Any, Any]]:
+    """The response to a request, whose body is read until its deadline, and the cookies after it."""
+    import requests
+
+    seconds = claimed.source.timeout_seconds
+    with SESSIONS.opened(deadline) as opened:
+        opened.present = claimed, deadline, clock
+        opened.trust_env = claimed.source.trust_env
+        opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
+        timeout = (min(CONNECT_SECONDS, seconds), seconds)
+        options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False, "data": _sent_body(claimed)}
+        with opened.request(claimed.dataset.method, _sent_url(claimed), headers=headers, **options) as response:
+            yield response, opened.cookies
 
 
 def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> list[Result]:
@@ -5898,38 +6019,30 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
 
     begun, seconds, conditions = clock.boot(), claimed.source.timeout_seconds, _conditions(claimed, store)
     headers = {**_headers(claimed), **conditions}
-    deadline, status = _Deadline(seconds), None
+    deadline, status = Deadline(seconds), None
     try:
-        with SESSIONS.opened(deadline) as opened:
-            opened.present = claimed, deadline, clock
-            opened.trust_env = claimed.source.trust_env
-            opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
-            timeout = (min(CONNECT_SECONDS, seconds), seconds)
-            options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False, "data": _sent_body(claimed)}
-            with opened.request(claimed.dataset.method, _sent_url(claimed), headers=headers, **options) as response:
-                status = response.status_code
-                most = max(one.dataset.validate.most() for one, _ in claimed.parts())
-                try:
-                    for block in _decoded(claimed.tasks[0].key, response):
-                        fill(body, block)
-                        if body.tell() > (most if status == 200 else CLASSIFIED_BYTES) or deadline.passed:
-                            break
-                except (zlib.error, urllib3.exceptions.HTTPError):
-                    if status == 200:  # any other status counts without its body
-                        raise
-                if deadline.passed:  # the socket that was shut looks like the end of the body
-                    raise requests.Timeout
-                is_same = status == 304 and conditions
-                results = (
-                    _unchanged(claimed, response, store)
-                    if is_same
-                    else _judge(claimed, response, body, store, deadline)
-                )
-                results[0] = dataclasses.replace(results[0], requests=1, cookies=opened.cookies)
-                return results
+        with responded(claimed, headers, deadline, clock) as (response, cookies):
+            status = response.status_code
+            most = max(one.dataset.validate.most() for one, _ in claimed.parts())
+            try:
+                for block in _decoded(claimed.tasks[0].key, response):
+                    fill(body, block)
+                    if body.tell() > (most if status == 200 else CLASSIFIED_BYTES) or deadline.passed:
+                        break
+            except (zlib.error, urllib3.exceptions.HTTPError):
+                if status == 200:  # any other status counts without its body
+                    raise
+            if deadline.passed:  # the socket that was shut looks like the end of the body
+                raise requests.Timeout
+            if status == 304 and conditions:
+                results = _unchanged(claimed, response, store)
+            else:
+                results = _judge(claimed, response, body, store, deadline)
+            results[0] = dataclasses.replace(results[0], requests=1, cookies=cookies)
+            return results
     except StoreError as error:
         result = dataclasses.replace(_refused(error), http_status=status)
-    except _PrivateAddressError as error:
+    except PrivateAddressError as error:
         return claimed.results(Result(Outcome.HTTP_ERROR, str(error)))
     except Error as error:  # before it was sent, or when the runner stopped after the response
         return claimed.results(Result(Outcome.LOST, str(error), requests=int(status is not None)))
@@ -5980,26 +6093,7 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
     return blocks
 
 
-class _PrivateAddressError(Error):
-    """A redirect leads to an address that only this machine or its network has."""
-
-
-def _require_public(claimed: Claim, connected: socket.socket) -> None:
-    """Raises _PrivateAddressError for a redirect to a special address, under whatever name; hosts of adce.yaml may have
-    one. A proxy of the environment answers for what it connects to."""
-    import ipaddress
-
-    to = urllib.parse.urlsplit(claimed.url)
-    if not claimed.hops:
-        return
-    peer = ipaddress.ip_address(connected.getpeername()[0].partition("%")[0])
-    peer = getattr(peer, "ipv4_mapped", None) or peer
-    is_known = to.netloc.rpartition("@")[2] in claimed.source.known_hosts
-    if not (is_known or peer.is_global or claimed.source.trust_env):
-        raise _PrivateAddressError(f"redirected to {to.hostname}, which is {peer}: a private address, which is refused")
-
-
-class _Deadline:
+class Deadline:
     """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
     the timeout of a single read."""
 
@@ -6037,12 +6131,12 @@ class Sessions:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[tuple[float, Any]] = []  # since then
-        self._deadlines: set[_Deadline] = set()
+        self._deadlines: set[Deadline] = set()
         self.closers: dict[tuple[str, int], float] = {}  # servers that close kept connections, and since when
         self._is_watched = False
 
     @contextlib.contextmanager
-    def opened(self, deadline: _Deadline) -> Iterator[Any]:
+    def opened(self, deadline: Deadline) -> Iterator[Any]:
         """A session for a request with a deadline."""
         with self._lock:
             session = self._idle.pop()[1] if self._idle else None
@@ -6112,9 +6206,11 @@ def _watch_pool(session: Any, pool: Any) -> None:
     if hasattr(kind, "used_at"):
         return
 
-    def watch(connected: socket.socket) -> None:
+    def watch(connection: Any, connected: socket.socket) -> None:
         claimed, deadline, _ = session.present
-        _require_public(claimed, deadline.watch(connected))
+        deadline.watch(connected)
+        if claimed.hops:
+            require_public(claimed.source, connection, connected)
 
     def check_permit() -> None:
         claimed, _, clock = session.present
@@ -6125,7 +6221,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
         connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
         with contextlib.ExitStack() as opened:
             opened.enter_context(connected)
-            watch(connected)
+            watch(connection, connected)
             opened.pop_all()
         return connected
 
@@ -6138,7 +6234,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
         if connection.sock:  # connected for an earlier request, perhaps
             deadline = session.present[1]
             deadline.reuses = None if deadline.handle else (connection.host, connection.port)
-            watch(connection.sock)
+            watch(connection, connection.sock)
             check_permit()
         return kind.request(connection, *arguments, **options)
 
@@ -6156,11 +6252,14 @@ def _watch_pool(session: Any, pool: Any) -> None:
     pool.ConnectionCls = type(kind.__name__, (kind,), {**members, "used_at": -math.inf})
 
 
-def _validators(url: str, headers: Mapping[str, str], links: Mapping[str, str] | None) -> str | None:
+def _validators(
+    url: str, headers: Mapping[str, str], links: Mapping[str, str] | None, hidden: Collection[str]
+) -> str | None:
     """The conditions of the next request for a url (RFC 9110, 13.1), as JSON, and the links of the header; None when
     the response has no validators."""
     names = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
     given = {name: headers[header] for name, header in names.items() if header in headers}
+    given = {name: text for name, text in given.items() if redacted(text, hidden) == text}
     known = {"url": url, "headers": given} | ({} if links is None else {"links": links})
     return json.dumps(known) if given or links is not None else None
 
@@ -6226,22 +6325,25 @@ def _unchanged(claimed: Claim, response: Any, store: Store) -> list[Result]:
     return [answer]
 
 
-def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline: _Deadline) -> list[Result]:
+def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline: Deadline) -> list[Result]:
     """The meaning of a response for each object. A redirect is the next request to make."""
     status, target, parts = response.status_code, claimed.tasks[0], claimed.parts()
     if not response.is_redirect:
         size, links = body.seek(0, io.SEEK_END), _next_link(claimed, response)
         body.seek(0)
-        answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES))
+        names = claimed.dataset.secrets
+        answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES), names)
         if answer.outcome is not Outcome.OK:
             return claimed.results(answer)
-        if target.key.lower().endswith(".gz") and size <= claimed.dataset.validate.most():
-            for _ in unpack(blocks_of(body), "gzip"):
-                if deadline.passed:  # half a file can have the whole Content-Length
-                    raise TimeoutError
+        is_file = target.key.lower().endswith(".gz")  # half of one can have the whole Content-Length
+        if (is_file or claimed.dataset.validate.gzip) and size <= claimed.dataset.validate.most():
+            with contextlib.suppress(*[] if is_file else [zlib.error]):  # else it is invalid
+                for _ in unpack(blocks_of(body), "gzip"):
+                    if deadline.passed:
+                        raise TimeoutError
         results = [validate_and_store(one, task, body, store, status, links) for one, task in parts]
-        address = redacted(claimed.url, claimed.dataset.secrets)
-        validators = _validators(address, response.headers, links if _has_links(claimed) else None)
+        kept = links if _has_links(claimed) else None
+        validators = _validators(redacted(claimed.url, names), response.headers, kept, names)
         return [dataclasses.replace(result, validators=validators) for result in results]
     location = response.headers["location"].strip()
     with contextlib.suppress(UnicodeError):  # http.client takes UTF-8 for Latin-1
@@ -6253,6 +6355,8 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
         return claimed.results(Result(Outcome.HTTP_ERROR, f"HTTP {status} to an address that cannot be read", status))
     if claimed.dataset.method == "POST":
         problem = "a redirect of a POST, which is refused"
+    elif len(url) > MAX_URL:
+        problem = f"redirected to a url of {len(url)} characters, which is refused"
     elif claimed.hops >= MAX_REDIRECTS:
         problem = f"more than {MAX_REDIRECTS} redirects"
     elif to.scheme not in ("http", "https") or (to.scheme == "http" and _sent_url(claimed).startswith("https:")):
@@ -6283,7 +6387,7 @@ def session(source: str, config: str | os.PathLike[str] | None = None, wait: flo
     Its requests wait for their permits, `wait` seconds at most each; then they raise RateLimitedError."""
     import requests
 
-    described = shared_limiter(config).source(source)
+    described, present = shared_limiter(config).source(source), threading.local()
 
     class SourceSession(requests.Session):
         def request(self, method: Any, url: Any, *arguments: Any, **options: Any) -> Any:
@@ -6291,12 +6395,25 @@ def session(source: str, config: str | os.PathLike[str] | None = None, wait: flo
             url = from_environment(described.base_url) + url if str(url).startswith("/") else url
             return super().request(method, url, *arguments, **options)
 
+        def send(self, request: Any, **options: Any) -> Any:
+            before = getattr(request, "redirected_by", "")
+            present.is_hop = bool(before)
+            if before.startswith("https:") and request.url.startswith("http:"):
+                raise PrivateAddressError(f"redirected to http://{origin_of(request.url)[1]}, which is refused")
+            return super().send(request, **options)
+
         def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
             super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
+            prepared_request.redirected_by = response.request.url
             if origin_of(prepared_request.url) != origin_of(response.request.url):
                 for name in described.headers:
                     if name.lower() not in KEPT_ON_OTHER_HOSTS:
                         prepared_request.headers.pop(name, None)
+
+        def adce_check(self, connection: Any) -> None:
+            if getattr(present, "is_hop", False):
+                connection.sock or connection.connect()
+                require_public(described, connection, connection.sock)
 
     opened = SourceSession()
     opened.headers.update({name: from_environment(text) for name, text in described.headers.items()})
@@ -6316,11 +6433,14 @@ def limit(session: Any, source: str, config: str | os.PathLike[str] | None = Non
         if owner != source:
             raise Error(f'this session is limited for source "{owner}" already', "give each source its own session")
         adapter.adce_source = source
-        _on_pools(adapter, functools.partial(_limit_pool, functools.partial(limiter.permit, source, wait)))
+        ask, check = functools.partial(limiter.permit, source, wait), getattr(session, "adce_check", lambda _: None)
+        _on_pools(adapter, functools.partial(_limit_pool, ask, check))
     return session
 
 
-def _limit_pool(ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]], pool: Any) -> None:
+def _limit_pool(
+    ask: Callable[[], contextlib.AbstractContextManager[ActivePermit]], check: Callable[[Any], None], pool: Any
+) -> None:
     """Give every request of a connection pool a permit, also those that urllib3 repeats."""
     from http.client import HTTPException
 
@@ -6335,6 +6455,7 @@ def _limit_pool(ask: Callable[[], contextlib.AbstractContextManager[ActivePermit
                 if pool.proxy is not None and pool.scheme == "https":
                     pool._prepare_proxy(connection)  # noqa: SLF001  # which has forgotten its tunnel
             try:
+                check(connection)
                 response = make_request(pool, connection, *arguments, **options)
             except (urllib3.exceptions.HTTPError, HTTPException, OSError) as error:
                 held.failed(*connection_error(error))
@@ -6403,7 +6524,7 @@ def _read_output(pipe: Any, kept: bytearray, max_bytes: int | None = None) -> No
         while block := pipe.read(BLOCK_BYTES):
             kept += block
             if max_bytes is None:
-                del kept[:-TAIL_BYTES]
+                del kept[: -2 * TAIL_BYTES]  # the first half is cut off when the secrets are out of it
             elif len(kept) > max_bytes:
                 break
 
@@ -6466,17 +6587,18 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
         except (OSError, ValueError) as error:
             text = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
             return claimed.results(Result(Outcome.ERROR, text))
-        output, results = end.tail.decode("utf-8", "replace"), []
+        output, results = redacted(end.tail.decode("utf-8", "replace"), hidden_names(dataset))[-TAIL_BYTES:], []
         if dataset.call:
             with contextlib.suppress(OSError), open_regular(Path(folder, FAILURE)) as failure:
                 outcome, text, retry_after = json.load(failure)
+                text = excerpt(text.encode("utf-8", "replace"), names=hidden_names(dataset))
                 return [Result(Outcome(outcome), text, retry_after=retry_after, output=output)]
         for target in claimed.tasks:
             body, handed = None, place / target.key if dataset.batch else place
             with contextlib.ExitStack() as opened:
                 with contextlib.suppress(OSError):
                     body = opened.enter_context(io.BytesIO(end.body) if is_printed else open_regular(handed))
-                result = _judge_end(claimed, target, end, body, store)
+                result = _judge_end(claimed, target, end._replace(tail=output.encode()), body, store)
             results.append(dataclasses.replace(result, output=output))
         return results
 
@@ -6506,10 +6628,10 @@ def _command_line(claimed: Claim) -> tuple[list[str], dict[str, str]]:
     return words, {**own, **inherited, **claimed.environment}
 
 
-def describe(error: BaseException) -> str:
+def describe(error: BaseException, most: int = 120, names: Iterable[str] = ()) -> str:
     """An exception in one line, whatever it is."""
     try:
-        return excerpt(f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
+        return excerpt(f"{type(error).__name__}: {error}".encode("utf-8", "replace"), most, names)
     except Exception:  # noqa: BLE001  # its own __str__ failed
         return type(error).__name__
 
@@ -6554,7 +6676,7 @@ def call_function(words: Sequence[str]) -> ExitCode:
                         break
     except BaseException as error:  # noqa: BLE001  # SystemExit too is the attempt's error
         traceback.print_exc()
-        failure: tuple[Outcome, str, float | None] = (Outcome.ERROR, describe(error), None)
+        failure: tuple[Outcome, str, float | None] = (Outcome.ERROR, describe(error, TAIL_BYTES), None)
         if isinstance(error, RateLimitedError):  # neither the task nor the source has failed
             failure = (Outcome.LOST, str(error), error.seconds)
         place.with_name(FAILURE).write_text(json.dumps(failure), encoding="utf-8")
@@ -6585,9 +6707,15 @@ def _copy(claimed: Claim, store: Store, original: str) -> Result:
 
 
 def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
-    """Bring the objects of a claim into the store. One result for each task; never raises.
+    """Bring the objects of a claim into the store. One result for each task, without secrets; never raises.
 
     An object that is in the store already, and whole, is not asked for again."""
+    names = hidden_names(claimed.dataset)
+    results = _fetch(claimed, store, clock)
+    return [dataclasses.replace(one, error=one.error and redacted(one.error, names)) for one in results]
+
+
+def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     try:
         parts = claimed.parts()
         if claimed.refusal:
@@ -6611,7 +6739,9 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
         return claimed.results(Result(Outcome.LOST, str(error)))
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
         may_be_sent = int(bool(claimed.url))
-        return claimed.results(Result(Outcome.ERROR, describe(error), requests=may_be_sent))
+        return claimed.results(
+            Result(Outcome.ERROR, describe(error, names=claimed.dataset.secrets), requests=may_be_sent)
+        )
 
 
 # ---------------------------------------------------------------- Cluster
@@ -8346,7 +8476,8 @@ def deliver(channel: str, configuration: Configuration, message: Mapping[str, An
         environment = {"ADCE_DB": str(configuration.database.resolve()), "ADCE_TASK": "alert"}
         end = run_program(words, configuration.path.parent, environment, SEND_SECONDS)
         if end.text != "exit 0":
-            raise Error(f"{end.text}: {excerpt(end.tail[-120:])}" if end.tail else end.text)
+            tail = redacted(end.tail.decode("utf-8", "replace"), filter(SECRET_NAME.search, os.environ))[-120:]
+            raise Error(f"{end.text}: {excerpt(tail.encode())}" if tail else end.text)
     elif channel == "sns_topic":
         topic = str(settings.sns_topic)
         client = _aws_client("sns", topic.split(":")[3] if topic.count(":") >= 5 else None)
@@ -8807,7 +8938,7 @@ class Runner:
     def _finish(self) -> None:
         """Let running attempts finish within the grace time; the rest return to the queue. Then log the end."""
         self.stop_reason = self.stop_reason or "an error"
-        inspector().ends_at = time.monotonic() + STOPPING_SECONDS
+        Inspector.ends_at = time.monotonic() + STOPPING_SECONDS
         limit = self.clock.boot() + self.configuration.grace_seconds
         notify("STOPPING=1")
         if self.steps is not None:
@@ -8834,7 +8965,7 @@ class Runner:
         self.running.clear()
         self._sweep()
         self._collect()
-        inspector().ends_at = math.inf
+        Inspector.ends_at = math.inf
         left = dict[str, int]()
         with contextlib.suppress(DatabaseError):
             with self.database.transaction() as sql:
@@ -9360,15 +9491,26 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
     if problem := address_problem(source, dataset, fields):
         raise Error(problem)
     claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
-    claimed = dataclasses.replace(claimed, url=url_of(source, dataset, fields))
-    sent: Any = {"headers": _headers(claimed), "data": _sent_body(claimed), "stream": True, "allow_redirects": False}
-    try:
-        with session(source.name).request(dataset.method, _sent_url(claimed), **sent) as answer:
-            body = answer.raw.read(dataset.validate.most(), decode_content=True)
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise Error(f"{source.name} {connection_error(error)[1]}", "adce.py check --online") from error
+    claimed, body = dataclasses.replace(claimed, url=url_of(source, dataset, fields)), bytearray()
+    with permit(source.name) as held:
+        deadline = Deadline(source.timeout_seconds)
+        try:
+            with responded(claimed, _headers(claimed), deadline, Clock()) as (answer, _):
+                held.answered(answer.status_code, answer.headers)
+                for block in _decoded(key, answer):
+                    body += block
+                    if len(body) > dataset.validate.most() or deadline.passed:
+                        break
+            if deadline.passed:
+                raise urllib3.exceptions.TimeoutError
+        except zlib.error as error:
+            raise Error(f"{dataset.name}: its encoding is broken: {error}") from error
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            late = Outcome.TIMEOUT, f"timed out after {source.timeout_seconds:g} s"
+            held.failed(*(failed := late if deadline.passed else connection_error(error)))
+            raise Error(f"{source.name} {failed[1]}", "adce.py check --online") from error
     names = dataset.secrets
-    result = classify(source, answer.status_code, answer.headers, body[:CLASSIFIED_BYTES])
+    result = classify(source, answer.status_code, answer.headers, bytes(body[:CLASSIFIED_BYTES]), names)
     links = {rel: link["url"] for rel, link in answer.links.items()}
     found = inspect_apart(dataset, fields, io.BytesIO(body), configuration.children_of(dataset.name), links)
     is_ok = result.outcome is Outcome.OK

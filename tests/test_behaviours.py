@@ -347,7 +347,7 @@ def forget_peak() -> int:
 @contextmanager
 def nothing_left(folder: Path) -> Iterator[None]:
     """No process, file, descriptor, thread, variable or memory of a scraper is there after the block."""
-    adce.is_found_apart("a", "a")  # the inspector stays for the next content
+    adce.is_found_apart("", "a+", "a")  # the inspector stays for the next content
     before = descriptors(), threading.active_count(), dict(os.environ), Path.cwd()
     held = forget_peak()
     yield

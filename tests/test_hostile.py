@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import re
 import sqlite3
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -85,7 +87,7 @@ def test_content_that_takes_too_long_or_too_much_memory_is_invalid_and_the_next_
 
 def test_inspector_that_something_kills_is_started_again(tmp_path):
     for _ in range(3):
-        assert adce.is_found_apart("a", "ab")
+        assert adce.is_found_apart("", "a+", "ab")
         process = adce.inspector()._process
         assert process
         process.kill()
@@ -95,7 +97,31 @@ def test_slow_start_of_the_inspector_is_not_held_against_the_content(monkeypatch
     adce.inspector().end()
     monkeypatch.setattr(adce, "APART_SECONDS", 1)
     monkeypatch.setattr(adce, "INSPECTOR", "import time; time.sleep(1.5); " + adce.INSPECTOR)
-    assert adce.is_found_apart("a", "ab")
+    assert adce.is_found_apart("", "a+", "ab")
+
+
+def test_source_that_outlasts_the_inspector_gets_one_of_its_own_and_is_paused(monkeypatch, database):
+    monkeypatch.setattr(adce, "APART_SECONDS", 1)
+    costly, other = (adce.Source(name, blocked_when=adce.BlockedWhen(body="(a+)+b")) for name in ("costly", "other"))
+    adce.inspector().costly.discard("costly")
+    results = [adce.classify(costly, 200, {}, b"a" * 60) for _ in range(3)]
+    assert {(one.outcome, one.error) for one in results} == {
+        (adce.Outcome.INVALID, "its inspection takes more than 1 s")
+    }
+    held = threading.Thread(target=adce.classify, args=(costly, 200, {}, b"a" * 60))
+    monkeypatch.setattr(adce, "APART_SECONDS", 5)
+    held.start()
+    began = time.monotonic()
+    simple = adce.Source("simple", blocked_when=adce.BlockedWhen(body="(?i)too many"))
+    assert adce.classify(other, 200, {}, b"ab").outcome is adce.Outcome.THROTTLED
+    assert adce.classify(simple, 200, {}, b"Too many").outcome is adce.Outcome.THROTTLED
+    assert (time.monotonic() - began < 4, held.is_alive()) == (True, True)
+    adce.inspector("costly").end()
+    held.join()
+    with database.transaction() as sql:
+        adce.declare_limits(sql, adce.Configuration(sources={"costly": costly}), adce.Clock())
+        pauses = [adce.record_response(sql, costly, one, 1.0).pause_seconds for one in results]
+    assert pauses == [None, None, adce.FIRST_PAUSE_SECONDS]
 
 
 def test_body_that_is_searched_for_signs_of_a_block_for_ever_is_invalid(monkeypatch):
@@ -106,11 +132,14 @@ def test_body_that_is_searched_for_signs_of_a_block_for_ever_is_invalid(monkeypa
     assert adce.classify(source, 200, {}, b"ab").outcome is adce.Outcome.THROTTLED
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "0177.0.0.1", "127.1", "[::ffff:127.0.0.1]", "localhost"])
-def test_redirect_to_a_private_address_gets_no_request_under_any_name(host, upstream, tmp_path):
+PRIVATE = ["127.0.0.1", "2130706433", "0177.0.0.1", "127.1", "[::ffff:127.0.0.1]", "localhost"]
+
+
+@pytest.mark.parametrize(("host", "end"), [*((host, "") for host in PRIVATE), ("127.0.0.1", "\\@{known}/..")])
+def test_redirect_to_a_private_address_gets_no_request_under_any_name(host, end, upstream, tmp_path):
     with Upstream() as inner:
-        port = inner.address.rpartition(":")[2]
-        upstream.answer("/A", Answer(b"", 302, {"Location": f"http://{host}:{port}/secret"}))
+        place = inner.address.rpartition(":")[2] + end.format(known=upstream.address.removeprefix("http://"))
+        upstream.answer("/A", Answer(b"", 302, {"Location": f"http://{host}:{place}/secret"}))
         write_box(tmp_path, address=upstream.address, more="retry: {max_attempts: 1}")
         assert run_adce("run", "--once", folder=tmp_path).returncode == adce.ExitCode.GAPS_LEFT
         assert inner.count() == 0
@@ -118,6 +147,48 @@ def test_redirect_to_a_private_address_gets_no_request_under_any_name(host, upst
     assert [(outcome, "a private address, which is refused" in text) for outcome, text in error] == [
         ("http_error", True)
     ]
+
+
+def test_redirect_of_a_session_to_a_private_address_gets_no_request(upstream, tmp_path, monkeypatch):
+    (tmp_path / "adce.yaml").write_text(f"sources: {{box: {{base_url: '{upstream.address}'}}}}\ndatasets: {{}}\n")
+    monkeypatch.chdir(tmp_path)
+    with Upstream() as inner, contextlib.closing(adce.shared_limiter().database), adce.session("box") as session:
+        upstream.answer("/A", Answer(b"", 302, {"Location": f"{inner.address}/secret"}))
+        upstream.answer("/B", Answer(b"", 302, {"Location": "/C"}))
+        for _ in range(2):
+            with pytest.raises(adce.Error, match="a private address, which is refused"):
+                session.get("/A")
+        assert inner.count() == 0
+        assert session.get("/B").url == f"{upstream.address}/C"
+        assert session.get(f"{inner.address}/secret").status_code == 404  # the program's own choice
+    adce._limiter_of.cache_clear()
+
+
+def test_address_that_stands_for_another_is_judged_by_that():
+    public = ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
+    special = [
+        "169.254.1.1",
+        "100.64.0.1",
+        "224.0.0.1",
+        "fec0::1",
+        "fe80::1%eth0",
+        "fd00::1",
+        "ff0e::1",
+        "::1",
+        "::7f00:1",
+        "::ffff:7f00:1",
+    ]
+    special += [
+        "fd00::1",
+        "ff0e::1",
+        "::1",
+        "::7f00:1",
+        "::ffff:7f00:1",
+        "64:ff9b::7f00:1",
+        "64:ff9b:1::808:808",
+        "2002:7f00:1::1",
+    ]
+    assert list(filter(adce._is_public, public + special)) == public
 
 
 def test_redirect_to_a_host_of_the_configuration_is_followed_whatever_its_address(upstream, tmp_path):
@@ -280,6 +351,9 @@ def test_address_on_another_host_that_a_parent_names_gets_no_request(upstream, t
         ("""s: {headers: {Authorization: "Bearer C4N4RY"}, base_ur: x}""", 'Authorization: "***'),
         ("""s: {headers: {'X-Api-Key': C4N4RY}, base_ur: x}""", "'X-Api-Key': ***"),
         ("""s: {base_url: "https://h/x?token=C4N4RY#"}""", "token=***"),
+        ("""s: {headers: {Authorization: "it's C4N4RY"}, base_ur: x}""", 'Authorization: "***"'),
+        ("""s: {base_url: "ftp://u:a@C4N4RY@h/x"}""", "ftp://u:***@h/x"),
+        ("""s: {base_url: "ftp://C4N4RY@h/x?key=C4N4RY&sig=C4N4RY"}""", "ftp://***@h/x?key=***&sig=***"),
     ],
 )
 def test_message_about_a_mistake_does_not_repeat_a_secret(line, shown, configure):
@@ -287,6 +361,37 @@ def test_message_about_a_mistake_does_not_repeat_a_secret(line, shown, configure
         configure(f"sources:\n  {line}\n")
     assert "C4N4RY" not in str(raised.value)
     assert shown in str(raised.value)
+
+
+@pytest.mark.parametrize("literal", ["`{id}`", "'{id}'", '"{id}"', '`"{id}"`', "{id}", "`[{id}]`[0]"])
+def test_id_cannot_leave_the_literal_of_an_expression(literal):
+    evil = ["1` || `true", "1' || '1", '1" || "x', *"\"`'\\", "\\'", "\\`", '\\"', "1 || x", "null", "true", "[]"]
+    assert not [one for one in evil if adce.holds(f"id == {literal}", {"id": one}, {"id": "other", "x": 1})]
+    is_json = literal in ("`{id}`", "`[{id}]`[0]")
+    for value in ["abc"] if literal == "{id}" else ["7", "-7", "abc", "a`b", 'a"b', "1e5", "007"]:
+        found = int(value) if is_json and value[-2:].lstrip("-") == "7" else value
+        assert adce.holds(f"id == {literal}", {"id": value}, {"id": found, value: found}), value
+
+
+@pytest.mark.parametrize("part", ["a", "token", "token='", '://a:"', "://a@", "pwd" + " " * 9, "?key=", ":", '"'])
+def test_secrets_are_looked_for_in_a_time_that_grows_with_the_text(part):
+    began = time.process_time()
+    adce.masked(part * 50_000)
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("where", ["next", "redirect"])
+def test_url_that_is_too_long_is_not_asked_for(where, upstream, tmp_path):
+    path = "/" + "a" * adce.MAX_URL
+    answer = json_answer({"next": path}) if where == "next" else Answer(b"", 302, {"Location": path})
+    upstream.answer("/A", answer)
+    write_box(tmp_path, address=upstream.address, more="retry: {max_attempts: 1}")
+    text = (tmp_path / "adce.yaml").read_text()
+    (tmp_path / "adce.yaml").write_text(
+        text.replace('key: "things/{name}', 'pages: {next: next}, key: "things/{name}-{page}')
+    )
+    assert run_adce("run", "--once", folder=tmp_path).returncode == adce.ExitCode.GAPS_LEFT
+    assert upstream.count() == 1
 
 
 @pytest.mark.parametrize(

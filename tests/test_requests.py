@@ -22,7 +22,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runners import read_object, wait_until
-from upstream import Answer, Upstream, json_answer
+from upstream import BOMB, Answer, Upstream, json_answer
 
 import adce
 
@@ -470,6 +470,15 @@ def test_header_that_cannot_be_sent_is_no_request_and_its_value_is_not_told(held
     result = fetch(specification(upstream.address, headers={"X-Token": "$TOKEN"}), store)
     assert (result.outcome, result.requests, upstream.count()) == (O.ERROR, 0, 0)
     assert (result.error or "").startswith("its header X-Token cannot be sent (")
+
+
+def test_unpacking_has_the_deadline_of_its_request_whatever_the_key(upstream, store):
+    upstream.answer("/x", Answer(BOMB * 100))
+    spec = specification(upstream.address, timeout_seconds=0.5)
+    rules = adce.Validation(gzip=True, max_bytes=1 << 30)
+    began = time.monotonic()
+    result = fetch(dataclasses.replace(spec, dataset=dataclasses.replace(spec.dataset, validate=rules)), store)
+    assert (result.outcome, time.monotonic() - began < 5) == (O.TIMEOUT, True)
 
 
 def test_redirects_have_an_end(upstream, store):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import html
 import io
+import json
+import re
+import urllib.parse
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import requests
 from conftest import run_adce
-from runners import rows
+from runners import rows, write_box
 from upstream import Answer
 
 import adce
@@ -58,6 +64,73 @@ def test_variables_are_sent_and_shown_nowhere(upstream, tmp_path):
     assert leaks(tmp_path) == []
     assert not any(CANARY in done.stdout + done.stderr for done in (first, second, *shown))
     assert "you sent $QUOTES_KEY" in first.stderr
+
+
+FORMS = {
+    "lower": str.lower,
+    "url": lambda value: urllib.parse.quote(value, safe=""),
+    "path": urllib.parse.quote,
+    "form": urllib.parse.quote_plus,
+    "lower url": lambda value: re.sub("%..", lambda code: code[0].lower(), urllib.parse.quote(value, safe="")),
+    "requests": requests.utils.requote_uri,
+    "html": html.escape,
+    "html of a template": lambda value: html.escape(value).replace("&#x27;", "&#39;"),
+    "json": lambda value: json.dumps(value)[1:-1],
+    "json of PHP": lambda value: json.dumps(value)[1:-1].replace("/", "\\/"),
+    "base64": lambda value: base64.b64encode(value.encode()).decode(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_secret_is_known_in_each_form_that_a_source_gives_it(form, monkeypatch):
+    value = "S3c/ret+'x\" <é> ~9"
+    monkeypatch.setenv("A", value)
+    monkeypatch.setenv("B", value + "longer")
+    shown = adce.redacted(f"{FORMS[form](value)} {value}longer", ["A", "B"])
+    assert shown.replace("=", "") == "$A $B"
+
+
+def test_secret_is_hidden_before_a_text_is_cut(monkeypatch):
+    monkeypatch.setenv("A", CANARY * 4)
+    for length in range(60, 120):
+        result = adce.classify(adce.Source("box"), 403, {}, (b"x" * length) + b" " + CANARY.encode() * 4, ["A"])
+        assert "canary" not in (result.error or "")
+
+
+@pytest.mark.parametrize("user", ["bob:$QUOTES_KEY", f"bob:{CANARY}"])
+def test_password_and_headers_of_a_source_are_not_kept_when_it_repeats_them(user, upstream, tmp_path):
+    sent = lambda: upstream.arrivals[-1].headers["Authorization"]  # noqa: E731
+    upstream.route("/A", lambda *_: Answer(b"x", 200 if upstream.count() > 1 else 403, {"ETag": sent()}))
+    upstream.route("/B", lambda *_: Answer(f"you sent {sent()}".encode(), 403))
+    write_box(
+        tmp_path, address=upstream.address.replace("//", f"//{user}@"), names="A, B", more="retry: {max_attempts: 2}"
+    )
+    done = run_adce("run", "--once", "-v", folder=tmp_path, **ENVIRONMENT)
+    basic = base64.b64decode(sent().removeprefix("Basic ")).decode()
+    assert (CANARY in basic, "you sent Basic" in done.stderr) == (True, True), done.stderr
+    kept = done.stderr.encode() + b"".join(file.read_bytes() for file in tmp_path.glob("adce.db*"))
+    assert sent().removeprefix("Basic ").rstrip("=").encode() not in kept
+    assert b"validators" not in kept or b"If-None-Match" not in kept
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "environment: [QUOTES_KEY], command: [python, -c, \"import os; exit('x' * 95 + os.environ['QUOTES_KEY'])\"]",
+        'environment: [QUOTES_KEY], command: [sh, -c, "echo xx$QUOTES_KEY >&2; exit 1"]',
+        "call: scraper:bring",
+    ],
+)
+def test_what_a_program_prints_or_raises_shows_no_secret(way, tmp_path):
+    (tmp_path / "scraper.py").write_text(
+        "import os\n\n\ndef bring():\n    print(os.environ['QUOTES_KEY'])\n"
+        "    raise ValueError('x' * 95 + os.environ['QUOTES_KEY'])\n"
+    )
+    write_box(tmp_path, way=way, more="retry: {max_attempts: 1}")
+    done = run_adce("run", "--once", "-v", folder=tmp_path, **ENVIRONMENT)
+    shown = run_adce("task", "1", folder=tmp_path).stdout
+    assert (leaks(tmp_path), CANARY in done.stderr + shown, "$QUOTES_KEY" in shown) == ([], False, True), shown
+    assert "canary" not in done.stderr + shown
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def test_session_asks_a_source_as_it_is_declared(shop, upstream):
 def test_own_headers_do_not_follow_a_redirect_to_another_host(shop, upstream):
     shop.write(headers={"User-Agent": "adce-test/1", "X-Key": "secret"})
     with Upstream() as other:
+        text = Path(shop.config).read_text()
+        Path(shop.config).write_text(text.replace("sources: {", f"sources: {{o: {{base_url: '{other.address}'}}, "))
         upstream.answer("/a", Answer(b"", 302, {"Location": f"{other.address}/b"}))
         other.answer("/b", Answer(b"ok"))
         assert adce.session("shop", shop.config).get("/a").text == "ok"

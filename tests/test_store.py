@@ -182,6 +182,17 @@ def test_page_of_a_proxy_is_no_empty_listing(upstream, monkeypatch):
         list(adce.open_store("s3://lake").list(""))
 
 
+def test_error_of_a_bucket_that_repeats_a_secret_does_not_show_it(upstream, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "canary/8d1f0c")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", upstream.address)
+    told = b"<Error><Code>InvalidToken</Code><Message>canary/8d1f0c is malformed</Message></Error>"
+    upstream.route("/lake", lambda *_: Answer(told, 400))
+    with pytest.raises(adce.StoreError, match=r"\$AWS_S\w+ is malformed"):
+        list(adce.open_store("s3://lake").list(""))
+
+
 def test_prefix_of_the_address_stays_out_of_the_keys(bucket, s3_server):
     adce.open_store(bucket).write("a/b.json", b"x")
     name = bucket.removeprefix("s3://lake/")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from datetime import date
 
 import pytest
 from conftest import run_adce
 from lakes import write_league
-from runners import rows
+from runners import rows, write_box
 from upstream import Answer, League, json_answer
 
 import adce
@@ -41,6 +42,29 @@ def test_try_sends_one_request_also_when_it_is_redirected(upstream, tmp_path):
     shown = json.loads(run_adce("try", "days", "date=2025-01-03", "--format", "json", folder=tmp_path).stdout)
     assert (shown["answer"]["status"], upstream.count()) == (302, 1)
     assert {"header": "Location", "value": "/elsewhere"} in shown["headers"]
+
+
+@pytest.mark.parametrize(
+    ("key", "answer", "told"),
+    [
+        ("{name}", Answer(behaviour="drip_body"), "timed out after 1 s"),
+        (
+            "{name}",
+            Answer(gzip.compress(b"x" * 99)[:-9], headers={"Content-Encoding": "gzip"}),
+            "its encoding is broken",
+        ),
+        ("{name}.gz", Answer(gzip.compress(b"x"), headers={"Content-Encoding": "gzip"}), None),
+        ("{name}", Answer(b"", 302, {"Location": "http://[::1"}), "(ValueError)"),
+    ],
+)
+def test_try_reads_an_answer_as_a_run_does(key, answer, told, upstream, tmp_path):
+    upstream.answer("/A", answer)
+    write_box(tmp_path, address=upstream.address)
+    text = (tmp_path / "adce.yaml").read_text().replace("timeout_seconds: 60", "timeout_seconds: 1")
+    (tmp_path / "adce.yaml").write_text(text.replace("things/{name}", f"things/{key}"))
+    done = run_adce("try", "things", folder=tmp_path, seconds=20)
+    assert (done.returncode, "Traceback" in done.stderr) == (int(told is not None), False)
+    assert (told or "") in done.stderr
 
 
 @pytest.mark.parametrize("words", [("try", "days", "date=nonsense"), ("tasks", "--day", "nonsense")])
