@@ -3193,9 +3193,10 @@ def fill(file: BinaryIO, body: Any) -> None:
         raise StoreError(f"cannot write a body: {error.strerror}") from error
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """A regular file. Raises OSError for a link, a folder or a pipe."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))  # noqa: SIM115
+def open_regular(path: Path | str, folder: int | None = None) -> BinaryIO:
+    """A regular file, in an open folder. Raises OSError for a link, a folder or a pipe."""
+    safe = os.O_NOFOLLOW | os.O_NONBLOCK
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | safe, dir_fd=folder))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
@@ -3207,13 +3208,6 @@ def _store_error(action: str, error: OSError) -> StoreError:
     of_one_place = IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError
     is_local = isinstance(error, of_one_place) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
     return (UnusablePathError if is_local else StoreError)(f"cannot {action}: {error.strerror}")
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)  # another thread may make it too
-        _sync(folder.parent)
 
 
 class _Spool(tempfile.SpooledTemporaryFile[bytes]):
@@ -3284,7 +3278,7 @@ class FolderStore:
     def _walk(self, above: str, prefix: str, after: str) -> Iterator[StoredObject]:
         self.calls += 1
         try:
-            with os.scandir(self._path(above)) as scan:
+            with self._folder(f"{above}*") as (folder, _), os.scandir(folder) as scan:
                 found = (above + entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in scan)
                 keys = sorted(key for key in found if key.startswith(prefix) and key.isprintable())
             for key in keys:
@@ -3305,7 +3299,8 @@ class FolderStore:
     def find(self, key: str) -> StoredObject | None:
         """One file as it would be listed."""
         try:
-            status = self._path(key).lstat()
+            with self._folder(key) as (folder, name):
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -3315,7 +3310,8 @@ class FolderStore:
     def open(self, key: str) -> BinaryIO:
         """The content of a file. Raises KeyError when there is none."""
         try:
-            return open_regular(self._path(key))
+            with self._folder(key) as (folder, name):
+                return open_regular(name, folder)
         except FileNotFoundError:
             raise KeyError(key) from None
         except OSError as error:
@@ -3349,25 +3345,33 @@ class FolderStore:
             file.flush()
             os.fsync(file.fileno())
         try:
-            path, status = self._path(key), os.fstat(file.fileno())
-            _make_folder(path.parent)
-            file.path.rename(path)
-            file.is_object = True
-            _sync(path.parent)
+            status = os.fstat(file.fileno())
+            with self._folder(key, make=True) as (folder, name):
+                os.rename(file.path, name, dst_dir_fd=folder)
+                file.is_object = True
+                os.fsync(folder)
         except OSError as error:
             raise _store_error(f"write {key}", error) from error
         return self._stored(key, status)
 
-    def _path(self, key: str) -> Path:
-        """The file of a key, or the folder of one that ends with a slash. Raises OSError when its folder is a link."""
+    @contextlib.contextmanager
+    def _folder(self, key: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
+        """The open folder of a key, and the name in it: no link that is put there meanwhile is followed. Raises OSError
+        for a link, UnusablePathError for a key that leads out of the store, which a foreign database may hold."""
+        *folders, name = parts = key.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or parts[0] == STAGING or "\0" in key:
+            raise UnusablePathError(f"{key!r} cannot be a file of the store")
         if not self.root.is_dir():
             raise self._gone()
-        folder = self.root
-        for name in key.split("/")[:-1]:
-            folder /= name
-            if folder.is_symlink():
-                raise OSError(errno.ELOOP, "its folder is a link")
-        return self.root / key
+        with contextlib.ExitStack() as opened:
+            opened.callback(os.close, here := os.open(self.root, os.O_DIRECTORY))
+            for part in folders:
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=here)
+                        os.fsync(here)
+                opened.callback(os.close, here := os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here))
+            yield here, name
 
     def _gone(self) -> StoreError:
         return StoreError(f"the store {self.root} is not there", "is its disk mounted?")

@@ -222,6 +222,29 @@ def test_link_out_of_the_folder_is_not_followed(folder, tmp_path):
     assert [path.name for path in outside.iterdir()] == ["secret.json"]
 
 
+@pytest.mark.parametrize("key", ["/abs", "../x", "a/../../x", "a//x", "./x", "a/.", ".adce/x", "", "a/", "a\0b"])
+def test_key_that_leads_out_of_the_store_is_refused(key, folder):
+    before = list(folder.root.parent.rglob("*"))
+    for attempt in (folder.find, folder.open, lambda key: folder.write(key, b"x")):
+        with pytest.raises(adce.UnusablePathError, match="cannot be a file of the store"):
+            attempt(key)
+    assert list(folder.root.parent.rglob("*")) == before
+
+
+def test_folder_that_becomes_a_link_during_a_write_is_not_followed(folder, tmp_path, monkeypatch):
+    (tmp_path / "outside").mkdir()
+
+    def swap_and_rename(*words, rename=os.rename, **more):
+        rename(folder.root / "days", folder.root / "moved")
+        (folder.root / "days").symlink_to(tmp_path / "outside")
+        rename(*words, **more)
+
+    monkeypatch.setattr(os, "rename", swap_and_rename)
+    folder.write("days/1.json", b"x")
+    assert list((tmp_path / "outside").iterdir()) == []
+    assert (folder.root / "moved/1.json").read_bytes() == b"x"
+
+
 def test_planted_link_in_place_of_an_object_is_replaced_and_not_written_through(folder, tmp_path):
     target = tmp_path / "target"
     target.write_bytes(b"precious")
