@@ -923,12 +923,23 @@ def _connect(path: Path | str) -> sqlite3.Connection:
     return connection
 
 
+def require_own_files(path: Path) -> None:
+    """Raises DatabaseError for a link, a pipe or another kind of file in place of the database or of what ADCE keeps
+    beside it: to open it could reach another file, or wait for ever."""
+    for ending in ("", "-journal", "-wal", "-shm", "-output", ".lock", ".log"):
+        place, what, is_right = Path(f"{path}{ending}"), "regular file", stat.S_ISREG
+        if ending == "-output":
+            what, is_right = "folder", stat.S_ISDIR
+        with contextlib.suppress(OSError):  # there is none
+            if not is_right(place.lstat().st_mode):
+                raise DatabaseError(f"{place} is not a {what}", "remove it; `database:` names the database file itself")
+
+
 def open_database(path: Path, *, must_exist: bool = False) -> Database:
     """Open the database; create it when there is none.
 
     Raises NoDatabaseError when `must_exist` and it does not, DatabaseError when it is not usable."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise DatabaseError(f"{path} is not a regular file", "name the database file itself in `database:`")
+    require_own_files(path)
     is_there = path.exists() and path.stat().st_size
     if must_exist and not is_there:
         raise NoDatabaseError(f"there is no database at {path}", "start with: adce.py run")
@@ -7844,7 +7855,7 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
             return open(self.baseFilename, "a", encoding="utf-8", opener=self._open_file)
 
         def _open_file(self, path: str, flags: int) -> int:
-            return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+            return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
     try:
         return Handler(path, maxBytes=LOG_BYTES, backupCount=1)
@@ -9384,6 +9395,7 @@ def main(words: Sequence[str] | None = None) -> int:
         configuration = Configuration()
         if arguments.chosen.needs != "nothing":
             configuration = configured(arguments, arguments.chosen.needs)
+            require_own_files(configuration.database)
             quarantine_stale_wal(configuration.database)
             _check_names(arguments, configuration)
         code = arguments.chosen.act(arguments, configuration) or ExitCode.DONE

@@ -214,13 +214,31 @@ def test_planted_view_is_replaced_and_a_view_of_the_user_stays(upstream, tmp_pat
     assert rows(tmp_path, "select two from mine") == [(2,)]
 
 
-def test_links_in_place_of_the_lock_and_the_log_are_not_followed(upstream, tmp_path):
-    write_box(tmp_path, address=upstream.address)
+def make_linked(place: Path) -> None:
+    place.symlink_to("victim")
+
+
+@pytest.mark.parametrize("ending", ["", ".lock", ".log", "-journal", "-wal", "-shm", "-output"])
+@pytest.mark.parametrize("make", [make_linked, os.mkfifo, Path.mkdir])
+def test_what_is_no_file_in_place_of_one_beside_the_database_is_refused_at_once(ending, make, tmp_path):
+    write_box(tmp_path, address="http://127.0.0.1:1")
     (tmp_path / "victim").write_text("precious")
-    (tmp_path / "adce.db.lock").symlink_to("victim")
-    (tmp_path / "run.log").symlink_to("victim")
-    assert "it has to be a file, no link" in run_adce("run", "--once", folder=tmp_path).stderr
-    (tmp_path / "adce.db.lock").unlink()
+    place = tmp_path / f"adce.db{ending}"
+    if ending == "-output":
+        make = Path.touch if make is Path.mkdir else make
+    make(place)
+    what = "folder" if ending == "-output" else "regular file"
+    for words in (["status"], ["run", "--once"], ["stop"]):
+        done = run_adce(*words, folder=tmp_path)
+        assert (done.returncode, f"{place} is not a {what}" in done.stderr) == (1, True), done.stderr
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("make", [make_linked, os.mkfifo, Path.mkdir])
+def test_what_is_no_file_in_place_of_the_log_is_refused_at_once(make, tmp_path):
+    write_box(tmp_path, address="http://127.0.0.1:1")
+    (tmp_path / "victim").write_text("precious")
+    make(tmp_path / "run.log")
     assert "cannot write to" in run_adce("run", "--once", "--log", "run.log", folder=tmp_path).stderr
     assert (tmp_path / "victim").read_text() == "precious"
 
