@@ -3394,6 +3394,7 @@ class FolderStore:
 
 LISTED = ("Key", "Size", "ETag", "LastModified")
 MULTIPART_BYTES = 8 << 20  # an object that is larger is uploaded in parts
+EMPTY_PAGES = 1000  # in a row, of deleted objects
 
 
 class S3Store:
@@ -3426,13 +3427,14 @@ class S3Store:
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """Page by page, a thousand keys a request."""
         start = {"StartAfter": self.above + after} if after > prefix else {}
-        pages = self._client.get_paginator("list_objects_v2")
+        pages, empty = self._client.get_paginator("list_objects_v2"), 0
         with self._translated("list"):
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.above + prefix, **start):
                 self.calls += 1
                 if "IsTruncated" not in page:
                     raise ValueError("the answer is no listing")
-                if page["IsTruncated"] and "NextContinuationToken" not in page:
+                empty = 0 if page.get("Entries") else empty + 1
+                if page["IsTruncated"] and ("NextContinuationToken" not in page or empty > EMPTY_PAGES):
                     raise ValueError("the listing goes on, and does not say where")
                 yield from page.get("Entries", ())
 
@@ -3447,8 +3449,8 @@ class S3Store:
             names, entries = [namespace + name for name in LISTED], list[StoredObject]()
             for element in page.findall(f"{namespace}Contents"):
                 key, size, etag, modified = (element.findtext(name, "") for name in names)
-                if not (key and etag):
-                    raise ValueError("a listed object has no key or no ETag")
+                if not (key and etag and 0 <= int(size) < 1 << 63):
+                    raise ValueError("a listed object has no key, no ETag or no usable size")
                 modified_at = int(datetime.datetime.fromisoformat(modified).timestamp())
                 key = unquote(key).removeprefix(self.above)
                 entries.append(StoredObject(key, int(size), etag.strip('"'), modified_at))
@@ -3505,7 +3507,7 @@ class S3Store:
         libraries = botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, boto3.exceptions.Boto3Error
         try:
             yield
-        except (*libraries, ValueError, TypeError) as error:  # TypeError: an element of an answer comes twice
+        except (*libraries, ValueError, TypeError, RecursionError) as error:  # TypeError: an element comes twice
             code = getattr(error, "response", {}).get("Error", {}).get("Code")
             if key and code in ("NoSuchKey", "404"):
                 raise KeyError(key) from None
