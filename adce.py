@@ -351,7 +351,8 @@ def utc_text(instant: float | None) -> str | None:
     """2026-11-23T14:24:25Z, the form of the views; None stays None."""
     if instant is None:
         return None
-    return datetime.datetime.fromtimestamp(int(instant), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    within = min(max(int(instant), -62135596800), 253402300799)  # the years 1 to 9999: a store may list any
+    return datetime.datetime.fromtimestamp(within, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def http_date(text: str) -> datetime.datetime:
@@ -1020,25 +1021,26 @@ def _renew_views(connection: sqlite3.Connection) -> None:
     connection.executescript(script)
 
 
-def _definitions(connection: sqlite3.Connection) -> dict[tuple[str, str], str]:
-    """The text of each table, index, trigger and view, without its comments and line breaks."""
-    rows = connection.execute("select type, name, sql from sqlite_schema where sql is not null").fetchall()
-    return {(kind, name): " ".join(re.sub("--[^\n]*", "", text).split()) for kind, name, text in rows}
+def _definitions(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
+    """The kind, the name and the text of each table, index, trigger and view, without its comments and line breaks."""
+    as_text = "cast(type as text), cast(name as text), cast(sql as text)"  # another program may have put bytes there
+    rows = connection.execute(f"select {as_text} from sqlite_schema where sql is not null").fetchall()  # noqa: S608
+    return {(kind, name, " ".join(re.sub("--[^\n]*", "", text).split())) for kind, name, text in rows}
 
 
 def _check_definitions(connection: sqlite3.Connection, path: Path) -> None:
     """Views are made anew when their text differs. Raises DatabaseError when another program has changed a table, an
-    index or a trigger, or added a trigger: it would run at each write. Other additions are ignored."""
+    index or a trigger, or added one that acts at each write. Other additions are ignored."""
     with contextlib.closing(sqlite3.connect(":memory:")) as made:
         made.executescript(TABLES + VIEWS)
         wanted = _definitions(made)
-    found = _definitions(connection)
-    wrong = {key for key, text in wanted.items() if found.get(key) != text}
-    if any(kind == "view" for kind, _ in wrong):
+    found, harmless = _definitions(connection), re.compile(r"create (table|view) (?!.*\breferences\b)", re.IGNORECASE)
+    wrong = wanted - found
+    if any(kind == "view" for kind, *_ in wrong):
         _renew_views(connection)
-    foreign = {(kind, name) for kind, name in found.keys() - wanted.keys() if kind == "trigger"}
-    if changed := sorted(foreign | {(kind, name) for kind, name in wrong if kind != "view"}):
-        kind, name = changed[0]
+    foreign = {one for one in found - wanted if not harmless.match(one[2])}
+    if changed := sorted(foreign | {one for one in wrong if one[0] != "view"}):
+        kind, name, _ = changed[0]
         raise DatabaseError(f"another program has changed the {kind} {name[:40]} of {path}", DAMAGE_HINT)
 
 
@@ -8909,6 +8911,18 @@ CONSISTENCY = {
         select count(*) from attempts a
         where a.outcome = 'running' and not exists (select 1 from objects o where o.attempt_id = a.attempt_id)
     """,
+    "objects with unreadable fields or an impossible day": """
+        select count(*) from objects o
+        where json_type(fields) != 'object' or exists (select 1 from json_each(o.fields) where type != 'text')
+           or day is not date(day)
+    """,
+    "facts that are gone": "select 1 - count(*) from facts",
+    "requested cycles with unknown options": """
+        select count(*) from facts, json_each(wanted_cycle) option
+        where (option.key, option.type) not in (
+            values ('is_full', 'true'), ('is_full', 'false'), ('accept_loss', 'array')
+        )
+    """,
     "objects counted wrongly": """
         select coalesce(sum(abs(n)), 0) from (
             select sum(n) as n from (
@@ -9008,8 +9022,18 @@ def _check_database(path: Path) -> str:
         found = database.check()
         found += [f"{count} {what}" for what, sql in CONSISTENCY.items() if (count := database.value(sql))]
         if found:
-            raise DatabaseError("; ".join(found[:5]), DAMAGE_HINT)
+            raise DatabaseError(f"{path}: {'; '.join(found[:5])}", DAMAGE_HINT)
     return f"{path}, intact, SQLite {sqlite3.sqlite_version}"
+
+
+@contextlib.contextmanager
+def blaming_contents(path: Path) -> Iterator[None]:
+    """An error that comes of what another program has written into the database says so."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        _check_database(path)
+        raise  # a mistake of ADCE
 
 
 def _check_store(configuration: Configuration) -> str:
@@ -9400,7 +9424,8 @@ def main(words: Sequence[str] | None = None) -> int:
             require_own_files(configuration.database)
             quarantine_stale_wal(configuration.database)
             _check_names(arguments, configuration)
-        code = arguments.chosen.act(arguments, configuration) or ExitCode.DONE
+        with blaming_contents(configuration.database):
+            code = arguments.chosen.act(arguments, configuration) or ExitCode.DONE
         sys.stdout.flush()
     except Error as error:
         with contextlib.suppress(OSError):  # stderr may be closed

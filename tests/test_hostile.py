@@ -191,6 +191,13 @@ def test_no_cell_of_a_csv_is_a_formula_or_holds_an_escape(upstream, tmp_path):
         "create trigger evil after insert on attempts begin delete from counts; end",
         "drop trigger objects_counted_in; create trigger objects_counted_in after insert on facts begin select 1; end",
         "drop index objects_pending; create index objects_pending on objects (key)",
+        "create index evil on attempts (abs(attempt_id))",
+        "create table evil (a references objects on delete restrict)",
+        """
+        create index evil on attempts (abs(attempt_id));
+        pragma writable_schema = on;
+        update sqlite_schema set sql = cast(sql as blob) where name = 'evil'
+        """,
     ],
 )
 def test_database_with_a_planted_definition_is_not_used(planted, upstream, tmp_path):
@@ -200,6 +207,28 @@ def test_database_with_a_planted_definition_is_not_used(planted, upstream, tmp_p
         sql.executescript(planted)
     done = run_adce("run", "--once", folder=tmp_path)
     assert (done.returncode, "another program has changed the" in done.stderr) == (1, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "delete from facts",
+        "update facts set wanted_cycle = 'nope'",
+        "update facts set wanted_cycle = '{\"evil\": 1}'",
+        "update objects set task = 'pending', next_at = 0, fields = 'nope'",
+        "update objects set task = 'pending', next_at = 0, fields = '[1]'",
+        "update objects set task = 'pending', next_at = 0, fields = '{\"name\": 5}'",
+        "update objects set task = 'pending', next_at = 0, day = '99999-99-99'",
+    ],
+)
+def test_content_that_cannot_be_read_is_an_error_of_the_database(planted, upstream, tmp_path):
+    write_box(tmp_path, address=upstream.address)
+    run_adce("run", "--once", folder=tmp_path)
+    with sqlite3.connect(tmp_path / "adce.db") as sql:
+        sql.executescript(planted)
+    done = run_adce("run", "--once", folder=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert f"adce.py: {tmp_path / 'adce.db'}: " in done.stderr
 
 
 def test_planted_view_is_replaced_and_a_view_of_the_user_stays(upstream, tmp_path):
