@@ -355,6 +355,11 @@ def utc_text(instant: float | None) -> str | None:
     return datetime.datetime.fromtimestamp(within, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def printable(text: str, instead: Callable[[str], str] = lambda _: "?") -> str:
+    """A text in which nothing is an order to a terminal, or changes the direction of writing."""
+    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else instead(found[0]), text)
+
+
 def http_date(text: str) -> datetime.datetime:
     """The instant of a header such as Date. Raises ValueError, TypeError or OverflowError."""
     from email.utils import parsedate_to_datetime
@@ -3848,7 +3853,7 @@ def excerpt(body: bytes, most: int = 120) -> str:
     """The start of a body in one line of at most `most` characters."""
     text = body[: 3 * most].decode("utf-8", "replace")
     plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
-    return "".join(letter if letter.isprintable() else "?" for letter in plain)[:most] or "empty"
+    return printable(plain)[:most] or "empty"
 
 
 def parse_retry_after(text: str | None, date: str | None) -> float | None:
@@ -6975,15 +6980,16 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
     if style == "json":
         values = {part.name: next(iter(part.rows), None) if part.is_one else part.rows for part in sections}
         document = next(iter(values.values())) if len(values) == 1 else values
-        return json.dumps(document, indent=2, ensure_ascii=False, default=str)
+        text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+        return printable(text, lambda letter: json.dumps(letter)[1:-1])
     if style == "csv":
-        text = io.StringIO()
+        table = io.StringIO()
         for rows in (part.rows for part in sections if part.rows):
-            writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
-            text.write("\n")
-        return text.getvalue().rstrip("\n")
+            table.write("\n")
+        return table.getvalue().rstrip("\n")
     title = {"html": "<h2>{}</h2>\n", "github": "### {}\n\n", "table": "{}\n"}[style]
     blocks = []
     for part in sections:
@@ -6999,7 +7005,7 @@ def _csv_cell(value: Any) -> Any:
     """Text that no spreadsheet takes for a formula and no terminal for an order."""
     if not isinstance(value, str):
         return value
-    text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in value)
+    text = printable(value)
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
@@ -7044,7 +7050,7 @@ def _fitted(lines: list[list[str]], are_numbers: Sequence[bool], width: int) -> 
 
 def _cell(value: Any, style: str) -> str:
     text = "-" if value is None else f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = printable(text).replace("\n", "?")
     return text.replace("|", r"\|") if style == "github" else text
 
 
@@ -9429,16 +9435,15 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except Error as error:
         with contextlib.suppress(OSError):  # stderr may be closed
-            print(error if isinstance(error, ConfigurationError) else f"adce.py: {error}", file=sys.stderr)
-            if error.hint:
-                print(f"Try: {error.hint}", file=sys.stderr)
+            text = f"{'' if isinstance(error, ConfigurationError) else 'adce.py: '}{error}"
+            print(printable(f"{text}\nTry: {error.hint}" if error.hint else text), file=sys.stderr)
         return error.exit_code
     except OSError as error:
         with contextlib.suppress(OSError):  # the final flush must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
             return ExitCode.DONE
-        print(f"adce.py: {error}", file=sys.stderr)
+        print(printable(f"adce.py: {error}"), file=sys.stderr)
         return ExitCode.ERROR
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
@@ -9479,7 +9484,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
     error = database.value("select error from cycles where cycle_id = ?", (cycle_id,))
     _print(arguments, answers(database, PLAN, most=most, before=json.dumps(before)))
     if error:
-        print(f"adce.py: the cycle failed: {error}", file=sys.stderr)
+        print(printable(f"adce.py: the cycle failed: {error}"), file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
 
 

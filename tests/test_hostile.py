@@ -185,6 +185,22 @@ def test_no_cell_of_a_csv_is_a_formula_or_holds_an_escape(upstream, tmp_path):
     assert adce.render([adce.Section("x", "X", [{"a": "\x1b[31mred", "b": -1}])], "csv") == "a,b\n?[31mred,-1"
 
 
+def test_json_shows_no_control_characters_and_keeps_them():
+    rows = [{"a": "\x9b31m\u202e\x1b\U000e0001ä\n"}]
+    text = adce.render([adce.Section("x", "X", rows)], "json")
+    assert (text.replace("\n", "").isprintable(), "ä" in text, json.loads(text)) == (True, True, rows)
+
+
+@pytest.mark.parametrize("words", [["check"], ["--format", "json", "plan"]])
+def test_message_about_a_configuration_holds_no_escape(words, tmp_path):
+    write_box(tmp_path)
+    with (tmp_path / "adce.yaml").open("a") as file:
+        file.write('"\\e]0;evil\\a\\x9b31m\\u202e": 1\n')
+    done = run_adce(*words, folder=tmp_path)
+    assert (done.returncode, "evil" in done.stderr) == (adce.ExitCode.BAD_CONFIGURATION, True)
+    assert done.stderr.replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize(
     "planted",
     [
