@@ -7670,12 +7670,12 @@ def _http_server(port: int, answer: Callable[[str, dict[str, str]], tuple[int, s
         server_version, sys_version = f"adce/{__version__}", ""
 
         def do_GET(self) -> None:
-            host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
-            path, _, options = self.path.partition("?")
+            given, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+            host, (path, _, options) = given.rpartition(":")[0] or given, self.path.partition("?")
             try:
                 if self.command not in ("GET", "HEAD"):
                     status, kind, text = 405, TEXT, "this server is only read\n"
-                elif host in ("localhost", "127.0.0.1", "[::1]"):
+                elif host in ("localhost", "127.0.0.1", "[::1]") and origin in (None, f"http://{given}"):
                     status, kind, text = answer(path, dict(urllib.parse.parse_qsl(options)))
                 else:  # the name of another site may point here
                     status, kind, text = 403, TEXT, "this server answers to localhost only\n"
@@ -7689,7 +7689,7 @@ def _http_server(port: int, answer: Callable[[str, dict[str, str]], tuple[int, s
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET  # noqa: N815
+        do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = do_GET  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             """Requests are not logged."""
