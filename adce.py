@@ -933,12 +933,10 @@ def require_own_files(path: Path) -> None:
     """Raises DatabaseError for a link, a pipe or another kind of file in place of the database or of what ADCE keeps
     beside it: to open it could reach another file, or wait for ever."""
     for ending in ("", "-journal", "-wal", "-shm", "-output", ".lock", ".log"):
-        place, what, is_right = Path(f"{path}{ending}"), "regular file", stat.S_ISREG
-        if ending == "-output":
-            what, is_right = "folder", stat.S_ISDIR
-        with contextlib.suppress(OSError):  # there is none
-            if not is_right(place.lstat().st_mode):
-                raise DatabaseError(f"{place} is not a {what}", "remove it; `database:` names the database file itself")
+        place, what = Path(f"{path}{ending}"), "folder" if ending == "-output" else "regular file"
+        is_right = place.is_dir() if what == "folder" else place.is_file()
+        if place.is_symlink() or (place.exists() and not is_right):
+            raise DatabaseError(f"{place} is not a {what}", "remove it; `database:` names the database file itself")
 
 
 def open_database(path: Path, *, must_exist: bool = False) -> Database:
@@ -1080,11 +1078,8 @@ class RunnerLock:
         return None
 
     def acquire(self) -> None:
-        """Take the lock for the life of this process. Raises LockedError."""
-        try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise DatabaseError(f"cannot open {self.path}: {error.strerror}", "it has to be a file, no link") from error
+        """Take the lock for the life of this process. Raises LockedError, and OSError when it cannot be opened."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         file = os.fdopen(descriptor, "r+", encoding="ascii", errors="replace")
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -3363,14 +3358,13 @@ class FolderStore:
             file.flush()
             os.fsync(file.fileno())
         try:
-            status = os.fstat(file.fileno())
             with self._folder(key, make=True) as (folder, name):
                 os.rename(file.path, name, dst_dir_fd=folder)
                 file.is_object = True
                 os.fsync(folder)
+            return self._stored(key, os.fstat(file.fileno()))
         except OSError as error:
             raise _store_error(f"write {key}", error) from error
-        return self._stored(key, status)
 
     @contextlib.contextmanager
     def _folder(self, key: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
@@ -3400,8 +3394,7 @@ class FolderStore:
 
 
 LISTED = ("Key", "Size", "ETag", "LastModified")
-MULTIPART_BYTES = 8 << 20  # an object that is larger is uploaded in parts
-EMPTY_PAGES = 1000  # in a row, of deleted objects
+MULTIPART_BYTES, EMPTY_PAGES = 8 << 20, 1000  # most of an object that is uploaded at once; most in a row
 
 
 class S3Store:
