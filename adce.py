@@ -1146,7 +1146,9 @@ class Template:
         stay."""
         words = list(SPLIT(self.pattern, self.text))  # text, field, shift, format, text, field, shift, format, text
         for place in range(1, len(words), 4):
-            value, shift, form = fields[words[place]], words[place + 1], words[place + 2]
+            name, shift, form = words[place : place + 3]
+            if (value := fields.get(name)) is None:
+                raise DatabaseError(f"an object in the database has no {name} among its fields", DAMAGE_HINT)
             parts = [value]
             if form == "path":
                 parts = value.split("/")
