@@ -8280,8 +8280,8 @@ def run_held(limiter: Limiter, held: ActivePermit, words: Sequence[str]) -> int:
 def show_log(database: Database, most: int, *, follow: bool) -> None:
     """Become the program that shows the log of the last runner. Raises Error when there is none."""
     row = next(iter(database.read("select unit, log from runner")), None)
-    if row and row["log"] and Path(row["log"]).exists():
-        words = ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
+    if row and row["log"] and Path(row["log"]).is_file():
+        words = ["tail", "-n", str(most), *(["-F"] if follow else []), "--", row["log"]]
     elif row and row["unit"]:
         kind, unit = "--user-unit" if "/user@" in row["unit"] else "--unit", row["unit"].rpartition("/")[2]
         words = ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]

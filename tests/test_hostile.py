@@ -248,6 +248,17 @@ def test_content_that_cannot_be_read_is_an_error_of_the_database(planted, upstre
     assert re.search("adce.py: (.*/adce.db: |an object in the database has no name)", done.stderr)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda place: place.write_text("mine\n")])
+def test_planted_name_of_a_log_is_no_option_and_no_pipe(make, upstream, tmp_path):
+    write_box(tmp_path, address=upstream.address)
+    run_adce("run", "--once", folder=tmp_path)
+    with sqlite3.connect(tmp_path / "adce.db") as sql:
+        sql.execute("update runner set log = '--version'")
+    make(tmp_path / "--version")
+    done = run_adce("logs", folder=tmp_path)
+    assert done.stdout == "mine\n" or "kept no log" in done.stderr
+
+
 def test_planted_view_is_replaced_and_a_view_of_the_user_stays(upstream, tmp_path):
     upstream.answer("/A", Answer(b"whole"))
     write_box(tmp_path, address=upstream.address)
