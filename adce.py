@@ -353,7 +353,13 @@ def utc_text(instant: float | None) -> str | None:
     """2026-11-23T14:24:25Z, the form of the views; None stays None."""
     if instant is None:
         return None
-    return datetime.datetime.fromtimestamp(int(instant), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    within = min(max(int(instant), -62135596800), 253402300799)  # the years 1 to 9999: a store may list any
+    return datetime.datetime.fromtimestamp(within, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def printable(text: str, instead: Callable[[str], str] = lambda _: "?") -> str:
+    """A text in which nothing is an order to a terminal, or changes the direction of writing."""
+    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else instead(found[0]), text)
 
 
 def http_date(text: str) -> datetime.datetime:
@@ -926,12 +932,21 @@ def _connect(path: Path | str) -> sqlite3.Connection:
     return connection
 
 
+def require_own_files(path: Path) -> None:
+    """Raises DatabaseError for a link, a pipe or another kind of file in place of the database or of what ADCE keeps
+    beside it: to open it could reach another file, or wait for ever."""
+    for ending in ("", "-journal", "-wal", "-shm", "-output", ".lock", ".log"):
+        place, what = Path(f"{path}{ending}"), "folder" if ending == "-output" else "regular file"
+        is_right = place.is_dir() if what == "folder" else place.is_file()
+        if place.is_symlink() or (place.exists() and not is_right):
+            raise DatabaseError(f"{place} is not a {what}", "remove it; `database:` names the database file itself")
+
+
 def open_database(path: Path, *, must_exist: bool = False) -> Database:
     """Open the database; create it when there is none.
 
     Raises NoDatabaseError when `must_exist` and it does not, DatabaseError when it is not usable."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise DatabaseError(f"{path} is not a regular file", "name the database file itself in `database:`")
+    require_own_files(path)
     is_there = path.exists() and path.stat().st_size
     if must_exist and not is_there:
         raise NoDatabaseError(f"there is no database at {path}", "adce.py run")
@@ -1012,25 +1027,26 @@ def _renew_views(connection: sqlite3.Connection) -> None:
     connection.executescript(script)
 
 
-def _definitions(connection: sqlite3.Connection) -> dict[tuple[str, str], str]:
-    """The text of each table, index, trigger and view, without its comments and line breaks."""
-    rows = connection.execute("select type, name, sql from sqlite_schema where sql is not null").fetchall()
-    return {(kind, name): " ".join(re.sub("--[^\n]*", "", text).split()) for kind, name, text in rows}
+def _definitions(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
+    """The kind, the name and the text of each table, index, trigger and view, without its comments and line breaks."""
+    as_text = "cast(type as text), cast(name as text), cast(sql as text)"  # another program may have put bytes there
+    rows = connection.execute(f"select {as_text} from sqlite_schema where sql is not null").fetchall()  # noqa: S608
+    return {(kind, name, " ".join(re.sub("--[^\n]*", "", text).split())) for kind, name, text in rows}
 
 
 def _check_definitions(connection: sqlite3.Connection, path: Path) -> None:
     """Views are made anew when their text differs. Raises DatabaseError when another program has changed a table, an
-    index or a trigger, or added a trigger: it would run at each write. Other additions are ignored."""
+    index or a trigger, or added one that acts at each write. Other additions are ignored."""
     with contextlib.closing(sqlite3.connect(":memory:")) as made:
         made.executescript(TABLES + VIEWS)
         wanted = _definitions(made)
-    found = _definitions(connection)
-    wrong = {key for key, text in wanted.items() if found.get(key) != text}
-    if any(kind == "view" for kind, _ in wrong):
+    found, harmless = _definitions(connection), re.compile(r"create (table|view) (?!.*\breferences\b)", re.IGNORECASE)
+    wrong = wanted - found
+    if any(kind == "view" for kind, *_ in wrong):
         _renew_views(connection)
-    foreign = {(kind, name) for kind, name in found.keys() - wanted.keys() if kind == "trigger"}
-    if changed := sorted(foreign | {(kind, name) for kind, name in wrong if kind != "view"}):
-        kind, name = changed[0]
+    foreign = {one for one in found - wanted if not harmless.match(one[2])}
+    if changed := sorted(foreign | {one for one in wrong if one[0] != "view"}):
+        kind, name, _ = changed[0]
         raise DatabaseError(f"another program has changed the {kind} {name[:40]} of {path}", DAMAGE_HINT)
 
 
@@ -1065,11 +1081,8 @@ class RunnerLock:
         return None
 
     def acquire(self) -> None:
-        """Take the lock for the life of this process. Raises LockedError."""
-        try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise DatabaseError(f"cannot open {self.path}: {error.strerror}", "it has to be a file, no link") from error
+        """Take the lock for the life of this process. Raises LockedError, and OSError when it cannot be opened."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         file = os.fdopen(descriptor, "r+", encoding="ascii", errors="replace")
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -1137,7 +1150,9 @@ class Template:
         stay. A part of a url is quoted already, but for what can be in no url."""
         words = list(SPLIT(self.pattern, self.text))  # text, field, shift, format, text, field, shift, format, text
         for place in range(1, len(words), 4):
-            value, shift, form = fields[words[place]], words[place + 1], words[place + 2]
+            name, shift, form = words[place : place + 3]
+            if (value := fields.get(name)) is None:
+                raise DatabaseError(f"an object in the database has no {name} among its fields", DAMAGE_HINT)
             parts, quoted = [value], quote
             if form == "url":
                 quoted = functools.partial(urllib.parse.quote, safe=IN_URLS)
@@ -3313,9 +3328,10 @@ def fill(file: BinaryIO, body: Any) -> None:
         raise StoreError(f"cannot write a body: {error.strerror}") from error
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """A regular file. Raises OSError for a link, a folder or a pipe."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))  # noqa: SIM115
+def open_regular(path: Path | str, folder: int | None = None) -> BinaryIO:
+    """A regular file, in an open folder. Raises OSError for a link, a folder or a pipe."""
+    safe = os.O_NOFOLLOW | os.O_NONBLOCK
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | safe, dir_fd=folder))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
@@ -3327,13 +3343,6 @@ def _store_error(action: str, error: OSError) -> StoreError:
     of_one_place = IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError
     is_local = isinstance(error, of_one_place) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
     return (UnusablePathError if is_local else StoreError)(f"cannot {action}: {error.strerror}")
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)  # another thread may make it too
-        _sync(folder.parent)
 
 
 class _Spool(tempfile.SpooledTemporaryFile[bytes]):
@@ -3404,7 +3413,7 @@ class FolderStore:
     def _walk(self, above: str, prefix: str, after: str) -> Iterator[StoredObject]:
         self.calls += 1
         try:
-            with os.scandir(self._path(above)) as scan:
+            with self._folder(f"{above}*") as (folder, _), os.scandir(folder) as scan:
                 found = (above + entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in scan)
                 keys = sorted(key for key in found if key.startswith(prefix) and key.isprintable())
             for key in keys:
@@ -3425,7 +3434,8 @@ class FolderStore:
     def find(self, key: str) -> StoredObject | None:
         """One file as it would be listed."""
         try:
-            status = self._path(key).lstat()
+            with self._folder(key) as (folder, name):
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -3435,7 +3445,8 @@ class FolderStore:
     def open(self, key: str) -> BinaryIO:
         """The content of a file. Raises KeyError when there is none."""
         try:
-            return open_regular(self._path(key))
+            with self._folder(key) as (folder, name):
+                return open_regular(name, folder)
         except FileNotFoundError:
             raise KeyError(key) from None
         except OSError as error:
@@ -3469,25 +3480,32 @@ class FolderStore:
             file.flush()
             os.fsync(file.fileno())
         try:
-            path, status = self._path(key), os.fstat(file.fileno())
-            _make_folder(path.parent)
-            file.path.rename(path)
-            file.is_object = True
-            _sync(path.parent)
+            with self._folder(key, make=True) as (folder, name):
+                os.rename(file.path, name, dst_dir_fd=folder)
+                file.is_object = True
+                os.fsync(folder)
+            return self._stored(key, os.fstat(file.fileno()))
         except OSError as error:
             raise _store_error(f"write {key}", error) from error
-        return self._stored(key, status)
 
-    def _path(self, key: str) -> Path:
-        """The file of a key, or the folder of one that ends with a slash. Raises OSError when its folder is a link."""
+    @contextlib.contextmanager
+    def _folder(self, key: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
+        """The open folder of a key, and the name in it: no link that is put there meanwhile is followed. Raises OSError
+        for a link, UnusablePathError for a key that leads out of the store, which a foreign database may hold."""
+        *folders, name = parts = key.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or parts[0] == STAGING or "\0" in key:
+            raise UnusablePathError(f"{key!r} cannot be a file of the store")
         if not self.root.is_dir():
             raise self._gone()
-        folder = self.root
-        for name in key.split("/")[:-1]:
-            folder /= name
-            if folder.is_symlink():
-                raise OSError(errno.ELOOP, "its folder is a link")
-        return self.root / key
+        with contextlib.ExitStack() as opened:
+            opened.callback(os.close, here := os.open(self.root, os.O_DIRECTORY))
+            for part in folders:
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=here)
+                        os.fsync(here)
+                opened.callback(os.close, here := os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here))
+            yield here, name
 
     def _gone(self) -> StoreError:
         return StoreError(f"the store {self.root} is not there", "is its disk mounted?")
@@ -3498,7 +3516,7 @@ class FolderStore:
 
 
 LISTED = ("Key", "Size", "ETag", "LastModified")
-MULTIPART_BYTES = 8 << 20  # an object that is larger is uploaded in parts
+MULTIPART_BYTES, EMPTY_PAGES = 8 << 20, 1000  # most of an object that is uploaded at once; most in a row
 
 
 class S3Store:
@@ -3531,13 +3549,14 @@ class S3Store:
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """Page by page, a thousand keys a request."""
         start = {"StartAfter": self.above + after} if after > prefix else {}
-        pages = self._client.get_paginator("list_objects_v2")
+        pages, empty = self._client.get_paginator("list_objects_v2"), 0
         with self._translated("list"):
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.above + prefix, **start):
                 self.calls += 1
                 if "IsTruncated" not in page:
                     raise ValueError("the answer is no listing")
-                if page["IsTruncated"] and "NextContinuationToken" not in page:
+                empty = 0 if page.get("Entries") else empty + 1
+                if page["IsTruncated"] and ("NextContinuationToken" not in page or empty > EMPTY_PAGES):
                     raise ValueError("the listing goes on, and does not say where")
                 yield from page.get("Entries", ())
 
@@ -3552,8 +3571,8 @@ class S3Store:
             names, entries = [namespace + name for name in LISTED], list[StoredObject]()
             for element in page.findall(f"{namespace}Contents"):
                 key, size, etag, modified = (element.findtext(name, "") for name in names)
-                if not (key and etag):
-                    raise ValueError("a listed object has no key or no ETag")
+                if not (key and etag and 0 <= int(size) < 1 << 63):
+                    raise ValueError("a listed object has no key, no ETag or no usable size")
                 modified_at = int(datetime.datetime.fromisoformat(modified).timestamp())
                 key = unquote(key).removeprefix(self.above)
                 entries.append(StoredObject(key, int(size), etag.strip('"'), modified_at))
@@ -3611,7 +3630,7 @@ class S3Store:
         libraries = botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, boto3.exceptions.Boto3Error
         try:
             yield
-        except (*libraries, ValueError, TypeError) as error:  # TypeError: an element of an answer comes twice
+        except (*libraries, ValueError, TypeError, RecursionError) as error:  # TypeError: an element comes twice
             answer = getattr(error, "response", {})
             code, status = answer.get("Error", {}).get("Code"), answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if key and code in ("NoSuchKey", "404"):
@@ -3962,7 +3981,7 @@ def excerpt(body: bytes, most: int = 120, names: Iterable[str] = ()) -> str:
     """The start of a body in one line of at most `most` characters; half a secret would not be known as one."""
     text = redacted(body.decode("utf-8", "replace"), names)[: 3 * most]
     plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
-    return "".join(letter if letter.isprintable() else "?" for letter in plain)[:most] or "empty"
+    return printable(plain)[:most] or "empty"
 
 
 def parse_retry_after(text: str | None, date: str | None) -> float | None:
@@ -7250,15 +7269,16 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
     if style == "json":
         values = {part.name: next(iter(part.rows), None) if part.is_one else part.rows for part in sections}
         document = next(iter(values.values())) if len(values) == 1 else values
-        return json.dumps(document, indent=2, ensure_ascii=False, default=str)
+        text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+        return printable(text, lambda letter: json.dumps(letter)[1:-1])
     if style == "csv":
-        text = io.StringIO()
+        table = io.StringIO()
         for rows in (part.rows for part in sections if part.rows):
-            writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
-            text.write("\n")
-        return text.getvalue().rstrip("\n")
+            table.write("\n")
+        return table.getvalue().rstrip("\n")
     title = {"html": "<h2>{}</h2>\n", "github": "### {}\n\n", "table": "{}\n"}[style]
     blocks = []
     for part in sections:
@@ -7274,7 +7294,7 @@ def _csv_cell(value: Any) -> Any:
     """Text that no spreadsheet takes for a formula and no terminal for an order."""
     if not isinstance(value, str):
         return value
-    text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in value)
+    text = printable(value)
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
@@ -7335,7 +7355,7 @@ def _wrapped(columns: Mapping[str, list[str]], numbers: Collection[str], width: 
 
 def _cell(value: Any, style: str) -> str:
     text = "-" if value is None else f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = printable(text).replace("\n", "?")
     return text.replace("|", r"\|") if style == "github" else text
 
 
@@ -8027,12 +8047,12 @@ def _http_server(port: int, answer: Callable[[str, dict[str, str]], tuple[int, s
         server_version, sys_version = f"adce/{__version__}", ""
 
         def do_GET(self) -> None:
-            host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host", "")
-            path, _, options = self.path.partition("?")
+            given, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+            host, (path, _, options) = given.rpartition(":")[0] or given, self.path.partition("?")
             try:
                 if self.command not in ("GET", "HEAD"):
                     status, kind, text = 405, TEXT, "this server is only read\n"
-                elif host in ("localhost", "127.0.0.1", "[::1]"):
+                elif host in ("localhost", "127.0.0.1", "[::1]") and origin in (None, f"http://{given}"):
                     status, kind, text = answer(path, dict(urllib.parse.parse_qsl(options)))
                 else:  # the name of another site may point here
                     status, kind, text = 403, TEXT, "this server answers to localhost only\n"
@@ -8046,7 +8066,7 @@ def _http_server(port: int, answer: Callable[[str, dict[str, str]], tuple[int, s
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET  # noqa: N815
+        do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = do_GET  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             """Requests are not logged."""
@@ -8224,7 +8244,7 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
             return open(self.baseFilename, "a", encoding="utf-8", opener=self._open_file)
 
         def _open_file(self, path: str, flags: int) -> int:
-            return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+            return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
     try:
         return Handler(path, maxBytes=LOG_BYTES, backupCount=1)
@@ -8629,8 +8649,8 @@ def run_held(limiter: Limiter, held: ActivePermit, words: Sequence[str]) -> int:
 def show_log(database: Database, most: int, *, follow: bool) -> None:
     """Become the program that shows the log of the last runner. Raises Error when there is none."""
     row = next(iter(database.read("select unit, log from runner")), None)
-    if row and row["log"] and Path(row["log"]).exists():
-        words = ["tail", "-n", str(most), *(["-F"] if follow else []), row["log"]]
+    if row and row["log"] and Path(row["log"]).is_file():
+        words = ["tail", "-n", str(most), *(["-F"] if follow else []), "--", row["log"]]
     elif row and row["unit"]:
         kind, unit = "--user-unit" if "/user@" in row["unit"] else "--unit", row["unit"].rpartition("/")[2]
         words = ["journalctl", "--no-pager", kind, unit, "--lines", str(most), *(["--follow"] if follow else [])]
@@ -9263,6 +9283,18 @@ CONSISTENCY = {
         select count(*) from attempts a
         where a.outcome = 'running' and not exists (select 1 from objects o where o.attempt_id = a.attempt_id)
     """,
+    "objects with unreadable fields or an impossible day": """
+        select count(*) from objects o
+        where json_type(fields) != 'object' or exists (select 1 from json_each(o.fields) where type != 'text')
+           or day is not date(day)
+    """,
+    "facts that are gone": "select 1 - count(*) from facts",
+    "requested cycles with unknown options": """
+        select count(*) from facts, json_each(wanted_cycle) option
+        where (option.key, option.type) not in (
+            values ('is_full', 'true'), ('is_full', 'false'), ('accept_loss', 'array')
+        )
+    """,
     "objects counted wrongly": """
         select coalesce(sum(abs(n)), 0) from (
             select sum(n) as n from (
@@ -9369,8 +9401,18 @@ def _check_database(path: Path) -> str:
         found = database.check()
         found += [f"{count} {what}" for what, sql in CONSISTENCY.items() if (count := database.value(sql))]
         if found:
-            raise DatabaseError("; ".join(found[:5]), DAMAGE_HINT)
+            raise DatabaseError(f"{path}: {'; '.join(found[:5])}", DAMAGE_HINT)
     return f"{path}, intact, SQLite {sqlite3.sqlite_version}"
+
+
+@contextlib.contextmanager
+def blaming_contents(path: Path) -> Iterator[None]:
+    """An error that comes of what another program has written into the database says so."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        _check_database(path)
+        raise  # a mistake of ADCE
 
 
 def _check_store(configuration: Configuration) -> str:
@@ -9795,22 +9837,24 @@ def main(words: Sequence[str] | None = None) -> int:
         configuration = Configuration()
         if arguments.chosen.needs != "nothing":
             configuration = configured(arguments, arguments.chosen.needs)
+            require_own_files(configuration.database)
             quarantine_stale_wal(configuration.database)
             _check_names(arguments, configuration)
-        code = arguments.chosen.act(arguments, configuration) or ExitCode.DONE
+        with blaming_contents(configuration.database):
+            code = arguments.chosen.act(arguments, configuration) or ExitCode.DONE
         sys.stdout.flush()
     except Error as error:
         with contextlib.suppress(OSError):  # stderr may be closed
-            print(error if isinstance(error, ConfigurationError) else f"adce.py: {error}", file=sys.stderr)
-            if error.hint:
-                print(f"Try: {error.hint}".replace("Try: see ", "See "), file=sys.stderr)
+            text = f"{'' if isinstance(error, ConfigurationError) else 'adce.py: '}{error}"
+            hint = f"Try: {error.hint}".replace("Try: see ", "See ")
+            print(printable(f"{text}\n{hint}" if error.hint else text), file=sys.stderr)
         return error.exit_code
     except OSError as error:
         with contextlib.suppress(OSError):  # the final flush must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
             return ExitCode.DONE
-        print(f"adce.py: {error}", file=sys.stderr)
+        print(printable(f"adce.py: {error}"), file=sys.stderr)
         return ExitCode.ERROR
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
@@ -9848,7 +9892,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
     workers = workers_json(configuration)
     _print(arguments, answers(database, PLAN, most=most, before=json.dumps(before), workers=workers))
     if error:
-        print(f"adce.py: the cycle failed: {error}", file=sys.stderr)
+        print(printable(f"adce.py: the cycle failed: {error}"), file=sys.stderr)
     return ExitCode.ERROR if error else ExitCode.DONE
 
 

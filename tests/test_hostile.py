@@ -256,12 +256,35 @@ def test_no_cell_of_a_csv_is_a_formula_or_holds_an_escape(upstream, tmp_path):
     assert adce.render([adce.Section("x", "X", [{"a": "\x1b[31mred", "b": -1}])], "csv") == "a,b\n?[31mred,-1"
 
 
+def test_json_shows_no_control_characters_and_keeps_them():
+    rows = [{"a": "\x9b31m\u202e\x1b\U000e0001ä\n"}]
+    text = adce.render([adce.Section("x", "X", rows)], "json")
+    assert (text.replace("\n", "").isprintable(), "ä" in text, json.loads(text)) == (True, True, rows)
+
+
+@pytest.mark.parametrize("words", [["check"], ["--format", "json", "plan"]])
+def test_message_about_a_configuration_holds_no_escape(words, tmp_path):
+    write_box(tmp_path)
+    with (tmp_path / "adce.yaml").open("a") as file:
+        file.write('"\\e]0;evil\\a\\x9b31m\\u202e": 1\n')
+    done = run_adce(*words, folder=tmp_path)
+    assert (done.returncode, "evil" in done.stderr) == (adce.ExitCode.BAD_CONFIGURATION, True)
+    assert done.stderr.replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize(
     "planted",
     [
         "create trigger evil after insert on attempts begin delete from counts; end",
         "drop trigger objects_counted_in; create trigger objects_counted_in after insert on facts begin select 1; end",
         "drop index objects_pending; create index objects_pending on objects (key)",
+        "create index evil on attempts (abs(attempt_id))",
+        "create table evil (a references objects on delete restrict)",
+        """
+        create index evil on attempts (abs(attempt_id));
+        pragma writable_schema = on;
+        update sqlite_schema set sql = cast(sql as blob) where name = 'evil'
+        """,
     ],
 )
 def test_database_with_a_planted_definition_is_not_used(planted, upstream, tmp_path):
@@ -271,6 +294,40 @@ def test_database_with_a_planted_definition_is_not_used(planted, upstream, tmp_p
         sql.executescript(planted)
     done = run_adce("run", "--once", folder=tmp_path)
     assert (done.returncode, "another program has changed the" in done.stderr) == (1, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "delete from facts",
+        "update facts set wanted_cycle = 'nope'",
+        "update facts set wanted_cycle = '{\"evil\": 1}'",
+        "update objects set task = 'pending', next_at = 0, fields = 'nope'",
+        "update objects set task = 'pending', next_at = 0, fields = '[1]'",
+        "update objects set task = 'pending', next_at = 0, fields = '{}'",
+        "update objects set task = 'pending', next_at = 0, fields = '{\"name\": 5}'",
+        "update objects set task = 'pending', next_at = 0, day = '99999-99-99'",
+    ],
+)
+def test_content_that_cannot_be_read_is_an_error_of_the_database(planted, upstream, tmp_path):
+    write_box(tmp_path, address=upstream.address)
+    run_adce("run", "--once", folder=tmp_path)
+    with sqlite3.connect(tmp_path / "adce.db") as sql:
+        sql.executescript(planted)
+    done = run_adce("run", "--once", folder=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert re.search("adce.py: (.*/adce.db: |an object in the database has no name)", done.stderr)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda place: place.write_text("mine\n")])
+def test_planted_name_of_a_log_is_no_option_and_no_pipe(make, upstream, tmp_path):
+    write_box(tmp_path, address=upstream.address)
+    run_adce("run", "--once", folder=tmp_path)
+    with sqlite3.connect(tmp_path / "adce.db") as sql:
+        sql.execute("update runner set log = '--version'")
+    make(tmp_path / "--version")
+    done = run_adce("logs", folder=tmp_path)
+    assert done.stdout == "mine\n" or "kept no log" in done.stderr
 
 
 def test_planted_view_is_replaced_and_a_view_of_the_user_stays(upstream, tmp_path):
@@ -285,13 +342,31 @@ def test_planted_view_is_replaced_and_a_view_of_the_user_stays(upstream, tmp_pat
     assert rows(tmp_path, "select two from mine") == [(2,)]
 
 
-def test_links_in_place_of_the_lock_and_the_log_are_not_followed(upstream, tmp_path):
-    write_box(tmp_path, address=upstream.address)
+def make_linked(place: Path) -> None:
+    place.symlink_to("victim")
+
+
+@pytest.mark.parametrize("ending", ["", ".lock", ".log", "-journal", "-wal", "-shm", "-output"])
+@pytest.mark.parametrize("make", [make_linked, os.mkfifo, Path.mkdir])
+def test_what_is_no_file_in_place_of_one_beside_the_database_is_refused_at_once(ending, make, tmp_path):
+    write_box(tmp_path, address="http://127.0.0.1:1")
     (tmp_path / "victim").write_text("precious")
-    (tmp_path / "adce.db.lock").symlink_to("victim")
-    (tmp_path / "run.log").symlink_to("victim")
-    assert "it has to be a file, no link" in run_adce("run", "--once", folder=tmp_path).stderr
-    (tmp_path / "adce.db.lock").unlink()
+    place = tmp_path / f"adce.db{ending}"
+    if ending == "-output":
+        make = Path.touch if make is Path.mkdir else make
+    make(place)
+    what = "folder" if ending == "-output" else "regular file"
+    for words in (["status"], ["run", "--once"], ["stop"]):
+        done = run_adce(*words, folder=tmp_path)
+        assert (done.returncode, f"{place} is not a {what}" in done.stderr) == (1, True), done.stderr
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("make", [make_linked, os.mkfifo, Path.mkdir])
+def test_what_is_no_file_in_place_of_the_log_is_refused_at_once(make, tmp_path):
+    write_box(tmp_path, address="http://127.0.0.1:1")
+    (tmp_path / "victim").write_text("precious")
+    make(tmp_path / "run.log")
     assert "cannot write to" in run_adce("run", "--once", "--log", "run.log", folder=tmp_path).stderr
     assert (tmp_path / "victim").read_text() == "precious"
 

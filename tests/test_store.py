@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -254,6 +255,29 @@ def test_link_out_of_the_folder_is_not_followed(folder, tmp_path):
     assert [path.name for path in outside.iterdir()] == ["secret.json"]
 
 
+@pytest.mark.parametrize("key", ["/abs", "../x", "a/../../x", "a//x", "./x", "a/.", ".adce/x", "", "a/", "a\0b"])
+def test_key_that_leads_out_of_the_store_is_refused(key, folder):
+    before = list(folder.root.parent.rglob("*"))
+    for attempt in (folder.find, folder.open, lambda key: folder.write(key, b"x")):
+        with pytest.raises(adce.UnusablePathError, match="cannot be a file of the store"):
+            attempt(key)
+    assert list(folder.root.parent.rglob("*")) == before
+
+
+def test_folder_that_becomes_a_link_during_a_write_is_not_followed(folder, tmp_path, monkeypatch):
+    (tmp_path / "outside").mkdir()
+
+    def swap_and_rename(*words, rename=os.rename, **more):
+        rename(folder.root / "days", folder.root / "moved")
+        (folder.root / "days").symlink_to(tmp_path / "outside")
+        rename(*words, **more)
+
+    monkeypatch.setattr(os, "rename", swap_and_rename)
+    folder.write("days/1.json", b"x")
+    assert list((tmp_path / "outside").iterdir()) == []
+    assert (folder.root / "moved/1.json").read_bytes() == b"x"
+
+
 def test_planted_link_in_place_of_an_object_is_replaced_and_not_written_through(folder, tmp_path):
     target = tmp_path / "target"
     target.write_bytes(b"precious")
@@ -427,12 +451,24 @@ def test_listing_goes_on_where_its_page_says(answered):
         pytest.param([PAGE[:700]], "cannot list", id="half-a-page"),
         pytest.param([b"<Contents>" * 20_000], "cannot list", id="entries-that-never-close"),
         pytest.param([PAGE.replace(b"<Size>12</Size>", b"")], "cannot list", id="entry-without-size"),
-        pytest.param([PAGE.replace(b"<Key>plain</Key>", b"")], "has no key or no ETag", id="entry-without-key"),
+        pytest.param([PAGE.replace(b"<Key>plain</Key>", b"")], "has no key, no ETag", id="entry-without-key"),
         pytest.param([PAGE.replace(b"<Size>12<", b"<Size>many<")], "cannot list", id="size-is-no-number"),
+        pytest.param([PAGE.replace(b">12<", b">9223372036854775808<")], "no usable size", id="size-too-large"),
+        pytest.param([PAGE.replace(b">12<", b">-1<")], "no usable size", id="size-below-nothing"),
+        pytest.param([PAGE.replace(b"<KeyC", b"<a>" * 5000 + b"</a>" * 5000 + b"<KeyC")], "recursion", id="deep"),
+        pytest.param(
+            [
+                re.sub(b"<Contents>.*</Contents>", b"", PAGE, flags=re.DOTALL).replace(b"more", b"%d" % n)
+                for n in range(9)
+            ],
+            "goes on, and does not say where",
+            id="no-end",
+        ),
         pytest.param([PAGE.replace(b"2026-01-02T03:04:06Z", b"now")], "cannot list", id="instant-is-none"),
     ],
 )
-def test_page_that_is_no_whole_listing_is_an_error_and_not_a_smaller_lake(bodies, words, answered):
+def test_page_that_is_no_whole_listing_is_an_error_and_not_a_smaller_lake(bodies, words, answered, monkeypatch):
+    monkeypatch.setattr(adce, "EMPTY_PAGES", 5)
     with pytest.raises(adce.StoreError, match=words):
         list(answered(*bodies).list(""))
 

@@ -37,6 +37,7 @@ def test_duration_is_written_in_at_most_two_units(seconds, text):
 def test_instant_is_written_in_utc():
     assert adce.utc_text(1_763_900_000.9) == "2025-11-23T12:13:20Z"
     assert adce.utc_text(None) is None
+    assert (adce.utc_text(-(2**62)), adce.utc_text(2**62)) == (adce.utc_text(-62135596800), "9999-12-31T23:59:59Z")
 
 
 @pytest.mark.parametrize(("day", "hours"), [("2025-03-09", 23), ("2025-11-02", 25), ("2025-07-01", 24)])
