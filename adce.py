@@ -995,6 +995,16 @@ def _new_file(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
+def open_regular(path: Path | str, folder: int | None = None) -> BinaryIO:
+    """A regular file, in an open folder. Raises OSError for a link, a folder or a pipe."""
+    safe = os.O_NOFOLLOW | os.O_NONBLOCK
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | safe, dir_fd=folder))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "not a regular file")
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -1683,22 +1693,6 @@ def find_configuration(given: str | None) -> Path:
     return here if here.exists() else Path(__file__).resolve().with_name(DEFAULT_NAME)
 
 
-# ---------------------------------------------------------------- Datasets
-# The records of what a lake consists of, and of the file as a whole. A key is added to its block's record, what must
-# hold between it and others in problems_in(), and to reading_rules() when contents must be read again after its change.
-# Headlines: Partitions, Pages, Dataset, Configuration, problems_in().
-
-STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
-NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
-Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
-
-
-@functools.cache
-def names_in_result(expression: str) -> tuple[str, ...]:
-    """The members of the objects that a JMESPath expression makes, such as `games[].{home: h, away: a}`."""
-    return _members(_compile(FIELD_IN_EXPRESSION.sub("x", expression)).parsed)
-
-
 def _members(node: Any, given: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The members of the objects that come out of a part of an expression, of those that come in."""
     kind, parts = node["type"], node["children"]
@@ -1713,6 +1707,22 @@ def _members(node: Any, given: tuple[str, ...] = ()) -> tuple[str, ...]:
     return given if parts else ()
 
 
+def names_in_result(expression: str) -> tuple[str, ...]:
+    """The members of the objects that a JMESPath expression makes, such as `games[].{home: h, away: a}`."""
+    return _members(_compile(FIELD_IN_EXPRESSION.sub("x", expression)).parsed)
+
+
+# ---------------------------------------------------------------- Datasets
+# The records of what a lake consists of, and of the file as a whole. A key is added to its block's record, what must
+# hold between it and others in problems_in(), and to reading_rules() when contents must be read again after its change.
+# Headlines: Partitions, Pages, Dataset, Configuration, problems_in().
+
+STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
+NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
+Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
+
+
+@functools.cache
 @dataclass(frozen=True, slots=True)
 class Dates:
     """One object a step: those of all seasons, or of a range. `date` is the first day of a step, or its hour."""
@@ -3326,16 +3336,6 @@ def fill(file: BinaryIO, body: Any) -> None:
         file.flush()
     except OSError as error:
         raise StoreError(f"cannot write a body: {error.strerror}") from error
-
-
-def open_regular(path: Path | str, folder: int | None = None) -> BinaryIO:
-    """A regular file, in an open folder. Raises OSError for a link, a folder or a pipe."""
-    safe = os.O_NOFOLLOW | os.O_NONBLOCK
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | safe, dir_fd=folder))  # noqa: SIM115
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return file
-    file.close()
-    raise OSError(errno.EINVAL, "not a regular file")
 
 
 def _store_error(action: str, error: OSError) -> StoreError:
@@ -4962,7 +4962,7 @@ def appraise_due(ledger: Ledger) -> int:
 
 
 # ---------------------------------------------------------------- Results
-# The end of an attempt: the next state of the task, the attempt itself, the totals of the day. Then the changes that an
+# The body of an attempt is judged and stored. Its end: the next state of the task, the attempt itself, the totals. Then the changes that an
 # operator makes, also while the runner works: it finds them in the database. Headlines: finish(), requeue_orphans(),
 # pause_source(), resume_source(), retry_tasks(), skip_tasks().
 
@@ -4971,6 +4971,34 @@ RUNNER_CRASHED = "the runner crashed"
 FORGOTTEN_AT_ONCE = 500  # rows of a kind
 UNTIL_RESUMED = 3650 * DAY
 BY_OPERATOR = "by the operator"
+
+
+def _refused(error: StoreError) -> Result:
+    """A store that fails says nothing about the task; one place in it that cannot be used does."""
+    is_local = isinstance(error, UnusablePathError)
+    return Result(Outcome.UNSTORABLE if is_local else Outcome.STORE_ERROR, str(error))
+
+
+def validate_and_store(
+    claimed: Claim,
+    target: ObjectRow,
+    body: BinaryIO,
+    store: Store,
+    http_status: int | None = None,
+    links: Mapping[str, str] | None = None,
+) -> Result:
+    """Validate a body, then store it."""
+    most = claimed.dataset.validate.most()
+    if body.seek(0, io.SEEK_END) > most:
+        return Result(Outcome.INVALID, f"longer than {most} bytes", http_status)
+    inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, links)
+    if not inspection.valid:
+        return Result(Outcome.INVALID, inspection.verdict, http_status)
+    try:
+        body.seek(0)
+        return Result(Outcome.OK, None, http_status, store.write(target.key, body), inspection)
+    except StoreError as error:
+        return dataclasses.replace(_refused(error), http_status=http_status)
 
 
 def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
@@ -5975,34 +6003,6 @@ STANDSTILL_SECONDS = 5  # a timeout that is noticed so late says nothing about t
 MAX_REDIRECTS = 5
 CLASSIFIED_BYTES = 1 << 20  # of a body, in which its meaning is looked for
 KEPT_ON_OTHER_HOSTS = ("user-agent", "accept", "accept-language", "accept-encoding")
-
-
-def _refused(error: StoreError) -> Result:
-    """A store that fails says nothing about the task; one place in it that cannot be used does."""
-    is_local = isinstance(error, UnusablePathError)
-    return Result(Outcome.UNSTORABLE if is_local else Outcome.STORE_ERROR, str(error))
-
-
-def validate_and_store(
-    claimed: Claim,
-    target: ObjectRow,
-    body: BinaryIO,
-    store: Store,
-    http_status: int | None = None,
-    links: Mapping[str, str] | None = None,
-) -> Result:
-    """Validate a body, then store it."""
-    most = claimed.dataset.validate.most()
-    if body.seek(0, io.SEEK_END) > most:
-        return Result(Outcome.INVALID, f"longer than {most} bytes", http_status)
-    inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, links)
-    if not inspection.valid:
-        return Result(Outcome.INVALID, inspection.verdict, http_status)
-    try:
-        body.seek(0)
-        return Result(Outcome.OK, None, http_status, store.write(target.key, body), inspection)
-    except StoreError as error:
-        return dataclasses.replace(_refused(error), http_status=http_status)
 
 
 def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:

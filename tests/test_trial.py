@@ -54,7 +54,7 @@ def test_try_sends_one_request_also_when_it_is_redirected(upstream, tmp_path):
             "its encoding is broken",
         ),
         ("{name}.gz", Answer(gzip.compress(b"x"), headers={"Content-Encoding": "gzip"}), None),
-        ("{name}", Answer(b"", 302, {"Location": "http://[::1"}), "(ValueError)"),
+        ("{name}", Answer(b"", 302, {"Location": "http://[::1"}), None),
     ],
 )
 def test_try_reads_an_answer_as_a_run_does(key, answer, told, upstream, tmp_path):

@@ -264,7 +264,7 @@ def test_dataset_of_which_its_parents_name_no_object_is_a_remark_once_they_are_t
     assert adce.verdict(lake.database, changed, lake.clock.wall()).rows == []
     lake.write("update objects set task = null, state = 'present'")
     (row,) = adce.verdict(lake.database, changed, lake.clock.wall()).rows
-    assert (row[""], row["about"], row["try"]) == ("-", "games", "adce.py try games")
+    assert (row["mark"], row["about"], row["try"]) == ("-", "games", "adce.py try games")
     assert "no object of plays is expected" in row["what"]
 
 
