@@ -1707,6 +1707,7 @@ def _members(node: Any, given: tuple[str, ...] = ()) -> tuple[str, ...]:
     return given if parts else ()
 
 
+@functools.cache
 def names_in_result(expression: str) -> tuple[str, ...]:
     """The members of the objects that a JMESPath expression makes, such as `games[].{home: h, away: a}`."""
     return _members(_compile(FIELD_IN_EXPRESSION.sub("x", expression)).parsed)
@@ -1722,7 +1723,6 @@ NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tu
 Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
 
 
-@functools.cache
 @dataclass(frozen=True, slots=True)
 class Dates:
     """One object a step: those of all seasons, or of a range. `date` is the first day of a step, or its hour."""
@@ -4962,9 +4962,9 @@ def appraise_due(ledger: Ledger) -> int:
 
 
 # ---------------------------------------------------------------- Results
-# The body of an attempt is judged and stored. Its end: the next state of the task, the attempt itself, the totals. Then the changes that an
-# operator makes, also while the runner works: it finds them in the database. Headlines: finish(), requeue_orphans(),
-# pause_source(), resume_source(), retry_tasks(), skip_tasks().
+# A body is judged and stored. Then the end of an attempt: the next state of the task, the attempt itself, the totals of
+# the day. Then the changes that an operator makes, also while the runner works: it finds them in the database.
+# Headlines: finish(), requeue_orphans(), pause_source(), resume_source(), retry_tasks(), skip_tasks().
 
 SUCCESS_MEMORY = 0.1  # weight of the latest attempt in the success rate of a dataset
 RUNNER_CRASHED = "the runner crashed"
