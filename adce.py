@@ -19,18 +19,18 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Database                    the SQLite file, its lock and its backups
     Values                      texts with fields, JMESPath, kinds of values in adce.yaml
     Settings                    every key of adce.yaml, declared once: seasons, limits, sources
-    Datasets                    the same of datasets, and of the whole file
+    Datasets                    datasets, and the file as a whole
     Reading                     YAML to settings, all mistakes at once
     Objects                     what should exist, and where it is asked for
     Contents                    what a whole object is, what it names, how fresh it must be
-    Inspector                   the same in a process that can be ended
+    Inspector                   the same in a subprocess with limits on time and memory
     Store                       the objects that exist: in a folder, or in S3
     Limits                      which requests are possible, and when
     Permits                     what a response means; the limits for other threads and processes
     Object states               facts, and the state, task and score that follow
     Expectations                the expected objects, as one computed set
     Queue                       the best task whose source can be asked
-    Results                     the end of an attempt; pause, resume, retry and skip
+    Results                     a body judged and stored, the end of an attempt; pause, resume, retry, skip
     Cycles                      one reconciliation in progress: parts to list, contents to read
     Reconcile                   expected against present
     Requests                    one HTTP request
@@ -44,8 +44,8 @@ rests only on the rooms above it (`grep -n '^# ---' adce.py` prints where they a
     Runner                      keeps going until stopped
     Examples                    the reference of adce.yaml, texts for the programs around ADCE
     Checks                      is everything in order, and what would a run do?
-    Command line                from words to an exit code
-    Commands                    obeys: one function for each that does
+    Command line                parsing and exit codes
+    Commands                    one function per command
 """
 
 from __future__ import annotations
@@ -411,7 +411,7 @@ create table facts (
     declaration  text,               -- digest of the datasets that all objects were compared with
     priorities   text,               -- digest of the day and the weights of the stored ranks
     ordered      text    not null default '{}', -- JSON: prefixes that the store lists in key order
-    looked_up_to text    not null default '',   -- key where the next share of a cycle begins
+    looked_up_to text    not null default '',   -- last key of the last share of a cycle; '': none
     looked_at    real,               -- start of the cycle that looked so far
     wanted_cycle text                -- JSON: options of a cycle that another process requested
 ) strict;
@@ -460,7 +460,7 @@ create table objects (
     reason       text,               -- of a gap
     since        integer not null,   -- start of this state
     next_at      integer,            -- when time alone will change the state or the task
-    proven       integer not null,   -- 1: the store was searched for it, 2: its parent has just named it, 0: neither
+    proven       integer not null,   -- 1: the store was searched for it; 0: not yet; 2: its parent has just named it
     cycle_id     integer,            -- the cycle in or after which ADCE last stored it
     seen_at      integer,            -- first seen in the store
     etag         text,               -- null: not in the store
@@ -1045,7 +1045,7 @@ def _definitions(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
 
 
 def _check_definitions(connection: sqlite3.Connection, path: Path) -> None:
-    """Views are made anew when their text differs. Raises DatabaseError when another program has changed a table, an
+    """Views are recreated when their text differs. Raises DatabaseError when another program has changed a table, an
     index or a trigger, or added one that acts at each write. Other additions are ignored."""
     with contextlib.closing(sqlite3.connect(":memory:")) as made:
         made.executescript(TABLES + VIEWS)
@@ -1213,9 +1213,9 @@ def from_environment(text: str, known: Container[str] | None = None) -> str:
 
 
 SECRET_NAME = re.compile("authorization|cookie|token|secret|key", re.IGNORECASE)  # of a header
-SECRETIVE = r"(?:authorization|cookie|token|secret|passw(?:or)?d|pwd|signature|api-?_?key)[\w-]{0,60}['\"]?\s{0,9}[:=]"
+SECRETIVE = r"(?:authorization|cookie|token|secret|passw(?:or)?d|pwd|signature|api-?_?key)[\w-]{0,60}['\"\s]{0,9}[:=]"
 SECRET_IN_TEXT = re.compile(  # in time that grows with the text: a source may have chosen that
-    rf"""(://(?:[^/\s:@'"]*:)?)[^/\s'"]+(?=@)|((?:{SECRETIVE}|[?&](?:key|sig|auth)=)\s{{0,9}}['"]?)"""
+    rf"""(://(?:[^/\s:@'"]*:)?)[^/\s'"]+(?=@)|((?:{SECRETIVE}|[?&](?:key|sig|auth)=)['":=\s]{{0,9}})"""
     r"""(?:(?<=")(?:[^"\\]|\\.)*|(?<=')[^']*|(?<!['"])[^'",}&]+)""",
     re.IGNORECASE,
 )
@@ -1369,7 +1369,7 @@ def _day(text: str) -> str | datetime.date:
     try:
         return text if text in LAST_DAYS else datetime.date.fromisoformat(text)
     except ValueError:
-        raise ConfigurationError(f"{text} is no day of the calendar") from None
+        raise ConfigurationError(f"{text} is not a calendar date") from None
 
 
 class AvailableAfter(NamedTuple):
@@ -1428,7 +1428,7 @@ Regex = Annotated[str, Kind("a regular expression with one group, or named ones"
 LINK = "link"  # the header Link (RFC 8288)
 NextPage = Annotated[str, Kind("link, a JMESPath expression or a regular expression with one group", make=_next_page)]
 Timezone = Annotated[str, Kind("a time zone like America/New_York", make=lambda text: zoneinfo.ZoneInfo(text).key)]
-FieldName = Annotated[str, Kind("a name of small letters", _like("[a-z_][a-z0-9_]*"))]
+FieldName = Annotated[str, Kind("a lowercase name", _like("[a-z_][a-z0-9_]*"))]
 Callee = Annotated[str, Kind("module:function", _like(r"[\w.]+:\w+"))]
 Hex = Annotated[str, Kind("bytes in hexadecimal", _like(r"\s*([0-9A-Fa-f]{2}\s*)+"))]
 Date = Annotated[datetime.date, Kind("a date like 2024-10-22", _like(DATE_FORM), _day)]
@@ -2532,7 +2532,7 @@ class ObjectRow(NamedTuple):
     reason: str | None = None
     since: int = 0
     next_at: int | None = None
-    proven: int = 1  # 0: the store was not searched yet; 2: nor was it, and it is taken for missing
+    proven: int = 1  # as in the table
     cycle_id: int | None = None
     seen_at: int | None = None
     etag: str | None = None  # None: not in the store
@@ -2819,7 +2819,7 @@ def _pages_named(
         total = str(search(pages.last, fields, document))
         is_number = re.fullmatch(r"\d{1,15}", total)
         if page == 1 and not is_number:
-            raise ValueError(f"{pages.last} is no number: {total[:1000]}")
+            raise ValueError(f"{pages.last} is not a number: {total[:1000]}")
         if page > 1 and is_number and total != fields["next"]:
             raise ValueError(f"{pages.last} is {total}, but was {fields['next']} on the first page")
         last = min(-(-int(total) // (pages.size or 1)), pages.most + 1) if page == 1 else 0
@@ -2891,7 +2891,7 @@ def _damage(validation: Validation, fields: Fields, file: BinaryIO) -> str | Non
         for _ in unpack(blocks_of(file), "gzip") if validation.gzip else ():
             pass
     except zlib.error as error:
-        return f"not whole gzip: {error}"
+        return f"incomplete gzip: {error}"
     for name, wanted in checksums(validation, fields).items():
         file.seek(0)
         algorithm = functools.partial(hashlib.new, name, usedforsecurity=False)
@@ -2980,7 +2980,7 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
             [value] if partitions.id_field else [value.get(name) for name in names] if isinstance(value, dict) else []
         )
         if not parts or not all(isinstance(part, str | int) and not isinstance(part, bool) for part in parts):
-            problems.append(f"{child.name}: {str(value)[:1000]} is no id")
+            problems.append(f"{child.name}: {str(value)[:1000]} is not an id")
             continue
         texts = dict(zip(names, map(str, parts), strict=True))
         if problem := next(filter(None, (part_problem(child, *part) for part in texts.items())), None):
@@ -3554,10 +3554,10 @@ class S3Store:
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.above + prefix, **start):
                 self.calls += 1
                 if "IsTruncated" not in page:
-                    raise ValueError("the answer is no listing")
+                    raise ValueError("the response is not a listing")
                 empty = 0 if page.get("Entries") else empty + 1
                 if page["IsTruncated"] and ("NextContinuationToken" not in page or empty > EMPTY_PAGES):
-                    raise ValueError("the listing goes on, and does not say where")
+                    raise ValueError("the listing is truncated and has no continuation token")
                 yield from page.get("Entries", ())
 
     def _take_entries(self, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
@@ -3979,7 +3979,7 @@ class SourceHealth:
 
 def excerpt(body: bytes, most: int = 120, names: Iterable[str] = ()) -> str:
     """The start of a body in one line of at most `most` characters; half a secret would not be known as one."""
-    text = redacted(body.decode("utf-8", "replace"), names)[: 3 * most]
+    text = redacted(body[: 3 * most + BLOCK_BYTES].decode("utf-8", "replace"), names)[: 3 * most]
     plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
     return printable(plain)[:most] or "empty"
 
@@ -4089,8 +4089,7 @@ def record_response(
     A pause after failures in a row, or for a 429 or 503 without Retry-After, doubles each time until a good response.
     Meanwhile one request at a time probes the source. A status that means blocked, or an error in a body, may concern
     one object only: it blames the source when it comes for several objects in a row. One whose object has failed
-    before (`is_repeated`) shows nothing new, nor does its timeout unless others time out, too. A content that cannot
-    be judged in time is like a timeout."""
+    before (`is_repeated`) shows nothing new. A content that cannot be judged in time is like a timeout."""
     traits, outcome, status = answer.outcome.traits, answer.outcome, answer.http_status or 0
     is_throttled, is_error_body = outcome is Outcome.THROTTLED, outcome is Outcome.HTTP_ERROR and 200 <= status < 300
     is_costly = outcome is Outcome.INVALID and (answer.error or "").startswith(COSTLY)
@@ -4110,8 +4109,6 @@ def record_response(
         return SourceHealth()
     state = "select failures, throttles, paused_until from scopes where scope = ?"
     failures, throttles, paused_until = sql.execute(state, (source.name,)).fetchone()
-    if is_repeated and outcome is Outcome.TIMEOUT and failures < 2:
-        return SourceHealth()
     failures = 0 if is_throttled else failures + 1
     longest, is_paused, seconds = source.blocked_when.pause_seconds, paused_until > now, None
     if answer.retry_after is not None:
@@ -5922,7 +5919,7 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
         everything = (len(lost) == present and present > BRAKE_EMPTY) or (cycle.listed == 0 and total > BRAKE_EMPTY)
         if name not in cycle.options.accept_loss and (many or everything):
             cycle.is_braked = True
-            text = f"{name}: {len(lost)} of {present} objects {VANISHED}, none is taken for missing"
+            text = f"{name}: {len(lost)} of {present} objects {VANISHED}, no gap was opened"
             cycle.problems.append(f"{text}; if the loss is real: adce.py reconcile --accept-loss {name}")
             continue
         yield from cycle.rewrite(lost, lambda ledger, row: ledger.appraised(row._replace(proven=1, **GONE)))
@@ -6071,7 +6068,7 @@ def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) ->
         if isinstance(error, ValueError) and unfit:  # nothing was sent
             return claimed.results(Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})"))
         if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
-            result = Result(Outcome.LOST, "this program stood still meanwhile")
+            result = Result(Outcome.LOST, "this process was suspended during the request")
         elif deadline.passed or isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
             result = Result(Outcome.TIMEOUT, f"timed out after {seconds:g} s")
         elif isinstance(error, zlib.error):
@@ -6234,7 +6231,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
     def check_permit() -> None:
         claimed, _, clock = session.present
         if claimed.permit and clock.boot() > claimed.permit.send_before:
-            raise Error("its permit ran out before it was sent")
+            raise Error("the permit expired before the request was sent")
 
     def open_socket(connection: Any) -> Any:
         connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
@@ -6771,7 +6768,7 @@ def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
 POOL_SECONDS = 1  # between two looks at the workers
 BEGIN_SECONDS = 5  # for an attempt to begin after it was sent, and then to send its request
 UNSEEN_SECONDS = 10  # without a heartbeat; then a worker counts as lost
-NOT_BEGUN = "it did not begin in time"
+NOT_BEGUN = "not started in time"
 
 
 class Register:
@@ -6859,7 +6856,7 @@ def run_on_worker(register: str, attempt: int, claimed: Claim, address: str) -> 
 
     def write_in_time(key: str, body: bytes | BinaryIO) -> StoredObject:
         if clock.boot() > until:
-            raise Error(f"worker {name} stood still meanwhile")
+            raise Error(f"worker {name} was suspended during the attempt")
         return write(key, body)
 
     store.write = write_in_time  # type: ignore[method-assign]
@@ -7455,7 +7452,7 @@ def tasks_document(
 # source are none of their own. Headlines: CONDITIONS, problems(), verdict().
 
 CRASHED, STUCK = "exited unexpectedly", "loop stuck"
-ENDS_OF_ONCE = ("every task was attempted", "the rest belongs to paused sources")  # of `run --once`
+ENDS_OF_ONCE = ("every task was attempted", "the remaining sources are paused")  # of `run --once`
 AT_WORK = ("running", "starting")  # states of a runner
 BEAT_SECONDS = 10  # between two heartbeats of the main loop
 LEAST_FREE_BYTES = 100 << 20
@@ -7489,7 +7486,7 @@ LATEST = """
 CONDITIONS = questions("""
 source blocked: x adce.py resume {about}
     select scope as about, iif(seconds > 0, 'paused' || iif(seconds < 172800, ' for ' || ((seconds + 59) / 60) ||
-           ' min more', '') || ': ', 'asked again, one task at a time, after: ') || coalesce(reason, '') as text,
+           ' min more', '') || ': ', 'probed with one task at a time, after: ') || coalesce(reason, '') as text,
            scope = 'global' or not lasts as is_quiet
     from (select *, cast(paused_until + wall_offset - :now as integer) as seconds,
                  throttles >= 3 or (throttles > 0 and paused_for >= 1800) as lasts  -- half an hour at once
@@ -7530,7 +7527,7 @@ errors: ! adce.py report
     having count(*) >= 20 and sum(failed) * 10 > count(*) and max(failed and is_latest)  -- else that is over
 nothing collected: x adce.py logs
     select 'lake' as about, 'nothing was collected in ' || cycles || ' cycles, though tasks of '
-           || group_concat(dataset, ', ') || ' could be done' as text
+           || group_concat(dataset, ', ') || ' were ready' as text
     from (select min(started_at) as began, count(*) as cycles
           from (select * from reconciliations where seconds is not null order by cycle_id desc limit 8))
     cross join datasets d join scopes on scope = d.source join facts left join blocks using (source)
@@ -7543,7 +7540,7 @@ nothing collected: x adce.py logs
 mass loss: x adce.py reconcile --accept-loss DATASET  # if the loss is real
     select 'lake' as about, error as text from last where instr(error, :vanished)
 cycles fail: ! adce.py check
-    select 'lake' as about, 'the last cycle could not look at everything: ' || error as text,
+    select 'lake' as about, 'the last cycle was incomplete: ' || error as text,
            (select error from reconciliations r where seconds is not null and r.cycle_id < last.cycle_id
             order by cycle_id desc limit 1) is null as is_quiet
     from last where error is not null and not instr(error, :vanished) and :unusable is null
@@ -7581,7 +7578,7 @@ changed: - adce.py restart
 broken file: ! adce.py check
     select :file as about, 'cannot be used: ' || :broken as text, 1 as is_quiet where :broken is not null
 seasons over: - adce.py explain seasons
-    select iif(key = '', 'seasons', key) as about, 'all of them are over: add the next one' as text
+    select iif(key = '', 'seasons', key) as about, 'all have ended; add the next one' as text
     from json_each(:last_days) where value < date(:now, 'unixepoch')
 """)
 
@@ -7777,8 +7774,8 @@ body { max-width: 110rem; margin: 1.5rem auto; padding: 0 1rem; background: Canv
 p, pre { overflow-wrap: anywhere; } pre { white-space: pre-wrap; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
 .wide { overflow-x: auto; } svg { display: block; } table { border-collapse: collapse; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8886; }
-td { min-width: 4.5rem; overflow-wrap: anywhere; }
+th, td { padding: .2rem min(.8rem, 1.5vw) .2rem 0; text-align: left; vertical-align: top; }
+td { min-width: 4.5rem; overflow-wrap: anywhere; } th, td { border-bottom: 1px solid #8886; }
 td:first-child, td[style*=right] { min-width: 0; white-space: nowrap; }
 rect { stroke: CanvasText; stroke-opacity: .6; } .none { fill: none; stroke-opacity: .25; }
 .all { fill: #1b4f9c; } .part { fill: #7fb2e5; stroke-dasharray: 2 1; } .gap { fill: #d9822b; stroke-width: 2; }
@@ -8214,7 +8211,7 @@ class Journal:
         if error and self.database_error != before:
             self.write("ERROR", "database", error=self.database_error, hint=error.hint)
         elif before and not error:
-            self.write("INFO", "database", works="again")
+            self.write("INFO", "database", status="recovered")
 
     def report_pauses(self, database: Database) -> None:
         """Log the pauses of sources that have begun since the last call, and those that are over."""
@@ -8806,7 +8803,7 @@ class Runner:
         is_idle = self.steps is None and not self.running and not self.trouble
         too_late = self.clock.boot() + self.max_wait - 1  # a pause that has just begun counts in full
         if self.clock.boot() >= self.stop_at:
-            self.stop("its time was up")
+            self.stop("--max-minutes reached")
         elif self.once and is_idle and all(one.is_pause and one.at > too_late for one in openings.values()):
             self.stop(ENDS_OF_ONCE[bool(openings)])
         if not self.stop_reason:
@@ -9176,18 +9173,18 @@ Coverage | percentunit | 4 | sum(adce_objects{state="present"}) / sum(adce_objec
 Gave up | short | 4 | sum(adce_tasks{state="gave_up"}) or vector(0) =>
 Conditions | short | 4 | adce_open_alerts =>
 Since the last good cycle | s | 6 | time() - adce_cycle_last_success_timestamp_seconds =>
-Since the last sign of life | s | 6 | time() - adce_runner_last_beat_timestamp_seconds =>
+Since the last heartbeat | s | 6 | time() - adce_runner_last_beat_timestamp_seconds =>
 Coverage by dataset | percentunit | 12 | sum by (dataset) (adce_objects{state="present"}) / \
 sum by (dataset) (adce_objects) => {{dataset}}
 Open tasks | short | 12 | sum by (dataset, state) (adce_tasks) => {{dataset}} {{state}}
-Used of each limit | percentunit | 12 | adce_window_used_requests / adce_window_limit_requests \
+Use of each limit | percentunit | 12 | adce_window_used_requests / adce_window_limit_requests \
 => {{scope}} in {{seconds}} s
-Left of a pause | s | 12 | adce_paused_until_timestamp_seconds - time() => {{scope}}
+Remaining pause | s | 12 | adce_paused_until_timestamp_seconds - time() => {{scope}}
 Attempts | cpm | 12 | sum by (outcome) (60 * rate(adce_attempts_total[15m])) => {{outcome}}
-Seconds an attempt | s | 12 | rate(adce_attempt_seconds_total[15m]) / on (dataset) \
+Seconds per attempt | s | 12 | rate(adce_attempt_seconds_total[15m]) / on (dataset) \
 sum by (dataset) (rate(adce_attempts_total[15m])) => {{dataset}}
 Stored | Bps | 12 | sum by (dataset) (rate(adce_stored_bytes_total[15m])) => {{dataset}}
-Cycles | s | 12 | adce_cycle_duration_seconds => the last took | rate(adce_cycles_total[1h]) * 3600 => an hour
+Cycles | s | 12 | adce_cycle_duration_seconds => duration | rate(adce_cycles_total[1h]) * 3600 => per hour
 """
 
 
@@ -9371,14 +9368,14 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
         is_json = bool(dataset.freshness.until) or any(one.partitions.ids for one in children)
         is_json = is_json or (dataset.pages is not None and dataset.pages.is_expression())
         if dataset.url and not (is_json or rules.needs_content() or rules.min_bytes > 1):
-            yield f"dataset {dataset.name}", "has no validate: any answer counts as its object, a login page too"
+            yield f"dataset {dataset.name}", "has no validate: any response counts as its object, even a login page"
     for place in (configuration.path, configuration.path.parent, Path(__file__).resolve(), configuration.database):
         with contextlib.suppress(OSError):
             mode = place.stat().st_mode
             if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
                 yield "permissions", f"{place} is writable for every account; chmod o-w {place}"
     if os.geteuid() == 0:
-        yield "permissions", "this is root; a user of its own is enough"
+        yield "permissions", "runs as root; a dedicated user is enough"
 
 
 def _check_disk(folder: Path) -> str:
@@ -9967,7 +9964,7 @@ def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
 
 
 @command(
-    option("--full", action="store_true", help="look at everything, not only at a share of it"),
+    option("--full", action="store_true", help="list the whole store, not only a share of it"),
     option("--accept-loss", action="append", default=[], metavar="DATASET", help="open the gaps of a mass loss"),
     option("--unexpected", action="store_true", help="only list the objects that no dataset expects"),
 )
@@ -10225,7 +10222,7 @@ def command_try(arguments: Arguments, configuration: Configuration) -> ExitCode:
     return ExitCode.DONE
 
 
-@command(option("--online", action="store_true", help="the sources too"))
+@command(option("--online", action="store_true", help="also connect to the sources"))
 def command_check(arguments: Arguments, configuration: Configuration) -> ExitCode:
     """Check the configuration, the database, the store and, with --online, the sources."""
     rows = check_rows(configuration, online=arguments.online)

@@ -340,7 +340,7 @@ def test_full_disk_is_told_by_itself(alerter, database, clock, listener, monkeyp
 
 def test_alert_names_every_command_that_helps(alerter, database, clock, listener):
     at_work = alerter(f"  webhook: {listener.address}\n")
-    problem = "{0}: 120 of 150 objects vanished at once, none is taken for missing; if so: reconcile --accept-loss {0}"
+    problem = "{0}: 120 of 150 objects vanished at once, no gap was opened; if so: reconcile --accept-loss {0}"
     with database.transaction() as sql:
         note_cycle(sql, 1, clock, "; ".join(problem.format(name) for name in ("days", "games", "plays")))
     live(at_work, clock, 0.1)

@@ -105,7 +105,7 @@ def test_live_screen_fits_a_small_terminal(folder, tmp_path):
     shown = on_a_terminal("run", "--max-minutes", "0.01", folder=tmp_path / "copy", columns=20, lines=6)
     painted, _, last = shown.rpartition("\x1b[J")
     assert max(len(line) for line in painted.replace("\x1b[J", "\n").split("\x1b[2K")) <= 20 + len("\n\n\x1b[5A")
-    assert 'reason="its time was up"' in last
+    assert 'reason="--max-minutes reached"' in last
     assert "\x1b" not in last
 
 
@@ -658,7 +658,7 @@ def test_check_warns_of_what_may_do_harm_and_is_content_all_the_same(tmp_path):
         ("source open", "has no limits"),
         ("source open", "has no header User-Agent"),
         ("sources.open", "X-Api-Key is in the file"),
-        ("dataset any", "has no validate: any answer counts as its object, a login page too"),
+        ("dataset any", "has no validate: any response counts as its object, even a login page"),
         ("permissions", f"{tmp_path}/adce.yaml is writable for every account"),
     ]
     assert "s3cret" not in checked.stdout

@@ -236,7 +236,7 @@ BROKEN = {
     "a day that does not exist": (
         edited("2024-01-01", "2024-02-30"),
         [
-            "8:32: datasets.days.partitions.dates.from: 2024-02-30 is no day of the calendar",
+            "8:32: datasets.days.partitions.dates.from: 2024-02-30 is not a calendar date",
         ],
     ),
     "a season that ends before it starts": (

@@ -136,7 +136,7 @@ GZIP = gzip.compress(b"whole", mtime=0)
     [
         (GZIP * 2, None),
         (GZIP[:-4], "its gzip stream ended early"),
-        (b"plain", "not whole gzip: Error -3"),
+        (b"plain", "incomplete gzip: Error -3"),
         (b"", "fewer than 1"),
     ],
     ids=["two streams", "a part", "plain", "nothing"],

@@ -164,7 +164,7 @@ def test_page_does_not_call_complete_what_nobody_could_look_at(own, configure, d
         sql.execute("insert into alerts values ('cycles fail', 'lake', 1, '', 1, 1, null, '[]')")
     text = get(f"{own}/").text
     assert "<h1>ADCE: ATTENTION, 100.0 %, all of 6, " in text
-    assert "the last cycle could not look at everything: " in text
+    assert "the last cycle was incomplete: " in text
 
 
 def test_status_tasks_and_metrics_answer(served):

@@ -258,7 +258,7 @@ def test_run_begins_a_cycle_each_interval(words, league, tmp_path, start):
 def test_run_ends_after_so_many_minutes(league, tmp_path):
     done = run_adce("run", "--max-minutes", "0.015", "--interval-hours", "1", folder=tmp_path)
     assert done.returncode == 0
-    assert 'reason="its time was up"' in done.stderr
+    assert 'reason="--max-minutes reached"' in done.stderr
     assert rows(tmp_path, "select count(*) from cycles") == [(1,)]
 
 

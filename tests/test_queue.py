@@ -478,25 +478,6 @@ def test_second_failure_in_a_row_of_a_source_blames_the_source_and_not_the_task(
     assert desk.database.value("select reason from scopes where scope = 'nba'") == "it was unreachable"
 
 
-def test_object_that_times_out_alone_gives_up_and_its_source_is_not_paused(desk):
-    desk.expect("teams", team="A")
-    for _ in range(3):
-        ending = desk.end(desk.claim(), adce.Outcome.TIMEOUT)
-        desk.clock.advance(adce.HOUR)
-    assert ending.state == "gave_up"
-    assert desk.database.value("select paused_until from scopes where scope = 'nba'") == 0
-
-
-def test_object_does_not_give_up_while_others_time_out_too(desk):
-    for team in "AB":
-        desk.expect("teams", team=team)
-    failures = [desk.end(claimed, adce.Outcome.TIMEOUT).failures for claimed in (desk.claim(), desk.claim())]
-    for _ in range(6):
-        desk.clock.advance(adce.HOUR)
-        failures.append(desk.end(desk.claim(), adce.Outcome.TIMEOUT).failures)
-    assert set(failures) == {0, 1}
-
-
 def test_attempts_that_sent_no_request_are_failures_of_their_tasks_and_never_of_the_source(desk):
     for number in range(11):
         desk.expect("teams", team=str(number))

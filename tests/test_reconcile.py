@@ -883,7 +883,7 @@ def test_what_is_no_id_is_told_and_drops_no_child(desk, lake):
     desk.cycle()
     lake.put("days/2025-10-01.json", {"final": True, "games": [{"id": "7"}, None, ""]})
     for _ in range(2):
-        assert desk.cycle()["error"] == "days/2025-10-01.json: games: {'id': '7'} is no id"
+        assert desk.cycle()["error"] == "days/2025-10-01.json: games: {'id': '7'} is not an id"
     assert {"games/7.json", "games/8.json"} <= desk.gaps().keys()
 
 

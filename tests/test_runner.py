@@ -138,7 +138,7 @@ def test_run_does_not_wait_for_a_pause(configure, database, upstream, league):
     )
     assert code == adce.ExitCode.GAPS_LEFT
     assert "paused source=league" in lines
-    assert 'reason="the rest belongs to paused sources"' in lines
+    assert 'reason="the remaining sources are paused"' in lines
     assert database.value("select blocked_until from rates where scope = 'league'")
 
 
@@ -499,7 +499,7 @@ def test_run_ends_at_its_time(configure, database, upstream, league):
         upstream.answer(f"/scoreboard?dates=2025010{day}", Answer(b"trouble", 500))
     runner, _ = make_runner(configure(league_text(upstream.address)), database)
     assert runner.run(max_seconds=0.5) == adce.ExitCode.DONE
-    assert database.value("select note from runner") == "its time was up"
+    assert database.value("select note from runner") == "--max-minutes reached"
 
 
 def test_values_in_a_line_are_quoted_when_they_need_it():

@@ -179,3 +179,17 @@ def test_redirect_of_an_https_address_that_a_variable_holds_is_not_followed_to_h
     answer = mock.Mock(status_code=302, is_redirect=True, headers={"location": "http://api.example.org/A"})
     (result,) = adce._judge(claimed, answer, io.BytesIO(), mock.Mock(), mock.Mock())
     assert result.error == "redirected to http://api.example.org, which is refused"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"headers: {{'Authorization:': 'Bearer {CANARY}'}}",
+        f'X-Token: "it\'s {CANARY}"',
+        f"base_url: http://bob:a@{CANARY}@host/",
+        f"url: /x?a=1&key={CANARY}&b=2",
+        f"api_key = {CANARY}",
+    ],
+)
+def test_line_of_a_mistake_is_shown_without_its_secret(line):
+    assert CANARY not in adce.masked(line)

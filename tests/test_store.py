@@ -179,7 +179,7 @@ def test_page_of_a_proxy_is_no_empty_listing(upstream, monkeypatch):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", upstream.address)
     upstream.route("/lake", lambda *_: Answer(b"<html/>"))
-    with pytest.raises(adce.StoreError, match=r"cannot list s3://lake/.*the answer is no listing"):
+    with pytest.raises(adce.StoreError, match=r"cannot list s3://lake/.*the response is not a listing"):
         list(adce.open_store("s3://lake").list(""))
 
 
@@ -443,10 +443,10 @@ def test_listing_goes_on_where_its_page_says(answered):
     [
         pytest.param([PAGE, PAGE], "same next token was received twice", id="same-token-twice"),
         pytest.param(
-            [PAGE.replace(b"NextContinuationToken", b"Next")], "goes on, and does not say where", id="no-token"
+            [PAGE.replace(b"NextContinuationToken", b"Next")], "truncated and has no continuation token", id="no-token"
         ),
-        pytest.param([b"<html><body>Welcome</body></html>"], "the answer is no listing", id="a-page"),
-        pytest.param([b""], "the answer is no listing", id="nothing"),
+        pytest.param([b"<html><body>Welcome</body></html>"], "the response is not a listing", id="a-page"),
+        pytest.param([b""], "the response is not a listing", id="nothing"),
         pytest.param([b"<!doctype html><p>Welcome"], "cannot list", id="no-xml"),
         pytest.param([PAGE[:700]], "cannot list", id="half-a-page"),
         pytest.param([b"<Contents>" * 20_000], "cannot list", id="entries-that-never-close"),
@@ -461,7 +461,7 @@ def test_listing_goes_on_where_its_page_says(answered):
                 re.sub(b"<Contents>.*</Contents>", b"", PAGE, flags=re.DOTALL).replace(b"more", b"%d" % n)
                 for n in range(9)
             ],
-            "goes on, and does not say where",
+            "truncated and has no continuation token",
             id="no-end",
         ),
         pytest.param([PAGE.replace(b"2026-01-02T03:04:06Z", b"now")], "cannot list", id="instant-is-none"),

@@ -155,7 +155,7 @@ SITUATIONS: dict[Callable[[Lake], None], tuple[str, str, str, int | None, str]] 
     lose_a_cycle: (
         "!",
         "lake",
-        "the last cycle could not look at everything: days: cannot list",
+        "the last cycle was incomplete: days: cannot list",
         None,
         "adce.py check",
     ),

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import adce
 
 if __name__ == "__main__":
-    numbers, watch = itertools.count(), adce._Deadline.watch
+    numbers, watch = itertools.count(), adce.Deadline.watch
 
     def stop_and_go_on(*arguments: Any) -> None:
         if next(numbers) == 0:
@@ -28,7 +28,7 @@ if __name__ == "__main__":
                 time.sleep(0.001)
         watch(*arguments)
 
-    adce._Deadline.watch = stop_and_go_on
+    adce.Deadline.watch = stop_and_go_on
     adce.SEND_WITHIN_SECONDS = adce.RELEASE_WITHIN_SECONDS = 1
     status = adce.main(sys.argv[1:])
     sys.stderr.flush()

@@ -106,5 +106,5 @@ def test_request_whose_permit_ran_out_just_before_it_is_sent_is_not_sent(tmp_pat
         time.sleep(LIFE)
         process.send_signal(signal.SIGCONT)
         finish(scene, process)
-        assert "its permit ran out before it was sent" in scene.said()
+        assert "the permit expired before the request was sent" in scene.said()
         assert len(scene.history.events("asked")) == len(scene.expected)
