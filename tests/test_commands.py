@@ -654,7 +654,7 @@ def test_check_warns_of_what_may_do_harm_and_is_content_all_the_same(tmp_path):
         (row["what"], row["details"].partition(";")[0]) for row in json.loads(checked.stdout) if row["result"] == "warn"
     ]
     assert checked.returncode == 0
-    assert [one for one in warned if one[1] != "this is root"] == [
+    assert [one for one in warned if one[1] != "runs as root"] == [
         ("source open", "has no limits"),
         ("source open", "has no header User-Agent"),
         ("sources.open", "X-Api-Key is in the file"),

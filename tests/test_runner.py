@@ -165,7 +165,7 @@ def test_redirect_of_a_paused_source_does_not_keep_a_run_from_ending(configure, 
         upstream.answer(f"/scoreboard?dates=2025010{day}", Answer(b"wait", 429, {"Retry-After": "3000"}))
     code, lines = run_once(configure(league_text(upstream.address)), database)
     assert code == adce.ExitCode.GAPS_LEFT
-    assert "paused sources" in lines
+    assert "sources are paused" in lines
     assert upstream.count("/moved") == 0
     assert database.value("select count(*) from attempts where outcome = 'running'") == 0
 
