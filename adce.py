@@ -1213,9 +1213,9 @@ def from_environment(text: str, known: Container[str] | None = None) -> str:
 
 
 SECRET_NAME = re.compile("authorization|cookie|token|secret|key", re.IGNORECASE)  # of a header
-SECRETIVE = r"(?:authorization|cookie|token|secret|passw(?:or)?d|pwd|signature|api-?_?key)[\w-]{0,60}['\"\s]{0,9}[:=]"
+SENSITIVE = r"(?:authorization|cookie|token|secret|passw(?:or)?d|pwd|signature|api-?_?key)[\w-]{0,60}['\"\s]{0,9}[:=]"
 SECRET_IN_TEXT = re.compile(  # in time that grows with the text: a source may have chosen that
-    rf"""(://(?:[^/\s:@'"]*:)?)[^/\s'"]+(?=@)|((?:{SECRETIVE}|[?&](?:key|sig|auth)=)['":=\s]{{0,9}})"""
+    rf"""(://(?:[^/\s:@'"]*:)?)[^/\s'"]+(?=@)|((?:{SENSITIVE}|[?&](?:key|sig|auth)=)['":=\s]{{0,9}})"""
     r"""(?:(?<=")(?:[^"\\]|\\.)*|(?<=')[^']*|(?<!['"])[^'",}&]+)""",
     re.IGNORECASE,
 )
@@ -3272,7 +3272,7 @@ def _shown(text: str, dataset: Dataset) -> str:
 
 def is_found_apart(source: str, pattern: str, text: str) -> bool:
     """Whether a regular expression is found; one that repeats nothing takes no time. Raises TooCostlyError."""
-    is_simple = not re.search("[*+{]", pattern)
+    is_simple = not re.search("[*+?{]", pattern)
     return _is_found(pattern, text) if is_simple else _call_apart(source, LEAST_MEMORY, None, _is_found, pattern, text)
 
 
@@ -3516,7 +3516,8 @@ class FolderStore:
 
 
 LISTED = ("Key", "Size", "ETag", "LastModified")
-MULTIPART_BYTES, EMPTY_PAGES = 8 << 20, 1000  # most of an object that is uploaded at once; most in a row
+MULTIPART_BYTES = 8 << 20  # an object that is larger is uploaded in parts
+EMPTY_PAGES = 1000  # of a listing; more in a row are an error
 
 
 class S3Store:
@@ -6755,9 +6756,8 @@ def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
         return claimed.results(Result(Outcome.LOST, str(error)))
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
         may_be_sent = int(bool(claimed.url))
-        return claimed.results(
-            Result(Outcome.ERROR, describe(error, names=claimed.dataset.secrets), requests=may_be_sent)
-        )
+        text = describe(error, names=hidden_names(claimed.dataset))
+        return claimed.results(Result(Outcome.ERROR, text, requests=may_be_sent))
 
 
 # ---------------------------------------------------------------- Cluster
@@ -7493,9 +7493,9 @@ source blocked: x adce.py resume {about}
           from scopes, facts)
     where (seconds > 0 or lasts) and not glob(:store, coalesce(reason, ''))
 gave up: ! adce.py tasks --state gave_up --dataset {about}
-    select dataset as about, sum(objects) || ' gave up, last error: ' || (
+    select dataset as about, sum(objects) || ' gave up, last error: ' || coalesce((
                select last_error from objects o
-               where o.dataset_id = c.dataset_id and o.task = 'gave_up' and o.{BY_TASK}) as text
+               where o.dataset_id = c.dataset_id and o.task = 'gave_up' and o.{BY_TASK}), 'unknown') as text
     from counts c join datasets using (dataset_id)
     where task = 'gave_up' and dataset_id not in (select dataset_id from never)
     group by dataset having sum(objects) > 0
@@ -7716,16 +7716,17 @@ def verdict(database: Database, configuration: Configuration, now: float, error:
     gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
     found = conditions(database, configuration, now, now - HOUR if state["runner"] == "running" else now, error)
     tasks, note = tasks_by_source(database), state.get("note")
-    tasks = {**dict.fromkeys(("runner", "pool", GLOBAL), sum(tasks.values())), **tasks}
+    held = {**dict.fromkeys(("runner", "pool", GLOBAL), sum(tasks.values()) or None), **tasks}
     if state["runner"] not in AT_WORK and (gaps or note not in ENDS_OF_ONCE):
         mark = "x" if note == CRASHED else "!" if gaps else "-"
         ago = now - (database.value("select coalesce(stopped_at, beat_at) from runner") or now)
         text = f"{state['runner']}: {note}, {format_duration(ago)} ago" if note else state["runner"]
         hint = "adce.py run --once" if note in ENDS_OF_ONCE else "adce.py start"
         found.append(Condition("no runner", "runner", mark, text, hint))
-    rows: Rows = [{"mark": one.mark, "about": one.about, "what": one.text, "holds_up": None} for one in found]
-    for row, one in zip(rows, found, strict=True):
-        row |= {"holds_up": (one.mark == "x" and tasks.get(one.about)) or None, "try": one.hint}
+    rows: Rows = [
+        {"mark": mark, "about": about, "what": text, "holds_up": held.get(about) if mark == "x" else None, "try": hint}
+        for _, about, mark, text, hint, _ in found
+    ]
     rows.sort(key=lambda row: ("x!-".index(row["mark"]), -(row["holds_up"] or 0), row["about"] != GLOBAL))
     word = "ATTENTION" if rows and rows[0]["mark"] != "-" else "FILLING" if gaps else "COMPLETE"
     amount = f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sqlite3
+import subprocess
 import threading
 import time
 import urllib.request
@@ -272,6 +273,15 @@ def test_message_about_a_configuration_holds_no_escape(words, tmp_path):
     assert done.stderr.replace("\n", "").isprintable()
 
 
+def run_after(planted: str, folder: Path, address: str) -> subprocess.CompletedProcess[str]:
+    """A second run, whose database another program has changed with SQL."""
+    write_box(folder, address=address)
+    run_adce("run", "--once", folder=folder)
+    with sqlite3.connect(folder / "adce.db") as sql:
+        sql.executescript(planted)
+    return run_adce("run", "--once", folder=folder)
+
+
 @pytest.mark.parametrize(
     "planted",
     [
@@ -288,11 +298,7 @@ def test_message_about_a_configuration_holds_no_escape(words, tmp_path):
     ],
 )
 def test_database_with_a_planted_definition_is_not_used(planted, upstream, tmp_path):
-    write_box(tmp_path, address=upstream.address)
-    run_adce("run", "--once", folder=tmp_path)
-    with sqlite3.connect(tmp_path / "adce.db") as sql:
-        sql.executescript(planted)
-    done = run_adce("run", "--once", folder=tmp_path)
+    done = run_after(planted, tmp_path, upstream.address)
     assert (done.returncode, "another program has changed the" in done.stderr) == (1, True), done.stderr
 
 
@@ -310,11 +316,7 @@ def test_database_with_a_planted_definition_is_not_used(planted, upstream, tmp_p
     ],
 )
 def test_content_that_cannot_be_read_is_an_error_of_the_database(planted, upstream, tmp_path):
-    write_box(tmp_path, address=upstream.address)
-    run_adce("run", "--once", folder=tmp_path)
-    with sqlite3.connect(tmp_path / "adce.db") as sql:
-        sql.executescript(planted)
-    done = run_adce("run", "--once", folder=tmp_path)
+    done = run_after(planted, tmp_path, upstream.address)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
     assert re.search("adce.py: (.*/adce.db: |an object in the database has no name)", done.stderr)
 
