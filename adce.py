@@ -104,7 +104,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, NoReturn, Self, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -3294,36 +3294,7 @@ class StoredObject(NamedTuple):
     modified_at: int  # seconds since 1970
 
 
-SPOOL_NAME, PROBE = "[0-9a-f]{16}", "0" * 16  # of files in the staging folder; no other file there is ADCE's
-SPOOLED_BYTES = 1 << 20  # of a body, held in memory
-
-
-class Store(Protocol):
-    """The store that ADCE needs. Every call raises StoreError when the store fails."""
-
-    calls: int  # list requests made so far
-
-    def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
-        """Every object whose key starts with the prefix, as a stream, in key order where the store has one;
-        with `after`, those that come after it in that order."""
-
-    def find(self, key: str) -> StoredObject | None:
-        """One object as it would be listed."""
-
-    def open(self, key: str) -> BinaryIO:
-        """The content of an object, to be read and sought in. Raises KeyError when there is none."""
-
-    def spool(self) -> contextlib.AbstractContextManager[BinaryIO]:
-        """A file for a body that may become an object, in memory while it is small; gone at the end."""
-
-    def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
-        """Put an object whole or not at all; durable when this returns. A file of spool() is moved."""
-
-    def sweep(self) -> None:
-        """Make the store usable, and remove unfinished files of a crash."""
-
-    def require_mark(self) -> None:
-        """Raises StoreError when this is not the store that it was."""
+SPOOL_NAME = "[0-9a-f]{16}"  # of files in the staging folder; no other file there is ADCE's
 
 
 def fill(file: BinaryIO, body: Any) -> None:
@@ -3338,57 +3309,38 @@ def fill(file: BinaryIO, body: Any) -> None:
         raise StoreError(f"cannot write a body: {error.strerror}") from error
 
 
-def _store_error(action: str, error: OSError) -> StoreError:
-    """The error of one place in the store; others are those of its disk."""
-    of_one_place = IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError
-    is_local = isinstance(error, of_one_place) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
-    return (UnusablePathError if is_local else StoreError)(f"cannot {action}: {error.strerror}")
-
-
-class _Spool(tempfile.SpooledTemporaryFile[bytes]):
-    """A body in memory, and from SPOOLED_BYTES on in a file that can be renamed."""
-
-    _rolled: bool
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(SPOOLED_BYTES)
-        self.path, self.is_object = folder / secrets.token_hex(8), False
-
-    def rollover(self) -> None:
-        """Move to the file. Raises OSError."""
-        if not self._rolled:
-            memory, self._file, self._rolled = cast(Any, self._file), self.path.open("x+b"), True
-            self._file.write(memory.getbuffer())
-            self._file.seek(memory.tell())
-
-
 class FolderStore:
-    """A folder. Every part of a key is a folder below it; a link below it is never followed."""
+    """A folder. Every part of a key is a folder below it; a link below it is never followed.
+
+    Every call raises StoreError when the store fails, or UnusablePathError when one place in it does."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.calls, self.is_swept = root, 0, False
 
     def sweep(self) -> None:
-        """Make the root and its staging folder; remove unfinished files."""
+        """Make the store usable, and remove unfinished files of a crash."""
         with self._translated():
             staging = self._staging()
             staging.mkdir(parents=True, exist_ok=True)
             for leftover in staging.iterdir():
                 if re.fullmatch(SPOOL_NAME, leftover.name):
                     leftover.unlink()
-            (staging / PROBE).touch()  # all of it was there already, and may be mounted to be read only
-            (staging / PROBE).unlink()
+            tempfile.TemporaryFile(dir=staging).close()  # what was there already may be mounted to be read only
         self.is_swept = True
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translated(self, action: str = "") -> Iterator[None]:
+        """Raises StoreError for an OSError; an action that fails in one place only is an UnusablePathError."""
         try:
             yield
         except OSError as error:
             if error.errno == errno.ENOENT and not self.root.is_dir():
                 raise self._gone() from error
-            text = f"the store {self.root} cannot be written: {error.strerror}"
-            raise StoreError(text, "see `store:` in adce.yaml") from error
+            of_one_place = IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError
+            is_local = isinstance(error, of_one_place) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+            text = f"cannot {action}" if action else f"the store {self.root} cannot be written"
+            kind = UnusablePathError if action and is_local else StoreError
+            raise kind(f"{text}: {error.strerror}", "see `store:` in adce.yaml") from error
 
     def _staging(self) -> Path:
         """The staging folder. Raises StoreError for a link, which could lead anywhere."""
@@ -3399,20 +3351,23 @@ class FolderStore:
 
     def require_mark(self) -> None:
         """Raises StoreError when the staging folder is gone, as on a disk that is not mounted."""
-        staging = self._staging()
-        if not staging.is_dir():
-            hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {staging}"
-            raise StoreError(f"the store {self.root} is no longer there: it has no folder {STAGING}", hint)
+        if not self._staging().is_dir():
+            raise self._gone()
+
+    def _gone(self) -> StoreError:
+        hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {self.root / STAGING}"
+        return StoreError(f"the store {self.root} is not there: it has no folder {STAGING}", hint)
 
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
-        """Folder by folder, sorted as S3 sorts: a folder counts as its name with a slash."""
-        if self.is_swept and not (self.root / STAGING).is_dir():
-            raise self._gone()
+        """Every object whose key starts with the prefix and comes after another key, folder by folder, sorted as S3
+        sorts: a folder counts as its name with a slash."""
+        if self.is_swept:
+            self.require_mark()
         yield from self._walk(prefix[: prefix.rfind("/") + 1], prefix, after)
 
     def _walk(self, above: str, prefix: str, after: str) -> Iterator[StoredObject]:
         self.calls += 1
-        try:
+        with self._translated(f"list {self.root / above}"), contextlib.suppress(FileNotFoundError):
             with self._folder(f"{above}*") as (folder, _), os.scandir(folder) as scan:
                 found = (above + entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in scan)
                 keys = sorted(key for key in found if key.startswith(prefix) and key.isprintable())
@@ -3426,67 +3381,55 @@ class FolderStore:
                         status = (self.root / key).lstat()
                         if stat.S_ISREG(status.st_mode):
                             yield self._stored(key, status)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise _store_error(f"list {self.root / above}", error) from error
 
     def find(self, key: str) -> StoredObject | None:
-        """One file as it would be listed."""
-        try:
+        """One object as it would be listed."""
+        with self._translated(f"look for {key}"), contextlib.suppress(FileNotFoundError):
             with self._folder(key) as (folder, name):
                 status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise _store_error(f"look for {key}", error) from error
-        return self._stored(key, status) if stat.S_ISREG(status.st_mode) else None
+            return self._stored(key, status) if stat.S_ISREG(status.st_mode) else None
+        return None
 
     def open(self, key: str) -> BinaryIO:
-        """The content of a file. Raises KeyError when there is none."""
-        try:
-            with self._folder(key) as (folder, name):
-                return open_regular(name, folder)
-        except FileNotFoundError:
-            raise KeyError(key) from None
-        except OSError as error:
-            raise _store_error(f"read {key}", error) from error
+        """The content of an object, to be read and sought in. Raises KeyError when there is none."""
+        with self._translated(f"read {key}"), contextlib.suppress(FileNotFoundError), self._folder(key) as (here, name):
+            return open_regular(name, here)
+        raise KeyError(key)
 
     @contextlib.contextmanager
     def spool(self) -> Iterator[BinaryIO]:
-        """A file in the staging folder, or in memory. Raises StoreError when there is no room for one."""
+        """A file for a body that may become an object; else it is removed. Raises StoreError on a full disk."""
         with self._translated():
             staging = self._staging()
             disk = os.statvfs(staging)
             if disk.f_blocks and not disk.f_bavail:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        file = _Spool(staging)
+            path = staging / secrets.token_hex(8)
+            file = path.open("x+b")
         try:
-            yield cast("BinaryIO", file)
+            yield file
         finally:
-            for undo in (file.close, functools.partial(file.path.unlink, missing_ok=True)):
-                with contextlib.suppress(OSError):  # of a disk that is full or has become read-only
+            for undo in (file.close, path.unlink):
+                with contextlib.suppress(OSError):  # it is an object now, or its disk is full or read-only
                     undo()
 
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
-        """Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
-        file: Any = body
-        if not isinstance(file, _Spool) or file.is_object:  # under another key
+        """Put an object whole or not at all, durably. A file of spool() is moved, the first time.
+
+        Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
+        path = Path(str(getattr(body, "name", "")))
+        if isinstance(body, bytes) or path.parent != self._staging() or not path.exists():
             with self.spool() as copied:
                 fill(copied, body)
                 return self.write(key, copied)
         with self._translated():
-            file.rollover()
-            file.flush()
-            os.fsync(file.fileno())
-        try:
+            body.flush()
+            os.fsync(body.fileno())
+        with self._translated(f"write {key}"):
             with self._folder(key, make=True) as (folder, name):
-                os.rename(file.path, name, dst_dir_fd=folder)
-                file.is_object = True
+                os.rename(path, name, dst_dir_fd=folder)
                 os.fsync(folder)
-            return self._stored(key, os.fstat(file.fileno()))
-        except OSError as error:
-            raise _store_error(f"write {key}", error) from error
+            return self._stored(key, os.fstat(body.fileno()))
 
     @contextlib.contextmanager
     def _folder(self, key: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
@@ -3507,15 +3450,12 @@ class FolderStore:
                 opened.callback(os.close, here := os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here))
             yield here, name
 
-    def _gone(self) -> StoreError:
-        return StoreError(f"the store {self.root} is not there", "is its disk mounted?")
-
     @staticmethod
     def _stored(key: str, status: os.stat_result) -> StoredObject:
         return StoredObject(key, status.st_size, f"{status.st_mtime_ns}-{status.st_size}", status.st_mtime_ns // 10**9)
 
 
-LISTED = ("Key", "Size", "ETag", "LastModified")
+SPOOLED_BYTES = 1 << 20  # of a body, held in memory
 MULTIPART_BYTES = 8 << 20  # an object that is larger is uploaded in parts
 EMPTY_PAGES = 1000  # of a listing; more in a row are an error
 
@@ -3530,14 +3470,14 @@ class S3Store:
     def _client(self) -> Any:
         import boto3
         import botocore.config
+        import botocore.session
 
-        timeouts = botocore.config.Config(
-            connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 3}
-        )
+        session = botocore.session.get_session()  # whose parser of times takes most of the time of a listing
+        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
+        retries = {"mode": "standard", "max_attempts": 3}
+        config = botocore.config.Config(connect_timeout=10, read_timeout=60, retries=retries)
         with self._translated("use"):
-            client = boto3.session.Session().client("s3", config=timeouts)
-        client.meta.events.register("before-parse.s3.ListObjectsV2", self._take_entries)
-        return client
+            return boto3.session.Session(botocore_session=session).client("s3", config=config)
 
     def sweep(self) -> None:
         """See that the bucket is there. S3 keeps nothing half written."""
@@ -3556,30 +3496,15 @@ class S3Store:
                 self.calls += 1
                 if "IsTruncated" not in page:
                     raise ValueError("the response is not a listing")
-                empty = 0 if page.get("Entries") else empty + 1
+                empty = 0 if page.get("Contents") else empty + 1
                 if page["IsTruncated"] and ("NextContinuationToken" not in page or empty > EMPTY_PAGES):
                     raise ValueError("the listing is truncated and has no continuation token")
-                yield from page.get("Entries", ())
-
-    def _take_entries(self, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-        """Parse the objects of a page before botocore does, which takes seven times as long."""
-        from xml.etree import ElementTree
-
-        with contextlib.suppress(ElementTree.ParseError):  # botocore has a message for it
-            page = ElementTree.fromstring(response_dict["body"])  # noqa: S314  # expat limits what entities expand to
-            namespace = page.tag.removesuffix("ListBucketResult")
-            unquote = urllib.parse.unquote_plus if page.findtext(f"{namespace}EncodingType") == "url" else str
-            names, entries = [namespace + name for name in LISTED], list[StoredObject]()
-            for element in page.findall(f"{namespace}Contents"):
-                key, size, etag, modified = (element.findtext(name, "") for name in names)
-                if not (key and etag and 0 <= int(size) < 1 << 63):
-                    raise ValueError("a listed object has no key, no ETag or no usable size")
-                modified_at = int(datetime.datetime.fromisoformat(modified).timestamp())
-                key = unquote(key).removeprefix(self.above)
-                entries.append(StoredObject(key, int(size), etag.strip('"'), modified_at))
-                page.remove(element)
-            customized_response_dict["Entries"] = entries
-            response_dict["body"] = ElementTree.tostring(page)
+                for entry in page.get("Contents", ()):
+                    key, etag, size = entry["Key"], entry["ETag"], entry["Size"]
+                    if not (key and etag and 0 <= size < 1 << 63):
+                        raise ValueError("a listed object has no key, no ETag or no usable size")
+                    modified_at = int(datetime.datetime.fromisoformat(entry["LastModified"]).timestamp())
+                    yield StoredObject(key.removeprefix(self.above), size, etag.strip('"'), modified_at)
 
     def find(self, key: str) -> StoredObject | None:
         """One object as it would be listed."""
@@ -3588,7 +3513,8 @@ class S3Store:
                 head = self._client.head_object(Bucket=self.bucket, Key=self.above + key)
         except KeyError:
             return None
-        return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), int(head["LastModified"].timestamp()))
+        modified_at = int(http_date(head["LastModified"]).timestamp())
+        return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), modified_at)
 
     def open(self, key: str) -> BinaryIO:
         """A copy of the content of an object. Raises KeyError when there is none."""
@@ -3631,7 +3557,7 @@ class S3Store:
         libraries = botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, boto3.exceptions.Boto3Error
         try:
             yield
-        except (*libraries, ValueError, TypeError, RecursionError) as error:  # TypeError: an element comes twice
+        except (*libraries, LookupError, TypeError, ValueError) as error:  # of a response that is no listing
             answer = getattr(error, "response", {})
             code, status = answer.get("Error", {}).get("Code"), answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if key and code in ("NoSuchKey", "404"):
@@ -3651,6 +3577,9 @@ class S3Store:
             upload = self._client.create_multipart_upload(**place)
             self._client.abort_multipart_upload(**place, UploadId=upload.get("UploadId"))
         return upload is not None
+
+
+Store = FolderStore | S3Store
 
 
 def require_known_store(database: Database, configuration: Configuration, store: Store) -> None:
@@ -6823,9 +6752,7 @@ def remove_register(name: str, dask_scheduler: Any) -> None:
 def _store_of_worker(address: str) -> Store:
     """The store, as the runner has prepared it. Raises StoreError."""
     store = open_store(address)
-    if isinstance(store, FolderStore):
-        store.is_swept = True
-    else:
+    if isinstance(store, S3Store):
         store.sweep()  # one client for all attempts
     return store
 

@@ -447,7 +447,7 @@ def test_store_that_is_no_longer_mounted_is_not_filled_anew(configure, database,
     (tmp_path / "lake").rename(tmp_path / "disk")
     (tmp_path / "lake").mkdir()
     asked = upstream.count()
-    with pytest.raises(adce.StoreError, match="is no longer there") as caught:
+    with pytest.raises(adce.StoreError, match="is not there") as caught:
         run_once(configuration, database)
     assert (upstream.count(), list((tmp_path / "lake").iterdir())) == (asked, [])
     assert caught.value.exit_code == adce.ExitCode.STORE_UNUSABLE
