@@ -2743,6 +2743,7 @@ def part_problem(dataset: Dataset, name: str, value: str) -> str | None:
 # Meaning of the content of an object: whether it is whole, whether it is final, and which other objects it names; and
 # from all facts about an object, its state. Headlines: inspect(), appraise().
 
+GZIP_MAGIC = b"\x1f\x8b"
 COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files that are stored as sent
 
 
@@ -2768,6 +2769,13 @@ class Inspection:
         return {"verdict": self.verdict, "settled": self.settled, "live": self.live, "read_etag": read_etag}
 
 
+def needs_json(dataset: Dataset, children: Sequence[Dataset]) -> bool:
+    """Whether the content must be JSON, also because an expression is applied to it."""
+    rules, freshness, pages = dataset.validate, dataset.freshness, dataset.pages
+    is_asked = freshness.until or freshness.live or any(child.partitions.ids for child in children)
+    return bool(rules.json or rules.require or is_asked or (pages and pages.is_expression()))
+
+
 def inspect(
     dataset: Dataset,
     fields: Fields,
@@ -2778,17 +2786,15 @@ def inspect(
     """Judge the content of an object: whether it is whole and final, and which ids of `children` it names. `links` are
     those of the header Link, if that is known. Only JSON and texts in which ids are looked for are held in memory
     whole."""
-    freshness, file = dataset.freshness, io.BytesIO(body) if isinstance(body, bytes) else body
-    is_asked = bool(freshness.until or freshness.live or any(child.partitions.ids for child in children))
-    is_asked = is_asked or bool(dataset.pages and dataset.pages.is_expression())
+    freshness, rules, is_json = dataset.freshness, dataset.validate, needs_json(dataset, children)
+    file = io.BytesIO(body) if isinstance(body, bytes) else body
     file.seek(0)
-    rules = dataset.validate
-    is_read = children or is_asked or rules.json or rules.require or rules.contains or rules.not_contains
+    is_read = is_json or children or rules.contains or rules.not_contains
     key = dataset.key.render(fields, str) if dataset.key.text.endswith("}") else dataset.key.text
     is_plain = (rules.json or rules.require) and not rules.gzip and not key.lower().endswith(COMPRESSED)
-    is_packed = is_read and not is_plain and file.read(2) == b"\x1f\x8b"
+    is_packed = is_read and not is_plain and file.read(2) == GZIP_MAGIC
     content = _gunzipped(file, rules.most()) if is_packed else file
-    document, verdict = _verdict(rules, fields, file, content, is_json=is_asked)
+    document, verdict = _verdict(rules, fields, file, content, is_json=is_json)
     if verdict:
         return Inspection(verdict)
     settled = freshness.until is None or holds(freshness.until, fields, document)
@@ -2931,10 +2937,11 @@ def _verdict(
         return None, problem
     if problem := next((f"contains {text!r}" for text in unwanted if text in found), None):
         return None, problem
-    if not (is_json or validation.json or validation.require):
+    if not is_json:
         return None, None
     try:
-        document = parse_json(content)
+        content.seek(0)
+        document = json.load(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {str(error)[:100]}"
     failed = next((expression for expression in validation.require if not holds(expression, fields, document)), None)
@@ -2951,12 +2958,6 @@ def _texts_in(file: BinaryIO, texts: Iterable[str]) -> set[str]:
         missing = {text: wanted for text, wanted in missing.items() if text not in found}
         end = window[-max(map(len, missing.values()), default=1) :]
     return found
-
-
-def parse_json(file: BinaryIO) -> Any:
-    """The document in a file, of which no second copy is held meanwhile. Raises ValueError or RecursionError."""
-    file.seek(0)
-    return json.loads(file.read(), parse_constant=_refuse_constant)
 
 
 def _refuse_constant(name: str) -> None:
@@ -3053,14 +3054,13 @@ def may_still_appear(season: Season | None, day: str | None, now: float) -> bool
 APART_BYTES = 256 << 10  # of content, above which JSON is read apart
 APART_SECONDS = 10
 READY_SECONDS = 60  # for the process to take a call
-INSPECTOR = "import sys; sys.path.insert(0, sys.argv[1]); import adce; adce.serve_inspections(adce, int(sys.argv[2]))"
+INSPECTOR = "import sys; sys.path.insert(0, sys.argv[1]); import adce; adce.serve_inspections(int(sys.argv[2]))"
 LEAST_MEMORY = 1 << 30  # that the process may use; more for a dataset that takes larger objects
 MEMORY_FACTOR = 8  # JSON in memory is so many times larger
 COSTLY = "its inspection takes more than "
-TOO_LARGE = COSTLY + "{} MB of memory"
+SHOWN = 300  # characters of a finding
 STOPPING_SECONDS = 2  # for the last result when the runner stops
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
-Answer = TypeVar("Answer")
 
 
 def inherited() -> dict[str, str]:
@@ -3083,53 +3083,46 @@ class Inspector:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def call(self, memory: int, file: BinaryIO | None, function: Callable[..., Answer], *arguments: Any) -> Answer:
+    def call(self, memory: int, function: Callable[..., Any], file: BinaryIO | None = None) -> Any:
         """The result of a function of this module; a file becomes its last argument.
 
         Raises TooCostlyError, StoreError when there can be no process now, or Error when the runner stops."""
         with self._lock:
-            for _ in range(2):  # whatever has ended the process: a call that does so again is the cause
+            for _ in range(2):  # something else may have ended the process: a call that does so again is the cause
                 with contextlib.suppress(EOFError, OSError):
-                    return cast(Answer, self._call(memory, file, function, arguments))
+                    return self._call(memory, function, file)
                 self.end()
-        raise TooCostlyError(TOO_LARGE.format(memory >> 20))
+        raise TooCostlyError(f"{COSTLY}{memory >> 20} MB of memory")
 
-    def _call(self, memory: int, file: BinaryIO | None, function: Any, arguments: Sequence[Any]) -> Any:
+    def _call(self, memory: int, function: Callable[..., Any], file: BinaryIO | None) -> Any:
         from multiprocessing.connection import Connection
 
         if self._process is None or self._process.poll() is not None:
             self._start()
         channel = cast(socket.socket, self._socket)
         with Connection(os.dup(channel.fileno())) as connection:
-            connection.send((memory, function, arguments, file is not None))
+            connection.send((memory, function, file is not None))
             if file:
                 descriptor = file.fileno()  # which may bring it from memory to the disk
-                file.flush()
+                file.seek(0, io.SEEK_END)  # nothing stays in its buffer: the process moves the place of both
                 socket.send_fds(channel, [b"f"], [descriptor])
             # A busy machine starts a process slowly: that is not the content's fault.
-            self._wait(connection, READY_SECONDS, StoreError("the process for its content does not start"))
-            connection.recv()
-            error = TooCostlyError(f"{COSTLY}{APART_SECONDS} s")
-            self._wait(connection, APART_SECONDS, error)
-            is_done, answer = connection.recv()
-        if not is_done:
-            raise TooCostlyError(TOO_LARGE.format(memory >> 20))
-        return answer
+            self._receive(connection, READY_SECONDS, StoreError("the process for its content does not start"))
+            return self._receive(connection, APART_SECONDS, TooCostlyError(f"{COSTLY}{APART_SECONDS} s"))
 
-    def _wait(self, connection: Connection, seconds: float, error: Error) -> None:
+    def _receive(self, connection: Connection, seconds: float, error: Error) -> Any:
         until = time.monotonic() + seconds
         while not connection.poll(POLL_SECONDS / 2):
             if time.monotonic() > min(until, self.ends_at):
                 self.end()
                 raise Error("the runner stops") if time.monotonic() > self.ends_at else error
+        return connection.recv()
 
     def _start(self) -> None:
         self.end()
         here = str(Path(__file__).resolve().parent)
         self._socket, theirs = socket.socketpair()
-        marks = {"ADCE_TASK": "inspection"}
-        if "ADCE_DB" in os.environ:  # the runner's: then a sweep finds it
-            marks["ADCE_DB"] = os.path.realpath(os.environ["ADCE_DB"])
+        database = os.path.realpath(os.environ.get("ADCE_DB", ""))  # of the runner, which finds it in a sweep
         with theirs:
             try:
                 self._process = subprocess.Popen(  # noqa: S603  # this very program
@@ -3139,7 +3132,7 @@ class Inspector:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    env=inherited() | marks,
+                    env=inherited() | {"ADCE_DB": database, "ADCE_TASK": "inspection"},
                     start_new_session=True,
                 )
             except OSError as error:
@@ -3162,70 +3155,35 @@ def inspector(source: str = "") -> Inspector:  # noqa: ARG001  # by which it is 
     return made
 
 
-def _call_apart(
-    source: str, memory: int, file: BinaryIO | None, function: Callable[..., Answer], *given: Any
-) -> Answer:
+def _call_apart(source: str, memory: int, function: Callable[..., Any], file: BinaryIO | None = None) -> Any:
     shared = inspector()
     try:
-        return (inspector(source) if source in shared.costly else shared).call(memory, file, function, *given)
+        return (inspector(source) if source in shared.costly else shared).call(memory, function, file)
     except TooCostlyError:
         shared.costly.add(source)
         raise
 
 
-def serve_inspections(module: types.ModuleType, descriptor: int) -> None:
-    """The process of an inspector: calls until its socket is closed."""
+def serve_inspections(descriptor: int) -> None:
+    """The process of an inspector: calls until its socket is closed, or one takes too much memory."""
     import resource
     from multiprocessing.connection import Connection
 
-    sys.modules["__main__"] = module  # the runner may be a script
+    sys.modules["__main__"] = sys.modules[__name__]  # the runner may be a script
     connection, channel = Connection(os.dup(descriptor)), socket.socket(fileno=descriptor)
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, MemoryError):
         while True:
-            memory, function, arguments, has_file = connection.recv()
+            memory, function, has_file = connection.recv()
             connection.send("taken")
             seconds = math.ceil(time.process_time()) + 2 * APART_SECONDS  # if the runner was killed
             for kind, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds)):
                 hard = resource.getrlimit(kind)[1]
                 resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-            try:
-                if has_file:
-                    with _PositionedFile(socket.recv_fds(channel, 1, 1)[1][0]) as raw:
-                        answer = True, function(*arguments, io.BufferedReader(raw))
-                else:
-                    answer = True, function(*arguments)
-            except MemoryError:
-                answer = False, None
-            connection.send(answer)
-            if not answer[0]:
-                return
-
-
-class _PositionedFile(io.RawIOBase):
-    """A file with a position of its own: a descriptor that was handed over shares that of its giver."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._place, self.size = descriptor, 0, os.fstat(descriptor).st_size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = os.preadv(self._descriptor, [buffer], self._place)
-        self._place += count
-        return count
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size}[whence]
-        return self._place
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
+            if has_file:
+                with os.fdopen(socket.recv_fds(channel, 1, 1)[1][0], "rb") as file:
+                    connection.send(function(file))
+            else:
+                connection.send(function())
 
 
 def inspect_apart(
@@ -3240,10 +3198,9 @@ def inspect_apart(
     has_regex = any(child.partitions.regex for child in children)
     has_regex = has_regex or bool(pages and pages.next not in (None, LINK) and not pages.is_expression())
     body.seek(0)
-    is_packed, size = body.read(2) == b"\x1f\x8b", body.seek(0, io.SEEK_END)
-    is_parsed = rules.is_parsed or rules.json or bool(rules.require)
-    is_unpacked = is_packed and (is_parsed or bool(rules.contains or rules.not_contains))
-    if not (has_regex or is_unpacked or (is_parsed and size > APART_BYTES)):
+    is_packed, size, is_json = body.read(2) == GZIP_MAGIC, body.seek(0, io.SEEK_END), needs_json(dataset, children)
+    is_unpacked = is_packed and (is_json or rules.contains or rules.not_contains)
+    if not (has_regex or is_unpacked or (is_json and size > APART_BYTES)):
         found = inspect(dataset, fields, body, children, links)
     else:
         memory = max(LEAST_MEMORY, MEMORY_FACTOR * rules.most())
@@ -3254,26 +3211,22 @@ def inspect_apart(
                 file.write(body.getbuffer())
                 body = file
             try:
-                found = _call_apart(dataset.source, memory, body, judge)
+                found = _call_apart(dataset.source, memory, judge, body)
             except TooCostlyError as error:
                 return Inspection(str(error))
-    mentions = dict(found.mentions)
+    mentions, names = dict(found.mentions), hidden_names(dataset)
     if named := mentions.get(PAGES):
         mentions[PAGES] = tuple(redacted("\n".join(named), dataset.secrets).split("\n"))  # of JSON
-    verdict, *problems = (text and _shown(text, dataset) for text in (found.verdict, *found.problems[:10]))
-    return dataclasses.replace(found, mentions=mentions, verdict=verdict, problems=tuple(filter(None, problems)))
-
-
-def _shown(text: str, dataset: Dataset) -> str:
-    """What was found, without secrets and then without the middle of a long value."""
-    text = redacted(text, hidden_names(dataset))
-    return text if len(text) < 300 else f"{text[:200]}...{text[-60:]}"
+    verdict = found.verdict and redacted(found.verdict, names)[:SHOWN]
+    problems = tuple(redacted(text, names)[:SHOWN] for text in found.problems[:10])
+    return dataclasses.replace(found, mentions=mentions, verdict=verdict, problems=problems)
 
 
 def is_found_apart(source: str, pattern: str, text: str) -> bool:
     """Whether a regular expression is found; one that repeats nothing takes no time. Raises TooCostlyError."""
+    search_it = functools.partial(_is_found, pattern, text)
     is_simple = not re.search("[*+?{]", pattern)
-    return _is_found(pattern, text) if is_simple else _call_apart(source, LEAST_MEMORY, None, _is_found, pattern, text)
+    return search_it() if is_simple else cast(bool, _call_apart(source, LEAST_MEMORY, search_it))
 
 
 def _is_found(pattern: str, text: str) -> bool:

@@ -251,7 +251,7 @@ def test_store_that_fails_pauses_everything_and_is_told(configure, database, ups
     upstream.route("/scoreboard", lambda _, query: unmount(query))
     code, lines = run_once(configure(league_text(upstream.address)), database)
     assert (code, upstream.count() <= 5) == (adce.ExitCode.GAPS_LEFT, True)
-    assert re.search(r'paused source=global until=\S+ reason="store: the store \S+ is not there"', lines), lines
+    assert re.search(r'paused source=global until=\S+ reason="store: the store \S+ is not there: it', lines), lines
     assert database.value("select count(*) from objects where failures > 0") == 0
     assert database.value("select blocked_until from rates where scope = 'global'")
 

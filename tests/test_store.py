@@ -519,8 +519,13 @@ def test_small_body_in_memory_is_inspected_by_another_process_too(store):
     by_id = adce.Partitions(parents=("box",), regex=r"id=(\d+)", id_field="id")
     child = adce.Dataset("child", "box", adce.Template("{id}"), by_id)
     with store.spool() as body:
-        adce.fill(body, b"id=7 id=8")
+        content = b"id=7 id=8" + bytes(range(256)) * 1000
+        adce.fill(body, content)
+        body.seek(0)
+        assert body.read(2) == b"id"
         found = adce.inspect_apart(adce.Dataset("box", "box", adce.Template("a")), {}, body, (child,), None)
+        body.seek(0)
+        assert body.read(10_000) + body.read() == content  # the process has not moved what follows
     assert list(found.mentions.values()) == [("7", "8")]
 
 
