@@ -2507,6 +2507,7 @@ MAX_KEY_BYTES = 1000  # S3 takes 1,024
 MAX_URL = 4000  # characters of one that a source has chosen
 BLOCK_BYTES = 64 << 10  # of a body, read at once
 FIELDS_AS_JSON = json.JSONEncoder(sort_keys=True)  # json.dumps would make one for each object
+Links = Mapping[str, str] | None  # of the header Link, by relation; None: not known
 
 
 class ExpectedObject(NamedTuple):
@@ -2564,10 +2565,10 @@ class ObjectRow(NamedTuple):
         """The values of its partition."""
         return cast(Fields, json.loads(self.fields_json))
 
-
-def known_links(validators: str | None) -> Mapping[str, str] | None:
-    """The links of the header Link with which an object came, if they are known."""
-    return cast("Mapping[str, str] | None", json.loads(validators or "{}").get("links"))
+    @property
+    def links(self) -> Links:
+        """Those of the response with which it came."""
+        return cast(Links, json.loads(self.validators or "{}").get("links"))
 
 
 class Appraisal(NamedTuple):
@@ -2578,9 +2579,7 @@ class Appraisal(NamedTuple):
     next_at: int | None = None  # when time alone changes it; of a gap: when the next request is worth it
 
 
-def quote_for_url(value: str) -> str:
-    """A value as a part of a url: it can add no path and no parameter."""
-    return urllib.parse.quote(value, safe="")
+quote_for_url = functools.partial(urllib.parse.quote, safe="")  # a value can add no path and no parameter
 
 
 def sent_fields(dataset: Dataset, fields: Fields) -> Fields:
@@ -2601,9 +2600,8 @@ def url_of(source: Source, dataset: Dataset, fields: Fields) -> str:
 
 
 def origin_of(url: str) -> tuple[str, str]:
-    """Whom a url asks: its scheme, and its host with its port."""
-    parts = urllib.parse.urlsplit(url)
-    return parts.scheme, parts.netloc
+    """The server of a url: its scheme, and its host with its port."""
+    return urllib.parse.urlsplit(url)[:2]
 
 
 def address_problem(source: Source, dataset: Dataset, fields: Fields) -> str | None:
@@ -2623,13 +2621,12 @@ def address_problem(source: Source, dataset: Dataset, fields: Fields) -> str | N
 
 @functools.lru_cache(4096)  # a date is a part of many keys
 def quote_for_key(value: str) -> str:
-    """A value as a part of a key. Different values stay different, and none can name a folder above; all else stays as
-    it is, so that existing objects are found."""
+    """A value as a part of a key. Different values stay different, and none names a folder above; all else is kept."""
     quoted = re.sub(r"[/%\x00-\x1f\x7f]", lambda match: f"%{ord(match[0]):02X}", value)
     return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
 
 
-def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season]) -> ExpectedObject:
+def expected_object(dataset: Dataset, fields: Fields) -> ExpectedObject:
     """The object of one partition. Raises ValueError when its values make no usable key."""
     for name in dataset.partitions.own_fields():
         if problem := part_problem(dataset, name, fields[name]):
@@ -2640,14 +2637,14 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
         raise ValueError(f"{dataset.name}: the key {key[:60]}... is too long")
     if key.partition("/")[0] == STAGING:
         raise ValueError(f"{dataset.name}: the key {key} is in the folder {STAGING}, which is ADCE's own")
-    season = next((season.label for season in seasons if fields.get("season") == season.label), None)
+    season = next((one.label for one in dataset.calendar if one.label == fields.get("season")), None)
     if "date" not in fields:
         return ExpectedObject(key, season, None, None)
     moment = datetime.datetime.fromisoformat(fields["date"])
     if not 1000 <= moment.year < 3000:
         raise ValueError(f"{dataset.name}: the year of {fields['date']} is not between 1000 and 2999")
     date, rule, timezone = moment.date(), dataset.available_after, timezone_of(dataset)
-    season = season or next((season.label for season in seasons if season.start <= date <= season.finish), None)
+    season = season or next((one.label for one in dataset.calendar if one.start <= date <= one.finish), None)
     available_at = None
     if rule and rule.time:
         available_at = instant_of(date, rule.time, timezone)
@@ -2668,18 +2665,15 @@ def end_of_day(day: datetime.date, timezone: str) -> int:
     return instant_of(day + datetime.timedelta(days=1), datetime.time(), timezone)
 
 
-def expand(
-    dataset: Dataset, seasons: Sequence[Season], now: float, base: Mapping[str, str] = types.MappingProxyType({})
-) -> Iterator[dict[str, str]]:
-    """The fields of every object of a dataset as of now: all combinations of its kinds of partitions. `base` has the
-    fields of an object of its parent, and the id in it."""
-    partitions, kinds = dataset.partitions, list[Iterable[Mapping[str, str]]]([[base]])
+def expand(dataset: Dataset, now: float, base: Fields | None = None) -> Iterator[dict[str, str]]:
+    """The fields of every object of a dataset as of now: all combinations of its kinds of partitions, and of `base`:
+    the fields of an object of its parent, and an id in it."""
+    partitions, kinds = dataset.partitions, list[Iterable[Fields]]([[base or {}]])
     if partitions.dates:
-        kinds.append(_expand_dates(partitions.dates, seasons, now))
+        kinds.append(_expand_dates(partitions.dates, dataset.calendar, now))
     if partitions.seasons:
-        kinds.append(
-            [_season_fields(season) for season in chosen(seasons, partitions.seasons) if season.start <= day_of(now)]
-        )
+        begun = [one for one in chosen(dataset.calendar, partitions.seasons) if one.start <= day_of(now)]
+        kinds.append(map(_season_fields, begun))
     kinds += [[{name: value} for value in values] for name, values in partitions.values]
     kinds += [[FIRST_PAGE]] if dataset.pages else []
     for combination in itertools.product(*kinds):
@@ -2694,11 +2688,8 @@ def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterat
     here = datetime.datetime.fromtimestamp(now, zoneinfo.ZoneInfo(dates.timezone)).replace(tzinfo=None)
     last = here.date() if isinstance(dates.last, str) else dates.last
     last -= datetime.timedelta(days=dates.last == "yesterday")
-    spans: list[tuple[datetime.date, datetime.date, dict[str, str]]] = []
-    if dates.seasons:
-        spans = [(one.start, one.finish, _season_fields(one)) for one in chosen(seasons, dates.seasons)]
-    elif dates.first:
-        spans = [(dates.first, last, {})]
+    spans = [(one.start, one.finish, _season_fields(one)) for one in chosen(seasons, dates.seasons)]
+    spans += [(dates.first, last, {})] if dates.first else []
     for first, finish, fields in spans:
         moment = datetime.datetime.combine(first, datetime.time())
         if months := {"month": 1, "quarter": 3, "year": 12}.get(dates.every):
@@ -2712,15 +2703,14 @@ def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterat
 
 
 def expand_named(child: Dataset, parent: Dataset, fields: Fields, value: str, now: float) -> Iterator[dict[str, str]]:
-    """The fields of every object of a dataset that a value in the content of a parent makes. A page names others, and a
-    copy has all fields of its original."""
+    """The fields of every object that a value in the content of a parent makes. A copy has those of its original."""
     if child.name == parent.name:
         yield {**fields, **json.loads(value)}
     elif child.copy_of:
         yield {**fields}
     else:
         inherited = {name: fields[name] for name in fields.keys() - ({*PAGE_FIELDS, NAMED_BY} if parent.pages else ())}
-        yield from expand(child, child.calendar, now, {**inherited, **child.partitions.fields_of_id(value)})
+        yield from expand(child, now, {**inherited, **child.partitions.fields_of_id(value)})
 
 
 def expression_of(child: Dataset, parent: str) -> str:
@@ -2733,10 +2723,9 @@ def expression_of(child: Dataset, parent: str) -> str:
 def part_problem(dataset: Dataset, name: str, value: str) -> str | None:
     """Why a value can be no part of a key, or None. No url can hold a dot segment, quoted or not (RFC 3986)."""
     steps = value.split("/") if dataset.url and ":path}" in dataset.url.text else [value]
-    is_step = bool(dataset.url) and not {".", ".."}.isdisjoint(steps)
-    if not value.strip() or not value.isprintable() or is_step:
-        return f"{dataset.name}: {name} {value!r} makes no key"
-    return None
+    is_step = dataset.url and not {".", ".."}.isdisjoint(steps)
+    is_usable = value.strip() and value.isprintable() and not is_step
+    return None if is_usable else f"{dataset.name}: {name} {value!r} makes no key"
 
 
 # ---------------------------------------------------------------- Contents
@@ -2777,15 +2766,10 @@ def needs_json(dataset: Dataset, children: Sequence[Dataset]) -> bool:
 
 
 def inspect(
-    dataset: Dataset,
-    fields: Fields,
-    body: bytes | BinaryIO,
-    children: Sequence[Dataset] = (),
-    links: Mapping[str, str] | None = None,
+    dataset: Dataset, fields: Fields, body: bytes | BinaryIO, children: Sequence[Dataset] = (), links: Links = None
 ) -> Inspection:
-    """Judge the content of an object: whether it is whole and final, and which ids of `children` it names. `links` are
-    those of the header Link, if that is known. Only JSON and texts in which ids are looked for are held in memory
-    whole."""
+    """Judge the content of an object: whether it is whole and final, and which ids of `children` it names. Only JSON,
+    and texts in which ids are looked for, are in memory whole."""
     freshness, rules, is_json = dataset.freshness, dataset.validate, needs_json(dataset, children)
     file = io.BytesIO(body) if isinstance(body, bytes) else body
     file.seek(0)
@@ -2794,9 +2778,17 @@ def inspect(
     is_plain = (rules.json or rules.require) and not rules.gzip and not key.lower().endswith(COMPRESSED)
     is_packed = is_read and not is_plain and file.read(2) == GZIP_MAGIC
     content = _gunzipped(file, rules.most()) if is_packed else file
-    document, verdict = _verdict(rules, fields, file, content, is_json=is_json)
-    if verdict:
-        return Inspection(verdict)
+    if flaw := next(_flaws(rules, fields, file, content), None):
+        return Inspection(flaw)
+    document: Any = None
+    if is_json:
+        try:
+            content.seek(0)
+            document = json.load(content, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            return Inspection(f"not JSON: {str(error)[:100]}")
+    if failed := next((expression for expression in rules.require if not holds(expression, fields, document)), None):
+        return Inspection(f"require is not true: {failed}")
     settled = freshness.until is None or holds(freshness.until, fields, document)
     live = freshness.live is not None and holds(freshness.live.expression, fields, document)
     mentions, problems, outdated = dict[str, tuple[str, ...]](), list[str](), None
@@ -2818,8 +2810,7 @@ def inspect(
 def _pages_named(
     dataset: Dataset, fields: Fields, document: Any, file: BinaryIO, links: Mapping[str, str]
 ) -> Iterator[str]:
-    """The fields, in JSON, of the pages that one of them names: the next, or from the first all others. Raises
-    ValueError for a page that cannot be one of these."""
+    """The fields, in JSON, of the next page, or from the first of all others. Raises ValueError for what is no page."""
     pages, page = cast(Pages, dataset.pages), int(fields["page"])
     if pages.last:
         total = str(search(pages.last, fields, document))
@@ -2831,10 +2822,11 @@ def _pages_named(
         last = min(-(-int(total) // (pages.size or 1)), pages.most + 1) if page == 1 else 0
         yield from (FIELDS_AS_JSON.encode({"page": str(number), "next": total}) for number in range(2, last + 1))
         return
-    value: Any = links.get("next")
-    if pages.next != LINK and pages.is_expression():
+    if pages.next == LINK:
+        value: Any = links.get("next")
+    elif pages.is_expression():
         value = search(cast(str, pages.next), fields, document)
-    elif pages.next != LINK:
+    else:
         file.seek(0)
         found = re.search(cast(str, pages.next), file.read().decode("utf-8", "replace"))
         value = found and html.unescape(found[1])
@@ -2891,72 +2883,50 @@ def checksums(validation: Validation, fields: Fields) -> dict[str, str]:
     return {name: text.strip().lower().removeprefix(f"{name}:") for name, text in wanted.items()}
 
 
-def _damage(validation: Validation, fields: Fields, file: BinaryIO) -> str | None:
-    """Why a body is not whole by its own structure, or by a checksum; None if it is."""
-    try:
-        for _ in unpack(blocks_of(file), "gzip") if validation.gzip else ():
-            pass
-    except zlib.error as error:
-        return f"incomplete gzip: {error}"
-    for name, wanted in checksums(validation, fields).items():
-        file.seek(0)
-        algorithm = functools.partial(hashlib.new, name, usedforsecurity=False)
-        found = hashlib.file_digest(cast(io.BytesIO, file), algorithm).hexdigest()
-        if found != wanted:
-            return f"its {name} is {found}, not {wanted[:64]}"
-    return None
-
-
 def _size_problem(validation: Validation, size: int) -> str | None:
     if size < validation.min_bytes:
         return f"{size} bytes, fewer than {validation.min_bytes}"
     return f"{size} bytes, more than {validation.most()}" if size > validation.most() else None
 
 
-def _verdict(
-    validation: Validation, fields: Fields, file: BinaryIO, content: BinaryIO, *, is_json: bool
-) -> tuple[Any, str | None]:
-    """The parsed JSON, if an expression asks for it, and why the body is not the object, or None. `content` is what a
-    gzip file holds."""
+def _flaws(validation: Validation, fields: Fields, file: BinaryIO, content: BinaryIO) -> Iterator[str]:
+    """Why a body is not the object, whatever its JSON says. `content` is what a gzip file holds."""
     size = file.seek(0, io.SEEK_END)
     if problem := _size_problem(validation, size):
-        return None, problem
+        yield problem
     starts, ends = bytes.fromhex(validation.starts_with_hex), bytes.fromhex(validation.ends_with_hex)
     for place, expected in ((0, starts), (max(0, size - len(ends)), ends)):
         file.seek(place)
         if file.read(len(expected)) != expected:
-            return None, "its first or last bytes are not those of its format"
-    if problem := _damage(validation, fields, file):
-        return None, problem
+            yield "its first or last bytes are not those of its format"
+    try:
+        for _ in unpack(blocks_of(file), "gzip") if validation.gzip else ():
+            pass
+    except zlib.error as error:
+        yield f"incomplete gzip: {error}"
+    for name, checksum in checksums(validation, fields).items():
+        file.seek(0)
+        algorithm = functools.partial(hashlib.new, name, usedforsecurity=False)
+        actual = hashlib.file_digest(cast(io.BytesIO, file), algorithm).hexdigest()
+        if actual != checksum:
+            yield f"its {name} is {actual}, not {checksum[:64]}"
     wanted, unwanted = (
         [Template(part, FIELD_IN_EXPRESSION).render(fields, str) for part in parts]
         for parts in (validation.contains, validation.not_contains)
     )
     found = _texts_in(content, {*wanted, *unwanted})
-    if problem := next((f"does not contain {text!r}" for text in wanted if text not in found), None):
-        return None, problem
-    if problem := next((f"contains {text!r}" for text in unwanted if text in found), None):
-        return None, problem
-    if not is_json:
-        return None, None
-    try:
-        content.seek(0)
-        document = json.load(content, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        return None, f"not JSON: {str(error)[:100]}"
-    failed = next((expression for expression in validation.require if not holds(expression, fields, document)), None)
-    return document, f"require is not true: {failed}" if failed else None
+    yield from (f"does not contain {text!r}" for text in wanted if text not in found)
+    yield from (f"contains {text!r}" for text in unwanted if text in found)
 
 
-def _texts_in(file: BinaryIO, texts: Iterable[str]) -> set[str]:
+def _texts_in(file: BinaryIO, texts: Collection[str]) -> set[str]:
     """Those of some texts that are in a file, of which a block at a time is read."""
-    missing, found, end = {text: text.encode() for text in texts}, set[str](), b""
+    wanted, found, end = {text: text.encode() for text in texts}, set[str](), b""
     file.seek(0)
-    while missing and (block := file.read(BLOCK_BYTES)):
+    while len(found) < len(wanted) and (block := file.read(BLOCK_BYTES)):
         window = end + block
-        found |= {text for text, wanted in missing.items() if wanted in window}
-        missing = {text: wanted for text, wanted in missing.items() if text not in found}
-        end = window[-max(map(len, missing.values()), default=1) :]
+        found |= {text for text in wanted.keys() - found if wanted[text] in window}
+        end = window[-max(map(len, wanted.values())) :]
     return found
 
 
@@ -2965,8 +2935,8 @@ def _refuse_constant(name: str) -> None:
 
 
 def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems: list[str]) -> Iterator[str]:
-    """The values in a parent's body where the ids of a dataset are, several fields of one as JSON; null and empty texts
-    are none. Texts and whole numbers can be ids; any other value is added to the problems."""
+    """The ids of a dataset in a parent's body, several fields of one as JSON. Texts and whole numbers can be ids, null
+    and empty texts are none; any other value is added to the problems."""
     partitions, names = child.partitions, child.partitions.id_fields()
     if partitions.regex:
         file.seek(0)
@@ -2977,9 +2947,8 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
     for value in found if isinstance(found, list) else [found]:
         if value in (None, ""):
             continue
-        parts = (
-            [value] if partitions.id_field else [value.get(name) for name in names] if isinstance(value, dict) else []
-        )
+        members = {names[0]: value} if partitions.id_field else value
+        parts = [members.get(name) for name in names] if isinstance(members, dict) else []
         if not parts or not all(isinstance(part, str | int) and not isinstance(part, bool) for part in parts):
             problems.append(f"{child.name}: {str(value)[:1000]} is not an id")
             continue
@@ -3039,8 +3008,7 @@ def _refetch_instants(dataset: Dataset, season: Season | None, known: ObjectRow)
 
 
 def may_still_appear(season: Season | None, day: str | None, now: float) -> bool:
-    """Whether a source may have an object tomorrow that it does not have today: its season goes on, its day is less
-    than a week ago, or its age is unknown."""
+    """Whether a source may have an object later that it does not have now: it is recent, or its age is unknown."""
     today = day_of(now)
     if day:
         return (today - datetime.date.fromisoformat(day)).days <= 7
@@ -3187,11 +3155,7 @@ def serve_inspections(descriptor: int) -> None:
 
 
 def inspect_apart(
-    dataset: Dataset,
-    fields: Fields,
-    body: BinaryIO,
-    children: Sequence[Dataset],
-    links: Mapping[str, str] | None,
+    dataset: Dataset, fields: Fields, body: BinaryIO, children: Sequence[Dataset], links: Links
 ) -> Inspection:
     """inspect(), in another process when the source may choose what it costs."""
     pages, rules = dataset.pages, dataset.validate
@@ -3461,13 +3425,11 @@ class S3Store:
 
     def find(self, key: str) -> StoredObject | None:
         """One object as it would be listed."""
-        try:
-            with self._translated("find", key):
-                head = self._client.head_object(Bucket=self.bucket, Key=self.above + key)
-        except KeyError:
-            return None
-        modified_at = int(http_date(head["LastModified"]).timestamp())
-        return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), modified_at)
+        with contextlib.suppress(KeyError), self._translated("find", key):
+            head = self._client.head_object(Bucket=self.bucket, Key=self.above + key)
+            modified_at = int(http_date(head["LastModified"]).timestamp())
+            return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), modified_at)
+        return None
 
     def open(self, key: str) -> BinaryIO:
         """A copy of the content of an object. Raises KeyError when there is none."""
@@ -3483,8 +3445,7 @@ class S3Store:
         return tempfile.SpooledTemporaryFile(SPOOLED_BYTES, dir=os.environ.get("TMPDIR", "/var/tmp"))  # type: ignore[return-value]  # noqa: S108
 
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
-        """A PUT, or several of a multipart upload, which S3 takes whole or not at all, with checksums that S3
-        verifies."""
+        """A PUT, or a multipart upload, which S3 takes whole or not at all, with checksums that S3 verifies."""
         file = io.BytesIO(body) if isinstance(body, bytes) else body
         size, place = file.seek(0, io.SEEK_END), {"Bucket": self.bucket, "Key": self.above + key}
         file.seek(0)
@@ -3510,7 +3471,7 @@ class S3Store:
         libraries = botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, boto3.exceptions.Boto3Error
         try:
             yield
-        except (*libraries, LookupError, TypeError, ValueError) as error:  # of a response that is no listing
+        except (*libraries, LookupError, RecursionError, TypeError, ValueError) as error:  # of what is no answer of S3
             answer = getattr(error, "response", {})
             code, status = answer.get("Error", {}).get("Code"), answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if key and code in ("NoSuchKey", "404"):
@@ -4452,7 +4413,7 @@ def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -
         if excluded and any(fields.get(name) in values for name, values in excluded.items()):
             continue
         try:
-            key, season, day, available_at = expected_object(dataset, fields, dataset.calendar)
+            key, season, day, available_at = expected_object(dataset, fields)
         except ValueError as error:
             parent = "select key from objects where object_id = ?"
             named_by = [f"{key}: " for (key,) in ledger.sql.execute(parent, (parent_id,))]
@@ -4865,7 +4826,7 @@ def validate_and_store(
     body: BinaryIO,
     store: Store,
     http_status: int | None = None,
-    links: Mapping[str, str] | None = None,
+    links: Links = None,
 ) -> Result:
     """Validate a body, then store it."""
     most = claimed.dataset.validate.most()
@@ -4890,8 +4851,7 @@ def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | 
         return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
     try:
         with store.open(target.key) as body:
-            links = known_links(target.validators)
-            inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, links)
+            inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, target.links)
     except KeyError:  # deleted meanwhile
         return None
     outcome = Outcome.OK if inspection.valid else Outcome.INVALID
@@ -5505,9 +5465,7 @@ def _inspect(cycle: Cycle, target: ObjectRow, children: Sequence[Dataset]) -> In
         cycle.problems.append(str(error))
         return None
     with body:
-        return inspect_apart(
-            cycle.configuration.datasets[target.dataset], target.fields, body, children, known_links(target.validators)
-        )
+        return inspect_apart(cycle.configuration.datasets[target.dataset], target.fields, body, children, target.links)
 
 
 def _judged(cycle: Cycle, found: Mapping[int, Inspection], ledger: Ledger, row: ObjectRow) -> ObjectRow:
@@ -5642,7 +5600,7 @@ def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]
     configuration, now = cycle.configuration, cycle.clock.wall()
     parents = [configuration.datasets[name] for name in dataset.partitions.parents]
     if not parents:
-        declared = expand(dataset, dataset.calendar, now)
+        declared = expand(dataset, now)
         yield from chunks(((fields, None) for fields in declared), EXPECTED_AT_ONCE)
     for parent in [*parents, *([dataset] if dataset.pages else [])]:
         after = ("", "")
@@ -6151,9 +6109,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
     pool.ConnectionCls = type(kind.__name__, (kind,), {**members, "used_at": -math.inf})
 
 
-def _validators(
-    url: str, headers: Mapping[str, str], links: Mapping[str, str] | None, hidden: Collection[str]
-) -> str | None:
+def _validators(url: str, headers: Mapping[str, str], links: Links, hidden: Collection[str]) -> str | None:
     """The conditions of the next request for a url (RFC 9110, 13.1), as JSON, and the links of the header; None when
     the response has no validators."""
     names = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
@@ -6216,7 +6172,7 @@ def _has_links(claimed: Claim) -> bool:
 def _unchanged(claimed: Claim, response: Any, store: Store) -> list[Result]:
     """The result of a 304. A full page is the same when another page, which its header names, follows it now."""
     target, links, answer = claimed.tasks[0], _next_link(claimed, response), Result(Outcome.OK, None, 304)
-    if _has_links(claimed) and response.links and links != known_links(target.validators):
+    if _has_links(claimed) and response.links and links != target.links:
         known = json.dumps({**json.loads(target.validators or "{}"), "links": links})
         found = inspect_stored(claimed, target._replace(validators=known), store)
         if found and found.outcome is Outcome.OK:
@@ -9407,7 +9363,7 @@ def example_fields(database: Database, configuration: Configuration, dataset: Da
                where dataset = ? and state != 'dropped' order by etag is null, task is null limit 1"""
     fields = json.loads(database.value(known, (dataset.name,)) or "{}")
     if not fields and not dataset.partitions.parents:
-        fields = next(expand(dataset, dataset.calendar, Clock().wall()), fields)
+        fields = next(expand(dataset, Clock().wall()), fields)
     fields = {**(FIRST_PAGE if dataset.pages else {}), **fields, **given}
     if lacking := sorted(configuration.fields_of(dataset.name) - fields.keys()):
         raise Error(f"no value for {', '.join(lacking)}", f"adce.py try {dataset.name} {lacking[0]}=VALUE")
@@ -9423,7 +9379,7 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
         raise Error(f"{dataset.name} has no url", "run its program by itself")
     source = configuration.sources[dataset.source]
     try:
-        key = expected_object(dataset, fields, dataset.calendar).key
+        key = expected_object(dataset, fields).key
     except ValueError as error:
         raise Error(str(error), f"adce.py try {dataset.name} FIELD=VALUE") from error
     if problem := address_problem(source, dataset, fields):
