@@ -112,24 +112,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 __version__ = "1.0.0"
-__all__ = [
-    "Claim",
-    "Clock",
-    "Configuration",
-    "Database",
-    "Error",
-    "Limiter",
-    "Runner",
-    "fetch",
-    "limit",
-    "load_configuration",
-    "main",
-    "open_database",
-    "open_store",
-    "permit",
-    "reconcile",
-    "session",
-]
+__all__ = ["RateLimitedError", "limit", "permit", "session"]  # what README.md promises to other programs
 
 # A scraper that imports adce must meet these very classes, also when this file runs as a script.
 sys.modules.setdefault("adce", sys.modules[__name__])
@@ -398,7 +381,7 @@ def without_collector() -> Iterator[None]:
 # readers: plain names, UTC times as text, live scores; created anew when their text changes. Headlines: TABLES, VIEWS.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-SCHEMA_VERSION = 16
+SCHEMA_VERSION = 17
 TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
@@ -502,30 +485,26 @@ create table counts (
     season       text    not null,   -- '': none
     state        text    not null,
     task         text    not null,   -- '': none
-    priority     text    not null,   -- '': no task
+    priority     text    not null,   -- '': never a task
     objects      integer not null,
     primary key (dataset_id, season, state, task, priority)
 ) strict, without rowid;
 create trigger objects_counted_in after insert on objects begin
     insert into counts
-    values (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''),
-            iif(new.task is null, '', new.priority), 1)
+    values (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''), ifnull(new.priority, ''), 1)
     on conflict do update set objects = objects + 1;
 end;
 create trigger objects_counted_out after delete on objects begin
     insert into counts
-    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''),
-            iif(old.task is null, '', old.priority), -1)
+    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''), ifnull(old.priority, ''), -1)
     on conflict do update set objects = objects - 1;
 end;
 create trigger objects_recounted after update of dataset_id, season, state, task, priority on objects
 when (old.state, old.task, old.priority, old.season, old.dataset_id)
      is not (new.state, new.task, new.priority, new.season, new.dataset_id) begin
     insert into counts
-    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''),
-            iif(old.task is null, '', old.priority), -1),
-           (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''),
-            iif(new.task is null, '', new.priority), 1)
+    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''), ifnull(old.priority, ''), -1),
+           (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''), ifnull(new.priority, ''), 1)
     on conflict do update set objects = objects + excluded.objects;
 end;
 
@@ -684,13 +663,11 @@ create view coverage as
     -- Expected and present objects by dataset and season. 100 percent means all of them.
     with summed as (
         select dataset_id, nullif(season, '') as season,
-               sum(iif(state in ('present', 'missing', 'stale', 'suspect'), objects, 0)) as expected,
-               sum(iif(state = 'present', objects, 0)) as present,
-               sum(iif(state = 'missing', objects, 0)) as missing,
-               sum(iif(state = 'stale', objects, 0)) as stale,
-               sum(iif(state = 'suspect', objects, 0)) as suspect,
-               sum(iif(task = 'gave_up', objects, 0)) as gave_up,
-               sum(iif(state = 'skipped', objects, 0)) as skipped, sum(iif(state = 'absent', objects, 0)) as absent
+               sum(objects * (state in ('present', 'missing', 'stale', 'suspect'))) as expected,
+               sum(objects * (state = 'present')) as present, sum(objects * (state = 'missing')) as missing,
+               sum(objects * (state = 'stale')) as stale, sum(objects * (state = 'suspect')) as suspect,
+               sum(objects * (state = 'skipped')) as skipped, sum(objects * (state = 'absent')) as absent,
+               sum(objects * (task = 'gave_up')) as gave_up
         from counts
         group by dataset_id, season
     )
@@ -811,7 +788,6 @@ class Database:
         self.path = path
         self._writer, self._reader = writer, reader
         self._writing, self._reading = threading.Lock(), threading.Lock()  # guard the connections
-        self._durable = True  # setting of the writer
         self._data_version = -1  # last seen by the writer
         self._wait_seconds = float(BUSY_SECONDS)
         self._pid, self._inodes = os.getpid(), dict.fromkeys((path, f"{path}-wal"), 0)  # as first seen
@@ -834,9 +810,7 @@ class Database:
         durable is faster, but a power cut may undo it. Raises DatabaseError, for instance when the disk is full."""
         with self._hold(self._writing):
             try:
-                if durable != self._durable:
-                    self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
-                    self._durable = durable
+                self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
                 self._begin()
                 yield self._writer
                 self._writer.execute("commit")
@@ -845,17 +819,14 @@ class Database:
                     self._writer.execute("rollback")
 
     def _begin(self) -> None:
-        for tries in itertools.count(1):
+        started = time.monotonic()
+        while not self._writer.in_transaction:
             try:
                 self._writer.execute("begin immediate")
             except sqlite3.OperationalError as error:
-                if (
-                    error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY
-                    or tries * BUSY_STEP_SECONDS >= self._wait_seconds
-                ):
+                is_over = time.monotonic() - started > self._wait_seconds
+                if is_over or not error.sqlite_errorname.startswith("SQLITE_BUSY"):
                     raise
-            else:
-                return
 
     def shorten_waits(self) -> None:
         """From now on, do not wait long for other programs."""
@@ -887,7 +858,9 @@ class Database:
     def check_file(self) -> None:
         """Raises NoDatabaseError when the file was moved, replaced or deleted: SQLite would go on writing to it."""
         for path, known in self._inodes.items():
-            found = _inode(path)
+            found = 0
+            with contextlib.suppress(OSError):
+                found = Path(path).stat().st_ino
             if known not in (0, found):
                 raise NoDatabaseError(f"{path} was moved, replaced or deleted while in use", "start again")
             self._inodes[path] = found
@@ -916,13 +889,6 @@ def _translation(context: str) -> Iterator[None]:
         passes = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR"))
         hint = next((hint for start, hint in HINTS.items() if name.startswith(start)), "")
         raise (DatabaseUnavailableError if passes else DatabaseError)(f"{context}: {error} ({name})", hint) from error
-
-
-def _inode(path: str) -> int:
-    try:
-        return Path(path).stat().st_ino
-    except OSError:
-        return 0
 
 
 def _connect(path: Path | str) -> sqlite3.Connection:
@@ -995,6 +961,14 @@ def _new_file(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def open_regular(path: Path | str, folder: int | None = None) -> BinaryIO:
     """A regular file, in an open folder. Raises OSError for a link, a folder or a pipe."""
     safe = os.O_NOFOLLOW | os.O_NONBLOCK
@@ -1003,14 +977,6 @@ def open_regular(path: Path | str, folder: int | None = None) -> BinaryIO:
         return file
     file.close()
     raise OSError(errno.EINVAL, "not a regular file")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _create_tables(connection: sqlite3.Connection) -> None:
@@ -1031,12 +997,6 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def _renew_views(connection: sqlite3.Connection) -> None:
-    drops = "".join(f"drop view if exists {name}; " for name in re.findall(r"create view (\w+)", VIEWS))
-    script = f"begin immediate; {drops}{VIEWS} commit;"
-    connection.executescript(script)
-
-
 def _definitions(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
     """The kind, the name and the text of each table, index, trigger and view, without its comments and line breaks."""
     as_text = "cast(type as text), cast(name as text), cast(sql as text)"  # another program may have put bytes there
@@ -1051,11 +1011,12 @@ def _check_definitions(connection: sqlite3.Connection, path: Path) -> None:
         made.executescript(TABLES + VIEWS)
         wanted = _definitions(made)
     found, harmless = _definitions(connection), re.compile(r"create (table|view) (?!.*\breferences\b)", re.IGNORECASE)
-    wrong = wanted - found
-    if any(kind == "view" for kind, *_ in wrong):
-        _renew_views(connection)
-    foreign = {one for one in found - wanted if not harmless.match(one[2])}
-    if changed := sorted(foreign | {one for one in wrong if one[0] != "view"}):
+    if any(kind == "view" for kind, *_ in wanted - found):
+        drops = "".join(f"drop view if exists {name}; " for name in re.findall(r"create view (\w+)", VIEWS))
+        renewal = f"begin immediate; {drops}{VIEWS} commit;"
+        connection.executescript(renewal)
+    added = {one for one in found - wanted if not harmless.match(one[2])}
+    if changed := sorted(added | {one for one in wanted - found if one[0] != "view"}):
         kind, name, _ = changed[0]
         raise DatabaseError(f"another program has changed the {kind} {name[:40]} of {path}", DAMAGE_HINT)
 
@@ -9297,7 +9258,7 @@ CONSISTENCY = {
         select coalesce(sum(abs(n)), 0) from (
             select sum(n) as n from (
                 select dataset_id, coalesce(season, '') as season, state, coalesce(task, '') as task,
-                       iif(task is null, '', priority) as priority, count(*) as n
+                       coalesce(priority, '') as priority, count(*) as n
                 from objects group by 1, 2, 3, 4, 5
                 union all
                 select dataset_id, season, state, task, priority, -objects from counts)
