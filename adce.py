@@ -366,13 +366,11 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
     """Nothing that is made in here is garbage: looking for it takes a third of the time."""
-    is_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if is_enabled:
-            gc.enable()
+        gc.enable()
 
 
 # ---------------------------------------------------------------- Schema
@@ -1333,19 +1331,14 @@ def _day(text: str) -> str | datetime.date:
         raise ConfigurationError(f"{text} is not a calendar date") from None
 
 
-class AvailableAfter(NamedTuple):
-    """Not expected before this time of its day, or this long after the end of its day."""
-
-    time: datetime.time | None = None
-    seconds: int = 0
-
-
-def _available(given: str | list[tuple[str, Any]]) -> AvailableAfter:
+def _available(given: str | list[tuple[str, Any]]) -> datetime.time | int:
     if isinstance(given, str):
-        return AvailableAfter(time=datetime.time.fromisoformat(given))
+        return datetime.time.fromisoformat(given)
     ((name, node),) = given
-    hours = Kind("hours", {"type": "number", "minimum": 0}).convert(node)
-    return {"hours": AvailableAfter(seconds=round(hours * HOUR))}[name]
+    if name != "hours":
+        raise ValueError(name)
+    hours: float = Kind("hours", {"type": "number", "minimum": 0}).convert(node)
+    return round(hours * HOUR)
 
 
 def _like(pattern: str) -> Mapping[str, Any]:
@@ -1415,7 +1408,8 @@ Method = Annotated[str, Kind("GET or POST", {"enum": ["GET", "POST"]})]
 Scheduler = Annotated[str, Kind("tcp://HOST:PORT or tls://HOST:PORT", _like(r"(tcp|tls)://[^\s/]+:\d+"))]
 Output = Annotated[str, Kind("store or stdout", {"enum": ["store", "stdout"]})]
 Switch = Annotated[bool, Kind("true or false", {"type": "boolean"}, lambda text: text.lower() in ("true", "yes", "on"))]
-Available = Annotated[AvailableAfter, Kind('"HH:MM" or {hours: N}', {"type": ["string", "object"]}, _available)]
+# a time of its day, or so many seconds after its end
+Available = Annotated[datetime.time | int, Kind('"HH:MM" or {hours: N}', {"type": ["string", "object"]}, _available)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -2610,12 +2604,12 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
     date, rule, timezone = moment.date(), dataset.available_after, timezone_of(dataset)
     season = season or next((season.label for season in seasons if season.start <= date <= season.finish), None)
     available_at = None
-    if rule and rule.time:
-        available_at = instant_of(date, rule.time, timezone)
-    elif rule:
+    if isinstance(rule, datetime.time):
+        available_at = instant_of(date, rule, timezone)
+    elif rule is not None:
         dates = dataset.partitions.dates
         end = shifted(moment, STEPS[dates.every if dates else "day"])
-        available_at = instant_of(end.date(), end.time(), timezone) + rule.seconds
+        available_at = instant_of(end.date(), end.time(), timezone) + rule
     return ExpectedObject(key, season, date.isoformat(), available_at)
 
 
@@ -7052,6 +7046,7 @@ FRAGMENTS = {
         for state in ("pending", "retry", "running", "gave_up")
     ),
     "BY_TASK": "task in ('retry', 'running', 'gave_up')",  # lets SQLite use the index objects_by_task
+    "FAILED": "outcome not in ('ok', 'not_yet', 'lost', 'running')",
     "FILTER": "(:source is null or source = :source) and (:dataset is null or dataset = :dataset)",
     "TASKS": """(:state is null or state = :state)
         and (:day is null or task_id in (select object_id from objects where day = :day))
@@ -7123,8 +7118,8 @@ reasons: Why objects are missing, stale or suspect
     order by objects desc limit 20
 datasets: Attempts of the last {span}
     select source, dataset, count(*) as attempts, sum(outcome = 'ok') as ok, sum(outcome = 'not_yet') as not_yet,
-           sum(outcome not in ('ok', 'not_yet', 'lost')) as failed,
-           round(100.0 * sum(outcome not in ('ok', 'not_yet', 'lost')) / count(*), 1) as error_percent,
+           sum({FAILED}) as failed,
+           round(100.0 * sum({FAILED}) / count(*), 1) as error_percent,
            sum(requests) as requests, sum(bytes) as bytes,
            round(min(seconds) filter (where place >= 0.50 * number), 3) as p50,
            round(min(seconds) filter (where place >= 0.95 * number), 3) as p95,
@@ -7212,7 +7207,7 @@ task!: Task {task_id}
     select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
            o.state as object, coalesce(o.skipped, o.reason) as reason, o.fields,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.detected_at, 'unixepoch') as detected_at,
-           iif(o.task is null, null, round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 2)) as score,
+           (select score from queue where queue.task_id = o.object_id) as score,
            iif(o.task is null, null, {PAUSE}) as source_paused, o.gap_size, o.attempts, o.failures,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as next_at, o.last_error, o.size, o.etag
     from objects o join datasets d using (dataset_id) where o.object_id = :task_id
@@ -7477,9 +7472,9 @@ errors: ! adce.py report
     select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' failed, most of ' || (
                select dataset || ': ' || coalesce(error, outcome)
                from late join objects using (object_id) join datasets using (dataset_id)
-               where outcome not in ('ok', 'not_yet', 'lost', 'store_error', 'running')
+               where {FAILED} and outcome != 'store_error'
                group by dataset, substr(error, 1, 24) order by count(*) desc limit 1) as text
-    from (select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
+    from (select {FAILED} and outcome != 'store_error' as failed,
                  late.attempt_id > (select max(attempt_id) from attempts) - 20 as is_latest
           from late join objects using (object_id) join datasets using (dataset_id)
           join scopes s on s.scope = source and s.failures = 0 and s.throttles = 0  -- else it may be away
@@ -7759,7 +7754,7 @@ queue: First in the queue | nothing can start now
     -- the score in its parts: when the gap was found, gained by age since, and for the success rate of the dataset
     select o.key, o.priority, d.source, round(o.rank + o.slope * o.detected_at / 3600.0, 1) as base,
            round(o.slope * (unixepoch() - o.detected_at) / 3600.0, 1) as age, round(d.bonus, 1) as success_rate,
-           round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 1) as score,
+           (select round(score, 1) from queue where queue.task_id = o.object_id) as score,
            coalesce(o.last_error, o.reason, o.state) as reason, {PAUSE} as source_paused
     from datasets d join objects o on o.object_id in (
         select object_id from objects
@@ -7799,10 +7794,10 @@ GAVE_UP_DAYS = f"""
     select dataset, day, count(*) from objects join datasets using (dataset_id)
     where task = 'gave_up' and {FRAGMENTS["BY_TASK"]} and day like :year || '-%' group by dataset, day
 """  # noqa: S608  # a constant
-LINES = """
+LINES = f"""
     with recent as (
         select source, day, sum(attempts) as attempts, sum(seconds) / sum(attempts) as seconds,
-               sum(iif(outcome in ('ok', 'not_yet', 'lost'), 0, attempts)) as failed
+               sum(attempts * ({FRAGMENTS["FAILED"]})) as failed
         from daily_totals join datasets using (dataset_id)
         where day > date(:now - 2592000, 'unixepoch') group by source, day
     )
@@ -7816,7 +7811,7 @@ LINES = """
     union all select 4, source || ': failed a day, 30 days', day, failed, day from recent
     union all select 5, source || ': mean seconds, 30 days', day, round(seconds, 2), day from recent
     order by place, title, moment
-"""
+"""  # noqa: S608  # a constant
 LINE_WIDTH, LINE_HEIGHT = 180, 32  # pixels
 CELL, LEFT, TOP = 11, 26, 12
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
