@@ -7053,11 +7053,15 @@ FRAGMENTS = {
         and (:key is null or key glob :key or instr(key, :key))
         and (:error is null or instr(lower(last_error), lower(:error)))""",
     "ATTEMPTS": """attempts a join objects o using (object_id) join datasets d using (dataset_id)
-        where a.started_at >= :since""",
+        where a.started_at >= :since and a.attempt_id > ifnull((
+            select attempt_id from attempts where started_at < :since order by attempt_id desc limit 1), 0)""",
     "EXPECTED": """select dataset, sum(objects) as n from counts join datasets using (dataset_id)
         where state not in ('dropped', 'skipped', 'absent') group by dataset""",
     "RATES": """select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
         from rates order by scope = 'global', scope, window_seconds""",
+    # the first pending tasks of a dataset d; those of all datasets are the first ones of all
+    "FIRST": """select object_id from objects
+        where dataset_id = d.dataset_id and task = 'pending' order by rank desc, object_id limit :most""",
     # of a source d.source that cannot be asked now: until when, and why
     "PAUSE": """(
         select iif(julianday(blocked_until) > julianday() + 366, '', 'until ' || blocked_until || ', ') || reason
@@ -7108,12 +7112,18 @@ queue: Open tasks by priority
     group by priority having sum(objects) > 0
     order by instr('CRITICAL HIGH MEDIUM LOW', priority)
 reasons: Why objects are missing, stale or suspect
-    with reasons as (
-        select dataset_id, state as kind, task, count(*) as objects, coalesce(max(last_error), max(reason)) as example,
-               min(since) as oldest
-        from objects indexed by objects_by_age where task is not null
-        group by dataset_id, state, task, substr(coalesce(last_error, reason), 1, 24))
-    select dataset, kind, task, objects, strftime('%Y-%m-%dT%H:%M:%SZ', oldest, 'unixepoch') as oldest, example
+    with said as (
+        select dataset_id, state, task, count(*) as objects, coalesce(max(last_error), max(reason)) as example
+        from objects not indexed where task is not null and coalesce(last_error, reason) is not null
+        group by dataset_id, state, task, substr(coalesce(last_error, reason), 1, 24)),
+    counted as (  -- the others, which may be very many
+        select dataset_id, state, task, objects from counts where task != ''
+        union all select dataset_id, state, task, -objects from said),
+    reasons as (
+        select * from said
+        union all select dataset_id, state, task, sum(objects) as objects, null from counted
+                  group by dataset_id, state, task having sum(objects) > 0)
+    select dataset, state as kind, task, objects, example
     from reasons join datasets using (dataset_id)
     order by objects desc limit 20
 datasets: Attempts of the last {span}
@@ -7199,7 +7209,9 @@ sources: How long that takes at least, by the limits and the pace of the last at
 first: First of them (at most {most}) | nothing can start now
     {PAUSED}
     select score, priority, dataset, key, reason, attempts
-    from queue where state = 'pending' and source not in paused
+    from queue
+    where task_id in (select o.object_id from datasets d join objects o on o.object_id in ({FIRST}))
+      and source not in paused
     order by score desc, task_id limit :most
 """)
 TASK = questions("""
@@ -7324,7 +7336,15 @@ def tasks_sections(database: Database, filters: Mapping[str, str | None], most: 
     """The open tasks that match, the most urgent first; those that gave up come last."""
     values = {**dict.fromkeys(TASK_FILTERS), **filters, "most": most}
     sql = f"from queue where {FRAGMENTS['TASKS']} and {FRAGMENTS['FILTER']}"
-    count = database.value(f"select count(*) {sql}", values)
+    count_sql = f"select count(*) {sql}"
+    if not (values["day"] or values["key"] or values["error"]):  # then indexes know the first of very many
+        first = f"select o.object_id from datasets d join objects o on o.object_id in ({FRAGMENTS['FIRST']})"
+        sql += f" and task_id in ({first} union select object_id from objects where {FRAGMENTS['BY_TASK']})"
+        count_sql = f"""
+            select ifnull(sum(objects), 0) from counts join datasets using (dataset_id)
+            where task != '' and (:state is null or task = :state) and {FRAGMENTS["FILTER"]}
+        """
+    count = database.value(count_sql, values)
     rows = query(database, f"select * {sql} order by state = 'gave_up', score desc, task_id limit :most", values)
     title = f"{count} open tasks" + (f", the first {most}" if count > most else "")
     if count and values["state"] == TaskState.GAVE_UP and not values["key"]:
@@ -7756,10 +7776,8 @@ queue: First in the queue | nothing can start now
            round(o.slope * (unixepoch() - o.detected_at) / 3600.0, 1) as age, round(d.bonus, 1) as success_rate,
            (select round(score, 1) from queue where queue.task_id = o.object_id) as score,
            coalesce(o.last_error, o.reason, o.state) as reason, {PAUSE} as source_paused
-    from datasets d join objects o on o.object_id in (
-        select object_id from objects
-        where dataset_id = d.dataset_id and task = 'pending' order by rank desc, object_id limit 10)
-    where d.active order by score desc limit 10
+    from datasets d join objects o on o.object_id in ({FIRST})
+    where d.active order by score desc limit :most
 running: Running now | nothing
     select o.key, d.source, o.attempts as attempt,
            round(max(0, (julianday('now') - 2440587.5) * 86400 - a.started_at), 1) as seconds
@@ -7837,7 +7855,7 @@ def page(database: Database, configuration: Configuration, now: float, year: int
     """The whole picture; without a `year` that of the latest day. As a file it has no links to `nearby` years."""
     judged = verdict(database, configuration, now)
     above = [dataclasses.replace(judged, title=""), *answers(database, REPORT, "coverage")]
-    below = [*answers(database, WEB), *answers(database, REPORT, "queue", "rates", "cycles")]
+    below = [*answers(database, WEB, most=10), *answers(database, REPORT, "queue", "rates", "cycles")]
     latest, first, last = (int(day[:4]) for day in database.read(YEARS, {"today": day_of(now).isoformat()})[0])
     year = year or latest
     days = itertools.groupby(database.read(DAYS, {"year": year}), key=lambda row: row["dataset"])
