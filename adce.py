@@ -286,9 +286,8 @@ class Clock:
         return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
     def boot_id(self) -> str:
-        """The name of this boot, because boot times of two boots must not be compared. "unknown" where there is none:
-        then only a boot time smaller than before proves another boot."""
-        # A name made from wall time would change when the clock is set, and all requests so far would be forgotten.
+        """The name of this boot; boot times of two boots must not be compared. "unknown" where there is none: then only
+        a boot time smaller than before proves another boot. Wall time gives no name, because it may be set."""
         with contextlib.suppress(OSError):
             return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return "unknown"
@@ -300,9 +299,8 @@ class Clock:
         has_changed: Callable[[], bool] | None = None,
         every: float = POLL_SECONDS,
     ) -> None:
-        """Sleep for `seconds`, until something is put into `wakeups`, or until `has_changed`; empty `wakeups`.
-
-        `has_changed` is asked `every` so many seconds: another process cannot put anything into `wakeups`."""
+        """Sleep for `seconds`, until something is put into `wakeups`, or until `has_changed`, which is asked `every` so
+        many seconds because other processes cannot wake this one; empty `wakeups`."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
@@ -349,7 +347,7 @@ def http_date(text: str) -> datetime.datetime:
     """The instant of a header such as Date. Raises ValueError, TypeError or OverflowError."""
     from email.utils import parsedate_to_datetime
 
-    instant = parsedate_to_datetime(text)  # without a zone if it is written as asctime() does
+    instant = parsedate_to_datetime(text)  # without a zone in the form of asctime()
     return instant if instant.tzinfo else instant.replace(tzinfo=datetime.UTC)
 
 
@@ -907,9 +905,7 @@ def require_own_files(path: Path) -> None:
 
 
 def open_database(path: Path, *, must_exist: bool = False) -> Database:
-    """Open the database; create it when there is none.
-
-    Raises NoDatabaseError when `must_exist` and it does not, DatabaseError when it is not usable."""
+    """Open the database; create it when there is none, or raise NoDatabaseError when it `must_exist`."""
     require_own_files(path)
     is_there = path.exists() and path.stat().st_size
     if must_exist and not is_there:
@@ -920,7 +916,6 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
         writer, reader = (opened.enter_context(contextlib.closing(_connect(path))) for _ in range(2))
         _check_schema(writer, path)
         writer.execute("pragma journal_mode = wal")  # of a backup, too
-        _check_definitions(writer, path)
         reader.execute("pragma query_only = on")
         opened.pop_all()
     return Database(str(path), writer, reader)
@@ -948,8 +943,7 @@ def _create(path: Path) -> None:
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """A draft, mode 0600, that gets the name `path` at the end, whole and on the disk. Raises FileExistsError when
-    there is such a file."""
+    """A draft, mode 0600, that gets the name `path` at the end, when it is on the disk. Raises FileExistsError."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         draft.touch(0o600)
@@ -982,19 +976,6 @@ def _create_tables(connection: sqlite3.Connection) -> None:
     connection.executescript(f"pragma journal_mode = wal; begin; {numbers} {TABLES} {VIEWS} commit;")
 
 
-def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    """Raises DatabaseError for the file of another program or version. There are no migrations, because a new database
-    finds everything but its history in the store."""
-    if connection.execute("pragma application_id").fetchone()[0] != APPLICATION_ID:
-        raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
-    version = connection.execute("pragma user_version").fetchone()[0]
-    if version != SCHEMA_VERSION:
-        raise DatabaseError(
-            f"{path} has schema {version}, this ADCE needs {SCHEMA_VERSION}",
-            f"move {path} away: the next run rebuilds it from the store, without its history",
-        )
-
-
 def _definitions(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
     """The kind, the name and the text of each table, index, trigger and view, without its comments and line breaks."""
     as_text = "cast(type as text), cast(name as text), cast(sql as text)"  # another program may have put bytes there
@@ -1002,9 +983,16 @@ def _definitions(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
     return {(kind, name, " ".join(re.sub("--[^\n]*", "", text).split())) for kind, name, text in rows}
 
 
-def _check_definitions(connection: sqlite3.Connection, path: Path) -> None:
-    """Views are recreated when their text differs. Raises DatabaseError when another program has changed a table, an
-    index or a trigger, or added one that acts at each write. Other additions are ignored."""
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Recreate the views when their text differs. Raises DatabaseError for the file of another program or version, and
+    when another program has changed a table, an index or a trigger, or added one that acts at each write."""
+    if connection.execute("pragma application_id").fetchone()[0] != APPLICATION_ID:
+        raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
+    version = connection.execute("pragma user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        message = f"{path} has schema {version}, this ADCE needs {SCHEMA_VERSION}"
+        hint = f"move {path} away: the next run rebuilds it from the store, without its history"
+        raise DatabaseError(message, hint)
     with contextlib.closing(sqlite3.connect(":memory:")) as made:
         made.executescript(TABLES + VIEWS)
         wanted = _definitions(made)
@@ -1020,11 +1008,10 @@ def _check_definitions(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def quarantine_stale_wal(path: Path) -> None:
-    """Rename a WAL that does not belong to the database file. To be called before this process opens the database,
-    because it closes the file."""
-    # A WAL left by a killed process would be replayed into a restored backup. The header of a backup says that it has
-    # none (https://sqlite.org/fileformat2.html, 1.3.3). Processes check one after the other, the header last: one that
-    # has checked changes the header before it makes a WAL of its own.
+    """Rename a WAL that was left by a killed process: it would be replayed into a restored backup. To be called before
+    this process opens the database, because it closes the file."""
+    # The header of a backup says that it has no WAL (https://sqlite.org/fileformat2.html, 1.3.3). Processes check one
+    # after the other, the header last: one that has checked changes the header before it makes a WAL of its own.
     wal = path.with_name(f"{path.name}-wal")
     with contextlib.suppress(OSError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -1074,8 +1061,8 @@ class RunnerLock:
 
 
 def back_up(path: Path, copy: Path) -> None:
-    """Copy the database at `path`, as of one moment, into a new file, mode 0600: whole, checked and on the disk, or not
-    at all. Raises DatabaseError, also when `copy` exists."""
+    """Copy the database at `path`, as of one moment, into a new file: whole, checked and on the disk, or not at all.
+    Raises DatabaseError, also when `copy` exists."""
     if copy.exists() or copy.is_symlink():
         raise DatabaseError(f"{copy} exists already", "name a new file; nothing was written")
     try:
@@ -1115,8 +1102,8 @@ class Template:
         return self.pattern.sub("{}", self.text)
 
     def render(self, fields: Fields, quote: Callable[[str], str]) -> str:
-        """The text with every field replaced by its quoted value; the slashes of a date's format, and of a path,
-        stay. A part of a url is quoted already, but for what can be in no url."""
+        """The text with every field replaced by its quoted value; the slashes of a date's format and of a path stay. A
+        part of a url is quoted already, but for what can be in no url."""
         words = list(SPLIT(self.pattern, self.text))  # text, field, shift, format, text, field, shift, format, text
         for place in range(1, len(words), 4):
             name, shift, form = words[place : place + 3]
@@ -1162,8 +1149,7 @@ def variables_in(*texts: str) -> set[str]:
 
 
 def from_environment(text: str, known: Container[str] | None = None) -> str:
-    """A text with the values of its variables $NAME and ${NAME}, or of the `known` ones. Raises Error when one is not
-    there."""
+    """A text with the values of its variables, or of the `known` ones. Raises Error when one is not there."""
     names = {name for name in variables_in(text) if known is None or name in known}
     if missing := sorted(names - os.environ.keys()):
         raise Error(f"${missing[0]} is not in the environment")
@@ -1181,8 +1167,7 @@ SECRET_IN_TEXT = re.compile(  # in time that grows with the text: a source may h
 
 
 def masked(text: str) -> str:
-    """A text without what looks like a secret: a password in a url, or the value of a header or parameter of such a
-    name."""
+    """A text without passwords in urls, and without the values of headers and parameters with names of secrets."""
     return SECRET_IN_TEXT.sub(r"\1\2***", text)
 
 
@@ -1211,8 +1196,7 @@ def quote_for_expression(literal: str, value: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _compile(expression: str) -> Any:
-    """A JMESPath expression in which `!a.b` means not a.b. By the grammar it is (!a).b, which is always null
-    because a boolean has no fields, so no useful expression changes its meaning."""
+    """A JMESPath expression in which `!a.b` means not a.b. By the grammar it is (!a).b, which is always null."""
     import jmespath.parser
 
     parser = jmespath.parser.Parser()
@@ -1235,9 +1219,9 @@ def search(expression: str, fields: Fields, document: Any) -> Any:
 
 
 def holds(expression: str, fields: Fields, document: Any) -> bool:
-    """Whether an expression is true: neither false, null nor empty. One that raises is not."""
+    """Whether an expression is true: neither false, null nor empty. 0 is true, an expression that raises is not."""
     value = search(expression, fields, document)
-    return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 MOST = 10**12  # of any number: no unit makes it too large for SQLite or a clock
@@ -1263,7 +1247,7 @@ class Kind:
             form = r"[-+]?(0|[1-9]\d{0,14})" + r"(\.\d+)?" * (rule["type"] == "number")  # more digits overflow a float
             is_good = tag in ("int", "float") and re.fullmatch(form, value)
             value = float(value) if "." in value else int(value)
-            if is_good and abs(value) > rule.get("maximum", MOST) == MOST:
+            if is_good and abs(value) > MOST:
                 raise ConfigurationError(f"{node.value} is beyond {MOST:,}")
             is_good = is_good and rule.get("minimum", value) <= value <= rule.get("maximum", value)
             is_good = is_good and value > rule.get("exclusiveMinimum", -math.inf)
