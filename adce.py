@@ -112,24 +112,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 __version__ = "1.0.0"
-__all__ = [
-    "Claim",
-    "Clock",
-    "Configuration",
-    "Database",
-    "Error",
-    "Limiter",
-    "Runner",
-    "fetch",
-    "limit",
-    "load_configuration",
-    "main",
-    "open_database",
-    "open_store",
-    "permit",
-    "reconcile",
-    "session",
-]
+__all__ = ["RateLimitedError", "limit", "permit", "session"]  # what README.md promises to other programs
 
 # A scraper that imports adce must meet these very classes, also when this file runs as a script.
 sys.modules.setdefault("adce", sys.modules[__name__])
@@ -303,9 +286,8 @@ class Clock:
         return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
     def boot_id(self) -> str:
-        """The name of this boot, because boot times of two boots must not be compared. "unknown" where there is none:
-        then only a boot time smaller than before proves another boot."""
-        # A name made from wall time would change when the clock is set, and all requests so far would be forgotten.
+        """The name of this boot; boot times of two boots must not be compared. "unknown" where there is none: then only
+        a boot time smaller than before proves another boot. Wall time gives no name, because it may be set."""
         with contextlib.suppress(OSError):
             return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return "unknown"
@@ -317,9 +299,8 @@ class Clock:
         has_changed: Callable[[], bool] | None = None,
         every: float = POLL_SECONDS,
     ) -> None:
-        """Sleep for `seconds`, until something is put into `wakeups`, or until `has_changed`; empty `wakeups`.
-
-        `has_changed` is asked `every` so many seconds: another process cannot put anything into `wakeups`."""
+        """Sleep for `seconds`, until something is put into `wakeups`, or until `has_changed`, which is asked `every` so
+        many seconds because other processes cannot wake this one; empty `wakeups`."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
@@ -366,7 +347,7 @@ def http_date(text: str) -> datetime.datetime:
     """The instant of a header such as Date. Raises ValueError, TypeError or OverflowError."""
     from email.utils import parsedate_to_datetime
 
-    instant = parsedate_to_datetime(text)  # without a zone if it is written as asctime() does
+    instant = parsedate_to_datetime(text)  # without a zone in the form of asctime()
     return instant if instant.tzinfo else instant.replace(tzinfo=datetime.UTC)
 
 
@@ -383,13 +364,11 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
     """Nothing that is made in here is garbage: looking for it takes a third of the time."""
-    is_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if is_enabled:
-            gc.enable()
+        gc.enable()
 
 
 # ---------------------------------------------------------------- Schema
@@ -398,7 +377,7 @@ def without_collector() -> Iterator[None]:
 # readers: plain names, UTC times as text, live scores; created anew when their text changes. Headlines: TABLES, VIEWS.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-SCHEMA_VERSION = 16
+SCHEMA_VERSION = 17
 TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
@@ -502,30 +481,26 @@ create table counts (
     season       text    not null,   -- '': none
     state        text    not null,
     task         text    not null,   -- '': none
-    priority     text    not null,   -- '': no task
+    priority     text    not null,   -- '': never a task
     objects      integer not null,
     primary key (dataset_id, season, state, task, priority)
 ) strict, without rowid;
 create trigger objects_counted_in after insert on objects begin
     insert into counts
-    values (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''),
-            iif(new.task is null, '', new.priority), 1)
+    values (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''), ifnull(new.priority, ''), 1)
     on conflict do update set objects = objects + 1;
 end;
 create trigger objects_counted_out after delete on objects begin
     insert into counts
-    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''),
-            iif(old.task is null, '', old.priority), -1)
+    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''), ifnull(old.priority, ''), -1)
     on conflict do update set objects = objects - 1;
 end;
 create trigger objects_recounted after update of dataset_id, season, state, task, priority on objects
 when (old.state, old.task, old.priority, old.season, old.dataset_id)
      is not (new.state, new.task, new.priority, new.season, new.dataset_id) begin
     insert into counts
-    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''),
-            iif(old.task is null, '', old.priority), -1),
-           (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''),
-            iif(new.task is null, '', new.priority), 1)
+    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''), ifnull(old.priority, ''), -1),
+           (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''), ifnull(new.priority, ''), 1)
     on conflict do update set objects = objects + excluded.objects;
 end;
 
@@ -684,13 +659,11 @@ create view coverage as
     -- Expected and present objects by dataset and season. 100 percent means all of them.
     with summed as (
         select dataset_id, nullif(season, '') as season,
-               sum(iif(state in ('present', 'missing', 'stale', 'suspect'), objects, 0)) as expected,
-               sum(iif(state = 'present', objects, 0)) as present,
-               sum(iif(state = 'missing', objects, 0)) as missing,
-               sum(iif(state = 'stale', objects, 0)) as stale,
-               sum(iif(state = 'suspect', objects, 0)) as suspect,
-               sum(iif(task = 'gave_up', objects, 0)) as gave_up,
-               sum(iif(state = 'skipped', objects, 0)) as skipped, sum(iif(state = 'absent', objects, 0)) as absent
+               sum(objects * (state in ('present', 'missing', 'stale', 'suspect'))) as expected,
+               sum(objects * (state = 'present')) as present, sum(objects * (state = 'missing')) as missing,
+               sum(objects * (state = 'stale')) as stale, sum(objects * (state = 'suspect')) as suspect,
+               sum(objects * (state = 'skipped')) as skipped, sum(objects * (state = 'absent')) as absent,
+               sum(objects * (task = 'gave_up')) as gave_up
         from counts
         group by dataset_id, season
     )
@@ -811,7 +784,6 @@ class Database:
         self.path = path
         self._writer, self._reader = writer, reader
         self._writing, self._reading = threading.Lock(), threading.Lock()  # guard the connections
-        self._durable = True  # setting of the writer
         self._data_version = -1  # last seen by the writer
         self._wait_seconds = float(BUSY_SECONDS)
         self._pid, self._inodes = os.getpid(), dict.fromkeys((path, f"{path}-wal"), 0)  # as first seen
@@ -834,9 +806,7 @@ class Database:
         durable is faster, but a power cut may undo it. Raises DatabaseError, for instance when the disk is full."""
         with self._hold(self._writing):
             try:
-                if durable != self._durable:
-                    self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
-                    self._durable = durable
+                self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
                 self._begin()
                 yield self._writer
                 self._writer.execute("commit")
@@ -845,17 +815,14 @@ class Database:
                     self._writer.execute("rollback")
 
     def _begin(self) -> None:
-        for tries in itertools.count(1):
+        started = time.monotonic()
+        while not self._writer.in_transaction:
             try:
                 self._writer.execute("begin immediate")
             except sqlite3.OperationalError as error:
-                if (
-                    error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY
-                    or tries * BUSY_STEP_SECONDS >= self._wait_seconds
-                ):
+                is_over = time.monotonic() - started > self._wait_seconds
+                if is_over or not error.sqlite_errorname.startswith("SQLITE_BUSY"):
                     raise
-            else:
-                return
 
     def shorten_waits(self) -> None:
         """From now on, do not wait long for other programs."""
@@ -887,7 +854,9 @@ class Database:
     def check_file(self) -> None:
         """Raises NoDatabaseError when the file was moved, replaced or deleted: SQLite would go on writing to it."""
         for path, known in self._inodes.items():
-            found = _inode(path)
+            found = 0
+            with contextlib.suppress(OSError):
+                found = Path(path).stat().st_ino
             if known not in (0, found):
                 raise NoDatabaseError(f"{path} was moved, replaced or deleted while in use", "start again")
             self._inodes[path] = found
@@ -918,13 +887,6 @@ def _translation(context: str) -> Iterator[None]:
         raise (DatabaseUnavailableError if passes else DatabaseError)(f"{context}: {error} ({name})", hint) from error
 
 
-def _inode(path: str) -> int:
-    try:
-        return Path(path).stat().st_ino
-    except OSError:
-        return 0
-
-
 def _connect(path: Path | str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
@@ -943,9 +905,7 @@ def require_own_files(path: Path) -> None:
 
 
 def open_database(path: Path, *, must_exist: bool = False) -> Database:
-    """Open the database; create it when there is none.
-
-    Raises NoDatabaseError when `must_exist` and it does not, DatabaseError when it is not usable."""
+    """Open the database; create it when there is none, or raise NoDatabaseError when it `must_exist`."""
     require_own_files(path)
     is_there = path.exists() and path.stat().st_size
     if must_exist and not is_there:
@@ -956,7 +916,6 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
         writer, reader = (opened.enter_context(contextlib.closing(_connect(path))) for _ in range(2))
         _check_schema(writer, path)
         writer.execute("pragma journal_mode = wal")  # of a backup, too
-        _check_definitions(writer, path)
         reader.execute("pragma query_only = on")
         opened.pop_all()
     return Database(str(path), writer, reader)
@@ -984,8 +943,7 @@ def _create(path: Path) -> None:
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """A draft, mode 0600, that gets the name `path` at the end, whole and on the disk. Raises FileExistsError when
-    there is such a file."""
+    """A draft, mode 0600, that gets the name `path` at the end, when it is on the disk. Raises FileExistsError."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         draft.touch(0o600)
@@ -993,6 +951,14 @@ def _new_file(path: Path) -> Iterator[Path]:
         _sync(draft)
         os.link(draft, path)
         _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def open_regular(path: Path | str, folder: int | None = None) -> BinaryIO:
@@ -1005,36 +971,9 @@ def open_regular(path: Path | str, folder: int | None = None) -> BinaryIO:
     raise OSError(errno.EINVAL, "not a regular file")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _create_tables(connection: sqlite3.Connection) -> None:
     numbers = f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION};"
     connection.executescript(f"pragma journal_mode = wal; begin; {numbers} {TABLES} {VIEWS} commit;")
-
-
-def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    """Raises DatabaseError for the file of another program or version. There are no migrations, because a new database
-    finds everything but its history in the store."""
-    if connection.execute("pragma application_id").fetchone()[0] != APPLICATION_ID:
-        raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
-    version = connection.execute("pragma user_version").fetchone()[0]
-    if version != SCHEMA_VERSION:
-        raise DatabaseError(
-            f"{path} has schema {version}, this ADCE needs {SCHEMA_VERSION}",
-            f"move {path} away: the next run rebuilds it from the store, without its history",
-        )
-
-
-def _renew_views(connection: sqlite3.Connection) -> None:
-    drops = "".join(f"drop view if exists {name}; " for name in re.findall(r"create view (\w+)", VIEWS))
-    script = f"begin immediate; {drops}{VIEWS} commit;"
-    connection.executescript(script)
 
 
 def _definitions(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
@@ -1044,28 +983,35 @@ def _definitions(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
     return {(kind, name, " ".join(re.sub("--[^\n]*", "", text).split())) for kind, name, text in rows}
 
 
-def _check_definitions(connection: sqlite3.Connection, path: Path) -> None:
-    """Views are recreated when their text differs. Raises DatabaseError when another program has changed a table, an
-    index or a trigger, or added one that acts at each write. Other additions are ignored."""
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Recreate the views when their text differs. Raises DatabaseError for the file of another program or version, and
+    when another program has changed a table, an index or a trigger, or added one that acts at each write."""
+    if connection.execute("pragma application_id").fetchone()[0] != APPLICATION_ID:
+        raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
+    version = connection.execute("pragma user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        message = f"{path} has schema {version}, this ADCE needs {SCHEMA_VERSION}"
+        hint = f"move {path} away: the next run rebuilds it from the store, without its history"
+        raise DatabaseError(message, hint)
     with contextlib.closing(sqlite3.connect(":memory:")) as made:
         made.executescript(TABLES + VIEWS)
         wanted = _definitions(made)
     found, harmless = _definitions(connection), re.compile(r"create (table|view) (?!.*\breferences\b)", re.IGNORECASE)
-    wrong = wanted - found
-    if any(kind == "view" for kind, *_ in wrong):
-        _renew_views(connection)
-    foreign = {one for one in found - wanted if not harmless.match(one[2])}
-    if changed := sorted(foreign | {one for one in wrong if one[0] != "view"}):
+    if any(kind == "view" for kind, *_ in wanted - found):
+        drops = "".join(f"drop view if exists {name}; " for name in re.findall(r"create view (\w+)", VIEWS))
+        renewal = f"begin immediate; {drops}{VIEWS} commit;"
+        connection.executescript(renewal)
+    added = {one for one in found - wanted if not harmless.match(one[2])}
+    if changed := sorted(added | {one for one in wanted - found if one[0] != "view"}):
         kind, name, _ = changed[0]
         raise DatabaseError(f"another program has changed the {kind} {name[:40]} of {path}", DAMAGE_HINT)
 
 
 def quarantine_stale_wal(path: Path) -> None:
-    """Rename a WAL that does not belong to the database file. To be called before this process opens the database,
-    because it closes the file."""
-    # A WAL left by a killed process would be replayed into a restored backup. The header of a backup says that it has
-    # none (https://sqlite.org/fileformat2.html, 1.3.3). Processes check one after the other, the header last: one that
-    # has checked changes the header before it makes a WAL of its own.
+    """Rename a WAL that was left by a killed process: it would be replayed into a restored backup. To be called before
+    this process opens the database, because it closes the file."""
+    # The header of a backup says that it has no WAL (https://sqlite.org/fileformat2.html, 1.3.3). Processes check one
+    # after the other, the header last: one that has checked changes the header before it makes a WAL of its own.
     wal = path.with_name(f"{path.name}-wal")
     with contextlib.suppress(OSError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -1115,8 +1061,8 @@ class RunnerLock:
 
 
 def back_up(path: Path, copy: Path) -> None:
-    """Copy the database at `path`, as of one moment, into a new file, mode 0600: whole, checked and on the disk, or not
-    at all. Raises DatabaseError, also when `copy` exists."""
+    """Copy the database at `path`, as of one moment, into a new file: whole, checked and on the disk, or not at all.
+    Raises DatabaseError, also when `copy` exists."""
     if copy.exists() or copy.is_symlink():
         raise DatabaseError(f"{copy} exists already", "name a new file; nothing was written")
     try:
@@ -1156,8 +1102,8 @@ class Template:
         return self.pattern.sub("{}", self.text)
 
     def render(self, fields: Fields, quote: Callable[[str], str]) -> str:
-        """The text with every field replaced by its quoted value; the slashes of a date's format, and of a path,
-        stay. A part of a url is quoted already, but for what can be in no url."""
+        """The text with every field replaced by its quoted value; the slashes of a date's format and of a path stay. A
+        part of a url is quoted already, but for what can be in no url."""
         words = list(SPLIT(self.pattern, self.text))  # text, field, shift, format, text, field, shift, format, text
         for place in range(1, len(words), 4):
             name, shift, form = words[place : place + 3]
@@ -1203,8 +1149,7 @@ def variables_in(*texts: str) -> set[str]:
 
 
 def from_environment(text: str, known: Container[str] | None = None) -> str:
-    """A text with the values of its variables $NAME and ${NAME}, or of the `known` ones. Raises Error when one is not
-    there."""
+    """A text with the values of its variables, or of the `known` ones. Raises Error when one is not there."""
     names = {name for name in variables_in(text) if known is None or name in known}
     if missing := sorted(names - os.environ.keys()):
         raise Error(f"${missing[0]} is not in the environment")
@@ -1222,8 +1167,7 @@ SECRET_IN_TEXT = re.compile(  # in time that grows with the text: a source may h
 
 
 def masked(text: str) -> str:
-    """A text without what looks like a secret: a password in a url, or the value of a header or parameter of such a
-    name."""
+    """A text without passwords in urls, and without the values of headers and parameters with names of secrets."""
     return SECRET_IN_TEXT.sub(r"\1\2***", text)
 
 
@@ -1252,8 +1196,7 @@ def quote_for_expression(literal: str, value: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _compile(expression: str) -> Any:
-    """A JMESPath expression in which `!a.b` means not a.b. By the grammar it is (!a).b, which is always null
-    because a boolean has no fields, so no useful expression changes its meaning."""
+    """A JMESPath expression in which `!a.b` means not a.b. By the grammar it is (!a).b, which is always null."""
     import jmespath.parser
 
     parser = jmespath.parser.Parser()
@@ -1276,9 +1219,9 @@ def search(expression: str, fields: Fields, document: Any) -> Any:
 
 
 def holds(expression: str, fields: Fields, document: Any) -> bool:
-    """Whether an expression is true: neither false, null nor empty. One that raises is not."""
+    """Whether an expression is true: neither false, null nor empty. 0 is true, an expression that raises is not."""
     value = search(expression, fields, document)
-    return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 MOST = 10**12  # of any number: no unit makes it too large for SQLite or a clock
@@ -1304,7 +1247,7 @@ class Kind:
             form = r"[-+]?(0|[1-9]\d{0,14})" + r"(\.\d+)?" * (rule["type"] == "number")  # more digits overflow a float
             is_good = tag in ("int", "float") and re.fullmatch(form, value)
             value = float(value) if "." in value else int(value)
-            if is_good and abs(value) > rule.get("maximum", MOST) == MOST:
+            if is_good and abs(value) > MOST:
                 raise ConfigurationError(f"{node.value} is beyond {MOST:,}")
             is_good = is_good and rule.get("minimum", value) <= value <= rule.get("maximum", value)
             is_good = is_good and value > rule.get("exclusiveMinimum", -math.inf)
@@ -1372,19 +1315,14 @@ def _day(text: str) -> str | datetime.date:
         raise ConfigurationError(f"{text} is not a calendar date") from None
 
 
-class AvailableAfter(NamedTuple):
-    """Not expected before this time of its day, or this long after the end of its day."""
-
-    time: datetime.time | None = None
-    seconds: int = 0
-
-
-def _available(given: str | list[tuple[str, Any]]) -> AvailableAfter:
+def _available(given: str | list[tuple[str, Any]]) -> datetime.time | int:
     if isinstance(given, str):
-        return AvailableAfter(time=datetime.time.fromisoformat(given))
+        return datetime.time.fromisoformat(given)
     ((name, node),) = given
-    hours = Kind("hours", {"type": "number", "minimum": 0}).convert(node)
-    return {"hours": AvailableAfter(seconds=round(hours * HOUR))}[name]
+    if name != "hours":
+        raise ValueError(name)
+    hours: float = Kind("hours", {"type": "number", "minimum": 0}).convert(node)
+    return round(hours * HOUR)
 
 
 def _like(pattern: str) -> Mapping[str, Any]:
@@ -1454,7 +1392,8 @@ Method = Annotated[str, Kind("GET or POST", {"enum": ["GET", "POST"]})]
 Scheduler = Annotated[str, Kind("tcp://HOST:PORT or tls://HOST:PORT", _like(r"(tcp|tls)://[^\s/]+:\d+"))]
 Output = Annotated[str, Kind("store or stdout", {"enum": ["store", "stdout"]})]
 Switch = Annotated[bool, Kind("true or false", {"type": "boolean"}, lambda text: text.lower() in ("true", "yes", "on"))]
-Available = Annotated[AvailableAfter, Kind('"HH:MM" or {hours: N}', {"type": ["string", "object"]}, _available)]
+# a time of its day, or so many seconds after its end
+Available = Annotated[datetime.time | int, Kind('"HH:MM" or {hours: N}', {"type": ["string", "object"]}, _available)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -2646,12 +2585,12 @@ def expected_object(dataset: Dataset, fields: Fields) -> ExpectedObject:
     date, rule, timezone = moment.date(), dataset.available_after, timezone_of(dataset)
     season = season or next((one.label for one in dataset.calendar if one.start <= date <= one.finish), None)
     available_at = None
-    if rule and rule.time:
-        available_at = instant_of(date, rule.time, timezone)
-    elif rule:
+    if isinstance(rule, datetime.time):
+        available_at = instant_of(date, rule, timezone)
+    elif rule is not None:
         dates = dataset.partitions.dates
         end = shifted(moment, STEPS[dates.every if dates else "day"])
-        available_at = instant_of(end.date(), end.time(), timezone) + rule.seconds
+        available_at = instant_of(end.date(), end.time(), timezone) + rule
     return ExpectedObject(key, season, date.isoformat(), available_at)
 
 
@@ -6927,6 +6866,7 @@ FRAGMENTS = {
         for state in ("pending", "retry", "running", "gave_up")
     ),
     "BY_TASK": "task in ('retry', 'running', 'gave_up')",  # lets SQLite use the index objects_by_task
+    "FAILED": "outcome not in ('ok', 'not_yet', 'lost', 'running')",
     "FILTER": "(:source is null or source = :source) and (:dataset is null or dataset = :dataset)",
     "TASKS": """(:state is null or state = :state)
         and (:day is null or task_id in (select object_id from objects where day = :day))
@@ -7008,8 +6948,8 @@ reasons: Why objects are missing, stale or suspect
     order by objects desc limit 20
 datasets: Attempts of the last {span}
     select source, dataset, count(*) as attempts, sum(outcome = 'ok') as ok, sum(outcome = 'not_yet') as not_yet,
-           sum(outcome not in ('ok', 'not_yet', 'lost')) as failed,
-           round(100.0 * sum(outcome not in ('ok', 'not_yet', 'lost')) / count(*), 1) as error_percent,
+           sum({FAILED}) as failed,
+           round(100.0 * sum({FAILED}) / count(*), 1) as error_percent,
            sum(requests) as requests, sum(bytes) as bytes,
            round(min(seconds) filter (where place >= 0.50 * number), 3) as p50,
            round(min(seconds) filter (where place >= 0.95 * number), 3) as p95,
@@ -7099,7 +7039,7 @@ task!: Task {task_id}
     select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
            o.state as object, coalesce(o.skipped, o.reason) as reason, o.fields,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.detected_at, 'unixepoch') as detected_at,
-           iif(o.task is null, null, round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 2)) as score,
+           (select score from queue where queue.task_id = o.object_id) as score,
            iif(o.task is null, null, {PAUSE}) as source_paused, o.gap_size, o.attempts, o.failures,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as next_at, o.last_error, o.size, o.etag
     from objects o join datasets d using (dataset_id) where o.object_id = :task_id
@@ -7372,9 +7312,9 @@ errors: ! adce.py report
     select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' failed, most of ' || (
                select dataset || ': ' || coalesce(error, outcome)
                from late join objects using (object_id) join datasets using (dataset_id)
-               where outcome not in ('ok', 'not_yet', 'lost', 'store_error', 'running')
+               where {FAILED} and outcome != 'store_error'
                group by dataset, substr(error, 1, 24) order by count(*) desc limit 1) as text
-    from (select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
+    from (select {FAILED} and outcome != 'store_error' as failed,
                  late.attempt_id > (select max(attempt_id) from attempts) - 20 as is_latest
           from late join objects using (object_id) join datasets using (dataset_id)
           join scopes s on s.scope = source and s.failures = 0 and s.throttles = 0  -- else it may be away
@@ -7654,7 +7594,7 @@ queue: First in the queue | nothing can start now
     -- the score in its parts: when the gap was found, gained by age since, and for the success rate of the dataset
     select o.key, o.priority, d.source, round(o.rank + o.slope * o.detected_at / 3600.0, 1) as base,
            round(o.slope * (unixepoch() - o.detected_at) / 3600.0, 1) as age, round(d.bonus, 1) as success_rate,
-           round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 1) as score,
+           (select round(score, 1) from queue where queue.task_id = o.object_id) as score,
            coalesce(o.last_error, o.reason, o.state) as reason, {PAUSE} as source_paused
     from datasets d join objects o on o.object_id in ({FIRST})
     where d.active order by score desc limit :most
@@ -7692,10 +7632,10 @@ GAVE_UP_DAYS = f"""
     select dataset, day, count(*) from objects join datasets using (dataset_id)
     where task = 'gave_up' and {FRAGMENTS["BY_TASK"]} and day like :year || '-%' group by dataset, day
 """  # noqa: S608  # a constant
-LINES = """
+LINES = f"""
     with recent as (
         select source, day, sum(attempts) as attempts, sum(seconds) / sum(attempts) as seconds,
-               sum(iif(outcome in ('ok', 'not_yet', 'lost'), 0, attempts)) as failed
+               sum(attempts * ({FRAGMENTS["FAILED"]})) as failed
         from daily_totals join datasets using (dataset_id)
         where day > date(:now - 2592000, 'unixepoch') group by source, day
     )
@@ -7709,7 +7649,7 @@ LINES = """
     union all select 4, source || ': failed a day, 30 days', day, failed, day from recent
     union all select 5, source || ': mean seconds, 30 days', day, round(seconds, 2), day from recent
     order by place, title, moment
-"""
+"""  # noqa: S608  # a constant
 LINE_WIDTH, LINE_HEIGHT = 180, 32  # pixels
 CELL, LEFT, TOP = 11, 26, 12
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
@@ -9151,7 +9091,7 @@ CONSISTENCY = {
         select coalesce(sum(abs(n)), 0) from (
             select sum(n) as n from (
                 select dataset_id, coalesce(season, '') as season, state, coalesce(task, '') as task,
-                       iif(task is null, '', priority) as priority, count(*) as n
+                       coalesce(priority, '') as priority, count(*) as n
                 from objects group by 1, 2, 3, 4, 5
                 union all
                 select dataset_id, season, state, task, priority, -objects from counts)

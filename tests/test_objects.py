@@ -178,7 +178,7 @@ def test_text_with_fields_is_rendered(text, rendered):
 
 def test_object_of_an_hour_is_available_after_the_end_of_its_hour():
     hours = adce.Partitions(dates=adce.Dates(first=datetime.date(2024, 1, 1), every="hour"))
-    one = dataset(partitions=hours, available_after=adce.AvailableAfter(seconds=600))
+    one = dataset(partitions=hours, available_after=600)
     expected = adce.expected_object(one, {"date": "2024-01-01T23:00"})
     assert (expected.day, adce.utc_text(expected.available_at)) == ("2024-01-01", "2024-01-02T00:10:00Z")
 
@@ -308,8 +308,8 @@ def test_object_of_a_date_belongs_to_its_season():
 @pytest.mark.parametrize(
     ("rule", "instant"),
     [
-        (adce.AvailableAfter(time=datetime.time(23, 30)), "2024-12-16T04:30:00Z"),
-        (adce.AvailableAfter(seconds=3 * HOUR), "2024-12-16T08:00:00Z"),
+        (datetime.time(23, 30), "2024-12-16T04:30:00Z"),
+        (3 * HOUR, "2024-12-16T08:00:00Z"),
     ],
 )
 def test_object_is_available_after_an_instant_of_its_own_zone(rule, instant):
