@@ -1482,7 +1482,7 @@ def chosen(seasons: Iterable[Season], names: Sequence[str]) -> list[Season]:
     return [one for one in seasons if not {"all", one.calendar, one.label}.isdisjoint(names)]
 
 
-SeasonNames = Annotated[tuple[Text, ...], ONE_OR_MORE]
+Names = Annotated[tuple[Text, ...], ONE_OR_MORE]
 
 
 class WindowLimit(NamedTuple):
@@ -1518,7 +1518,7 @@ class Limits:
         spans = {float(span): n for span, n in zip((1, MINUTE, HOUR, DAY), counts, strict=True) if n}
         span = MINUTE if MINUTE in spans else min(spans, default=1)
         delay = {float(self.min_delay_seconds): 1} if self.min_delay_seconds else {}
-        windows = tuple(WindowLimit(n, seconds) for seconds, n in (delay | spans | delay).items())
+        windows = tuple(WindowLimit(n, seconds) for seconds, n in sorted((spans | delay).items()))
         return ScopeLimits(windows, self.burst_size, spans.get(span, 0) / span)
 
 
@@ -1613,9 +1613,7 @@ class Source:
 
     name: str
     base_url: Address = setting("prefix of the `url` of each dataset; $NAME is a variable of the environment", "")
-    headers: Mapping[str, Header] = setting(
-        "request headers, with $NAME; only harmless ones follow a redirect to another host", {}
-    )
+    headers: Mapping[str, Header] = setting("request headers, with $NAME; another host gets harmless ones", {})
     timeout_seconds: Positive = setting("limit for a whole request, body included", 30)
     max_concurrent: Count = setting("maximum workers on this source", 5)
     error_when: Expression | None = setting("condition on a body that makes it an error, whatever the status", None)
@@ -1658,7 +1656,7 @@ def names_in_result(expression: str) -> tuple[str, ...]:
 # Headlines: Partitions, Pages, Dataset, Configuration, problems_in().
 
 STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
-NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
+NamedValues = Mapping[str, tuple[Text, ...]]
 Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
 
 
@@ -1667,7 +1665,7 @@ class Dates:
     """One object a step: those of all seasons, or of a range. `date` is the first day of a step, or its hour."""
 
     ONE_OF: ClassVar = (("", ("seasons", "from")),)
-    seasons: SeasonNames = setting("the days of seasons: all, the name of a calendar, or labels", ())
+    seasons: Names = setting("the days of seasons: all, the name of a calendar, or labels", ())
     first: Date | None = setting("first day of a range", None, name="from")
     last: LastDay = setting("last day; now: up to this hour", "yesterday", name="to")
     every: Step = setting("length of a step", "day")
@@ -1684,19 +1682,11 @@ class Partitions:
     ANY_OF: ClassVar = (*BASES, "same_as")
     ONE_OF: ClassVar = (("from", ("ids", "regex")),)
     dates: Dates | None = setting("one object a step of time", None)
-    seasons: SeasonNames = setting("one object for each that has begun: all, the name of a calendar, or labels", ())
-    values: NamedValues = setting("one object for each combination of field values", ())
-    parents: Annotated[tuple[Text, ...], ONE_OR_MORE] = setting(
-        "one object for each id in the objects of this parent dataset, or of several", (), name="from"
-    )
-    ids: Expression | None = setting(
-        "finds ids in JSON, or objects whose members are fields; {field} is a field of the parent",
-        None,
-        beside=("from",),
-    )
-    regex: Regex | None = setting(
-        "finds ids, or fields by named groups, in any text, without its HTML entities", None, beside=("from",)
-    )
+    seasons: Names = setting("one object for each that has begun: all, the name of a calendar, or labels", ())
+    values: NamedValues = setting("one object for each combination of field values", {})
+    parents: Names = setting("one object for each id in the objects of a parent dataset, or several", (), name="from")
+    ids: Expression | None = setting("ids in JSON, or objects of fields; {field}: the parent's", None, beside=("from",))
+    regex: Regex | None = setting("ids, or fields by named groups, in text; HTML is unescaped", None, beside=("from",))
     id_field: FieldName = setting(
         "field of an id", "", name="as", beside=("from",), instead="{season} is a label, {end} the year of its end"
     )
@@ -1715,7 +1705,7 @@ class Partitions:
     def own_fields(self) -> tuple[str, ...]:
         """The fields whose values distinguish its objects."""
         own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons) + [*self.id_fields()]
-        return (*own, *dict(self.values))
+        return (*own, *self.values)
 
 
 PAGES = "pages"  # in place of an expression
@@ -1731,9 +1721,7 @@ class Pages:
 
     ONE_OF: ClassVar = (("", ("next", "last")),)
     next: NextPage | None = setting(
-        "how a page names the next: link is the header Link; a url, or what {next} is in `url`, or, when {page} or "
-        "{offset} is in `url`, anything but null, false, 0 and empty values",
-        None,
+        "link, the header; else finds a url or {next}; beside {page} or {offset} in `url`, any true value", None
     )
     last: Expression | None = setting("number of the last page, or with `size` of the items", None)
     size: Count | None = setting("items on a page: {offset} are those before it; without it, the pages before it", None)
@@ -1825,27 +1813,17 @@ class Dataset:
     original: Template | None = None  # the key of what is copied
     calendar: tuple[Season, ...] = ()  # of its days
     secrets: frozenset[str] = field(default=frozenset(), repr=False)  # variables of its requests, and plain secrets
-    pages: Pages | None = setting(
-        "the pages of an answer, each an object with {page} in its key", None, beside=("url",)
-    )
-    output: Output = setting(
-        "store: it writes objects; stdout: prints one", "store", beside=("command",), against=("batch",)
-    )
+    pages: Pages | None = setting("pages of an answer, each an object with {page} in its key", None, beside=("url",))
+    output: Output = setting("store: it writes; stdout: it prints", "store", beside=("command",), against=("batch",))
     environment: tuple[Text, ...] = setting("further environment variables of the program", (), beside=PROGRAM)
-    batch: Batch | None = setting(
-        "one command for several objects; {game_ids} lists all values of game_id, with commas",
-        None,
-        beside=("command",),
-    )
+    batch: Batch | None = setting("one command for several; {game_ids} lists each game_id", None, beside=("command",))
     timeout_seconds: Positive = setting("limit for a command or a call", 600, beside=PROGRAM)
     max_concurrent: Count | None = setting("maximum workers on this dataset", None)
     freshness: Freshness = setting("refetch rules", Freshness())
     validate: Validation = setting("rules that a body must pass", Validation())
     available_after: Available | None = setting("not expected before: on its day, or after its end", None, needs="date")
-    absent_after: Interval | None = setting(
-        "age from which a source that has no such object means that none exists", None
-    )
-    excluded: NamedValues = setting("known holes: values of fields whose objects are not expected", (), name="except")
+    absent_after: Interval | None = setting("age from which `not found` means that there is no such object", None)
+    excluded: NamedValues = setting("known holes: values of fields whose objects are not expected", {}, name="except")
     at_least: Count | None = setting(
         "expected objects, of each season that is over or in all; fewer are reported", None
     )
@@ -1869,14 +1847,9 @@ class Configuration:
     path: Path = Path("adce.yaml")
     database: File = setting("SQLite file with all state", Path("adce.db"))
     store: Lake = setting("location of the lake", "lake")
-    interval_seconds: Positive = setting(
-        "from one cycle to the next", 15, name="reconciliation_interval_minutes", unit=MINUTE
-    )
+    interval_seconds: Positive = setting("between cycles", 15, name="reconciliation_interval_minutes", unit=MINUTE)
     interval_hours: Positive | None = setting(
-        "older form of reconciliation_interval_minutes",
-        None,
-        name="reconciliation_interval_hours",
-        against=("reconciliation_interval_minutes",),
+        "older form", None, name="reconciliation_interval_hours", against=("reconciliation_interval_minutes",)
     )
     full_seconds: Positive = setting("time to list the whole store", 24, name="full_reconciliation_hours", unit=HOUR)
     verify_per_cycle: Amount = setting("stored contents that a cycle reads for their validation alone", 1000)
@@ -1898,16 +1871,15 @@ class Configuration:
 
     def children_of(self, name: str) -> list[Dataset]:
         """The datasets whose objects follow from the contents of this one: it is one itself if it has pages."""
-        return [
-            one for one in self.datasets.values() if name in one.partitions.parents or (one.pages and one.name == name)
-        ]
+        own = self.datasets[name]
+        return [one for one in self.datasets.values() if name in one.partitions.parents or (one is own and own.pages)]
 
     def own_fields_of(self, name: str) -> tuple[str, ...]:
         """The fields whose values distinguish the objects of a dataset."""
         dataset = self.datasets[name]
         if dataset.copy_of:
             return self.own_fields_of(dataset.copy_of)
-        return (*dataset.partitions.own_fields(), *(PAGE_FIELDS[:1] if dataset.pages else ()))
+        return (*dataset.partitions.own_fields(), *["page"] * bool(dataset.pages))
 
     def lines_of(self, name: str) -> Iterator[list[str]]:
         """Each line of parents from a dataset up to one without any, or one that is not there or there again."""
@@ -1934,20 +1906,17 @@ class Configuration:
 
     def fields_of(self, name: str) -> set[str]:
         """Every field that templates of this dataset may name: those that each of its parents has, and its own."""
-        dataset = self.datasets[name]
-        inherited, dates = self.fields_above(name), dataset.partitions.dates
-        own = {*dataset.partitions.own_fields(), *(PAGE_FIELDS if dataset.pages else ())}
-        is_seasonal = dataset.partitions.seasons or (dates and dates.seasons)
-        return inherited | own | ({"season", "end"} if is_seasonal else set())
+        dataset, partitions = self.datasets[name], self.datasets[name].partitions
+        is_seasonal = partitions.seasons or (partitions.dates and partitions.dates.seasons)
+        own = [*partitions.own_fields(), *["season", "end"] * bool(is_seasonal), *PAGE_FIELDS * bool(dataset.pages)]
+        return {*own, *self.fields_above(name)}
 
     def fields_above(self, name: str) -> set[str]:
         """The fields that a dataset has from each of its parents."""
-        dataset = self.datasets[name]
-        parents = [self.datasets[one] for one in dataset.partitions.parents]
-        above = [
-            self.fields_of(one.name) - ({*PAGE_FIELDS} if one.pages and not dataset.copy_of else set())
-            for one in parents
-        ]
+        dataset, above = self.datasets[name], list[set[str]]()
+        for parent in dataset.partitions.parents:
+            is_paged = self.datasets[parent].pages and not dataset.copy_of
+            above.append(self.fields_of(parent) - set(PAGE_FIELDS * bool(is_paged)))
         return set.intersection(*above) if above else set()
 
 
@@ -2294,7 +2263,7 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
     has = {"", *declared, *(["season"] if dataset.calendar and "date" in declared else [])}
     lacking = ((path, one.needs) for path, one in all_settings(Dataset).items() if one.needs not in has)
     yield from ((path, f"has no effect: its objects have no {name}") for path, name in lacking)
-    for name in dict(dataset.excluded).keys() - declared:
+    for name in dataset.excluded.keys() - declared:
         yield f"except.{name}", f'no field "{name}"{suggest(name, declared)}'
     if dataset.batch and dataset.batch.group_by not in declared:
         yield "batch.group_by", f'no field "{dataset.batch.group_by}"{suggest(dataset.batch.group_by, declared)}'
@@ -2341,15 +2310,13 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
         elif line[-1] in read.datasets and all(
             reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line
         ):
-            partitions = dataclasses.replace(partitions, values=tuple(dict(partitions.values).items()))
-            excluded, source = tuple(dict(dataset.excluded).items()), read.sources.get(dataset.source, Source(""))
+            source = read.sources.get(dataset.source, Source(""))
             original = read.datasets.get(dataset.copy_of or "")
             if dataset.copy_of:
                 partitions = Partitions(parents=(dataset.copy_of,))
             datasets[name] = dataclasses.replace(
                 dataset,
                 partitions=partitions,
-                excluded=excluded,
                 original=original.key if original else None,
                 secrets=frozenset(secrets_of(source, dataset)),
             )
@@ -2613,7 +2580,7 @@ def expand(dataset: Dataset, now: float, base: Fields | None = None) -> Iterator
     if partitions.seasons:
         begun = [one for one in chosen(dataset.calendar, partitions.seasons) if one.start <= day_of(now)]
         kinds.append(map(_season_fields, begun))
-    kinds += [[{name: value} for value in values] for name, values in partitions.values]
+    kinds += [[{name: value} for value in values] for name, values in partitions.values.items()]
     kinds += [[FIRST_PAGE]] if dataset.pages else []
     for combination in itertools.product(*kinds):
         yield {name: value for part in combination for name, value in part.items()}
@@ -4347,7 +4314,7 @@ def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -
     """The expected objects of these partitions. Values that make no key are noted as problems."""
     rows = []
     number = ledger.sql.execute("select dataset_id from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
-    excluded = {name: frozenset(values) for name, values in dict(dataset.excluded).items()}
+    excluded = {name: frozenset(values) for name, values in dataset.excluded.items()}
     for fields, parent_id in partitions:
         if excluded and any(fields.get(name) in values for name, values in excluded.items()):
             continue

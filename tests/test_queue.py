@@ -663,7 +663,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        partitions = adce.Partitions(values=(("team", tuple("ABCDEF")),))
+        partitions = adce.Partitions(values={"team": tuple("ABCDEF")})
         dataset = adce.Dataset("teams", "nba", adce.Template("{team}"), partitions, url=adce.Template("/{team}"))
         self.configuration = adce.Configuration(
             path=adce.Path("x"),
