@@ -614,7 +614,6 @@ create table windows (
     scope          text    not null references scopes,
     window_seconds real    not null,
     max_requests   integer not null,
-    slow_from      integer,          -- requests in the window at which backoff begins; null: never
     primary key (scope, window_seconds)
 ) strict, without rowid;
 
@@ -3695,7 +3694,6 @@ class Permit:
 
     request_id: int
     send_before: float
-    deadline: float  # counts as finished then
 
 
 @dataclass(frozen=True, slots=True)
@@ -3728,7 +3726,7 @@ OBSERVATION = """
         from scopes s
         where s.scope in (:source, 'global')
     )
-    select o.*, w.window_seconds, w.max_requests, w.slow_from,
+    select o.*, w.window_seconds, w.max_requests,
            coalesce(1 + last_number - (
                select number from finished f
                where f.scope = o.scope and f.finished_at > :now - w.window_seconds
@@ -3740,16 +3738,16 @@ OBSERVATION = """
 
 def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock: Clock) -> None:
     """Make the stored limits those of the configuration. Earlier requests keep counting."""
-    boot_id, offset = clock.boot_id(), clock.wall() - clock.boot()
+    now, boot_id = clock.boot(), clock.boot_id()
+    offset = clock.wall() - now
     known = sql.execute("select boot_id, wall_offset from facts").fetchone()
     latest = sql.execute("select max(max(granted_at, paused_until - paused_for)) from scopes").fetchone()[0] or 0
     # A boot may have no name: then one is noticed when the latest grant or pause lies in the future, by more than
     # rounding. One that is not noticed makes limits last longer.
-    if known["boot_id"] is not None and (known["boot_id"] != boot_id or latest > clock.boot() + 1):
+    if known["boot_id"] is not None and (known["boot_id"] != boot_id or latest > now + 1):
         _carry_over_reboot(sql, known["wall_offset"] - offset)
     sql.execute("update facts set boot_id = ?, wall_offset = ?", (boot_id, offset))
     sql.execute("delete from windows")
-    backoff = configuration.rate_limiting.backoff
     for scope in (*configuration.sources, GLOBAL):
         limits = configuration.rate_limiting.scopes.get(scope, ScopeLimits())
         sql.execute(
@@ -3758,17 +3756,15 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
             values (?1, coalesce(?2, 0), ?4, ?2, ?3)
             on conflict do update set burst_size = ?2, refill_per_second = ?3
             """,
-            (scope, limits.burst_size, limits.refill_per_second, clock.boot()),
+            (scope, limits.burst_size, limits.refill_per_second, now),
         )
-        for limit in limits.windows:
-            slow_from = math.ceil(limit.max_requests * backoff.threshold_percent / 100) if backoff else None
-            row = (scope, limit.seconds, limit.max_requests, slow_from if limit.max_requests > 1 else None)
-            sql.execute("insert into windows values (?, ?, ?, ?)", row)
+        rows = [(scope, limit.seconds, limit.max_requests) for limit in limits.windows]
+        sql.executemany("insert into windows values (?, ?, ?)", rows)
     if sql.execute("update facts set is_backup = 0 where is_backup").rowcount:
+        text = "restored from a backup: what was asked since it was made is not known"
         longest = "select scope, max(window_seconds) from windows group by scope"
         for scope, seconds in sql.execute(longest).fetchall():
-            text = "restored from a backup: what was asked since it was made is not known"
-            pause(sql, scope, seconds, text, clock.boot())
+            pause(sql, scope, seconds, text, now)
 
 
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
@@ -3796,8 +3792,7 @@ def opening(sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: f
     counts_from = now - max([HOUR, *(limit.seconds for one in limiting.scopes.values() for limit in one.windows)])
     if any((row["deadline"] or now) < now or (row["oldest"] or now) < counts_from - MINUTE for row in rows):
         # The clients of overdue requests are dead. The requests finish now, not when they were granted.
-        overdue = sql.execute("delete from requests where deadline < ? returning source", (now,)).fetchall()
-        _count(sql, overdue, now)
+        _count(sql, sql.execute("delete from requests where deadline < ? returning source", (now,)).fetchall(), now)
         sql.execute("delete from finished where scope in (?, 'global') and finished_at <= ?", (source, counts_from))
         return opening(sql, limiting, source, now, owner)
     candidates = (candidate for row in rows for candidate in _openings(sql, row, limiting.backoff, now))
@@ -3817,18 +3812,20 @@ def _openings(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff | None
         if lacking > 1e-9:
             opens_at = now + lacking / row["refill_per_second"]
             yield Opening(opens_at, f"{scope}: bucket of {row['burst_size']} empty", scope)
-    if row["max_requests"] is None:
+    if (most := row["max_requests"]) is None:
         return
-    name = f"{scope}: {row['max_requests']} in {row['window_seconds']:g} s"
-    taken = row["used"] + row["in_flight"] + position
-    if taken >= row["max_requests"]:
-        yield Opening(_leaves_at(sql, row, taken - row["max_requests"], now), f"{name} used up", scope)
-    elif backoff and row["slow_from"] is not None and taken >= row["slow_from"]:
+    name, taken = f"{scope}: {most} in {row['window_seconds']:g} s", row["used"] + row["in_flight"] + position
+    if taken >= most:
+        yield Opening(_leaves_at(sql, row, taken - most, now), f"{name} used up", scope)
+    elif backoff and most > 1 and (past := taken - math.ceil(most * backoff.threshold_percent / 100)) >= 0:
         leaves_at = _leaves_at(sql, row, 0, now)  # then there may be less to slow down
         last: float = now if position else row["granted_at"]  # those before it come first, now or later
-        slowed_until = min(leaves_at, last + _delay(row, backoff, taken, leaves_at - last))
-        if slowed_until > now + 1e-6:  # less is rounding
-            yield Opening(slowed_until, f"{name} nearly used up", scope)
+        growing = backoff.initial_delay_seconds * backoff.exponential_factor ** min(past, 64)
+        delay = min(growing, backoff.max_delay_seconds)
+        if not backoff.strict:  # longer than the rest spread evenly, it would leave 10 to 20% of the quota unused
+            delay = min(delay, max(0.0, leaves_at - last) / (most - taken + 1))
+        if min(leaves_at, last + delay) > now + 1e-6:  # less is rounding
+            yield Opening(min(leaves_at, last + delay), f"{name} nearly used up", scope)
 
 
 def _leaves_at(sql: sqlite3.Connection, row: sqlite3.Row, index: int, now: float) -> float:
@@ -3847,15 +3844,6 @@ def _leaves_at(sql: sqlite3.Connection, row: sqlite3.Row, index: int, now: float
     return now + seconds * max(1, rounds)
 
 
-def _delay(row: sqlite3.Row, backoff: Backoff, taken: int, left: float) -> float:
-    """Seconds between two permits past the threshold of backoff. They grow with each further request of the window.
-    Unless backoff is strict, they are never more than spreading the rest of the quota evenly over the seconds `left`
-    until one leaves the window: the plain rule leaves 10 to 20% of the quota unused."""
-    growing: float = backoff.initial_delay_seconds * backoff.exponential_factor ** min(taken - row["slow_from"], 64)
-    even: float = max(0.0, left) / (row["max_requests"] - taken + 1)
-    return min(growing, backoff.max_delay_seconds, math.inf if backoff.strict else even)
-
-
 def grant(sql: sqlite3.Connection, source: str, timeout_seconds: float, now: float, owner: str = "") -> Permit:
     """Take a permit, and with it the place of `owner` among the waiters. `opening` has just allowed it."""
     if owner:
@@ -3871,21 +3859,20 @@ def grant(sql: sqlite3.Connection, source: str, timeout_seconds: float, now: flo
         """,
         {"now": now, "source": source},
     )
-    send_before = now + SEND_WITHIN_SECONDS
-    deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
+    deadline = now + SEND_WITHIN_SECONDS + timeout_seconds + RELEASE_WITHIN_SECONDS
     inserted = sql.execute("insert into requests values (random(), ?, ?)", (source, deadline))
-    return Permit(cast(int, inserted.lastrowid), send_before, deadline)
+    return Permit(cast(int, inserted.lastrowid), now + SEND_WITHIN_SECONDS)
 
 
 def release(sql: sqlite3.Connection, permit: Permit, now: float, *, used: bool = True) -> None:
     """The request of a permit is over, or was never sent."""
-    over = "delete from requests where request_id = ? returning source"
-    released = sql.execute(over, (permit.request_id,)).fetchall()
-    _count(sql, released if used else [], now)
+    over = sql.execute("delete from requests where request_id = ? returning source", (permit.request_id,)).fetchall()
+    if used:
+        _count(sql, over, now)
 
 
 def _count(sql: sqlite3.Connection, requests: Iterable[sqlite3.Row], now: float) -> None:
-    """Count requests, which were in flight, as finished now."""
+    """Count requests that were in flight as finished now."""
     sql.executemany(
         """
         insert into finished
@@ -3903,16 +3890,15 @@ def _count(sql: sqlite3.Connection, requests: Iterable[sqlite3.Row], now: float)
 def update_waiters(
     sql: sqlite3.Connection, owner: str, openings: Mapping[str, Opening], now: float, seconds: float = 0
 ) -> bool:
-    """Keep the places of an owner among the waiters for the sources it waits for, or join their ends, and give up all
-    others. Returns whether it has any. It looks again after `seconds` at the latest."""
+    """Make an owner wait for these sources, and for no others; it keeps its places. Returns whether it waits. It looks
+    again after `seconds` at the latest."""
     waiting = {source: opens for source, opens in openings.items() if opens.at > now}
     sql.execute(
         """
         delete from waiters
-        where (owner = :owner and source not in (select value from json_each(:waiting)))
-           or expires_at < :long_ago
+        where owner = ? and source not in (select value from json_each(?)) or expires_at < ?
         """,
-        {"owner": owner, "waiting": json.dumps(list(waiting)), "long_ago": now - MINUTE},
+        (owner, json.dumps([*waiting]), now - MINUTE),
     )
     sql.executemany(
         """
@@ -3946,7 +3932,6 @@ def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now:
 # waiters and sleeps, outside every lock, until its next look is worth it. Headlines: classify(), record_response(),
 # Limiter, permit().
 
-LONGEST_RETRY_AFTER = DAY
 FIRST_PAUSE_SECONDS = 60
 STORE_TROUBLE = "store: "  # prefix of the reason of a pause that the store caused
 LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
@@ -4007,9 +3992,7 @@ def classify(
     text = f"HTTP {status}: {shown}" if body else f"HTTP {status}"
     retry_after = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
     try:
-        is_blocked = bool(blocked.body) and is_found_apart(
-            source.name, blocked.body or "", body.decode("utf-8", "replace")
-        )
+        is_blocked = blocked.body and is_found_apart(source.name, blocked.body, body.decode("utf-8", "replace"))
     except TooCostlyError as error:
         return Result(Outcome.INVALID, str(error), status)
     if status in (429, 503) or is_blocked:
@@ -4017,15 +4000,15 @@ def classify(
         return Result(Outcome.THROTTLED, text, status, retry_after=retry_after or longest)
     if status in blocked.status:
         return Result(Outcome.BLOCKED, text, status, retry_after=retry_after)
-    document: Any = None
-    if source.error_when and body:
+    is_error, document = False, None
+    if source.error_when:
         with contextlib.suppress(ValueError, RecursionError):
             document = json.loads(body)
-    is_error = document is not None and holds(cast(str, source.error_when), {}, document)
+            is_error = document is not None and holds(source.error_when, {}, document)
     code = document.get("code") if is_error and isinstance(document, dict) else None
     unlisted = status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000])  # S3's
     is_unknown = unlisted and b"Request has expired" not in body[:2000]  # a signed url
-    if status in (204, 404, 410) or is_unknown or (is_error and code in (404, "404")):
+    if status in (204, 404, 410) or is_unknown or code in (404, "404"):
         return Result(Outcome.NOT_YET, text, status)
     if is_error and status < 500:
         return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {shown}", status)
@@ -4113,7 +4096,7 @@ def record_response(
     failures = 0 if is_throttled else failures + 1
     longest, is_paused, seconds = source.blocked_when.pause_seconds, paused_until > now, None
     if answer.retry_after is not None:
-        seconds = min(answer.retry_after, LONGEST_RETRY_AFTER)
+        seconds = min(answer.retry_after, DAY)
     elif not is_paused and outcome in (Outcome.TIMEOUT, Outcome.BLOCKED) and failures >= threshold:
         seconds = longest
     elif not is_paused and (is_throttled or failures >= threshold):
@@ -4167,8 +4150,7 @@ class Limiter:
         held = self.acquire(source, wait)
         try:
             yield held
-            if held.answer is None:
-                held.answered(200, {})
+            held.answer = held.answer or Result(Outcome.OK)
         finally:
             self.release(held)
 
@@ -4177,17 +4159,18 @@ class Limiter:
         described, owner = self.source(source), secrets.token_hex(8)
         give_up_at = math.inf if wait is None else self.clock.boot() + wait
         try:
-            while isinstance(granted := self._try(described, owner, give_up_at), float):
-                self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
+            while True:
+                granted = self._try(described, owner, give_up_at)
+                if isinstance(granted, float):
+                    self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
+                elif self.clock.boot() <= granted.send_before:
+                    return ActivePermit(granted, described)
+                else:  # this process was suspended, or the disk took very long
+                    self.release(ActivePermit(granted, described), used=False)
         except BaseException:
             with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
                 update_waiters(sql, owner, {}, self.clock.boot())
             raise
-        held = ActivePermit(granted, described)
-        if self.clock.boot() <= granted.send_before:
-            return held
-        self.release(held, used=False)  # this process was suspended, or the disk took very long
-        return self.acquire(source, None if wait is None else give_up_at - self.clock.boot())
 
     def _try(self, source: Source, owner: str, give_up_at: float) -> Permit | float:
         """A permit, or the boot time of the next look."""
@@ -4198,9 +4181,9 @@ class Limiter:
             if opens.at <= now:
                 return grant(sql, source.name, source.timeout_seconds, now, owner)
             if opens.at > give_up_at:
-                wait = format_duration(opens.at - now)
-                text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
-                raise RateLimitedError(text, opens.at - now)
+                wait = opens.at - now
+                text = f"{source.name} cannot be asked for another {format_duration(wait)}: {opens.reason}"
+                raise RateLimitedError(text, wait)
             update_waiters(sql, owner, {source.name: opens}, now, LOOK_AGAIN_SECONDS)
             return float(min(opens.at, now + LOOK_AGAIN_SECONDS))
 
