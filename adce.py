@@ -4954,7 +4954,7 @@ UNTIL_RESUMED = 3650 * DAY
 BY_OPERATOR = "by the operator"
 
 
-def _refused(error: StoreError) -> Result:
+def _store_failure(error: StoreError) -> Result:
     """A store that fails says nothing about the task; one place in it that cannot be used does."""
     is_local = isinstance(error, UnusablePathError)
     return Result(Outcome.UNSTORABLE if is_local else Outcome.STORE_ERROR, str(error))
@@ -4979,7 +4979,7 @@ def validate_and_store(
         body.seek(0)
         return Result(Outcome.OK, None, http_status, store.write(target.key, body), inspection)
     except StoreError as error:
-        return dataclasses.replace(_refused(error), http_status=http_status)
+        return dataclasses.replace(_store_failure(error), http_status=http_status)
 
 
 def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
@@ -5991,20 +5991,50 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     max_bytes.
 
     Raises StoreError when there is no place for the body; then nothing was sent."""
+    import requests
+    import urllib3
+
+    conditions, status = _conditions(claimed, store), None
+    headers = {**_headers(claimed), **conditions}
+    most = max(one.dataset.validate.most() for one, _ in claimed.parts())
     with store.spool() as body:
-        return _request_into(body, claimed, store, clock)
+        deadline = Deadline(claimed, clock)
+        try:
+            with responded(deadline, headers) as (response, cookies):
+                status = response.status_code
+                try:
+                    for block in _decoded(claimed.tasks[0].key, response):
+                        fill(body, block)
+                        if body.tell() > (most if status == 200 else CLASSIFIED_BYTES) or deadline.passed:
+                            break
+                except (zlib.error, urllib3.exceptions.HTTPError):
+                    if status == 200:  # any other status counts without its body
+                        raise
+                if deadline.passed:  # the socket that was shut looks like the end of the body
+                    raise requests.Timeout
+                if status == 304 and conditions:
+                    results = _unchanged(claimed, response, store)
+                else:
+                    results = _judge(claimed, response, body, store, deadline)
+                return [dataclasses.replace(results[0], requests=1, cookies=cookies), *results[1:]]
+        except (
+            Error,
+            requests.RequestException,
+            urllib3.exceptions.HTTPError,
+            OSError,
+            ValueError,
+            zlib.error,
+        ) as error:
+            return claimed.results(_failure(error, deadline, headers, status))
 
 
 @contextlib.contextmanager
-def responded(
-    claimed: Claim, headers: Mapping[str, str], deadline: Deadline, clock: Clock
-) -> Iterator[tuple[Any, Any]]:
+def responded(deadline: Deadline, headers: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
     """The response to a request, whose body is read until its deadline, and the cookies after it."""
     import requests
 
-    seconds = claimed.source.timeout_seconds
+    claimed, seconds = deadline.claimed, deadline.claimed.source.timeout_seconds
     with SESSIONS.opened(deadline) as opened:
-        opened.present = claimed, deadline, clock
         opened.trust_env = claimed.source.trust_env
         opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
         timeout = (min(CONNECT_SECONDS, seconds), seconds)
@@ -6013,59 +6043,35 @@ def responded(
             yield response, opened.cookies
 
 
-def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> list[Result]:
+def _failure(error: Exception, deadline: Deadline, headers: Mapping[str, str], status: int | None) -> Result:
+    """The result of a request that an exception has ended, after its response had begun with a status, or before."""
     import requests
     import urllib3
 
-    begun, seconds, conditions = clock.boot(), claimed.source.timeout_seconds, _conditions(claimed, store)
-    headers = {**_headers(claimed), **conditions}
-    deadline, status = Deadline(seconds), None
-    try:
-        with responded(claimed, headers, deadline, clock) as (response, cookies):
-            status = response.status_code
-            most = max(one.dataset.validate.most() for one, _ in claimed.parts())
-            try:
-                for block in _decoded(claimed.tasks[0].key, response):
-                    fill(body, block)
-                    if body.tell() > (most if status == 200 else CLASSIFIED_BYTES) or deadline.passed:
-                        break
-            except (zlib.error, urllib3.exceptions.HTTPError):
-                if status == 200:  # any other status counts without its body
-                    raise
-            if deadline.passed:  # the socket that was shut looks like the end of the body
-                raise requests.Timeout
-            if status == 304 and conditions:
-                results = _unchanged(claimed, response, store)
-            else:
-                results = _judge(claimed, response, body, store, deadline)
-            results[0] = dataclasses.replace(results[0], requests=1, cookies=cookies)
-            return results
-    except StoreError as error:
-        result = dataclasses.replace(_refused(error), http_status=status)
-    except PrivateAddressError as error:
-        return claimed.results(Result(Outcome.HTTP_ERROR, str(error)))
-    except Error as error:  # before it was sent, or when the runner stopped after the response
-        return claimed.results(Result(Outcome.LOST, str(error), requests=int(status is not None)))
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:
-        unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
-        unfit += [] if deadline.handle else ["address"]
-        if isinstance(error, ValueError) and unfit:  # nothing was sent
-            return claimed.results(Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})"))
-        if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
-            result = Result(Outcome.LOST, "this process was suspended during the request")
-        elif deadline.passed or isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-            result = Result(Outcome.TIMEOUT, f"timed out after {seconds:g} s")
-        elif isinstance(error, zlib.error):
-            text = re.sub(r"^Error -\d+ while decompressing data", "its encoding is broken", str(error))
-            result = Result(Outcome.BROKEN, text, status)
-        else:
-            outcome, text = connection_error(error)
-            if outcome is Outcome.BROKEN and status is None and deadline.reuses:  # its next attempt gets a new one
-                SESSIONS.closers[deadline.reuses] = time.monotonic()
-                outcome, text = Outcome.LOST, f"{text} that was used again"
-            host = urllib.parse.urlsplit(claimed.url).hostname or claimed.source.name
-            result = Result(outcome, f"{host} {text}", status)
-    return claimed.results(dataclasses.replace(result, requests=1))
+    claimed, seconds = deadline.claimed, deadline.claimed.source.timeout_seconds
+    if isinstance(error, StoreError):
+        return dataclasses.replace(_store_failure(error), http_status=status, requests=1)
+    if isinstance(error, PrivateAddressError):
+        return Result(Outcome.HTTP_ERROR, str(error))
+    if isinstance(error, Error):  # before it was sent, or when the runner stopped after the response
+        return Result(Outcome.LOST, str(error), requests=int(status is not None))
+    unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
+    unfit += [] if deadline.handle else ["address"]
+    if isinstance(error, ValueError) and unfit:  # nothing was sent
+        return Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})")
+    if deadline.clock.boot() > deadline.begun + seconds + STANDSTILL_SECONDS:
+        return Result(Outcome.LOST, "this process was suspended during the request", requests=1)
+    if deadline.passed or isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
+        return Result(Outcome.TIMEOUT, f"timed out after {seconds:g} s", requests=1)
+    if isinstance(error, zlib.error):
+        text = re.sub(r"^Error -\d+ while decompressing data", "its encoding is broken", str(error))
+        return Result(Outcome.BROKEN, text, status, requests=1)
+    outcome, text = connection_error(error)
+    if outcome is Outcome.BROKEN and status is None and deadline.reuses:  # its next attempt gets a new one
+        SESSIONS.closers[deadline.reuses] = time.monotonic()
+        outcome, text = Outcome.LOST, f"{text} that was used again"
+    host = urllib.parse.urlsplit(claimed.url).hostname or claimed.source.name
+    return Result(outcome, f"{host} {text}", status, requests=1)
 
 
 def _decoded(key: str, response: Any) -> Iterator[bytes]:
@@ -6097,18 +6103,25 @@ class Deadline:
     """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
     the timeout of a single read."""
 
-    def __init__(self, seconds: float) -> None:
-        self.ends_at, self.passed = time.monotonic() + seconds, False
+    def __init__(self, claimed: Claim, clock: Clock) -> None:
+        self.claimed, self.clock, self.begun = claimed, clock, clock.boot()
+        self.ends_at, self.passed = time.monotonic() + claimed.source.timeout_seconds, False
         self.handle: socket.socket | None = None
         self.reuses: tuple[str, int] | None = None  # a connection of an earlier request
 
-    def watch(self, connected: socket.socket) -> socket.socket:
+    def watch(self, connection: Any, connected: socket.socket) -> None:
         """By a second handle: TLS and http.client let go of the first while the response is still coming."""
         self.close()
         self.handle = socket.socket(fileno=os.dup(connected.fileno()))
         if self.passed:
             self.end()
-        return self.handle
+        if self.claimed.hops:
+            require_public(self.claimed.source, connection, connected)
+
+    def check_permit(self) -> None:
+        """Once more, when the socket is ready."""
+        if self.claimed.permit and self.clock.boot() > self.claimed.permit.send_before:
+            raise Error("the permit expired before the request was sent")
 
     def end(self) -> None:
         """The time is over."""
@@ -6145,6 +6158,7 @@ class Sessions:
                 self._is_watched = True
                 threading.Thread(target=self._watch, name="adce-deadlines", daemon=True).start()
         session = session or self._new()
+        session.deadline = deadline
         try:
             yield session
         except BaseException:
@@ -6200,68 +6214,57 @@ def _on_pools(adapter: Any, prepare: Callable[[Any], None]) -> None:
 
 
 def _watch_pool(session: Any, pool: Any) -> None:
-    """The deadline of the present request watches each socket of a pool, and the permit is checked once more when
-    that is ready."""
+    """The deadline of the session's present request watches each socket of a pool."""
     kind = pool.ConnectionCls
     if hasattr(kind, "used_at"):
         return
 
-    def watch(connection: Any, connected: socket.socket) -> None:
-        claimed, deadline, _ = session.present
-        deadline.watch(connected)
-        if claimed.hops:
-            require_public(claimed.source, connection, connected)
+    class Final(kind.response_class):  # type: ignore[name-defined,misc]
+        def _read_status(self) -> tuple[str, int, str]:
+            version, status, reason = super()._read_status()
+            return version, 100 if 102 <= status < 200 else status, reason  # http.client skips 100 only
 
-    def check_permit() -> None:
-        claimed, _, clock = session.present
-        if claimed.permit and clock.boot() > claimed.permit.send_before:
-            raise Error("the permit expired before the request was sent")
+    class Watched(kind):  # type: ignore[valid-type,misc]
+        response_class, used_at = Final, -math.inf
 
-    def open_socket(connection: Any) -> Any:
-        connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
-        with contextlib.ExitStack() as opened:
-            opened.enter_context(connected)
-            watch(connection, connected)
-            opened.pop_all()
-        return connected
+        def _new_conn(self) -> Any:  # the one place where sockets begin
+            with contextlib.ExitStack() as opened:
+                connected = opened.enter_context(super()._new_conn())
+                session.deadline.watch(self, connected)
+                opened.pop_all()
+            return connected
 
-    def connect(connection: Any) -> None:
-        kind.connect(connection)  # TLS included
-        check_permit()
+        def connect(self) -> None:
+            super().connect()  # TLS included
+            session.deadline.check_permit()
 
-    def send(connection: Any, *arguments: Any, **options: Any) -> Any:
-        connection.used_at = time.monotonic()
-        if connection.sock:  # connected for an earlier request, perhaps
-            deadline = session.present[1]
-            deadline.reuses = None if deadline.handle else (connection.host, connection.port)
-            watch(connection, connection.sock)
-            check_permit()
-        return kind.request(connection, *arguments, **options)
+        def request(self, *arguments: Any, **options: Any) -> Any:
+            self.used_at, deadline = time.monotonic(), session.deadline
+            if self.sock:  # connected for an earlier request, perhaps
+                deadline.reuses = None if deadline.handle else (self.host, self.port)
+                deadline.watch(self, self.sock)
+                deadline.check_permit()
+            return super().request(*arguments, **options)
 
-    def is_connected(connection: Any) -> bool:
-        now, closed_at = time.monotonic(), SESSIONS.closers.get((connection.host, connection.port), -math.inf)
-        is_fresh = now < connection.used_at + KEPT_SECONDS and now > closed_at + HOUR
-        return is_fresh and bool(kind.is_connected.fget(connection))
+        @property
+        def is_connected(self) -> bool:
+            now, closed_at = time.monotonic(), SESSIONS.closers.get((self.host, self.port), -math.inf)
+            is_fresh = now < self.used_at + KEPT_SECONDS and now > closed_at + HOUR
+            return is_fresh and bool(super().is_connected)
 
-    def read_status(response: Any) -> tuple[str, int, str]:
-        version, status, reason = kind.response_class._read_status(response)  # noqa: SLF001
-        return version, 100 if 102 <= status < 200 else status, reason  # of interim ones http.client skips 100 only
-
-    members = {"_new_conn": open_socket, "connect": connect, "request": send, "is_connected": property(is_connected)}
-    members["response_class"] = type("Final", (kind.response_class,), {"_read_status": read_status})
-    pool.ConnectionCls = type(kind.__name__, (kind,), {**members, "used_at": -math.inf})
+    pool.ConnectionCls = Watched
 
 
-def _validators(
-    url: str, headers: Mapping[str, str], links: Mapping[str, str] | None, hidden: Collection[str]
-) -> str | None:
+def _validators(claimed: Claim, response: Any, links: Mapping[str, str]) -> str | None:
     """The conditions of the next request for a url (RFC 9110, 13.1), as JSON, and the links of the header; None when
     the response has no validators."""
-    names = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
-    given = {name: headers[header] for name, header in names.items() if header in headers}
-    given = {name: text for name, text in given.items() if redacted(text, hidden) == text}
-    known = {"url": url, "headers": given} | ({} if links is None else {"links": links})
-    return json.dumps(known) if given or links is not None else None
+    names, secrets = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}, claimed.dataset.secrets
+    found = {name: response.headers.get(header, "") for name, header in names.items()}
+    given = {name: text for name, text in found.items() if text and redacted(text, secrets) == text}
+    known = {"url": redacted(claimed.url, secrets), "headers": given}
+    if _has_links(claimed):
+        return json.dumps({**known, "links": links})
+    return json.dumps(known) if given else None
 
 
 def _conditions(claimed: Claim, store: Store) -> dict[str, str]:
@@ -6331,8 +6334,8 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
     if not response.is_redirect:
         size, links = body.seek(0, io.SEEK_END), _next_link(claimed, response)
         body.seek(0)
-        names = claimed.dataset.secrets
-        answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES), names)
+        start = body.read(CLASSIFIED_BYTES)
+        answer = classify(claimed.source, status, response.headers, start, claimed.dataset.secrets)
         if answer.outcome is not Outcome.OK:
             return claimed.results(answer)
         is_file = target.key.lower().endswith(".gz")  # half of one can have the whole Content-Length
@@ -6342,8 +6345,7 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
                     if deadline.passed:
                         raise TimeoutError
         results = [validate_and_store(one, task, body, store, status, links) for one, task in parts]
-        kept = links if _has_links(claimed) else None
-        validators = _validators(redacted(claimed.url, names), response.headers, kept, names)
+        validators = _validators(claimed, response, links)
         return [dataclasses.replace(result, validators=validators) for result in results]
     location = response.headers["location"].strip()
     with contextlib.suppress(UnicodeError):  # http.client takes UTF-8 for Latin-1
@@ -6734,7 +6736,7 @@ def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
             return [_copy(claimed, store, claimed.dataset.original.render(claimed.tasks[0].fields, quote_for_key))]
         return request(claimed, store, clock) if claimed.url else run_command(claimed, store)
     except StoreError as error:
-        return claimed.results(_refused(error))
+        return claimed.results(_store_failure(error))
     except Error as error:
         return claimed.results(Result(Outcome.LOST, str(error)))
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
@@ -9516,9 +9518,9 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
     claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
     claimed, body = dataclasses.replace(claimed, url=url_of(source, dataset, fields)), bytearray()
     with permit(source.name) as held:
-        deadline = Deadline(source.timeout_seconds)
+        deadline = Deadline(claimed, Clock())
         try:
-            with responded(claimed, _headers(claimed), deadline, Clock()) as (answer, _):
+            with responded(deadline, _headers(claimed)) as (answer, _):
                 held.answered(answer.status_code, answer.headers)
                 for block in _decoded(key, answer):
                     body += block
