@@ -589,7 +589,6 @@ create table windows (
     scope          text    not null references scopes,
     window_seconds real    not null,
     max_requests   integer not null,
-    slow_from      integer,          -- requests in the window at which backoff begins; null: never
     primary key (scope, window_seconds)
 ) strict, without rowid;
 
@@ -3444,7 +3443,6 @@ class Permit:
 
     request_id: int
     send_before: float
-    deadline: float  # counts as finished then
 
 
 @dataclass(frozen=True, slots=True)
@@ -3477,7 +3475,7 @@ OBSERVATION = """
         from scopes s
         where s.scope in (:source, 'global')
     )
-    select o.*, w.window_seconds, w.max_requests, w.slow_from,
+    select o.*, w.window_seconds, w.max_requests,
            coalesce(1 + last_number - (
                select number from finished f
                where f.scope = o.scope and f.finished_at > :now - w.window_seconds
@@ -3489,16 +3487,16 @@ OBSERVATION = """
 
 def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock: Clock) -> None:
     """Make the stored limits those of the configuration. Earlier requests keep counting."""
-    boot_id, offset = clock.boot_id(), clock.wall() - clock.boot()
+    now, boot_id = clock.boot(), clock.boot_id()
+    offset = clock.wall() - now
     known = sql.execute("select boot_id, wall_offset from facts").fetchone()
     latest = sql.execute("select max(max(granted_at, paused_until - paused_for)) from scopes").fetchone()[0] or 0
     # A boot may have no name: then one is noticed when the latest grant or pause lies in the future, by more than
     # rounding. One that is not noticed makes limits last longer.
-    if known["boot_id"] is not None and (known["boot_id"] != boot_id or latest > clock.boot() + 1):
+    if known["boot_id"] is not None and (known["boot_id"] != boot_id or latest > now + 1):
         _carry_over_reboot(sql, known["wall_offset"] - offset)
     sql.execute("update facts set boot_id = ?, wall_offset = ?", (boot_id, offset))
     sql.execute("delete from windows")
-    backoff = configuration.rate_limiting.backoff
     for scope in (*configuration.sources, GLOBAL):
         limits = configuration.rate_limiting.scopes.get(scope, ScopeLimits())
         sql.execute(
@@ -3507,17 +3505,15 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
             values (?1, coalesce(?2, 0), ?4, ?2, ?3)
             on conflict do update set burst_size = ?2, refill_per_second = ?3
             """,
-            (scope, limits.burst_size, limits.refill_per_second, clock.boot()),
+            (scope, limits.burst_size, limits.refill_per_second, now),
         )
-        for limit in limits.windows:
-            slow_from = math.ceil(limit.max_requests * backoff.threshold_percent / 100) if backoff else None
-            row = (scope, limit.seconds, limit.max_requests, slow_from if limit.max_requests > 1 else None)
-            sql.execute("insert into windows values (?, ?, ?, ?)", row)
+        rows = [(scope, limit.seconds, limit.max_requests) for limit in limits.windows]
+        sql.executemany("insert into windows values (?, ?, ?)", rows)
     if sql.execute("update facts set is_backup = 0 where is_backup").rowcount:
+        text = "restored from a backup: what was asked since it was made is not known"
         longest = "select scope, max(window_seconds) from windows group by scope"
         for scope, seconds in sql.execute(longest).fetchall():
-            text = "restored from a backup: what was asked since it was made is not known"
-            pause(sql, scope, seconds, text, clock.boot())
+            pause(sql, scope, seconds, text, now)
 
 
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
@@ -3545,8 +3541,7 @@ def opening(sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: f
     counts_from = now - max([HOUR, *(limit.seconds for one in limiting.scopes.values() for limit in one.windows)])
     if any((row["deadline"] or now) < now or (row["oldest"] or now) < counts_from - MINUTE for row in rows):
         # The clients of overdue requests are dead. The requests finish now, not when they were granted.
-        overdue = sql.execute("delete from requests where deadline < ? returning source", (now,)).fetchall()
-        _count(sql, overdue, now)
+        _count(sql, sql.execute("delete from requests where deadline < ? returning source", (now,)).fetchall(), now)
         sql.execute("delete from finished where scope in (?, 'global') and finished_at <= ?", (source, counts_from))
         return opening(sql, limiting, source, now, owner)
     candidates = (candidate for row in rows for candidate in _openings(sql, row, limiting.backoff, now))
@@ -3566,18 +3561,20 @@ def _openings(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff | None
         if lacking > 1e-9:
             opens_at = now + lacking / row["refill_per_second"]
             yield Opening(opens_at, f"{scope}: bucket of {row['burst_size']} empty", scope)
-    if row["max_requests"] is None:
+    if (most := row["max_requests"]) is None:
         return
-    name = f"{scope}: {row['max_requests']} in {row['window_seconds']:g} s"
-    taken = row["used"] + row["in_flight"] + position
-    if taken >= row["max_requests"]:
-        yield Opening(_leaves_at(sql, row, taken - row["max_requests"], now), f"{name} used up", scope)
-    elif backoff and row["slow_from"] is not None and taken >= row["slow_from"]:
+    name, taken = f"{scope}: {most} in {row['window_seconds']:g} s", row["used"] + row["in_flight"] + position
+    if taken >= most:
+        yield Opening(_leaves_at(sql, row, taken - most, now), f"{name} used up", scope)
+    elif backoff and most > 1 and (past := taken - math.ceil(most * backoff.threshold_percent / 100)) >= 0:
         leaves_at = _leaves_at(sql, row, 0, now)  # then there may be less to slow down
         last: float = now if position else row["granted_at"]  # those before it come first, now or later
-        slowed_until = min(leaves_at, last + _delay(row, backoff, taken, leaves_at - last))
-        if slowed_until > now + 1e-6:  # less is rounding
-            yield Opening(slowed_until, f"{name} nearly used up", scope)
+        growing = backoff.initial_delay_seconds * backoff.exponential_factor ** min(past, 64)
+        delay = min(growing, backoff.max_delay_seconds)
+        if not backoff.strict:  # longer than the rest spread evenly, it would leave 10 to 20% of the quota unused
+            delay = min(delay, max(0.0, leaves_at - last) / (most - taken + 1))
+        if min(leaves_at, last + delay) > now + 1e-6:  # less is rounding
+            yield Opening(min(leaves_at, last + delay), f"{name} nearly used up", scope)
 
 
 def _leaves_at(sql: sqlite3.Connection, row: sqlite3.Row, index: int, now: float) -> float:
@@ -3596,15 +3593,6 @@ def _leaves_at(sql: sqlite3.Connection, row: sqlite3.Row, index: int, now: float
     return now + seconds * max(1, rounds)
 
 
-def _delay(row: sqlite3.Row, backoff: Backoff, taken: int, left: float) -> float:
-    """Seconds between two permits past the threshold of backoff. They grow with each further request of the window.
-    Unless backoff is strict, they are never more than spreading the rest of the quota evenly over the seconds `left`
-    until one leaves the window: the plain rule leaves 10 to 20% of the quota unused."""
-    growing: float = backoff.initial_delay_seconds * backoff.exponential_factor ** min(taken - row["slow_from"], 64)
-    even: float = max(0.0, left) / (row["max_requests"] - taken + 1)
-    return min(growing, backoff.max_delay_seconds, math.inf if backoff.strict else even)
-
-
 def grant(sql: sqlite3.Connection, source: str, timeout_seconds: float, now: float, owner: str = "") -> Permit:
     """Take a permit, and with it the place of `owner` among the waiters. `opening` has just allowed it."""
     if owner:
@@ -3620,21 +3608,20 @@ def grant(sql: sqlite3.Connection, source: str, timeout_seconds: float, now: flo
         """,
         {"now": now, "source": source},
     )
-    send_before = now + SEND_WITHIN_SECONDS
-    deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
+    deadline = now + SEND_WITHIN_SECONDS + timeout_seconds + RELEASE_WITHIN_SECONDS
     inserted = sql.execute("insert into requests values (random(), ?, ?)", (source, deadline))
-    return Permit(cast(int, inserted.lastrowid), send_before, deadline)
+    return Permit(cast(int, inserted.lastrowid), now + SEND_WITHIN_SECONDS)
 
 
 def release(sql: sqlite3.Connection, permit: Permit, now: float, *, used: bool = True) -> None:
     """The request of a permit is over, or was never sent."""
-    over = "delete from requests where request_id = ? returning source"
-    released = sql.execute(over, (permit.request_id,)).fetchall()
-    _count(sql, released if used else [], now)
+    over = sql.execute("delete from requests where request_id = ? returning source", (permit.request_id,)).fetchall()
+    if used:
+        _count(sql, over, now)
 
 
 def _count(sql: sqlite3.Connection, requests: Iterable[sqlite3.Row], now: float) -> None:
-    """Count requests, which were in flight, as finished now."""
+    """Count requests that were in flight as finished now."""
     sql.executemany(
         """
         insert into finished
@@ -3652,16 +3639,15 @@ def _count(sql: sqlite3.Connection, requests: Iterable[sqlite3.Row], now: float)
 def update_waiters(
     sql: sqlite3.Connection, owner: str, openings: Mapping[str, Opening], now: float, seconds: float = 0
 ) -> bool:
-    """Keep the places of an owner among the waiters for the sources it waits for, or join their ends, and give up all
-    others. Returns whether it has any. It looks again after `seconds` at the latest."""
+    """Make an owner wait for these sources, and for no others; it keeps its places. Returns whether it waits. It looks
+    again after `seconds` at the latest."""
     waiting = {source: opens for source, opens in openings.items() if opens.at > now}
     sql.execute(
         """
         delete from waiters
-        where (owner = :owner and source not in (select value from json_each(:waiting)))
-           or expires_at < :long_ago
+        where owner = ? and source not in (select value from json_each(?)) or expires_at < ?
         """,
-        {"owner": owner, "waiting": json.dumps(list(waiting)), "long_ago": now - MINUTE},
+        (owner, json.dumps([*waiting]), now - MINUTE),
     )
     sql.executemany(
         """
@@ -3695,7 +3681,6 @@ def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now:
 # waiters and sleeps, outside every lock, until its next look is worth it. Headlines: classify(), record_response(),
 # Limiter, permit().
 
-LONGEST_RETRY_AFTER = DAY
 FIRST_PAUSE_SECONDS = 60
 STORE_TROUBLE = "store: "  # prefix of the reason of a pause that the store caused
 LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
@@ -3756,9 +3741,7 @@ def classify(
     text = f"HTTP {status}: {shown}" if body else f"HTTP {status}"
     retry_after = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
     try:
-        is_blocked = bool(blocked.body) and is_found_apart(
-            source.name, blocked.body or "", body.decode("utf-8", "replace")
-        )
+        is_blocked = blocked.body and is_found_apart(source.name, blocked.body, body.decode("utf-8", "replace"))
     except TooCostlyError as error:
         return Result(Outcome.INVALID, str(error), status)
     if status in (429, 503) or is_blocked:
@@ -3766,15 +3749,15 @@ def classify(
         return Result(Outcome.THROTTLED, text, status, retry_after=retry_after or longest)
     if status in blocked.status:
         return Result(Outcome.BLOCKED, text, status, retry_after=retry_after)
-    document: Any = None
-    if source.error_when and body:
+    is_error, document = False, None
+    if source.error_when:
         with contextlib.suppress(ValueError, RecursionError):
             document = json.loads(body)
-    is_error = document is not None and holds(cast(str, source.error_when), {}, document)
+            is_error = document is not None and holds(source.error_when, {}, document)
     code = document.get("code") if is_error and isinstance(document, dict) else None
     unlisted = status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000])  # S3's
     is_unknown = unlisted and b"Request has expired" not in body[:2000]  # a signed url
-    if status in (204, 404, 410) or is_unknown or (is_error and code in (404, "404")):
+    if status in (204, 404, 410) or is_unknown or code in (404, "404"):
         return Result(Outcome.NOT_YET, text, status)
     if is_error and status < 500:
         return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {shown}", status)
@@ -3862,7 +3845,7 @@ def record_response(
     failures = 0 if is_throttled else failures + 1
     longest, is_paused, seconds = source.blocked_when.pause_seconds, paused_until > now, None
     if answer.retry_after is not None:
-        seconds = min(answer.retry_after, LONGEST_RETRY_AFTER)
+        seconds = min(answer.retry_after, DAY)
     elif not is_paused and outcome in (Outcome.TIMEOUT, Outcome.BLOCKED) and failures >= threshold:
         seconds = longest
     elif not is_paused and (is_throttled or failures >= threshold):
@@ -3916,8 +3899,7 @@ class Limiter:
         held = self.acquire(source, wait)
         try:
             yield held
-            if held.answer is None:
-                held.answered(200, {})
+            held.answer = held.answer or Result(Outcome.OK)
         finally:
             self.release(held)
 
@@ -3926,17 +3908,18 @@ class Limiter:
         described, owner = self.source(source), secrets.token_hex(8)
         give_up_at = math.inf if wait is None else self.clock.boot() + wait
         try:
-            while isinstance(granted := self._try(described, owner, give_up_at), float):
-                self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
+            while True:
+                granted = self._try(described, owner, give_up_at)
+                if isinstance(granted, float):
+                    self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
+                elif self.clock.boot() <= granted.send_before:
+                    return ActivePermit(granted, described)
+                else:  # this process was suspended, or the disk took very long
+                    self.release(ActivePermit(granted, described), used=False)
         except BaseException:
             with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
                 update_waiters(sql, owner, {}, self.clock.boot())
             raise
-        held = ActivePermit(granted, described)
-        if self.clock.boot() <= granted.send_before:
-            return held
-        self.release(held, used=False)  # this process was suspended, or the disk took very long
-        return self.acquire(source, None if wait is None else give_up_at - self.clock.boot())
 
     def _try(self, source: Source, owner: str, give_up_at: float) -> Permit | float:
         """A permit, or the boot time of the next look."""
@@ -3947,9 +3930,9 @@ class Limiter:
             if opens.at <= now:
                 return grant(sql, source.name, source.timeout_seconds, now, owner)
             if opens.at > give_up_at:
-                wait = format_duration(opens.at - now)
-                text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
-                raise RateLimitedError(text, opens.at - now)
+                wait = opens.at - now
+                text = f"{source.name} cannot be asked for another {format_duration(wait)}: {opens.reason}"
+                raise RateLimitedError(text, wait)
             update_waiters(sql, owner, {source.name: opens}, now, LOOK_AGAIN_SECONDS)
             return float(min(opens.at, now + LOOK_AGAIN_SECONDS))
 
@@ -4720,7 +4703,7 @@ UNTIL_RESUMED = 3650 * DAY
 BY_OPERATOR = "by the operator"
 
 
-def _refused(error: StoreError) -> Result:
+def _store_failure(error: StoreError) -> Result:
     """A store that fails says nothing about the task; one place in it that cannot be used does."""
     is_local = isinstance(error, UnusablePathError)
     return Result(Outcome.UNSTORABLE if is_local else Outcome.STORE_ERROR, str(error))
@@ -4745,7 +4728,7 @@ def validate_and_store(
         body.seek(0)
         return Result(Outcome.OK, None, http_status, store.write(target.key, body), inspection)
     except StoreError as error:
-        return dataclasses.replace(_refused(error), http_status=http_status)
+        return dataclasses.replace(_store_failure(error), http_status=http_status)
 
 
 def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
@@ -5754,20 +5737,50 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     max_bytes.
 
     Raises StoreError when there is no place for the body; then nothing was sent."""
+    import requests
+    import urllib3
+
+    conditions, status = _conditions(claimed, store), None
+    headers = {**_headers(claimed), **conditions}
+    most = max(one.dataset.validate.most() for one, _ in claimed.parts())
     with store.spool() as body:
-        return _request_into(body, claimed, store, clock)
+        deadline = Deadline(claimed, clock)
+        try:
+            with responded(deadline, headers) as (response, cookies):
+                status = response.status_code
+                try:
+                    for block in _decoded(claimed.tasks[0].key, response):
+                        fill(body, block)
+                        if body.tell() > (most if status == 200 else CLASSIFIED_BYTES) or deadline.passed:
+                            break
+                except (zlib.error, urllib3.exceptions.HTTPError):
+                    if status == 200:  # any other status counts without its body
+                        raise
+                if deadline.passed:  # the socket that was shut looks like the end of the body
+                    raise requests.Timeout
+                if status == 304 and conditions:
+                    results = _unchanged(claimed, response, store)
+                else:
+                    results = _judge(claimed, response, body, store, deadline)
+                return [dataclasses.replace(results[0], requests=1, cookies=cookies), *results[1:]]
+        except (
+            Error,
+            requests.RequestException,
+            urllib3.exceptions.HTTPError,
+            OSError,
+            ValueError,
+            zlib.error,
+        ) as error:
+            return claimed.results(_failure(error, deadline, headers, status))
 
 
 @contextlib.contextmanager
-def responded(
-    claimed: Claim, headers: Mapping[str, str], deadline: Deadline, clock: Clock
-) -> Iterator[tuple[Any, Any]]:
+def responded(deadline: Deadline, headers: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
     """The response to a request, whose body is read until its deadline, and the cookies after it."""
     import requests
 
-    seconds = claimed.source.timeout_seconds
+    claimed, seconds = deadline.claimed, deadline.claimed.source.timeout_seconds
     with SESSIONS.opened(deadline) as opened:
-        opened.present = claimed, deadline, clock
         opened.trust_env = claimed.source.trust_env
         opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
         timeout = (min(CONNECT_SECONDS, seconds), seconds)
@@ -5776,59 +5789,35 @@ def responded(
             yield response, opened.cookies
 
 
-def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> list[Result]:
+def _failure(error: Exception, deadline: Deadline, headers: Mapping[str, str], status: int | None) -> Result:
+    """The result of a request that an exception has ended, after its response had begun with a status, or before."""
     import requests
     import urllib3
 
-    begun, seconds, conditions = clock.boot(), claimed.source.timeout_seconds, _conditions(claimed, store)
-    headers = {**_headers(claimed), **conditions}
-    deadline, status = Deadline(seconds), None
-    try:
-        with responded(claimed, headers, deadline, clock) as (response, cookies):
-            status = response.status_code
-            most = max(one.dataset.validate.most() for one, _ in claimed.parts())
-            try:
-                for block in _decoded(claimed.tasks[0].key, response):
-                    fill(body, block)
-                    if body.tell() > (most if status == 200 else CLASSIFIED_BYTES) or deadline.passed:
-                        break
-            except (zlib.error, urllib3.exceptions.HTTPError):
-                if status == 200:  # any other status counts without its body
-                    raise
-            if deadline.passed:  # the socket that was shut looks like the end of the body
-                raise requests.Timeout
-            if status == 304 and conditions:
-                results = _unchanged(claimed, response, store)
-            else:
-                results = _judge(claimed, response, body, store, deadline)
-            results[0] = dataclasses.replace(results[0], requests=1, cookies=cookies)
-            return results
-    except StoreError as error:
-        result = dataclasses.replace(_refused(error), http_status=status)
-    except PrivateAddressError as error:
-        return claimed.results(Result(Outcome.HTTP_ERROR, str(error)))
-    except Error as error:  # before it was sent, or when the runner stopped after the response
-        return claimed.results(Result(Outcome.LOST, str(error), requests=int(status is not None)))
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:
-        unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
-        unfit += [] if deadline.handle else ["address"]
-        if isinstance(error, ValueError) and unfit:  # nothing was sent
-            return claimed.results(Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})"))
-        if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
-            result = Result(Outcome.LOST, "this process was suspended during the request")
-        elif deadline.passed or isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-            result = Result(Outcome.TIMEOUT, f"timed out after {seconds:g} s")
-        elif isinstance(error, zlib.error):
-            text = re.sub(r"^Error -\d+ while decompressing data", "its encoding is broken", str(error))
-            result = Result(Outcome.BROKEN, text, status)
-        else:
-            outcome, text = connection_error(error)
-            if outcome is Outcome.BROKEN and status is None and deadline.reuses:  # its next attempt gets a new one
-                SESSIONS.closers[deadline.reuses] = time.monotonic()
-                outcome, text = Outcome.LOST, f"{text} that was used again"
-            host = urllib.parse.urlsplit(claimed.url).hostname or claimed.source.name
-            result = Result(outcome, f"{host} {text}", status)
-    return claimed.results(dataclasses.replace(result, requests=1))
+    claimed, seconds = deadline.claimed, deadline.claimed.source.timeout_seconds
+    if isinstance(error, StoreError):
+        return dataclasses.replace(_store_failure(error), http_status=status, requests=1)
+    if isinstance(error, PrivateAddressError):
+        return Result(Outcome.HTTP_ERROR, str(error))
+    if isinstance(error, Error):  # before it was sent, or when the runner stopped after the response
+        return Result(Outcome.LOST, str(error), requests=int(status is not None))
+    unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
+    unfit += [] if deadline.handle else ["address"]
+    if isinstance(error, ValueError) and unfit:  # nothing was sent
+        return Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})")
+    if deadline.clock.boot() > deadline.begun + seconds + STANDSTILL_SECONDS:
+        return Result(Outcome.LOST, "this process was suspended during the request", requests=1)
+    if deadline.passed or isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
+        return Result(Outcome.TIMEOUT, f"timed out after {seconds:g} s", requests=1)
+    if isinstance(error, zlib.error):
+        text = re.sub(r"^Error -\d+ while decompressing data", "its encoding is broken", str(error))
+        return Result(Outcome.BROKEN, text, status, requests=1)
+    outcome, text = connection_error(error)
+    if outcome is Outcome.BROKEN and status is None and deadline.reuses:  # its next attempt gets a new one
+        SESSIONS.closers[deadline.reuses] = time.monotonic()
+        outcome, text = Outcome.LOST, f"{text} that was used again"
+    host = urllib.parse.urlsplit(claimed.url).hostname or claimed.source.name
+    return Result(outcome, f"{host} {text}", status, requests=1)
 
 
 def _decoded(key: str, response: Any) -> Iterator[bytes]:
@@ -5860,18 +5849,25 @@ class Deadline:
     """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
     the timeout of a single read."""
 
-    def __init__(self, seconds: float) -> None:
-        self.ends_at, self.passed = time.monotonic() + seconds, False
+    def __init__(self, claimed: Claim, clock: Clock) -> None:
+        self.claimed, self.clock, self.begun = claimed, clock, clock.boot()
+        self.ends_at, self.passed = time.monotonic() + claimed.source.timeout_seconds, False
         self.handle: socket.socket | None = None
         self.reuses: tuple[str, int] | None = None  # a connection of an earlier request
 
-    def watch(self, connected: socket.socket) -> socket.socket:
+    def watch(self, connection: Any, connected: socket.socket) -> None:
         """By a second handle: TLS and http.client let go of the first while the response is still coming."""
         self.close()
         self.handle = socket.socket(fileno=os.dup(connected.fileno()))
         if self.passed:
             self.end()
-        return self.handle
+        if self.claimed.hops:
+            require_public(self.claimed.source, connection, connected)
+
+    def check_permit(self) -> None:
+        """Once more, when the socket is ready."""
+        if self.claimed.permit and self.clock.boot() > self.claimed.permit.send_before:
+            raise Error("the permit expired before the request was sent")
 
     def end(self) -> None:
         """The time is over."""
@@ -5908,6 +5904,7 @@ class Sessions:
                 self._is_watched = True
                 threading.Thread(target=self._watch, name="adce-deadlines", daemon=True).start()
         session = session or self._new()
+        session.deadline = deadline
         try:
             yield session
         except BaseException:
@@ -5963,66 +5960,57 @@ def _on_pools(adapter: Any, prepare: Callable[[Any], None]) -> None:
 
 
 def _watch_pool(session: Any, pool: Any) -> None:
-    """The deadline of the present request watches each socket of a pool, and the permit is checked once more when
-    that is ready."""
+    """The deadline of the session's present request watches each socket of a pool."""
     kind = pool.ConnectionCls
     if hasattr(kind, "used_at"):
         return
 
-    def watch(connection: Any, connected: socket.socket) -> None:
-        claimed, deadline, _ = session.present
-        deadline.watch(connected)
-        if claimed.hops:
-            require_public(claimed.source, connection, connected)
+    class Final(kind.response_class):  # type: ignore[name-defined,misc]
+        def _read_status(self) -> tuple[str, int, str]:
+            version, status, reason = super()._read_status()
+            return version, 100 if 102 <= status < 200 else status, reason  # http.client skips 100 only
 
-    def check_permit() -> None:
-        claimed, _, clock = session.present
-        if claimed.permit and clock.boot() > claimed.permit.send_before:
-            raise Error("the permit expired before the request was sent")
+    class Watched(kind):  # type: ignore[valid-type,misc]
+        response_class, used_at = Final, -math.inf
 
-    def open_socket(connection: Any) -> Any:
-        connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
-        with contextlib.ExitStack() as opened:
-            opened.enter_context(connected)
-            watch(connection, connected)
-            opened.pop_all()
-        return connected
+        def _new_conn(self) -> Any:  # the one place where sockets begin
+            with contextlib.ExitStack() as opened:
+                connected = opened.enter_context(super()._new_conn())
+                session.deadline.watch(self, connected)
+                opened.pop_all()
+            return connected
 
-    def connect(connection: Any) -> None:
-        kind.connect(connection)  # TLS included
-        check_permit()
+        def connect(self) -> None:
+            super().connect()  # TLS included
+            session.deadline.check_permit()
 
-    def send(connection: Any, *arguments: Any, **options: Any) -> Any:
-        connection.used_at = time.monotonic()
-        if connection.sock:  # connected for an earlier request, perhaps
-            deadline = session.present[1]
-            deadline.reuses = None if deadline.handle else (connection.host, connection.port)
-            watch(connection, connection.sock)
-            check_permit()
-        return kind.request(connection, *arguments, **options)
+        def request(self, *arguments: Any, **options: Any) -> Any:
+            self.used_at, deadline = time.monotonic(), session.deadline
+            if self.sock:  # connected for an earlier request, perhaps
+                deadline.reuses = None if deadline.handle else (self.host, self.port)
+                deadline.watch(self, self.sock)
+                deadline.check_permit()
+            return super().request(*arguments, **options)
 
-    def is_connected(connection: Any) -> bool:
-        now, closed_at = time.monotonic(), SESSIONS.closers.get((connection.host, connection.port), -math.inf)
-        is_fresh = now < connection.used_at + KEPT_SECONDS and now > closed_at + HOUR
-        return is_fresh and bool(kind.is_connected.fget(connection))
+        @property
+        def is_connected(self) -> bool:
+            now, closed_at = time.monotonic(), SESSIONS.closers.get((self.host, self.port), -math.inf)
+            is_fresh = now < self.used_at + KEPT_SECONDS and now > closed_at + HOUR
+            return is_fresh and bool(super().is_connected)
 
-    def read_status(response: Any) -> tuple[str, int, str]:
-        version, status, reason = kind.response_class._read_status(response)  # noqa: SLF001
-        return version, 100 if 102 <= status < 200 else status, reason  # of interim ones http.client skips 100 only
-
-    members = {"_new_conn": open_socket, "connect": connect, "request": send, "is_connected": property(is_connected)}
-    members["response_class"] = type("Final", (kind.response_class,), {"_read_status": read_status})
-    pool.ConnectionCls = type(kind.__name__, (kind,), {**members, "used_at": -math.inf})
+    pool.ConnectionCls = Watched
 
 
-def _validators(url: str, headers: Mapping[str, str], links: Links, hidden: Collection[str]) -> str | None:
+def _validators(claimed: Claim, response: Any, links: Links) -> str | None:
     """The conditions of the next request for a url (RFC 9110, 13.1), as JSON, and the links of the header; None when
     the response has no validators."""
-    names = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
-    given = {name: headers[header] for name, header in names.items() if header in headers}
-    given = {name: text for name, text in given.items() if redacted(text, hidden) == text}
-    known = {"url": url, "headers": given} | ({} if links is None else {"links": links})
-    return json.dumps(known) if given or links is not None else None
+    names, secrets = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}, claimed.dataset.secrets
+    found = {name: response.headers.get(header, "") for name, header in names.items()}
+    given = {name: text for name, text in found.items() if text and redacted(text, secrets) == text}
+    known = {"url": redacted(claimed.url, secrets), "headers": given}
+    if _has_links(claimed):
+        return json.dumps({**known, "links": links})
+    return json.dumps(known) if given else None
 
 
 def _conditions(claimed: Claim, store: Store) -> dict[str, str]:
@@ -6092,8 +6080,8 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
     if not response.is_redirect:
         size, links = body.seek(0, io.SEEK_END), _next_link(claimed, response)
         body.seek(0)
-        names = claimed.dataset.secrets
-        answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES), names)
+        start = body.read(CLASSIFIED_BYTES)
+        answer = classify(claimed.source, status, response.headers, start, claimed.dataset.secrets)
         if answer.outcome is not Outcome.OK:
             return claimed.results(answer)
         is_file = target.key.lower().endswith(".gz")  # half of one can have the whole Content-Length
@@ -6103,8 +6091,7 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
                     if deadline.passed:
                         raise TimeoutError
         results = [validate_and_store(one, task, body, store, status, links) for one, task in parts]
-        kept = links if _has_links(claimed) else None
-        validators = _validators(redacted(claimed.url, names), response.headers, kept, names)
+        validators = _validators(claimed, response, links)
         return [dataclasses.replace(result, validators=validators) for result in results]
     location = response.headers["location"].strip()
     with contextlib.suppress(UnicodeError):  # http.client takes UTF-8 for Latin-1
@@ -6495,7 +6482,7 @@ def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
             return [_copy(claimed, store, claimed.dataset.original.render(claimed.tasks[0].fields, quote_for_key))]
         return request(claimed, store, clock) if claimed.url else run_command(claimed, store)
     except StoreError as error:
-        return claimed.results(_refused(error))
+        return claimed.results(_store_failure(error))
     except Error as error:
         return claimed.results(Result(Outcome.LOST, str(error)))
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
@@ -9294,9 +9281,9 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
     claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
     claimed, body = dataclasses.replace(claimed, url=url_of(source, dataset, fields)), bytearray()
     with permit(source.name) as held:
-        deadline = Deadline(source.timeout_seconds)
+        deadline = Deadline(claimed, Clock())
         try:
-            with responded(claimed, _headers(claimed), deadline, Clock()) as (answer, _):
+            with responded(deadline, _headers(claimed)) as (answer, _):
                 held.answered(answer.status_code, answer.headers)
                 for block in _decoded(key, answer):
                     body += block
