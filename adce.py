@@ -4515,10 +4515,10 @@ def expansion_inputs(sql: sqlite3.Connection, dataset: Dataset, now: float) -> s
     return f"{changed} {now // HOUR if is_by_hour else day_of(now, timezone_of(dataset))}"
 
 
-def ids_of_parents(ledger: Ledger, child: Dataset, parent: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
+def ids_of_parents(database: Database, child: Dataset, parent: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
     """Some of the ids that the objects of a parent name, in the order of their keys."""
     prefix = parent.key.text.partition("{")[0]
-    return ledger.sql.execute(
+    return database.read(
         """
         select p.object_id, p.key, p.fields, m.value
         from objects p
@@ -4530,7 +4530,7 @@ def ids_of_parents(ledger: Ledger, child: Dataset, parent: Dataset, after: tuple
         limit ?7
         """,
         (*after, prefix, prefix + LAST_KEY, parent.name, expression_of(child, parent.name), WRITTEN_AT_ONCE),
-    ).fetchall()
+    )
 
 
 Partition = tuple[Fields, int | None]  # the values that make one object, and the parent that names it
@@ -5057,10 +5057,9 @@ def _restart_pages(ledger: Ledger, row: ObjectRow, result: Result) -> None:
     """A source that refuses a page may no longer know what the page before it named: the first is asked for again."""
     status = result.http_status or 0
     is_refused = 400 <= status < 500 or (status and result.outcome is Outcome.INVALID)
-    if ledger.configuration.datasets[row.dataset].pages and is_refused and row.fields["page"] != "1":
-        first = ledger.page(row, 1)
-        if first and first.etag:
-            ledger.renew(first, f"its page {row.fields['page']}: {result.error}")
+    first = ledger.page(row, 1) if is_refused else None
+    if first and first.etag and first.object_id != row.object_id:
+        ledger.renew(first, f"its page {row.fields['page']}: {result.error}")
 
 
 def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
@@ -5634,7 +5633,7 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
             yield from _expand(cycle, level)
             cycle.enter("listing")
             yield from _compare(cycle, level)
-            yield from _end_expansion(cycle)
+            _end_expansion(cycle)
             if cycle.listed:  # else the store may be empty, or another one
                 yield from _apply_losses(cycle)
             cycle.enter("reading")
@@ -5665,11 +5664,11 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     with cycle.ledger() as ledger:
         expansions = dict(ledger.sql.execute("select dataset, expansion from datasets").fetchall())
         inputs = {one: expansion_inputs(ledger.sql, one, ledger.now) for one in level}
-        stale = {one: now for one, now in inputs.items() if expansions[one.name] != now}
+        changed = {one: now for one, now in inputs.items() if expansions[one.name] != now}
         begin = "update datasets set expansion = '' where dataset = ?"
-        ledger.sql.executemany(begin, [(one.name,) for one in stale])
-    kept, last = dict.fromkeys(stale, 0), cycle.last_id()
-    for dataset in stale:
+        ledger.sql.executemany(begin, [(one.name,) for one in changed])
+    kept, last = dict.fromkeys(changed, 0), cycle.last_id()
+    for dataset in changed:
         problems_before = len(cycle.problems)
         for page in _partitions(cycle, dataset):
             with cycle.ledger() as ledger:
@@ -5679,13 +5678,13 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
             cycle.done += known + new
             yield
         if len(cycle.problems) > problems_before:
-            stale[dataset] = "with problems"  # the next cycle expands it, and reports them, again
+            changed[dataset] = "with problems"  # the next cycle expands it, and reports them, again
     live = "select sum(objects) from counts join datasets using (dataset_id) where dataset = ? and state != 'dropped'"
     shrunk = [one.name for one, count in kept.items() if (cycle.database.value(live, (one.name,)) or 0) != count]
     yield from _drop_unexpected(cycle, shrunk, last)
     with cycle.ledger() as ledger:
         ledger.sql.executemany("update datasets set ready = 1 where dataset = ?", [(one.name,) for one in level])
-    cycle.expanded = {one.name: now for one, now in stale.items()}
+    cycle.expanded = {one.name: now for one, now in changed.items()}
 
 
 def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
@@ -5698,11 +5697,7 @@ def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]
         yield from chunks(((fields, None) for fields in declared), WRITTEN_AT_ONCE)
     for parent in [*parents, *([dataset] if dataset.pages else [])]:
         after = ("", "")
-        while True:
-            with cycle.ledger() as ledger:
-                rows = ids_of_parents(ledger, dataset, parent, after)
-            if not rows:
-                break
+        while rows := ids_of_parents(cycle.database, dataset, parent, after):
             yield (
                 (fields, row["object_id"])
                 for row in rows
@@ -5711,7 +5706,7 @@ def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]
             after = rows[-1]["key"], rows[-1]["value"]
 
 
-def _end_expansion(cycle: Cycle) -> Iterator[None]:
+def _end_expansion(cycle: Cycle) -> None:
     """A level that still has new objects is expanded again by the next cycle: they lie where the store could not be
     listed, or a parent that was fetched meanwhile has named them, and may not be the first that does."""
     if not cycle.new:
@@ -5719,7 +5714,6 @@ def _end_expansion(cycle: Cycle) -> Iterator[None]:
             done = "update datasets set expansion = ? where dataset = ?"
             ledger.sql.executemany(done, [(inputs, name) for name, inputs in cycle.expanded.items()])
     cycle.new = 0
-    yield
 
 
 def _drop_unexpected(cycle: Cycle, datasets: Sequence[str], last: int) -> Iterator[None]:
