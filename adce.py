@@ -387,8 +387,8 @@ create table facts (
     is_backup    integer not null default 0,
     boot_id      text,               -- of the boot times below
     wall_offset  real    not null default 0, -- wall time minus boot time, for display
-    declaration  text,               -- digest of the datasets that all objects were compared with
-    priorities   text,               -- digest of the day and the weights of the stored ranks
+    declaration  text,               -- digest of the datasets, seasons and weights that the next cycle follows
+    priorities   text,               -- the day of the stored states and ranks; '': adce.yaml has changed since
     ordered      text    not null default '{}', -- JSON: prefixes that the store lists in key order
     looked_up_to text    not null default '',   -- last key of the last share of a cycle; '': none
     looked_at    real,               -- start of the cycle that looked so far
@@ -3999,39 +3999,30 @@ def rank_of(
     return base * multiplier + penalty - slope * detected_at / HOUR, slope
 
 
-def priority_of(
-    dataset: Dataset, season: str | None, day: str | None, today: datetime.date, configuration: Configuration
-) -> Priority:
-    """How much its gap matters. `auto`: by the age of its date, then of its season."""
+def priority_of(row: ObjectRow, dataset: Dataset, today: datetime.date, critical_days: int) -> str:
+    """How much a gap matters. `auto`: by the age of its date, then of its season."""
     if dataset.priority != "auto":
-        return Priority(dataset.priority)
-    days = configuration.priority_weighting.critical_within_days
-    if day and abs((today - datetime.date.fromisoformat(day)).days) <= days:
+        return dataset.priority
+    if row.day and abs((today - datetime.date.fromisoformat(row.day)).days) <= critical_days:
         return Priority.CRITICAL
-    labels = [season.label for season in dataset.calendar if season.start <= today]
-    if season in labels[-1:]:
+    begun = [season.label for season in dataset.calendar if season.start <= today]
+    if row.season in begun[-1:]:
         return Priority.HIGH
-    return Priority.MEDIUM if season in labels[-2:] else Priority.LOW
+    return Priority.MEDIUM if row.season in begun[-2:] else Priority.LOW
 
 
-# An object whose content is not known.
+# An object whose content is not known, and one that is not in the store.
 UNREAD: Mapping[str, Any] = dict.fromkeys(("read_etag", "verdict", "settled", "live"))
-# An object that is not in the store.
 GONE: Mapping[str, Any] = dict.fromkeys(("etag", "size", "modified_at", "validators", "absent_at", "outdated", *UNREAD))
-NEW_TASK: Mapping[str, Any] = {
-    "gap_size": 1,
-    **dict.fromkeys(("attempts", "failures", "fruitless", "crashes"), 0),
-    "last_error": None,
-}
 SELECT_OBJECTS = f"""
     select o.object_id, d.dataset, o.key, o.fields, {", ".join(f"o.{name}" for name in ObjectRow._fields[4:])}
     from objects o
     join datasets d using (dataset_id)
 """  # noqa: S608  # names of columns
-WRITTEN_FROM = ObjectRow._fields.index("state")  # the columns before that belong to its declaration
+WRITTEN = ObjectRow._fields[ObjectRow._fields.index("state") :]  # the columns before that belong to its declaration
 UPDATE_OBJECT = f"""
     update objects
-    set ({", ".join(ObjectRow._fields[WRITTEN_FROM:])}) = ({", ".join("?" for _ in ObjectRow._fields[WRITTEN_FROM:])})
+    set ({", ".join(WRITTEN)}) = ({", ".join("?" for _ in WRITTEN)})
     where object_id = ?
 """  # noqa: S608  # names of columns
 INSERT_OBJECT = f"""
@@ -4076,40 +4067,35 @@ class Ledger:
         new, when the object has just been fetched, or when a gap without failures has become one of another kind."""
         dataset = self.configuration.datasets[known.dataset]
         state, reason, next_at = appraise(dataset, season_of(dataset, known.season), known, self.now)
-        since, task = known.since if state == known.state else int(self.now), known.task
+        task, since = known.task, known.since if state == known.state else int(self.now)
+        row = known._replace(state=state, reason=reason, since=since)
         if task == TaskState.RUNNING:
-            return known._replace(state=state, reason=reason, since=since, next_at=None)
+            return row._replace(next_at=None)
         if state not in GAPS:
             self.closed += task is not None
-            return known._replace(state=state, reason=reason, since=since, next_at=next_at, task=None)
+            return row._replace(next_at=next_at, task=None)
         if is_fetched and (next_at is None or next_at <= self.now):  # the size or the clock of the store is wrong
             next_at = int(self.now + self.configuration.retry.initial_delay_seconds) + 1
         waits = next_at is not None and next_at > self.now
-        has_changed = task == TaskState.RETRY and not known.failures and state != known.state and not waits
-        changes: dict[str, Any] = {"state": state, "reason": reason, "since": since}
+        has_changed = task == TaskState.RETRY and not row.failures and state != known.state and not waits
         if task is None or is_fetched or has_changed:
-            changes |= {"task": TaskState.RETRY if waits else TaskState.PENDING, "next_at": next_at if waits else None}
+            row = row._replace(task=TaskState.RETRY if waits else TaskState.PENDING, next_at=next_at if waits else None)
         if task is not None:
-            return known._replace(**changes)
+            return row
         self.created += 1
-        return self.ranked(known._replace(**changes, **NEW_TASK, detected_at=int(self.now)))
+        row = row._replace(detected_at=int(self.now), gap_size=1, last_error=None)
+        return self.ranked(row._replace(attempts=0, failures=0, fruitless=0, crashes=0))
 
     def ranked(self, row: ObjectRow) -> ObjectRow:
         """The row with the priority, rank and slope of its task as of today."""
         dataset, weighting = self.configuration.datasets[row.dataset], self.configuration.priority_weighting
-        priority = priority_of(dataset, row.season, row.day, self.today, self.configuration)
+        priority = priority_of(row, dataset, self.today, weighting.critical_within_days)
         rank, slope = rank_of(weighting, dataset.source, priority, row.gap_size or 1, row.detected_at or 0)
         return row._replace(priority=priority, rank=rank, slope=slope)
 
     def write(self, rows: Iterable[ObjectRow]) -> None:
         """Store rows as they are."""
-        self.sql.executemany(UPDATE_OBJECT, [(*row[WRITTEN_FROM:], row.object_id) for row in rows])
-
-    def insert(self, rows: Iterable[tuple[int, int | None, ObjectRow]]) -> int:
-        """Store new rows, each after its dataset_id and parent_id. Returns how many were not there yet."""
-        return self.sql.executemany(
-            INSERT_OBJECT, [(number, parent, *row[2:]) for number, parent, row in rows]
-        ).rowcount
+        self.sql.executemany(UPDATE_OBJECT, [(*row[-len(WRITTEN) :], row.object_id) for row in rows])
 
     def note(self, known: ObjectRow, **facts: Any) -> ObjectRow:
         """Store facts, and the state and task that follow from them. Returns the new row."""
@@ -4117,36 +4103,32 @@ class Ledger:
         self.write([row])
         return row
 
-    def drop(self, condition: str, parameters: Mapping[str, Any]) -> None:
-        """Expect objects `o` no longer. All that is known of them is kept; if they are expected again, the store is
-        searched for them."""
+    def drop(self, condition: str, parameters: Mapping[str, Any] | Sequence[Any]) -> None:
+        """Expect objects `o`, and the pages after them, no longer. All that is known of them is kept; if they are
+        expected again, the store is searched for them."""
         rows = dict[int, ObjectRow]()
         for first in self.objects(f"({condition}) and o.state != 'dropped'", parameters):
-            for row in itertools.chain([first], self.pages_after(first)):
-                if row.object_id not in rows:
-                    rows[row.object_id] = row
-                    task = row.task if row.task == TaskState.RUNNING else None
-                    self.closed += task != row.task
-                    gone = row._replace(state=ObjectState.DROPPED, reason=None, since=int(self.now), next_at=None)
-                    self.write([gone._replace(proven=0, task=task)])
+            row: ObjectRow | None = first
+            while row and row.object_id not in rows:
+                rows[row.object_id] = row
+                row = self.page(row, int(row.fields.get("page", 1)) + 1)
+        for row in rows.values():
+            task = row.task if row.task == TaskState.RUNNING else None
+            self.closed += task != row.task
+            gone = row._replace(state=ObjectState.DROPPED, reason=None, since=int(self.now), next_at=None)
+            self.write([gone._replace(proven=0, task=task)])
         for name in {row.dataset for row in rows.values()}:
             self.touch(name)
         self.dropped += len(rows)
 
     def page(self, page: ObjectRow, number: int) -> ObjectRow | None:
-        """The page of this number of the same answer, if it is expected."""
-        fields = {**page.fields, "page": str(number)}
-        key = self.configuration.datasets[page.dataset].key.render(fields, quote_for_key)
+        """The page of this number of the same answer, if it is expected; None for an object that is no page."""
+        dataset = self.configuration.datasets.get(page.dataset)
+        if not dataset or not dataset.pages:
+            return None
+        key = dataset.key.render({**page.fields, "page": str(number)}, quote_for_key)
         found = self.objects("o.key = ? and d.dataset = ? and o.state != 'dropped'", (key, page.dataset))
         return next(iter(found), None)
-
-    def pages_after(self, page: ObjectRow, count: int = 1) -> Iterator[ObjectRow]:
-        """The expected pages after one, from the `count`-th on; none of an object that is no page."""
-        dataset = self.configuration.datasets.get(page.dataset)
-        number = int(page.fields.get("page", 1)) + count if dataset and dataset.pages else math.inf
-        while number < math.inf and (following := self.page(page, int(number))):
-            yield following
-            number += 1
 
     def touch(self, dataset: str) -> None:
         """Objects of this dataset, or their mentions, have changed: the next cycle computes their children anew."""
@@ -4156,11 +4138,9 @@ class Ledger:
         self, known: ObjectRow, entry: StoredObject, found: Inspection, validators: str | None = None
     ) -> ObjectRow:
         """The row of an object that ADCE has just stored, before its appraisal."""
-        known = known._replace(
-            proven=1, cycle_id=self.cycle_id or known.cycle_id, seen_at=known.seen_at or int(self.now)
-        )
-        stored: Mapping[str, Any] = {"etag": entry.etag, "size": entry.size, "modified_at": entry.modified_at}
-        return known._replace(**found.facts(entry.etag), **stored, validators=validators)
+        row = known._replace(etag=entry.etag, size=entry.size, modified_at=entry.modified_at, validators=validators)
+        cycle_id, seen_at = self.cycle_id or known.cycle_id, known.seen_at or int(self.now)
+        return row._replace(**found.facts(entry.etag), proven=1, cycle_id=cycle_id, seen_at=seen_at)
 
     def renew(self, row: ObjectRow, reason: str) -> None:
         """An object must be fetched again; a task that gave up gets another chance."""
@@ -4174,8 +4154,8 @@ class Ledger:
 # or changed is one upsert, the rest is one drop. Mentions are facts; which objects they make follows from
 # adce.yaml. Headlines: declare_datasets(), expect(), note_mentions().
 
-EXPECTED_AT_ONCE = 300  # objects, in one transaction
-SCANNED_AT_ONCE = 1000  # rows, in one transaction
+CHUNK = 1000  # objects read or compared at once
+WRITTEN_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 LAST_KEY = "\U0010ffff"  # sorts after every key
 WANTED = """
 create temp table if not exists wanted (
@@ -4232,14 +4212,9 @@ def reading_rules(configuration: Configuration, dataset: Dataset) -> str:
     return _digest(dataset.validate, dataset.freshness.until, dataset.freshness.live, dataset.pages, expressions)
 
 
-def appraisal_rules(configuration: Configuration) -> str:
-    """A digest of the rules by which states and ranks follow from facts, the day excepted."""
-    return _digest(configuration.datasets, configuration.seasons, configuration.priority_weighting)
-
-
 def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> None:
-    """Make the stored datasets those of the configuration. The next cycle follows with their objects; until then no
-    task of a known dataset is claimed."""
+    """Make the stored datasets those of the configuration. The next cycle follows with their objects, states and
+    ranks; until then no task of a known dataset is claimed."""
     weighting = configuration.priority_weighting
     weight = weighting.success_rate_weight if weighting.enabled else 0.0
     sql.execute("update datasets set active = 0, rate_weight = ?", (weight,))
@@ -4250,8 +4225,8 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
         """,
         [(one.name, one.source, weight) for one in configuration.datasets.values()],
     )
-    declaration = _digest(configuration.datasets, configuration.seasons)
-    changed = "update facts set declaration = ?1 where declaration is not ?1"
+    declaration = _digest(configuration.datasets, configuration.seasons, weighting)
+    changed = "update facts set declaration = ?1, priorities = '' where declaration is not ?1"
     if sql.execute(changed, (declaration,)).rowcount:
         sql.execute("update datasets set expansion = '', ready = not exists (select 1 from objects)")
 
@@ -4272,10 +4247,10 @@ def expansion_inputs(sql: sqlite3.Connection, dataset: Dataset, now: float) -> s
     return f"{changed} {now // HOUR if is_by_hour else day_of(now, timezone_of(dataset))}"
 
 
-def ids_of_parents(ledger: Ledger, child: Dataset, parent: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
+def ids_of_parents(database: Database, child: Dataset, parent: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
     """Some of the ids that the objects of a parent name, in the order of their keys."""
     prefix = parent.key.text.partition("{")[0]
-    return ledger.sql.execute(
+    return database.read(
         """
         select p.object_id, p.key, p.fields, m.value
         from objects p
@@ -4286,8 +4261,8 @@ def ids_of_parents(ledger: Ledger, child: Dataset, parent: Dataset, after: tuple
         order by p.key, m.value
         limit ?7
         """,
-        (*after, prefix, prefix + LAST_KEY, parent.name, expression_of(child, parent.name), EXPECTED_AT_ONCE),
-    ).fetchall()
+        (*after, prefix, prefix + LAST_KEY, parent.name, expression_of(child, parent.name), WRITTEN_AT_ONCE),
+    )
 
 
 Partition = tuple[Fields, int | None]  # the values that make one object, and the parent that names it
@@ -4299,14 +4274,13 @@ def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -
     number = ledger.sql.execute("select dataset_id from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
     excluded = {name: frozenset(values) for name, values in dataset.excluded.items()}
     for fields, parent_id in partitions:
-        if excluded and any(fields.get(name) in values for name, values in excluded.items()):
+        if any(fields.get(name) in values for name, values in excluded.items()):
             continue
         try:
             key, season, day, available_at = expected_object(dataset, fields)
         except ValueError as error:
-            parent = "select key from objects where object_id = ?"
-            named_by = [f"{key}: " for (key,) in ledger.sql.execute(parent, (parent_id,))]
-            ledger.problems.append("".join([*named_by, str(error)]))
+            parent = ledger.sql.execute("select key from objects where object_id = ?", (parent_id,)).fetchone()
+            ledger.problems.append(f"{parent[0]}: {error}" if parent else str(error))
         else:
             rows.append(WantedRow(key, number, FIELDS_AS_JSON.encode(fields), season, day, available_at, parent_id))
     return rows
@@ -4322,21 +4296,19 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
         select key, dataset_id, fields, season, day, available_at, parent_id, state != 'dropped'
         from objects where key in (select value from json_each(?))
     """
-    page = json.dumps([row.key for row in rows])
-    known = {row[0]: tuple(row) for row in sql.execute(declared, (page,))}
-    can_move = "select dataset_id from datasets where not active or expansion = ''"
-    movable = {row[0] for row in sql.execute(can_move)}
+    keys = json.dumps([row.key for row in rows])
+    known = {row[0]: tuple(row) for row in sql.execute(declared, (keys,))}
+    movable = {row[0] for row in sql.execute("select dataset_id from datasets where not active or expansion = ''")}
     earlier = "select key, dataset_id from wanted where key in (select value from json_each(?))"
-    wanted = dict(sql.execute(earlier, (page,)).fetchall())
+    wanted = dict(sql.execute(earlier, (keys,)).fetchall())
     changed, counts, held = [], [0, 0], list[tuple[Any, ...]]()
     for row in rows:
         before, is_first = known.get(row.key), row.key not in wanted
-        owner = before[1] if before and before[-1] and before[1] not in movable else row.dataset_id
+        owner = wanted.setdefault(row.key, row.dataset_id)
         if is_first:
             held.append(row if before is None else (row.key, row.dataset_id, None, None, None, None, None))
-            wanted[row.key] = row.dataset_id
-        else:
-            owner = wanted[row.key]
+            if before and before[-1] and before[1] not in movable:
+                owner = before[1]
         if owner != row.dataset_id:
             other = sql.execute("select dataset from datasets where dataset_id = ?", (owner,)).fetchone()[0]
             text = f"{dataset.name}: {row.key} is already the key of another object of {other}"
@@ -4353,13 +4325,13 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
 
 
 def new_objects(ledger: Ledger, datasets: Iterable[str], low: str, high: str) -> list[WantedRow]:
-    """Up to a page of the new objects of some datasets between two keys, in order. The caller inserts them."""
+    """A chunk of the new objects of some datasets between two keys, in order. The caller inserts them."""
     page = """
         select * from wanted where fields is not null and key >= ? and key <= ?
           and dataset_id in (select dataset_id from datasets where dataset in (select value from json_each(?)))
         order by key limit ?
     """
-    parameters = (low, high, json.dumps(list(datasets)), EXPECTED_AT_ONCE)
+    parameters = (low, high, json.dumps(list(datasets)), WRITTEN_AT_ONCE)
     return list(map(WantedRow._make, ledger.sql.execute(page, parameters)))
 
 
@@ -4395,25 +4367,23 @@ def expect_children(
             known = "select value from mentions where object_id = ? and expression = ?"
             values = [row[0] for row in ledger.sql.execute(known, (parent.object_id, expression))]
         before = len(ledger.problems)
-        rows = rows_of(
-            ledger,
-            child,
-            (
-                (fields, parent.object_id)
-                for value in values
-                for fields in expand_named(child, dataset, parent.fields, value, ledger.now)
-            ),
+        partitions = (
+            (fields, parent.object_id)
+            for value in values
+            for fields in expand_named(child, dataset, parent.fields, value, ledger.now)
         )
-        is_sound = len(ledger.problems) == before
-        _insert_children(ledger, child, parent, rows, is_renewed=is_renewed, is_sound=is_sound)
-        is_whole = parent.fields["page"] == "1" if is_page and child.pages and child.pages.last else not values
-        if is_page and is_renewed and is_sound and is_whole:
-            for beyond in itertools.islice(ledger.pages_after(parent, len(values) + 1), 1):  # and all after it
-                ledger.drop("o.object_id = :number", {"number": beyond.object_id})
+        _insert_children(ledger, child, parent, rows_of(ledger, child, partitions), is_renewed=is_renewed)
+        if len(ledger.problems) > before:
+            ledger.touch(parent.dataset)
+        elif is_page and is_renewed:
+            number, is_numbered = int(parent.fields["page"]), dataset.pages and dataset.pages.last
+            beyond = ledger.page(parent, number + len(values) + 1)
+            if beyond and (number == 1 if is_numbered else not values):
+                ledger.drop("o.object_id = ?", (beyond.object_id,))
 
 
 def _insert_children(
-    ledger: Ledger, child: Dataset, parent: ObjectRow, rows: Sequence[WantedRow], *, is_renewed: bool, is_sound: bool
+    ledger: Ledger, child: Dataset, parent: ObjectRow, rows: Sequence[WantedRow], *, is_renewed: bool
 ) -> None:
     keys = json.dumps([row.key for row in rows])
     owners = """
@@ -4423,11 +4393,10 @@ def _insert_children(
     taken = {key: is_renewed and name == child.name for key, name in ledger.sql.execute(owners, (keys,))}
     expanding = "select expansion = '' from datasets where dataset = ?"
     is_expanding = rows and ledger.sql.execute(expanding, (child.name,)).fetchone()[0]  # from before this parent
-    if not all(taken.values()) or is_expanding or not is_sound:
+    if not all(taken.values()) or is_expanding:
         ledger.touch(parent.dataset)
-    ledger.sql.executemany(
-        UPSERT_OBJECT, [(*row, int(ledger.now)) for row in reversed(rows) if taken.get(row.key, True)]
-    )
+    own = [(*row, int(ledger.now)) for row in reversed(rows) if taken.get(row.key, True)]  # the first of a key stays
+    ledger.sql.executemany(UPSERT_OBJECT, own)
     for row in ledger.objects("o.key in (select value from json_each(?)) and not o.proven", (keys,)):
         if is_renewed:
             ledger.renew(row, f"{parent.key} was fetched {utc_text(ledger.now)}")
@@ -4459,7 +4428,6 @@ def _renew_changed(ledger: Ledger, child: Dataset, parent: ObjectRow, declared: 
 # ---------------------------------------------------------------- Queue
 # The best task whose source can be asked now is claimed together with its permit. Headline: claim().
 
-PAGE = 1000  # objects compared, sorted or noted in one transaction
 RUNNER = "runner"  # the owner of the main loop's places among the waiters
 
 
@@ -4489,15 +4457,12 @@ class Claim:
         return [result, *[dataclasses.replace(result, requests=0)] * (len(self.parts()) - 1)]
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """The new state of a task after an attempt."""
+class Ending(NamedTuple):
+    """The result of an attempt, and the task after it."""
 
     task: ObjectRow
-    result: Result
     state: TaskState
-    failures: int
-    next_at: int | None
+    result: Result
     counted: bool  # the attempt counts towards retry.max_attempts
 
 
@@ -4533,9 +4498,8 @@ def claim(
     A task during which nearly `max_attempts` runners have crashed may be the cause, or may only have run beside the
     cause: it waits until nothing else runs, and runs alone."""
     now, wall = clock.boot(), clock.wall()
-    heads = [
-        row for row in sql.execute(HEADS, {"boot": now, "wall": wall}) if datasets is None or row["dataset"] in datasets
-    ]
+    heads = sql.execute(HEADS, {"boot": now, "wall": wall}).fetchall()
+    heads = [head for head in heads if datasets is None or head["dataset"] in datasets]
     with_work = {head["source"] for head in heads if not head["is_paused"]}
     held = collections.Counter[str]()  # workers, by source
     for name, count in busy.items():
@@ -4636,30 +4600,24 @@ def _environment(configuration: Configuration, source: Source, rows: Iterable[Ob
 def _others_in_batch(ledger: Ledger, first: ObjectRow, batch: Batch) -> list[ObjectRow]:
     """The best pending tasks that share the field of the batch with the first."""
     configuration = ledger.configuration
-    shared = (configuration.retry.crash_limit(), batch.group_by, first.fields[batch.group_by], batch.max - 1)
-    names = configuration.datasets[first.dataset].partitions.own_fields()
-    rows = ledger.objects(
-        """
+    others = """
         d.dataset = ? and o.task = 'pending' and o.object_id != ? and o.crashes < ? and o.fields ->> ? = ?
         order by o.rank desc, o.object_id
         limit ?
-        """,
-        (first.dataset, first.object_id, *shared),
-    )
+    """
+    shared = (configuration.retry.crash_limit(), batch.group_by, first.fields[batch.group_by], batch.max - 1)
+    rows = ledger.objects(others, (first.dataset, first.object_id, *shared))
+    names = configuration.datasets[first.dataset].partitions.own_fields()
     return [row for row in rows if not any("," in row.fields[name] for name in names)]  # it would be several values
 
 
 def _begin(ledger: Ledger, row: ObjectRow, url: str) -> ObjectRow:
     begin = "insert into attempts (object_id, started_at, outcome, requests, url) values (?, ?, 'running', 0, ?)"
     shown = re.sub(r"^(https?://)[^/?#]*@", r"\1", url)  # without a user name and a password
-    begun = ledger.sql.execute(begin, (row.object_id, ledger.now, masked(shown) or None))
-    attempt_id = cast(int, begun.lastrowid)
-    run = """
-        update objects set task = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null
-        where object_id = ?
-    """
-    ledger.sql.execute(run, (attempt_id, row.object_id))
-    return row._replace(task=TaskState.RUNNING, attempt_id=attempt_id)
+    number = ledger.sql.execute(begin, (row.object_id, ledger.now, masked(shown) or None)).lastrowid
+    run = "task = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null"
+    ledger.sql.execute(f"update objects set {run} where object_id = ?", (number, row.object_id))  # noqa: S608
+    return row._replace(task=TaskState.RUNNING, attempt_id=number)
 
 
 def wake(sql: sqlite3.Connection, condition: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> int:
@@ -4668,27 +4626,23 @@ def wake(sql: sqlite3.Connection, condition: str, parameters: Mapping[str, Any] 
     return sql.execute(woken, parameters).rowcount
 
 
-def wake_retries(sql: sqlite3.Connection, before: float) -> int:
-    """Make up to a page of the retries that are due pending. Returns how many."""
-    due = "select object_id from objects where task = 'retry' and next_at is not null and next_at <= ? limit ?"
-    return wake(sql, f"object_id in ({due})", (int(before), PAGE))
-
-
 def wake_failed(sql: sqlite3.Connection) -> None:
     """Make failed tasks pending, except those that wait for freshness or for an object that is not there yet."""
     last = "select outcome from attempts a where a.object_id = objects.object_id order by attempt_id desc limit 1"
     wake(sql, f"fruitless > 0 and 'not_yet' is not ({last})")
 
 
-def appraise_due(ledger: Ledger) -> int:
-    """Appraise up to a page of the objects whose time has come. Returns how many."""
-    due = ledger.objects(
-        "o.next_at is not null and o.next_at <= :now and o.task is null order by o.next_at limit :page",
-        {"now": int(ledger.now), "page": PAGE},
-    )
-    declared = ledger.configuration.datasets
-    ledger.write(ledger.appraised(row) if row.dataset in declared else row._replace(next_at=None) for row in due)
-    return len(due)
+def advance(ledger: Ledger) -> bool:
+    """Note what time alone has changed, of up to a chunk of objects: retries that are due are pending, other objects
+    are appraised. Returns whether there may be more."""
+    condition = "o.next_at <= ? and (o.task is null or o.task = 'retry') order by o.next_at limit ?"
+    due = ledger.objects(condition, (int(ledger.now), CHUNK))
+    for row in due:
+        if row.task is None and row.dataset in ledger.configuration.datasets:
+            ledger.note(row)
+        else:
+            ledger.write([row._replace(task=row.task and TaskState.PENDING, next_at=None)])
+    return len(due) == CHUNK
 
 
 # ---------------------------------------------------------------- Results
@@ -4734,17 +4688,22 @@ def validate_and_store(
 def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
     """The object that the store holds under a key, judged; None when there is none."""
     stored, most = store.find(target.key), claimed.dataset.validate.most()
-    if stored is None:
-        return None
-    if stored.size > most:
+    if stored and stored.size > most:
         return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
+    found = inspect_content(claimed.dataset, target, claimed.children, store) if stored else None
+    outcome = Outcome.OK if found and found.valid else Outcome.INVALID
+    return Result(outcome, found.verdict, stored=stored, inspection=found) if found else None
+
+
+def inspect_content(
+    dataset: Dataset, target: ObjectRow, children: Sequence[Dataset], store: Store
+) -> Inspection | None:
+    """The findings in the content of a stored object; None when there is none."""
     try:
         with store.open(target.key) as body:
-            inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, target.links)
-    except KeyError:  # deleted meanwhile
+            return inspect_apart(dataset, target.fields, body, children, target.links)
+    except KeyError:
         return None
-    outcome = Outcome.OK if inspection.valid else Outcome.INVALID
-    return Result(outcome, inspection.verdict, stored=stored, inspection=inspection)
 
 
 def retry_delay(policy: Retry, times: int, rng: random.Random) -> float:
@@ -4770,10 +4729,10 @@ def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clo
         health = SourceHealth(pause_seconds=FIRST_PAUSE_SECONDS)
         pause(sql, GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{decisive.error}", now)
     endings: list[Ending] = []
-    for (one, task), result in zip(claimed.parts(), results, strict=True):
-        _record_attempt(ledger, one.dataset, task, result)
-        running = "o.object_id = :object_id and o.task = 'running' and o.attempt_id = :attempt_id"
-        rows = ledger.objects(running, {"object_id": task.object_id, "attempt_id": task.attempt_id})
+    for (_, task), result in zip(claimed.parts(), results, strict=True):
+        _record_attempt(ledger, task, result)
+        running = "o.object_id = ? and o.task = 'running' and o.attempt_id = ?"
+        rows = ledger.objects(running, (task.object_id, task.attempt_id))
         endings += [_settle(ledger, row, result, health, rng, task.outdated) for row in rows]
     return endings
 
@@ -4823,30 +4782,28 @@ def _settle(
     elif row.task in (TaskState.PENDING, TaskState.RETRY) and not health.is_source:
         _restart_pages(ledger, row, result)
     closed = TaskState.DONE if row.state == ObjectState.PRESENT else TaskState.CANCELLED
-    state = TaskState(row.task) if row.task else closed
-    return Ending(row, result, state, failures, row.next_at if row.task else None, counted)
+    return Ending(row, TaskState(row.task or closed), result, counted)
 
 
 def _restart_pages(ledger: Ledger, row: ObjectRow, result: Result) -> None:
     """A source that refuses a page may no longer know what the page before it named: the first is asked for again."""
     status = result.http_status or 0
     is_refused = 400 <= status < 500 or (status and result.outcome is Outcome.INVALID)
-    if ledger.configuration.datasets[row.dataset].pages and is_refused and row.fields["page"] != "1":
-        first = ledger.page(row, 1)
-        if first and first.etag:
-            ledger.renew(first, f"its page {row.fields['page']}: {result.error}")
+    first = ledger.page(row, 1) if is_refused else None
+    if first and first.etag and first.object_id != row.object_id:
+        ledger.renew(first, f"its page {row.fields['page']}: {result.error}")
 
 
 def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
     """Whether an object is so old that a source without it has none. One that never had any may have a wrong url."""
-    dataset = ledger.configuration.datasets[row.dataset]
-    since = row.detected_at or 0
+    dataset, since = ledger.configuration.datasets[row.dataset], row.detected_at or 0
     if row.day:
         since = end_of_day(datetime.date.fromisoformat(row.day), timezone_of(dataset))
+    if dataset.absent_after is None or ledger.now < since + dataset.absent_after:
+        return False
     good = """select 1 from counts join datasets using (dataset_id)
               where dataset = ? and state in ('present', 'stale', 'suspect') and objects > 0"""
-    is_old = dataset.absent_after is not None and ledger.now >= since + dataset.absent_after
-    return is_old and ledger.sql.execute(good, (row.dataset,)).fetchone() is not None
+    return ledger.sql.execute(good, (row.dataset,)).fetchone() is not None
 
 
 def _after_failure(policy: Retry, row: ObjectRow, result: Result, now: float, delay: float) -> ObjectRow:
@@ -4859,23 +4816,19 @@ def _after_failure(policy: Retry, row: ObjectRow, result: Result, now: float, de
     return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(now + seconds) + 1)
 
 
-def _record_attempt(ledger: Ledger, dataset: Dataset, task: ObjectRow, result: Result) -> None:
-    sql, size, output = ledger.sql, result.stored.size if result.stored else None, result.output or None
-    ended = sql.execute(
-        """
+def _record_attempt(ledger: Ledger, task: ObjectRow, result: Result) -> None:
+    end = """
         update attempts
         set outcome = ?, seconds = max(0, ? - started_at), http_status = ?, bytes = ?, requests = requests + ?,
             error = ?, output = ?, worker = ?
         where attempt_id = ? and outcome = 'running'
-        """,
-        (
-            *(result.outcome, ledger.now, result.http_status, size, result.requests),
-            *(result.error, output, result.worker, task.attempt_id),
-        ),
-    )
+    """
+    size = result.stored.size if result.stored else None
+    facts = (result.outcome, ledger.now, result.http_status, size, result.requests, result.error)
+    ended = ledger.sql.execute(end, (*facts, result.output or None, result.worker, task.attempt_id))
     if ended.rowcount and result.outcome.traits.rated:
         average = "update datasets set success_rate = success_rate + ? * (? - success_rate) where dataset = ?"
-        sql.execute(average, (SUCCESS_MEMORY, result.outcome is Outcome.OK, dataset.name))
+        ledger.sql.execute(average, (SUCCESS_MEMORY, result.outcome is Outcome.OK, task.dataset))
 
 
 def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
@@ -4904,7 +4857,8 @@ def correct_instants(sql: sqlite3.Connection, policy: Retry, now: float) -> None
     """After a run whose clock was ahead: what it stored is as old as this instant, and what it would retry is due."""
     correct = """
         update objects
-        set next_at = 0, since = min(since, :now), modified_at = min(modified_at, :now)
+        set next_at = iif(task is null or task = 'retry', 0, null), since = min(since, :now),
+            modified_at = min(modified_at, :now)
         where max(coalesce(modified_at, 0), iif(task = 'retry', max(since, iif(fruitless, next_at, 0)), 0))
               > :now + :longest
     """
@@ -4956,14 +4910,12 @@ def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool
     return bool(was_paused), wake(sql, f"last_error is not null and {own}", (scope,))
 
 
-def tasks_to_retry(
-    database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]
-) -> list[dict[str, Any]]:
-    """The tasks that wait or gave up and match the filters; skipped and absent ones only by their ids."""
+def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]) -> dict[int, str]:
+    """The ids of the tasks that wait or gave up and match the filters, with their sources; skipped and absent ones only
+    by their ids."""
     rows = database.read(
         """
-        select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
-               o.attempts, o.last_error
+        select o.object_id, d.source
         from objects o
         join datasets d using (dataset_id)
         where (o.task in ('retry', 'gave_up')
@@ -4978,7 +4930,7 @@ def tasks_to_retry(
         """,
         {"day": None, **filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
     )
-    return [dict(row) for row in rows]
+    return dict(map(tuple, rows))
 
 
 def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
@@ -5017,11 +4969,11 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
 LEAST_SHARE = 4000  # keys, of a cycle; a lake that is not larger is listed whole each time
 SINGLE_RANGES = 200  # open objects below a prefix; with more than that, all of it is listed
 READS_IN_A_TRANSACTION = 20
-NOTED_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 SAVED_EVERY_SECONDS = 5
 MOST_PROBLEMS = 5  # reported of one cycle
 STOPPED_EARLY = "stopped before its end"
 VANISHED = "vanished at once"  # marks a mass loss
+KNOWN_OBJECTS = "select coalesce(sum(objects), 0) from counts where state != 'dropped'"
 Item = TypeVar("Item")
 
 
@@ -5052,15 +5004,13 @@ class ReadAhead:
         """The future result of a call."""
         from concurrent.futures import Future
 
-        if self.executor:
-            future = self.executor.submit(function, *arguments)
-            future.add_done_callback(lambda _: self.wake())
-            return future
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:  # noqa: BLE001  # raised again by result()
-            future.set_exception(error)
+        future: Future[Item] = self.executor.submit(function, *arguments) if self.executor else Future()
+        if not self.executor:
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:  # noqa: BLE001  # raised again by result()
+                future.set_exception(error)
+        future.add_done_callback(lambda _: self.wake())
         return future
 
 
@@ -5070,7 +5020,7 @@ def sort_listing(listing: Iterator[StoredObject]) -> tuple[bool, Iterator[Stored
     scratch.execute("pragma cache_size = -256")  # KiB: several are at work at once
     scratch.execute("create table listing (key text primary key, size, etag, modified_at) without rowid")
     was_ascending, last = True, ""
-    for page in chunks(listing, PAGE):
+    for page in chunks(listing, CHUNK):
         for entry in page:
             was_ascending, last = was_ascending and entry.key > last, entry.key
         scratch.executemany("insert or replace into listing values (?, ?, ?, ?)", page)
@@ -5083,7 +5033,7 @@ class Listing:
 
     def __init__(self, store: Store, prefix: str, keys: KeyRange, ahead: ReadAhead, *, is_ordered: bool) -> None:
         self.prefix, self.keys, self.is_ordered, self.was_ascending = prefix, keys, is_ordered, is_ordered
-        self._ahead, self._made = ahead, chunks(self._entries(store), PAGE)
+        self._ahead, self._made = ahead, chunks(self._entries(store), CHUNK)
         self._next: Future[list[StoredObject] | None] | None = None
 
     def _entries(self, store: Store) -> Iterator[StoredObject]:
@@ -5120,7 +5070,7 @@ class Listing:
 
 def share_of_keys(database: Database, configuration: Configuration, now: float) -> KeyRange:
     """The next part of all keys, as large as the time since the last cycle asks for."""
-    total = database.value("select coalesce(sum(objects), 0) from counts where state != 'dropped'")
+    total = database.value(KNOWN_OBJECTS)
     looked_up_to, last = database.read("select looked_up_to, looked_at from facts")[0]
     elapsed = max(0.0, now - last) if last is not None else math.inf
     size = max(LEAST_SHARE, math.ceil(total * min(1.0, elapsed / configuration.full_seconds)))
@@ -5154,7 +5104,7 @@ def ranges_to_list(database: Database, prefix: str, share: KeyRange) -> list[Key
     joined: list[KeyRange] = []
     for low, high in sorted(one for one in found if one.low <= one.high):
         end = joined[-1].high if joined else ""
-        if joined and (low <= end or database.value(between, (end, low, PAGE)) < PAGE):
+        if joined and (low <= end or database.value(between, (end, low, CHUNK)) < CHUNK):
             joined[-1] = KeyRange(joined[-1].low, max(end, high))
         else:
             joined.append(KeyRange(low, high))
@@ -5199,11 +5149,11 @@ class Cycle:
         self.listed = self.looked = self.created = self.closed = self.dropped = 0
         self.is_complete = self.is_braked = False
         self.store_error: str | None = None
-        self.compared: set[str] = set()  # prefixes
+        self.compared = set[str]()  # prefixes
         self.expanded: dict[str, str] = {}  # inputs of datasets whose new objects are not inserted yet
         self.new = 0  # objects that wait for their insertion
         self.has_new_pages = False  # stored pages have named others
-        self.present: collections.Counter[int] = collections.Counter()  # objects in the store until now, by dataset
+        self.present = collections.Counter[int]()  # objects in the store until now, by dataset
         self.losses: dict[int, array.array[int]] = {}  # those that are no longer listed
         self.problems: list[str] = []
         self.readers = {one.name for one in configuration.datasets.values() if _needs_reading(configuration, one)}
@@ -5238,15 +5188,15 @@ class Cycle:
         return self.database.value("select max(object_id) from objects") or 0
 
     def scan(self, last: int, change: Callable[[Ledger, dict[str, Any]], object]) -> Iterator[None]:
-        """Change the objects up to an id, a page of ids in a transaction: `change` takes `after` and `last` of each."""
-        for after in range(0, last, SCANNED_AT_ONCE):
+        """Change the objects up to an id, a chunk of ids at once: `change` takes `after` and `last` of each."""
+        for after in range(0, last, CHUNK):
             with self.ledger() as ledger:
-                change(ledger, {"after": after, "last": min(after + SCANNED_AT_ONCE, last)})
+                change(ledger, {"after": after, "last": min(after + CHUNK, last)})
             yield
 
     def rewrite(self, object_ids: Iterable[int], change: Callable[[Ledger, ObjectRow], ObjectRow]) -> Iterator[None]:
         """Store objects as `change` makes them, a few in a transaction; not those stored since the cycle began."""
-        for chunk in chunks(iter(object_ids), NOTED_AT_ONCE):
+        for chunk in chunks(iter(object_ids), WRITTEN_AT_ONCE):
             with self.ledger() as ledger:
                 ledger.write([change(ledger, row) for row in ledger.some(chunk) if row.cycle_id != self.cycle_id])
             yield
@@ -5257,30 +5207,25 @@ class Cycle:
 
     def save_progress(self) -> None:
         """Store how far the phase is, now and then."""
-        if self.clock.boot() >= self.saves_at:
-            self.saves_at = self.clock.boot() + SAVED_EVERY_SECONDS
-            with self.database.transaction(durable=False) as sql:
-                row = (self.listed, self.looked, self._progress(sql), self.cycle_id)
-                sql.execute("update reconciliations set listed = ?, looked = ?, progress = ? where cycle_id = ?", row)
-
-    def _progress(self, sql: sqlite3.Connection) -> str:
-        left, seconds = 0, max(1e-3, self.clock.boot() - self.phase_began)
+        now, left = self.clock.boot(), 0
+        if now < self.saves_at:
+            return
+        self.saves_at, seconds = now + SAVED_EVERY_SECONDS, max(1e-3, now - self.phase_began)
         if self.phase == "reading":
-            unread = "select count(*) from objects where etag is not read_etag and etag is not null"
-            (left,) = sql.execute(unread).fetchone()
+            left = self.database.value("select count(*) from objects where etag is not read_etag and etag is not null")
         elif self.phase == "listing" and self.share == ALL_KEYS:
-            known = "select coalesce(sum(objects), 0) from counts where state != 'dropped'"
-            left = sql.execute(known).fetchone()[0] + self.new - self.looked
+            left = self.database.value(KNOWN_OBJECTS) + self.new - self.looked
         text = f"{self.phase}, {self.done:,} objects, {self.done / seconds:,.0f} a second"
         if left > 0 and self.done:
             text += f", {left:,} to go, about {format_duration(left * seconds / self.done)}"
-        return text
+        with self.database.transaction(durable=False) as sql:
+            save = "update reconciliations set listed = ?, looked = ?, progress = ? where cycle_id = ?"
+            sql.execute(save, (self.listed, self.looked, text, self.cycle_id))
 
     def end(self) -> None:
         """Record the cycle. A store that ends two cycles in a row is unusable until the next that is complete."""
-        names = ("cycle_id", "started_at", "listed", "looked", "created", "closed", "dropped", "store_error")
-        row = {name: getattr(self, name) for name in names}
-        row |= {
+        row = {
+            **vars(self),
             "seconds": self.clock.boot() - self.started,
             "list_calls": self.store.calls - self.calls_before,
             "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
@@ -5288,7 +5233,7 @@ class Cycle:
         }
         with self.database.transaction() as sql:
             states = dict(sql.execute("select state, sum(objects) from counts group by state").fetchall())
-            row |= {state: states.get(state, 0) for state in ("present", *GAPS)}
+            row |= {"present": 0, **dict.fromkeys(GAPS, 0), **states}
             sql.execute(
                 """
                 update reconciliations
@@ -5323,7 +5268,7 @@ def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | Non
         is_validated_only = not (children or freshness.until or freshness.live)
         few: float = READS_IN_A_TRANSACTION
         while unread := _unread(cycle, dataset, after, min(few, cycle.may_verify) if is_validated_only else few):
-            reading = {row.object_id: cycle.ahead.submit(_inspect, cycle, row, children) for row in unread}
+            reading = {row.object_id: cycle.ahead.submit(_inspect, cycle, dataset, children, row) for row in unread}
             while not all(future.done() for future in reading.values()):
                 yield True
             found = {number: inspection for number, future in reading.items() if (inspection := future.result())}
@@ -5345,16 +5290,13 @@ def _unread(cycle: Cycle, dataset: Dataset, after: str, few: float) -> list[Obje
         )
 
 
-def _inspect(cycle: Cycle, target: ObjectRow, children: Sequence[Dataset]) -> Inspection | None:
+def _inspect(cycle: Cycle, dataset: Dataset, children: Sequence[Dataset], target: ObjectRow) -> Inspection | None:
+    """None also for an object that is gone since it was listed: the next cycle sees that."""
     try:
-        body = cycle.store.open(target.key)
-    except KeyError:
-        return None  # gone since it was listed: the next cycle sees that
+        return inspect_content(dataset, target, children, cycle.store)
     except UnusablePathError as error:
         cycle.problems.append(str(error))
         return None
-    with body:
-        return inspect_apart(cycle.configuration.datasets[target.dataset], target.fields, body, children, target.links)
 
 
 def _judged(cycle: Cycle, found: Mapping[int, Inspection], ledger: Ledger, row: ObjectRow) -> ObjectRow:
@@ -5411,10 +5353,10 @@ def run_cycle(steps: Iterator[int]) -> int:
 
 def _steps(cycle: Cycle) -> Iterator[bool | None]:
     """Yields True while it waits for the store."""
-    if not cycle.last_id():  # what follows is appraised and ranked by the rules of today
+    if not cycle.last_id():  # what follows is appraised and ranked as of today
         with cycle.database.transaction() as sql:
-            sql.execute("update facts set priorities = ?", (_ranked_by(cycle),))
-    yield from _forget_readings(cycle)
+            sql.execute("update facts set priorities = ?", (str(day_of(cycle.clock.wall())),))
+    _forget_readings(cycle)
     for level in cycle.configuration.levels():
         cycle.has_new_pages = True
         while cycle.has_new_pages:
@@ -5423,7 +5365,7 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
             yield from _expand(cycle, level)
             cycle.enter("listing")
             yield from _compare(cycle, level)
-            yield from _end_expansion(cycle)
+            _end_expansion(cycle)
             if cycle.listed:  # else the store may be empty, or another one
                 yield from _apply_losses(cycle)
             cycle.enter("reading")
@@ -5439,20 +5381,14 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
     yield from _age(cycle)
 
 
-def _forget_readings(cycle: Cycle) -> Iterator[None]:
+def _forget_readings(cycle: Cycle) -> None:
     """Contents that were judged by other rules are read once more."""
-    known = dict(map(tuple, cycle.database.read("select dataset, reading from datasets")))
-    for dataset in cycle.configuration.datasets.values():
-        rules = reading_rules(cycle.configuration, dataset)
-        if known[dataset.name] != rules:
-            forget = """
-                update objects set read_etag = null
-                where read_etag is not null and dataset_id = (select dataset_id from datasets where dataset = ?)
-            """
-            with cycle.ledger() as ledger:
-                ledger.sql.execute(forget, (dataset.name,))
-                ledger.sql.execute("update datasets set reading = ? where dataset = ?", (rules, dataset.name))
-            yield
+    change = "update datasets set reading = ?1 where dataset = ?2 and reading != ?1 returning dataset_id"
+    forget = "update objects set read_etag = null where read_etag is not null and dataset_id = ?"
+    with cycle.ledger() as ledger:
+        for dataset in cycle.configuration.datasets.values():
+            rules = reading_rules(cycle.configuration, dataset)
+            ledger.sql.executemany(forget, ledger.sql.execute(change, (rules, dataset.name)).fetchall())
 
 
 def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
@@ -5460,11 +5396,11 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     with cycle.ledger() as ledger:
         expansions = dict(ledger.sql.execute("select dataset, expansion from datasets").fetchall())
         inputs = {one: expansion_inputs(ledger.sql, one, ledger.now) for one in level}
-        stale = {one: now for one, now in inputs.items() if expansions[one.name] != now}
+        changed = {one: now for one, now in inputs.items() if expansions[one.name] != now}
         begin = "update datasets set expansion = '' where dataset = ?"
-        ledger.sql.executemany(begin, [(one.name,) for one in stale])
-    kept, last = dict.fromkeys(stale, 0), cycle.last_id()
-    for dataset in stale:
+        ledger.sql.executemany(begin, [(one.name,) for one in changed])
+    kept, last = dict.fromkeys(changed, 0), cycle.last_id()
+    for dataset in changed:
         problems_before = len(cycle.problems)
         for page in _partitions(cycle, dataset):
             with cycle.ledger() as ledger:
@@ -5474,13 +5410,13 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
             cycle.done += known + new
             yield
         if len(cycle.problems) > problems_before:
-            stale[dataset] = "with problems"  # the next cycle expands it, and reports them, again
+            changed[dataset] = "with problems"  # the next cycle expands it, and reports them, again
     live = "select sum(objects) from counts join datasets using (dataset_id) where dataset = ? and state != 'dropped'"
     shrunk = [one.name for one, count in kept.items() if (cycle.database.value(live, (one.name,)) or 0) != count]
     yield from _drop_unexpected(cycle, shrunk, last)
     with cycle.ledger() as ledger:
         ledger.sql.executemany("update datasets set ready = 1 where dataset = ?", [(one.name,) for one in level])
-    cycle.expanded = {one.name: now for one, now in stale.items()}
+    cycle.expanded = {one.name: now for one, now in changed.items()}
 
 
 def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
@@ -5490,14 +5426,10 @@ def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]
     parents = [configuration.datasets[name] for name in dataset.partitions.parents]
     if not parents:
         declared = expand(dataset, now)
-        yield from chunks(((fields, None) for fields in declared), EXPECTED_AT_ONCE)
+        yield from chunks(((fields, None) for fields in declared), WRITTEN_AT_ONCE)
     for parent in [*parents, *([dataset] if dataset.pages else [])]:
         after = ("", "")
-        while True:
-            with cycle.ledger() as ledger:
-                rows = ids_of_parents(ledger, dataset, parent, after)
-            if not rows:
-                break
+        while rows := ids_of_parents(cycle.database, dataset, parent, after):
             yield (
                 (fields, row["object_id"])
                 for row in rows
@@ -5506,7 +5438,7 @@ def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]
             after = rows[-1]["key"], rows[-1]["value"]
 
 
-def _end_expansion(cycle: Cycle) -> Iterator[None]:
+def _end_expansion(cycle: Cycle) -> None:
     """A level that still has new objects is expanded again by the next cycle: they lie where the store could not be
     listed, or a parent that was fetched meanwhile has named them, and may not be the first that does."""
     if not cycle.new:
@@ -5514,7 +5446,6 @@ def _end_expansion(cycle: Cycle) -> Iterator[None]:
             done = "update datasets set expansion = ? where dataset = ?"
             ledger.sql.executemany(done, [(inputs, name) for name, inputs in cycle.expanded.items()])
     cycle.new = 0
-    yield
 
 
 def _drop_unexpected(cycle: Cycle, datasets: Sequence[str], last: int) -> Iterator[None]:
@@ -5584,7 +5515,7 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
             order by key
             limit ?
             """,
-            (cycle.cycle_id, low, keys.high, PAGE),
+            (cycle.cycle_id, low, keys.high, CHUNK),
         )
         differing = []
         for object_id, key, etag, proven, dataset_id, is_newer in known:
@@ -5600,7 +5531,7 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
         cycle.done += len(known)
         yield from cycle.rewrite(differing, lambda ledger, row: _searched(cycle, ledger, row, listed.get(row.key)))
         yield
-        if len(known) < PAGE:
+        if len(known) < CHUNK:
             break
         low = known[-1]["key"] + "\0"
     yield from _insert_new(cycle, keys, listed)
@@ -5608,14 +5539,14 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
 
 def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]) -> Iterator[None]:
     """Insert the new objects in a range of keys with the state that the listing shows."""
-    low, count = keys.low, EXPECTED_AT_ONCE if cycle.new else 0
-    while count >= EXPECTED_AT_ONCE:
+    low, count = keys.low, WRITTEN_AT_ONCE if cycle.new else 0
+    while count >= WRITTEN_AT_ONCE:
         with cycle.ledger() as ledger:
             wanted, rows, now = new_objects(ledger, cycle.expanded, low, keys.high), [], int(ledger.now)
             for key, number, fields, season, day, available_at, parent_id in wanted:
                 row = ObjectRow(0, cycle.datasets[number], key, fields or "", season, day, available_at, since=now)
-                rows.append((number, parent_id, _searched(cycle, ledger, row, listed.get(key))))
-            inserted = ledger.insert(rows)
+                rows.append((number, parent_id, *_searched(cycle, ledger, row, listed.get(key))[2:]))
+            inserted = ledger.sql.executemany(INSERT_OBJECT, rows).rowcount
         cycle.new -= inserted
         cycle.looked += inserted
         cycle.done += inserted
@@ -5656,45 +5587,35 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
 
 
 def _age(cycle: Cycle) -> Iterator[None]:
-    """Note the changes that time alone makes. Once a day, or when the rules have changed, appraise and rank anew."""
-    count = PAGE
-    while count >= PAGE:
+    """Note the changes that time alone makes. Once a day, and after a change of adce.yaml, appraise and rank anew."""
+    has_more = True
+    while has_more:
         with cycle.ledger() as ledger:
-            count = max(wake_retries(ledger.sql, ledger.now), appraise_due(ledger))
+            has_more = advance(ledger)
         yield
     for dataset in cycle.configuration.datasets.values():
         if dataset.batch:
             yield from _resize_gaps(cycle, dataset, dataset.batch)
-    inputs, known = _ranked_by(cycle), cycle.database.value("select priorities from facts") or ""
-    if known == inputs:
-        return
-    is_everything = known.partition(" ")[2] != inputs.partition(" ")[2]
-    condition = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
-    condition += "" if is_everything else " and o.task is not null"
-
-    def review(ledger: Ledger, page: dict[str, Any]) -> None:
-        rows = ledger.objects(condition, page)
-        reviewed = [_reviewed(cycle, ledger, row, is_everything=is_everything) for row in rows]
-        ledger.write(now for row, now in zip(rows, reviewed, strict=True) if now != row)
-
-    yield from cycle.scan(cycle.last_id(), review)
-    with cycle.database.transaction() as sql:
-        sql.execute("update facts set priorities = ?", (inputs,))
+    today = str(day_of(cycle.clock.wall()))
+    if cycle.database.value("select priorities from facts") != today:
+        yield from cycle.scan(cycle.last_id(), functools.partial(_review, cycle))
+        with cycle.database.transaction() as sql:
+            sql.execute("update facts set priorities = ?", (today,))
 
 
-def _ranked_by(cycle: Cycle) -> str:
-    """The day and the rules of ranks and appraisals."""
-    return f"{day_of(cycle.clock.wall())} {appraisal_rules(cycle.configuration)}"
-
-
-def _reviewed(cycle: Cycle, ledger: Ledger, row: ObjectRow, *, is_everything: bool) -> ObjectRow:
-    """The row by the rules of today."""
-    if is_everything:
+def _review(cycle: Cycle, ledger: Ledger, ids: dict[str, Any]) -> None:
+    """Appraise and rank objects by the rules of today."""
+    known = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
+    for row in ledger.objects(known, ids):
+        now = row
         if row.etag is not None and row.dataset not in cycle.readers:
-            row = row._replace(**{**UNREAD, "read_etag": row.etag})
-        row = ledger.appraised(row)
-    is_batched = cycle.configuration.datasets[row.dataset].batch
-    return row if row.task is None else ledger.ranked(row if is_batched else row._replace(gap_size=1))
+            now = row._replace(**{**UNREAD, "read_etag": row.etag})
+        now = ledger.appraised(now)
+        if now.task and not cycle.configuration.datasets[row.dataset].batch:
+            now = now._replace(gap_size=1)
+        now = ledger.ranked(now) if now.task else now
+        if now != row:
+            ledger.write([now])
 
 
 def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]:
@@ -5713,11 +5634,7 @@ def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]
         (batch.max, batch.group_by, dataset.name),
     )
     sizes = dict(map(tuple, resized))
-
-    def resize(ledger: Ledger, row: ObjectRow) -> ObjectRow:
-        return ledger.ranked(row._replace(gap_size=sizes[row.object_id])) if row.task else row
-
-    yield from cycle.rewrite(sizes, resize)
+    yield from cycle.rewrite(sizes, lambda ledger, row: ledger.ranked(row._replace(gap_size=sizes[row.object_id])))
 
 
 # ---------------------------------------------------------------- Requests
@@ -7141,10 +7058,9 @@ def task_sections(database: Database, wanted: str) -> list[Section]:
     return sections
 
 
-def time_of_retry(database: Database, tasks: Iterable[Mapping[str, Any]]) -> str:
-    """When tasks that are retried can start: now, unless their sources are paused."""
+def time_of_retry(database: Database, sources: Container[str]) -> str:
+    """When tasks of these sources that are retried can start: now, unless the sources are paused."""
     sql = f"select distinct source, {FRAGMENTS['PAUSE']} as pause from datasets d where pause is not null"  # noqa: S608
-    sources = {task["source"] for task in tasks}
     found = [f"{source} is paused {pause}" for source, pause in database.read(sql) if source in sources]
     return f"as soon as possible: {'; '.join(found)}" if found else "now"
 
@@ -8016,9 +7932,9 @@ def log_ending(journal: Journal, ending: Ending, max_attempts: int) -> None:
     result = ending.result
     level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
     fields: dict[str, Any] = {"dataset": ending.task.dataset, "key": ending.task.key, "outcome": result.outcome}
-    fields |= {"failures": f"{ending.failures}/{max_attempts}" if ending.failures else None}
+    fields |= {"failures": f"{ending.task.failures}/{max_attempts}" if ending.task.failures else None}
     fields |= {"bytes": result.stored.size if result.stored else None, "error": result.error}
-    fields |= {"next": utc_text(ending.next_at), "task": ending.task.object_id}
+    fields |= {"next": utc_text(ending.task.next_at if ending.task.task else None), "task": ending.task.object_id}
     journal.write("DEBUG" if level == "WARN" and not ending.counted else level, ending.state, **fields)
 
 
@@ -8635,8 +8551,7 @@ class Runner:
                 hops.remove(hop)
                 begun.append(dataclasses.replace(hop, permit=granted))
         if not self.once:
-            wake_retries(sql, self.clock.wall())
-            appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
+            advance(Ledger(sql, self.configuration, self.clock.wall()))
         busy = collections.Counter(one.dataset.name for one in [*self.running.values(), *hops, *begun])
         while free > len(begun) and not any(one.runs_exclusively for one in [*hops, *begun]):
             claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun), self.datasets)
@@ -9317,7 +9232,7 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
 def unexpected_objects(store: Store, database: Database) -> Iterator[dict[str, Any]]:
     """The stored objects that no dataset expects."""
     known = "select key from objects where key in (select value from json_each(?)) and state != 'dropped'"
-    for page in chunks(store.list(""), PAGE):
+    for page in chunks(store.list(""), CHUNK):
         expected = {row[0] for row in database.read(known, (json.dumps([entry.key for entry in page]),))}
         for entry in page:
             if entry.key not in expected:
@@ -9630,7 +9545,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
         with database.transaction() as sql:
             if RunnerLock(configuration.database).holder() is None:
                 requeue_orphans(sql, configuration.retry)
-            while wake_retries(sql, clock.wall()) >= PAGE:
+            while advance(Ledger(sql, configuration, clock.wall())):
                 pass
             if is_once:
                 wake_failed(sql)
@@ -9823,18 +9738,17 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     """Retry waiting and given-up tasks now: those named, or all that match the filters."""
     database = _existing(configuration)
     tasks = tasks_to_retry(database, vars(arguments), arguments.task_ids)
-    task_ids = [task["task_id"] for task in tasks]
-    if missing := sorted(set(arguments.task_ids) - set(task_ids)):
+    if missing := sorted(set(arguments.task_ids) - tasks.keys()):
         raise Error(f"not in state retry or gave_up: {', '.join(map(str, missing))}", "adce.py task ID")
-    if not task_ids:
+    if not tasks:
         print_result(arguments, "no task in state retry or gave_up matches", retried=0)
         return ExitCode.DONE
-    if not (arguments.task_ids or arguments.yes or _confirm(f"Retry {len(task_ids)} tasks now?")):
-        print(f"adce.py: {len(task_ids)} tasks match; nothing was done\nTry: --yes", file=sys.stderr)
+    if not (arguments.task_ids or arguments.yes or _confirm(f"Retry {len(tasks)} tasks now?")):
+        print(f"adce.py: {len(tasks)} tasks match; nothing was done\nTry: --yes", file=sys.stderr)
         return ExitCode.USAGE
     with database.transaction() as sql:
-        count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
-    text = f"{count} task{'s' * (count != 1)} will be retried {time_of_retry(database, tasks)}"
+        count = retry_tasks(Ledger(sql, configuration, Clock().wall()), tasks)
+    text = f"{count} task{'s' * (count != 1)} will be retried {time_of_retry(database, set(tasks.values()))}"
     print_result(arguments, text, retried=count)
     return ExitCode.DONE
 
