@@ -104,7 +104,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, NoReturn, Self, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -2446,6 +2446,7 @@ MAX_KEY_BYTES = 1000  # S3 takes 1,024
 MAX_URL = 4000  # characters of one that a source has chosen
 BLOCK_BYTES = 64 << 10  # of a body, read at once
 FIELDS_AS_JSON = json.JSONEncoder(sort_keys=True)  # json.dumps would make one for each object
+Links = Mapping[str, str] | None  # of the header Link, by relation; None: not known
 
 
 class ExpectedObject(NamedTuple):
@@ -2503,10 +2504,10 @@ class ObjectRow(NamedTuple):
         """The values of its partition."""
         return cast(Fields, json.loads(self.fields_json))
 
-
-def known_links(validators: str | None) -> Mapping[str, str] | None:
-    """The links of the header Link with which an object came, if they are known."""
-    return cast("Mapping[str, str] | None", json.loads(validators or "{}").get("links"))
+    @property
+    def links(self) -> Links:
+        """Those of the response with which it came."""
+        return cast(Links, json.loads(self.validators or "{}").get("links"))
 
 
 class Appraisal(NamedTuple):
@@ -2517,9 +2518,7 @@ class Appraisal(NamedTuple):
     next_at: int | None = None  # when time alone changes it; of a gap: when the next request is worth it
 
 
-def quote_for_url(value: str) -> str:
-    """A value as a part of a url: it can add no path and no parameter."""
-    return urllib.parse.quote(value, safe="")
+quote_for_url = functools.partial(urllib.parse.quote, safe="")  # a value can add no path and no parameter
 
 
 def sent_fields(dataset: Dataset, fields: Fields) -> Fields:
@@ -2540,9 +2539,8 @@ def url_of(source: Source, dataset: Dataset, fields: Fields) -> str:
 
 
 def origin_of(url: str) -> tuple[str, str]:
-    """Whom a url asks: its scheme, and its host with its port."""
-    parts = urllib.parse.urlsplit(url)
-    return parts.scheme, parts.netloc
+    """The server of a url: its scheme, and its host with its port."""
+    return urllib.parse.urlsplit(url)[:2]
 
 
 def address_problem(source: Source, dataset: Dataset, fields: Fields) -> str | None:
@@ -2562,13 +2560,12 @@ def address_problem(source: Source, dataset: Dataset, fields: Fields) -> str | N
 
 @functools.lru_cache(4096)  # a date is a part of many keys
 def quote_for_key(value: str) -> str:
-    """A value as a part of a key. Different values stay different, and none can name a folder above; all else stays as
-    it is, so that existing objects are found."""
+    """A value as a part of a key. Different values stay different, and none names a folder above; all else is kept."""
     quoted = re.sub(r"[/%\x00-\x1f\x7f]", lambda match: f"%{ord(match[0]):02X}", value)
     return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
 
 
-def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season]) -> ExpectedObject:
+def expected_object(dataset: Dataset, fields: Fields) -> ExpectedObject:
     """The object of one partition. Raises ValueError when its values make no usable key."""
     for name in dataset.partitions.own_fields():
         if problem := part_problem(dataset, name, fields[name]):
@@ -2579,14 +2576,14 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
         raise ValueError(f"{dataset.name}: the key {key[:60]}... is too long")
     if key.partition("/")[0] == STAGING:
         raise ValueError(f"{dataset.name}: the key {key} is in the folder {STAGING}, which is ADCE's own")
-    season = next((season.label for season in seasons if fields.get("season") == season.label), None)
+    season = next((one.label for one in dataset.calendar if one.label == fields.get("season")), None)
     if "date" not in fields:
         return ExpectedObject(key, season, None, None)
     moment = datetime.datetime.fromisoformat(fields["date"])
     if not 1000 <= moment.year < 3000:
         raise ValueError(f"{dataset.name}: the year of {fields['date']} is not between 1000 and 2999")
     date, rule, timezone = moment.date(), dataset.available_after, timezone_of(dataset)
-    season = season or next((season.label for season in seasons if season.start <= date <= season.finish), None)
+    season = season or next((one.label for one in dataset.calendar if one.start <= date <= one.finish), None)
     available_at = None
     if isinstance(rule, datetime.time):
         available_at = instant_of(date, rule, timezone)
@@ -2607,18 +2604,15 @@ def end_of_day(day: datetime.date, timezone: str) -> int:
     return instant_of(day + datetime.timedelta(days=1), datetime.time(), timezone)
 
 
-def expand(
-    dataset: Dataset, seasons: Sequence[Season], now: float, base: Mapping[str, str] = types.MappingProxyType({})
-) -> Iterator[dict[str, str]]:
-    """The fields of every object of a dataset as of now: all combinations of its kinds of partitions. `base` has the
-    fields of an object of its parent, and the id in it."""
-    partitions, kinds = dataset.partitions, list[Iterable[Mapping[str, str]]]([[base]])
+def expand(dataset: Dataset, now: float, base: Fields | None = None) -> Iterator[dict[str, str]]:
+    """The fields of every object of a dataset as of now: all combinations of its kinds of partitions, and of `base`:
+    the fields of an object of its parent, and an id in it."""
+    partitions, kinds = dataset.partitions, list[Iterable[Fields]]([[base or {}]])
     if partitions.dates:
-        kinds.append(_expand_dates(partitions.dates, seasons, now))
+        kinds.append(_expand_dates(partitions.dates, dataset.calendar, now))
     if partitions.seasons:
-        kinds.append(
-            [_season_fields(season) for season in chosen(seasons, partitions.seasons) if season.start <= day_of(now)]
-        )
+        begun = [one for one in chosen(dataset.calendar, partitions.seasons) if one.start <= day_of(now)]
+        kinds.append(map(_season_fields, begun))
     kinds += [[{name: value} for value in values] for name, values in partitions.values]
     kinds += [[FIRST_PAGE]] if dataset.pages else []
     for combination in itertools.product(*kinds):
@@ -2633,11 +2627,8 @@ def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterat
     here = datetime.datetime.fromtimestamp(now, zoneinfo.ZoneInfo(dates.timezone)).replace(tzinfo=None)
     last = here.date() if isinstance(dates.last, str) else dates.last
     last -= datetime.timedelta(days=dates.last == "yesterday")
-    spans: list[tuple[datetime.date, datetime.date, dict[str, str]]] = []
-    if dates.seasons:
-        spans = [(one.start, one.finish, _season_fields(one)) for one in chosen(seasons, dates.seasons)]
-    elif dates.first:
-        spans = [(dates.first, last, {})]
+    spans = [(one.start, one.finish, _season_fields(one)) for one in chosen(seasons, dates.seasons)]
+    spans += [(dates.first, last, {})] if dates.first else []
     for first, finish, fields in spans:
         moment = datetime.datetime.combine(first, datetime.time())
         if months := {"month": 1, "quarter": 3, "year": 12}.get(dates.every):
@@ -2651,15 +2642,14 @@ def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterat
 
 
 def expand_named(child: Dataset, parent: Dataset, fields: Fields, value: str, now: float) -> Iterator[dict[str, str]]:
-    """The fields of every object of a dataset that a value in the content of a parent makes. A page names others, and a
-    copy has all fields of its original."""
+    """The fields of every object that a value in the content of a parent makes. A copy has those of its original."""
     if child.name == parent.name:
         yield {**fields, **json.loads(value)}
     elif child.copy_of:
         yield {**fields}
     else:
         inherited = {name: fields[name] for name in fields.keys() - ({*PAGE_FIELDS, NAMED_BY} if parent.pages else ())}
-        yield from expand(child, child.calendar, now, {**inherited, **child.partitions.fields_of_id(value)})
+        yield from expand(child, now, {**inherited, **child.partitions.fields_of_id(value)})
 
 
 def expression_of(child: Dataset, parent: str) -> str:
@@ -2672,16 +2662,16 @@ def expression_of(child: Dataset, parent: str) -> str:
 def part_problem(dataset: Dataset, name: str, value: str) -> str | None:
     """Why a value can be no part of a key, or None. No url can hold a dot segment, quoted or not (RFC 3986)."""
     steps = value.split("/") if dataset.url and ":path}" in dataset.url.text else [value]
-    is_step = bool(dataset.url) and not {".", ".."}.isdisjoint(steps)
-    if not value.strip() or not value.isprintable() or is_step:
-        return f"{dataset.name}: {name} {value!r} makes no key"
-    return None
+    is_step = dataset.url and not {".", ".."}.isdisjoint(steps)
+    is_usable = value.strip() and value.isprintable() and not is_step
+    return None if is_usable else f"{dataset.name}: {name} {value!r} makes no key"
 
 
 # ---------------------------------------------------------------- Contents
 # Meaning of the content of an object: whether it is whole, whether it is final, and which other objects it names; and
 # from all facts about an object, its state. Headlines: inspect(), appraise().
 
+GZIP_MAGIC = b"\x1f\x8b"
 COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files that are stored as sent
 
 
@@ -2707,29 +2697,37 @@ class Inspection:
         return {"verdict": self.verdict, "settled": self.settled, "live": self.live, "read_etag": read_etag}
 
 
+def needs_json(dataset: Dataset, children: Sequence[Dataset]) -> bool:
+    """Whether the content must be JSON, also because an expression is applied to it."""
+    rules, freshness, pages = dataset.validate, dataset.freshness, dataset.pages
+    is_asked = freshness.until or freshness.live or any(child.partitions.ids for child in children)
+    return bool(rules.json or rules.require or is_asked or (pages and pages.is_expression()))
+
+
 def inspect(
-    dataset: Dataset,
-    fields: Fields,
-    body: bytes | BinaryIO,
-    children: Sequence[Dataset] = (),
-    links: Mapping[str, str] | None = None,
+    dataset: Dataset, fields: Fields, body: bytes | BinaryIO, children: Sequence[Dataset] = (), links: Links = None
 ) -> Inspection:
-    """Judge the content of an object: whether it is whole and final, and which ids of `children` it names. `links` are
-    those of the header Link, if that is known. Only JSON and texts in which ids are looked for are held in memory
-    whole."""
-    freshness, file = dataset.freshness, io.BytesIO(body) if isinstance(body, bytes) else body
-    is_asked = bool(freshness.until or freshness.live or any(child.partitions.ids for child in children))
-    is_asked = is_asked or bool(dataset.pages and dataset.pages.is_expression())
+    """Judge the content of an object: whether it is whole and final, and which ids of `children` it names. Only JSON,
+    and texts in which ids are looked for, are in memory whole."""
+    freshness, rules, is_json = dataset.freshness, dataset.validate, needs_json(dataset, children)
+    file = io.BytesIO(body) if isinstance(body, bytes) else body
     file.seek(0)
-    rules = dataset.validate
-    is_read = children or is_asked or rules.json or rules.require or rules.contains or rules.not_contains
+    is_read = is_json or children or rules.contains or rules.not_contains
     key = dataset.key.render(fields, str) if dataset.key.text.endswith("}") else dataset.key.text
     is_plain = (rules.json or rules.require) and not rules.gzip and not key.lower().endswith(COMPRESSED)
-    is_packed = is_read and not is_plain and file.read(2) == b"\x1f\x8b"
+    is_packed = is_read and not is_plain and file.read(2) == GZIP_MAGIC
     content = _gunzipped(file, rules.most()) if is_packed else file
-    document, verdict = _verdict(rules, fields, file, content, is_json=is_asked)
-    if verdict:
-        return Inspection(verdict)
+    if flaw := next(_flaws(rules, fields, file, content), None):
+        return Inspection(flaw)
+    document: Any = None
+    if is_json:
+        try:
+            content.seek(0)
+            document = json.load(content, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            return Inspection(f"not JSON: {str(error)[:100]}")
+    if failed := next((expression for expression in rules.require if not holds(expression, fields, document)), None):
+        return Inspection(f"require is not true: {failed}")
     settled = freshness.until is None or holds(freshness.until, fields, document)
     live = freshness.live is not None and holds(freshness.live.expression, fields, document)
     mentions, problems, outdated = dict[str, tuple[str, ...]](), list[str](), None
@@ -2751,8 +2749,7 @@ def inspect(
 def _pages_named(
     dataset: Dataset, fields: Fields, document: Any, file: BinaryIO, links: Mapping[str, str]
 ) -> Iterator[str]:
-    """The fields, in JSON, of the pages that one of them names: the next, or from the first all others. Raises
-    ValueError for a page that cannot be one of these."""
+    """The fields, in JSON, of the next page, or from the first of all others. Raises ValueError for what is no page."""
     pages, page = cast(Pages, dataset.pages), int(fields["page"])
     if pages.last:
         total = str(search(pages.last, fields, document))
@@ -2764,10 +2761,11 @@ def _pages_named(
         last = min(-(-int(total) // (pages.size or 1)), pages.most + 1) if page == 1 else 0
         yield from (FIELDS_AS_JSON.encode({"page": str(number), "next": total}) for number in range(2, last + 1))
         return
-    value: Any = links.get("next")
-    if pages.next != LINK and pages.is_expression():
+    if pages.next == LINK:
+        value: Any = links.get("next")
+    elif pages.is_expression():
         value = search(cast(str, pages.next), fields, document)
-    elif pages.next != LINK:
+    else:
         file.seek(0)
         found = re.search(cast(str, pages.next), file.read().decode("utf-8", "replace"))
         value = found and html.unescape(found[1])
@@ -2824,78 +2822,51 @@ def checksums(validation: Validation, fields: Fields) -> dict[str, str]:
     return {name: text.strip().lower().removeprefix(f"{name}:") for name, text in wanted.items()}
 
 
-def _damage(validation: Validation, fields: Fields, file: BinaryIO) -> str | None:
-    """Why a body is not whole by its own structure, or by a checksum; None if it is."""
-    try:
-        for _ in unpack(blocks_of(file), "gzip") if validation.gzip else ():
-            pass
-    except zlib.error as error:
-        return f"incomplete gzip: {error}"
-    for name, wanted in checksums(validation, fields).items():
-        file.seek(0)
-        algorithm = functools.partial(hashlib.new, name, usedforsecurity=False)
-        found = hashlib.file_digest(cast(io.BytesIO, file), algorithm).hexdigest()
-        if found != wanted:
-            return f"its {name} is {found}, not {wanted[:64]}"
-    return None
-
-
 def _size_problem(validation: Validation, size: int) -> str | None:
     if size < validation.min_bytes:
         return f"{size} bytes, fewer than {validation.min_bytes}"
     return f"{size} bytes, more than {validation.most()}" if size > validation.most() else None
 
 
-def _verdict(
-    validation: Validation, fields: Fields, file: BinaryIO, content: BinaryIO, *, is_json: bool
-) -> tuple[Any, str | None]:
-    """The parsed JSON, if an expression asks for it, and why the body is not the object, or None. `content` is what a
-    gzip file holds."""
+def _flaws(validation: Validation, fields: Fields, file: BinaryIO, content: BinaryIO) -> Iterator[str]:
+    """Why a body is not the object, whatever its JSON says. `content` is what a gzip file holds."""
     size = file.seek(0, io.SEEK_END)
     if problem := _size_problem(validation, size):
-        return None, problem
+        yield problem
     starts, ends = bytes.fromhex(validation.starts_with_hex), bytes.fromhex(validation.ends_with_hex)
     for place, expected in ((0, starts), (max(0, size - len(ends)), ends)):
         file.seek(place)
         if file.read(len(expected)) != expected:
-            return None, "its first or last bytes are not those of its format"
-    if problem := _damage(validation, fields, file):
-        return None, problem
+            yield "its first or last bytes are not those of its format"
+    try:
+        for _ in unpack(blocks_of(file), "gzip") if validation.gzip else ():
+            pass
+    except zlib.error as error:
+        yield f"incomplete gzip: {error}"
+    for name, checksum in checksums(validation, fields).items():
+        file.seek(0)
+        algorithm = functools.partial(hashlib.new, name, usedforsecurity=False)
+        actual = hashlib.file_digest(cast(io.BytesIO, file), algorithm).hexdigest()
+        if actual != checksum:
+            yield f"its {name} is {actual}, not {checksum[:64]}"
     wanted, unwanted = (
         [Template(part, FIELD_IN_EXPRESSION).render(fields, str) for part in parts]
         for parts in (validation.contains, validation.not_contains)
     )
     found = _texts_in(content, {*wanted, *unwanted})
-    if problem := next((f"does not contain {text!r}" for text in wanted if text not in found), None):
-        return None, problem
-    if problem := next((f"contains {text!r}" for text in unwanted if text in found), None):
-        return None, problem
-    if not (is_json or validation.json or validation.require):
-        return None, None
-    try:
-        document = parse_json(content)
-    except (ValueError, RecursionError) as error:
-        return None, f"not JSON: {str(error)[:100]}"
-    failed = next((expression for expression in validation.require if not holds(expression, fields, document)), None)
-    return document, f"require is not true: {failed}" if failed else None
+    yield from (f"does not contain {text!r}" for text in wanted if text not in found)
+    yield from (f"contains {text!r}" for text in unwanted if text in found)
 
 
-def _texts_in(file: BinaryIO, texts: Iterable[str]) -> set[str]:
+def _texts_in(file: BinaryIO, texts: Collection[str]) -> set[str]:
     """Those of some texts that are in a file, of which a block at a time is read."""
-    missing, found, end = {text: text.encode() for text in texts}, set[str](), b""
+    wanted, found, end = {text: text.encode() for text in texts}, set[str](), b""
     file.seek(0)
-    while missing and (block := file.read(BLOCK_BYTES)):
+    while len(found) < len(wanted) and (block := file.read(BLOCK_BYTES)):
         window = end + block
-        found |= {text for text, wanted in missing.items() if wanted in window}
-        missing = {text: wanted for text, wanted in missing.items() if text not in found}
-        end = window[-max(map(len, missing.values()), default=1) :]
+        found |= {text for text in wanted.keys() - found if wanted[text] in window}
+        end = window[-max(map(len, wanted.values())) :]
     return found
-
-
-def parse_json(file: BinaryIO) -> Any:
-    """The document in a file, of which no second copy is held meanwhile. Raises ValueError or RecursionError."""
-    file.seek(0)
-    return json.loads(file.read(), parse_constant=_refuse_constant)
 
 
 def _refuse_constant(name: str) -> None:
@@ -2903,8 +2874,8 @@ def _refuse_constant(name: str) -> None:
 
 
 def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems: list[str]) -> Iterator[str]:
-    """The values in a parent's body where the ids of a dataset are, several fields of one as JSON; null and empty texts
-    are none. Texts and whole numbers can be ids; any other value is added to the problems."""
+    """The ids of a dataset in a parent's body, several fields of one as JSON. Texts and whole numbers can be ids, null
+    and empty texts are none; any other value is added to the problems."""
     partitions, names = child.partitions, child.partitions.id_fields()
     if partitions.regex:
         file.seek(0)
@@ -2915,9 +2886,8 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
     for value in found if isinstance(found, list) else [found]:
         if value in (None, ""):
             continue
-        parts = (
-            [value] if partitions.id_field else [value.get(name) for name in names] if isinstance(value, dict) else []
-        )
+        members = {names[0]: value} if partitions.id_field else value
+        parts = [members.get(name) for name in names] if isinstance(members, dict) else []
         if not parts or not all(isinstance(part, str | int) and not isinstance(part, bool) for part in parts):
             problems.append(f"{child.name}: {str(value)[:1000]} is not an id")
             continue
@@ -2977,8 +2947,7 @@ def _refetch_instants(dataset: Dataset, season: Season | None, known: ObjectRow)
 
 
 def may_still_appear(season: Season | None, day: str | None, now: float) -> bool:
-    """Whether a source may have an object tomorrow that it does not have today: its season goes on, its day is less
-    than a week ago, or its age is unknown."""
+    """Whether a source may have an object later that it does not have now: it is recent, or its age is unknown."""
     today = day_of(now)
     if day:
         return (today - datetime.date.fromisoformat(day)).days <= 7
@@ -2992,14 +2961,13 @@ def may_still_appear(season: Season | None, day: str | None, now: float) -> bool
 APART_BYTES = 256 << 10  # of content, above which JSON is read apart
 APART_SECONDS = 10
 READY_SECONDS = 60  # for the process to take a call
-INSPECTOR = "import sys; sys.path.insert(0, sys.argv[1]); import adce; adce.serve_inspections(adce, int(sys.argv[2]))"
+INSPECTOR = "import sys; sys.path.insert(0, sys.argv[1]); import adce; adce.serve_inspections(int(sys.argv[2]))"
 LEAST_MEMORY = 1 << 30  # that the process may use; more for a dataset that takes larger objects
 MEMORY_FACTOR = 8  # JSON in memory is so many times larger
 COSTLY = "its inspection takes more than "
-TOO_LARGE = COSTLY + "{} MB of memory"
+SHOWN = 300  # characters of a finding
 STOPPING_SECONDS = 2  # for the last result when the runner stops
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
-Answer = TypeVar("Answer")
 
 
 def inherited() -> dict[str, str]:
@@ -3022,53 +2990,46 @@ class Inspector:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def call(self, memory: int, file: BinaryIO | None, function: Callable[..., Answer], *arguments: Any) -> Answer:
+    def call(self, memory: int, function: Callable[..., Any], file: BinaryIO | None = None) -> Any:
         """The result of a function of this module; a file becomes its last argument.
 
         Raises TooCostlyError, StoreError when there can be no process now, or Error when the runner stops."""
         with self._lock:
-            for _ in range(2):  # whatever has ended the process: a call that does so again is the cause
+            for _ in range(2):  # something else may have ended the process: a call that does so again is the cause
                 with contextlib.suppress(EOFError, OSError):
-                    return cast(Answer, self._call(memory, file, function, arguments))
+                    return self._call(memory, function, file)
                 self.end()
-        raise TooCostlyError(TOO_LARGE.format(memory >> 20))
+        raise TooCostlyError(f"{COSTLY}{memory >> 20} MB of memory")
 
-    def _call(self, memory: int, file: BinaryIO | None, function: Any, arguments: Sequence[Any]) -> Any:
+    def _call(self, memory: int, function: Callable[..., Any], file: BinaryIO | None) -> Any:
         from multiprocessing.connection import Connection
 
         if self._process is None or self._process.poll() is not None:
             self._start()
         channel = cast(socket.socket, self._socket)
         with Connection(os.dup(channel.fileno())) as connection:
-            connection.send((memory, function, arguments, file is not None))
+            connection.send((memory, function, file is not None))
             if file:
                 descriptor = file.fileno()  # which may bring it from memory to the disk
-                file.flush()
+                file.seek(0, io.SEEK_END)  # nothing stays in its buffer: the process moves the place of both
                 socket.send_fds(channel, [b"f"], [descriptor])
             # A busy machine starts a process slowly: that is not the content's fault.
-            self._wait(connection, READY_SECONDS, StoreError("the process for its content does not start"))
-            connection.recv()
-            error = TooCostlyError(f"{COSTLY}{APART_SECONDS} s")
-            self._wait(connection, APART_SECONDS, error)
-            is_done, answer = connection.recv()
-        if not is_done:
-            raise TooCostlyError(TOO_LARGE.format(memory >> 20))
-        return answer
+            self._receive(connection, READY_SECONDS, StoreError("the process for its content does not start"))
+            return self._receive(connection, APART_SECONDS, TooCostlyError(f"{COSTLY}{APART_SECONDS} s"))
 
-    def _wait(self, connection: Connection, seconds: float, error: Error) -> None:
+    def _receive(self, connection: Connection, seconds: float, error: Error) -> Any:
         until = time.monotonic() + seconds
         while not connection.poll(POLL_SECONDS / 2):
             if time.monotonic() > min(until, self.ends_at):
                 self.end()
                 raise Error("the runner stops") if time.monotonic() > self.ends_at else error
+        return connection.recv()
 
     def _start(self) -> None:
         self.end()
         here = str(Path(__file__).resolve().parent)
         self._socket, theirs = socket.socketpair()
-        marks = {"ADCE_TASK": "inspection"}
-        if "ADCE_DB" in os.environ:  # the runner's: then a sweep finds it
-            marks["ADCE_DB"] = os.path.realpath(os.environ["ADCE_DB"])
+        database = os.path.realpath(os.environ.get("ADCE_DB", ""))  # of the runner, which finds it in a sweep
         with theirs:
             try:
                 self._process = subprocess.Popen(  # noqa: S603  # this very program
@@ -3078,7 +3039,7 @@ class Inspector:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    env=inherited() | marks,
+                    env=inherited() | {"ADCE_DB": database, "ADCE_TASK": "inspection"},
                     start_new_session=True,
                 )
             except OSError as error:
@@ -3101,88 +3062,48 @@ def inspector(source: str = "") -> Inspector:  # noqa: ARG001  # by which it is 
     return made
 
 
-def _call_apart(
-    source: str, memory: int, file: BinaryIO | None, function: Callable[..., Answer], *given: Any
-) -> Answer:
+def _call_apart(source: str, memory: int, function: Callable[..., Any], file: BinaryIO | None = None) -> Any:
     shared = inspector()
     try:
-        return (inspector(source) if source in shared.costly else shared).call(memory, file, function, *given)
+        return (inspector(source) if source in shared.costly else shared).call(memory, function, file)
     except TooCostlyError:
         shared.costly.add(source)
         raise
 
 
-def serve_inspections(module: types.ModuleType, descriptor: int) -> None:
-    """The process of an inspector: calls until its socket is closed."""
+def serve_inspections(descriptor: int) -> None:
+    """The process of an inspector: calls until its socket is closed, or one takes too much memory."""
     import resource
     from multiprocessing.connection import Connection
 
-    sys.modules["__main__"] = module  # the runner may be a script
+    sys.modules["__main__"] = sys.modules[__name__]  # the runner may be a script
     connection, channel = Connection(os.dup(descriptor)), socket.socket(fileno=descriptor)
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, MemoryError):
         while True:
-            memory, function, arguments, has_file = connection.recv()
+            memory, function, has_file = connection.recv()
             connection.send("taken")
             seconds = math.ceil(time.process_time()) + 2 * APART_SECONDS  # if the runner was killed
             for kind, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds)):
                 hard = resource.getrlimit(kind)[1]
                 resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-            try:
-                if has_file:
-                    with _PositionedFile(socket.recv_fds(channel, 1, 1)[1][0]) as raw:
-                        answer = True, function(*arguments, io.BufferedReader(raw))
-                else:
-                    answer = True, function(*arguments)
-            except MemoryError:
-                answer = False, None
-            connection.send(answer)
-            if not answer[0]:
-                return
-
-
-class _PositionedFile(io.RawIOBase):
-    """A file with a position of its own: a descriptor that was handed over shares that of its giver."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._place, self.size = descriptor, 0, os.fstat(descriptor).st_size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = os.preadv(self._descriptor, [buffer], self._place)
-        self._place += count
-        return count
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size}[whence]
-        return self._place
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
+            if has_file:
+                with os.fdopen(socket.recv_fds(channel, 1, 1)[1][0], "rb") as file:
+                    connection.send(function(file))
+            else:
+                connection.send(function())
 
 
 def inspect_apart(
-    dataset: Dataset,
-    fields: Fields,
-    body: BinaryIO,
-    children: Sequence[Dataset],
-    links: Mapping[str, str] | None,
+    dataset: Dataset, fields: Fields, body: BinaryIO, children: Sequence[Dataset], links: Links
 ) -> Inspection:
     """inspect(), in another process when the source may choose what it costs."""
     pages, rules = dataset.pages, dataset.validate
     has_regex = any(child.partitions.regex for child in children)
     has_regex = has_regex or bool(pages and pages.next not in (None, LINK) and not pages.is_expression())
     body.seek(0)
-    is_packed, size = body.read(2) == b"\x1f\x8b", body.seek(0, io.SEEK_END)
-    is_parsed = rules.is_parsed or rules.json or bool(rules.require)
-    is_unpacked = is_packed and (is_parsed or bool(rules.contains or rules.not_contains))
-    if not (has_regex or is_unpacked or (is_parsed and size > APART_BYTES)):
+    is_packed, size, is_json = body.read(2) == GZIP_MAGIC, body.seek(0, io.SEEK_END), needs_json(dataset, children)
+    is_unpacked = is_packed and (is_json or rules.contains or rules.not_contains)
+    if not (has_regex or is_unpacked or (is_json and size > APART_BYTES)):
         found = inspect(dataset, fields, body, children, links)
     else:
         memory = max(LEAST_MEMORY, MEMORY_FACTOR * rules.most())
@@ -3193,26 +3114,22 @@ def inspect_apart(
                 file.write(body.getbuffer())
                 body = file
             try:
-                found = _call_apart(dataset.source, memory, body, judge)
+                found = _call_apart(dataset.source, memory, judge, body)
             except TooCostlyError as error:
                 return Inspection(str(error))
-    mentions = dict(found.mentions)
+    mentions, names = dict(found.mentions), hidden_names(dataset)
     if named := mentions.get(PAGES):
         mentions[PAGES] = tuple(redacted("\n".join(named), dataset.secrets).split("\n"))  # of JSON
-    verdict, *problems = (text and _shown(text, dataset) for text in (found.verdict, *found.problems[:10]))
-    return dataclasses.replace(found, mentions=mentions, verdict=verdict, problems=tuple(filter(None, problems)))
-
-
-def _shown(text: str, dataset: Dataset) -> str:
-    """What was found, without secrets and then without the middle of a long value."""
-    text = redacted(text, hidden_names(dataset))
-    return text if len(text) < 300 else f"{text[:200]}...{text[-60:]}"
+    verdict = found.verdict and redacted(found.verdict, names)[:SHOWN]
+    problems = tuple(redacted(text, names)[:SHOWN] for text in found.problems[:10])
+    return dataclasses.replace(found, mentions=mentions, verdict=verdict, problems=problems)
 
 
 def is_found_apart(source: str, pattern: str, text: str) -> bool:
     """Whether a regular expression is found; one that repeats nothing takes no time. Raises TooCostlyError."""
+    search_it = functools.partial(_is_found, pattern, text)
     is_simple = not re.search("[*+?{]", pattern)
-    return _is_found(pattern, text) if is_simple else _call_apart(source, LEAST_MEMORY, None, _is_found, pattern, text)
+    return search_it() if is_simple else cast(bool, _call_apart(source, LEAST_MEMORY, search_it))
 
 
 def _is_found(pattern: str, text: str) -> bool:
@@ -3233,36 +3150,7 @@ class StoredObject(NamedTuple):
     modified_at: int  # seconds since 1970
 
 
-SPOOL_NAME, PROBE = "[0-9a-f]{16}", "0" * 16  # of files in the staging folder; no other file there is ADCE's
-SPOOLED_BYTES = 1 << 20  # of a body, held in memory
-
-
-class Store(Protocol):
-    """The store that ADCE needs. Every call raises StoreError when the store fails."""
-
-    calls: int  # list requests made so far
-
-    def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
-        """Every object whose key starts with the prefix, as a stream, in key order where the store has one;
-        with `after`, those that come after it in that order."""
-
-    def find(self, key: str) -> StoredObject | None:
-        """One object as it would be listed."""
-
-    def open(self, key: str) -> BinaryIO:
-        """The content of an object, to be read and sought in. Raises KeyError when there is none."""
-
-    def spool(self) -> contextlib.AbstractContextManager[BinaryIO]:
-        """A file for a body that may become an object, in memory while it is small; gone at the end."""
-
-    def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
-        """Put an object whole or not at all; durable when this returns. A file of spool() is moved."""
-
-    def sweep(self) -> None:
-        """Make the store usable, and remove unfinished files of a crash."""
-
-    def require_mark(self) -> None:
-        """Raises StoreError when this is not the store that it was."""
+SPOOL_NAME = "[0-9a-f]{16}"  # of files in the staging folder; no other file there is ADCE's
 
 
 def fill(file: BinaryIO, body: Any) -> None:
@@ -3277,57 +3165,38 @@ def fill(file: BinaryIO, body: Any) -> None:
         raise StoreError(f"cannot write a body: {error.strerror}") from error
 
 
-def _store_error(action: str, error: OSError) -> StoreError:
-    """The error of one place in the store; others are those of its disk."""
-    of_one_place = IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError
-    is_local = isinstance(error, of_one_place) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
-    return (UnusablePathError if is_local else StoreError)(f"cannot {action}: {error.strerror}")
-
-
-class _Spool(tempfile.SpooledTemporaryFile[bytes]):
-    """A body in memory, and from SPOOLED_BYTES on in a file that can be renamed."""
-
-    _rolled: bool
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(SPOOLED_BYTES)
-        self.path, self.is_object = folder / secrets.token_hex(8), False
-
-    def rollover(self) -> None:
-        """Move to the file. Raises OSError."""
-        if not self._rolled:
-            memory, self._file, self._rolled = cast(Any, self._file), self.path.open("x+b"), True
-            self._file.write(memory.getbuffer())
-            self._file.seek(memory.tell())
-
-
 class FolderStore:
-    """A folder. Every part of a key is a folder below it; a link below it is never followed."""
+    """A folder. Every part of a key is a folder below it; a link below it is never followed.
+
+    Every call raises StoreError when the store fails, or UnusablePathError when one place in it does."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.calls, self.is_swept = root, 0, False
 
     def sweep(self) -> None:
-        """Make the root and its staging folder; remove unfinished files."""
+        """Make the store usable, and remove unfinished files of a crash."""
         with self._translated():
             staging = self._staging()
             staging.mkdir(parents=True, exist_ok=True)
             for leftover in staging.iterdir():
                 if re.fullmatch(SPOOL_NAME, leftover.name):
                     leftover.unlink()
-            (staging / PROBE).touch()  # all of it was there already, and may be mounted to be read only
-            (staging / PROBE).unlink()
+            tempfile.TemporaryFile(dir=staging).close()  # what was there already may be mounted to be read only
         self.is_swept = True
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translated(self, action: str = "") -> Iterator[None]:
+        """Raises StoreError for an OSError; an action that fails in one place only is an UnusablePathError."""
         try:
             yield
         except OSError as error:
             if error.errno == errno.ENOENT and not self.root.is_dir():
                 raise self._gone() from error
-            text = f"the store {self.root} cannot be written: {error.strerror}"
-            raise StoreError(text, "see `store:` in adce.yaml") from error
+            of_one_place = IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError
+            is_local = isinstance(error, of_one_place) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+            text = f"cannot {action}" if action else f"the store {self.root} cannot be written"
+            kind = UnusablePathError if action and is_local else StoreError
+            raise kind(f"{text}: {error.strerror}", "see `store:` in adce.yaml") from error
 
     def _staging(self) -> Path:
         """The staging folder. Raises StoreError for a link, which could lead anywhere."""
@@ -3338,20 +3207,23 @@ class FolderStore:
 
     def require_mark(self) -> None:
         """Raises StoreError when the staging folder is gone, as on a disk that is not mounted."""
-        staging = self._staging()
-        if not staging.is_dir():
-            hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {staging}"
-            raise StoreError(f"the store {self.root} is no longer there: it has no folder {STAGING}", hint)
+        if not self._staging().is_dir():
+            raise self._gone()
+
+    def _gone(self) -> StoreError:
+        hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {self.root / STAGING}"
+        return StoreError(f"the store {self.root} is not there: it has no folder {STAGING}", hint)
 
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
-        """Folder by folder, sorted as S3 sorts: a folder counts as its name with a slash."""
-        if self.is_swept and not (self.root / STAGING).is_dir():
-            raise self._gone()
+        """Every object whose key starts with the prefix and comes after another key, folder by folder, sorted as S3
+        sorts: a folder counts as its name with a slash."""
+        if self.is_swept:
+            self.require_mark()
         yield from self._walk(prefix[: prefix.rfind("/") + 1], prefix, after)
 
     def _walk(self, above: str, prefix: str, after: str) -> Iterator[StoredObject]:
         self.calls += 1
-        try:
+        with self._translated(f"list {self.root / above}"), contextlib.suppress(FileNotFoundError):
             with self._folder(f"{above}*") as (folder, _), os.scandir(folder) as scan:
                 found = (above + entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in scan)
                 keys = sorted(key for key in found if key.startswith(prefix) and key.isprintable())
@@ -3365,67 +3237,55 @@ class FolderStore:
                         status = (self.root / key).lstat()
                         if stat.S_ISREG(status.st_mode):
                             yield self._stored(key, status)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise _store_error(f"list {self.root / above}", error) from error
 
     def find(self, key: str) -> StoredObject | None:
-        """One file as it would be listed."""
-        try:
+        """One object as it would be listed."""
+        with self._translated(f"look for {key}"), contextlib.suppress(FileNotFoundError):
             with self._folder(key) as (folder, name):
                 status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise _store_error(f"look for {key}", error) from error
-        return self._stored(key, status) if stat.S_ISREG(status.st_mode) else None
+            return self._stored(key, status) if stat.S_ISREG(status.st_mode) else None
+        return None
 
     def open(self, key: str) -> BinaryIO:
-        """The content of a file. Raises KeyError when there is none."""
-        try:
-            with self._folder(key) as (folder, name):
-                return open_regular(name, folder)
-        except FileNotFoundError:
-            raise KeyError(key) from None
-        except OSError as error:
-            raise _store_error(f"read {key}", error) from error
+        """The content of an object, to be read and sought in. Raises KeyError when there is none."""
+        with self._translated(f"read {key}"), contextlib.suppress(FileNotFoundError), self._folder(key) as (here, name):
+            return open_regular(name, here)
+        raise KeyError(key)
 
     @contextlib.contextmanager
     def spool(self) -> Iterator[BinaryIO]:
-        """A file in the staging folder, or in memory. Raises StoreError when there is no room for one."""
+        """A file for a body that may become an object; else it is removed. Raises StoreError on a full disk."""
         with self._translated():
             staging = self._staging()
             disk = os.statvfs(staging)
             if disk.f_blocks and not disk.f_bavail:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        file = _Spool(staging)
+            path = staging / secrets.token_hex(8)
+            file = path.open("x+b")
         try:
-            yield cast("BinaryIO", file)
+            yield file
         finally:
-            for undo in (file.close, functools.partial(file.path.unlink, missing_ok=True)):
-                with contextlib.suppress(OSError):  # of a disk that is full or has become read-only
+            for undo in (file.close, path.unlink):
+                with contextlib.suppress(OSError):  # it is an object now, or its disk is full or read-only
                     undo()
 
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
-        """Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
-        file: Any = body
-        if not isinstance(file, _Spool) or file.is_object:  # under another key
+        """Put an object whole or not at all, durably. A file of spool() is moved, the first time.
+
+        Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
+        path = Path(str(getattr(body, "name", "")))
+        if isinstance(body, bytes) or path.parent != self._staging() or not path.exists():
             with self.spool() as copied:
                 fill(copied, body)
                 return self.write(key, copied)
         with self._translated():
-            file.rollover()
-            file.flush()
-            os.fsync(file.fileno())
-        try:
+            body.flush()
+            os.fsync(body.fileno())
+        with self._translated(f"write {key}"):
             with self._folder(key, make=True) as (folder, name):
-                os.rename(file.path, name, dst_dir_fd=folder)
-                file.is_object = True
+                os.rename(path, name, dst_dir_fd=folder)
                 os.fsync(folder)
-            return self._stored(key, os.fstat(file.fileno()))
-        except OSError as error:
-            raise _store_error(f"write {key}", error) from error
+            return self._stored(key, os.fstat(body.fileno()))
 
     @contextlib.contextmanager
     def _folder(self, key: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
@@ -3446,15 +3306,12 @@ class FolderStore:
                 opened.callback(os.close, here := os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here))
             yield here, name
 
-    def _gone(self) -> StoreError:
-        return StoreError(f"the store {self.root} is not there", "is its disk mounted?")
-
     @staticmethod
     def _stored(key: str, status: os.stat_result) -> StoredObject:
         return StoredObject(key, status.st_size, f"{status.st_mtime_ns}-{status.st_size}", status.st_mtime_ns // 10**9)
 
 
-LISTED = ("Key", "Size", "ETag", "LastModified")
+SPOOLED_BYTES = 1 << 20  # of a body, held in memory
 MULTIPART_BYTES = 8 << 20  # an object that is larger is uploaded in parts
 EMPTY_PAGES = 1000  # of a listing; more in a row are an error
 
@@ -3469,14 +3326,14 @@ class S3Store:
     def _client(self) -> Any:
         import boto3
         import botocore.config
+        import botocore.session
 
-        timeouts = botocore.config.Config(
-            connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 3}
-        )
+        session = botocore.session.get_session()  # whose parser of times takes most of the time of a listing
+        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
+        retries = {"mode": "standard", "max_attempts": 3}
+        config = botocore.config.Config(connect_timeout=10, read_timeout=60, retries=retries)
         with self._translated("use"):
-            client = boto3.session.Session().client("s3", config=timeouts)
-        client.meta.events.register("before-parse.s3.ListObjectsV2", self._take_entries)
-        return client
+            return boto3.session.Session(botocore_session=session).client("s3", config=config)
 
     def sweep(self) -> None:
         """See that the bucket is there. S3 keeps nothing half written."""
@@ -3495,39 +3352,23 @@ class S3Store:
                 self.calls += 1
                 if "IsTruncated" not in page:
                     raise ValueError("the response is not a listing")
-                empty = 0 if page.get("Entries") else empty + 1
+                empty = 0 if page.get("Contents") else empty + 1
                 if page["IsTruncated"] and ("NextContinuationToken" not in page or empty > EMPTY_PAGES):
                     raise ValueError("the listing is truncated and has no continuation token")
-                yield from page.get("Entries", ())
-
-    def _take_entries(self, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-        """Parse the objects of a page before botocore does, which takes seven times as long."""
-        from xml.etree import ElementTree
-
-        with contextlib.suppress(ElementTree.ParseError):  # botocore has a message for it
-            page = ElementTree.fromstring(response_dict["body"])  # noqa: S314  # expat limits what entities expand to
-            namespace = page.tag.removesuffix("ListBucketResult")
-            unquote = urllib.parse.unquote_plus if page.findtext(f"{namespace}EncodingType") == "url" else str
-            names, entries = [namespace + name for name in LISTED], list[StoredObject]()
-            for element in page.findall(f"{namespace}Contents"):
-                key, size, etag, modified = (element.findtext(name, "") for name in names)
-                if not (key and etag and 0 <= int(size) < 1 << 63):
-                    raise ValueError("a listed object has no key, no ETag or no usable size")
-                modified_at = int(datetime.datetime.fromisoformat(modified).timestamp())
-                key = unquote(key).removeprefix(self.above)
-                entries.append(StoredObject(key, int(size), etag.strip('"'), modified_at))
-                page.remove(element)
-            customized_response_dict["Entries"] = entries
-            response_dict["body"] = ElementTree.tostring(page)
+                for entry in page.get("Contents", ()):
+                    key, etag, size = entry["Key"], entry["ETag"], entry["Size"]
+                    if not (key and etag and 0 <= size < 1 << 63):
+                        raise ValueError("a listed object has no key, no ETag or no usable size")
+                    modified_at = int(datetime.datetime.fromisoformat(entry["LastModified"]).timestamp())
+                    yield StoredObject(key.removeprefix(self.above), size, etag.strip('"'), modified_at)
 
     def find(self, key: str) -> StoredObject | None:
         """One object as it would be listed."""
-        try:
-            with self._translated("find", key):
-                head = self._client.head_object(Bucket=self.bucket, Key=self.above + key)
-        except KeyError:
-            return None
-        return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), int(head["LastModified"].timestamp()))
+        with contextlib.suppress(KeyError), self._translated("find", key):
+            head = self._client.head_object(Bucket=self.bucket, Key=self.above + key)
+            modified_at = int(http_date(head["LastModified"]).timestamp())
+            return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), modified_at)
+        return None
 
     def open(self, key: str) -> BinaryIO:
         """A copy of the content of an object. Raises KeyError when there is none."""
@@ -3543,8 +3384,7 @@ class S3Store:
         return tempfile.SpooledTemporaryFile(SPOOLED_BYTES, dir=os.environ.get("TMPDIR", "/var/tmp"))  # type: ignore[return-value]  # noqa: S108
 
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
-        """A PUT, or several of a multipart upload, which S3 takes whole or not at all, with checksums that S3
-        verifies."""
+        """A PUT, or a multipart upload, which S3 takes whole or not at all, with checksums that S3 verifies."""
         file = io.BytesIO(body) if isinstance(body, bytes) else body
         size, place = file.seek(0, io.SEEK_END), {"Bucket": self.bucket, "Key": self.above + key}
         file.seek(0)
@@ -3570,7 +3410,7 @@ class S3Store:
         libraries = botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, boto3.exceptions.Boto3Error
         try:
             yield
-        except (*libraries, ValueError, TypeError, RecursionError) as error:  # TypeError: an element comes twice
+        except (*libraries, LookupError, RecursionError, TypeError, ValueError) as error:  # of what is no answer of S3
             answer = getattr(error, "response", {})
             code, status = answer.get("Error", {}).get("Code"), answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if key and code in ("NoSuchKey", "404"):
@@ -3590,6 +3430,9 @@ class S3Store:
             upload = self._client.create_multipart_upload(**place)
             self._client.abort_multipart_upload(**place, UploadId=upload.get("UploadId"))
         return upload is not None
+
+
+Store = FolderStore | S3Store
 
 
 def require_known_store(database: Database, configuration: Configuration, store: Store) -> None:
@@ -4509,7 +4352,7 @@ def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -
         if excluded and any(fields.get(name) in values for name, values in excluded.items()):
             continue
         try:
-            key, season, day, available_at = expected_object(dataset, fields, dataset.calendar)
+            key, season, day, available_at = expected_object(dataset, fields)
         except ValueError as error:
             parent = "select key from objects where object_id = ?"
             named_by = [f"{key}: " for (key,) in ledger.sql.execute(parent, (parent_id,))]
@@ -4922,7 +4765,7 @@ def validate_and_store(
     body: BinaryIO,
     store: Store,
     http_status: int | None = None,
-    links: Mapping[str, str] | None = None,
+    links: Links = None,
 ) -> Result:
     """Validate a body, then store it."""
     most = claimed.dataset.validate.most()
@@ -4947,8 +4790,7 @@ def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | 
         return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
     try:
         with store.open(target.key) as body:
-            links = known_links(target.validators)
-            inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, links)
+            inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, target.links)
     except KeyError:  # deleted meanwhile
         return None
     outcome = Outcome.OK if inspection.valid else Outcome.INVALID
@@ -5562,9 +5404,7 @@ def _inspect(cycle: Cycle, target: ObjectRow, children: Sequence[Dataset]) -> In
         cycle.problems.append(str(error))
         return None
     with body:
-        return inspect_apart(
-            cycle.configuration.datasets[target.dataset], target.fields, body, children, known_links(target.validators)
-        )
+        return inspect_apart(cycle.configuration.datasets[target.dataset], target.fields, body, children, target.links)
 
 
 def _judged(cycle: Cycle, found: Mapping[int, Inspection], ledger: Ledger, row: ObjectRow) -> ObjectRow:
@@ -5699,7 +5539,7 @@ def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]
     configuration, now = cycle.configuration, cycle.clock.wall()
     parents = [configuration.datasets[name] for name in dataset.partitions.parents]
     if not parents:
-        declared = expand(dataset, dataset.calendar, now)
+        declared = expand(dataset, now)
         yield from chunks(((fields, None) for fields in declared), EXPECTED_AT_ONCE)
     for parent in [*parents, *([dataset] if dataset.pages else [])]:
         after = ("", "")
@@ -6208,9 +6048,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
     pool.ConnectionCls = type(kind.__name__, (kind,), {**members, "used_at": -math.inf})
 
 
-def _validators(
-    url: str, headers: Mapping[str, str], links: Mapping[str, str] | None, hidden: Collection[str]
-) -> str | None:
+def _validators(url: str, headers: Mapping[str, str], links: Links, hidden: Collection[str]) -> str | None:
     """The conditions of the next request for a url (RFC 9110, 13.1), as JSON, and the links of the header; None when
     the response has no validators."""
     names = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
@@ -6273,7 +6111,7 @@ def _has_links(claimed: Claim) -> bool:
 def _unchanged(claimed: Claim, response: Any, store: Store) -> list[Result]:
     """The result of a 304. A full page is the same when another page, which its header names, follows it now."""
     target, links, answer = claimed.tasks[0], _next_link(claimed, response), Result(Outcome.OK, None, 304)
-    if _has_links(claimed) and response.links and links != known_links(target.validators):
+    if _has_links(claimed) and response.links and links != target.links:
         known = json.dumps({**json.loads(target.validators or "{}"), "links": links})
         found = inspect_stored(claimed, target._replace(validators=known), store)
         if found and found.outcome is Outcome.OK:
@@ -6762,9 +6600,7 @@ def remove_register(name: str, dask_scheduler: Any) -> None:
 def _store_of_worker(address: str) -> Store:
     """The store, as the runner has prepared it. Raises StoreError."""
     store = open_store(address)
-    if isinstance(store, FolderStore):
-        store.is_swept = True
-    else:
+    if isinstance(store, S3Store):
         store.sweep()  # one client for all attempts
     return store
 
@@ -9467,7 +9303,7 @@ def example_fields(database: Database, configuration: Configuration, dataset: Da
                where dataset = ? and state != 'dropped' order by etag is null, task is null limit 1"""
     fields = json.loads(database.value(known, (dataset.name,)) or "{}")
     if not fields and not dataset.partitions.parents:
-        fields = next(expand(dataset, dataset.calendar, Clock().wall()), fields)
+        fields = next(expand(dataset, Clock().wall()), fields)
     fields = {**(FIRST_PAGE if dataset.pages else {}), **fields, **given}
     if lacking := sorted(configuration.fields_of(dataset.name) - fields.keys()):
         raise Error(f"no value for {', '.join(lacking)}", f"adce.py try {dataset.name} {lacking[0]}=VALUE")
@@ -9483,7 +9319,7 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
         raise Error(f"{dataset.name} has no url", "run its program by itself")
     source = configuration.sources[dataset.source]
     try:
-        key = expected_object(dataset, fields, dataset.calendar).key
+        key = expected_object(dataset, fields).key
     except ValueError as error:
         raise Error(str(error), f"adce.py try {dataset.name} FIELD=VALUE") from error
     if problem := address_problem(source, dataset, fields):
