@@ -1205,7 +1205,8 @@ def _compile(expression: str) -> Any:
 
 
 def search(expression: str, fields: Fields, document: Any) -> Any:
-    """The value of a JMESPath expression that may name fields; None when it cannot be evaluated."""
+    """The value of a JMESPath expression that may name fields; None where a function is given null. Raises ValueError
+    when it cannot be evaluated."""
     import jmespath.exceptions
 
     try:
@@ -1213,13 +1214,21 @@ def search(expression: str, fields: Fields, document: Any) -> Any:
             quote = functools.partial(quote_for_expression, part if place % 2 else "")
             parts[place] = Template(part, FIELD_IN_EXPRESSION).render(fields, quote)
         return _compile("".join(parts)).search(document)
-    except (jmespath.exceptions.JMESPathError, TypeError, ValueError, RecursionError):
-        return None
+    except jmespath.exceptions.JMESPathTypeError as error:
+        if error.current_value is None:
+            return None
+        needed = " or ".join(error.expected_types)
+        raise ValueError(f"{error.function_name}() needs {needed}, has {error.actual_type}: {expression}") from None
+    except (jmespath.exceptions.JMESPathError, TypeError, RecursionError) as error:
+        raise ValueError(f"{error}: {expression}") from None
 
 
 def holds(expression: str, fields: Fields, document: Any) -> bool:
     """Whether an expression is true: neither false, null nor empty. 0 is true, an expression that raises is not."""
-    value = search(expression, fields, document)
+    try:
+        value = search(expression, fields, document)
+    except ValueError:
+        return False
     return value is not None and value is not False and value not in ("", [], {})
 
 
@@ -1474,6 +1483,10 @@ class Season:
     start: Date = setting("its first day")
     finish: Date = setting("its last day")
     calendar: str = ""  # its name, where there are several
+
+    def over(self) -> int:
+        """The instant at which it is over."""
+        return instant_of(self.finish + datetime.timedelta(days=1), datetime.time(), "UTC")
 
 
 def chosen(seasons: Iterable[Season], names: Sequence[str]) -> list[Season]:
@@ -1811,6 +1824,7 @@ class Dataset:
     copy_of: Text | None = setting("dataset whose stored objects are copied, without a request", None)
     original: Template | None = None  # the key of what is copied
     calendar: tuple[Season, ...] = ()  # of its days
+    dates: Dates = Dates()  # its own, or those of its next parent with dates
     secrets: frozenset[str] = field(default=frozenset(), repr=False)  # variables of its requests, and plain secrets
     pages: Pages | None = setting("pages of an answer, each an object with {page} in its key", None, beside=("url",))
     output: Output = setting("store: it writes; stdout: it prints", "store", beside=("command",), against=("batch",))
@@ -1872,6 +1886,13 @@ class Configuration:
         """The datasets whose objects follow from the contents of this one: it is one itself if it has pages."""
         own = self.datasets[name]
         return [one for one in self.datasets.values() if name in one.partitions.parents or (one is own and own.pages)]
+
+    def source_at(self, url: str, asked: Source) -> Source:
+        """Whose limits a redirect to a url counts in: those of the source that has its host, else of the one asked."""
+        hosts = {one.name: urllib.parse.urlsplit(one.base_url).netloc for one in [*self.sources.values(), asked]}
+        there = urllib.parse.urlsplit(url).netloc
+        named = [name for name in (asked.name, *hosts) if hosts[name].rpartition("@")[2] == there]
+        return self.sources[named[0]] if named else asked
 
     def own_fields_of(self, name: str) -> tuple[str, ...]:
         """The fields whose values distinguish the objects of a dataset."""
@@ -2342,10 +2363,13 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
     searched = {name for part in parts if part.ids or part.regex for name in part.parents}
     for name, one in datasets.items():
         calendar = tuple(chosen(seasons, [*configuration.season_names(name)]))
+        lines = itertools.chain.from_iterable(configuration.lines_of(name))
+        above = (datasets[one].partitions.dates for one in lines if one in datasets)
         is_parsed = bool(one.freshness.until or one.freshness.live or (one.pages and one.pages.next != LINK))
         is_parsed = is_parsed or name in searched
         validate = dataclasses.replace(one.validate, is_parsed=is_parsed)
-        datasets[name] = dataclasses.replace(one, calendar=calendar, validate=validate)
+        dates = next(filter(None, above), Dates())
+        datasets[name] = dataclasses.replace(one, calendar=calendar, dates=dates, validate=validate)
     return configuration
 
 
@@ -2548,26 +2572,19 @@ def expected_object(dataset: Dataset, fields: Fields) -> ExpectedObject:
     moment = datetime.datetime.fromisoformat(fields["date"])
     if not 1000 <= moment.year < 3000:
         raise ValueError(f"{dataset.name}: the year of {fields['date']} is not between 1000 and 2999")
-    date, rule, timezone = moment.date(), dataset.available_after, timezone_of(dataset)
+    date, rule, available_at = moment.date(), dataset.available_after, None
     season = season or next((one.label for one in dataset.calendar if one.start <= date <= one.finish), None)
-    available_at = None
     if isinstance(rule, datetime.time):
-        available_at = instant_of(date, rule, timezone)
+        available_at = instant_of(date, rule, dataset.dates.timezone)
     elif rule is not None:
-        dates = dataset.partitions.dates
-        end = shifted(moment, STEPS[dates.every if dates else "day"])
-        available_at = instant_of(end.date(), end.time(), timezone) + rule
+        available_at = end_of_step(dataset, fields) + rule
     return ExpectedObject(key, season, date.isoformat(), available_at)
 
 
-def timezone_of(dataset: Dataset) -> str:
-    """Whose days its dates are."""
-    return dataset.partitions.dates.timezone if dataset.partitions.dates else "UTC"
-
-
-def end_of_day(day: datetime.date, timezone: str) -> int:
-    """The instant at which a day is over."""
-    return instant_of(day + datetime.timedelta(days=1), datetime.time(), timezone)
+def end_of_step(dataset: Dataset, fields: Fields) -> int:
+    """The instant at which the day of an object is over, or its hour, week, month, quarter or year."""
+    end = shifted(datetime.datetime.fromisoformat(fields["date"]), STEPS[dataset.dates.every])
+    return instant_of(end.date(), end.time(), dataset.dates.timezone)
 
 
 def expand(dataset: Dataset, now: float, base: Fields | None = None) -> Iterator[dict[str, str]]:
@@ -2902,22 +2919,21 @@ def _refetch_instants(dataset: Dataset, season: Season | None, known: ObjectRow)
     if freshness.refetch_once_after:
         since = known.seen_at or modified
         if known.day:
-            since = end_of_day(datetime.date.fromisoformat(known.day), timezone_of(dataset))
+            since = end_of_step(dataset, known.fields)
         yield from (since + after for after in freshness.refetch_once_after if modified < since + after)
     if season and (freshness.current or freshness.past):
-        over = end_of_day(season.finish, "UTC")
+        over = season.over()
         if modified < over:  # fetched during its season: refetched once more when that is over
             yield min(modified + freshness.current, over) if freshness.current else over
         elif freshness.past:
             yield modified + freshness.past
 
 
-def may_still_appear(season: Season | None, day: str | None, now: float) -> bool:
+def may_still_appear(dataset: Dataset, season: Season | None, known: ObjectRow, now: float) -> bool:
     """Whether a source may have an object later that it does not have now: it is recent, or its age is unknown."""
-    today = day_of(now)
-    if day:
-        return (today - datetime.date.fromisoformat(day)).days <= 7
-    return season is None or today <= season.finish + datetime.timedelta(days=30)
+    if known.day:
+        return now < end_of_step(dataset, known.fields) + 7 * DAY
+    return season is None or day_of(now) <= season.finish + datetime.timedelta(days=30)
 
 
 # ---------------------------------------------------------------- Inspector
@@ -3259,7 +3275,7 @@ class FolderStore:
         for a link, UnusablePathError for a key that leads out of the store, which a foreign database may hold."""
         *folders, name = parts = key.split("/")
         if not {"", ".", ".."}.isdisjoint(parts) or parts[0] == STAGING or "\0" in key:
-            raise UnusablePathError(f"{key!r} cannot be a file of the store")
+            raise UnusablePathError(f"{key!r} cannot be a file of the store: an empty name, . or .. is in it")
         if not self.root.is_dir():
             raise self._gone()
         with contextlib.ExitStack() as opened:
@@ -4244,7 +4260,7 @@ def expansion_inputs(sql: sqlite3.Connection, dataset: Dataset, now: float) -> s
     parents = "select changed from datasets where dataset in (select value from json_each(?)) order by dataset_id"
     changed = [row[0] for row in sql.execute(parents, (json.dumps(names),))]
     is_by_hour = dataset.partitions.dates and dataset.partitions.dates.last == "now"
-    return f"{changed} {now // HOUR if is_by_hour else day_of(now, timezone_of(dataset))}"
+    return f"{changed} {now // HOUR if is_by_hour else day_of(now, dataset.dates.timezone)}"
 
 
 def ids_of_parents(database: Database, child: Dataset, parent: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
@@ -4748,9 +4764,10 @@ def _settle(
     """The next state of a task, whose object was `outdated` when it began. It is done only when its object is whole in
     the store and no gap any more."""
     outcome, is_ok = result.outcome, result.outcome is Outcome.OK
-    season = season_of(ledger.configuration.datasets[row.dataset], row.season)
+    dataset = ledger.configuration.datasets[row.dataset]
+    season = season_of(dataset, row.season)
     counted = (outcome.traits.counts and not health.is_source) or (
-        outcome is Outcome.NOT_YET and not may_still_appear(season, row.day, ledger.now)
+        outcome is Outcome.NOT_YET and not may_still_appear(dataset, season, row, ledger.now)
     )
     failures = 0 if is_ok else row.failures + counted
     fruitless = 0 if is_ok else row.fruitless + (outcome is not Outcome.LOST)
@@ -4798,7 +4815,9 @@ def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
     """Whether an object is so old that a source without it has none. One that never had any may have a wrong url."""
     dataset, since = ledger.configuration.datasets[row.dataset], row.detected_at or 0
     if row.day:
-        since = end_of_day(datetime.date.fromisoformat(row.day), timezone_of(dataset))
+        since = end_of_step(dataset, row.fields)
+    elif season := season_of(dataset, row.season):
+        since = max(since, season.over())
     if dataset.absent_after is None or ledger.now < since + dataset.absent_after:
         return False
     good = """select 1 from counts join datasets using (dataset_id)
@@ -8526,7 +8545,7 @@ class Runner:
         openings = dict[str, Opening]()
         limiting, free = self.configuration.rate_limiting, self._free_workers()
         for hop in list(hops):
-            source, now = hop.source, self.clock.boot()
+            source, now = self.configuration.source_at(hop.url, hop.source), self.clock.boot()
             opens = opening(sql, limiting, source.name, now, RUNNER)
             if opens.at > now:
                 openings[source.name] = opens
