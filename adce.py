@@ -4391,10 +4391,12 @@ class Ledger:
 
     def page(self, page: ObjectRow, number: int) -> ObjectRow | None:
         """The page of this number of the same answer, if it is expected; None for an object that is no page."""
-        dataset = self.configuration.datasets.get(page.dataset)
+        dataset, fields = self.configuration.datasets.get(page.dataset), {**page.fields, "page": str(number)}
         if not dataset or not dataset.pages:
             return None
-        key = dataset.key.render({**page.fields, "page": str(number)}, quote_for_key)
+        if any(match[1] not in fields for match in FIELD_IN_TEXT.finditer(dataset.key.text)):  # declared otherwise then
+            return None
+        key = dataset.key.render(fields, quote_for_key)
         found = self.objects("o.key = ? and d.dataset = ? and o.state != 'dropped'", (key, page.dataset))
         return next(iter(found), None)
 
