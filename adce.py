@@ -5857,7 +5857,8 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
 
 
 def _age(cycle: Cycle) -> Iterator[None]:
-    """Note the changes that time alone makes. Once a day, and after a change of adce.yaml, appraise and rank anew."""
+    """Note the changes that time alone makes. Once a day tasks are ranked anew, after a change of adce.yaml everything
+    is appraised as well."""
     has_more = True
     while has_more:
         with cycle.ledger() as ledger:
@@ -5866,17 +5867,17 @@ def _age(cycle: Cycle) -> Iterator[None]:
     for dataset in cycle.configuration.datasets.values():
         if dataset.batch:
             yield from _resize_gaps(cycle, dataset, dataset.batch)
-    today = str(day_of(cycle.clock.wall()))
-    if cycle.database.value("select priorities from facts") != today:
-        yield from cycle.scan(cycle.last_id(), functools.partial(_review, cycle))
+    today, ranked_on = str(day_of(cycle.clock.wall())), cycle.database.value("select priorities from facts")
+    if ranked_on != today:
+        condition = "o.state != 'dropped' and d.active" + (" and o.task is not null" if ranked_on else "")
+        yield from cycle.scan(cycle.last_id(), functools.partial(_review, cycle, condition))
         with cycle.database.transaction() as sql:
             sql.execute("update facts set priorities = ?", (today,))
 
 
-def _review(cycle: Cycle, ledger: Ledger, ids: dict[str, Any]) -> None:
+def _review(cycle: Cycle, condition: str, ledger: Ledger, ids: dict[str, Any]) -> None:
     """Appraise and rank objects by the rules of today."""
-    known = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
-    for row in ledger.objects(known, ids):
+    for row in ledger.objects(f"{condition} and o.object_id > :after and o.object_id <= :last", ids):
         now = row
         if row.etag is not None and row.dataset not in cycle.readers:
             now = row._replace(**{**UNREAD, "read_etag": row.etag})
