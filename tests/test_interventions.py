@@ -28,7 +28,7 @@ class InterventionMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        partitions = adce.Partitions(values=(("team", tuple(TEAMS)),))
+        partitions = adce.Partitions(values={"team": tuple(TEAMS)})
         dataset = adce.Dataset("teams", "nba", adce.Template("{team}"), partitions, url=adce.Template("/{team}"))
         self.configuration = adce.Configuration(
             path=Path("x"),

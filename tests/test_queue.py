@@ -62,7 +62,7 @@ class Desk:
     def expect(self, name: str, /, **fields: str) -> int:
         """Expect an object that is not in the store; returns the number of its task."""
         dataset = self.configuration.datasets[name]
-        key = adce.expected_object(dataset, fields, self.configuration.seasons).key
+        key = adce.expected_object(dataset, fields).key
         with self.database.transaction() as sql:
             sql.execute("delete from wanted")
             ledger = adce.Ledger(sql, self.configuration, self.clock.wall())
@@ -665,7 +665,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        partitions = adce.Partitions(values=(("team", tuple("ABCDEF")),))
+        partitions = adce.Partitions(values={"team": tuple("ABCDEF")})
         dataset = adce.Dataset("teams", "nba", adce.Template("{team}"), partitions, url=adce.Template("/{team}"))
         self.configuration = adce.Configuration(
             path=adce.Path("x"),
