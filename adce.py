@@ -4492,13 +4492,11 @@ def claim(
     free: int,
     datasets: Container[str] | None = None,
 ) -> tuple[Claim | None, dict[str, Opening]]:
-    """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for.
+    """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for. `busy`
+    counts running executions by dataset; `free` is the number of idle workers.
 
-    One head for each of the `datasets`, or of all, is compared, so the cost does not grow with the queue. `busy` counts
-    running executions by dataset; `free` is the number of idle workers.
-
-    A task during which nearly `max_attempts` runners have crashed may be the cause, or may only have run beside the
-    cause: it waits until nothing else runs, and runs alone."""
+    One head for each of the `datasets`, or of all, is compared, so the cost does not grow with the queue. A task during
+    which nearly `max_attempts` runners have crashed may be the cause, or only have run beside it: it runs alone."""
     now, wall = clock.boot(), clock.wall()
     heads = sql.execute(HEADS, {"boot": now, "wall": wall}).fetchall()
     heads = [head for head in heads if datasets is None or head["dataset"] in datasets]
@@ -4772,10 +4770,7 @@ def _settle(
         row = ledger.appraised(row, is_fetched=is_ok)
         if row.task and not is_ok:
             times = failures if counted else fruitless - failures
-            # a second later than the probe, which takes another object if there is one
-            pause_seconds = health.pause_seconds + 1 if health.pause_seconds else 0.0
-            delay = max(pause_seconds, retry_delay(ledger.configuration.retry, times, rng))
-            row = _after_failure(ledger.configuration.retry, row, result, ledger.now, delay)
+            row = _after_failure(ledger, row, result, health, retry_delay(ledger.configuration.retry, times, rng))
     ledger.write([row])
     if is_ok and ledger.configuration.children_of(row.dataset) and row.state != ObjectState.DROPPED:
         named = note_mentions(ledger, row, result.inspection) if result.inspection else set()
@@ -4808,14 +4803,15 @@ def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
     return ledger.sql.execute(good, (row.dataset,)).fetchone() is not None
 
 
-def _after_failure(policy: Retry, row: ObjectRow, result: Result, now: float, delay: float) -> ObjectRow:
+def _after_failure(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth, delay: float) -> ObjectRow:
     """The row of a task whose attempt brought nothing: one that was lost counts for nothing, and is pending again."""
     seconds = result.retry_after  # until a permit that was refused is possible
     if result.outcome is not Outcome.LOST:
-        if row.failures >= policy.max_attempts:
+        if row.failures >= ledger.configuration.retry.max_attempts:
             return row._replace(task=TaskState.GAVE_UP)
-        seconds = delay
-    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(now + seconds) + 1)
+        # a second later than the probe, which takes another object if there is one
+        seconds = max(delay, health.pause_seconds + 1 if health.pause_seconds else 0)
+    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(ledger.now + seconds) + 1)
 
 
 def _record_attempt(ledger: Ledger, task: ObjectRow, result: Result) -> None:
