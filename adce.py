@@ -5231,7 +5231,7 @@ class Cycle:
         }
         with self.database.transaction() as sql:
             states = dict(sql.execute("select state, sum(objects) from counts group by state").fetchall())
-            row |= {"present": 0, **dict.fromkeys(GAPS, 0), **states}
+            row |= {state: states.get(state, 0) for state in ("present", *GAPS)}
             sql.execute(
                 """
                 update reconciliations
