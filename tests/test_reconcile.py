@@ -1393,7 +1393,7 @@ def test_ranges_hold_every_open_object_and_the_share_and_nothing_twice(present, 
 def recount(database: adce.Database) -> dict[tuple, int]:
     rows = database.read(
         """
-        select dataset_id, coalesce(season, ''), state, coalesce(task, ''), iif(task is null, '', priority), count(*)
+        select dataset_id, coalesce(season, ''), state, coalesce(task, ''), coalesce(priority, ''), count(*)
         from objects group by 1, 2, 3, 4, 5
         """
     )
