@@ -4139,10 +4139,12 @@ class Ledger:
 
     def page(self, page: ObjectRow, number: int) -> ObjectRow | None:
         """The page of this number of the same answer, if it is expected; None for an object that is no page."""
-        dataset = self.configuration.datasets.get(page.dataset)
+        dataset, fields = self.configuration.datasets.get(page.dataset), {**page.fields, "page": str(number)}
         if not dataset or not dataset.pages:
             return None
-        key = dataset.key.render({**page.fields, "page": str(number)}, quote_for_key)
+        if any(match[1] not in fields for match in FIELD_IN_TEXT.finditer(dataset.key.text)):  # declared otherwise then
+            return None
+        key = dataset.key.render(fields, quote_for_key)
         found = self.objects("o.key = ? and d.dataset = ? and o.state != 'dropped'", (key, page.dataset))
         return next(iter(found), None)
 
@@ -4506,13 +4508,11 @@ def claim(
     free: int,
     datasets: Container[str] | None = None,
 ) -> tuple[Claim | None, dict[str, Opening]]:
-    """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for.
+    """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for. `busy`
+    counts running executions by dataset; `free` is the number of idle workers.
 
-    One head for each of the `datasets`, or of all, is compared, so the cost does not grow with the queue. `busy` counts
-    running executions by dataset; `free` is the number of idle workers.
-
-    A task during which nearly `max_attempts` runners have crashed may be the cause, or may only have run beside the
-    cause: it waits until nothing else runs, and runs alone."""
+    One head for each of the `datasets`, or of all, is compared, so the cost does not grow with the queue. A task during
+    which nearly `max_attempts` runners have crashed may be the cause, or only have run beside it: it runs alone."""
     now, wall = clock.boot(), clock.wall()
     heads = sql.execute(HEADS, {"boot": now, "wall": wall}).fetchall()
     heads = [head for head in heads if datasets is None or head["dataset"] in datasets]
@@ -4787,10 +4787,7 @@ def _settle(
         row = ledger.appraised(row, is_fetched=is_ok)
         if row.task and not is_ok:
             times = failures if counted else fruitless - failures
-            # a second later than the probe, which takes another object if there is one
-            pause_seconds = health.pause_seconds + 1 if health.pause_seconds else 0.0
-            delay = max(pause_seconds, retry_delay(ledger.configuration.retry, times, rng))
-            row = _after_failure(ledger.configuration.retry, row, result, ledger.now, delay)
+            row = _after_failure(ledger, row, result, health, retry_delay(ledger.configuration.retry, times, rng))
     ledger.write([row])
     if is_ok and ledger.configuration.children_of(row.dataset) and row.state != ObjectState.DROPPED:
         named = note_mentions(ledger, row, result.inspection) if result.inspection else set()
@@ -4825,14 +4822,15 @@ def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
     return ledger.sql.execute(good, (row.dataset,)).fetchone() is not None
 
 
-def _after_failure(policy: Retry, row: ObjectRow, result: Result, now: float, delay: float) -> ObjectRow:
+def _after_failure(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth, delay: float) -> ObjectRow:
     """The row of a task whose attempt brought nothing: one that was lost counts for nothing, and is pending again."""
     seconds = result.retry_after  # until a permit that was refused is possible
     if result.outcome is not Outcome.LOST:
-        if row.failures >= policy.max_attempts:
+        if row.failures >= ledger.configuration.retry.max_attempts:
             return row._replace(task=TaskState.GAVE_UP)
-        seconds = delay
-    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(now + seconds) + 1)
+        # a second later than the probe, which takes another object if there is one
+        seconds = max(delay, health.pause_seconds + 1 if health.pause_seconds else 0)
+    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(ledger.now + seconds) + 1)
 
 
 def _record_attempt(ledger: Ledger, task: ObjectRow, result: Result) -> None:
@@ -5251,7 +5249,7 @@ class Cycle:
         }
         with self.database.transaction() as sql:
             states = dict(sql.execute("select state, sum(objects) from counts group by state").fetchall())
-            row |= {"present": 0, **dict.fromkeys(GAPS, 0), **states}
+            row |= {state: states.get(state, 0) for state in ("present", *GAPS)}
             sql.execute(
                 """
                 update reconciliations
@@ -5605,7 +5603,8 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
 
 
 def _age(cycle: Cycle) -> Iterator[None]:
-    """Note the changes that time alone makes. Once a day, and after a change of adce.yaml, appraise and rank anew."""
+    """Note the changes that time alone makes. Once a day tasks are ranked anew, after a change of adce.yaml everything
+    is appraised as well."""
     has_more = True
     while has_more:
         with cycle.ledger() as ledger:
@@ -5614,17 +5613,17 @@ def _age(cycle: Cycle) -> Iterator[None]:
     for dataset in cycle.configuration.datasets.values():
         if dataset.batch:
             yield from _resize_gaps(cycle, dataset, dataset.batch)
-    today = str(day_of(cycle.clock.wall()))
-    if cycle.database.value("select priorities from facts") != today:
-        yield from cycle.scan(cycle.last_id(), functools.partial(_review, cycle))
+    today, ranked_on = str(day_of(cycle.clock.wall())), cycle.database.value("select priorities from facts")
+    if ranked_on != today:
+        condition = "o.state != 'dropped' and d.active" + (" and o.task is not null" if ranked_on else "")
+        yield from cycle.scan(cycle.last_id(), functools.partial(_review, cycle, condition))
         with cycle.database.transaction() as sql:
             sql.execute("update facts set priorities = ?", (today,))
 
 
-def _review(cycle: Cycle, ledger: Ledger, ids: dict[str, Any]) -> None:
+def _review(cycle: Cycle, condition: str, ledger: Ledger, ids: dict[str, Any]) -> None:
     """Appraise and rank objects by the rules of today."""
-    known = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
-    for row in ledger.objects(known, ids):
+    for row in ledger.objects(f"{condition} and o.object_id > :after and o.object_id <= :last", ids):
         now = row
         if row.etag is not None and row.dataset not in cycle.readers:
             now = row._replace(**{**UNREAD, "read_etag": row.etag})
