@@ -1710,10 +1710,6 @@ class Partitions:
             return (self.id_field,) if self.id_field else ()
         return tuple(re.compile(self.regex).groupindex) if self.regex else names_in_result(self.ids or "x")
 
-    def fields_of_id(self, value: str) -> dict[str, str]:
-        """The fields that an id sets; several are in JSON."""
-        return {self.id_field: value} if self.id_field else json.loads(value)
-
     def own_fields(self) -> tuple[str, ...]:
         """The fields whose values distinguish its objects."""
         own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons) + [*self.id_fields()]
@@ -1952,9 +1948,6 @@ def secrets_of(source: Source, dataset: Dataset) -> set[str]:
     return found | {f"={word}" for word in [*words, *pair]}
 
 
-AWS_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-
-
 @functools.lru_cache(256)
 def _forms(value: str) -> set[str]:
     """A secret as a source may repeat it: as a host, or encoded for a url, for HTML, JSON or Basic authentication."""
@@ -2092,7 +2085,7 @@ class Reader:
     def __init__(self) -> None:
         self.problems = set[tuple[int, int, str, str]]()  # line and column from 1, path of the key, what is wrong
         self.places: dict[str, tuple[int, int]] = {}
-        self.templates: dict[str, Template] = {}
+        self.templates = collections.defaultdict[str, dict[str, Template]](dict)  # by source or dataset
         self.text = ""
 
     def complain(self, path: str, text: str) -> None:
@@ -2101,11 +2094,6 @@ class Reader:
         while place not in self.places and place:
             place = place.rpartition(".")[0]
         self.problems.add((*self.places.get(place, (1, 1)), path, text))
-
-    def is_sound(self, path: str, *apart: str) -> bool:
-        """Whether nothing is wrong in a block, apart from some of its keys."""
-        wrong = {where for _, _, where, _ in self.problems if f"{where}.".startswith(f"{path}.")}
-        return wrong <= {f"{path}.{name}" for name in apart}
 
     def parse(self, declared: Any, node: Any, path: str = "") -> Any:
         """The value of a node as it is declared; NEEDED, and a problem, when it is not of its kind."""
@@ -2136,7 +2124,8 @@ class Reader:
             self.complain(path, f"expected {kind.expected}, found {_describe(node)}")
             return NEEDED
         if kind.fields:
-            self.templates[path] = Template(node.value, kind.fields)
+            block, name, rest = path.split(".", 2)
+            self.templates[f"{block}.{name}"][rest] = Template(node.value, kind.fields)
         return value
 
     def _values(self, known: Mapping[str, Any], other: Any, node: Any, path: str) -> dict[str, Any]:
@@ -2192,23 +2181,18 @@ def _describe(node: Any) -> str:
 def _problems(reader: Reader, read: Configuration, configuration: Configuration) -> Problems:
     """Contradictions between blocks."""
     sources: Mapping[str, Any] = configuration.sources
-    for one, other in itertools.combinations(configuration.seasons, 2):  # by their starts
-        is_one_time = one.label == other.label or one.end == other.end or other.start <= one.finish
-        if one.calendar == other.calendar and is_one_time:
-            listed = cast(Any, read.seasons)[other.calendar]
-            place = listed.index(dataclasses.replace(other, calendar=""))
-            path = ".".join(filter(None, ["seasons", other.calendar, str(place)]))
-            yield path, f"season {other.label} repeats or overlaps season {one.label}"
+    for name, listed in cast(Any, read.seasons or {}).items():
+        for (_, one), (place, other) in itertools.combinations(enumerate(listed), 2):
+            is_one_time = one.start <= other.finish and other.start <= one.finish
+            if is_one_time or one.label == other.label or one.end == other.end:
+                path = f"seasons.{name}.{place}".replace("..", ".")
+                yield path, f"season {other.label} repeats or overlaps season {one.label}"
     if "global" in sources:
         yield "sources.global", "a source cannot be named global"
-    texts = dict[str, dict[str, Template]]()  # by dataset
     shapes = dict[str, str]()  # datasets by the shape of their keys
-    for path, template in reader.templates.items():
-        block, name, *rest = path.split(".")
-        if block == "sources":
-            yield from ((path, text) for text in _text_problems(template, set()))
-        elif block == "datasets":
-            texts.setdefault(name, {})[".".join(rest)] = template
+    for path in (f"sources.{name}" for name in sources):
+        for key, template in reader.templates[path].items():
+            yield from ((f"{path}.{key}", text) for text in _text_problems(template, set()))
     for path in ("priority_weighting.source_multipliers", "rate_limiting.source_limits"):
         names: Mapping[str, Any] = functools.reduce(getattr, path.split("."), cast(Any, read))
         for name in names.keys() - sources.keys():  # no harm, unless it is misspelt or stands for others
@@ -2226,7 +2210,7 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
         if broken := [text for line in lines if (text := _broken_reference(reader, line, read.datasets))]:
             yield f"{path}.{'copy_of' if dataset.copy_of else 'partitions.from'}", broken[0]
         elif {name, *(line[-1] for line in lines)} <= configuration.datasets.keys():
-            problems = _object_problems(configuration, configuration.datasets[name], texts.get(name, {}))
+            problems = _object_problems(configuration, configuration.datasets[name], reader.templates[path])
             yield from ((f"{path}.{key}", text) for key, text in problems)
             if (first := shapes.setdefault(dataset.key.shape(), name)) != name:
                 yield f"{path}.key", f'the same keys as dataset "{first}": two datasets cannot share objects'
@@ -2270,31 +2254,26 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
         if (block := name.partition(".")[0]) in fields:
             yield from ((name, text) for text in _text_problems(template, fields.get(name, fields[block]), name))
     dates, calendars = dataset.partitions.dates, {season.calendar for season in configuration.seasons}
+    labels = [*(season.label for season in configuration.seasons), *calendars, *["all"] * len(calendars)]
     for path, names in (("", dataset.partitions.seasons), ("dates.", dates.seasons if dates else ())):
-        labels = [season.label for season in configuration.seasons] + sorted(calendars)
-        wrong = [name for name in names if name != "all" and labels.count(name) != 1]
-        if names and not configuration.seasons:
-            yield f"partitions.{path}seasons", "no seasons are declared"
-        elif "all" in names and len(calendars) > 1:
-            yield f"partitions.{path}seasons", f"there are several calendars: name {' or '.join(sorted(calendars))}"
-        for name in wrong if configuration.seasons else ():
+        for name in (name for name in names if labels.count(name) != 1):
             text = "is in several calendars" if name in labels else f"is not declared{suggest(name, labels)}"
             yield f"partitions.{path}seasons", f'season "{name}" {text}'
     has = {"", *declared, *(["season"] if dataset.calendar and "date" in declared else [])}
     lacking = ((path, one.needs) for path, one in all_settings(Dataset).items() if one.needs not in has)
     yield from ((path, f"has no effect: its objects have no {name}") for path, name in lacking)
-    for name in dataset.excluded.keys() - declared:
-        yield f"except.{name}", f'no field "{name}"{suggest(name, declared)}'
-    if dataset.batch and dataset.batch.group_by not in declared:
-        yield "batch.group_by", f'no field "{dataset.batch.group_by}"{suggest(dataset.batch.group_by, declared)}'
-    elif dataset.batch and dataset.command and own == (dataset.batch.group_by,):
+    places = [(f"except.{name}", name) for name in dataset.excluded]
+    places += [("batch.group_by", dataset.batch.group_by)] if dataset.batch else []
+    yield from ((path, f'no field "{name}"{suggest(name, declared)}') for path, name in places if name not in declared)
+    if dataset.batch and dataset.command and own == (dataset.batch.group_by,):
         yield "batch.group_by", f"has no effect: no two objects share a {dataset.batch.group_by}"
-    if dataset.pages and dataset.pages.last and {"page", OFFSET}.isdisjoint(dataset.page_values()):
-        yield "pages.last", "no request names {page} or {offset}: each page would be the first"
-    elif dataset.pages and dataset.pages.size and not dataset.pages.last and OFFSET not in dataset.page_values():
-        yield "pages.size", 'has no effect without "last" or {offset} in a request'
-    if dataset.pages and (twice := {*PAGE_FIELDS, OFFSET} & {*fields["partitions"], *dataset.partitions.own_fields()}):
-        yield "pages", f"the field {min(twice)} is set twice"
+    if pages := dataset.pages:
+        if pages.last and {"page", OFFSET}.isdisjoint(dataset.page_values()):
+            yield "pages.last", "no request names {page} or {offset}: each page would be the first"
+        if pages.size and not pages.last and OFFSET not in dataset.page_values():
+            yield "pages.size", 'has no effect without "last" or {offset} in a request'
+        if twice := {*PAGE_FIELDS, OFFSET} & {*fields["partitions"], *dataset.partitions.own_fields()}:
+            yield "pages", f"the field {min(twice)} is set twice"
     source = configuration.sources.get(dataset.source)
     if source and dataset.url and not (source.base_url or dataset.url.text.startswith(("http://", "https://"))):
         yield "url", f"{dataset.url.text} is no address: give source {dataset.source} a base_url"
@@ -2317,9 +2296,9 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
 
 
 def _resolve(reader: Reader, read: Configuration) -> Configuration:
-    """With absolute paths, sorted seasons, the scopes of the limits, and for `same_as` the partitions of the other.
-    Without datasets whose partitions are unknown."""
-    datasets = {}
+    """With all that follows from other keys, and without datasets whose partitions are unknown."""
+    datasets, of_partitions = {}, re.compile(r"datasets\.([^.]*)\.partitions\b(?!\.(?:ids|regex)$)")
+    unknown = {found[1] for *_, where, _ in reader.problems if (found := of_partitions.match(where))}
     for name, dataset in read.datasets.items():
         line, partitions = [name], dataset.partitions
         while partitions.same_as and line[-1] not in line[:-1]:
@@ -2327,24 +2306,17 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
             partitions = read.datasets[line[-1]].partitions if line[-1] in read.datasets else Partitions()
         if text := _broken_reference(reader, line, read.datasets):
             reader.complain(f"datasets.{name}.partitions.same_as", text)
-        elif line[-1] in read.datasets and all(
-            reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line
-        ):
-            source = read.sources.get(dataset.source, Source(""))
-            original = read.datasets.get(dataset.copy_of or "")
-            if dataset.copy_of:
-                partitions = Partitions(parents=(dataset.copy_of,))
-            datasets[name] = dataclasses.replace(
-                dataset,
-                partitions=partitions,
-                original=original.key if original else None,
-                secrets=frozenset(secrets_of(source, dataset)),
-            )
+        elif line[-1] in read.datasets and unknown.isdisjoint(line):
+            partitions = Partitions(parents=(dataset.copy_of,)) if dataset.copy_of else partitions
+            datasets[name] = dataclasses.replace(dataset, partitions=partitions)
     calendars: Mapping[str, Sequence[Season]] = cast(Any, read.seasons) or {}
     seasons = [dataclasses.replace(one, calendar=name) for name, listed in calendars.items() for one in listed]
     seasons.sort(key=lambda season: season.start)
     limiting = read.rate_limiting
     scopes = {name: one.scope() for name, one in {**limiting.source_limits, "global": limiting.global_limits}.items()}
+    urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
+    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url.lower()) for url in urls if "://" in url}
+    hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
     configuration = dataclasses.replace(
         read,
         database=read.path.parent / read.database,
@@ -2352,24 +2324,24 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
         interval_seconds=read.interval_hours * HOUR if read.interval_hours else read.interval_seconds,
         rate_limiting=dataclasses.replace(limiting, scopes=scopes) if limiting.enabled else RateLimiting(enabled=False),
         seasons=tuple(seasons),
+        sources={name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()},
         datasets=datasets,
     )
-    urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
-    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url.lower()) for url in urls if "://" in url}
-    hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
-    sources = {name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()}
-    configuration = dataclasses.replace(configuration, sources=sources)
-    parts = [one.partitions for one in datasets.values()]
-    searched = {name for part in parts if part.ids or part.regex for name in part.parents}
+    searched = {name for one in datasets.values() if not one.copy_of for name in one.partitions.parents}
     for name, one in datasets.items():
-        calendar = tuple(chosen(seasons, [*configuration.season_names(name)]))
         lines = itertools.chain.from_iterable(configuration.lines_of(name))
-        above = (datasets[one].partitions.dates for one in lines if one in datasets)
-        is_parsed = bool(one.freshness.until or one.freshness.live or (one.pages and one.pages.next != LINK))
-        is_parsed = is_parsed or name in searched
-        validate = dataclasses.replace(one.validate, is_parsed=is_parsed)
-        dates = next(filter(None, above), Dates())
-        datasets[name] = dataclasses.replace(one, calendar=calendar, dates=dates, validate=validate)
+        above = (datasets[line].partitions.dates for line in lines if line in datasets)
+        rules, is_paged = one.freshness, one.pages is not None and one.pages.next != LINK
+        is_parsed = bool(rules.until or rules.live or is_paged or name in searched)
+        source, original = read.sources.get(one.source, Source("")), read.datasets.get(one.copy_of or "")
+        datasets[name] = dataclasses.replace(
+            one,
+            dates=next(filter(None, above), Dates()),
+            calendar=tuple(chosen(seasons, [*configuration.season_names(name)])),
+            validate=dataclasses.replace(one.validate, is_parsed=is_parsed),
+            original=original.key if original else None,
+            secrets=frozenset(secrets_of(source, one)),
+        )
     return configuration
 
 
@@ -2382,12 +2354,8 @@ def load_configuration(path: Path) -> Configuration:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
-        text = path.read_text(encoding="utf-8-sig")
-        reader.text = text
-        try:
-            node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        except yaml.YAMLError:  # this one says better what is wrong
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        reader.text = text = path.read_text(encoding="utf-8-sig")
+        node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if node is None:
             reader.complain("", "the file is empty")
         elif (read := reader.parse(Configuration, node)) is not NEEDED:
@@ -2396,7 +2364,9 @@ def load_configuration(path: Path) -> Configuration:
                 if where in reader.places:  # else `same_as` has it from another dataset
                     reader.complain(where, what)
     except yaml.YAMLError as error:
-        mark = getattr(error, "context_mark" if "quoted scalar" in str(error) else "problem_mark", None)
+        # what is not closed is better shown where it begins
+        is_open = re.search("while (scanning a quoted scalar|parsing a flow)", str(error))
+        mark = getattr(error, "context_mark" if is_open else "problem_mark", None)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
         reader.problems.add((*_place(mark), "", f"not YAML: {what}"))
     except RecursionError:
@@ -2632,7 +2602,8 @@ def expand_named(child: Dataset, parent: Dataset, fields: Fields, value: str, no
         yield {**fields}
     else:
         inherited = {name: fields[name] for name in fields.keys() - ({*PAGE_FIELDS, NAMED_BY} if parent.pages else ())}
-        yield from expand(child, now, {**inherited, **child.partitions.fields_of_id(value)})
+        named = {child.partitions.id_field: value} if child.partitions.id_field else json.loads(value)
+        yield from expand(child, now, {**inherited, **named})
 
 
 def expression_of(child: Dataset, parent: str) -> str:
@@ -3401,7 +3372,7 @@ class S3Store:
                 raise StoreError(f"there is no bucket {self.bucket}", "see `store:` in adce.yaml") from error
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
             is_local = action == "write" and 400 <= (status or 0) < 500 and self._takes_others()
-            text = redacted(str(error), AWS_SECRETS)
+            text = redacted(str(error), ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))
             kind = UnusablePathError if is_local else StoreError
             raise kind(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {text}", hint) from error
 
@@ -3715,6 +3686,7 @@ class Result:
     retry_after: float | None = None  # seconds; from the source, or until a refused permit is possible
     redirect: str | None = None  # the url to ask instead,
     cookies: Any = None  # with these
+    headers: Mapping[str, str] | None = None  # of a response that came whole
     validators: str | None = None  # of the stored object, for the next request
     output: str | None = None  # the end of the output of a command
     worker: str | None = None  # of a cluster
@@ -5696,7 +5668,8 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
                     results = _unchanged(claimed, response, store)
                 else:
                     results = _judge(claimed, response, body, store, deadline)
-                return [dataclasses.replace(results[0], requests=1, cookies=cookies), *results[1:]]
+                first = dataclasses.replace(results[0], requests=1, cookies=cookies, headers=response.headers)
+                return [first, *results[1:]]
         except (
             Error,
             requests.RequestException,
@@ -8931,12 +8904,9 @@ def quote_for_systemd(word: str) -> str:
 
 # Faults of a database, and how many times each occurs.
 CONSISTENCY = {
-    "gaps without a task": """
-        select count(*) from objects where state in ('missing', 'stale', 'suspect') and task is null
-    """,
-    "open tasks without a gap": """
+    "gaps without a task or open tasks without a gap": """
         select count(*) from objects
-        where task in ('pending', 'retry', 'gave_up') and state not in ('missing', 'stale', 'suspect')
+        where (state in ('missing', 'stale', 'suspect')) != (task is not null) and task is not 'running'
     """,
     "running tasks without an attempt": """
         select count(*) from objects o left join attempts a using (attempt_id)
@@ -9025,15 +8995,14 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
             yield about, "has no limits; see: adce.py explain rate_limiting"
         if source.base_url and "user-agent" not in headers:
             yield about, "has no header User-Agent; say who you are"
-    blocks: dict[str, Mapping[str, Any]] = {"sources": configuration.sources, "datasets": configuration.datasets}
-    for path, block in ((path, one) for path, named in blocks.items() for one in named.values()):
+    blocks: list[Source | Dataset] = [*configuration.sources.values(), *configuration.datasets.values()]
+    for block in blocks:
+        about = f"{type(block).__name__.lower()} {block.name}"
         for name in plain_secrets(block.headers):
-            yield f"{path}.{block.name}", f"{name} is in the file; put it into a variable, and $NAME in its place"
+            yield about, f"{name} is in the file; put it into a variable, and $NAME in its place"
     for dataset in configuration.datasets.values():
         rules, children = dataset.validate, configuration.children_of(dataset.name)
-        is_json = bool(dataset.freshness.until) or any(one.partitions.ids for one in children)
-        is_json = is_json or (dataset.pages is not None and dataset.pages.is_expression())
-        if dataset.url and not (is_json or rules.needs_content() or rules.min_bytes > 1):
+        if dataset.url and not (needs_json(dataset, children) or rules.needs_content() or rules.min_bytes > 1):
             yield f"dataset {dataset.name}", "has no validate: any response counts as its object, even a login page"
     for place in (configuration.path, configuration.path.parent, Path(__file__).resolve(), configuration.database):
         with contextlib.suppress(OSError):
@@ -9111,11 +9080,6 @@ def check_environment(configuration: Configuration) -> str:
     names = sorted(name for name in held if not name.startswith("="))
     if missing := [f"${name}" for name in names if name not in os.environ]:
         raise ConfigurationError(f"not in the environment: {', '.join(missing)}", "set it where the runner starts")
-    for dataset in configuration.datasets.values():
-        for name, text in {**configuration.sources[dataset.source].headers, **dataset.headers}.items():
-            if UNSENDABLE.search(from_environment(text)):
-                problem = f"the header {name} of {dataset.name} holds a character that cannot be sent"
-                raise ConfigurationError(problem, "only letters of ASCII and Latin-1 can be in a header, in one line")
     return ", ".join(f"${name}" for name in names) or "no variable is needed"
 
 
@@ -9182,10 +9146,7 @@ def example_fields(database: Database, configuration: Configuration, dataset: Da
 
 
 def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) -> list[Section]:
-    """The answer to one request of a dataset, sent under its limits, and its meaning. Nothing is stored."""
-    import requests
-    import urllib3
-
+    """The answer to one request of a dataset, sent under its limits, and its meaning. Nothing is kept."""
     if not dataset.url:
         raise Error(f"{dataset.name} has no url", "run its program by itself")
     source = configuration.sources[dataset.source]
@@ -9195,35 +9156,24 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
         raise Error(str(error), f"adce.py try {dataset.name} FIELD=VALUE") from error
     if problem := address_problem(source, dataset, fields):
         raise Error(problem)
-    claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
-    claimed, body = dataclasses.replace(claimed, url=url_of(source, dataset, fields)), bytearray()
-    with permit(source.name) as held:
-        deadline = Deadline(claimed, Clock())
-        try:
-            with responded(deadline, _headers(claimed)) as (answer, _):
-                held.answered(answer.status_code, answer.headers)
-                for block in _decoded(key, answer):
-                    body += block
-                    if len(body) > dataset.validate.most() or deadline.passed:
-                        break
-            if deadline.passed:
-                raise urllib3.exceptions.TimeoutError
-        except zlib.error as error:
-            raise Error(f"{dataset.name}: its encoding is broken: {error}") from error
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            late = Outcome.TIMEOUT, f"timed out after {source.timeout_seconds:g} s"
-            held.failed(*(failed := late if deadline.passed else connection_error(error)))
-            raise Error(f"{source.name} {failed[1]}", "adce.py check --online") from error
-    names = dataset.secrets
-    result = classify(source, answer.status_code, answer.headers, bytes(body[:CLASSIFIED_BYTES]), names)
-    links = {rel: link["url"] for rel, link in answer.links.items()}
-    found = inspect_apart(dataset, fields, io.BytesIO(body), configuration.children_of(dataset.name), links)
-    is_ok = result.outcome is Outcome.OK
-    facts = {"key": key, "url": claimed.url, "status": answer.status_code, "bytes": len(body)}
-    facts |= {"outcome": Outcome.INVALID if is_ok and not found.valid else result.outcome, "is_final": found.settled}
-    facts |= {"error": redacted((found.verdict if is_ok else result.error) or "", names) or None}
+    task, children = ObjectRow(key=key, fields_json=json.dumps(fields)), configuration.children_of(dataset.name)
+    claimed = Claim(dataset, source, (task,), tuple(children), url=url_of(source, dataset, fields))
+    with tempfile.TemporaryDirectory() as folder, permit(source.name) as held:
+        store = FolderStore(Path(folder))
+        store.sweep()
+        result = request(claimed, store, Clock())[0]
+        if result.http_status:
+            held.answered(result.http_status, result.headers or {})
+        else:
+            held.failed(result.outcome, result.error or "")
+    if result.headers is None:
+        raise Error(f"{dataset.name}: {result.error}", "adce.py check --online")
+    outcome = Outcome.HTTP_ERROR if result.redirect else result.outcome
+    found, size = result.inspection or Inspection(), result.stored.size if result.stored else None
+    facts = {"key": key, "url": claimed.url, "status": result.http_status, "bytes": size, "outcome": outcome}
+    facts |= {"is_final": found.settled, "error": result.error}
     ids = [{"expression": one, "ids": len(ids), "first": next(iter(ids), None)} for one, ids in found.mentions.items()]
-    headers = [{"header": name, "value": redacted(text, names)} for name, text in answer.headers.items()]
+    headers = [{"header": name, "value": redacted(text, dataset.secrets)} for name, text in result.headers.items()]
     return [
         Section("answer", "Answer", [facts], is_one=True),
         Section("ids", "Ids that it names", ids),
