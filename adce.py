@@ -6010,7 +6010,7 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
                 except (zlib.error, urllib3.exceptions.HTTPError):
                     if status == 200:  # any other status counts without its body
                         raise
-                if deadline.passed:  # the socket that was shut looks like the end of the body
+                if deadline.passed:
                     raise requests.Timeout
                 if status == 304 and conditions:
                     results = _unchanged(claimed, response, store)
@@ -6056,7 +6056,7 @@ def _failure(error: Exception, deadline: Deadline, headers: Mapping[str, str], s
     if isinstance(error, Error):  # before it was sent, or when the runner stopped after the response
         return Result(Outcome.LOST, str(error), requests=int(status is not None))
     unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
-    unfit += [] if deadline.handle else ["address"]
+    unfit += [] if deadline.is_connected else ["address"]
     if isinstance(error, ValueError) and unfit:  # nothing was sent
         return Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})")
     if deadline.clock.boot() > deadline.begun + seconds + STANDSTILL_SECONDS:
@@ -6100,77 +6100,80 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
 
 
 class Deadline:
-    """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
-    the timeout of a single read."""
+    """The end of the time for a request, whatever the server does."""
 
     def __init__(self, claimed: Claim, clock: Clock) -> None:
         self.claimed, self.clock, self.begun = claimed, clock, clock.boot()
-        self.ends_at, self.passed = time.monotonic() + claimed.source.timeout_seconds, False
-        self.handle: socket.socket | None = None
+        self.ends_at = time.monotonic() + claimed.source.timeout_seconds
+        self.is_connected = False
         self.reuses: tuple[str, int] | None = None  # a connection of an earlier request
 
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() >= self.ends_at
+
+    def limit(self, connected: socket.socket) -> None:
+        """Give the next operation of a socket the time that is left. Raises TimeoutError when there is none."""
+        left = self.ends_at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connected.settimeout(left)
+
     def watch(self, connection: Any, connected: socket.socket) -> None:
-        """By a second handle: TLS and http.client let go of the first while the response is still coming."""
-        self.close()
-        self.handle = socket.socket(fileno=os.dup(connected.fileno()))
-        if self.passed:
-            self.end()
+        """A socket of the request is ready, before TLS. Raises PrivateAddressError for one of a refused redirect."""
+        self.is_connected = True
+        self.limit(connected)
         if self.claimed.hops:
             require_public(self.claimed.source, connection, connected)
 
     def check_permit(self) -> None:
-        """Once more, when the socket is ready."""
+        """Once more, when the connection is ready."""
         if self.claimed.permit and self.clock.boot() > self.claimed.permit.send_before:
             raise Error("the permit expired before the request was sent")
 
-    def end(self) -> None:
-        """The time is over."""
-        self.passed = True
-        if self.handle:
-            with contextlib.suppress(OSError):  # the server has closed it already
-                self.handle.shutdown(socket.SHUT_RDWR)
+
+class TimedReader(io.RawIOBase):
+    """The bytes that a socket receives until a deadline: a server that sends one now and then never trips the timeout
+    of a single read."""
+
+    def __init__(self, received: Any, connected: socket.socket, deadline: Deadline) -> None:
+        self.received, self.connected, self.deadline = received, connected, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.deadline.limit(self.connected)
+        size: int | None = self.received.readinto(buffer)
+        return size
 
     def close(self) -> None:
-        """Let go of the socket."""
-        if self.handle:
-            self.handle.close()
+        self.received.close()
+        super().close()
 
 
 class Sessions:
     """Sessions of requests, each for one request at a time. The next request uses the same connections for a moment:
-    a server may close an idle one at any time, also while a request is being sent. A thread enforces the deadlines,
-    and closes idle sessions."""
+    a server may close an idle one at any time, also while a request is being sent."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: list[tuple[float, Any]] = []  # since then
-        self._deadlines: set[Deadline] = set()
+        self._idle = list[Any]()
         self.closers: dict[tuple[str, int], float] = {}  # servers that close kept connections, and since when
-        self._is_watched = False
 
     @contextlib.contextmanager
     def opened(self, deadline: Deadline) -> Iterator[Any]:
         """A session for a request with a deadline."""
-        with self._lock:
-            session = self._idle.pop()[1] if self._idle else None
-            self._deadlines.add(deadline)
-            if not self._is_watched:
-                self._is_watched = True
-                threading.Thread(target=self._watch, name="adce-deadlines", daemon=True).start()
-        session = session or self._new()
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = self._new()
         session.deadline = deadline
         try:
             yield session
         except BaseException:
             session.close()
             raise
-        else:
-            with self._lock:
-                self._idle.append((time.monotonic(), session))
-        finally:
-            with self._lock:
-                self._deadlines.discard(deadline)
-            deadline.close()
+        self._idle.append(session)
 
     def _new(self) -> Any:
         import requests
@@ -6180,20 +6183,6 @@ class Sessions:
         for adapter in session.adapters.values():  # none of them retries
             _on_pools(adapter, functools.partial(_watch_pool, session))
         return session
-
-    def _watch(self) -> None:
-        while self._is_watched:
-            time.sleep(POLL_SECONDS / 2)
-            with self._lock:
-                now, idle = time.monotonic(), self._idle
-                for deadline in self._deadlines:
-                    if now > deadline.ends_at:
-                        deadline.end()
-                self._idle = [one for one in idle if one[0] > now - KEPT_SECONDS]
-                self._is_watched = bool(self._deadlines or self._idle)
-            for _, session in idle[: len(idle) - len(self._idle)]:
-                with contextlib.suppress(OSError):
-                    session.close()
 
 
 SESSIONS = Sessions()
@@ -6219,13 +6208,17 @@ def _watch_pool(session: Any, pool: Any) -> None:
     if hasattr(kind, "used_at"):
         return
 
-    class Final(kind.response_class):  # type: ignore[name-defined,misc]
+    class Response(kind.response_class):  # type: ignore[name-defined,misc]
+        def __init__(self, connected: Any, *arguments: Any, **options: Any) -> None:
+            super().__init__(connected, *arguments, **options)
+            self.fp: Any = io.BufferedReader(TimedReader(self.fp.detach(), connected, session.deadline))
+
         def _read_status(self) -> tuple[str, int, str]:
             version, status, reason = super()._read_status()
             return version, 100 if 102 <= status < 200 else status, reason  # http.client skips 100 only
 
     class Watched(kind):  # type: ignore[valid-type,misc]
-        response_class, used_at = Final, -math.inf
+        response_class, used_at = Response, -math.inf
 
         def _new_conn(self) -> Any:  # the one place where sockets begin
             with contextlib.ExitStack() as opened:
@@ -6241,7 +6234,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
         def request(self, *arguments: Any, **options: Any) -> Any:
             self.used_at, deadline = time.monotonic(), session.deadline
             if self.sock:  # connected for an earlier request, perhaps
-                deadline.reuses = None if deadline.handle else (self.host, self.port)
+                deadline.reuses = None if deadline.is_connected else (self.host, self.port)
                 deadline.watch(self, self.sock)
                 deadline.check_permit()
             return super().request(*arguments, **options)
@@ -6377,7 +6370,6 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
 TAIL_BYTES = 2000  # of the output, kept with the attempt
 TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
 DRAIN_SECONDS = 0.5  # for the rest of the output: a process that has escaped may hold the pipe open
-KILLING_ROUNDS = 100
 SIGNALS = {member.value: member.name for member in signal.Signals}
 FAILURE = "failure"  # the file in which a call reports an exception
 
@@ -6493,9 +6485,8 @@ def run_program(
         cwd=folder,
         start_new_session=True,
     ) as process:
-        outputs: list[tuple[Any, ...]] = [(process.stderr or process.stdout, tail)]
-        if max_bytes is not None:
-            outputs.append((process.stdout, body, max_bytes))
+        outputs = [(process.stdout, tail if max_bytes is None else body, max_bytes)]
+        outputs += [(process.stderr, tail, None)] if process.stderr else []
         readers = [threading.Thread(target=_read_output, args=output, daemon=True) for output in outputs]
         try:
             for reader in readers:
@@ -6536,7 +6527,7 @@ def end_processes(database: str, tasks: str = "") -> int:
     only, in whatever group it is. Returns how many there were."""
     marks = [f" ADCE_DB={os.path.realpath(database)} ", f" ADCE_TASK={tasks}{tasks and ' '}"]
     ended: set[int] = set()
-    for _ in range(KILLING_ROUNDS):  # a process that forks meanwhile leaves a child for the next round
+    for _ in range(100):  # a process that forks meanwhile leaves a child for the next round
         found = {number for number, text in _environments() if all(mark in text for mark in marks)} - {os.getpid()}
         if not found:
             break
@@ -6798,12 +6789,6 @@ def look_at_cluster(
     return found, register.look(least, late)
 
 
-def remove_register(name: str, dask_scheduler: Any) -> None:
-    """Runs in the scheduler, when a runner stops."""
-    dask_scheduler.handlers.pop(name, None)
-    dask_scheduler.extensions.pop(name, None)
-
-
 @functools.cache
 def _store_of_worker(address: str) -> Store:
     """The store, as the runner has prepared it. Raises StoreError."""
@@ -6862,7 +6847,6 @@ class Sent(NamedTuple):
     address: str  # of its worker,
     worker: str  # and its name
     at: float
-    over_at: float  # then no request of it can be under way
 
 
 class Cluster:
@@ -6912,8 +6896,7 @@ class Cluster:
                 self._submitted += 1
                 attempt = self._register, self._submitted, claimed
                 execution = pinned.submit(run_on_worker, *attempt, self.store)
-                over_at = now + SEND_WITHIN_SECONDS + _seconds(claimed) + RELEASE_WITHIN_SECONDS
-                self._sent[future] = Sent(*attempt, execution, address, self._workers[address].name, now, over_at)
+                self._sent[future] = Sent(*attempt, execution, address, self._workers[address].name, now)
                 self._places[execution] = address
         if execution:
             execution.add_done_callback(functools.partial(self._pass_on, future))
@@ -6940,7 +6923,7 @@ class Cluster:
             if before != (self.problem, self._seen().keys()):
                 self.wake()
         with contextlib.suppress(Exception):
-            self._client.run_on_scheduler(remove_register, self._register, callback_timeout=BEGIN_SECONDS)
+            self._ask_register(self._submitted + 1, [])  # none may begin any more
         self._disconnect()
 
     def _check(self) -> None:
@@ -6948,13 +6931,9 @@ class Cluster:
             self._client = self._client or self._connect()
             self._look()
             self.problem = None if self._seen() else f"no worker of {self.address} answers"
-        except Error as error:
-            self.problem = f"{self.address} {error}"
-        except OSError:  # a timeout, a closed connection, a name without an address
-            self.problem = f"{self.address} does not answer"
-            self._disconnect()
-        except Exception as error:  # noqa: BLE001  # whatever else the engine raises
-            self.problem = f"{self.address} cannot be used: {describe(error)}"
+        except Exception as error:  # noqa: BLE001  # whatever the engine raises
+            is_away = isinstance(error, OSError)  # a timeout, a closed connection, a name without an address
+            self.problem = f"{self.address} {'does not answer' if is_away else f'cannot be used: {describe(error)}'}"
             self._disconnect()
 
     def _connect(self) -> Any:
@@ -6964,8 +6943,6 @@ class Cluster:
 
         loggers = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
         dask.config.set({"logging": dict.fromkeys(loggers, "critical")})  # the runner logs what there is to do
-        if self.address.startswith("tls") and not dask.config.get("distributed.comm.tls.ca-file", None):
-            raise Error("needs certificates: https://distributed.dask.org/en/stable/tls.html")
         from distributed import Client
         from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
         from distributed.utils import LoopRunner, sync
@@ -7006,14 +6983,17 @@ class Cluster:
         with contextlib.suppress(Exception):
             client.close(timeout=0)
 
+    def _ask_register(self, least: int, late: Collection[int]) -> Any:
+        question = self._register, least, late
+        return self._client.run_on_scheduler(look_at_cluster, *question, callback_timeout=BEGIN_SECONDS)
+
     def _look(self) -> None:
         """See which workers are there, and cancel the attempts that have not begun in time."""
         with self._lock:
             now, sent = self.clock.boot(), list(self._sent.items())
             least = min((one.attempt for _, one in sent), default=self._submitted + 1)
         own = [one for _, one in sent if one.register == self._register]  # only that knows whether they have begun
-        question = self._register, least, [one.attempt for one in own if now > one.at + BEGIN_SECONDS]
-        workers, cancelled = self._client.run_on_scheduler(look_at_cluster, *question, callback_timeout=BEGIN_SECONDS)
+        workers, cancelled = self._ask_register(least, [one.attempt for one in own if now > one.at + BEGIN_SECONDS])
         with self._lock:
             self._workers = workers
             gone = [one for one, address in self._places.items() if address not in workers]
@@ -7024,9 +7004,10 @@ class Cluster:
     def _end_lost(self) -> None:
         """End the attempts that the engine or their workers have lost, once that is safe."""
         with self._lock:
-            now, seen = self.clock.boot(), self._seen()
-            over = {future: one for future, one in self._sent.items() if now > one.over_at}
-        lost = [future for future, one in over.items() if one.address not in seen or one.execution.done()]
+            now, seen, sent = self.clock.boot(), self._seen(), list(self._sent.items())
+        gone = [(future, one) for future, one in sent if one.address not in seen or one.execution.done()]
+        most = SEND_WITHIN_SECONDS + RELEASE_WITHIN_SECONDS  # then no request of it can be under way
+        lost = [future for future, one in gone if now > one.at + most + _seconds(one.claimed)]
         self._give_up(lost, "its worker was lost", requests=1)
 
     def _give_up(self, futures: Iterable[Any], error: str, requests: int) -> None:
