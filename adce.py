@@ -6302,8 +6302,8 @@ def _sent_url(claimed: Claim) -> str:
 
 
 def _next_link(claimed: Claim, response: Any) -> dict[str, str]:
-    secrets, found = claimed.dataset.secrets, response.links.items()
-    return {rel: redacted(link["url"], secrets) for rel, link in found if rel == "next"}
+    found = response.links.get("next")
+    return {"next": redacted(found["url"], claimed.dataset.secrets)} if found else {}
 
 
 def _has_links(claimed: Claim) -> bool:
@@ -6565,7 +6565,8 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
     dataset, outputs = claimed.dataset, output_folder(Path(claimed.environment["ADCE_DB"]))
-    most, is_printed = dataset.validate.most(), dataset.output == "stdout"
+    is_printed = dataset.output == "stdout"
+    most = dataset.validate.most() if is_printed else None
     try:
         words, environment = _command_line(claimed)
     except ValueError as error:
@@ -6573,10 +6574,9 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
         place = Path(folder) if dataset.batch else Path(folder, "object")
-        environment["ADCE_OUTPUT"] = str(place)
-        limits = dataset.timeout_seconds, most if is_printed else None
+        environment["ADCE_OUTPUT"], beside = str(place), Path(environment["ADCE_CONFIG"]).parent
         try:
-            end = run_program(words, Path(environment["ADCE_CONFIG"]).parent, environment, *limits)
+            end = run_program(words, beside, environment, dataset.timeout_seconds, most)
         except (OSError, ValueError) as error:
             text = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
             return claimed.results(Result(Outcome.ERROR, text))
@@ -6731,9 +6731,8 @@ def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     except Error as error:
         return claimed.results(Result(Outcome.LOST, str(error)))
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
-        may_be_sent = int(bool(claimed.url))
         text = describe(error, names=hidden_names(claimed.dataset))
-        return claimed.results(Result(Outcome.ERROR, text, requests=may_be_sent))
+        return claimed.results(Result(Outcome.ERROR, text, requests=int(bool(claimed.url))))  # it may be sent
 
 
 # ---------------------------------------------------------------- Cluster
