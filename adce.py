@@ -5662,7 +5662,7 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
                 except (zlib.error, urllib3.exceptions.HTTPError):
                     if status == 200:  # any other status counts without its body
                         raise
-                if deadline.passed:  # the socket that was shut looks like the end of the body
+                if deadline.passed:
                     raise requests.Timeout
                 if status == 304 and conditions:
                     results = _unchanged(claimed, response, store)
@@ -5709,7 +5709,7 @@ def _failure(error: Exception, deadline: Deadline, headers: Mapping[str, str], s
     if isinstance(error, Error):  # before it was sent, or when the runner stopped after the response
         return Result(Outcome.LOST, str(error), requests=int(status is not None))
     unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
-    unfit += [] if deadline.handle else ["address"]
+    unfit += [] if deadline.is_connected else ["address"]
     if isinstance(error, ValueError) and unfit:  # nothing was sent
         return Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})")
     if deadline.clock.boot() > deadline.begun + seconds + STANDSTILL_SECONDS:
@@ -5753,77 +5753,80 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
 
 
 class Deadline:
-    """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
-    the timeout of a single read."""
+    """The end of the time for a request, whatever the server does."""
 
     def __init__(self, claimed: Claim, clock: Clock) -> None:
         self.claimed, self.clock, self.begun = claimed, clock, clock.boot()
-        self.ends_at, self.passed = time.monotonic() + claimed.source.timeout_seconds, False
-        self.handle: socket.socket | None = None
+        self.ends_at = time.monotonic() + claimed.source.timeout_seconds
+        self.is_connected = False
         self.reuses: tuple[str, int] | None = None  # a connection of an earlier request
 
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() >= self.ends_at
+
+    def limit(self, connected: socket.socket) -> None:
+        """Give the next operation of a socket the time that is left. Raises TimeoutError when there is none."""
+        left = self.ends_at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connected.settimeout(left)
+
     def watch(self, connection: Any, connected: socket.socket) -> None:
-        """By a second handle: TLS and http.client let go of the first while the response is still coming."""
-        self.close()
-        self.handle = socket.socket(fileno=os.dup(connected.fileno()))
-        if self.passed:
-            self.end()
+        """A socket of the request is ready, before TLS. Raises PrivateAddressError for one of a refused redirect."""
+        self.is_connected = True
+        self.limit(connected)
         if self.claimed.hops:
             require_public(self.claimed.source, connection, connected)
 
     def check_permit(self) -> None:
-        """Once more, when the socket is ready."""
+        """Once more, when the connection is ready."""
         if self.claimed.permit and self.clock.boot() > self.claimed.permit.send_before:
             raise Error("the permit expired before the request was sent")
 
-    def end(self) -> None:
-        """The time is over."""
-        self.passed = True
-        if self.handle:
-            with contextlib.suppress(OSError):  # the server has closed it already
-                self.handle.shutdown(socket.SHUT_RDWR)
+
+class TimedReader(io.RawIOBase):
+    """The bytes that a socket receives until a deadline: a server that sends one now and then never trips the timeout
+    of a single read."""
+
+    def __init__(self, received: Any, connected: socket.socket, deadline: Deadline) -> None:
+        self.received, self.connected, self.deadline = received, connected, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.deadline.limit(self.connected)
+        size: int | None = self.received.readinto(buffer)
+        return size
 
     def close(self) -> None:
-        """Let go of the socket."""
-        if self.handle:
-            self.handle.close()
+        self.received.close()
+        super().close()
 
 
 class Sessions:
     """Sessions of requests, each for one request at a time. The next request uses the same connections for a moment:
-    a server may close an idle one at any time, also while a request is being sent. A thread enforces the deadlines,
-    and closes idle sessions."""
+    a server may close an idle one at any time, also while a request is being sent."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: list[tuple[float, Any]] = []  # since then
-        self._deadlines: set[Deadline] = set()
+        self._idle = list[Any]()
         self.closers: dict[tuple[str, int], float] = {}  # servers that close kept connections, and since when
-        self._is_watched = False
 
     @contextlib.contextmanager
     def opened(self, deadline: Deadline) -> Iterator[Any]:
         """A session for a request with a deadline."""
-        with self._lock:
-            session = self._idle.pop()[1] if self._idle else None
-            self._deadlines.add(deadline)
-            if not self._is_watched:
-                self._is_watched = True
-                threading.Thread(target=self._watch, name="adce-deadlines", daemon=True).start()
-        session = session or self._new()
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = self._new()
         session.deadline = deadline
         try:
             yield session
         except BaseException:
             session.close()
             raise
-        else:
-            with self._lock:
-                self._idle.append((time.monotonic(), session))
-        finally:
-            with self._lock:
-                self._deadlines.discard(deadline)
-            deadline.close()
+        self._idle.append(session)
 
     def _new(self) -> Any:
         import requests
@@ -5833,20 +5836,6 @@ class Sessions:
         for adapter in session.adapters.values():  # none of them retries
             _on_pools(adapter, functools.partial(_watch_pool, session))
         return session
-
-    def _watch(self) -> None:
-        while self._is_watched:
-            time.sleep(POLL_SECONDS / 2)
-            with self._lock:
-                now, idle = time.monotonic(), self._idle
-                for deadline in self._deadlines:
-                    if now > deadline.ends_at:
-                        deadline.end()
-                self._idle = [one for one in idle if one[0] > now - KEPT_SECONDS]
-                self._is_watched = bool(self._deadlines or self._idle)
-            for _, session in idle[: len(idle) - len(self._idle)]:
-                with contextlib.suppress(OSError):
-                    session.close()
 
 
 SESSIONS = Sessions()
@@ -5872,13 +5861,17 @@ def _watch_pool(session: Any, pool: Any) -> None:
     if hasattr(kind, "used_at"):
         return
 
-    class Final(kind.response_class):  # type: ignore[name-defined,misc]
+    class Response(kind.response_class):  # type: ignore[name-defined,misc]
+        def __init__(self, connected: Any, *arguments: Any, **options: Any) -> None:
+            super().__init__(connected, *arguments, **options)
+            self.fp: Any = io.BufferedReader(TimedReader(self.fp.detach(), connected, session.deadline))
+
         def _read_status(self) -> tuple[str, int, str]:
             version, status, reason = super()._read_status()
             return version, 100 if 102 <= status < 200 else status, reason  # http.client skips 100 only
 
     class Watched(kind):  # type: ignore[valid-type,misc]
-        response_class, used_at = Final, -math.inf
+        response_class, used_at = Response, -math.inf
 
         def _new_conn(self) -> Any:  # the one place where sockets begin
             with contextlib.ExitStack() as opened:
@@ -5894,7 +5887,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
         def request(self, *arguments: Any, **options: Any) -> Any:
             self.used_at, deadline = time.monotonic(), session.deadline
             if self.sock:  # connected for an earlier request, perhaps
-                deadline.reuses = None if deadline.handle else (self.host, self.port)
+                deadline.reuses = None if deadline.is_connected else (self.host, self.port)
                 deadline.watch(self, self.sock)
                 deadline.check_permit()
             return super().request(*arguments, **options)
@@ -5962,8 +5955,8 @@ def _sent_url(claimed: Claim) -> str:
 
 
 def _next_link(claimed: Claim, response: Any) -> dict[str, str]:
-    secrets, found = claimed.dataset.secrets, response.links.items()
-    return {rel: redacted(link["url"], secrets) for rel, link in found if rel == "next"}
+    found = response.links.get("next")
+    return {"next": redacted(found["url"], claimed.dataset.secrets)} if found else {}
 
 
 def _has_links(claimed: Claim) -> bool:
@@ -6030,7 +6023,6 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
 TAIL_BYTES = 2000  # of the output, kept with the attempt
 TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
 DRAIN_SECONDS = 0.5  # for the rest of the output: a process that has escaped may hold the pipe open
-KILLING_ROUNDS = 100
 SIGNALS = {member.value: member.name for member in signal.Signals}
 FAILURE = "failure"  # the file in which a call reports an exception
 
@@ -6146,9 +6138,8 @@ def run_program(
         cwd=folder,
         start_new_session=True,
     ) as process:
-        outputs: list[tuple[Any, ...]] = [(process.stderr or process.stdout, tail)]
-        if max_bytes is not None:
-            outputs.append((process.stdout, body, max_bytes))
+        outputs = [(process.stdout, tail if max_bytes is None else body, max_bytes)]
+        outputs += [(process.stderr, tail, None)] if process.stderr else []
         readers = [threading.Thread(target=_read_output, args=output, daemon=True) for output in outputs]
         try:
             for reader in readers:
@@ -6189,7 +6180,7 @@ def end_processes(database: str, tasks: str = "") -> int:
     only, in whatever group it is. Returns how many there were."""
     marks = [f" ADCE_DB={os.path.realpath(database)} ", f" ADCE_TASK={tasks}{tasks and ' '}"]
     ended: set[int] = set()
-    for _ in range(KILLING_ROUNDS):  # a process that forks meanwhile leaves a child for the next round
+    for _ in range(100):  # a process that forks meanwhile leaves a child for the next round
         found = {number for number, text in _environments() if all(mark in text for mark in marks)} - {os.getpid()}
         if not found:
             break
@@ -6227,7 +6218,8 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
     dataset, outputs = claimed.dataset, output_folder(Path(claimed.environment["ADCE_DB"]))
-    most, is_printed = dataset.validate.most(), dataset.output == "stdout"
+    is_printed = dataset.output == "stdout"
+    most = dataset.validate.most() if is_printed else None
     try:
         words, environment = _command_line(claimed)
     except ValueError as error:
@@ -6235,10 +6227,9 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
         place = Path(folder) if dataset.batch else Path(folder, "object")
-        environment["ADCE_OUTPUT"] = str(place)
-        limits = dataset.timeout_seconds, most if is_printed else None
+        environment["ADCE_OUTPUT"], beside = str(place), Path(environment["ADCE_CONFIG"]).parent
         try:
-            end = run_program(words, Path(environment["ADCE_CONFIG"]).parent, environment, *limits)
+            end = run_program(words, beside, environment, dataset.timeout_seconds, most)
         except (OSError, ValueError) as error:
             text = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
             return claimed.results(Result(Outcome.ERROR, text))
@@ -6393,9 +6384,8 @@ def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     except Error as error:
         return claimed.results(Result(Outcome.LOST, str(error)))
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
-        may_be_sent = int(bool(claimed.url))
         text = describe(error, names=hidden_names(claimed.dataset))
-        return claimed.results(Result(Outcome.ERROR, text, requests=may_be_sent))
+        return claimed.results(Result(Outcome.ERROR, text, requests=int(bool(claimed.url))))  # it may be sent
 
 
 # ---------------------------------------------------------------- Cluster
@@ -6449,12 +6439,6 @@ def look_at_cluster(
         threads = one.nthreads if one.status.name == "running" else 0
         found[one.address] = Worker(str(one.name), threads, now - one.last_seen)
     return found, register.look(least, late)
-
-
-def remove_register(name: str, dask_scheduler: Any) -> None:
-    """Runs in the scheduler, when a runner stops."""
-    dask_scheduler.handlers.pop(name, None)
-    dask_scheduler.extensions.pop(name, None)
 
 
 @functools.cache
@@ -6513,7 +6497,6 @@ class Sent(NamedTuple):
     address: str  # of its worker,
     worker: str  # and its name
     at: float
-    over_at: float  # then no request of it can be under way
 
 
 class Cluster:
@@ -6563,8 +6546,7 @@ class Cluster:
                 self._submitted += 1
                 attempt = self._register, self._submitted, claimed
                 execution = pinned.submit(run_on_worker, *attempt, self.store)
-                over_at = now + SEND_WITHIN_SECONDS + _seconds(claimed) + RELEASE_WITHIN_SECONDS
-                self._sent[future] = Sent(*attempt, execution, address, self._workers[address].name, now, over_at)
+                self._sent[future] = Sent(*attempt, execution, address, self._workers[address].name, now)
                 self._places[execution] = address
         if execution:
             execution.add_done_callback(functools.partial(self._pass_on, future))
@@ -6591,7 +6573,7 @@ class Cluster:
             if before != (self.problem, self._seen().keys()):
                 self.wake()
         with contextlib.suppress(Exception):
-            self._client.run_on_scheduler(remove_register, self._register, callback_timeout=BEGIN_SECONDS)
+            self._ask_register(self._submitted + 1, [])  # none may begin any more
         self._disconnect()
 
     def _check(self) -> None:
@@ -6599,13 +6581,9 @@ class Cluster:
             self._client = self._client or self._connect()
             self._look()
             self.problem = None if self._seen() else f"no worker of {self.address} answers"
-        except Error as error:
-            self.problem = f"{self.address} {error}"
-        except OSError:  # a timeout, a closed connection, a name without an address
-            self.problem = f"{self.address} does not answer"
-            self._disconnect()
-        except Exception as error:  # noqa: BLE001  # whatever else the engine raises
-            self.problem = f"{self.address} cannot be used: {describe(error)}"
+        except Exception as error:  # noqa: BLE001  # whatever the engine raises
+            is_away = isinstance(error, OSError)  # a timeout, a closed connection, a name without an address
+            self.problem = f"{self.address} {'does not answer' if is_away else f'cannot be used: {describe(error)}'}"
             self._disconnect()
 
     def _connect(self) -> Any:
@@ -6615,8 +6593,6 @@ class Cluster:
 
         loggers = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
         dask.config.set({"logging": dict.fromkeys(loggers, "critical")})  # the runner logs what there is to do
-        if self.address.startswith("tls") and not dask.config.get("distributed.comm.tls.ca-file", None):
-            raise Error("needs certificates: https://distributed.dask.org/en/stable/tls.html")
         from distributed import Client
         from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
         from distributed.utils import LoopRunner, sync
@@ -6657,14 +6633,17 @@ class Cluster:
         with contextlib.suppress(Exception):
             client.close(timeout=0)
 
+    def _ask_register(self, least: int, late: Collection[int]) -> Any:
+        question = self._register, least, late
+        return self._client.run_on_scheduler(look_at_cluster, *question, callback_timeout=BEGIN_SECONDS)
+
     def _look(self) -> None:
         """See which workers are there, and cancel the attempts that have not begun in time."""
         with self._lock:
             now, sent = self.clock.boot(), list(self._sent.items())
             least = min((one.attempt for _, one in sent), default=self._submitted + 1)
         own = [one for _, one in sent if one.register == self._register]  # only that knows whether they have begun
-        question = self._register, least, [one.attempt for one in own if now > one.at + BEGIN_SECONDS]
-        workers, cancelled = self._client.run_on_scheduler(look_at_cluster, *question, callback_timeout=BEGIN_SECONDS)
+        workers, cancelled = self._ask_register(least, [one.attempt for one in own if now > one.at + BEGIN_SECONDS])
         with self._lock:
             self._workers = workers
             gone = [one for one, address in self._places.items() if address not in workers]
@@ -6675,9 +6654,10 @@ class Cluster:
     def _end_lost(self) -> None:
         """End the attempts that the engine or their workers have lost, once that is safe."""
         with self._lock:
-            now, seen = self.clock.boot(), self._seen()
-            over = {future: one for future, one in self._sent.items() if now > one.over_at}
-        lost = [future for future, one in over.items() if one.address not in seen or one.execution.done()]
+            now, seen, sent = self.clock.boot(), self._seen(), list(self._sent.items())
+        gone = [(future, one) for future, one in sent if one.address not in seen or one.execution.done()]
+        most = SEND_WITHIN_SECONDS + RELEASE_WITHIN_SECONDS  # then no request of it can be under way
+        lost = [future for future, one in gone if now > one.at + most + _seconds(one.claimed)]
         self._give_up(lost, "its worker was lost", requests=1)
 
     def _give_up(self, futures: Iterable[Any], error: str, requests: int) -> None:
