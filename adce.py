@@ -7103,9 +7103,10 @@ FRAGMENTS = {
         where state not in ('dropped', 'skipped', 'absent') group by dataset""",
     "RATES": """select scope, window_seconds, max_requests, used, in_flight, waiting, blocked_until, free_at, why
         from rates order by scope = 'global', scope, window_seconds""",
-    # the first pending tasks of a dataset d; those of all datasets are the first ones of all
-    "FIRST": """select object_id from objects
-        where dataset_id = d.dataset_id and task = 'pending' order by rank desc, object_id limit :most""",
+    # the first pending tasks of each dataset, and so of all
+    "FIRST": """datasets d join objects o on o.object_id in (
+        select object_id from objects
+        where dataset_id = d.dataset_id and task = 'pending' order by rank desc, object_id limit :most)""",
     # of a source d.source that cannot be asked now: until when, and why
     "PAUSE": """(
         select iif(julianday(blocked_until) > julianday() + 366, '', 'until ' || blocked_until || ', ') || reason
@@ -7253,10 +7254,15 @@ sources: How long that takes at least, by the limits and the pace of the last at
 first: First of them (at most {most}) | nothing can start now
     {PAUSED}
     select score, priority, dataset, key, reason, attempts
-    from queue
-    where task_id in (select o.object_id from datasets d join objects o on o.object_id in ({FIRST}))
-      and source not in paused
+    from queue where task_id in (select object_id from {FIRST}) and source not in paused
     order by score desc, task_id limit :most
+""")
+TASK_COUNT, FIRST_TASKS = questions("""
+count: Open tasks
+    select ifnull(sum(objects), 0) from counts join datasets using (dataset_id)
+    where task != '' and (:state is null or task = :state) and {FILTER}
+first: First of them, and all that are not pending
+    select object_id from {FIRST} union select object_id from objects where {BY_TASK}
 """)
 TASK = questions("""
 task!: Task {task_id}
@@ -7313,53 +7319,47 @@ def _table(rows: Rows, style: str, width: int | None) -> str:
     names = kept if kept and style == "table" else list(rows[0])
     columns = {name: [_cell(row[name], style) for row in rows] for name in names}
     numbers = {name for name in names if all(isinstance(row[name], int | float | None) for row in rows)}
-    if style != "table":
-        heads = {name.replace("_", " ") if style == "html" else name: cells for name, cells in columns.items()}
-        return _tabulated([*zip(*columns.values(), strict=True)], [name in numbers for name in names], style, heads)
-    room = width or sys.maxsize
-    lines = (line.rstrip() for line in _fitted(columns, numbers, room))
-    return "\n".join(line if line == cut(line, room) else f"{cut(line, room - 1)}…" for line in lines)
-
-
-def _tabulated(lines: Sequence[Sequence[str]], are_numbers: Iterable[bool], style: str, headers: Iterable[str]) -> str:
+    if style == "table":
+        return "\n".join(_fitted(columns, numbers, width or sys.maxsize))
     import tabulate
 
-    sides = ["right" if is_number else "left" for is_number in are_numbers]
-    return tabulate.tabulate(lines, headers=[*headers], tablefmt=style, disable_numparse=True, colalign=sides)
+    heads = [name.replace("_", " ") if style == "html" else name for name in names]
+    sides = ["right" if name in numbers else "left" for name in names]
+    return tabulate.tabulate(columns, headers=heads, tablefmt=style, disable_numparse=True, colalign=sides)
 
 
 def _fitted(columns: dict[str, list[str]], numbers: Collection[str], width: int) -> Iterator[str]:
-    """The lines of a table with its head underlined. If it is too wide, although its texts are wrapped, what all rows
-    have in common stands above it, and the last text of each row below that row."""
+    """The lines of a table. If it is too wide although its texts are wrapped, what all rows have in common stands
+    above it, and the last text of each row below that row."""
     below = list[str]()
-    table = _wrapped(columns, numbers, width)
-    if len("  ".join(table[1])) > width:
+    widths = _widths(columns, numbers, width)
+    if sum(widths) + 2 * len(widths) - 2 > width:
         *_, last = columns
         below = [] if last in numbers or len(columns) == 1 else columns.pop(last)
         same = {name: cells[0] for name, cells in columns.items() if len({*cells}) == 1 < len(cells)}
         yield from textwrap.wrap(", ".join(f"{name} {cell}" for name, cell in same.items()), width)
         columns = {name: cells for name, cells in columns.items() if name not in same} or columns
-        table = _wrapped(columns, numbers, width)
-    shown = iter(_tabulated(table, [name in numbers for name in columns], "plain", ()).splitlines())
-    for line, text in itertools.zip_longest(table, ["", "", *below], fillvalue=""):
-        yield from itertools.islice(shown, 1 + max(cell.count("\n") for cell in line))
-        yield from textwrap.wrap("" if text == "-" else text, width, initial_indent="    ", subsequent_indent="    ")
+        widths = _widths(columns, numbers, width)
+    heads = [name if len(name) <= n else name.replace("_", " ") for name, n in zip(columns, widths, strict=True)]
+    rows = [heads, ["-" * n for n in widths], *zip(*columns.values(), strict=True)]
+    for row, text in itertools.zip_longest(rows, ["-", "-", *below], fillvalue="-"):
+        cells = ([cell] if len(cell) <= n else textwrap.wrap(cell, n) for cell, n in zip(row, widths, strict=True))
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            aligned = zip(columns, parts, widths, strict=True)
+            line = "  ".join(part.rjust(n) if name in numbers else part.ljust(n) for name, part, n in aligned).rstrip()
+            yield line if line == cut(line, width) else f"{cut(line, width - 1)}…"
+        yield from textwrap.wrap(text.removeprefix("-"), width, initial_indent="    ", subsequent_indent="    ")
 
 
-def _wrapped(columns: Mapping[str, list[str]], numbers: Collection[str], width: int) -> list[list[str]]:
-    """The cells of a table with its head underlined, and with the longest texts wrapped so that it fits if it can."""
+def _widths(columns: Mapping[str, list[str]], numbers: Collection[str], width: int) -> list[int]:
+    """The widths of columns; the longest texts get less, so that the table fits if it can."""
     sizes = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
     unbroken = {name: max(map(len, cells)) if name in numbers else 0 for name, cells in columns.items()}
     for most in range(max(NARROWEST, *sizes.values()), NARROWEST - 1, -1):
         widths = [max(min(size, most), unbroken[name]) for name, size in sizes.items()]
         if sum(widths) + 2 * len(widths) - 2 <= width:
             break
-    names = [name if len(name) <= n else name.replace("_", " ") for name, n in zip(columns, widths, strict=True)]
-    wrapped = [
-        [cell if len(cell) <= n else "\n".join(textwrap.wrap(cell, n)) for cell, n in zip(line, widths, strict=True)]
-        for line in (names, *zip(*columns.values(), strict=True))
-    ]
-    return [wrapped[0], ["-" * n for n in widths], *wrapped[1:]]
+    return widths
 
 
 def _cell(value: Any, style: str) -> str:
@@ -7380,15 +7380,11 @@ def tasks_sections(database: Database, filters: Mapping[str, str | None], most: 
     """The open tasks that match, the most urgent first; those that gave up come last."""
     values = {**dict.fromkeys(TASK_FILTERS), **filters, "most": most}
     sql = f"from queue where {FRAGMENTS['TASKS']} and {FRAGMENTS['FILTER']}"
-    count_sql = f"select count(*) {sql}"
-    if not (values["day"] or values["key"] or values["error"]):  # then indexes know the first of very many
-        first = f"select o.object_id from datasets d join objects o on o.object_id in ({FRAGMENTS['FIRST']})"
-        sql += f" and task_id in ({first} union select object_id from objects where {FRAGMENTS['BY_TASK']})"
-        count_sql = f"""
-            select ifnull(sum(objects), 0) from counts join datasets using (dataset_id)
-            where task != '' and (:state is null or task = :state) and {FRAGMENTS["FILTER"]}
-        """
-    count = database.value(count_sql, values)
+    if values["day"] or values["key"] or values["error"]:
+        count = database.value(f"select count(*) {sql}", values)
+    else:  # indexes know the number and the first of very many
+        count = database.value(TASK_COUNT.sql, values)
+        sql += f" and task_id in ({FIRST_TASKS.sql})"
     rows = query(database, f"select * {sql} order by state = 'gave_up', score desc, task_id limit :most", values)
     title = f"{count} open tasks" + (f", the first {most}" if count > most else "")
     if count and values["state"] == TaskState.GAVE_UP and not values["key"]:
@@ -7409,14 +7405,6 @@ def task_sections(database: Database, wanted: str) -> list[Section]:
         lines = [{"line": line} for line in output.splitlines()]
         sections.append(Section("output", f"Printed by attempt {attempt_id}", lines))
     return sections
-
-
-def time_of_retry(database: Database, tasks: Iterable[Mapping[str, Any]]) -> str:
-    """When tasks that are retried can start: now, unless their sources are paused."""
-    sql = f"select distinct source, {FRAGMENTS['PAUSE']} as pause from datasets d where pause is not null"  # noqa: S608
-    sources = {task["source"] for task in tasks}
-    found = [f"{source} is paused {pause}" for source, pause in database.read(sql) if source in sources]
-    return f"as soon as possible: {'; '.join(found)}" if found else "now"
 
 
 def tasks_by_source(database: Database) -> dict[str, int]:
@@ -7441,15 +7429,12 @@ def minutes_left(database: Database, configuration: Configuration) -> float | No
 
 def cycle_text(database: Database, now: float, next_cycle_in: float | None = None) -> str:
     """The last cycle: how far it is, or when it ended."""
-    sql = """
-        select cycle_id, seconds, coalesce(progress, 'begins'), :now - started_at
-        from reconciliations order by cycle_id desc limit 1
-    """
-    for number, seconds, progress, elapsed in database.read(sql, {"now": now}):
-        if seconds is not None:
-            following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
-            return f"{number} done {format_duration(elapsed - seconds)} ago{following}"
-        return f"{number} {progress}"
+    sql = "select cycle_id, progress, :now - started_at - seconds from reconciliations order by cycle_id desc limit 1"
+    for number, progress, ago in database.read(sql, {"now": now}):
+        if ago is None:
+            return f"{number} {progress or 'begins'}"
+        following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
+        return f"{number} done {format_duration(ago)} ago{following}"
     return "none yet"
 
 
@@ -7820,8 +7805,7 @@ queue: First in the queue | nothing can start now
            round(o.slope * (unixepoch() - o.detected_at) / 3600.0, 1) as age, round(d.bonus, 1) as success_rate,
            round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 1) as score,
            coalesce(o.last_error, o.reason, o.state) as reason, {PAUSE} as source_paused
-    from datasets d join objects o on o.object_id in ({FIRST})
-    where d.active order by score desc limit :most
+    from {FIRST} where d.active order by score desc limit :most
 running: Running now | nothing
     select o.key, d.source, o.attempts as attempt,
            round(max(0, (julianday('now') - 2440587.5) * 86400 - a.started_at), 1) as seconds
@@ -10104,7 +10088,7 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
         return ExitCode.USAGE
     with database.transaction() as sql:
         count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
-    text = f"{count} task{'s' * (count != 1)} will be retried {time_of_retry(database, tasks)}"
+    text = f"{count} task{'s' * (count != 1)} will be retried as soon as possible"
     print_result(arguments, text, retried=count)
     return ExitCode.DONE
 
