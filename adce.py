@@ -7553,7 +7553,8 @@ too few: ! adce.py coverage --dataset {about}
     select dataset as about, sum(expected) || iif(sum(expected) = 1, ' object is', ' objects are') || ' expected'
            || coalesce(' of season ' || season, '') || ', fewer than the ' || value || ' of at_least' as text
     from json_each(:at_least) join coverage on dataset = key
-    where season is null or season in (select value from json_each(:over))
+    where season is null or season in (
+        select value ->> 'label' from json_each(:seasons) where value ->> 'finish' < date(:now, 'unixepoch'))
     group by dataset, season having sum(expected) < value
 expected objects shrank: ! adce.py plan
     select 'lake' as about, dropped || ' of ' || (expected + dropped) || ' objects are no longer expected; if that is '
@@ -7583,8 +7584,9 @@ changed: - adce.py restart
 broken file: ! adce.py check
     select :file as about, 'cannot be used: ' || :broken as text, 1 as is_quiet where :broken is not null
 seasons over: - adce.py explain seasons
-    select iif(key = '', 'seasons', key) as about, 'all have ended; add the next one' as text
-    from json_each(:last_days) where value < date(:now, 'unixepoch')
+    select iif(value ->> 'calendar' = '', 'seasons', value ->> 'calendar') as about,
+           'all have ended; add the next one' as text
+    from json_each(:seasons) group by about having max(value ->> 'finish') < date(:now, 'unixepoch')
 """)
 
 
@@ -7677,15 +7679,16 @@ def conditions(
     if (free := shutil.disk_usage(configuration.database.parent).free) < LEAST_FREE_BYTES:
         text = f"{free >> 20} MB left beside {configuration.database.name}"
         found.append(Condition("disk low", "database", "x", text, "df -h"))
-    path = configuration.path
-    unlimited = [name for name in configuration.sources if not configuration.rate_limiting.limits(name)]
-    last_days = {season.calendar: str(season.finish) for season in configuration.seasons}  # by their starts
-    values = {"now": now, "vanished": VANISHED, "store": f"{STORE_TROUBLE}*", "unusable": ill.get("store unusable")}
-    values |= {"unlimited": json.dumps(unlimited), "last_days": json.dumps(last_days), "file": path.name}
-    over = [season.label for season in configuration.seasons if season.finish < day_of(now)]
-    least = {one.name: one.at_least for one in configuration.datasets.values() if one.at_least}
-    parents = {one.name: one.partitions.parents for one in configuration.datasets.values() if one.partitions.parents}
-    values |= {"at_least": json.dumps(least), "over": json.dumps(over), "parents": json.dumps(parents)}
+    path, datasets = configuration.path, configuration.datasets.values()
+    facts = {
+        "unlimited": [name for name in configuration.sources if not configuration.rate_limiting.limits(name)],
+        "seasons": [dataclasses.asdict(season) for season in configuration.seasons],
+        "at_least": {one.name: one.at_least for one in datasets if one.at_least},
+        "parents": {one.name: one.partitions.parents for one in datasets if one.partitions.parents},
+    }
+    values = {name: json.dumps(fact, default=str) for name, fact in facts.items()}
+    values |= {"now": now, "vanished": VANISHED, "store": f"{STORE_TROUBLE}*", "file": path.name}
+    values["unusable"] = ill.get("store unusable")
     changed_at = path.stat().st_mtime if path.exists() else 0
     with contextlib.suppress(DatabaseError):  # that is one of its problems
         has_changed = database.value("select ? > started_at + 1 from runner where stopped_at is null", (changed_at,))
@@ -7713,30 +7716,34 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
     return {"runner": "running", **{name: row[name] for name in ("pid", "version", "address", "unit", "log")}, **times}
 
 
+def lake_text(database: Database) -> str:
+    """How much of the lake is there, and how many gaps of which kind are left."""
+    (lake,) = answers(database, STATUS, "lake")[0].rows
+    gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
+    return f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
+
+
 def verdict(database: Database, configuration: Configuration, now: float, error: str | None = None) -> Section:
     """The problems, worst first, with the tasks held up and the command that helps; the title is the headline. The
     runner may know an `error` of its database."""
     state = runner_state(database, RunnerLock(configuration.database), now)
-    (lake,) = answers(database, STATUS, "lake")[0].rows
-    gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
     found = conditions(database, configuration, now, now - HOUR if state["runner"] == "running" else now, error)
-    tasks, note = tasks_by_source(database), state.get("note")
-    held = {**dict.fromkeys(("runner", "pool", GLOBAL), sum(tasks.values()) or None), **tasks}
-    if state["runner"] not in AT_WORK and (gaps or note not in ENDS_OF_ONCE):
-        mark = "x" if note == CRASHED else "!" if gaps else "-"
+    tasks, note = tasks_by_source(database), state.get("note")  # no gap is without a task
+    if state["runner"] not in AT_WORK and (tasks or note not in ENDS_OF_ONCE):
+        mark = "x" if note == CRASHED else "!" if tasks else "-"
         ago = now - (database.value("select coalesce(stopped_at, beat_at) from runner") or now)
         text = f"{state['runner']}: {note}, {format_duration(ago)} ago" if note else state["runner"]
         hint = "adce.py run --once" if note in ENDS_OF_ONCE else "adce.py start"
         found.append(Condition("no runner", "runner", mark, text, hint))
+    held = {**dict.fromkeys(("runner", "pool", GLOBAL), sum(tasks.values()) or None), **tasks}
     rows: Rows = [
         {"mark": mark, "about": about, "what": text, "holds_up": held.get(about) if mark == "x" else None, "try": hint}
         for _, about, mark, text, hint, _ in found
     ]
     rows.sort(key=lambda row: ("x!-".index(row["mark"]), -(row["holds_up"] or 0), row["about"] != GLOBAL))
-    word = "ATTENTION" if rows and rows[0]["mark"] != "-" else "FILLING" if gaps else "COMPLETE"
-    amount = f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
+    word = "ATTENTION" if rows and rows[0]["mark"] != "-" else "FILLING" if tasks else "COMPLETE"
     up = f"up {state['uptime']}" if "uptime" in state else state["runner"]
-    return Section("verdict", f"{word}  {amount}  runner {up}", rows, empty="")
+    return Section("verdict", f"{word}  {lake_text(database)}  runner {up}", rows, empty="")
 
 
 def tasks_text(database: Database, configuration: Configuration, judged: Section) -> str:
@@ -8241,10 +8248,9 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
 
     class Handler(RotatingFileHandler):
         def _open(self) -> Any:
-            return open(self.baseFilename, "a", encoding="utf-8", opener=self._open_file)
-
-        def _open_file(self, path: str, flags: int) -> int:
-            return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            flags = os.O_NOFOLLOW | os.O_NONBLOCK
+            opener = lambda path, mode: os.open(path, mode | flags, 0o600)  # noqa: E731
+            return open(self.baseFilename, "a", encoding="utf-8", opener=opener)
 
     try:
         return Handler(path, maxBytes=LOG_BYTES, backupCount=1)
@@ -8276,13 +8282,6 @@ def log_ending(journal: Journal, ending: Ending, max_attempts: int) -> None:
     journal.write("DEBUG" if level == "WARN" and not ending.counted else level, ending.state, **fields)
 
 
-def status_line(database: Database) -> str:
-    """The state of the lake in one line, for the service manager."""
-    lake, tasks = (part.rows[0] for part in answers(database, STATUS, "lake", "tasks"))
-    gaps = [f"{lake[kind]} {kind}" for kind in GAPS if lake[kind]]
-    return ", ".join([f"{lake['present']} of {lake['expected']} objects", *gaps, f"{tasks['running']} running"])
-
-
 def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Iterator[int]:
     """The steps of a cycle; on a terminal, with a line about it every few seconds."""
     shown = clock.boot()
@@ -8299,25 +8298,25 @@ def status_lines(
     now: float,
     next_cycle_in: float | None = None,
     error: str | None = None,
-) -> tuple[list[str], list[str]]:
+) -> list[str]:
     """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
-    judged, body = verdict(database, configuration, now, error), list[str]()
-    head = [judged.title, f"cycle   {cycle_text(database, now, next_cycle_in)}"]
-    head.append(f"tasks   {tasks_text(database, configuration, judged)}")
+    judged = verdict(database, configuration, now, error)
+    lines = [judged.title, f"cycle   {cycle_text(database, now, next_cycle_in)}"]
+    lines.append(f"tasks   {tasks_text(database, configuration, judged)}")
     for row in judged.rows[:MOST_FINDINGS]:
         held = f" holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
-        body += [f"  {row['mark']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]
+        lines += [f"  {row['mark']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]
     if len(judged.rows) > MOST_FINDINGS:
-        body.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
+        lines.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
     tightest = """
         select scope, used, max_requests, window_seconds, max(1.0 * used / max_requests) as share
         from rates where max_requests group by scope order by scope = 'global', share desc, scope
     """
     for scope, used, most, seconds, share in database.read(tightest)[:MOST_FINDINGS]:
         bar = ("#" * round(20 * min(1, share))).ljust(20, "-")
-        body.append(f"  {scope:20} [{bar}] {used:,} of {most:,} in {format_duration(seconds)}")
+        lines.append(f"  {scope:20} [{bar}] {used:,} of {most:,} in {format_duration(seconds)}")
     store = f"store {configuration.store}, " if configuration.store else ""
-    return head, [*body, f"{store}database {configuration.database}"]
+    return [*lines, f"{store}database {configuration.database}"]
 
 
 class LiveScreen:
@@ -8331,15 +8330,15 @@ class LiveScreen:
     def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None, error: str | None = None) -> None:
         """Draw the present state over the last one."""
         width, height = size = shutil.get_terminal_size()
-        head, body = status_lines(self.database, self.configuration, now, next_cycle_in, error)
+        lines = [f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly"]
+        lines += status_lines(self.database, self.configuration, now, next_cycle_in, error)
         coverage = answers(self.database, REPORT, "coverage")
-        body += render(coverage, "table", width - 1).splitlines()[1:] if coverage[0].rows else []
-        head.insert(0, f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly")
+        lines += render(coverage, "table", width - 1).splitlines()[1:] if coverage[0].rows else []
         foot = [f"workers {', '.join(running) or 'idle'}", *self.last_lines]
-        room = max(0, height - 1 - len(head) - len(foot))
-        if len(body) > room:
-            body = [*body[: room - 1], f"... and {len(body) - room + 1} more"] if room > 1 else []
-        shown = [cut(line, width - 1) for line in [*head, *body, *foot]][: max(2, height - 1)]
+        room = max(2, height - 1 - len(foot))
+        if len(lines) > room:
+            lines = [*lines[: room - 1], f"... and {len(lines) - room + 1} more"]
+        shown = [cut(line, width - 1) for line in [*lines, *foot]][: max(2, height - 1)]
         up = f"\x1b[{self._height}F" if self._height else ""  # to the first column: Ctrl-C has written ^C
         up = up if size == self._size else "\x1b[H\x1b[2J"  # whose lines the terminal has broken anew
         self._height, self._size = len(shown), size
@@ -8938,7 +8937,7 @@ class Runner:
                 sql.execute("update runner set beat_at = ?", (int(wall),))
                 sql.execute("update facts set wall_offset = ?", (wall - now,))
                 forget(sql, wall - self.configuration.retention_seconds)
-            notify("WATCHDOG=1", f"STATUS={status_line(self.database)}")
+            notify("WATCHDOG=1", f"STATUS={lake_text(self.database)}")
         self.journal.paint(self.running.values(), self.next_cycle_at)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
@@ -10149,9 +10148,9 @@ def command_status(arguments: Arguments, configuration: Configuration) -> ExitCo
     """Show the state of runner, lake, tasks and sources; exit 4 when no runner works."""
     database, lock = _existing(configuration), RunnerLock(configuration.database)
     if arguments.format == "table":
-        head, body = status_lines(database, configuration, Clock().wall())
+        lines = status_lines(database, configuration, Clock().wall())
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-        print(coloured("\n".join(cut(line, width) for line in head + body)))
+        print(coloured("\n".join(cut(line, width) for line in lines)))
     else:
         _print(arguments, status_sections(database, configuration, Clock().wall()))
     return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
