@@ -7107,6 +7107,9 @@ FRAGMENTS = {
     "FIRST": """datasets d join objects o on o.object_id in (
         select object_id from objects
         where dataset_id = d.dataset_id and task = 'pending' order by rank desc, object_id limit :most)""",
+    # the objects that are one row c of counts
+    "OF_COUNT": """from objects o
+        where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state""",
     # of a source d.source that cannot be asked now: until when, and why
     "PAUSE": """(
         select iif(julianday(blocked_until) > julianday() + 366, '', 'until ' || blocked_until || ', ') || reason
@@ -7769,10 +7772,6 @@ def status_sections(database: Database, configuration: Configuration, now: float
 # read-only, a few threads, a few seconds each. Headlines: page(), METRICS, HealthServer.
 
 NONCE = secrets.token_hex(16)  # of this process: only the script below runs in the page
-PAGE_POLICY = (
-    f"default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{NONCE}'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'"
-)
 REFRESH = """
 setInterval(async () => {
   if (document.hidden) return;
@@ -7798,13 +7797,13 @@ svg text { font: 9px system-ui, sans-serif; fill: CanvasText; }
 .swatch { display: inline-block; vertical-align: -1px; margin-left: .8rem; }
 .lines { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: 1rem 0; } figure { margin: 0; min-width: 15rem; }
 figcaption { font-size: .8rem; }
-polyline { fill: none; stroke: #3574c8; stroke-width: 1.5; }
+figure svg { width: 180px; height: 32px; overflow: visible; }
+polyline { fill: none; stroke: #3574c8; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 """
-SQUARE = '<rect class="{}" x="1" y="1" width="9" height="9"/>'
-SWATCH = f'<svg class="swatch" width="11" height="11" aria-hidden="true">{SQUARE}</svg>'
+SWATCH = """<svg class="swatch" width="11" height="11" aria-hidden="true">
+<rect class="{}" x="1" y="1" width="9" height="9"/></svg> {}"""
 MEANINGS = {"all": "all is there", "stale": "all, and some stale", "part": "a part", "gap": "nothing"}
 MEANINGS |= {"gave_up": "some gave up", "absent": "the source has none", "none": "nothing is expected"}
-LEGEND = " ".join(f"{SWATCH.format(kind)} {words}" for kind, words in MEANINGS.items())
 WEB = questions("""
 queue: First in the queue | nothing can start now
     -- the score in its parts: when the gap was found, gained by age since, and for the success rate of the dataset
@@ -7827,26 +7826,23 @@ objects: Objects | nothing is expected
     from objects o join datasets d using (dataset_id)
     where d.dataset = :dataset and o.day = :day and o.state != 'dropped' order by o.state = 'present', o.key
 """)
-# For each state and season in `counts`, an index leads to the days of a year, or to the last day.
-DAYS = """
-    select dataset, day, sum(o.state != 'absent') as expected, sum(o.state = 'present') as present,
-           sum(o.state = 'stale') as stale, sum(o.state = 'absent') as absent
+DAYS, YEARS = questions("""
+days: For each state and season in `counts`, an index leads to the days of a year; another to what gave up
+    with failed as (
+        select dataset_id, day, count(*) as gave_up from objects where task = 'gave_up' and {BY_TASK}
+        group by dataset_id, day)
+    select dataset, o.day, sum(o.state != 'absent') as expected, sum(o.state = 'present') as present,
+           sum(o.state = 'stale') as stale, sum(o.state = 'absent') as absent, ifnull(max(gave_up), 0) as gave_up
     from (select distinct dataset_id, season, state from counts where state not in ('dropped', 'skipped', 'awaited')) c
     cross join objects o on o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state
     join datasets on datasets.dataset_id = o.dataset_id
-    where day between :year || '-01-01' and :year || '-12-31'
-    group by dataset, day order by dataset, day
-"""
-OF_COUNT = "from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state"
-YEARS = f"""
-    select coalesce(max((select max(day) {OF_COUNT} and day <= :today)), :today),
-           coalesce(min((select min(day) {OF_COUNT})), :today), coalesce(max((select max(day) {OF_COUNT})), :today)
+    left join failed f on f.dataset_id = o.dataset_id and f.day = o.day
+    where o.day between :year || '-01-01' and :year || '-12-31'
+    group by dataset, o.day order by dataset, o.day
+years: The first and the last day of all
+    select coalesce(min((select min(day) {OF_COUNT})), :today), coalesce(max((select max(day) {OF_COUNT})), :today)
     from counts c where state != 'dropped'
-"""  # noqa: S608  # a constant
-GAVE_UP_DAYS = f"""
-    select dataset, day, count(*) from objects join datasets using (dataset_id)
-    where task = 'gave_up' and {FRAGMENTS["BY_TASK"]} and day like :year || '-%' group by dataset, day
-"""  # noqa: S608  # a constant
+""")
 LINES = """
     with recent as (
         select source, day, sum(attempts) as attempts, sum(seconds) / sum(attempts) as seconds,
@@ -7865,7 +7861,6 @@ LINES = """
     union all select 5, source || ': mean seconds, 30 days', day, round(seconds, 2), day from recent
     order by place, title, moment
 """
-LINE_WIDTH, LINE_HEIGHT = 180, 32  # pixels
 CELL, LEFT, TOP = 11, 26, 12
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
 
@@ -7886,26 +7881,28 @@ def tables(sections: Iterable[Section]) -> str:
     return "".join(WIDE.format(render([part], "html")) for part in sections if part.rows or part.empty)
 
 
-def page(database: Database, configuration: Configuration, now: float, year: int | None = None, nearby: int = 0) -> str:
-    """The whole picture; without a `year` that of the latest day. As a file it has no links to `nearby` years."""
+def page(
+    database: Database, configuration: Configuration, now: float, year: int | None = None, *, is_file: bool = True
+) -> str:
+    """The whole picture; without a `year` that of the latest day. A file has no links and is not renewed."""
     judged = verdict(database, configuration, now)
     above = [dataclasses.replace(judged, title=""), *answers(database, REPORT, "coverage")]
     below = [*answers(database, WEB, most=10), *answers(database, REPORT, "queue", "rates", "cycles")]
-    latest, first, last = (int(day[:4]) for day in database.read(YEARS, {"today": day_of(now).isoformat()})[0])
-    year = year or latest
-    days = itertools.groupby(database.read(DAYS, {"year": year}), key=lambda row: row["dataset"])
-    gave_up = {tuple(row)[:2]: row[2] for row in database.read(GAVE_UP_DAYS, {"year": year})}
-    years = range(max(first, min(year, last) - nearby), min(last, max(year, first) + 1) + 1) if nearby else ()
+    today = day_of(now)
+    first, last = (int(day[:4]) for day in database.read(YEARS.sql, {"today": today.isoformat()})[0])
+    year = year or min(last, today.year)
+    days = itertools.groupby(database.read(DAYS.sql, {"year": year}), key=lambda row: row["dataset"])
+    years = () if is_file else range(max(first, year - 5), min(last, year + 1) + 1)
     links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
     words = cycle_text(database, now), tasks_text(database, configuration, judged), configuration.store
     body = f"""<p>{html.escape("Cycle {}. Tasks: {}. Store {}".format(*words))}, {utc_text(now)}</p>
 {tables(above)}
 <div class="lines">{_lines(database.read(LINES, {"now": now}))}</div>
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
-<p>A square is a day: {LEGEND}</p>
-{"".join(_calendar(name, year, list(rows), gave_up, has_links=bool(nearby)) for name, rows in days)}
+<p>A square is a day: {" ".join(SWATCH.format(*meaning) for meaning in MEANINGS.items())}</p>
+{"".join(_calendar(name, year, list(rows), has_links=not is_file) for name, rows in days)}
 {tables(below)}"""
-    return document(f"ADCE: {judged.title}".replace("  ", ", "), body, is_fresh=bool(nearby))
+    return document(f"ADCE: {judged.title}".replace("  ", ", "), body, is_fresh=not is_file)
 
 
 def day_page(database: Database, dataset: str, day: str) -> str:
@@ -7935,20 +7932,17 @@ def _lines(rows: Sequence[sqlite3.Row]) -> str:
         low, high = min(values), max(values)
         if low == high:
             continue
-        step, rise = (LINE_WIDTH - 2) / (len(values) - 1), (LINE_HEIGHT - 4) / (high - low)
-        dots = " ".join(
-            f"{1 + n * step:.1f},{LINE_HEIGHT - 2 - (one - low) * rise:.1f}" for n, one in enumerate(values)
-        )
+        dots = " ".join(f"{n},{high - one:g}" for n, one in enumerate(values))
         span = f"{listed[0]['at']} to {listed[-1]['at']}: from {low:g} to {high:g}, now {values[-1]:g}"
-        name, size = html.escape(title), f'width="{LINE_WIDTH}" height="{LINE_HEIGHT}"'
-        picture = f'<svg role="img" {size}><title>{name}, {span}</title><polyline points="{dots}"/></svg>'
+        name, box = html.escape(title), f'viewBox="0 0 {len(values) - 1} {high - low:g}" preserveAspectRatio="none"'
+        picture = f'<svg role="img" {box}><title>{name}, {span}</title><polyline points="{dots}"/></svg>'
         figures.append(f"<figure>{picture}<figcaption>{name}: {values[-1]:g}</figcaption></figure>")
     return "".join(figures)
 
 
-def _state_of_day(row: sqlite3.Row, gave_up: int) -> tuple[str, str]:
+def _state_of_day(row: sqlite3.Row) -> tuple[str, str]:
     """The class of the cell of a day, and its state in words."""
-    expected, present, stale, absent = (row[name] for name in ("expected", "present", "stale", "absent"))
+    _, _, expected, present, stale, absent, gave_up = row
     counts = {"stale": stale, "gave up": gave_up, "absent": absent}
     text = ", ".join([f"{present} of {expected}", *(f"{count} {state}" for state, count in counts.items() if count)])
     if gave_up or not expected:
@@ -7958,15 +7952,13 @@ def _state_of_day(row: sqlite3.Row, gave_up: int) -> tuple[str, str]:
     return "part" if present + stale else "gap", text
 
 
-def _calendar(
-    dataset: str, year: int, rows: Sequence[sqlite3.Row], gave_up: Mapping[Any, int], *, has_links: bool
-) -> str:
+def _calendar(dataset: str, year: int, rows: Sequence[sqlite3.Row], *, has_links: bool) -> str:
     """A year of days: a column is a week, a cell a day, its title says what its colour does."""
     days, first, cells = {row["day"]: row for row in rows}, datetime.date(year, 1, 1), []
     for number in range((datetime.date(year + 1, 1, 1) - first).days):
         day, kind, text = first + datetime.timedelta(days=number), "none", "nothing expected"
         if row := days.get(day.isoformat()):
-            kind, text = _state_of_day(row, gave_up.get((dataset, row["day"]), 0))
+            kind, text = _state_of_day(row)
         week, weekday = divmod(number + first.weekday(), 7)
         if day.day == 1:
             cells.append(f'<text x="{LEFT + week * CELL}" y="8">{day:%b}</text>')
@@ -8035,7 +8027,8 @@ HTTP_THREADS = 32
 HTTP_SECONDS = 10  # for a whole connection
 JSON, TEXT, HTML = "application/json", "text/plain; charset=utf-8", "text/html; charset=utf-8"
 HEADERS = {
-    "Content-Security-Policy": PAGE_POLICY,
+    "Content-Security-Policy": f"default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{NONCE}'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
     "Allow": "GET, HEAD",
@@ -8152,7 +8145,7 @@ class HealthServer:
             return 200, JSON, json.dumps(tasks_document(self.database, self.configuration, filters, 100))
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
-            return 200, HTML, page(self.database, self.configuration, now, year, 5)
+            return 200, HTML, page(self.database, self.configuration, now, year, is_file=False)
         if path == "/day":
             return 200, HTML, day_page(self.database, options.get("dataset", ""), options.get("day", ""))
         if path.startswith("/task/"):
@@ -8248,9 +8241,10 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
 
     class Handler(RotatingFileHandler):
         def _open(self) -> Any:
-            flags = os.O_NOFOLLOW | os.O_NONBLOCK
-            opener = lambda path, mode: os.open(path, mode | flags, 0o600)  # noqa: E731
-            return open(self.baseFilename, "a", encoding="utf-8", opener=opener)
+            more = os.O_NOFOLLOW | os.O_NONBLOCK
+            return open(
+                self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | more, 0o600)
+            )
 
     try:
         return Handler(path, maxBytes=LOG_BYTES, backupCount=1)
