@@ -6724,6 +6724,9 @@ FRAGMENTS = {
     "FIRST": """datasets d join objects o on o.object_id in (
         select object_id from objects
         where dataset_id = d.dataset_id and task = 'pending' order by rank desc, object_id limit :most)""",
+    # the objects that are one row c of counts
+    "OF_COUNT": """from objects o
+        where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state""",
     # of a source d.source that cannot be asked now: until when, and why
     "PAUSE": """(
         select iif(julianday(blocked_until) > julianday() + 366, '', 'until ' || blocked_until || ', ') || reason
@@ -7170,7 +7173,8 @@ too few: ! adce.py coverage --dataset {about}
     select dataset as about, sum(expected) || iif(sum(expected) = 1, ' object is', ' objects are') || ' expected'
            || coalesce(' of season ' || season, '') || ', fewer than the ' || value || ' of at_least' as text
     from json_each(:at_least) join coverage on dataset = key
-    where season is null or season in (select value from json_each(:over))
+    where season is null or season in (
+        select value ->> 'label' from json_each(:seasons) where value ->> 'finish' < date(:now, 'unixepoch'))
     group by dataset, season having sum(expected) < value
 expected objects shrank: ! adce.py plan
     select 'lake' as about, dropped || ' of ' || (expected + dropped) || ' objects are no longer expected; if that is '
@@ -7200,8 +7204,9 @@ changed: - adce.py restart
 broken file: ! adce.py check
     select :file as about, 'cannot be used: ' || :broken as text, 1 as is_quiet where :broken is not null
 seasons over: - adce.py explain seasons
-    select iif(key = '', 'seasons', key) as about, 'all have ended; add the next one' as text
-    from json_each(:last_days) where value < date(:now, 'unixepoch')
+    select iif(value ->> 'calendar' = '', 'seasons', value ->> 'calendar') as about,
+           'all have ended; add the next one' as text
+    from json_each(:seasons) group by about having max(value ->> 'finish') < date(:now, 'unixepoch')
 """)
 
 
@@ -7294,15 +7299,16 @@ def conditions(
     if (free := shutil.disk_usage(configuration.database.parent).free) < LEAST_FREE_BYTES:
         text = f"{free >> 20} MB left beside {configuration.database.name}"
         found.append(Condition("disk low", "database", "x", text, "df -h"))
-    path = configuration.path
-    unlimited = [name for name in configuration.sources if not configuration.rate_limiting.limits(name)]
-    last_days = {season.calendar: str(season.finish) for season in configuration.seasons}  # by their starts
-    values = {"now": now, "vanished": VANISHED, "store": f"{STORE_TROUBLE}*", "unusable": ill.get("store unusable")}
-    values |= {"unlimited": json.dumps(unlimited), "last_days": json.dumps(last_days), "file": path.name}
-    over = [season.label for season in configuration.seasons if season.finish < day_of(now)]
-    least = {one.name: one.at_least for one in configuration.datasets.values() if one.at_least}
-    parents = {one.name: one.partitions.parents for one in configuration.datasets.values() if one.partitions.parents}
-    values |= {"at_least": json.dumps(least), "over": json.dumps(over), "parents": json.dumps(parents)}
+    path, datasets = configuration.path, configuration.datasets.values()
+    facts = {
+        "unlimited": [name for name in configuration.sources if not configuration.rate_limiting.limits(name)],
+        "seasons": [dataclasses.asdict(season) for season in configuration.seasons],
+        "at_least": {one.name: one.at_least for one in datasets if one.at_least},
+        "parents": {one.name: one.partitions.parents for one in datasets if one.partitions.parents},
+    }
+    values: dict[str, Any] = {name: json.dumps(fact, default=str) for name, fact in facts.items()}
+    values |= {"now": now, "vanished": VANISHED, "store": f"{STORE_TROUBLE}*", "file": path.name}
+    values["unusable"] = ill.get("store unusable")
     changed_at = path.stat().st_mtime if path.exists() else 0
     with contextlib.suppress(DatabaseError):  # that is one of its problems
         has_changed = database.value("select ? > started_at + 1 from runner where stopped_at is null", (changed_at,))
@@ -7330,30 +7336,34 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
     return {"runner": "running", **{name: row[name] for name in ("pid", "version", "address", "unit", "log")}, **times}
 
 
+def lake_text(database: Database) -> str:
+    """How much of the lake is there, and how many gaps of which kind are left."""
+    (lake,) = answers(database, STATUS, "lake")[0].rows
+    gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
+    return f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
+
+
 def verdict(database: Database, configuration: Configuration, now: float, error: str | None = None) -> Section:
     """The problems, worst first, with the tasks held up and the command that helps; the title is the headline. The
     runner may know an `error` of its database."""
     state = runner_state(database, RunnerLock(configuration.database), now)
-    (lake,) = answers(database, STATUS, "lake")[0].rows
-    gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
     found = conditions(database, configuration, now, now - HOUR if state["runner"] == "running" else now, error)
-    tasks, note = tasks_by_source(database), state.get("note")
-    held = {**dict.fromkeys(("runner", "pool", GLOBAL), sum(tasks.values()) or None), **tasks}
-    if state["runner"] not in AT_WORK and (gaps or note not in ENDS_OF_ONCE):
-        mark = "x" if note == CRASHED else "!" if gaps else "-"
+    tasks, note = tasks_by_source(database), state.get("note")  # no gap is without a task
+    if state["runner"] not in AT_WORK and (tasks or note not in ENDS_OF_ONCE):
+        mark = "x" if note == CRASHED else "!" if tasks else "-"
         ago = now - (database.value("select coalesce(stopped_at, beat_at) from runner") or now)
         text = f"{state['runner']}: {note}, {format_duration(ago)} ago" if note else state["runner"]
         hint = "adce.py run --once" if note in ENDS_OF_ONCE else "adce.py start"
         found.append(Condition("no runner", "runner", mark, text, hint))
+    held = {**dict.fromkeys(("runner", "pool", GLOBAL), sum(tasks.values()) or None), **tasks}
     rows: Rows = [
         {"mark": mark, "about": about, "what": text, "holds_up": held.get(about) if mark == "x" else None, "try": hint}
         for _, about, mark, text, hint, _ in found
     ]
     rows.sort(key=lambda row: ("x!-".index(row["mark"]), -(row["holds_up"] or 0), row["about"] != GLOBAL))
-    word = "ATTENTION" if rows and rows[0]["mark"] != "-" else "FILLING" if gaps else "COMPLETE"
-    amount = f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
+    word = "ATTENTION" if rows and rows[0]["mark"] != "-" else "FILLING" if tasks else "COMPLETE"
     up = f"up {state['uptime']}" if "uptime" in state else state["runner"]
-    return Section("verdict", f"{word}  {amount}  runner {up}", rows, empty="")
+    return Section("verdict", f"{word}  {lake_text(database)}  runner {up}", rows, empty="")
 
 
 def tasks_text(database: Database, configuration: Configuration, judged: Section) -> str:
@@ -7379,10 +7389,6 @@ def status_sections(database: Database, configuration: Configuration, now: float
 # read-only, a few threads, a few seconds each. Headlines: page(), METRICS, HealthServer.
 
 NONCE = secrets.token_hex(16)  # of this process: only the script below runs in the page
-PAGE_POLICY = (
-    f"default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{NONCE}'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'"
-)
 REFRESH = """
 setInterval(async () => {
   if (document.hidden) return;
@@ -7408,13 +7414,13 @@ svg text { font: 9px system-ui, sans-serif; fill: CanvasText; }
 .swatch { display: inline-block; vertical-align: -1px; margin-left: .8rem; }
 .lines { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: 1rem 0; } figure { margin: 0; min-width: 15rem; }
 figcaption { font-size: .8rem; }
-polyline { fill: none; stroke: #3574c8; stroke-width: 1.5; }
+figure svg { width: 180px; height: 32px; overflow: visible; }
+polyline { fill: none; stroke: #3574c8; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 """
-SQUARE = '<rect class="{}" x="1" y="1" width="9" height="9"/>'
-SWATCH = f'<svg class="swatch" width="11" height="11" aria-hidden="true">{SQUARE}</svg>'
+SWATCH = """<svg class="swatch" width="11" height="11" aria-hidden="true">
+<rect class="{}" x="1" y="1" width="9" height="9"/></svg> {}"""
 MEANINGS = {"all": "all is there", "stale": "all, and some stale", "part": "a part", "gap": "nothing"}
 MEANINGS |= {"gave_up": "some gave up", "absent": "the source has none", "none": "nothing is expected"}
-LEGEND = " ".join(f"{SWATCH.format(kind)} {words}" for kind, words in MEANINGS.items())
 WEB = questions("""
 queue: First in the queue | nothing can start now
     -- the score in its parts: when the gap was found, gained by age since, and for the success rate of the dataset
@@ -7437,26 +7443,23 @@ objects: Objects | nothing is expected
     from objects o join datasets d using (dataset_id)
     where d.dataset = :dataset and o.day = :day and o.state != 'dropped' order by o.state = 'present', o.key
 """)
-# For each state and season in `counts`, an index leads to the days of a year, or to the last day.
-DAYS = """
-    select dataset, day, sum(o.state != 'absent') as expected, sum(o.state = 'present') as present,
-           sum(o.state = 'stale') as stale, sum(o.state = 'absent') as absent
+DAYS, YEARS = questions("""
+days: For each state and season in `counts`, an index leads to the days of a year; another to what gave up
+    with failed as (
+        select dataset_id, day, count(*) as gave_up from objects where task = 'gave_up' and {BY_TASK}
+        group by dataset_id, day)
+    select dataset, o.day, sum(o.state != 'absent') as expected, sum(o.state = 'present') as present,
+           sum(o.state = 'stale') as stale, sum(o.state = 'absent') as absent, ifnull(max(gave_up), 0) as gave_up
     from (select distinct dataset_id, season, state from counts where state not in ('dropped', 'skipped', 'awaited')) c
     cross join objects o on o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state
     join datasets on datasets.dataset_id = o.dataset_id
-    where day between :year || '-01-01' and :year || '-12-31'
-    group by dataset, day order by dataset, day
-"""
-OF_COUNT = "from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state"
-YEARS = f"""
-    select coalesce(max((select max(day) {OF_COUNT} and day <= :today)), :today),
-           coalesce(min((select min(day) {OF_COUNT})), :today), coalesce(max((select max(day) {OF_COUNT})), :today)
+    left join failed f on f.dataset_id = o.dataset_id and f.day = o.day
+    where o.day between :year || '-01-01' and :year || '-12-31'
+    group by dataset, o.day order by dataset, o.day
+years: The first and the last day of all
+    select coalesce(min((select min(day) {OF_COUNT})), :today), coalesce(max((select max(day) {OF_COUNT})), :today)
     from counts c where state != 'dropped'
-"""  # noqa: S608  # a constant
-GAVE_UP_DAYS = f"""
-    select dataset, day, count(*) from objects join datasets using (dataset_id)
-    where task = 'gave_up' and {FRAGMENTS["BY_TASK"]} and day like :year || '-%' group by dataset, day
-"""  # noqa: S608  # a constant
+""")
 LINES = f"""
     with recent as (
         select source, day, sum(attempts) as attempts, sum(seconds) / sum(attempts) as seconds,
@@ -7475,7 +7478,6 @@ LINES = f"""
     union all select 5, source || ': mean seconds, 30 days', day, round(seconds, 2), day from recent
     order by place, title, moment
 """  # noqa: S608  # a constant
-LINE_WIDTH, LINE_HEIGHT = 180, 32  # pixels
 CELL, LEFT, TOP = 11, 26, 12
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
 
@@ -7496,26 +7498,28 @@ def tables(sections: Iterable[Section]) -> str:
     return "".join(WIDE.format(render([part], "html")) for part in sections if part.rows or part.empty)
 
 
-def page(database: Database, configuration: Configuration, now: float, year: int | None = None, nearby: int = 0) -> str:
-    """The whole picture; without a `year` that of the latest day. As a file it has no links to `nearby` years."""
+def page(
+    database: Database, configuration: Configuration, now: float, year: int | None = None, *, is_file: bool = True
+) -> str:
+    """The whole picture; without a `year` that of the latest day. A file has no links and is not renewed."""
     judged = verdict(database, configuration, now)
     above = [dataclasses.replace(judged, title=""), *answers(database, REPORT, "coverage")]
     below = [*answers(database, WEB, most=10), *answers(database, REPORT, "queue", "rates", "cycles")]
-    latest, first, last = (int(day[:4]) for day in database.read(YEARS, {"today": day_of(now).isoformat()})[0])
-    year = year or latest
-    days = itertools.groupby(database.read(DAYS, {"year": year}), key=lambda row: row["dataset"])
-    gave_up = {tuple(row)[:2]: row[2] for row in database.read(GAVE_UP_DAYS, {"year": year})}
-    years = range(max(first, min(year, last) - nearby), min(last, max(year, first) + 1) + 1) if nearby else ()
+    today = day_of(now)
+    first, last = (int(day[:4]) for day in database.read(YEARS.sql, {"today": today.isoformat()})[0])
+    year = year or min(last, today.year)
+    days = itertools.groupby(database.read(DAYS.sql, {"year": year}), key=lambda row: row["dataset"])
+    years = () if is_file else range(max(first, year - 5), min(last, year + 1) + 1)
     links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
     words = cycle_text(database, now), tasks_text(database, configuration, judged), configuration.store
     body = f"""<p>{html.escape("Cycle {}. Tasks: {}. Store {}".format(*words))}, {utc_text(now)}</p>
 {tables(above)}
 <div class="lines">{_lines(database.read(LINES, {"now": now}))}</div>
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
-<p>A square is a day: {LEGEND}</p>
-{"".join(_calendar(name, year, list(rows), gave_up, has_links=bool(nearby)) for name, rows in days)}
+<p>A square is a day: {" ".join(SWATCH.format(*meaning) for meaning in MEANINGS.items())}</p>
+{"".join(_calendar(name, year, list(rows), has_links=not is_file) for name, rows in days)}
 {tables(below)}"""
-    return document(f"ADCE: {judged.title}".replace("  ", ", "), body, is_fresh=bool(nearby))
+    return document(f"ADCE: {judged.title}".replace("  ", ", "), body, is_fresh=not is_file)
 
 
 def day_page(database: Database, dataset: str, day: str) -> str:
@@ -7545,20 +7549,17 @@ def _lines(rows: Sequence[sqlite3.Row]) -> str:
         low, high = min(values), max(values)
         if low == high:
             continue
-        step, rise = (LINE_WIDTH - 2) / (len(values) - 1), (LINE_HEIGHT - 4) / (high - low)
-        dots = " ".join(
-            f"{1 + n * step:.1f},{LINE_HEIGHT - 2 - (one - low) * rise:.1f}" for n, one in enumerate(values)
-        )
+        dots = " ".join(f"{n},{high - one:g}" for n, one in enumerate(values))
         span = f"{listed[0]['at']} to {listed[-1]['at']}: from {low:g} to {high:g}, now {values[-1]:g}"
-        name, size = html.escape(title), f'width="{LINE_WIDTH}" height="{LINE_HEIGHT}"'
-        picture = f'<svg role="img" {size}><title>{name}, {span}</title><polyline points="{dots}"/></svg>'
+        name, box = html.escape(title), f'viewBox="0 0 {len(values) - 1} {high - low:g}" preserveAspectRatio="none"'
+        picture = f'<svg role="img" {box}><title>{name}, {span}</title><polyline points="{dots}"/></svg>'
         figures.append(f"<figure>{picture}<figcaption>{name}: {values[-1]:g}</figcaption></figure>")
     return "".join(figures)
 
 
-def _state_of_day(row: sqlite3.Row, gave_up: int) -> tuple[str, str]:
+def _state_of_day(row: sqlite3.Row) -> tuple[str, str]:
     """The class of the cell of a day, and its state in words."""
-    expected, present, stale, absent = (row[name] for name in ("expected", "present", "stale", "absent"))
+    _, _, expected, present, stale, absent, gave_up = row
     counts = {"stale": stale, "gave up": gave_up, "absent": absent}
     text = ", ".join([f"{present} of {expected}", *(f"{count} {state}" for state, count in counts.items() if count)])
     if gave_up or not expected:
@@ -7568,15 +7569,13 @@ def _state_of_day(row: sqlite3.Row, gave_up: int) -> tuple[str, str]:
     return "part" if present + stale else "gap", text
 
 
-def _calendar(
-    dataset: str, year: int, rows: Sequence[sqlite3.Row], gave_up: Mapping[Any, int], *, has_links: bool
-) -> str:
+def _calendar(dataset: str, year: int, rows: Sequence[sqlite3.Row], *, has_links: bool) -> str:
     """A year of days: a column is a week, a cell a day, its title says what its colour does."""
     days, first, cells = {row["day"]: row for row in rows}, datetime.date(year, 1, 1), []
     for number in range((datetime.date(year + 1, 1, 1) - first).days):
         day, kind, text = first + datetime.timedelta(days=number), "none", "nothing expected"
         if row := days.get(day.isoformat()):
-            kind, text = _state_of_day(row, gave_up.get((dataset, row["day"]), 0))
+            kind, text = _state_of_day(row)
         week, weekday = divmod(number + first.weekday(), 7)
         if day.day == 1:
             cells.append(f'<text x="{LEFT + week * CELL}" y="8">{day:%b}</text>')
@@ -7645,7 +7644,8 @@ HTTP_THREADS = 32
 HTTP_SECONDS = 10  # for a whole connection
 JSON, TEXT, HTML = "application/json", "text/plain; charset=utf-8", "text/html; charset=utf-8"
 HEADERS = {
-    "Content-Security-Policy": PAGE_POLICY,
+    "Content-Security-Policy": f"default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{NONCE}'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
     "Allow": "GET, HEAD",
@@ -7762,7 +7762,7 @@ class HealthServer:
             return 200, JSON, json.dumps(tasks_document(self.database, self.configuration, filters, 100))
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
-            return 200, HTML, page(self.database, self.configuration, now, year, 5)
+            return 200, HTML, page(self.database, self.configuration, now, year, is_file=False)
         if path == "/day":
             return 200, HTML, day_page(self.database, options.get("dataset", ""), options.get("day", ""))
         if path.startswith("/task/"):
@@ -7858,10 +7858,10 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
 
     class Handler(RotatingFileHandler):
         def _open(self) -> Any:
-            return open(self.baseFilename, "a", encoding="utf-8", opener=self._open_file)
-
-        def _open_file(self, path: str, flags: int) -> int:
-            return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            more = os.O_NOFOLLOW | os.O_NONBLOCK
+            return open(
+                self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | more, 0o600)
+            )
 
     try:
         return Handler(path, maxBytes=LOG_BYTES, backupCount=1)
@@ -7893,13 +7893,6 @@ def log_ending(journal: Journal, ending: Ending, max_attempts: int) -> None:
     journal.write("DEBUG" if level == "WARN" and not ending.counted else level, ending.state, **fields)
 
 
-def status_line(database: Database) -> str:
-    """The state of the lake in one line, for the service manager."""
-    lake, tasks = (part.rows[0] for part in answers(database, STATUS, "lake", "tasks"))
-    gaps = [f"{lake[kind]} {kind}" for kind in GAPS if lake[kind]]
-    return ", ".join([f"{lake['present']} of {lake['expected']} objects", *gaps, f"{tasks['running']} running"])
-
-
 def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Iterator[int]:
     """The steps of a cycle; on a terminal, with a line about it every few seconds."""
     shown = clock.boot()
@@ -7916,25 +7909,25 @@ def status_lines(
     now: float,
     next_cycle_in: float | None = None,
     error: str | None = None,
-) -> tuple[list[str], list[str]]:
+) -> list[str]:
     """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
-    judged, body = verdict(database, configuration, now, error), list[str]()
-    head = [judged.title, f"cycle   {cycle_text(database, now, next_cycle_in)}"]
-    head.append(f"tasks   {tasks_text(database, configuration, judged)}")
+    judged = verdict(database, configuration, now, error)
+    lines = [judged.title, f"cycle   {cycle_text(database, now, next_cycle_in)}"]
+    lines.append(f"tasks   {tasks_text(database, configuration, judged)}")
     for row in judged.rows[:MOST_FINDINGS]:
         held = f" holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
-        body += [f"  {row['mark']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]
+        lines += [f"  {row['mark']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]
     if len(judged.rows) > MOST_FINDINGS:
-        body.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
+        lines.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
     tightest = """
         select scope, used, max_requests, window_seconds, max(1.0 * used / max_requests) as share
         from rates where max_requests group by scope order by scope = 'global', share desc, scope
     """
     for scope, used, most, seconds, share in database.read(tightest)[:MOST_FINDINGS]:
         bar = ("#" * round(20 * min(1, share))).ljust(20, "-")
-        body.append(f"  {scope:20} [{bar}] {used:,} of {most:,} in {format_duration(seconds)}")
+        lines.append(f"  {scope:20} [{bar}] {used:,} of {most:,} in {format_duration(seconds)}")
     store = f"store {configuration.store}, " if configuration.store else ""
-    return head, [*body, f"{store}database {configuration.database}"]
+    return [*lines, f"{store}database {configuration.database}"]
 
 
 class LiveScreen:
@@ -7948,15 +7941,15 @@ class LiveScreen:
     def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None, error: str | None = None) -> None:
         """Draw the present state over the last one."""
         width, height = size = shutil.get_terminal_size()
-        head, body = status_lines(self.database, self.configuration, now, next_cycle_in, error)
+        lines = [f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly"]
+        lines += status_lines(self.database, self.configuration, now, next_cycle_in, error)
         coverage = answers(self.database, REPORT, "coverage")
-        body += render(coverage, "table", width - 1).splitlines()[1:] if coverage[0].rows else []
-        head.insert(0, f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly")
+        lines += render(coverage, "table", width - 1).splitlines()[1:] if coverage[0].rows else []
         foot = [f"workers {', '.join(running) or 'idle'}", *self.last_lines]
-        room = max(0, height - 1 - len(head) - len(foot))
-        if len(body) > room:
-            body = [*body[: room - 1], f"... and {len(body) - room + 1} more"] if room > 1 else []
-        shown = [cut(line, width - 1) for line in [*head, *body, *foot]][: max(2, height - 1)]
+        room = max(2, height - 1 - len(foot))
+        if len(lines) > room:
+            lines = [*lines[: room - 1], f"... and {len(lines) - room + 1} more"]
+        shown = [cut(line, width - 1) for line in [*lines, *foot]][: max(2, height - 1)]
         up = f"\x1b[{self._height}F" if self._height else ""  # to the first column: Ctrl-C has written ^C
         up = up if size == self._size else "\x1b[H\x1b[2J"  # whose lines the terminal has broken anew
         self._height, self._size = len(shown), size
@@ -8554,7 +8547,7 @@ class Runner:
                 sql.execute("update runner set beat_at = ?", (int(wall),))
                 sql.execute("update facts set wall_offset = ?", (wall - now,))
                 forget(sql, wall - self.configuration.retention_seconds)
-            notify("WATCHDOG=1", f"STATUS={status_line(self.database)}")
+            notify("WATCHDOG=1", f"STATUS={lake_text(self.database)}")
         self.journal.paint(self.running.values(), self.next_cycle_at)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
@@ -9741,9 +9734,9 @@ def command_status(arguments: Arguments, configuration: Configuration) -> ExitCo
     """Show the state of runner, lake, tasks and sources; exit 4 when no runner works."""
     database, lock = _existing(configuration), RunnerLock(configuration.database)
     if arguments.format == "table":
-        head, body = status_lines(database, configuration, Clock().wall())
+        lines = status_lines(database, configuration, Clock().wall())
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-        print(coloured("\n".join(cut(line, width) for line in head + body)))
+        print(coloured("\n".join(cut(line, width) for line in lines)))
     else:
         _print(arguments, status_sections(database, configuration, Clock().wall()))
     return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING
