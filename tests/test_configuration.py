@@ -739,7 +739,7 @@ def test_limits_may_be_given_by_second_and_by_day(configure):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [('"23:30"', adce.AvailableAfter(time=time(23, 30))), ("{hours: 3}", adce.AvailableAfter(seconds=10800))],
+    [('"23:30"', time(23, 30)), ("{hours: 3}", 10800)],
 )
 def test_both_forms_of_available_after(text, expected, configure):
     assert configure(BASE + f"    available_after: {text}\n").datasets["days"].available_after == expected

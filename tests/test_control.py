@@ -421,7 +421,7 @@ def test_retry_with_ids_reaches_a_live_runner_at_once(failing, folder, start):
     failing.answer("/A", Answer(b"thing A"))
     number = str(task_of(folder, "A"))
     done = do("retry", number, folder=folder)
-    assert (done.returncode, done.stdout) == (0, "1 task will be retried now\n")
+    assert (done.returncode, done.stdout) == (0, "1 task will be retried as soon as possible\n")
     wait_until((folder / "lake/things/A").exists, SOON)
     wait_until(lambda: states(folder) == ["gave_up"] * 2, SOON)
     assert failing.count("/B") == failing.count("/C") == 1
@@ -448,7 +448,7 @@ def test_retry_by_filters_asks_and_obeys(failing, folder):
     assert "1 tasks match; nothing was done" in unsure.stderr
     assert states(folder) == ["gave_up"] * 3
     sure = do("retry", "--error", "http 400", "--yes", folder=folder)
-    assert (sure.returncode, sure.stdout) == (0, "1 task will be retried now\n")
+    assert (sure.returncode, sure.stdout) == (0, "1 task will be retried as soon as possible\n")
     assert sorted(states(folder)) == ["gave_up", "gave_up", "pending"]
     do("pause", "box", "--for", "2h", folder=folder)
     later = do("retry", "--error", "http 500", "--yes", folder=folder)
@@ -508,7 +508,7 @@ def test_skipped_object_is_no_gap_until_it_is_retried(failing, folder, start):
     assert (twice.returncode, f"not open: {number}\n" in twice.stderr) == (1, True)
     failing.answer("/A", Answer(b"thing A"))
     undone = do("retry", str(number), folder=folder)
-    assert (undone.returncode, undone.stdout) == (0, "1 task will be retried now\n")
+    assert (undone.returncode, undone.stdout) == (0, "1 task will be retried as soon as possible\n")
     kept = json.loads(do("task", str(number), "--format", "json", folder=folder).stdout)["task"]
     assert kept["detected_at"] == "2025-10-09T08:53:20Z"  # the same task, with its age
     wait_until((folder / "lake/things/A").exists, SOON)

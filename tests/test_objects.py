@@ -99,7 +99,7 @@ def test_finished_season_has_all_its_days():
 
 
 def test_season_that_has_not_begun_is_not_expected():
-    partitions = adce.Partitions(seasons=("all",), values=(("month", ("may", "june")),))
+    partitions = adce.Partitions(seasons=("all",), values={"month": ("may", "june")})
     before = adce.instant_of(SEASONS[1].start, datetime.time(), "UTC") - 1
     fields = list(adce.expand(dataset(partitions=partitions), before))
     assert [(one["season"], one["end"], one["month"]) for one in fields] == [
@@ -128,7 +128,7 @@ def test_range_of_dates_stops_at_its_end_or_at_its_bound():
 )
 def test_expected_objects_are_every_combination_of_steps_and_values(every, first, last, weekdays, excluded, letters):
     dates = adce.Dates(first=first, last=last, every=every, weekdays=tuple(weekdays), excluded=tuple(excluded))
-    partitions = adce.Partitions(dates=dates, seasons=("all",), values=(("letter", tuple(letters)),))
+    partitions = adce.Partitions(dates=dates, seasons=("all",), values={"letter": tuple(letters)})
     found = [tuple(one.values()) for one in adce.expand(dataset(partitions=partitions, calendar=SEASONS[:2]), NOON)]
     names, now = (
         {"mon": 0, "tue": 1, "wed": 2, "thu": 3, "fri": 4, "sat": 5, "sun": 6},
@@ -178,14 +178,14 @@ def test_text_with_fields_is_rendered(text, rendered):
 
 def test_object_of_an_hour_is_available_after_the_end_of_its_hour():
     hours = adce.Partitions(dates=adce.Dates(first=datetime.date(2024, 1, 1), every="hour"))
-    one = dataset(partitions=hours, available_after=adce.AvailableAfter(seconds=600))
+    one = dataset(partitions=hours, available_after=600)
     expected = adce.expected_object(one, {"date": "2024-01-01T23:00"})
     assert (expected.day, adce.utc_text(expected.available_at)) == ("2024-01-01", "2024-01-02T00:10:00Z")
 
 
 @pytest.mark.parametrize("day", ["0001-01-01", "9999-12-31"])
 def test_day_that_nothing_can_be_added_to_is_refused(day):
-    one = dataset(partitions=adce.Partitions(values=(("date", (day,)),)))
+    one = dataset(partitions=adce.Partitions(values={"date": (day,)}))
     with pytest.raises(ValueError, match="is not between 1000 and 2999"):
         adce.expected_object(one, {"date": day})
 
@@ -197,7 +197,7 @@ def test_any_day_can_be_shifted_by_as_much_as_a_text_may_say(day, shift):
 
 
 def test_key_in_the_folder_that_is_adces_own_is_refused():
-    one = dataset(key=adce.Template("{name}/x"), partitions=adce.Partitions(values=(("name", (".adce",)),)))
+    one = dataset(key=adce.Template("{name}/x"), partitions=adce.Partitions(values={"name": (".adce",)}))
     with pytest.raises(ValueError, match="ADCE's own"):
         adce.expected_object(one, {"name": ".adce"})
 
@@ -295,7 +295,7 @@ def test_path_that_climbs_is_no_id_of_a_url_with_paths():
 
 
 def test_values_are_combined():
-    values = (("team", ("ATL", "BOS")), ("kind", ("a", "b", "c")))
+    values = {"team": ("ATL", "BOS"), "kind": ("a", "b", "c")}
     assert len(list(adce.expand(dataset(partitions=adce.Partitions(values=values)), NOON))) == 6
 
 
@@ -308,8 +308,8 @@ def test_object_of_a_date_belongs_to_its_season():
 @pytest.mark.parametrize(
     ("rule", "instant"),
     [
-        (adce.AvailableAfter(time=datetime.time(23, 30)), "2024-12-16T04:30:00Z"),
-        (adce.AvailableAfter(seconds=3 * HOUR), "2024-12-16T08:00:00Z"),
+        (datetime.time(23, 30), "2024-12-16T04:30:00Z"),
+        (3 * HOUR, "2024-12-16T08:00:00Z"),
     ],
 )
 def test_object_is_available_after_an_instant_of_its_own_zone(rule, instant):

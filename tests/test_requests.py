@@ -602,7 +602,7 @@ def test_proxy_of_the_environment_is_used_when_it_is_trusted(upstream, store, ho
 
 
 def test_permit_that_ran_out_is_not_used(upstream, store):
-    late = adce.Permit(1, send_before=adce.Clock().boot() - 1, deadline=0)
+    late = adce.Permit(1, send_before=adce.Clock().boot() - 1)
     spec = dataclasses.replace(specification(upstream.address), permit=late)
     result = fetch(spec, store)
     assert (result.outcome, result.requests, upstream.count()) == (O.LOST, 0, 0)
@@ -696,7 +696,7 @@ def test_second_request_of_a_connection_is_not_sent_after_its_permit_ran_out(ups
     upstream.answer("/x", Answer(GOOD))
     spec = specification(upstream.address, timeout_seconds=10)
     assert fetch_anew(spec, store).outcome is O.OK
-    late = dataclasses.replace(spec, permit=adce.Permit(1, adce.Clock().boot() - 1, adce.Clock().boot() + 60))
+    late = dataclasses.replace(spec, permit=adce.Permit(1, adce.Clock().boot() - 1))
     result = fetch_anew(late, store)
     assert (result.outcome, result.requests, upstream.count()) == (O.LOST, 0, 1)
 
