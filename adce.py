@@ -1205,7 +1205,8 @@ def _compile(expression: str) -> Any:
 
 
 def search(expression: str, fields: Fields, document: Any) -> Any:
-    """The value of a JMESPath expression that may name fields; None when it cannot be evaluated."""
+    """The value of a JMESPath expression that may name fields; None where a function is given null. Raises ValueError
+    when it cannot be evaluated."""
     import jmespath.exceptions
 
     try:
@@ -1213,13 +1214,21 @@ def search(expression: str, fields: Fields, document: Any) -> Any:
             quote = functools.partial(quote_for_expression, part if place % 2 else "")
             parts[place] = Template(part, FIELD_IN_EXPRESSION).render(fields, quote)
         return _compile("".join(parts)).search(document)
-    except (jmespath.exceptions.JMESPathError, TypeError, ValueError, RecursionError):
-        return None
+    except jmespath.exceptions.JMESPathTypeError as error:
+        if error.current_value is None:
+            return None
+        needed = " or ".join(error.expected_types)
+        raise ValueError(f"{error.function_name}() needs {needed}, has {error.actual_type}: {expression}") from None
+    except (jmespath.exceptions.JMESPathError, TypeError, RecursionError) as error:
+        raise ValueError(f"{error}: {expression}") from None
 
 
 def holds(expression: str, fields: Fields, document: Any) -> bool:
     """Whether an expression is true: neither false, null nor empty. 0 is true, an expression that raises is not."""
-    value = search(expression, fields, document)
+    try:
+        value = search(expression, fields, document)
+    except ValueError:
+        return False
     return value is not None and value is not False and value not in ("", [], {})
 
 
@@ -1475,6 +1484,10 @@ class Season:
     finish: Date = setting("its last day")
     calendar: str = ""  # its name, where there are several
 
+    def over(self) -> int:
+        """The instant at which it is over."""
+        return instant_of(self.finish + datetime.timedelta(days=1), datetime.time(), "UTC")
+
 
 def chosen(seasons: Iterable[Season], names: Sequence[str]) -> list[Season]:
     """Those that are named: by `all`, by their calendar or by their labels."""
@@ -1697,10 +1710,6 @@ class Partitions:
             return (self.id_field,) if self.id_field else ()
         return tuple(re.compile(self.regex).groupindex) if self.regex else names_in_result(self.ids or "x")
 
-    def fields_of_id(self, value: str) -> dict[str, str]:
-        """The fields that an id sets; several are in JSON."""
-        return {self.id_field: value} if self.id_field else json.loads(value)
-
     def own_fields(self) -> tuple[str, ...]:
         """The fields whose values distinguish its objects."""
         own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons) + [*self.id_fields()]
@@ -1811,6 +1820,7 @@ class Dataset:
     copy_of: Text | None = setting("dataset whose stored objects are copied, without a request", None)
     original: Template | None = None  # the key of what is copied
     calendar: tuple[Season, ...] = ()  # of its days
+    dates: Dates = Dates()  # its own, or those of its next parent with dates
     secrets: frozenset[str] = field(default=frozenset(), repr=False)  # variables of its requests, and plain secrets
     pages: Pages | None = setting("pages of an answer, each an object with {page} in its key", None, beside=("url",))
     output: Output = setting("store: it writes; stdout: it prints", "store", beside=("command",), against=("batch",))
@@ -1873,6 +1883,13 @@ class Configuration:
         own = self.datasets[name]
         return [one for one in self.datasets.values() if name in one.partitions.parents or (one is own and own.pages)]
 
+    def source_at(self, url: str, asked: Source) -> Source:
+        """Whose limits a redirect to a url counts in: those of the source that has its host, else of the one asked."""
+        hosts = {one.name: urllib.parse.urlsplit(one.base_url).netloc for one in [*self.sources.values(), asked]}
+        there = urllib.parse.urlsplit(url).netloc
+        named = [name for name in (asked.name, *hosts) if hosts[name].rpartition("@")[2] == there]
+        return self.sources[named[0]] if named else asked
+
     def own_fields_of(self, name: str) -> tuple[str, ...]:
         """The fields whose values distinguish the objects of a dataset."""
         dataset = self.datasets[name]
@@ -1929,9 +1946,6 @@ def secrets_of(source: Source, dataset: Dataset) -> set[str]:
     plain = [*plain_secrets(source.headers).values(), *plain_secrets(dataset.headers).values()]
     words = [word for text in plain for word in re.split(r"[\s;,]+", text) if len(word) > 7]
     return found | {f"={word}" for word in [*words, *pair]}
-
-
-AWS_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 @functools.lru_cache(256)
@@ -2071,7 +2085,7 @@ class Reader:
     def __init__(self) -> None:
         self.problems = set[tuple[int, int, str, str]]()  # line and column from 1, path of the key, what is wrong
         self.places: dict[str, tuple[int, int]] = {}
-        self.templates: dict[str, Template] = {}
+        self.templates = collections.defaultdict[str, dict[str, Template]](dict)  # by source or dataset
         self.text = ""
 
     def complain(self, path: str, text: str) -> None:
@@ -2080,11 +2094,6 @@ class Reader:
         while place not in self.places and place:
             place = place.rpartition(".")[0]
         self.problems.add((*self.places.get(place, (1, 1)), path, text))
-
-    def is_sound(self, path: str, *apart: str) -> bool:
-        """Whether nothing is wrong in a block, apart from some of its keys."""
-        wrong = {where for _, _, where, _ in self.problems if f"{where}.".startswith(f"{path}.")}
-        return wrong <= {f"{path}.{name}" for name in apart}
 
     def parse(self, declared: Any, node: Any, path: str = "") -> Any:
         """The value of a node as it is declared; NEEDED, and a problem, when it is not of its kind."""
@@ -2115,7 +2124,8 @@ class Reader:
             self.complain(path, f"expected {kind.expected}, found {_describe(node)}")
             return NEEDED
         if kind.fields:
-            self.templates[path] = Template(node.value, kind.fields)
+            block, name, rest = path.split(".", 2)
+            self.templates[f"{block}.{name}"][rest] = Template(node.value, kind.fields)
         return value
 
     def _values(self, known: Mapping[str, Any], other: Any, node: Any, path: str) -> dict[str, Any]:
@@ -2171,23 +2181,18 @@ def _describe(node: Any) -> str:
 def _problems(reader: Reader, read: Configuration, configuration: Configuration) -> Problems:
     """Contradictions between blocks."""
     sources: Mapping[str, Any] = configuration.sources
-    for one, other in itertools.combinations(configuration.seasons, 2):  # by their starts
-        is_one_time = one.label == other.label or one.end == other.end or other.start <= one.finish
-        if one.calendar == other.calendar and is_one_time:
-            listed = cast(Any, read.seasons)[other.calendar]
-            place = listed.index(dataclasses.replace(other, calendar=""))
-            path = ".".join(filter(None, ["seasons", other.calendar, str(place)]))
-            yield path, f"season {other.label} repeats or overlaps season {one.label}"
+    for name, listed in cast(Any, read.seasons or {}).items():
+        for (_, one), (place, other) in itertools.combinations(enumerate(listed), 2):
+            is_one_time = one.start <= other.finish and other.start <= one.finish
+            if is_one_time or one.label == other.label or one.end == other.end:
+                path = f"seasons.{name}.{place}".replace("..", ".")
+                yield path, f"season {other.label} repeats or overlaps season {one.label}"
     if "global" in sources:
         yield "sources.global", "a source cannot be named global"
-    texts = dict[str, dict[str, Template]]()  # by dataset
     shapes = dict[str, str]()  # datasets by the shape of their keys
-    for path, template in reader.templates.items():
-        block, name, *rest = path.split(".")
-        if block == "sources":
-            yield from ((path, text) for text in _text_problems(template, set()))
-        elif block == "datasets":
-            texts.setdefault(name, {})[".".join(rest)] = template
+    for path in (f"sources.{name}" for name in sources):
+        for key, template in reader.templates[path].items():
+            yield from ((f"{path}.{key}", text) for text in _text_problems(template, set()))
     for path in ("priority_weighting.source_multipliers", "rate_limiting.source_limits"):
         names: Mapping[str, Any] = functools.reduce(getattr, path.split("."), cast(Any, read))
         for name in names.keys() - sources.keys():  # no harm, unless it is misspelt or stands for others
@@ -2205,7 +2210,7 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
         if broken := [text for line in lines if (text := _broken_reference(reader, line, read.datasets))]:
             yield f"{path}.{'copy_of' if dataset.copy_of else 'partitions.from'}", broken[0]
         elif {name, *(line[-1] for line in lines)} <= configuration.datasets.keys():
-            problems = _object_problems(configuration, configuration.datasets[name], texts.get(name, {}))
+            problems = _object_problems(configuration, configuration.datasets[name], reader.templates[path])
             yield from ((f"{path}.{key}", text) for key, text in problems)
             if (first := shapes.setdefault(dataset.key.shape(), name)) != name:
                 yield f"{path}.key", f'the same keys as dataset "{first}": two datasets cannot share objects'
@@ -2249,31 +2254,26 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
         if (block := name.partition(".")[0]) in fields:
             yield from ((name, text) for text in _text_problems(template, fields.get(name, fields[block]), name))
     dates, calendars = dataset.partitions.dates, {season.calendar for season in configuration.seasons}
+    labels = [*(season.label for season in configuration.seasons), *calendars, *["all"] * len(calendars)]
     for path, names in (("", dataset.partitions.seasons), ("dates.", dates.seasons if dates else ())):
-        labels = [season.label for season in configuration.seasons] + sorted(calendars)
-        wrong = [name for name in names if name != "all" and labels.count(name) != 1]
-        if names and not configuration.seasons:
-            yield f"partitions.{path}seasons", "no seasons are declared"
-        elif "all" in names and len(calendars) > 1:
-            yield f"partitions.{path}seasons", f"there are several calendars: name {' or '.join(sorted(calendars))}"
-        for name in wrong if configuration.seasons else ():
+        for name in (name for name in names if labels.count(name) != 1):
             text = "is in several calendars" if name in labels else f"is not declared{suggest(name, labels)}"
             yield f"partitions.{path}seasons", f'season "{name}" {text}'
     has = {"", *declared, *(["season"] if dataset.calendar and "date" in declared else [])}
     lacking = ((path, one.needs) for path, one in all_settings(Dataset).items() if one.needs not in has)
     yield from ((path, f"has no effect: its objects have no {name}") for path, name in lacking)
-    for name in dataset.excluded.keys() - declared:
-        yield f"except.{name}", f'no field "{name}"{suggest(name, declared)}'
-    if dataset.batch and dataset.batch.group_by not in declared:
-        yield "batch.group_by", f'no field "{dataset.batch.group_by}"{suggest(dataset.batch.group_by, declared)}'
-    elif dataset.batch and dataset.command and own == (dataset.batch.group_by,):
+    places = [(f"except.{name}", name) for name in dataset.excluded]
+    places += [("batch.group_by", dataset.batch.group_by)] if dataset.batch else []
+    yield from ((path, f'no field "{name}"{suggest(name, declared)}') for path, name in places if name not in declared)
+    if dataset.batch and dataset.command and own == (dataset.batch.group_by,):
         yield "batch.group_by", f"has no effect: no two objects share a {dataset.batch.group_by}"
-    if dataset.pages and dataset.pages.last and {"page", OFFSET}.isdisjoint(dataset.page_values()):
-        yield "pages.last", "no request names {page} or {offset}: each page would be the first"
-    elif dataset.pages and dataset.pages.size and not dataset.pages.last and OFFSET not in dataset.page_values():
-        yield "pages.size", 'has no effect without "last" or {offset} in a request'
-    if dataset.pages and (twice := {*PAGE_FIELDS, OFFSET} & {*fields["partitions"], *dataset.partitions.own_fields()}):
-        yield "pages", f"the field {min(twice)} is set twice"
+    if pages := dataset.pages:
+        if pages.last and {"page", OFFSET}.isdisjoint(dataset.page_values()):
+            yield "pages.last", "no request names {page} or {offset}: each page would be the first"
+        if pages.size and not pages.last and OFFSET not in dataset.page_values():
+            yield "pages.size", 'has no effect without "last" or {offset} in a request'
+        if twice := {*PAGE_FIELDS, OFFSET} & {*fields["partitions"], *dataset.partitions.own_fields()}:
+            yield "pages", f"the field {min(twice)} is set twice"
     source = configuration.sources.get(dataset.source)
     if source and dataset.url and not (source.base_url or dataset.url.text.startswith(("http://", "https://"))):
         yield "url", f"{dataset.url.text} is no address: give source {dataset.source} a base_url"
@@ -2296,9 +2296,9 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
 
 
 def _resolve(reader: Reader, read: Configuration) -> Configuration:
-    """With absolute paths, sorted seasons, the scopes of the limits, and for `same_as` the partitions of the other.
-    Without datasets whose partitions are unknown."""
-    datasets = {}
+    """With all that follows from other keys, and without datasets whose partitions are unknown."""
+    datasets, of_partitions = {}, re.compile(r"datasets\.([^.]*)\.partitions\b(?!\.(?:ids|regex)$)")
+    unknown = {found[1] for *_, where, _ in reader.problems if (found := of_partitions.match(where))}
     for name, dataset in read.datasets.items():
         line, partitions = [name], dataset.partitions
         while partitions.same_as and line[-1] not in line[:-1]:
@@ -2306,24 +2306,17 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
             partitions = read.datasets[line[-1]].partitions if line[-1] in read.datasets else Partitions()
         if text := _broken_reference(reader, line, read.datasets):
             reader.complain(f"datasets.{name}.partitions.same_as", text)
-        elif line[-1] in read.datasets and all(
-            reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line
-        ):
-            source = read.sources.get(dataset.source, Source(""))
-            original = read.datasets.get(dataset.copy_of or "")
-            if dataset.copy_of:
-                partitions = Partitions(parents=(dataset.copy_of,))
-            datasets[name] = dataclasses.replace(
-                dataset,
-                partitions=partitions,
-                original=original.key if original else None,
-                secrets=frozenset(secrets_of(source, dataset)),
-            )
+        elif line[-1] in read.datasets and unknown.isdisjoint(line):
+            partitions = Partitions(parents=(dataset.copy_of,)) if dataset.copy_of else partitions
+            datasets[name] = dataclasses.replace(dataset, partitions=partitions)
     calendars: Mapping[str, Sequence[Season]] = cast(Any, read.seasons) or {}
     seasons = [dataclasses.replace(one, calendar=name) for name, listed in calendars.items() for one in listed]
     seasons.sort(key=lambda season: season.start)
     limiting = read.rate_limiting
     scopes = {name: one.scope() for name, one in {**limiting.source_limits, "global": limiting.global_limits}.items()}
+    urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
+    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url.lower()) for url in urls if "://" in url}
+    hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
     configuration = dataclasses.replace(
         read,
         database=read.path.parent / read.database,
@@ -2331,21 +2324,24 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
         interval_seconds=read.interval_hours * HOUR if read.interval_hours else read.interval_seconds,
         rate_limiting=dataclasses.replace(limiting, scopes=scopes) if limiting.enabled else RateLimiting(enabled=False),
         seasons=tuple(seasons),
+        sources={name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()},
         datasets=datasets,
     )
-    urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
-    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url.lower()) for url in urls if "://" in url}
-    hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
-    sources = {name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()}
-    configuration = dataclasses.replace(configuration, sources=sources)
-    parts = [one.partitions for one in datasets.values()]
-    searched = {name for part in parts if part.ids or part.regex for name in part.parents}
+    searched = {name for one in datasets.values() if not one.copy_of for name in one.partitions.parents}
     for name, one in datasets.items():
-        calendar = tuple(chosen(seasons, [*configuration.season_names(name)]))
-        is_parsed = bool(one.freshness.until or one.freshness.live or (one.pages and one.pages.next != LINK))
-        is_parsed = is_parsed or name in searched
-        validate = dataclasses.replace(one.validate, is_parsed=is_parsed)
-        datasets[name] = dataclasses.replace(one, calendar=calendar, validate=validate)
+        lines = itertools.chain.from_iterable(configuration.lines_of(name))
+        above = (datasets[line].partitions.dates for line in lines if line in datasets)
+        rules, is_paged = one.freshness, one.pages is not None and one.pages.next != LINK
+        is_parsed = bool(rules.until or rules.live or is_paged or name in searched)
+        source, original = read.sources.get(one.source, Source("")), read.datasets.get(one.copy_of or "")
+        datasets[name] = dataclasses.replace(
+            one,
+            dates=next(filter(None, above), Dates()),
+            calendar=tuple(chosen(seasons, [*configuration.season_names(name)])),
+            validate=dataclasses.replace(one.validate, is_parsed=is_parsed),
+            original=original.key if original else None,
+            secrets=frozenset(secrets_of(source, one)),
+        )
     return configuration
 
 
@@ -2358,12 +2354,8 @@ def load_configuration(path: Path) -> Configuration:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
-        text = path.read_text(encoding="utf-8-sig")
-        reader.text = text
-        try:
-            node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        except yaml.YAMLError:  # this one says better what is wrong
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        reader.text = text = path.read_text(encoding="utf-8-sig")
+        node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if node is None:
             reader.complain("", "the file is empty")
         elif (read := reader.parse(Configuration, node)) is not NEEDED:
@@ -2372,7 +2364,9 @@ def load_configuration(path: Path) -> Configuration:
                 if where in reader.places:  # else `same_as` has it from another dataset
                     reader.complain(where, what)
     except yaml.YAMLError as error:
-        mark = getattr(error, "context_mark" if "quoted scalar" in str(error) else "problem_mark", None)
+        # what is not closed is better shown where it begins
+        is_open = re.search("while (scanning a quoted scalar|parsing a flow)", str(error))
+        mark = getattr(error, "context_mark" if is_open else "problem_mark", None)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
         reader.problems.add((*_place(mark), "", f"not YAML: {what}"))
     except RecursionError:
@@ -2550,26 +2544,19 @@ def expected_object(dataset: Dataset, fields: Fields) -> ExpectedObject:
     moment = datetime.datetime.fromisoformat(fields["date"])
     if not 1000 <= moment.year < 3000:
         raise ValueError(f"{dataset.name}: the year of {fields['date']} is not between 1000 and 2999")
-    date, rule, timezone = moment.date(), dataset.available_after, timezone_of(dataset)
+    date, rule, available_at = moment.date(), dataset.available_after, None
     season = season or next((one.label for one in dataset.calendar if one.start <= date <= one.finish), None)
-    available_at = None
     if isinstance(rule, datetime.time):
-        available_at = instant_of(date, rule, timezone)
+        available_at = instant_of(date, rule, dataset.dates.timezone)
     elif rule is not None:
-        dates = dataset.partitions.dates
-        end = shifted(moment, STEPS[dates.every if dates else "day"])
-        available_at = instant_of(end.date(), end.time(), timezone) + rule
+        available_at = end_of_step(dataset, fields) + rule
     return ExpectedObject(key, season, date.isoformat(), available_at)
 
 
-def timezone_of(dataset: Dataset) -> str:
-    """Whose days its dates are."""
-    return dataset.partitions.dates.timezone if dataset.partitions.dates else "UTC"
-
-
-def end_of_day(day: datetime.date, timezone: str) -> int:
-    """The instant at which a day is over."""
-    return instant_of(day + datetime.timedelta(days=1), datetime.time(), timezone)
+def end_of_step(dataset: Dataset, fields: Fields) -> int:
+    """The instant at which the day of an object is over, or its hour, week, month, quarter or year."""
+    end = shifted(datetime.datetime.fromisoformat(fields["date"]), STEPS[dataset.dates.every])
+    return instant_of(end.date(), end.time(), dataset.dates.timezone)
 
 
 def expand(dataset: Dataset, now: float, base: Fields | None = None) -> Iterator[dict[str, str]]:
@@ -2617,7 +2604,8 @@ def expand_named(child: Dataset, parent: Dataset, fields: Fields, value: str, no
         yield {**fields}
     else:
         inherited = {name: fields[name] for name in fields.keys() - ({*PAGE_FIELDS, NAMED_BY} if parent.pages else ())}
-        yield from expand(child, now, {**inherited, **child.partitions.fields_of_id(value)})
+        named = {child.partitions.id_field: value} if child.partitions.id_field else json.loads(value)
+        yield from expand(child, now, {**inherited, **named})
 
 
 def expression_of(child: Dataset, parent: str) -> str:
@@ -2904,22 +2892,21 @@ def _refetch_instants(dataset: Dataset, season: Season | None, known: ObjectRow)
     if freshness.refetch_once_after:
         since = known.seen_at or modified
         if known.day:
-            since = end_of_day(datetime.date.fromisoformat(known.day), timezone_of(dataset))
+            since = end_of_step(dataset, known.fields)
         yield from (since + after for after in freshness.refetch_once_after if modified < since + after)
     if season and (freshness.current or freshness.past):
-        over = end_of_day(season.finish, "UTC")
+        over = season.over()
         if modified < over:  # fetched during its season: refetched once more when that is over
             yield min(modified + freshness.current, over) if freshness.current else over
         elif freshness.past:
             yield modified + freshness.past
 
 
-def may_still_appear(season: Season | None, day: str | None, now: float) -> bool:
+def may_still_appear(dataset: Dataset, season: Season | None, known: ObjectRow, now: float) -> bool:
     """Whether a source may have an object later that it does not have now: it is recent, or its age is unknown."""
-    today = day_of(now)
-    if day:
-        return (today - datetime.date.fromisoformat(day)).days <= 7
-    return season is None or today <= season.finish + datetime.timedelta(days=30)
+    if known.day:
+        return now < end_of_step(dataset, known.fields) + 7 * DAY
+    return season is None or day_of(now) <= season.finish + datetime.timedelta(days=30)
 
 
 # ---------------------------------------------------------------- Inspector
@@ -3261,7 +3248,7 @@ class FolderStore:
         for a link, UnusablePathError for a key that leads out of the store, which a foreign database may hold."""
         *folders, name = parts = key.split("/")
         if not {"", ".", ".."}.isdisjoint(parts) or parts[0] == STAGING or "\0" in key:
-            raise UnusablePathError(f"{key!r} cannot be a file of the store")
+            raise UnusablePathError(f"{key!r} cannot be a file of the store: an empty name, . or .. is in it")
         if not self.root.is_dir():
             raise self._gone()
         with contextlib.ExitStack() as opened:
@@ -3387,7 +3374,7 @@ class S3Store:
                 raise StoreError(f"there is no bucket {self.bucket}", "see `store:` in adce.yaml") from error
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
             is_local = action == "write" and 400 <= (status or 0) < 500 and self._takes_others()
-            text = redacted(str(error), AWS_SECRETS)
+            text = redacted(str(error), ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))
             kind = UnusablePathError if is_local else StoreError
             raise kind(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {text}", hint) from error
 
@@ -3701,6 +3688,7 @@ class Result:
     retry_after: float | None = None  # seconds; from the source, or until a refused permit is possible
     redirect: str | None = None  # the url to ask instead,
     cookies: Any = None  # with these
+    headers: Mapping[str, str] | None = None  # of a response that came whole
     validators: str | None = None  # of the stored object, for the next request
     output: str | None = None  # the end of the output of a command
     worker: str | None = None  # of a cluster
@@ -4125,10 +4113,12 @@ class Ledger:
 
     def page(self, page: ObjectRow, number: int) -> ObjectRow | None:
         """The page of this number of the same answer, if it is expected; None for an object that is no page."""
-        dataset = self.configuration.datasets.get(page.dataset)
+        dataset, fields = self.configuration.datasets.get(page.dataset), {**page.fields, "page": str(number)}
         if not dataset or not dataset.pages:
             return None
-        key = dataset.key.render({**page.fields, "page": str(number)}, quote_for_key)
+        if any(match[1] not in fields for match in FIELD_IN_TEXT.finditer(dataset.key.text)):  # declared otherwise then
+            return None
+        key = dataset.key.render(fields, quote_for_key)
         found = self.objects("o.key = ? and d.dataset = ? and o.state != 'dropped'", (key, page.dataset))
         return next(iter(found), None)
 
@@ -4246,7 +4236,7 @@ def expansion_inputs(sql: sqlite3.Connection, dataset: Dataset, now: float) -> s
     parents = "select changed from datasets where dataset in (select value from json_each(?)) order by dataset_id"
     changed = [row[0] for row in sql.execute(parents, (json.dumps(names),))]
     is_by_hour = dataset.partitions.dates and dataset.partitions.dates.last == "now"
-    return f"{changed} {now // HOUR if is_by_hour else day_of(now, timezone_of(dataset))}"
+    return f"{changed} {now // HOUR if is_by_hour else day_of(now, dataset.dates.timezone)}"
 
 
 def ids_of_parents(database: Database, child: Dataset, parent: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
@@ -4492,13 +4482,11 @@ def claim(
     free: int,
     datasets: Container[str] | None = None,
 ) -> tuple[Claim | None, dict[str, Opening]]:
-    """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for.
+    """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for. `busy`
+    counts running executions by dataset; `free` is the number of idle workers.
 
-    One head for each of the `datasets`, or of all, is compared, so the cost does not grow with the queue. `busy` counts
-    running executions by dataset; `free` is the number of idle workers.
-
-    A task during which nearly `max_attempts` runners have crashed may be the cause, or may only have run beside the
-    cause: it waits until nothing else runs, and runs alone."""
+    One head for each of the `datasets`, or of all, is compared, so the cost does not grow with the queue. A task during
+    which nearly `max_attempts` runners have crashed may be the cause, or only have run beside it: it runs alone."""
     now, wall = clock.boot(), clock.wall()
     heads = sql.execute(HEADS, {"boot": now, "wall": wall}).fetchall()
     heads = [head for head in heads if datasets is None or head["dataset"] in datasets]
@@ -4750,9 +4738,10 @@ def _settle(
     """The next state of a task, whose object was `outdated` when it began. It is done only when its object is whole in
     the store and no gap any more."""
     outcome, is_ok = result.outcome, result.outcome is Outcome.OK
-    season = season_of(ledger.configuration.datasets[row.dataset], row.season)
+    dataset = ledger.configuration.datasets[row.dataset]
+    season = season_of(dataset, row.season)
     counted = (outcome.traits.counts and not health.is_source) or (
-        outcome is Outcome.NOT_YET and not may_still_appear(season, row.day, ledger.now)
+        outcome is Outcome.NOT_YET and not may_still_appear(dataset, season, row, ledger.now)
     )
     failures = 0 if is_ok else row.failures + counted
     fruitless = 0 if is_ok else row.fruitless + (outcome is not Outcome.LOST)
@@ -4772,10 +4761,7 @@ def _settle(
         row = ledger.appraised(row, is_fetched=is_ok)
         if row.task and not is_ok:
             times = failures if counted else fruitless - failures
-            # a second later than the probe, which takes another object if there is one
-            pause_seconds = health.pause_seconds + 1 if health.pause_seconds else 0.0
-            delay = max(pause_seconds, retry_delay(ledger.configuration.retry, times, rng))
-            row = _after_failure(ledger.configuration.retry, row, result, ledger.now, delay)
+            row = _after_failure(ledger, row, result, health, retry_delay(ledger.configuration.retry, times, rng))
     ledger.write([row])
     if is_ok and ledger.configuration.children_of(row.dataset) and row.state != ObjectState.DROPPED:
         named = note_mentions(ledger, row, result.inspection) if result.inspection else set()
@@ -4800,7 +4786,9 @@ def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
     """Whether an object is so old that a source without it has none. One that never had any may have a wrong url."""
     dataset, since = ledger.configuration.datasets[row.dataset], row.detected_at or 0
     if row.day:
-        since = end_of_day(datetime.date.fromisoformat(row.day), timezone_of(dataset))
+        since = end_of_step(dataset, row.fields)
+    elif season := season_of(dataset, row.season):
+        since = max(since, season.over())
     if dataset.absent_after is None or ledger.now < since + dataset.absent_after:
         return False
     good = """select 1 from counts join datasets using (dataset_id)
@@ -4808,14 +4796,15 @@ def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
     return ledger.sql.execute(good, (row.dataset,)).fetchone() is not None
 
 
-def _after_failure(policy: Retry, row: ObjectRow, result: Result, now: float, delay: float) -> ObjectRow:
+def _after_failure(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth, delay: float) -> ObjectRow:
     """The row of a task whose attempt brought nothing: one that was lost counts for nothing, and is pending again."""
     seconds = result.retry_after  # until a permit that was refused is possible
     if result.outcome is not Outcome.LOST:
-        if row.failures >= policy.max_attempts:
+        if row.failures >= ledger.configuration.retry.max_attempts:
             return row._replace(task=TaskState.GAVE_UP)
-        seconds = delay
-    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(now + seconds) + 1)
+        # a second later than the probe, which takes another object if there is one
+        seconds = max(delay, health.pause_seconds + 1 if health.pause_seconds else 0)
+    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(ledger.now + seconds) + 1)
 
 
 def _record_attempt(ledger: Ledger, task: ObjectRow, result: Result) -> None:
@@ -5234,7 +5223,7 @@ class Cycle:
         }
         with self.database.transaction() as sql:
             states = dict(sql.execute("select state, sum(objects) from counts group by state").fetchall())
-            row |= {"present": 0, **dict.fromkeys(GAPS, 0), **states}
+            row |= {state: states.get(state, 0) for state in ("present", *GAPS)}
             sql.execute(
                 """
                 update reconciliations
@@ -5588,7 +5577,8 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
 
 
 def _age(cycle: Cycle) -> Iterator[None]:
-    """Note the changes that time alone makes. Once a day, and after a change of adce.yaml, appraise and rank anew."""
+    """Note the changes that time alone makes. Once a day tasks are ranked anew, after a change of adce.yaml everything
+    is appraised as well."""
     has_more = True
     while has_more:
         with cycle.ledger() as ledger:
@@ -5597,17 +5587,17 @@ def _age(cycle: Cycle) -> Iterator[None]:
     for dataset in cycle.configuration.datasets.values():
         if dataset.batch:
             yield from _resize_gaps(cycle, dataset, dataset.batch)
-    today = str(day_of(cycle.clock.wall()))
-    if cycle.database.value("select priorities from facts") != today:
-        yield from cycle.scan(cycle.last_id(), functools.partial(_review, cycle))
+    today, ranked_on = str(day_of(cycle.clock.wall())), cycle.database.value("select priorities from facts")
+    if ranked_on != today:
+        condition = "o.state != 'dropped' and d.active" + (" and o.task is not null" if ranked_on else "")
+        yield from cycle.scan(cycle.last_id(), functools.partial(_review, cycle, condition))
         with cycle.database.transaction() as sql:
             sql.execute("update facts set priorities = ?", (today,))
 
 
-def _review(cycle: Cycle, ledger: Ledger, ids: dict[str, Any]) -> None:
+def _review(cycle: Cycle, condition: str, ledger: Ledger, ids: dict[str, Any]) -> None:
     """Appraise and rank objects by the rules of today."""
-    known = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
-    for row in ledger.objects(known, ids):
+    for row in ledger.objects(f"{condition} and o.object_id > :after and o.object_id <= :last", ids):
         now = row
         if row.etag is not None and row.dataset not in cycle.readers:
             now = row._replace(**{**UNREAD, "read_etag": row.etag})
@@ -5674,13 +5664,14 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
                 except (zlib.error, urllib3.exceptions.HTTPError):
                     if status == 200:  # any other status counts without its body
                         raise
-                if deadline.passed:  # the socket that was shut looks like the end of the body
+                if deadline.passed:
                     raise requests.Timeout
                 if status == 304 and conditions:
                     results = _unchanged(claimed, response, store)
                 else:
                     results = _judge(claimed, response, body, store, deadline)
-                return [dataclasses.replace(results[0], requests=1, cookies=cookies), *results[1:]]
+                first = dataclasses.replace(results[0], requests=1, cookies=cookies, headers=response.headers)
+                return [first, *results[1:]]
         except (
             Error,
             requests.RequestException,
@@ -5720,7 +5711,7 @@ def _failure(error: Exception, deadline: Deadline, headers: Mapping[str, str], s
     if isinstance(error, Error):  # before it was sent, or when the runner stopped after the response
         return Result(Outcome.LOST, str(error), requests=int(status is not None))
     unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
-    unfit += [] if deadline.handle else ["address"]
+    unfit += [] if deadline.is_connected else ["address"]
     if isinstance(error, ValueError) and unfit:  # nothing was sent
         return Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})")
     if deadline.clock.boot() > deadline.begun + seconds + STANDSTILL_SECONDS:
@@ -5764,77 +5755,80 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
 
 
 class Deadline:
-    """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
-    the timeout of a single read."""
+    """The end of the time for a request, whatever the server does."""
 
     def __init__(self, claimed: Claim, clock: Clock) -> None:
         self.claimed, self.clock, self.begun = claimed, clock, clock.boot()
-        self.ends_at, self.passed = time.monotonic() + claimed.source.timeout_seconds, False
-        self.handle: socket.socket | None = None
+        self.ends_at = time.monotonic() + claimed.source.timeout_seconds
+        self.is_connected = False
         self.reuses: tuple[str, int] | None = None  # a connection of an earlier request
 
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() >= self.ends_at
+
+    def limit(self, connected: socket.socket) -> None:
+        """Give the next operation of a socket the time that is left. Raises TimeoutError when there is none."""
+        left = self.ends_at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connected.settimeout(left)
+
     def watch(self, connection: Any, connected: socket.socket) -> None:
-        """By a second handle: TLS and http.client let go of the first while the response is still coming."""
-        self.close()
-        self.handle = socket.socket(fileno=os.dup(connected.fileno()))
-        if self.passed:
-            self.end()
+        """A socket of the request is ready, before TLS. Raises PrivateAddressError for one of a refused redirect."""
+        self.is_connected = True
+        self.limit(connected)
         if self.claimed.hops:
             require_public(self.claimed.source, connection, connected)
 
     def check_permit(self) -> None:
-        """Once more, when the socket is ready."""
+        """Once more, when the connection is ready."""
         if self.claimed.permit and self.clock.boot() > self.claimed.permit.send_before:
             raise Error("the permit expired before the request was sent")
 
-    def end(self) -> None:
-        """The time is over."""
-        self.passed = True
-        if self.handle:
-            with contextlib.suppress(OSError):  # the server has closed it already
-                self.handle.shutdown(socket.SHUT_RDWR)
+
+class TimedReader(io.RawIOBase):
+    """The bytes that a socket receives until a deadline: a server that sends one now and then never trips the timeout
+    of a single read."""
+
+    def __init__(self, received: Any, connected: socket.socket, deadline: Deadline) -> None:
+        self.received, self.connected, self.deadline = received, connected, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.deadline.limit(self.connected)
+        size: int | None = self.received.readinto(buffer)
+        return size
 
     def close(self) -> None:
-        """Let go of the socket."""
-        if self.handle:
-            self.handle.close()
+        self.received.close()
+        super().close()
 
 
 class Sessions:
     """Sessions of requests, each for one request at a time. The next request uses the same connections for a moment:
-    a server may close an idle one at any time, also while a request is being sent. A thread enforces the deadlines,
-    and closes idle sessions."""
+    a server may close an idle one at any time, also while a request is being sent."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: list[tuple[float, Any]] = []  # since then
-        self._deadlines: set[Deadline] = set()
+        self._idle = list[Any]()
         self.closers: dict[tuple[str, int], float] = {}  # servers that close kept connections, and since when
-        self._is_watched = False
 
     @contextlib.contextmanager
     def opened(self, deadline: Deadline) -> Iterator[Any]:
         """A session for a request with a deadline."""
-        with self._lock:
-            session = self._idle.pop()[1] if self._idle else None
-            self._deadlines.add(deadline)
-            if not self._is_watched:
-                self._is_watched = True
-                threading.Thread(target=self._watch, name="adce-deadlines", daemon=True).start()
-        session = session or self._new()
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = self._new()
         session.deadline = deadline
         try:
             yield session
         except BaseException:
             session.close()
             raise
-        else:
-            with self._lock:
-                self._idle.append((time.monotonic(), session))
-        finally:
-            with self._lock:
-                self._deadlines.discard(deadline)
-            deadline.close()
+        self._idle.append(session)
 
     def _new(self) -> Any:
         import requests
@@ -5844,20 +5838,6 @@ class Sessions:
         for adapter in session.adapters.values():  # none of them retries
             _on_pools(adapter, functools.partial(_watch_pool, session))
         return session
-
-    def _watch(self) -> None:
-        while self._is_watched:
-            time.sleep(POLL_SECONDS / 2)
-            with self._lock:
-                now, idle = time.monotonic(), self._idle
-                for deadline in self._deadlines:
-                    if now > deadline.ends_at:
-                        deadline.end()
-                self._idle = [one for one in idle if one[0] > now - KEPT_SECONDS]
-                self._is_watched = bool(self._deadlines or self._idle)
-            for _, session in idle[: len(idle) - len(self._idle)]:
-                with contextlib.suppress(OSError):
-                    session.close()
 
 
 SESSIONS = Sessions()
@@ -5883,13 +5863,17 @@ def _watch_pool(session: Any, pool: Any) -> None:
     if hasattr(kind, "used_at"):
         return
 
-    class Final(kind.response_class):  # type: ignore[name-defined,misc]
+    class Response(kind.response_class):  # type: ignore[name-defined,misc]
+        def __init__(self, connected: Any, *arguments: Any, **options: Any) -> None:
+            super().__init__(connected, *arguments, **options)
+            self.fp: Any = io.BufferedReader(TimedReader(self.fp.detach(), connected, session.deadline))
+
         def _read_status(self) -> tuple[str, int, str]:
             version, status, reason = super()._read_status()
             return version, 100 if 102 <= status < 200 else status, reason  # http.client skips 100 only
 
     class Watched(kind):  # type: ignore[valid-type,misc]
-        response_class, used_at = Final, -math.inf
+        response_class, used_at = Response, -math.inf
 
         def _new_conn(self) -> Any:  # the one place where sockets begin
             with contextlib.ExitStack() as opened:
@@ -5905,7 +5889,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
         def request(self, *arguments: Any, **options: Any) -> Any:
             self.used_at, deadline = time.monotonic(), session.deadline
             if self.sock:  # connected for an earlier request, perhaps
-                deadline.reuses = None if deadline.handle else (self.host, self.port)
+                deadline.reuses = None if deadline.is_connected else (self.host, self.port)
                 deadline.watch(self, self.sock)
                 deadline.check_permit()
             return super().request(*arguments, **options)
@@ -5973,8 +5957,8 @@ def _sent_url(claimed: Claim) -> str:
 
 
 def _next_link(claimed: Claim, response: Any) -> dict[str, str]:
-    secrets, found = claimed.dataset.secrets, response.links.items()
-    return {rel: redacted(link["url"], secrets) for rel, link in found if rel == "next"}
+    found = response.links.get("next")
+    return {"next": redacted(found["url"], claimed.dataset.secrets)} if found else {}
 
 
 def _has_links(claimed: Claim) -> bool:
@@ -6041,7 +6025,6 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
 TAIL_BYTES = 2000  # of the output, kept with the attempt
 TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
 DRAIN_SECONDS = 0.5  # for the rest of the output: a process that has escaped may hold the pipe open
-KILLING_ROUNDS = 100
 SIGNALS = {member.value: member.name for member in signal.Signals}
 FAILURE = "failure"  # the file in which a call reports an exception
 
@@ -6157,9 +6140,8 @@ def run_program(
         cwd=folder,
         start_new_session=True,
     ) as process:
-        outputs: list[tuple[Any, ...]] = [(process.stderr or process.stdout, tail)]
-        if max_bytes is not None:
-            outputs.append((process.stdout, body, max_bytes))
+        outputs = [(process.stdout, tail if max_bytes is None else body, max_bytes)]
+        outputs += [(process.stderr, tail, None)] if process.stderr else []
         readers = [threading.Thread(target=_read_output, args=output, daemon=True) for output in outputs]
         try:
             for reader in readers:
@@ -6200,7 +6182,7 @@ def end_processes(database: str, tasks: str = "") -> int:
     only, in whatever group it is. Returns how many there were."""
     marks = [f" ADCE_DB={os.path.realpath(database)} ", f" ADCE_TASK={tasks}{tasks and ' '}"]
     ended: set[int] = set()
-    for _ in range(KILLING_ROUNDS):  # a process that forks meanwhile leaves a child for the next round
+    for _ in range(100):  # a process that forks meanwhile leaves a child for the next round
         found = {number for number, text in _environments() if all(mark in text for mark in marks)} - {os.getpid()}
         if not found:
             break
@@ -6238,7 +6220,8 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
     dataset, outputs = claimed.dataset, output_folder(Path(claimed.environment["ADCE_DB"]))
-    most, is_printed = dataset.validate.most(), dataset.output == "stdout"
+    is_printed = dataset.output == "stdout"
+    most = dataset.validate.most() if is_printed else None
     try:
         words, environment = _command_line(claimed)
     except ValueError as error:
@@ -6246,10 +6229,9 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
         place = Path(folder) if dataset.batch else Path(folder, "object")
-        environment["ADCE_OUTPUT"] = str(place)
-        limits = dataset.timeout_seconds, most if is_printed else None
+        environment["ADCE_OUTPUT"], beside = str(place), Path(environment["ADCE_CONFIG"]).parent
         try:
-            end = run_program(words, Path(environment["ADCE_CONFIG"]).parent, environment, *limits)
+            end = run_program(words, beside, environment, dataset.timeout_seconds, most)
         except (OSError, ValueError) as error:
             text = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
             return claimed.results(Result(Outcome.ERROR, text))
@@ -6404,9 +6386,8 @@ def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     except Error as error:
         return claimed.results(Result(Outcome.LOST, str(error)))
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
-        may_be_sent = int(bool(claimed.url))
         text = describe(error, names=hidden_names(claimed.dataset))
-        return claimed.results(Result(Outcome.ERROR, text, requests=may_be_sent))
+        return claimed.results(Result(Outcome.ERROR, text, requests=int(bool(claimed.url))))  # it may be sent
 
 
 # ---------------------------------------------------------------- Cluster
@@ -6460,12 +6441,6 @@ def look_at_cluster(
         threads = one.nthreads if one.status.name == "running" else 0
         found[one.address] = Worker(str(one.name), threads, now - one.last_seen)
     return found, register.look(least, late)
-
-
-def remove_register(name: str, dask_scheduler: Any) -> None:
-    """Runs in the scheduler, when a runner stops."""
-    dask_scheduler.handlers.pop(name, None)
-    dask_scheduler.extensions.pop(name, None)
 
 
 @functools.cache
@@ -6524,7 +6499,6 @@ class Sent(NamedTuple):
     address: str  # of its worker,
     worker: str  # and its name
     at: float
-    over_at: float  # then no request of it can be under way
 
 
 class Cluster:
@@ -6574,8 +6548,7 @@ class Cluster:
                 self._submitted += 1
                 attempt = self._register, self._submitted, claimed
                 execution = pinned.submit(run_on_worker, *attempt, self.store)
-                over_at = now + SEND_WITHIN_SECONDS + _seconds(claimed) + RELEASE_WITHIN_SECONDS
-                self._sent[future] = Sent(*attempt, execution, address, self._workers[address].name, now, over_at)
+                self._sent[future] = Sent(*attempt, execution, address, self._workers[address].name, now)
                 self._places[execution] = address
         if execution:
             execution.add_done_callback(functools.partial(self._pass_on, future))
@@ -6602,7 +6575,7 @@ class Cluster:
             if before != (self.problem, self._seen().keys()):
                 self.wake()
         with contextlib.suppress(Exception):
-            self._client.run_on_scheduler(remove_register, self._register, callback_timeout=BEGIN_SECONDS)
+            self._ask_register(self._submitted + 1, [])  # none may begin any more
         self._disconnect()
 
     def _check(self) -> None:
@@ -6610,13 +6583,9 @@ class Cluster:
             self._client = self._client or self._connect()
             self._look()
             self.problem = None if self._seen() else f"no worker of {self.address} answers"
-        except Error as error:
-            self.problem = f"{self.address} {error}"
-        except OSError:  # a timeout, a closed connection, a name without an address
-            self.problem = f"{self.address} does not answer"
-            self._disconnect()
-        except Exception as error:  # noqa: BLE001  # whatever else the engine raises
-            self.problem = f"{self.address} cannot be used: {describe(error)}"
+        except Exception as error:  # noqa: BLE001  # whatever the engine raises
+            is_away = isinstance(error, OSError)  # a timeout, a closed connection, a name without an address
+            self.problem = f"{self.address} {'does not answer' if is_away else f'cannot be used: {describe(error)}'}"
             self._disconnect()
 
     def _connect(self) -> Any:
@@ -6626,8 +6595,6 @@ class Cluster:
 
         loggers = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
         dask.config.set({"logging": dict.fromkeys(loggers, "critical")})  # the runner logs what there is to do
-        if self.address.startswith("tls") and not dask.config.get("distributed.comm.tls.ca-file", None):
-            raise Error("needs certificates: https://distributed.dask.org/en/stable/tls.html")
         from distributed import Client
         from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
         from distributed.utils import LoopRunner, sync
@@ -6668,14 +6635,17 @@ class Cluster:
         with contextlib.suppress(Exception):
             client.close(timeout=0)
 
+    def _ask_register(self, least: int, late: Collection[int]) -> Any:
+        question = self._register, least, late
+        return self._client.run_on_scheduler(look_at_cluster, *question, callback_timeout=BEGIN_SECONDS)
+
     def _look(self) -> None:
         """See which workers are there, and cancel the attempts that have not begun in time."""
         with self._lock:
             now, sent = self.clock.boot(), list(self._sent.items())
             least = min((one.attempt for _, one in sent), default=self._submitted + 1)
         own = [one for _, one in sent if one.register == self._register]  # only that knows whether they have begun
-        question = self._register, least, [one.attempt for one in own if now > one.at + BEGIN_SECONDS]
-        workers, cancelled = self._client.run_on_scheduler(look_at_cluster, *question, callback_timeout=BEGIN_SECONDS)
+        workers, cancelled = self._ask_register(least, [one.attempt for one in own if now > one.at + BEGIN_SECONDS])
         with self._lock:
             self._workers = workers
             gone = [one for one, address in self._places.items() if address not in workers]
@@ -6686,9 +6656,10 @@ class Cluster:
     def _end_lost(self) -> None:
         """End the attempts that the engine or their workers have lost, once that is safe."""
         with self._lock:
-            now, seen = self.clock.boot(), self._seen()
-            over = {future: one for future, one in self._sent.items() if now > one.over_at}
-        lost = [future for future, one in over.items() if one.address not in seen or one.execution.done()]
+            now, seen, sent = self.clock.boot(), self._seen(), list(self._sent.items())
+        gone = [(future, one) for future, one in sent if one.address not in seen or one.execution.done()]
+        most = SEND_WITHIN_SECONDS + RELEASE_WITHIN_SECONDS  # then no request of it can be under way
+        lost = [future for future, one in gone if now > one.at + most + _seconds(one.claimed)]
         self._give_up(lost, "its worker was lost", requests=1)
 
     def _give_up(self, futures: Iterable[Any], error: str, requests: int) -> None:
@@ -8528,7 +8499,7 @@ class Runner:
         openings = dict[str, Opening]()
         limiting, free = self.configuration.rate_limiting, self._free_workers()
         for hop in list(hops):
-            source, now = hop.source, self.clock.boot()
+            source, now = self.configuration.source_at(hop.url, hop.source), self.clock.boot()
             opens = opening(sql, limiting, source.name, now, RUNNER)
             if opens.at > now:
                 openings[source.name] = opens
@@ -8915,12 +8886,9 @@ def quote_for_systemd(word: str) -> str:
 
 # Faults of a database, and how many times each occurs.
 CONSISTENCY = {
-    "gaps without a task": """
-        select count(*) from objects where state in ('missing', 'stale', 'suspect') and task is null
-    """,
-    "open tasks without a gap": """
+    "gaps without a task or open tasks without a gap": """
         select count(*) from objects
-        where task in ('pending', 'retry', 'gave_up') and state not in ('missing', 'stale', 'suspect')
+        where (state in ('missing', 'stale', 'suspect')) != (task is not null) and task is not 'running'
     """,
     "running tasks without an attempt": """
         select count(*) from objects o left join attempts a using (attempt_id)
@@ -9009,15 +8977,14 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
             yield about, "has no limits; see: adce.py explain rate_limiting"
         if source.base_url and "user-agent" not in headers:
             yield about, "has no header User-Agent; say who you are"
-    blocks: dict[str, Mapping[str, Any]] = {"sources": configuration.sources, "datasets": configuration.datasets}
-    for path, block in ((path, one) for path, named in blocks.items() for one in named.values()):
+    blocks: list[Source | Dataset] = [*configuration.sources.values(), *configuration.datasets.values()]
+    for block in blocks:
+        about = f"{type(block).__name__.lower()} {block.name}"
         for name in plain_secrets(block.headers):
-            yield f"{path}.{block.name}", f"{name} is in the file; put it into a variable, and $NAME in its place"
+            yield about, f"{name} is in the file; put it into a variable, and $NAME in its place"
     for dataset in configuration.datasets.values():
         rules, children = dataset.validate, configuration.children_of(dataset.name)
-        is_json = bool(dataset.freshness.until) or any(one.partitions.ids for one in children)
-        is_json = is_json or (dataset.pages is not None and dataset.pages.is_expression())
-        if dataset.url and not (is_json or rules.needs_content() or rules.min_bytes > 1):
+        if dataset.url and not (needs_json(dataset, children) or rules.needs_content() or rules.min_bytes > 1):
             yield f"dataset {dataset.name}", "has no validate: any response counts as its object, even a login page"
     for place in (configuration.path, configuration.path.parent, Path(__file__).resolve(), configuration.database):
         with contextlib.suppress(OSError):
@@ -9095,11 +9062,6 @@ def check_environment(configuration: Configuration) -> str:
     names = sorted(name for name in held if not name.startswith("="))
     if missing := [f"${name}" for name in names if name not in os.environ]:
         raise ConfigurationError(f"not in the environment: {', '.join(missing)}", "set it where the runner starts")
-    for dataset in configuration.datasets.values():
-        for name, text in {**configuration.sources[dataset.source].headers, **dataset.headers}.items():
-            if UNSENDABLE.search(from_environment(text)):
-                problem = f"the header {name} of {dataset.name} holds a character that cannot be sent"
-                raise ConfigurationError(problem, "only letters of ASCII and Latin-1 can be in a header, in one line")
     return ", ".join(f"${name}" for name in names) or "no variable is needed"
 
 
@@ -9166,10 +9128,7 @@ def example_fields(database: Database, configuration: Configuration, dataset: Da
 
 
 def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) -> list[Section]:
-    """The answer to one request of a dataset, sent under its limits, and its meaning. Nothing is stored."""
-    import requests
-    import urllib3
-
+    """The answer to one request of a dataset, sent under its limits, and its meaning. Nothing is kept."""
     if not dataset.url:
         raise Error(f"{dataset.name} has no url", "run its program by itself")
     source = configuration.sources[dataset.source]
@@ -9179,35 +9138,24 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
         raise Error(str(error), f"adce.py try {dataset.name} FIELD=VALUE") from error
     if problem := address_problem(source, dataset, fields):
         raise Error(problem)
-    claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
-    claimed, body = dataclasses.replace(claimed, url=url_of(source, dataset, fields)), bytearray()
-    with permit(source.name) as held:
-        deadline = Deadline(claimed, Clock())
-        try:
-            with responded(deadline, _headers(claimed)) as (answer, _):
-                held.answered(answer.status_code, answer.headers)
-                for block in _decoded(key, answer):
-                    body += block
-                    if len(body) > dataset.validate.most() or deadline.passed:
-                        break
-            if deadline.passed:
-                raise urllib3.exceptions.TimeoutError
-        except zlib.error as error:
-            raise Error(f"{dataset.name}: its encoding is broken: {error}") from error
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            late = Outcome.TIMEOUT, f"timed out after {source.timeout_seconds:g} s"
-            held.failed(*(failed := late if deadline.passed else connection_error(error)))
-            raise Error(f"{source.name} {failed[1]}", "adce.py check --online") from error
-    names = dataset.secrets
-    result = classify(source, answer.status_code, answer.headers, bytes(body[:CLASSIFIED_BYTES]), names)
-    links = {rel: link["url"] for rel, link in answer.links.items()}
-    found = inspect_apart(dataset, fields, io.BytesIO(body), configuration.children_of(dataset.name), links)
-    is_ok = result.outcome is Outcome.OK
-    facts = {"key": key, "url": claimed.url, "status": answer.status_code, "bytes": len(body)}
-    facts |= {"outcome": Outcome.INVALID if is_ok and not found.valid else result.outcome, "is_final": found.settled}
-    facts |= {"error": redacted((found.verdict if is_ok else result.error) or "", names) or None}
+    task, children = ObjectRow(key=key, fields_json=json.dumps(fields)), configuration.children_of(dataset.name)
+    claimed = Claim(dataset, source, (task,), tuple(children), url=url_of(source, dataset, fields))
+    with tempfile.TemporaryDirectory() as folder, permit(source.name) as held:
+        store = FolderStore(Path(folder))
+        store.sweep()
+        result = request(claimed, store, Clock())[0]
+        if result.http_status:
+            held.answered(result.http_status, result.headers or {})
+        else:
+            held.failed(result.outcome, result.error or "")
+    if result.headers is None:
+        raise Error(f"{dataset.name}: {result.error}", "adce.py check --online")
+    outcome = Outcome.HTTP_ERROR if result.redirect else result.outcome
+    found, size = result.inspection or Inspection(), result.stored.size if result.stored else None
+    facts = {"key": key, "url": claimed.url, "status": result.http_status, "bytes": size, "outcome": outcome}
+    facts |= {"is_final": found.settled, "error": result.error}
     ids = [{"expression": one, "ids": len(ids), "first": next(iter(ids), None)} for one, ids in found.mentions.items()]
-    headers = [{"header": name, "value": redacted(text, names)} for name, text in answer.headers.items()]
+    headers = [{"header": name, "value": redacted(text, dataset.secrets)} for name, text in result.headers.items()]
     return [
         Section("answer", "Answer", [facts], is_one=True),
         Section("ids", "Ids that it names", ids),
