@@ -2483,7 +2483,9 @@ class Appraisal(NamedTuple):
     next_at: int | None = None  # when time alone changes it; of a gap: when the next request is worth it
 
 
-quote_for_url = functools.partial(urllib.parse.quote, safe="")  # a value can add no path and no parameter
+def quote_for_url(value: str) -> str:
+    """A value as a part of a url: it can add no path and no parameter."""
+    return urllib.parse.quote(value, safe="")
 
 
 def sent_fields(dataset: Dataset, fields: Fields) -> Fields:
