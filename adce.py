@@ -2843,7 +2843,11 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
         text = html.unescape(file.read().decode("utf-8", "replace"))
         found: Any = [match.groupdict() or match[1] for match in re.finditer(partitions.regex, text)]
     else:
-        found = search(partitions.ids or "", fields, document)
+        try:
+            found = search(partitions.ids or "", fields, document)
+        except ValueError as error:
+            problems.append(f"{child.name}: {error}")
+            return
     for value in found if isinstance(found, list) else [found]:
         if value in (None, ""):
             continue

@@ -337,6 +337,22 @@ def test_truth_is_that_of_jmespath(value, is_true):
     assert adce.holds("value", {}, {"value": value}) is is_true
 
 
+def test_function_of_null_is_null_and_one_of_another_kind_is_a_mistake():
+    assert adce.search("starts_with(next, 'http')", {}, {"next": None}) is None
+    with pytest.raises(ValueError, match=r"join\(\) needs .*: join\('', \['', results\[-1\].id\]\)"):
+        adce.search("join('', ['', results[-1].id])", {}, {"results": [{"id": 7}]})
+    assert not adce.holds("length(`7`)", {}, {})
+
+
+def test_next_page_and_ids_that_cannot_be_evaluated_are_no_end_and_no_emptiness():
+    pages = adce.Pages(next="join('', [id])")
+    paged = dataset(name="pages", pages=pages, key=adce.Template("{page}"), url=adce.Template("/list?after={next}"))
+    found = adce.inspect(paged, dict(adce.FIRST_PAGE), b'{"id": 7}', [paged])
+    assert found.verdict and found.verdict.startswith("join() needs")
+    found = adce.inspect(dataset(), {}, b'{"id": 7}', [child(ids="join('', [id])")])
+    assert [problem.partition(" needs")[0] for problem in found.problems] == ["games: join()"]
+
+
 @pytest.mark.parametrize(
     ("expression", "is_true"),
     [("!game.over", False), ("!game.begun", True), ("!game.over || !game.begun", True), ("!(game.over)", False)],
@@ -514,10 +530,10 @@ def test_object_without_season_and_day_is_not_refetched_by_the_season():
         (None, None, "LOW"),
     ],
 )
-def test_automatic_priority_follows_the_age_of_the_date_then_of_the_season(day, season, priority, tmp_path):
-    configuration, today = adce.Configuration(tmp_path, tmp_path, "lake"), datetime.date(2025, 1, 15)
-    assert adce.priority_of(dataset(calendar=SEASONS), season, day, today, configuration) == priority
-    assert adce.priority_of(dataset(priority="LOW"), season, day, today, configuration) == "LOW"
+def test_automatic_priority_follows_the_age_of_the_date_then_of_the_season(day, season, priority):
+    row, today = adce.ObjectRow(day=day, season=season), datetime.date(2025, 1, 15)
+    assert adce.priority_of(row, dataset(calendar=SEASONS), today, 7) == priority
+    assert adce.priority_of(row, dataset(priority="LOW"), today, 7) == "LOW"
 
 
 @pytest.mark.parametrize(("day", "can"), [("2025-01-08", True), ("2025-01-07", False), (None, True)])
