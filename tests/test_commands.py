@@ -657,7 +657,7 @@ def test_check_warns_of_what_may_do_harm_and_is_content_all_the_same(tmp_path):
     assert [one for one in warned if one[1] != "runs as root"] == [
         ("source open", "has no limits"),
         ("source open", "has no header User-Agent"),
-        ("sources.open", "X-Api-Key is in the file"),
+        ("source open", "X-Api-Key is in the file"),
         ("dataset any", "has no validate: any response counts as its object, even a login page"),
         ("permissions", f"{tmp_path}/adce.yaml is writable for every account"),
     ]
