@@ -387,8 +387,8 @@ create table facts (
     is_backup    integer not null default 0,
     boot_id      text,               -- of the boot times below
     wall_offset  real    not null default 0, -- wall time minus boot time, for display
-    declaration  text,               -- digest of the datasets, seasons and weights that the next cycle follows
-    priorities   text,               -- the day of the stored states and ranks; '': adce.yaml has changed since
+    declaration  text,               -- digest of the datasets and seasons that the next cycle follows
+    priorities   text,               -- the day and a digest of the weights of the ranks; '': datasets have changed
     ordered      text    not null default '{}', -- JSON: prefixes that the store lists in key order
     looked_up_to text    not null default '',   -- last key of the last share of a cycle; '': none
     looked_at    real,               -- start of the cycle that looked so far
@@ -4214,8 +4214,8 @@ def reading_rules(configuration: Configuration, dataset: Dataset) -> str:
 
 
 def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> None:
-    """Make the stored datasets those of the configuration. The next cycle follows with their objects, states and
-    ranks; until then no task of a known dataset is claimed."""
+    """Make the stored datasets those of the configuration. The next cycle follows with their objects and states; until
+    then no task of a known dataset is claimed."""
     weighting = configuration.priority_weighting
     weight = weighting.success_rate_weight if weighting.enabled else 0.0
     sql.execute("update datasets set active = 0, rate_weight = ?", (weight,))
@@ -4226,7 +4226,7 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
         """,
         [(one.name, one.source, weight) for one in configuration.datasets.values()],
     )
-    declaration = _digest(configuration.datasets, configuration.seasons, weighting)
+    declaration = _digest(configuration.datasets, configuration.seasons)
     changed = "update facts set declaration = ?1, priorities = '' where declaration is not ?1"
     if sql.execute(changed, (declaration,)).rowcount:
         sql.execute("update datasets set expansion = '', ready = not exists (select 1 from objects)")
@@ -5158,6 +5158,7 @@ class Cycle:
         self.readers = {one.name for one in configuration.datasets.values() if _needs_reading(configuration, one)}
         self.started_at, self.started, self.calls_before = clock.wall(), clock.boot(), store.calls
         self.saves_at = self.started + SAVED_EVERY_SECONDS
+        self.ranked_by = f"{day_of(self.started_at)} {_digest(configuration.priority_weighting)}"
         self.enter("expanding")
         with database.transaction() as sql:
             sql.execute("update reconciliations set error = ?, seconds = 0 where seconds is null", (RUNNER_CRASHED,))
@@ -5354,7 +5355,7 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
     """Yields True while it waits for the store."""
     if not cycle.last_id():  # what follows is appraised and ranked as of today
         with cycle.database.transaction() as sql:
-            sql.execute("update facts set priorities = ?", (str(day_of(cycle.clock.wall())),))
+            sql.execute("update facts set priorities = ?", (cycle.ranked_by,))
     _forget_readings(cycle)
     for level in cycle.configuration.levels():
         cycle.has_new_pages = True
@@ -5586,8 +5587,8 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
 
 
 def _age(cycle: Cycle) -> Iterator[None]:
-    """Note the changes that time alone makes. Once a day tasks are ranked anew, after a change of adce.yaml everything
-    is appraised as well."""
+    """Note the changes that time alone makes. Each day, and by other weights, tasks are ranked anew; after a change of
+    datasets everything is appraised as well."""
     has_more = True
     while has_more:
         with cycle.ledger() as ledger:
@@ -5596,12 +5597,12 @@ def _age(cycle: Cycle) -> Iterator[None]:
     for dataset in cycle.configuration.datasets.values():
         if dataset.batch:
             yield from _resize_gaps(cycle, dataset, dataset.batch)
-    today, ranked_on = str(day_of(cycle.clock.wall())), cycle.database.value("select priorities from facts")
-    if ranked_on != today:
-        condition = "o.state != 'dropped' and d.active" + (" and o.task is not null" if ranked_on else "")
+    ranked_by = cycle.database.value("select priorities from facts")
+    if ranked_by != cycle.ranked_by:
+        condition = "o.state != 'dropped' and d.active" + (" and o.task is not null" if ranked_by else "")
         yield from cycle.scan(cycle.last_id(), functools.partial(_review, cycle, condition))
         with cycle.database.transaction() as sql:
-            sql.execute("update facts set priorities = ?", (today,))
+            sql.execute("update facts set priorities = ?", (cycle.ranked_by,))
 
 
 def _review(cycle: Cycle, condition: str, ledger: Ledger, ids: dict[str, Any]) -> None:
