@@ -1142,6 +1142,11 @@ UNSENDABLE = re.compile(r"^\s|[^\t -~\x80-\xff]")  # in the value of a header
 VARIABLE = re.compile(r"\$(?:\{([A-Z_][A-Z0-9_]*)\}|([A-Z_][A-Z0-9_]*))")  # capitals: $id is GraphQL's
 
 
+def fields_in(*texts: str) -> set[str]:
+    """The fields that some texts name."""
+    return {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)}
+
+
 def variables_in(*texts: str) -> set[str]:
     """The variables of the environment that some texts name."""
     return {match[1] or match[2] for text in texts for match in VARIABLE.finditer(text)}
@@ -1845,7 +1850,7 @@ class Dataset:
     def page_values(self) -> set[str]:
         """Which of the fields of a page its requests name. With none of them, the next page is named by its url."""
         texts = [part.text for part in (self.url, self.pages and self.pages.url) if part] + [self.body]
-        named = {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)} & {*PAGE_FIELDS, OFFSET}
+        named = fields_in(*texts) & {*PAGE_FIELDS, OFFSET}
         return set() if self.pages and self.pages.next == LINK else named
 
 
@@ -2478,7 +2483,9 @@ class Appraisal(NamedTuple):
     next_at: int | None = None  # when time alone changes it; of a gap: when the next request is worth it
 
 
-quote_for_url = functools.partial(urllib.parse.quote, safe="")  # a value can add no path and no parameter
+def quote_for_url(value: str) -> str:
+    """A value as a part of a url: it can add no path and no parameter."""
+    return urllib.parse.quote(value, safe="")
 
 
 def sent_fields(dataset: Dataset, fields: Fields) -> Fields:
@@ -8974,9 +8981,24 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
         for name in plain_secrets(block.headers):
             yield about, f"{name} is in the file; put it into a variable, and $NAME in its place"
     for dataset in configuration.datasets.values():
+        about, source = f"dataset {dataset.name}", configuration.sources[dataset.source]
         rules, children = dataset.validate, configuration.children_of(dataset.name)
         if dataset.url and not (needs_json(dataset, children) or rules.needs_content() or rules.min_bytes > 1):
-            yield f"dataset {dataset.name}", "has no validate: any response counts as its object, even a login page"
+            yield about, "has no validate: any response counts as its object, even a login page"
+        for name in _fields_without_effect(dataset):
+            yield about, f"its url does not name {{{name}}}: objects that differ in it have the same content"
+        url = dataset.url.text if dataset.url and source.base_url and source.headers else ""
+        if url.startswith("http") and origin_of(url) != origin_of(source.base_url):
+            yield about, f"its url is not below base_url, but gets the headers of source {source.name}"
+        dates = dataset.partitions.dates
+        is_over = (
+            not dates or isinstance(dates.last, datetime.date) or (dates.last, dates.every) == ("yesterday", "day")
+        )
+        if dates and not (is_over or dataset.available_after or dataset.freshness != Freshness()):
+            yield (
+                about,
+                f"its last {dates.every} is fetched before it is over; see available_after and refetch_once_after",
+            )
     for place in (configuration.path, configuration.path.parent, Path(__file__).resolve(), configuration.database):
         with contextlib.suppress(OSError):
             mode = place.stat().st_mode
@@ -8984,6 +9006,16 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
                 yield "permissions", f"{place} is writable for every account; chmod o-w {place}"
     if os.geteuid() == 0:
         yield "permissions", "runs as root; a dedicated user is enough"
+
+
+def _fields_without_effect(dataset: Dataset) -> list[str]:
+    """The fields that distinguish objects of a dataset, but not their requests."""
+    if not dataset.url:
+        return []
+    parts, named = dataset.partitions, fields_in(dataset.url.text, dataset.body)
+    groups = [["date"] * bool(parts.dates), ["season", "end"] * bool(parts.seasons), [*parts.id_fields()]]
+    groups += [[name] for name, values in parts.values.items() if len(values) > 1]
+    return [group[0] for group in groups if group and named.isdisjoint(group)]
 
 
 def _check_disk(folder: Path) -> str:
