@@ -57,7 +57,7 @@ def test_urgency_follows_the_seasons_of_the_same_league(configure):
         ("teams", "2025", "HIGH"),
     ):
         dataset = configuration.datasets[name]
-        assert adce.priority_of(dataset, season, None, today, configuration) == priority
+        assert adce.priority_of(adce.ObjectRow(season=season), dataset, today, 7) == priority
 
 
 @pytest.mark.parametrize(

@@ -514,10 +514,10 @@ def test_object_without_season_and_day_is_not_refetched_by_the_season():
         (None, None, "LOW"),
     ],
 )
-def test_automatic_priority_follows_the_age_of_the_date_then_of_the_season(day, season, priority, tmp_path):
-    configuration, today = adce.Configuration(tmp_path, tmp_path, "lake"), datetime.date(2025, 1, 15)
-    assert adce.priority_of(dataset(calendar=SEASONS), season, day, today, configuration) == priority
-    assert adce.priority_of(dataset(priority="LOW"), season, day, today, configuration) == "LOW"
+def test_automatic_priority_follows_the_age_of_the_date_then_of_the_season(day, season, priority):
+    row, today = adce.ObjectRow(season=season, day=day), datetime.date(2025, 1, 15)
+    assert adce.priority_of(row, dataset(calendar=SEASONS), today, 7) == priority
+    assert adce.priority_of(row, dataset(priority="LOW"), today, 7) == "LOW"
 
 
 @pytest.mark.parametrize(("day", "can"), [("2025-01-08", True), ("2025-01-07", False), (None, True)])
