@@ -9090,6 +9090,11 @@ def check_environment(configuration: Configuration) -> str:
     names = sorted(name for name in held if not name.startswith("="))
     if missing := [f"${name}" for name in names if name not in os.environ]:
         raise ConfigurationError(f"not in the environment: {', '.join(missing)}", "set it where the runner starts")
+    for dataset in configuration.datasets.values():
+        for name, text in {**configuration.sources[dataset.source].headers, **dataset.headers}.items():
+            if UNSENDABLE.search(from_environment(text)):
+                problem = f"the header {name} of {dataset.name} holds a character that cannot be sent"
+                raise ConfigurationError(problem, "only letters of ASCII and Latin-1 can be in a header, in one line")
     return ", ".join(f"${name}" for name in names) or "no variable is needed"
 
 
