@@ -7200,9 +7200,7 @@ STATUS = questions("""
 lake!: Lake
     select {SUMS} from coverage
 tasks!: Tasks
-    select {OPEN}, (select strftime('%Y-%m-%dT%H:%M:%SZ', min(next_at), 'unixepoch')
-                    from objects where task = 'retry' and next_at is not null) as next_retry
-    from counts
+    select {OPEN} from counts
 cycle!: Last cycle | no cycle yet
     select * from cycles order by cycle_id desc limit 1
 sources: Sources
@@ -7290,13 +7288,7 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
         text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
         return printable(text, lambda letter: json.dumps(letter)[1:-1])
     if style == "csv":
-        table = io.StringIO()
-        for rows in (part.rows for part in sections if part.rows):
-            writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
-            table.write("\n")
-        return table.getvalue().rstrip("\n")
+        return "\n\n".join(_csv(part.rows) for part in sections if part.rows)
     title = {"html": "<h2>{}</h2>\n", "github": "### {}\n\n", "table": "{}\n"}[style]
     blocks = []
     for part in sections:
@@ -7308,12 +7300,15 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
     return "\n\n".join(blocks)
 
 
-def _csv_cell(value: Any) -> Any:
-    """Text that no spreadsheet takes for a formula and no terminal for an order."""
-    if not isinstance(value, str):
-        return value
-    text = printable(value)
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+def _csv(rows: Rows) -> str:
+    """A table whose texts no spreadsheet takes for a formula and no terminal for an order."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(rows[0])
+    for row in rows:
+        cells = (printable(cell) if isinstance(cell, str) else cell for cell in row.values())
+        writer.writerow(re.sub("^(?=[=+@-])", "'", cell) if isinstance(cell, str) else cell for cell in cells)
+    return table.getvalue().rstrip("\n")
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
@@ -7439,20 +7434,6 @@ def cycle_text(database: Database, now: float, next_cycle_in: float | None = Non
         following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
         return f"{number} done {format_duration(ago)} ago{following}"
     return "none yet"
-
-
-def tasks_document(
-    database: Database, configuration: Configuration, filters: Mapping[str, str | None], most: int
-) -> dict[str, Any]:
-    """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
-    by_source = tasks_by_source(database)
-    return {
-        "total_tasks": sum(by_source.values()),
-        "by_priority": {row["priority"]: row for row in answers(database, REPORT, "queue")[0].rows},
-        "by_source": by_source,
-        "estimated_total_minutes": minutes_left(database, configuration),
-        "tasks": tasks_sections(database, filters, most)[0].rows,
-    }
 
 
 # ---------------------------------------------------------------- Conditions
@@ -7752,7 +7733,7 @@ def verdict(database: Database, configuration: Configuration, now: float, error:
 def tasks_text(database: Database, configuration: Configuration, judged: Section) -> str:
     """The open tasks by state, and how long the pending ones take at least unless all work stands still."""
     (tasks,) = answers(database, STATUS, "tasks")[0].rows
-    counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
+    counts = [f"{count:,} {state}" for state, count in tasks.items() if count]
     stands = any(row["mark"] == "x" and row["about"] in ("runner", "pool") for row in judged.rows)
     if (minutes := minutes_left(database, configuration)) and not stands:
         counts.append(f"at least {format_duration(minutes * MINUTE)} left")
@@ -8141,8 +8122,15 @@ class HealthServer:
         if path in ("/status", "/metrics"):
             return 200, JSON, render(status_sections(self.database, self.configuration, now), "json")
         if path == "/tasks":
-            filters = {name: options.get(name) for name in TASK_FILTERS}
-            return 200, JSON, json.dumps(tasks_document(self.database, self.configuration, filters, 100))
+            by_source = tasks_by_source(self.database)
+            found = {
+                "total_tasks": sum(by_source.values()),
+                "by_priority": {row["priority"]: row for row in answers(self.database, REPORT, "queue")[0].rows},
+                "by_source": by_source,
+                "estimated_total_minutes": minutes_left(self.database, self.configuration),
+                "tasks": tasks_sections(self.database, options, 100)[0].rows,
+            }
+            return 200, JSON, json.dumps(found)
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
             return 200, HTML, page(self.database, self.configuration, now, year, is_file=False)
