@@ -7587,8 +7587,7 @@ def write_problem(database: Database, clock: Clock) -> dict[str, str]:
 def problems(
     database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
 ) -> dict[str, str]:
-    """The problems that make a runner unhealthy which has worked `since` then, by name: being idle is none. The runner
-    may know an `error` of its database."""
+    """The problems, by name, of a runner that has worked `since` then, and may know an `error` of its database."""
     if error:
         return {"database unusable": error}
     found, store = dict[str, str](), open_store(configuration.store)
@@ -7708,8 +7707,7 @@ def lake_text(database: Database) -> str:
 
 
 def verdict(database: Database, configuration: Configuration, now: float, error: str | None = None) -> Section:
-    """The problems, worst first, with the tasks held up and the command that helps; the title is the headline. The
-    runner may know an `error` of its database."""
+    """The problems, worst first, with the tasks held up and the command that helps; the title is the headline."""
     state = runner_state(database, RunnerLock(configuration.database), now)
     found = conditions(database, configuration, now, now - HOUR if state["runner"] == "running" else now, error)
     tasks, note = tasks_by_source(database), state.get("note")  # no gap is without a task
@@ -8078,8 +8076,7 @@ def _http_server(port: int, answer: Callable[[str, dict[str, str]], tuple[int, s
 
 
 class HealthServer:
-    """GET /health, /status, /tasks, /metrics and / for one database, until stopped. Raises Error when the port is
-    taken."""
+    """Answers GET for one database, until stopped. Raises Error when the port is taken."""
 
     def __init__(
         self, configuration: Configuration, database: Database, clock: Clock, error: Callable[[], str | None] = str
@@ -8338,9 +8335,8 @@ FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # other effects of a full dis
 
 
 class Alerter:
-    """Looks for conditions, keeps a row in `alerts` for each, and sends messages until every channel has taken them.
-
-    The rows are kept here too: on a full disk nothing is stored, and yet everything is sent once."""
+    """Looks for conditions, and sends messages until every channel has taken them. The rows of `alerts` are kept here
+    too: on a full disk nothing is stored, and yet everything is sent once."""
 
     def __init__(self, configuration: Configuration, database: Database, journal: Journal, clock: Clock) -> None:
         self.configuration, self.database, self.journal, self.clock = configuration, database, journal, clock
