@@ -104,7 +104,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, NoReturn, Self, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -112,24 +112,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 __version__ = "1.0.0"
-__all__ = [
-    "Claim",
-    "Clock",
-    "Configuration",
-    "Database",
-    "Error",
-    "Limiter",
-    "Runner",
-    "fetch",
-    "limit",
-    "load_configuration",
-    "main",
-    "open_database",
-    "open_store",
-    "permit",
-    "reconcile",
-    "session",
-]
+__all__ = ["RateLimitedError", "limit", "permit", "session"]  # what README.md promises to other programs
 
 # A scraper that imports adce must meet these very classes, also when this file runs as a script.
 sys.modules.setdefault("adce", sys.modules[__name__])
@@ -303,9 +286,8 @@ class Clock:
         return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
     def boot_id(self) -> str:
-        """The name of this boot, because boot times of two boots must not be compared. "unknown" where there is none:
-        then only a boot time smaller than before proves another boot."""
-        # A name made from wall time would change when the clock is set, and all requests so far would be forgotten.
+        """The name of this boot; boot times of two boots must not be compared. "unknown" where there is none: then only
+        a boot time smaller than before proves another boot. Wall time gives no name, because it may be set."""
         with contextlib.suppress(OSError):
             return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return "unknown"
@@ -317,9 +299,8 @@ class Clock:
         has_changed: Callable[[], bool] | None = None,
         every: float = POLL_SECONDS,
     ) -> None:
-        """Sleep for `seconds`, until something is put into `wakeups`, or until `has_changed`; empty `wakeups`.
-
-        `has_changed` is asked `every` so many seconds: another process cannot put anything into `wakeups`."""
+        """Sleep for `seconds`, until something is put into `wakeups`, or until `has_changed`, which is asked `every` so
+        many seconds because other processes cannot wake this one; empty `wakeups`."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
@@ -366,7 +347,7 @@ def http_date(text: str) -> datetime.datetime:
     """The instant of a header such as Date. Raises ValueError, TypeError or OverflowError."""
     from email.utils import parsedate_to_datetime
 
-    instant = parsedate_to_datetime(text)  # without a zone if it is written as asctime() does
+    instant = parsedate_to_datetime(text)  # without a zone in the form of asctime()
     return instant if instant.tzinfo else instant.replace(tzinfo=datetime.UTC)
 
 
@@ -383,13 +364,11 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
     """Nothing that is made in here is garbage: looking for it takes a third of the time."""
-    is_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if is_enabled:
-            gc.enable()
+        gc.enable()
 
 
 # ---------------------------------------------------------------- Schema
@@ -398,7 +377,7 @@ def without_collector() -> Iterator[None]:
 # readers: plain names, UTC times as text, live scores; created anew when their text changes. Headlines: TABLES, VIEWS.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-SCHEMA_VERSION = 16
+SCHEMA_VERSION = 17
 TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
@@ -408,8 +387,8 @@ create table facts (
     is_backup    integer not null default 0,
     boot_id      text,               -- of the boot times below
     wall_offset  real    not null default 0, -- wall time minus boot time, for display
-    declaration  text,               -- digest of the datasets that all objects were compared with
-    priorities   text,               -- digest of the day and the weights of the stored ranks
+    declaration  text,               -- digest of the datasets, seasons and weights that the next cycle follows
+    priorities   text,               -- the day of the stored states and ranks; '': adce.yaml has changed since
     ordered      text    not null default '{}', -- JSON: prefixes that the store lists in key order
     looked_up_to text    not null default '',   -- last key of the last share of a cycle; '': none
     looked_at    real,               -- start of the cycle that looked so far
@@ -502,30 +481,26 @@ create table counts (
     season       text    not null,   -- '': none
     state        text    not null,
     task         text    not null,   -- '': none
-    priority     text    not null,   -- '': no task
+    priority     text    not null,   -- '': never a task
     objects      integer not null,
     primary key (dataset_id, season, state, task, priority)
 ) strict, without rowid;
 create trigger objects_counted_in after insert on objects begin
     insert into counts
-    values (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''),
-            iif(new.task is null, '', new.priority), 1)
+    values (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''), ifnull(new.priority, ''), 1)
     on conflict do update set objects = objects + 1;
 end;
 create trigger objects_counted_out after delete on objects begin
     insert into counts
-    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''),
-            iif(old.task is null, '', old.priority), -1)
+    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''), ifnull(old.priority, ''), -1)
     on conflict do update set objects = objects - 1;
 end;
 create trigger objects_recounted after update of dataset_id, season, state, task, priority on objects
 when (old.state, old.task, old.priority, old.season, old.dataset_id)
      is not (new.state, new.task, new.priority, new.season, new.dataset_id) begin
     insert into counts
-    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''),
-            iif(old.task is null, '', old.priority), -1),
-           (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''),
-            iif(new.task is null, '', new.priority), 1)
+    values (old.dataset_id, ifnull(old.season, ''), old.state, ifnull(old.task, ''), ifnull(old.priority, ''), -1),
+           (new.dataset_id, ifnull(new.season, ''), new.state, ifnull(new.task, ''), ifnull(new.priority, ''), 1)
     on conflict do update set objects = objects + excluded.objects;
 end;
 
@@ -614,7 +589,6 @@ create table windows (
     scope          text    not null references scopes,
     window_seconds real    not null,
     max_requests   integer not null,
-    slow_from      integer,          -- requests in the window at which backoff begins; null: never
     primary key (scope, window_seconds)
 ) strict, without rowid;
 
@@ -684,13 +658,11 @@ create view coverage as
     -- Expected and present objects by dataset and season. 100 percent means all of them.
     with summed as (
         select dataset_id, nullif(season, '') as season,
-               sum(iif(state in ('present', 'missing', 'stale', 'suspect'), objects, 0)) as expected,
-               sum(iif(state = 'present', objects, 0)) as present,
-               sum(iif(state = 'missing', objects, 0)) as missing,
-               sum(iif(state = 'stale', objects, 0)) as stale,
-               sum(iif(state = 'suspect', objects, 0)) as suspect,
-               sum(iif(task = 'gave_up', objects, 0)) as gave_up,
-               sum(iif(state = 'skipped', objects, 0)) as skipped, sum(iif(state = 'absent', objects, 0)) as absent
+               sum(objects * (state in ('present', 'missing', 'stale', 'suspect'))) as expected,
+               sum(objects * (state = 'present')) as present, sum(objects * (state = 'missing')) as missing,
+               sum(objects * (state = 'stale')) as stale, sum(objects * (state = 'suspect')) as suspect,
+               sum(objects * (state = 'skipped')) as skipped, sum(objects * (state = 'absent')) as absent,
+               sum(objects * (task = 'gave_up')) as gave_up
         from counts
         group by dataset_id, season
     )
@@ -811,7 +783,6 @@ class Database:
         self.path = path
         self._writer, self._reader = writer, reader
         self._writing, self._reading = threading.Lock(), threading.Lock()  # guard the connections
-        self._durable = True  # setting of the writer
         self._data_version = -1  # last seen by the writer
         self._wait_seconds = float(BUSY_SECONDS)
         self._pid, self._inodes = os.getpid(), dict.fromkeys((path, f"{path}-wal"), 0)  # as first seen
@@ -834,9 +805,7 @@ class Database:
         durable is faster, but a power cut may undo it. Raises DatabaseError, for instance when the disk is full."""
         with self._hold(self._writing):
             try:
-                if durable != self._durable:
-                    self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
-                    self._durable = durable
+                self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
                 self._begin()
                 yield self._writer
                 self._writer.execute("commit")
@@ -845,17 +814,14 @@ class Database:
                     self._writer.execute("rollback")
 
     def _begin(self) -> None:
-        for tries in itertools.count(1):
+        started = time.monotonic()
+        while not self._writer.in_transaction:
             try:
                 self._writer.execute("begin immediate")
             except sqlite3.OperationalError as error:
-                if (
-                    error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY
-                    or tries * BUSY_STEP_SECONDS >= self._wait_seconds
-                ):
+                is_over = time.monotonic() - started > self._wait_seconds
+                if is_over or not error.sqlite_errorname.startswith("SQLITE_BUSY"):
                     raise
-            else:
-                return
 
     def shorten_waits(self) -> None:
         """From now on, do not wait long for other programs."""
@@ -887,7 +853,9 @@ class Database:
     def check_file(self) -> None:
         """Raises NoDatabaseError when the file was moved, replaced or deleted: SQLite would go on writing to it."""
         for path, known in self._inodes.items():
-            found = _inode(path)
+            found = 0
+            with contextlib.suppress(OSError):
+                found = Path(path).stat().st_ino
             if known not in (0, found):
                 raise NoDatabaseError(f"{path} was moved, replaced or deleted while in use", "start again")
             self._inodes[path] = found
@@ -918,13 +886,6 @@ def _translation(context: str) -> Iterator[None]:
         raise (DatabaseUnavailableError if passes else DatabaseError)(f"{context}: {error} ({name})", hint) from error
 
 
-def _inode(path: str) -> int:
-    try:
-        return Path(path).stat().st_ino
-    except OSError:
-        return 0
-
-
 def _connect(path: Path | str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
@@ -943,9 +904,7 @@ def require_own_files(path: Path) -> None:
 
 
 def open_database(path: Path, *, must_exist: bool = False) -> Database:
-    """Open the database; create it when there is none.
-
-    Raises NoDatabaseError when `must_exist` and it does not, DatabaseError when it is not usable."""
+    """Open the database; create it when there is none, or raise NoDatabaseError when it `must_exist`."""
     require_own_files(path)
     is_there = path.exists() and path.stat().st_size
     if must_exist and not is_there:
@@ -956,7 +915,6 @@ def open_database(path: Path, *, must_exist: bool = False) -> Database:
         writer, reader = (opened.enter_context(contextlib.closing(_connect(path))) for _ in range(2))
         _check_schema(writer, path)
         writer.execute("pragma journal_mode = wal")  # of a backup, too
-        _check_definitions(writer, path)
         reader.execute("pragma query_only = on")
         opened.pop_all()
     return Database(str(path), writer, reader)
@@ -984,8 +942,7 @@ def _create(path: Path) -> None:
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """A draft, mode 0600, that gets the name `path` at the end, whole and on the disk. Raises FileExistsError when
-    there is such a file."""
+    """A draft, mode 0600, that gets the name `path` at the end, when it is on the disk. Raises FileExistsError."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         draft.touch(0o600)
@@ -993,6 +950,14 @@ def _new_file(path: Path) -> Iterator[Path]:
         _sync(draft)
         os.link(draft, path)
         _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def open_regular(path: Path | str, folder: int | None = None) -> BinaryIO:
@@ -1005,36 +970,9 @@ def open_regular(path: Path | str, folder: int | None = None) -> BinaryIO:
     raise OSError(errno.EINVAL, "not a regular file")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _create_tables(connection: sqlite3.Connection) -> None:
     numbers = f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION};"
     connection.executescript(f"pragma journal_mode = wal; begin; {numbers} {TABLES} {VIEWS} commit;")
-
-
-def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    """Raises DatabaseError for the file of another program or version. There are no migrations, because a new database
-    finds everything but its history in the store."""
-    if connection.execute("pragma application_id").fetchone()[0] != APPLICATION_ID:
-        raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
-    version = connection.execute("pragma user_version").fetchone()[0]
-    if version != SCHEMA_VERSION:
-        raise DatabaseError(
-            f"{path} has schema {version}, this ADCE needs {SCHEMA_VERSION}",
-            f"move {path} away: the next run rebuilds it from the store, without its history",
-        )
-
-
-def _renew_views(connection: sqlite3.Connection) -> None:
-    drops = "".join(f"drop view if exists {name}; " for name in re.findall(r"create view (\w+)", VIEWS))
-    script = f"begin immediate; {drops}{VIEWS} commit;"
-    connection.executescript(script)
 
 
 def _definitions(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
@@ -1044,28 +982,35 @@ def _definitions(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
     return {(kind, name, " ".join(re.sub("--[^\n]*", "", text).split())) for kind, name, text in rows}
 
 
-def _check_definitions(connection: sqlite3.Connection, path: Path) -> None:
-    """Views are recreated when their text differs. Raises DatabaseError when another program has changed a table, an
-    index or a trigger, or added one that acts at each write. Other additions are ignored."""
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Recreate the views when their text differs. Raises DatabaseError for the file of another program or version, and
+    when another program has changed a table, an index or a trigger, or added one that acts at each write."""
+    if connection.execute("pragma application_id").fetchone()[0] != APPLICATION_ID:
+        raise DatabaseError(f"{path} is a database of another program", "name another file in `database:`")
+    version = connection.execute("pragma user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        message = f"{path} has schema {version}, this ADCE needs {SCHEMA_VERSION}"
+        hint = f"move {path} away: the next run rebuilds it from the store, without its history"
+        raise DatabaseError(message, hint)
     with contextlib.closing(sqlite3.connect(":memory:")) as made:
         made.executescript(TABLES + VIEWS)
         wanted = _definitions(made)
     found, harmless = _definitions(connection), re.compile(r"create (table|view) (?!.*\breferences\b)", re.IGNORECASE)
-    wrong = wanted - found
-    if any(kind == "view" for kind, *_ in wrong):
-        _renew_views(connection)
-    foreign = {one for one in found - wanted if not harmless.match(one[2])}
-    if changed := sorted(foreign | {one for one in wrong if one[0] != "view"}):
+    if any(kind == "view" for kind, *_ in wanted - found):
+        drops = "".join(f"drop view if exists {name}; " for name in re.findall(r"create view (\w+)", VIEWS))
+        renewal = f"begin immediate; {drops}{VIEWS} commit;"
+        connection.executescript(renewal)
+    added = {one for one in found - wanted if not harmless.match(one[2])}
+    if changed := sorted(added | {one for one in wanted - found if one[0] != "view"}):
         kind, name, _ = changed[0]
         raise DatabaseError(f"another program has changed the {kind} {name[:40]} of {path}", DAMAGE_HINT)
 
 
 def quarantine_stale_wal(path: Path) -> None:
-    """Rename a WAL that does not belong to the database file. To be called before this process opens the database,
-    because it closes the file."""
-    # A WAL left by a killed process would be replayed into a restored backup. The header of a backup says that it has
-    # none (https://sqlite.org/fileformat2.html, 1.3.3). Processes check one after the other, the header last: one that
-    # has checked changes the header before it makes a WAL of its own.
+    """Rename a WAL that was left by a killed process: it would be replayed into a restored backup. To be called before
+    this process opens the database, because it closes the file."""
+    # The header of a backup says that it has no WAL (https://sqlite.org/fileformat2.html, 1.3.3). Processes check one
+    # after the other, the header last: one that has checked changes the header before it makes a WAL of its own.
     wal = path.with_name(f"{path.name}-wal")
     with contextlib.suppress(OSError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -1115,8 +1060,8 @@ class RunnerLock:
 
 
 def back_up(path: Path, copy: Path) -> None:
-    """Copy the database at `path`, as of one moment, into a new file, mode 0600: whole, checked and on the disk, or not
-    at all. Raises DatabaseError, also when `copy` exists."""
+    """Copy the database at `path`, as of one moment, into a new file: whole, checked and on the disk, or not at all.
+    Raises DatabaseError, also when `copy` exists."""
     if copy.exists() or copy.is_symlink():
         raise DatabaseError(f"{copy} exists already", "name a new file; nothing was written")
     try:
@@ -1156,8 +1101,8 @@ class Template:
         return self.pattern.sub("{}", self.text)
 
     def render(self, fields: Fields, quote: Callable[[str], str]) -> str:
-        """The text with every field replaced by its quoted value; the slashes of a date's format, and of a path,
-        stay. A part of a url is quoted already, but for what can be in no url."""
+        """The text with every field replaced by its quoted value; the slashes of a date's format and of a path stay. A
+        part of a url is quoted already, but for what can be in no url."""
         words = list(SPLIT(self.pattern, self.text))  # text, field, shift, format, text, field, shift, format, text
         for place in range(1, len(words), 4):
             name, shift, form = words[place : place + 3]
@@ -1203,8 +1148,7 @@ def variables_in(*texts: str) -> set[str]:
 
 
 def from_environment(text: str, known: Container[str] | None = None) -> str:
-    """A text with the values of its variables $NAME and ${NAME}, or of the `known` ones. Raises Error when one is not
-    there."""
+    """A text with the values of its variables, or of the `known` ones. Raises Error when one is not there."""
     names = {name for name in variables_in(text) if known is None or name in known}
     if missing := sorted(names - os.environ.keys()):
         raise Error(f"${missing[0]} is not in the environment")
@@ -1222,8 +1166,7 @@ SECRET_IN_TEXT = re.compile(  # in time that grows with the text: a source may h
 
 
 def masked(text: str) -> str:
-    """A text without what looks like a secret: a password in a url, or the value of a header or parameter of such a
-    name."""
+    """A text without passwords in urls, and without the values of headers and parameters with names of secrets."""
     return SECRET_IN_TEXT.sub(r"\1\2***", text)
 
 
@@ -1252,8 +1195,7 @@ def quote_for_expression(literal: str, value: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _compile(expression: str) -> Any:
-    """A JMESPath expression in which `!a.b` means not a.b. By the grammar it is (!a).b, which is always null
-    because a boolean has no fields, so no useful expression changes its meaning."""
+    """A JMESPath expression in which `!a.b` means not a.b. By the grammar it is (!a).b, which is always null."""
     import jmespath.parser
 
     parser = jmespath.parser.Parser()
@@ -1263,7 +1205,8 @@ def _compile(expression: str) -> Any:
 
 
 def search(expression: str, fields: Fields, document: Any) -> Any:
-    """The value of a JMESPath expression that may name fields; None when it cannot be evaluated."""
+    """The value of a JMESPath expression that may name fields; None where a function is given null. Raises ValueError
+    when it cannot be evaluated."""
     import jmespath.exceptions
 
     try:
@@ -1271,14 +1214,22 @@ def search(expression: str, fields: Fields, document: Any) -> Any:
             quote = functools.partial(quote_for_expression, part if place % 2 else "")
             parts[place] = Template(part, FIELD_IN_EXPRESSION).render(fields, quote)
         return _compile("".join(parts)).search(document)
-    except (jmespath.exceptions.JMESPathError, TypeError, ValueError, RecursionError):
-        return None
+    except jmespath.exceptions.JMESPathTypeError as error:
+        if error.current_value is None:
+            return None
+        needed = " or ".join(error.expected_types)
+        raise ValueError(f"{error.function_name}() needs {needed}, has {error.actual_type}: {expression}") from None
+    except (jmespath.exceptions.JMESPathError, TypeError, RecursionError) as error:
+        raise ValueError(f"{error}: {expression}") from None
 
 
 def holds(expression: str, fields: Fields, document: Any) -> bool:
-    """Whether an expression is true: neither false, null nor empty. One that raises is not."""
-    value = search(expression, fields, document)
-    return value not in (None, False, "", [], {}) or (value == 0 and not isinstance(value, bool))
+    """Whether an expression is true: neither false, null nor empty. 0 is true, an expression that raises is not."""
+    try:
+        value = search(expression, fields, document)
+    except ValueError:
+        return False
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 MOST = 10**12  # of any number: no unit makes it too large for SQLite or a clock
@@ -1304,7 +1255,7 @@ class Kind:
             form = r"[-+]?(0|[1-9]\d{0,14})" + r"(\.\d+)?" * (rule["type"] == "number")  # more digits overflow a float
             is_good = tag in ("int", "float") and re.fullmatch(form, value)
             value = float(value) if "." in value else int(value)
-            if is_good and abs(value) > rule.get("maximum", MOST) == MOST:
+            if is_good and abs(value) > MOST:
                 raise ConfigurationError(f"{node.value} is beyond {MOST:,}")
             is_good = is_good and rule.get("minimum", value) <= value <= rule.get("maximum", value)
             is_good = is_good and value > rule.get("exclusiveMinimum", -math.inf)
@@ -1372,19 +1323,14 @@ def _day(text: str) -> str | datetime.date:
         raise ConfigurationError(f"{text} is not a calendar date") from None
 
 
-class AvailableAfter(NamedTuple):
-    """Not expected before this time of its day, or this long after the end of its day."""
-
-    time: datetime.time | None = None
-    seconds: int = 0
-
-
-def _available(given: str | list[tuple[str, Any]]) -> AvailableAfter:
+def _available(given: str | list[tuple[str, Any]]) -> datetime.time | int:
     if isinstance(given, str):
-        return AvailableAfter(time=datetime.time.fromisoformat(given))
+        return datetime.time.fromisoformat(given)
     ((name, node),) = given
-    hours = Kind("hours", {"type": "number", "minimum": 0}).convert(node)
-    return {"hours": AvailableAfter(seconds=round(hours * HOUR))}[name]
+    if name != "hours":
+        raise ValueError(name)
+    hours: float = Kind("hours", {"type": "number", "minimum": 0}).convert(node)
+    return round(hours * HOUR)
 
 
 def _like(pattern: str) -> Mapping[str, Any]:
@@ -1454,7 +1400,8 @@ Method = Annotated[str, Kind("GET or POST", {"enum": ["GET", "POST"]})]
 Scheduler = Annotated[str, Kind("tcp://HOST:PORT or tls://HOST:PORT", _like(r"(tcp|tls)://[^\s/]+:\d+"))]
 Output = Annotated[str, Kind("store or stdout", {"enum": ["store", "stdout"]})]
 Switch = Annotated[bool, Kind("true or false", {"type": "boolean"}, lambda text: text.lower() in ("true", "yes", "on"))]
-Available = Annotated[AvailableAfter, Kind('"HH:MM" or {hours: N}', {"type": ["string", "object"]}, _available)]
+# a time of its day, or so many seconds after its end
+Available = Annotated[datetime.time | int, Kind('"HH:MM" or {hours: N}', {"type": ["string", "object"]}, _available)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1537,13 +1484,17 @@ class Season:
     finish: Date = setting("its last day")
     calendar: str = ""  # its name, where there are several
 
+    def over(self) -> int:
+        """The instant at which it is over."""
+        return instant_of(self.finish + datetime.timedelta(days=1), datetime.time(), "UTC")
+
 
 def chosen(seasons: Iterable[Season], names: Sequence[str]) -> list[Season]:
     """Those that are named: by `all`, by their calendar or by their labels."""
     return [one for one in seasons if not {"all", one.calendar, one.label}.isdisjoint(names)]
 
 
-SeasonNames = Annotated[tuple[Text, ...], ONE_OR_MORE]
+Names = Annotated[tuple[Text, ...], ONE_OR_MORE]
 
 
 class WindowLimit(NamedTuple):
@@ -1579,7 +1530,7 @@ class Limits:
         spans = {float(span): n for span, n in zip((1, MINUTE, HOUR, DAY), counts, strict=True) if n}
         span = MINUTE if MINUTE in spans else min(spans, default=1)
         delay = {float(self.min_delay_seconds): 1} if self.min_delay_seconds else {}
-        windows = tuple(WindowLimit(n, seconds) for seconds, n in (delay | spans | delay).items())
+        windows = tuple(WindowLimit(n, seconds) for seconds, n in sorted((spans | delay).items()))
         return ScopeLimits(windows, self.burst_size, spans.get(span, 0) / span)
 
 
@@ -1674,9 +1625,7 @@ class Source:
 
     name: str
     base_url: Address = setting("prefix of the `url` of each dataset; $NAME is a variable of the environment", "")
-    headers: Mapping[str, Header] = setting(
-        "request headers, with $NAME; only harmless ones follow a redirect to another host", {}
-    )
+    headers: Mapping[str, Header] = setting("request headers, with $NAME; another host gets harmless ones", {})
     timeout_seconds: Positive = setting("limit for a whole request, body included", 30)
     max_concurrent: Count = setting("maximum workers on this source", 5)
     error_when: Expression | None = setting("condition on a body that makes it an error, whatever the status", None)
@@ -1719,7 +1668,7 @@ def names_in_result(expression: str) -> tuple[str, ...]:
 # Headlines: Partitions, Pages, Dataset, Configuration, problems_in().
 
 STAGING = ".adce"  # the folder of a folder store where objects are written before they are whole
-NamedValues = Annotated[tuple[tuple[str, tuple[str, ...]], ...], Mapping[str, tuple[Text, ...]]]
+NamedValues = Mapping[str, tuple[Text, ...]]
 Problems = Iterator[tuple[str, str]]  # the path of a key, and what is wrong with it
 
 
@@ -1728,7 +1677,7 @@ class Dates:
     """One object a step: those of all seasons, or of a range. `date` is the first day of a step, or its hour."""
 
     ONE_OF: ClassVar = (("", ("seasons", "from")),)
-    seasons: SeasonNames = setting("the days of seasons: all, the name of a calendar, or labels", ())
+    seasons: Names = setting("the days of seasons: all, the name of a calendar, or labels", ())
     first: Date | None = setting("first day of a range", None, name="from")
     last: LastDay = setting("last day; now: up to this hour", "yesterday", name="to")
     every: Step = setting("length of a step", "day")
@@ -1745,19 +1694,11 @@ class Partitions:
     ANY_OF: ClassVar = (*BASES, "same_as")
     ONE_OF: ClassVar = (("from", ("ids", "regex")),)
     dates: Dates | None = setting("one object a step of time", None)
-    seasons: SeasonNames = setting("one object for each that has begun: all, the name of a calendar, or labels", ())
-    values: NamedValues = setting("one object for each combination of field values", ())
-    parents: Annotated[tuple[Text, ...], ONE_OR_MORE] = setting(
-        "one object for each id in the objects of this parent dataset, or of several", (), name="from"
-    )
-    ids: Expression | None = setting(
-        "finds ids in JSON, or objects whose members are fields; {field} is a field of the parent",
-        None,
-        beside=("from",),
-    )
-    regex: Regex | None = setting(
-        "finds ids, or fields by named groups, in any text, without its HTML entities", None, beside=("from",)
-    )
+    seasons: Names = setting("one object for each that has begun: all, the name of a calendar, or labels", ())
+    values: NamedValues = setting("one object for each combination of field values", {})
+    parents: Names = setting("one object for each id in the objects of a parent dataset, or several", (), name="from")
+    ids: Expression | None = setting("ids in JSON, or objects of fields; {field}: the parent's", None, beside=("from",))
+    regex: Regex | None = setting("ids, or fields by named groups, in text; HTML is unescaped", None, beside=("from",))
     id_field: FieldName = setting(
         "field of an id", "", name="as", beside=("from",), instead="{season} is a label, {end} the year of its end"
     )
@@ -1769,14 +1710,10 @@ class Partitions:
             return (self.id_field,) if self.id_field else ()
         return tuple(re.compile(self.regex).groupindex) if self.regex else names_in_result(self.ids or "x")
 
-    def fields_of_id(self, value: str) -> dict[str, str]:
-        """The fields that an id sets; several are in JSON."""
-        return {self.id_field: value} if self.id_field else json.loads(value)
-
     def own_fields(self) -> tuple[str, ...]:
         """The fields whose values distinguish its objects."""
         own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons) + [*self.id_fields()]
-        return (*own, *dict(self.values))
+        return (*own, *self.values)
 
 
 PAGES = "pages"  # in place of an expression
@@ -1792,9 +1729,7 @@ class Pages:
 
     ONE_OF: ClassVar = (("", ("next", "last")),)
     next: NextPage | None = setting(
-        "how a page names the next: link is the header Link; a url, or what {next} is in `url`, or, when {page} or "
-        "{offset} is in `url`, anything but null, false, 0 and empty values",
-        None,
+        "link, the header; else finds a url or {next}; beside {page} or {offset} in `url`, any true value", None
     )
     last: Expression | None = setting("number of the last page, or with `size` of the items", None)
     size: Count | None = setting("items on a page: {offset} are those before it; without it, the pages before it", None)
@@ -1885,28 +1820,19 @@ class Dataset:
     copy_of: Text | None = setting("dataset whose stored objects are copied, without a request", None)
     original: Template | None = None  # the key of what is copied
     calendar: tuple[Season, ...] = ()  # of its days
+    dates: Dates = Dates()  # its own, or those of its next parent with dates
     secrets: frozenset[str] = field(default=frozenset(), repr=False)  # variables of its requests, and plain secrets
-    pages: Pages | None = setting(
-        "the pages of an answer, each an object with {page} in its key", None, beside=("url",)
-    )
-    output: Output = setting(
-        "store: it writes objects; stdout: prints one", "store", beside=("command",), against=("batch",)
-    )
+    pages: Pages | None = setting("pages of an answer, each an object with {page} in its key", None, beside=("url",))
+    output: Output = setting("store: it writes; stdout: it prints", "store", beside=("command",), against=("batch",))
     environment: tuple[Text, ...] = setting("further environment variables of the program", (), beside=PROGRAM)
-    batch: Batch | None = setting(
-        "one command for several objects; {game_ids} lists all values of game_id, with commas",
-        None,
-        beside=("command",),
-    )
+    batch: Batch | None = setting("one command for several; {game_ids} lists each game_id", None, beside=("command",))
     timeout_seconds: Positive = setting("limit for a command or a call", 600, beside=PROGRAM)
     max_concurrent: Count | None = setting("maximum workers on this dataset", None)
     freshness: Freshness = setting("refetch rules", Freshness())
     validate: Validation = setting("rules that a body must pass", Validation())
     available_after: Available | None = setting("not expected before: on its day, or after its end", None, needs="date")
-    absent_after: Interval | None = setting(
-        "age from which a source that has no such object means that none exists", None
-    )
-    excluded: NamedValues = setting("known holes: values of fields whose objects are not expected", (), name="except")
+    absent_after: Interval | None = setting("age from which `not found` means that there is no such object", None)
+    excluded: NamedValues = setting("known holes: values of fields whose objects are not expected", {}, name="except")
     at_least: Count | None = setting(
         "expected objects, of each season that is over or in all; fewer are reported", None
     )
@@ -1930,14 +1856,9 @@ class Configuration:
     path: Path = Path("adce.yaml")
     database: File = setting("SQLite file with all state", Path("adce.db"))
     store: Lake = setting("location of the lake", "lake")
-    interval_seconds: Positive = setting(
-        "from one cycle to the next", 15, name="reconciliation_interval_minutes", unit=MINUTE
-    )
+    interval_seconds: Positive = setting("between cycles", 15, name="reconciliation_interval_minutes", unit=MINUTE)
     interval_hours: Positive | None = setting(
-        "older form of reconciliation_interval_minutes",
-        None,
-        name="reconciliation_interval_hours",
-        against=("reconciliation_interval_minutes",),
+        "older form", None, name="reconciliation_interval_hours", against=("reconciliation_interval_minutes",)
     )
     full_seconds: Positive = setting("time to list the whole store", 24, name="full_reconciliation_hours", unit=HOUR)
     verify_per_cycle: Amount = setting("stored contents that a cycle reads for their validation alone", 1000)
@@ -1959,16 +1880,22 @@ class Configuration:
 
     def children_of(self, name: str) -> list[Dataset]:
         """The datasets whose objects follow from the contents of this one: it is one itself if it has pages."""
-        return [
-            one for one in self.datasets.values() if name in one.partitions.parents or (one.pages and one.name == name)
-        ]
+        own = self.datasets[name]
+        return [one for one in self.datasets.values() if name in one.partitions.parents or (one is own and own.pages)]
+
+    def source_at(self, url: str, asked: Source) -> Source:
+        """Whose limits a redirect to a url counts in: those of the source that has its host, else of the one asked."""
+        hosts = {one.name: urllib.parse.urlsplit(one.base_url).netloc for one in [*self.sources.values(), asked]}
+        there = urllib.parse.urlsplit(url).netloc
+        named = [name for name in (asked.name, *hosts) if hosts[name].rpartition("@")[2] == there]
+        return self.sources[named[0]] if named else asked
 
     def own_fields_of(self, name: str) -> tuple[str, ...]:
         """The fields whose values distinguish the objects of a dataset."""
         dataset = self.datasets[name]
         if dataset.copy_of:
             return self.own_fields_of(dataset.copy_of)
-        return (*dataset.partitions.own_fields(), *(PAGE_FIELDS[:1] if dataset.pages else ()))
+        return (*dataset.partitions.own_fields(), *["page"] * bool(dataset.pages))
 
     def lines_of(self, name: str) -> Iterator[list[str]]:
         """Each line of parents from a dataset up to one without any, or one that is not there or there again."""
@@ -1995,20 +1922,17 @@ class Configuration:
 
     def fields_of(self, name: str) -> set[str]:
         """Every field that templates of this dataset may name: those that each of its parents has, and its own."""
-        dataset = self.datasets[name]
-        inherited, dates = self.fields_above(name), dataset.partitions.dates
-        own = {*dataset.partitions.own_fields(), *(PAGE_FIELDS if dataset.pages else ())}
-        is_seasonal = dataset.partitions.seasons or (dates and dates.seasons)
-        return inherited | own | ({"season", "end"} if is_seasonal else set())
+        dataset, partitions = self.datasets[name], self.datasets[name].partitions
+        is_seasonal = partitions.seasons or (partitions.dates and partitions.dates.seasons)
+        own = [*partitions.own_fields(), *["season", "end"] * bool(is_seasonal), *PAGE_FIELDS * bool(dataset.pages)]
+        return {*own, *self.fields_above(name)}
 
     def fields_above(self, name: str) -> set[str]:
         """The fields that a dataset has from each of its parents."""
-        dataset = self.datasets[name]
-        parents = [self.datasets[one] for one in dataset.partitions.parents]
-        above = [
-            self.fields_of(one.name) - ({*PAGE_FIELDS} if one.pages and not dataset.copy_of else set())
-            for one in parents
-        ]
+        dataset, above = self.datasets[name], list[set[str]]()
+        for parent in dataset.partitions.parents:
+            is_paged = self.datasets[parent].pages and not dataset.copy_of
+            above.append(self.fields_of(parent) - set(PAGE_FIELDS * bool(is_paged)))
         return set.intersection(*above) if above else set()
 
 
@@ -2022,9 +1946,6 @@ def secrets_of(source: Source, dataset: Dataset) -> set[str]:
     plain = [*plain_secrets(source.headers).values(), *plain_secrets(dataset.headers).values()]
     words = [word for text in plain for word in re.split(r"[\s;,]+", text) if len(word) > 7]
     return found | {f"={word}" for word in [*words, *pair]}
-
-
-AWS_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 @functools.lru_cache(256)
@@ -2164,7 +2085,7 @@ class Reader:
     def __init__(self) -> None:
         self.problems = set[tuple[int, int, str, str]]()  # line and column from 1, path of the key, what is wrong
         self.places: dict[str, tuple[int, int]] = {}
-        self.templates: dict[str, Template] = {}
+        self.templates = collections.defaultdict[str, dict[str, Template]](dict)  # by source or dataset
         self.text = ""
 
     def complain(self, path: str, text: str) -> None:
@@ -2173,11 +2094,6 @@ class Reader:
         while place not in self.places and place:
             place = place.rpartition(".")[0]
         self.problems.add((*self.places.get(place, (1, 1)), path, text))
-
-    def is_sound(self, path: str, *apart: str) -> bool:
-        """Whether nothing is wrong in a block, apart from some of its keys."""
-        wrong = {where for _, _, where, _ in self.problems if f"{where}.".startswith(f"{path}.")}
-        return wrong <= {f"{path}.{name}" for name in apart}
 
     def parse(self, declared: Any, node: Any, path: str = "") -> Any:
         """The value of a node as it is declared; NEEDED, and a problem, when it is not of its kind."""
@@ -2208,7 +2124,8 @@ class Reader:
             self.complain(path, f"expected {kind.expected}, found {_describe(node)}")
             return NEEDED
         if kind.fields:
-            self.templates[path] = Template(node.value, kind.fields)
+            block, name, rest = path.split(".", 2)
+            self.templates[f"{block}.{name}"][rest] = Template(node.value, kind.fields)
         return value
 
     def _values(self, known: Mapping[str, Any], other: Any, node: Any, path: str) -> dict[str, Any]:
@@ -2264,23 +2181,18 @@ def _describe(node: Any) -> str:
 def _problems(reader: Reader, read: Configuration, configuration: Configuration) -> Problems:
     """Contradictions between blocks."""
     sources: Mapping[str, Any] = configuration.sources
-    for one, other in itertools.combinations(configuration.seasons, 2):  # by their starts
-        is_one_time = one.label == other.label or one.end == other.end or other.start <= one.finish
-        if one.calendar == other.calendar and is_one_time:
-            listed = cast(Any, read.seasons)[other.calendar]
-            place = listed.index(dataclasses.replace(other, calendar=""))
-            path = ".".join(filter(None, ["seasons", other.calendar, str(place)]))
-            yield path, f"season {other.label} repeats or overlaps season {one.label}"
+    for name, listed in cast(Any, read.seasons or {}).items():
+        for (_, one), (place, other) in itertools.combinations(enumerate(listed), 2):
+            is_one_time = one.start <= other.finish and other.start <= one.finish
+            if is_one_time or one.label == other.label or one.end == other.end:
+                path = f"seasons.{name}.{place}".replace("..", ".")
+                yield path, f"season {other.label} repeats or overlaps season {one.label}"
     if "global" in sources:
         yield "sources.global", "a source cannot be named global"
-    texts = dict[str, dict[str, Template]]()  # by dataset
     shapes = dict[str, str]()  # datasets by the shape of their keys
-    for path, template in reader.templates.items():
-        block, name, *rest = path.split(".")
-        if block == "sources":
-            yield from ((path, text) for text in _text_problems(template, set()))
-        elif block == "datasets":
-            texts.setdefault(name, {})[".".join(rest)] = template
+    for path in (f"sources.{name}" for name in sources):
+        for key, template in reader.templates[path].items():
+            yield from ((f"{path}.{key}", text) for text in _text_problems(template, set()))
     for path in ("priority_weighting.source_multipliers", "rate_limiting.source_limits"):
         names: Mapping[str, Any] = functools.reduce(getattr, path.split("."), cast(Any, read))
         for name in names.keys() - sources.keys():  # no harm, unless it is misspelt or stands for others
@@ -2298,7 +2210,7 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
         if broken := [text for line in lines if (text := _broken_reference(reader, line, read.datasets))]:
             yield f"{path}.{'copy_of' if dataset.copy_of else 'partitions.from'}", broken[0]
         elif {name, *(line[-1] for line in lines)} <= configuration.datasets.keys():
-            problems = _object_problems(configuration, configuration.datasets[name], texts.get(name, {}))
+            problems = _object_problems(configuration, configuration.datasets[name], reader.templates[path])
             yield from ((f"{path}.{key}", text) for key, text in problems)
             if (first := shapes.setdefault(dataset.key.shape(), name)) != name:
                 yield f"{path}.key", f'the same keys as dataset "{first}": two datasets cannot share objects'
@@ -2342,31 +2254,26 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
         if (block := name.partition(".")[0]) in fields:
             yield from ((name, text) for text in _text_problems(template, fields.get(name, fields[block]), name))
     dates, calendars = dataset.partitions.dates, {season.calendar for season in configuration.seasons}
+    labels = [*(season.label for season in configuration.seasons), *calendars, *["all"] * len(calendars)]
     for path, names in (("", dataset.partitions.seasons), ("dates.", dates.seasons if dates else ())):
-        labels = [season.label for season in configuration.seasons] + sorted(calendars)
-        wrong = [name for name in names if name != "all" and labels.count(name) != 1]
-        if names and not configuration.seasons:
-            yield f"partitions.{path}seasons", "no seasons are declared"
-        elif "all" in names and len(calendars) > 1:
-            yield f"partitions.{path}seasons", f"there are several calendars: name {' or '.join(sorted(calendars))}"
-        for name in wrong if configuration.seasons else ():
+        for name in (name for name in names if labels.count(name) != 1):
             text = "is in several calendars" if name in labels else f"is not declared{suggest(name, labels)}"
             yield f"partitions.{path}seasons", f'season "{name}" {text}'
     has = {"", *declared, *(["season"] if dataset.calendar and "date" in declared else [])}
     lacking = ((path, one.needs) for path, one in all_settings(Dataset).items() if one.needs not in has)
     yield from ((path, f"has no effect: its objects have no {name}") for path, name in lacking)
-    for name in dict(dataset.excluded).keys() - declared:
-        yield f"except.{name}", f'no field "{name}"{suggest(name, declared)}'
-    if dataset.batch and dataset.batch.group_by not in declared:
-        yield "batch.group_by", f'no field "{dataset.batch.group_by}"{suggest(dataset.batch.group_by, declared)}'
-    elif dataset.batch and dataset.command and own == (dataset.batch.group_by,):
+    places = [(f"except.{name}", name) for name in dataset.excluded]
+    places += [("batch.group_by", dataset.batch.group_by)] if dataset.batch else []
+    yield from ((path, f'no field "{name}"{suggest(name, declared)}') for path, name in places if name not in declared)
+    if dataset.batch and dataset.command and own == (dataset.batch.group_by,):
         yield "batch.group_by", f"has no effect: no two objects share a {dataset.batch.group_by}"
-    if dataset.pages and dataset.pages.last and {"page", OFFSET}.isdisjoint(dataset.page_values()):
-        yield "pages.last", "no request names {page} or {offset}: each page would be the first"
-    elif dataset.pages and dataset.pages.size and not dataset.pages.last and OFFSET not in dataset.page_values():
-        yield "pages.size", 'has no effect without "last" or {offset} in a request'
-    if dataset.pages and (twice := {*PAGE_FIELDS, OFFSET} & {*fields["partitions"], *dataset.partitions.own_fields()}):
-        yield "pages", f"the field {min(twice)} is set twice"
+    if pages := dataset.pages:
+        if pages.last and {"page", OFFSET}.isdisjoint(dataset.page_values()):
+            yield "pages.last", "no request names {page} or {offset}: each page would be the first"
+        if pages.size and not pages.last and OFFSET not in dataset.page_values():
+            yield "pages.size", 'has no effect without "last" or {offset} in a request'
+        if twice := {*PAGE_FIELDS, OFFSET} & {*fields["partitions"], *dataset.partitions.own_fields()}:
+            yield "pages", f"the field {min(twice)} is set twice"
     source = configuration.sources.get(dataset.source)
     if source and dataset.url and not (source.base_url or dataset.url.text.startswith(("http://", "https://"))):
         yield "url", f"{dataset.url.text} is no address: give source {dataset.source} a base_url"
@@ -2389,9 +2296,9 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
 
 
 def _resolve(reader: Reader, read: Configuration) -> Configuration:
-    """With absolute paths, sorted seasons, the scopes of the limits, and for `same_as` the partitions of the other.
-    Without datasets whose partitions are unknown."""
-    datasets = {}
+    """With all that follows from other keys, and without datasets whose partitions are unknown."""
+    datasets, of_partitions = {}, re.compile(r"datasets\.([^.]*)\.partitions\b(?!\.(?:ids|regex)$)")
+    unknown = {found[1] for *_, where, _ in reader.problems if (found := of_partitions.match(where))}
     for name, dataset in read.datasets.items():
         line, partitions = [name], dataset.partitions
         while partitions.same_as and line[-1] not in line[:-1]:
@@ -2399,26 +2306,17 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
             partitions = read.datasets[line[-1]].partitions if line[-1] in read.datasets else Partitions()
         if text := _broken_reference(reader, line, read.datasets):
             reader.complain(f"datasets.{name}.partitions.same_as", text)
-        elif line[-1] in read.datasets and all(
-            reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line
-        ):
-            partitions = dataclasses.replace(partitions, values=tuple(dict(partitions.values).items()))
-            excluded, source = tuple(dict(dataset.excluded).items()), read.sources.get(dataset.source, Source(""))
-            original = read.datasets.get(dataset.copy_of or "")
-            if dataset.copy_of:
-                partitions = Partitions(parents=(dataset.copy_of,))
-            datasets[name] = dataclasses.replace(
-                dataset,
-                partitions=partitions,
-                excluded=excluded,
-                original=original.key if original else None,
-                secrets=frozenset(secrets_of(source, dataset)),
-            )
+        elif line[-1] in read.datasets and unknown.isdisjoint(line):
+            partitions = Partitions(parents=(dataset.copy_of,)) if dataset.copy_of else partitions
+            datasets[name] = dataclasses.replace(dataset, partitions=partitions)
     calendars: Mapping[str, Sequence[Season]] = cast(Any, read.seasons) or {}
     seasons = [dataclasses.replace(one, calendar=name) for name, listed in calendars.items() for one in listed]
     seasons.sort(key=lambda season: season.start)
     limiting = read.rate_limiting
     scopes = {name: one.scope() for name, one in {**limiting.source_limits, "global": limiting.global_limits}.items()}
+    urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
+    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url.lower()) for url in urls if "://" in url}
+    hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
     configuration = dataclasses.replace(
         read,
         database=read.path.parent / read.database,
@@ -2426,21 +2324,24 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
         interval_seconds=read.interval_hours * HOUR if read.interval_hours else read.interval_seconds,
         rate_limiting=dataclasses.replace(limiting, scopes=scopes) if limiting.enabled else RateLimiting(enabled=False),
         seasons=tuple(seasons),
+        sources={name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()},
         datasets=datasets,
     )
-    urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
-    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url.lower()) for url in urls if "://" in url}
-    hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
-    sources = {name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()}
-    configuration = dataclasses.replace(configuration, sources=sources)
-    parts = [one.partitions for one in datasets.values()]
-    searched = {name for part in parts if part.ids or part.regex for name in part.parents}
+    searched = {name for one in datasets.values() if not one.copy_of for name in one.partitions.parents}
     for name, one in datasets.items():
-        calendar = tuple(chosen(seasons, [*configuration.season_names(name)]))
-        is_parsed = bool(one.freshness.until or one.freshness.live or (one.pages and one.pages.next != LINK))
-        is_parsed = is_parsed or name in searched
-        validate = dataclasses.replace(one.validate, is_parsed=is_parsed)
-        datasets[name] = dataclasses.replace(one, calendar=calendar, validate=validate)
+        lines = itertools.chain.from_iterable(configuration.lines_of(name))
+        above = (datasets[line].partitions.dates for line in lines if line in datasets)
+        rules, is_paged = one.freshness, one.pages is not None and one.pages.next != LINK
+        is_parsed = bool(rules.until or rules.live or is_paged or name in searched)
+        source, original = read.sources.get(one.source, Source("")), read.datasets.get(one.copy_of or "")
+        datasets[name] = dataclasses.replace(
+            one,
+            dates=next(filter(None, above), Dates()),
+            calendar=tuple(chosen(seasons, [*configuration.season_names(name)])),
+            validate=dataclasses.replace(one.validate, is_parsed=is_parsed),
+            original=original.key if original else None,
+            secrets=frozenset(secrets_of(source, one)),
+        )
     return configuration
 
 
@@ -2453,12 +2354,8 @@ def load_configuration(path: Path) -> Configuration:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
-        text = path.read_text(encoding="utf-8-sig")
-        reader.text = text
-        try:
-            node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        except yaml.YAMLError:  # this one says better what is wrong
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        reader.text = text = path.read_text(encoding="utf-8-sig")
+        node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if node is None:
             reader.complain("", "the file is empty")
         elif (read := reader.parse(Configuration, node)) is not NEEDED:
@@ -2467,7 +2364,9 @@ def load_configuration(path: Path) -> Configuration:
                 if where in reader.places:  # else `same_as` has it from another dataset
                     reader.complain(where, what)
     except yaml.YAMLError as error:
-        mark = getattr(error, "context_mark" if "quoted scalar" in str(error) else "problem_mark", None)
+        # what is not closed is better shown where it begins
+        is_open = re.search("while (scanning a quoted scalar|parsing a flow)", str(error))
+        mark = getattr(error, "context_mark" if is_open else "problem_mark", None)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
         reader.problems.add((*_place(mark), "", f"not YAML: {what}"))
     except RecursionError:
@@ -2507,6 +2406,7 @@ MAX_KEY_BYTES = 1000  # S3 takes 1,024
 MAX_URL = 4000  # characters of one that a source has chosen
 BLOCK_BYTES = 64 << 10  # of a body, read at once
 FIELDS_AS_JSON = json.JSONEncoder(sort_keys=True)  # json.dumps would make one for each object
+Links = Mapping[str, str] | None  # of the header Link, by relation; None: not known
 
 
 class ExpectedObject(NamedTuple):
@@ -2564,10 +2464,10 @@ class ObjectRow(NamedTuple):
         """The values of its partition."""
         return cast(Fields, json.loads(self.fields_json))
 
-
-def known_links(validators: str | None) -> Mapping[str, str] | None:
-    """The links of the header Link with which an object came, if they are known."""
-    return cast("Mapping[str, str] | None", json.loads(validators or "{}").get("links"))
+    @property
+    def links(self) -> Links:
+        """Those of the response with which it came."""
+        return cast(Links, json.loads(self.validators or "{}").get("links"))
 
 
 class Appraisal(NamedTuple):
@@ -2578,9 +2478,7 @@ class Appraisal(NamedTuple):
     next_at: int | None = None  # when time alone changes it; of a gap: when the next request is worth it
 
 
-def quote_for_url(value: str) -> str:
-    """A value as a part of a url: it can add no path and no parameter."""
-    return urllib.parse.quote(value, safe="")
+quote_for_url = functools.partial(urllib.parse.quote, safe="")  # a value can add no path and no parameter
 
 
 def sent_fields(dataset: Dataset, fields: Fields) -> Fields:
@@ -2601,9 +2499,8 @@ def url_of(source: Source, dataset: Dataset, fields: Fields) -> str:
 
 
 def origin_of(url: str) -> tuple[str, str]:
-    """Whom a url asks: its scheme, and its host with its port."""
-    parts = urllib.parse.urlsplit(url)
-    return parts.scheme, parts.netloc
+    """The server of a url: its scheme, and its host with its port."""
+    return urllib.parse.urlsplit(url)[:2]
 
 
 def address_problem(source: Source, dataset: Dataset, fields: Fields) -> str | None:
@@ -2623,13 +2520,12 @@ def address_problem(source: Source, dataset: Dataset, fields: Fields) -> str | N
 
 @functools.lru_cache(4096)  # a date is a part of many keys
 def quote_for_key(value: str) -> str:
-    """A value as a part of a key. Different values stay different, and none can name a folder above; all else stays as
-    it is, so that existing objects are found."""
+    """A value as a part of a key. Different values stay different, and none names a folder above; all else is kept."""
     quoted = re.sub(r"[/%\x00-\x1f\x7f]", lambda match: f"%{ord(match[0]):02X}", value)
     return quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
 
 
-def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season]) -> ExpectedObject:
+def expected_object(dataset: Dataset, fields: Fields) -> ExpectedObject:
     """The object of one partition. Raises ValueError when its values make no usable key."""
     for name in dataset.partitions.own_fields():
         if problem := part_problem(dataset, name, fields[name]):
@@ -2640,47 +2536,37 @@ def expected_object(dataset: Dataset, fields: Fields, seasons: Sequence[Season])
         raise ValueError(f"{dataset.name}: the key {key[:60]}... is too long")
     if key.partition("/")[0] == STAGING:
         raise ValueError(f"{dataset.name}: the key {key} is in the folder {STAGING}, which is ADCE's own")
-    season = next((season.label for season in seasons if fields.get("season") == season.label), None)
+    season = next((one.label for one in dataset.calendar if one.label == fields.get("season")), None)
     if "date" not in fields:
         return ExpectedObject(key, season, None, None)
     moment = datetime.datetime.fromisoformat(fields["date"])
     if not 1000 <= moment.year < 3000:
         raise ValueError(f"{dataset.name}: the year of {fields['date']} is not between 1000 and 2999")
-    date, rule, timezone = moment.date(), dataset.available_after, timezone_of(dataset)
-    season = season or next((season.label for season in seasons if season.start <= date <= season.finish), None)
-    available_at = None
-    if rule and rule.time:
-        available_at = instant_of(date, rule.time, timezone)
-    elif rule:
-        dates = dataset.partitions.dates
-        end = shifted(moment, STEPS[dates.every if dates else "day"])
-        available_at = instant_of(end.date(), end.time(), timezone) + rule.seconds
+    date, rule, available_at = moment.date(), dataset.available_after, None
+    season = season or next((one.label for one in dataset.calendar if one.start <= date <= one.finish), None)
+    if isinstance(rule, datetime.time):
+        available_at = instant_of(date, rule, dataset.dates.timezone)
+    elif rule is not None:
+        available_at = end_of_step(dataset, fields) + rule
     return ExpectedObject(key, season, date.isoformat(), available_at)
 
 
-def timezone_of(dataset: Dataset) -> str:
-    """Whose days its dates are."""
-    return dataset.partitions.dates.timezone if dataset.partitions.dates else "UTC"
+def end_of_step(dataset: Dataset, fields: Fields) -> int:
+    """The instant at which the day of an object is over, or its hour, week, month, quarter or year."""
+    end = shifted(datetime.datetime.fromisoformat(fields["date"]), STEPS[dataset.dates.every])
+    return instant_of(end.date(), end.time(), dataset.dates.timezone)
 
 
-def end_of_day(day: datetime.date, timezone: str) -> int:
-    """The instant at which a day is over."""
-    return instant_of(day + datetime.timedelta(days=1), datetime.time(), timezone)
-
-
-def expand(
-    dataset: Dataset, seasons: Sequence[Season], now: float, base: Mapping[str, str] = types.MappingProxyType({})
-) -> Iterator[dict[str, str]]:
-    """The fields of every object of a dataset as of now: all combinations of its kinds of partitions. `base` has the
-    fields of an object of its parent, and the id in it."""
-    partitions, kinds = dataset.partitions, list[Iterable[Mapping[str, str]]]([[base]])
+def expand(dataset: Dataset, now: float, base: Fields | None = None) -> Iterator[dict[str, str]]:
+    """The fields of every object of a dataset as of now: all combinations of its kinds of partitions, and of `base`:
+    the fields of an object of its parent, and an id in it."""
+    partitions, kinds = dataset.partitions, list[Iterable[Fields]]([[base or {}]])
     if partitions.dates:
-        kinds.append(_expand_dates(partitions.dates, seasons, now))
+        kinds.append(_expand_dates(partitions.dates, dataset.calendar, now))
     if partitions.seasons:
-        kinds.append(
-            [_season_fields(season) for season in chosen(seasons, partitions.seasons) if season.start <= day_of(now)]
-        )
-    kinds += [[{name: value} for value in values] for name, values in partitions.values]
+        begun = [one for one in chosen(dataset.calendar, partitions.seasons) if one.start <= day_of(now)]
+        kinds.append(map(_season_fields, begun))
+    kinds += [[{name: value} for value in values] for name, values in partitions.values.items()]
     kinds += [[FIRST_PAGE]] if dataset.pages else []
     for combination in itertools.product(*kinds):
         yield {name: value for part in combination for name, value in part.items()}
@@ -2694,11 +2580,8 @@ def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterat
     here = datetime.datetime.fromtimestamp(now, zoneinfo.ZoneInfo(dates.timezone)).replace(tzinfo=None)
     last = here.date() if isinstance(dates.last, str) else dates.last
     last -= datetime.timedelta(days=dates.last == "yesterday")
-    spans: list[tuple[datetime.date, datetime.date, dict[str, str]]] = []
-    if dates.seasons:
-        spans = [(one.start, one.finish, _season_fields(one)) for one in chosen(seasons, dates.seasons)]
-    elif dates.first:
-        spans = [(dates.first, last, {})]
+    spans = [(one.start, one.finish, _season_fields(one)) for one in chosen(seasons, dates.seasons)]
+    spans += [(dates.first, last, {})] if dates.first else []
     for first, finish, fields in spans:
         moment = datetime.datetime.combine(first, datetime.time())
         if months := {"month": 1, "quarter": 3, "year": 12}.get(dates.every):
@@ -2712,15 +2595,15 @@ def _expand_dates(dates: Dates, seasons: Sequence[Season], now: float) -> Iterat
 
 
 def expand_named(child: Dataset, parent: Dataset, fields: Fields, value: str, now: float) -> Iterator[dict[str, str]]:
-    """The fields of every object of a dataset that a value in the content of a parent makes. A page names others, and a
-    copy has all fields of its original."""
+    """The fields of every object that a value in the content of a parent makes. A copy has those of its original."""
     if child.name == parent.name:
         yield {**fields, **json.loads(value)}
     elif child.copy_of:
         yield {**fields}
     else:
         inherited = {name: fields[name] for name in fields.keys() - ({*PAGE_FIELDS, NAMED_BY} if parent.pages else ())}
-        yield from expand(child, child.calendar, now, {**inherited, **child.partitions.fields_of_id(value)})
+        named = {child.partitions.id_field: value} if child.partitions.id_field else json.loads(value)
+        yield from expand(child, now, {**inherited, **named})
 
 
 def expression_of(child: Dataset, parent: str) -> str:
@@ -2733,16 +2616,16 @@ def expression_of(child: Dataset, parent: str) -> str:
 def part_problem(dataset: Dataset, name: str, value: str) -> str | None:
     """Why a value can be no part of a key, or None. No url can hold a dot segment, quoted or not (RFC 3986)."""
     steps = value.split("/") if dataset.url and ":path}" in dataset.url.text else [value]
-    is_step = bool(dataset.url) and not {".", ".."}.isdisjoint(steps)
-    if not value.strip() or not value.isprintable() or is_step:
-        return f"{dataset.name}: {name} {value!r} makes no key"
-    return None
+    is_step = dataset.url and not {".", ".."}.isdisjoint(steps)
+    is_usable = value.strip() and value.isprintable() and not is_step
+    return None if is_usable else f"{dataset.name}: {name} {value!r} makes no key"
 
 
 # ---------------------------------------------------------------- Contents
 # Meaning of the content of an object: whether it is whole, whether it is final, and which other objects it names; and
 # from all facts about an object, its state. Headlines: inspect(), appraise().
 
+GZIP_MAGIC = b"\x1f\x8b"
 COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz", ".parquet")  # keys of files that are stored as sent
 
 
@@ -2768,29 +2651,37 @@ class Inspection:
         return {"verdict": self.verdict, "settled": self.settled, "live": self.live, "read_etag": read_etag}
 
 
+def needs_json(dataset: Dataset, children: Sequence[Dataset]) -> bool:
+    """Whether the content must be JSON, also because an expression is applied to it."""
+    rules, freshness, pages = dataset.validate, dataset.freshness, dataset.pages
+    is_asked = freshness.until or freshness.live or any(child.partitions.ids for child in children)
+    return bool(rules.json or rules.require or is_asked or (pages and pages.is_expression()))
+
+
 def inspect(
-    dataset: Dataset,
-    fields: Fields,
-    body: bytes | BinaryIO,
-    children: Sequence[Dataset] = (),
-    links: Mapping[str, str] | None = None,
+    dataset: Dataset, fields: Fields, body: bytes | BinaryIO, children: Sequence[Dataset] = (), links: Links = None
 ) -> Inspection:
-    """Judge the content of an object: whether it is whole and final, and which ids of `children` it names. `links` are
-    those of the header Link, if that is known. Only JSON and texts in which ids are looked for are held in memory
-    whole."""
-    freshness, file = dataset.freshness, io.BytesIO(body) if isinstance(body, bytes) else body
-    is_asked = bool(freshness.until or freshness.live or any(child.partitions.ids for child in children))
-    is_asked = is_asked or bool(dataset.pages and dataset.pages.is_expression())
+    """Judge the content of an object: whether it is whole and final, and which ids of `children` it names. Only JSON,
+    and texts in which ids are looked for, are in memory whole."""
+    freshness, rules, is_json = dataset.freshness, dataset.validate, needs_json(dataset, children)
+    file = io.BytesIO(body) if isinstance(body, bytes) else body
     file.seek(0)
-    rules = dataset.validate
-    is_read = children or is_asked or rules.json or rules.require or rules.contains or rules.not_contains
+    is_read = is_json or children or rules.contains or rules.not_contains
     key = dataset.key.render(fields, str) if dataset.key.text.endswith("}") else dataset.key.text
     is_plain = (rules.json or rules.require) and not rules.gzip and not key.lower().endswith(COMPRESSED)
-    is_packed = is_read and not is_plain and file.read(2) == b"\x1f\x8b"
+    is_packed = is_read and not is_plain and file.read(2) == GZIP_MAGIC
     content = _gunzipped(file, rules.most()) if is_packed else file
-    document, verdict = _verdict(rules, fields, file, content, is_json=is_asked)
-    if verdict:
-        return Inspection(verdict)
+    if flaw := next(_flaws(rules, fields, file, content), None):
+        return Inspection(flaw)
+    document: Any = None
+    if is_json:
+        try:
+            content.seek(0)
+            document = json.load(content, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            return Inspection(f"not JSON: {str(error)[:100]}")
+    if failed := next((expression for expression in rules.require if not holds(expression, fields, document)), None):
+        return Inspection(f"require is not true: {failed}")
     settled = freshness.until is None or holds(freshness.until, fields, document)
     live = freshness.live is not None and holds(freshness.live.expression, fields, document)
     mentions, problems, outdated = dict[str, tuple[str, ...]](), list[str](), None
@@ -2812,8 +2703,7 @@ def inspect(
 def _pages_named(
     dataset: Dataset, fields: Fields, document: Any, file: BinaryIO, links: Mapping[str, str]
 ) -> Iterator[str]:
-    """The fields, in JSON, of the pages that one of them names: the next, or from the first all others. Raises
-    ValueError for a page that cannot be one of these."""
+    """The fields, in JSON, of the next page, or from the first of all others. Raises ValueError for what is no page."""
     pages, page = cast(Pages, dataset.pages), int(fields["page"])
     if pages.last:
         total = str(search(pages.last, fields, document))
@@ -2825,10 +2715,11 @@ def _pages_named(
         last = min(-(-int(total) // (pages.size or 1)), pages.most + 1) if page == 1 else 0
         yield from (FIELDS_AS_JSON.encode({"page": str(number), "next": total}) for number in range(2, last + 1))
         return
-    value: Any = links.get("next")
-    if pages.next != LINK and pages.is_expression():
+    if pages.next == LINK:
+        value: Any = links.get("next")
+    elif pages.is_expression():
         value = search(cast(str, pages.next), fields, document)
-    elif pages.next != LINK:
+    else:
         file.seek(0)
         found = re.search(cast(str, pages.next), file.read().decode("utf-8", "replace"))
         value = found and html.unescape(found[1])
@@ -2885,78 +2776,51 @@ def checksums(validation: Validation, fields: Fields) -> dict[str, str]:
     return {name: text.strip().lower().removeprefix(f"{name}:") for name, text in wanted.items()}
 
 
-def _damage(validation: Validation, fields: Fields, file: BinaryIO) -> str | None:
-    """Why a body is not whole by its own structure, or by a checksum; None if it is."""
-    try:
-        for _ in unpack(blocks_of(file), "gzip") if validation.gzip else ():
-            pass
-    except zlib.error as error:
-        return f"incomplete gzip: {error}"
-    for name, wanted in checksums(validation, fields).items():
-        file.seek(0)
-        algorithm = functools.partial(hashlib.new, name, usedforsecurity=False)
-        found = hashlib.file_digest(cast(io.BytesIO, file), algorithm).hexdigest()
-        if found != wanted:
-            return f"its {name} is {found}, not {wanted[:64]}"
-    return None
-
-
 def _size_problem(validation: Validation, size: int) -> str | None:
     if size < validation.min_bytes:
         return f"{size} bytes, fewer than {validation.min_bytes}"
     return f"{size} bytes, more than {validation.most()}" if size > validation.most() else None
 
 
-def _verdict(
-    validation: Validation, fields: Fields, file: BinaryIO, content: BinaryIO, *, is_json: bool
-) -> tuple[Any, str | None]:
-    """The parsed JSON, if an expression asks for it, and why the body is not the object, or None. `content` is what a
-    gzip file holds."""
+def _flaws(validation: Validation, fields: Fields, file: BinaryIO, content: BinaryIO) -> Iterator[str]:
+    """Why a body is not the object, whatever its JSON says. `content` is what a gzip file holds."""
     size = file.seek(0, io.SEEK_END)
     if problem := _size_problem(validation, size):
-        return None, problem
+        yield problem
     starts, ends = bytes.fromhex(validation.starts_with_hex), bytes.fromhex(validation.ends_with_hex)
     for place, expected in ((0, starts), (max(0, size - len(ends)), ends)):
         file.seek(place)
         if file.read(len(expected)) != expected:
-            return None, "its first or last bytes are not those of its format"
-    if problem := _damage(validation, fields, file):
-        return None, problem
+            yield "its first or last bytes are not those of its format"
+    try:
+        for _ in unpack(blocks_of(file), "gzip") if validation.gzip else ():
+            pass
+    except zlib.error as error:
+        yield f"incomplete gzip: {error}"
+    for name, checksum in checksums(validation, fields).items():
+        file.seek(0)
+        algorithm = functools.partial(hashlib.new, name, usedforsecurity=False)
+        actual = hashlib.file_digest(cast(io.BytesIO, file), algorithm).hexdigest()
+        if actual != checksum:
+            yield f"its {name} is {actual}, not {checksum[:64]}"
     wanted, unwanted = (
         [Template(part, FIELD_IN_EXPRESSION).render(fields, str) for part in parts]
         for parts in (validation.contains, validation.not_contains)
     )
     found = _texts_in(content, {*wanted, *unwanted})
-    if problem := next((f"does not contain {text!r}" for text in wanted if text not in found), None):
-        return None, problem
-    if problem := next((f"contains {text!r}" for text in unwanted if text in found), None):
-        return None, problem
-    if not (is_json or validation.json or validation.require):
-        return None, None
-    try:
-        document = parse_json(content)
-    except (ValueError, RecursionError) as error:
-        return None, f"not JSON: {str(error)[:100]}"
-    failed = next((expression for expression in validation.require if not holds(expression, fields, document)), None)
-    return document, f"require is not true: {failed}" if failed else None
+    yield from (f"does not contain {text!r}" for text in wanted if text not in found)
+    yield from (f"contains {text!r}" for text in unwanted if text in found)
 
 
-def _texts_in(file: BinaryIO, texts: Iterable[str]) -> set[str]:
+def _texts_in(file: BinaryIO, texts: Collection[str]) -> set[str]:
     """Those of some texts that are in a file, of which a block at a time is read."""
-    missing, found, end = {text: text.encode() for text in texts}, set[str](), b""
+    wanted, found, end = {text: text.encode() for text in texts}, set[str](), b""
     file.seek(0)
-    while missing and (block := file.read(BLOCK_BYTES)):
+    while len(found) < len(wanted) and (block := file.read(BLOCK_BYTES)):
         window = end + block
-        found |= {text for text, wanted in missing.items() if wanted in window}
-        missing = {text: wanted for text, wanted in missing.items() if text not in found}
-        end = window[-max(map(len, missing.values()), default=1) :]
+        found |= {text for text in wanted.keys() - found if wanted[text] in window}
+        end = window[-max(map(len, wanted.values())) :]
     return found
-
-
-def parse_json(file: BinaryIO) -> Any:
-    """The document in a file, of which no second copy is held meanwhile. Raises ValueError or RecursionError."""
-    file.seek(0)
-    return json.loads(file.read(), parse_constant=_refuse_constant)
 
 
 def _refuse_constant(name: str) -> None:
@@ -2964,8 +2828,8 @@ def _refuse_constant(name: str) -> None:
 
 
 def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems: list[str]) -> Iterator[str]:
-    """The values in a parent's body where the ids of a dataset are, several fields of one as JSON; null and empty texts
-    are none. Texts and whole numbers can be ids; any other value is added to the problems."""
+    """The ids of a dataset in a parent's body, several fields of one as JSON. Texts and whole numbers can be ids, null
+    and empty texts are none; any other value is added to the problems."""
     partitions, names = child.partitions, child.partitions.id_fields()
     if partitions.regex:
         file.seek(0)
@@ -2976,9 +2840,8 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
     for value in found if isinstance(found, list) else [found]:
         if value in (None, ""):
             continue
-        parts = (
-            [value] if partitions.id_field else [value.get(name) for name in names] if isinstance(value, dict) else []
-        )
+        members = {names[0]: value} if partitions.id_field else value
+        parts = [members.get(name) for name in names] if isinstance(members, dict) else []
         if not parts or not all(isinstance(part, str | int) and not isinstance(part, bool) for part in parts):
             problems.append(f"{child.name}: {str(value)[:1000]} is not an id")
             continue
@@ -3027,23 +2890,21 @@ def _refetch_instants(dataset: Dataset, season: Season | None, known: ObjectRow)
     if freshness.refetch_once_after:
         since = known.seen_at or modified
         if known.day:
-            since = end_of_day(datetime.date.fromisoformat(known.day), timezone_of(dataset))
+            since = end_of_step(dataset, known.fields)
         yield from (since + after for after in freshness.refetch_once_after if modified < since + after)
     if season and (freshness.current or freshness.past):
-        over = end_of_day(season.finish, "UTC")
+        over = season.over()
         if modified < over:  # fetched during its season: refetched once more when that is over
             yield min(modified + freshness.current, over) if freshness.current else over
         elif freshness.past:
             yield modified + freshness.past
 
 
-def may_still_appear(season: Season | None, day: str | None, now: float) -> bool:
-    """Whether a source may have an object tomorrow that it does not have today: its season goes on, its day is less
-    than a week ago, or its age is unknown."""
-    today = day_of(now)
-    if day:
-        return (today - datetime.date.fromisoformat(day)).days <= 7
-    return season is None or today <= season.finish + datetime.timedelta(days=30)
+def may_still_appear(dataset: Dataset, season: Season | None, known: ObjectRow, now: float) -> bool:
+    """Whether a source may have an object later that it does not have now: it is recent, or its age is unknown."""
+    if known.day:
+        return now < end_of_step(dataset, known.fields) + 7 * DAY
+    return season is None or day_of(now) <= season.finish + datetime.timedelta(days=30)
 
 
 # ---------------------------------------------------------------- Inspector
@@ -3053,14 +2914,13 @@ def may_still_appear(season: Season | None, day: str | None, now: float) -> bool
 APART_BYTES = 256 << 10  # of content, above which JSON is read apart
 APART_SECONDS = 10
 READY_SECONDS = 60  # for the process to take a call
-INSPECTOR = "import sys; sys.path.insert(0, sys.argv[1]); import adce; adce.serve_inspections(adce, int(sys.argv[2]))"
+INSPECTOR = "import sys; sys.path.insert(0, sys.argv[1]); import adce; adce.serve_inspections(int(sys.argv[2]))"
 LEAST_MEMORY = 1 << 30  # that the process may use; more for a dataset that takes larger objects
 MEMORY_FACTOR = 8  # JSON in memory is so many times larger
 COSTLY = "its inspection takes more than "
-TOO_LARGE = COSTLY + "{} MB of memory"
+SHOWN = 300  # characters of a finding
 STOPPING_SECONDS = 2  # for the last result when the runner stops
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
-Answer = TypeVar("Answer")
 
 
 def inherited() -> dict[str, str]:
@@ -3083,53 +2943,46 @@ class Inspector:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def call(self, memory: int, file: BinaryIO | None, function: Callable[..., Answer], *arguments: Any) -> Answer:
+    def call(self, memory: int, function: Callable[..., Any], file: BinaryIO | None = None) -> Any:
         """The result of a function of this module; a file becomes its last argument.
 
         Raises TooCostlyError, StoreError when there can be no process now, or Error when the runner stops."""
         with self._lock:
-            for _ in range(2):  # whatever has ended the process: a call that does so again is the cause
+            for _ in range(2):  # something else may have ended the process: a call that does so again is the cause
                 with contextlib.suppress(EOFError, OSError):
-                    return cast(Answer, self._call(memory, file, function, arguments))
+                    return self._call(memory, function, file)
                 self.end()
-        raise TooCostlyError(TOO_LARGE.format(memory >> 20))
+        raise TooCostlyError(f"{COSTLY}{memory >> 20} MB of memory")
 
-    def _call(self, memory: int, file: BinaryIO | None, function: Any, arguments: Sequence[Any]) -> Any:
+    def _call(self, memory: int, function: Callable[..., Any], file: BinaryIO | None) -> Any:
         from multiprocessing.connection import Connection
 
         if self._process is None or self._process.poll() is not None:
             self._start()
         channel = cast(socket.socket, self._socket)
         with Connection(os.dup(channel.fileno())) as connection:
-            connection.send((memory, function, arguments, file is not None))
+            connection.send((memory, function, file is not None))
             if file:
                 descriptor = file.fileno()  # which may bring it from memory to the disk
-                file.flush()
+                file.seek(0, io.SEEK_END)  # nothing stays in its buffer: the process moves the place of both
                 socket.send_fds(channel, [b"f"], [descriptor])
             # A busy machine starts a process slowly: that is not the content's fault.
-            self._wait(connection, READY_SECONDS, StoreError("the process for its content does not start"))
-            connection.recv()
-            error = TooCostlyError(f"{COSTLY}{APART_SECONDS} s")
-            self._wait(connection, APART_SECONDS, error)
-            is_done, answer = connection.recv()
-        if not is_done:
-            raise TooCostlyError(TOO_LARGE.format(memory >> 20))
-        return answer
+            self._receive(connection, READY_SECONDS, StoreError("the process for its content does not start"))
+            return self._receive(connection, APART_SECONDS, TooCostlyError(f"{COSTLY}{APART_SECONDS} s"))
 
-    def _wait(self, connection: Connection, seconds: float, error: Error) -> None:
+    def _receive(self, connection: Connection, seconds: float, error: Error) -> Any:
         until = time.monotonic() + seconds
         while not connection.poll(POLL_SECONDS / 2):
             if time.monotonic() > min(until, self.ends_at):
                 self.end()
                 raise Error("the runner stops") if time.monotonic() > self.ends_at else error
+        return connection.recv()
 
     def _start(self) -> None:
         self.end()
         here = str(Path(__file__).resolve().parent)
         self._socket, theirs = socket.socketpair()
-        marks = {"ADCE_TASK": "inspection"}
-        if "ADCE_DB" in os.environ:  # the runner's: then a sweep finds it
-            marks["ADCE_DB"] = os.path.realpath(os.environ["ADCE_DB"])
+        database = os.path.realpath(os.environ.get("ADCE_DB", ""))  # of the runner, which finds it in a sweep
         with theirs:
             try:
                 self._process = subprocess.Popen(  # noqa: S603  # this very program
@@ -3139,7 +2992,7 @@ class Inspector:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    env=inherited() | marks,
+                    env=inherited() | {"ADCE_DB": database, "ADCE_TASK": "inspection"},
                     start_new_session=True,
                 )
             except OSError as error:
@@ -3162,88 +3015,48 @@ def inspector(source: str = "") -> Inspector:  # noqa: ARG001  # by which it is 
     return made
 
 
-def _call_apart(
-    source: str, memory: int, file: BinaryIO | None, function: Callable[..., Answer], *given: Any
-) -> Answer:
+def _call_apart(source: str, memory: int, function: Callable[..., Any], file: BinaryIO | None = None) -> Any:
     shared = inspector()
     try:
-        return (inspector(source) if source in shared.costly else shared).call(memory, file, function, *given)
+        return (inspector(source) if source in shared.costly else shared).call(memory, function, file)
     except TooCostlyError:
         shared.costly.add(source)
         raise
 
 
-def serve_inspections(module: types.ModuleType, descriptor: int) -> None:
-    """The process of an inspector: calls until its socket is closed."""
+def serve_inspections(descriptor: int) -> None:
+    """The process of an inspector: calls until its socket is closed, or one takes too much memory."""
     import resource
     from multiprocessing.connection import Connection
 
-    sys.modules["__main__"] = module  # the runner may be a script
+    sys.modules["__main__"] = sys.modules[__name__]  # the runner may be a script
     connection, channel = Connection(os.dup(descriptor)), socket.socket(fileno=descriptor)
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, MemoryError):
         while True:
-            memory, function, arguments, has_file = connection.recv()
+            memory, function, has_file = connection.recv()
             connection.send("taken")
             seconds = math.ceil(time.process_time()) + 2 * APART_SECONDS  # if the runner was killed
             for kind, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds)):
                 hard = resource.getrlimit(kind)[1]
                 resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-            try:
-                if has_file:
-                    with _PositionedFile(socket.recv_fds(channel, 1, 1)[1][0]) as raw:
-                        answer = True, function(*arguments, io.BufferedReader(raw))
-                else:
-                    answer = True, function(*arguments)
-            except MemoryError:
-                answer = False, None
-            connection.send(answer)
-            if not answer[0]:
-                return
-
-
-class _PositionedFile(io.RawIOBase):
-    """A file with a position of its own: a descriptor that was handed over shares that of its giver."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._place, self.size = descriptor, 0, os.fstat(descriptor).st_size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = os.preadv(self._descriptor, [buffer], self._place)
-        self._place += count
-        return count
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size}[whence]
-        return self._place
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
+            if has_file:
+                with os.fdopen(socket.recv_fds(channel, 1, 1)[1][0], "rb") as file:
+                    connection.send(function(file))
+            else:
+                connection.send(function())
 
 
 def inspect_apart(
-    dataset: Dataset,
-    fields: Fields,
-    body: BinaryIO,
-    children: Sequence[Dataset],
-    links: Mapping[str, str] | None,
+    dataset: Dataset, fields: Fields, body: BinaryIO, children: Sequence[Dataset], links: Links
 ) -> Inspection:
     """inspect(), in another process when the source may choose what it costs."""
     pages, rules = dataset.pages, dataset.validate
     has_regex = any(child.partitions.regex for child in children)
     has_regex = has_regex or bool(pages and pages.next not in (None, LINK) and not pages.is_expression())
     body.seek(0)
-    is_packed, size = body.read(2) == b"\x1f\x8b", body.seek(0, io.SEEK_END)
-    is_parsed = rules.is_parsed or rules.json or bool(rules.require)
-    is_unpacked = is_packed and (is_parsed or bool(rules.contains or rules.not_contains))
-    if not (has_regex or is_unpacked or (is_parsed and size > APART_BYTES)):
+    is_packed, size, is_json = body.read(2) == GZIP_MAGIC, body.seek(0, io.SEEK_END), needs_json(dataset, children)
+    is_unpacked = is_packed and (is_json or rules.contains or rules.not_contains)
+    if not (has_regex or is_unpacked or (is_json and size > APART_BYTES)):
         found = inspect(dataset, fields, body, children, links)
     else:
         memory = max(LEAST_MEMORY, MEMORY_FACTOR * rules.most())
@@ -3254,26 +3067,22 @@ def inspect_apart(
                 file.write(body.getbuffer())
                 body = file
             try:
-                found = _call_apart(dataset.source, memory, body, judge)
+                found = _call_apart(dataset.source, memory, judge, body)
             except TooCostlyError as error:
                 return Inspection(str(error))
-    mentions = dict(found.mentions)
+    mentions, names = dict(found.mentions), hidden_names(dataset)
     if named := mentions.get(PAGES):
         mentions[PAGES] = tuple(redacted("\n".join(named), dataset.secrets).split("\n"))  # of JSON
-    verdict, *problems = (text and _shown(text, dataset) for text in (found.verdict, *found.problems[:10]))
-    return dataclasses.replace(found, mentions=mentions, verdict=verdict, problems=tuple(filter(None, problems)))
-
-
-def _shown(text: str, dataset: Dataset) -> str:
-    """What was found, without secrets and then without the middle of a long value."""
-    text = redacted(text, hidden_names(dataset))
-    return text if len(text) < 300 else f"{text[:200]}...{text[-60:]}"
+    verdict = found.verdict and redacted(found.verdict, names)[:SHOWN]
+    problems = tuple(redacted(text, names)[:SHOWN] for text in found.problems[:10])
+    return dataclasses.replace(found, mentions=mentions, verdict=verdict, problems=problems)
 
 
 def is_found_apart(source: str, pattern: str, text: str) -> bool:
     """Whether a regular expression is found; one that repeats nothing takes no time. Raises TooCostlyError."""
+    search_it = functools.partial(_is_found, pattern, text)
     is_simple = not re.search("[*+?{]", pattern)
-    return _is_found(pattern, text) if is_simple else _call_apart(source, LEAST_MEMORY, None, _is_found, pattern, text)
+    return search_it() if is_simple else cast(bool, _call_apart(source, LEAST_MEMORY, search_it))
 
 
 def _is_found(pattern: str, text: str) -> bool:
@@ -3294,36 +3103,7 @@ class StoredObject(NamedTuple):
     modified_at: int  # seconds since 1970
 
 
-SPOOL_NAME, PROBE = "[0-9a-f]{16}", "0" * 16  # of files in the staging folder; no other file there is ADCE's
-SPOOLED_BYTES = 1 << 20  # of a body, held in memory
-
-
-class Store(Protocol):
-    """The store that ADCE needs. Every call raises StoreError when the store fails."""
-
-    calls: int  # list requests made so far
-
-    def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
-        """Every object whose key starts with the prefix, as a stream, in key order where the store has one;
-        with `after`, those that come after it in that order."""
-
-    def find(self, key: str) -> StoredObject | None:
-        """One object as it would be listed."""
-
-    def open(self, key: str) -> BinaryIO:
-        """The content of an object, to be read and sought in. Raises KeyError when there is none."""
-
-    def spool(self) -> contextlib.AbstractContextManager[BinaryIO]:
-        """A file for a body that may become an object, in memory while it is small; gone at the end."""
-
-    def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
-        """Put an object whole or not at all; durable when this returns. A file of spool() is moved."""
-
-    def sweep(self) -> None:
-        """Make the store usable, and remove unfinished files of a crash."""
-
-    def require_mark(self) -> None:
-        """Raises StoreError when this is not the store that it was."""
+SPOOL_NAME = "[0-9a-f]{16}"  # of files in the staging folder; no other file there is ADCE's
 
 
 def fill(file: BinaryIO, body: Any) -> None:
@@ -3338,57 +3118,38 @@ def fill(file: BinaryIO, body: Any) -> None:
         raise StoreError(f"cannot write a body: {error.strerror}") from error
 
 
-def _store_error(action: str, error: OSError) -> StoreError:
-    """The error of one place in the store; others are those of its disk."""
-    of_one_place = IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError
-    is_local = isinstance(error, of_one_place) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
-    return (UnusablePathError if is_local else StoreError)(f"cannot {action}: {error.strerror}")
-
-
-class _Spool(tempfile.SpooledTemporaryFile[bytes]):
-    """A body in memory, and from SPOOLED_BYTES on in a file that can be renamed."""
-
-    _rolled: bool
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(SPOOLED_BYTES)
-        self.path, self.is_object = folder / secrets.token_hex(8), False
-
-    def rollover(self) -> None:
-        """Move to the file. Raises OSError."""
-        if not self._rolled:
-            memory, self._file, self._rolled = cast(Any, self._file), self.path.open("x+b"), True
-            self._file.write(memory.getbuffer())
-            self._file.seek(memory.tell())
-
-
 class FolderStore:
-    """A folder. Every part of a key is a folder below it; a link below it is never followed."""
+    """A folder. Every part of a key is a folder below it; a link below it is never followed.
+
+    Every call raises StoreError when the store fails, or UnusablePathError when one place in it does."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.calls, self.is_swept = root, 0, False
 
     def sweep(self) -> None:
-        """Make the root and its staging folder; remove unfinished files."""
+        """Make the store usable, and remove unfinished files of a crash."""
         with self._translated():
             staging = self._staging()
             staging.mkdir(parents=True, exist_ok=True)
             for leftover in staging.iterdir():
                 if re.fullmatch(SPOOL_NAME, leftover.name):
                     leftover.unlink()
-            (staging / PROBE).touch()  # all of it was there already, and may be mounted to be read only
-            (staging / PROBE).unlink()
+            tempfile.TemporaryFile(dir=staging).close()  # what was there already may be mounted to be read only
         self.is_swept = True
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translated(self, action: str = "") -> Iterator[None]:
+        """Raises StoreError for an OSError; an action that fails in one place only is an UnusablePathError."""
         try:
             yield
         except OSError as error:
             if error.errno == errno.ENOENT and not self.root.is_dir():
                 raise self._gone() from error
-            text = f"the store {self.root} cannot be written: {error.strerror}"
-            raise StoreError(text, "see `store:` in adce.yaml") from error
+            of_one_place = IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError
+            is_local = isinstance(error, of_one_place) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+            text = f"cannot {action}" if action else f"the store {self.root} cannot be written"
+            kind = UnusablePathError if action and is_local else StoreError
+            raise kind(f"{text}: {error.strerror}", "see `store:` in adce.yaml") from error
 
     def _staging(self) -> Path:
         """The staging folder. Raises StoreError for a link, which could lead anywhere."""
@@ -3399,20 +3160,23 @@ class FolderStore:
 
     def require_mark(self) -> None:
         """Raises StoreError when the staging folder is gone, as on a disk that is not mounted."""
-        staging = self._staging()
-        if not staging.is_dir():
-            hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {staging}"
-            raise StoreError(f"the store {self.root} is no longer there: it has no folder {STAGING}", hint)
+        if not self._staging().is_dir():
+            raise self._gone()
+
+    def _gone(self) -> StoreError:
+        hint = f"is its disk mounted? if all of it is lost, fill it anew: mkdir -p {self.root / STAGING}"
+        return StoreError(f"the store {self.root} is not there: it has no folder {STAGING}", hint)
 
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
-        """Folder by folder, sorted as S3 sorts: a folder counts as its name with a slash."""
-        if self.is_swept and not (self.root / STAGING).is_dir():
-            raise self._gone()
+        """Every object whose key starts with the prefix and comes after another key, folder by folder, sorted as S3
+        sorts: a folder counts as its name with a slash."""
+        if self.is_swept:
+            self.require_mark()
         yield from self._walk(prefix[: prefix.rfind("/") + 1], prefix, after)
 
     def _walk(self, above: str, prefix: str, after: str) -> Iterator[StoredObject]:
         self.calls += 1
-        try:
+        with self._translated(f"list {self.root / above}"), contextlib.suppress(FileNotFoundError):
             with self._folder(f"{above}*") as (folder, _), os.scandir(folder) as scan:
                 found = (above + entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in scan)
                 keys = sorted(key for key in found if key.startswith(prefix) and key.isprintable())
@@ -3426,67 +3190,55 @@ class FolderStore:
                         status = (self.root / key).lstat()
                         if stat.S_ISREG(status.st_mode):
                             yield self._stored(key, status)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise _store_error(f"list {self.root / above}", error) from error
 
     def find(self, key: str) -> StoredObject | None:
-        """One file as it would be listed."""
-        try:
+        """One object as it would be listed."""
+        with self._translated(f"look for {key}"), contextlib.suppress(FileNotFoundError):
             with self._folder(key) as (folder, name):
                 status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise _store_error(f"look for {key}", error) from error
-        return self._stored(key, status) if stat.S_ISREG(status.st_mode) else None
+            return self._stored(key, status) if stat.S_ISREG(status.st_mode) else None
+        return None
 
     def open(self, key: str) -> BinaryIO:
-        """The content of a file. Raises KeyError when there is none."""
-        try:
-            with self._folder(key) as (folder, name):
-                return open_regular(name, folder)
-        except FileNotFoundError:
-            raise KeyError(key) from None
-        except OSError as error:
-            raise _store_error(f"read {key}", error) from error
+        """The content of an object, to be read and sought in. Raises KeyError when there is none."""
+        with self._translated(f"read {key}"), contextlib.suppress(FileNotFoundError), self._folder(key) as (here, name):
+            return open_regular(name, here)
+        raise KeyError(key)
 
     @contextlib.contextmanager
     def spool(self) -> Iterator[BinaryIO]:
-        """A file in the staging folder, or in memory. Raises StoreError when there is no room for one."""
+        """A file for a body that may become an object; else it is removed. Raises StoreError on a full disk."""
         with self._translated():
             staging = self._staging()
             disk = os.statvfs(staging)
             if disk.f_blocks and not disk.f_bavail:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        file = _Spool(staging)
+            path = staging / secrets.token_hex(8)
+            file = path.open("x+b")
         try:
-            yield cast("BinaryIO", file)
+            yield file
         finally:
-            for undo in (file.close, functools.partial(file.path.unlink, missing_ok=True)):
-                with contextlib.suppress(OSError):  # of a disk that is full or has become read-only
+            for undo in (file.close, path.unlink):
+                with contextlib.suppress(OSError):  # it is an object now, or its disk is full or read-only
                     undo()
 
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
-        """Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
-        file: Any = body
-        if not isinstance(file, _Spool) or file.is_object:  # under another key
+        """Put an object whole or not at all, durably. A file of spool() is moved, the first time.
+
+        Write aside, fsync, rename, fsync the folder: a power cut leaves the old object or the new one."""
+        path = Path(str(getattr(body, "name", "")))
+        if isinstance(body, bytes) or path.parent != self._staging() or not path.exists():
             with self.spool() as copied:
                 fill(copied, body)
                 return self.write(key, copied)
         with self._translated():
-            file.rollover()
-            file.flush()
-            os.fsync(file.fileno())
-        try:
+            body.flush()
+            os.fsync(body.fileno())
+        with self._translated(f"write {key}"):
             with self._folder(key, make=True) as (folder, name):
-                os.rename(file.path, name, dst_dir_fd=folder)
-                file.is_object = True
+                os.rename(path, name, dst_dir_fd=folder)
                 os.fsync(folder)
-            return self._stored(key, os.fstat(file.fileno()))
-        except OSError as error:
-            raise _store_error(f"write {key}", error) from error
+            return self._stored(key, os.fstat(body.fileno()))
 
     @contextlib.contextmanager
     def _folder(self, key: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
@@ -3494,7 +3246,7 @@ class FolderStore:
         for a link, UnusablePathError for a key that leads out of the store, which a foreign database may hold."""
         *folders, name = parts = key.split("/")
         if not {"", ".", ".."}.isdisjoint(parts) or parts[0] == STAGING or "\0" in key:
-            raise UnusablePathError(f"{key!r} cannot be a file of the store")
+            raise UnusablePathError(f"{key!r} cannot be a file of the store: an empty name, . or .. is in it")
         if not self.root.is_dir():
             raise self._gone()
         with contextlib.ExitStack() as opened:
@@ -3507,15 +3259,12 @@ class FolderStore:
                 opened.callback(os.close, here := os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here))
             yield here, name
 
-    def _gone(self) -> StoreError:
-        return StoreError(f"the store {self.root} is not there", "is its disk mounted?")
-
     @staticmethod
     def _stored(key: str, status: os.stat_result) -> StoredObject:
         return StoredObject(key, status.st_size, f"{status.st_mtime_ns}-{status.st_size}", status.st_mtime_ns // 10**9)
 
 
-LISTED = ("Key", "Size", "ETag", "LastModified")
+SPOOLED_BYTES = 1 << 20  # of a body, held in memory
 MULTIPART_BYTES = 8 << 20  # an object that is larger is uploaded in parts
 EMPTY_PAGES = 1000  # of a listing; more in a row are an error
 
@@ -3530,14 +3279,14 @@ class S3Store:
     def _client(self) -> Any:
         import boto3
         import botocore.config
+        import botocore.session
 
-        timeouts = botocore.config.Config(
-            connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 3}
-        )
+        session = botocore.session.get_session()  # whose parser of times takes most of the time of a listing
+        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
+        retries = {"mode": "standard", "max_attempts": 3}
+        config = botocore.config.Config(connect_timeout=10, read_timeout=60, retries=retries)
         with self._translated("use"):
-            client = boto3.session.Session().client("s3", config=timeouts)
-        client.meta.events.register("before-parse.s3.ListObjectsV2", self._take_entries)
-        return client
+            return boto3.session.Session(botocore_session=session).client("s3", config=config)
 
     def sweep(self) -> None:
         """See that the bucket is there. S3 keeps nothing half written."""
@@ -3556,39 +3305,23 @@ class S3Store:
                 self.calls += 1
                 if "IsTruncated" not in page:
                     raise ValueError("the response is not a listing")
-                empty = 0 if page.get("Entries") else empty + 1
+                empty = 0 if page.get("Contents") else empty + 1
                 if page["IsTruncated"] and ("NextContinuationToken" not in page or empty > EMPTY_PAGES):
                     raise ValueError("the listing is truncated and has no continuation token")
-                yield from page.get("Entries", ())
-
-    def _take_entries(self, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-        """Parse the objects of a page before botocore does, which takes seven times as long."""
-        from xml.etree import ElementTree
-
-        with contextlib.suppress(ElementTree.ParseError):  # botocore has a message for it
-            page = ElementTree.fromstring(response_dict["body"])  # noqa: S314  # expat limits what entities expand to
-            namespace = page.tag.removesuffix("ListBucketResult")
-            unquote = urllib.parse.unquote_plus if page.findtext(f"{namespace}EncodingType") == "url" else str
-            names, entries = [namespace + name for name in LISTED], list[StoredObject]()
-            for element in page.findall(f"{namespace}Contents"):
-                key, size, etag, modified = (element.findtext(name, "") for name in names)
-                if not (key and etag and 0 <= int(size) < 1 << 63):
-                    raise ValueError("a listed object has no key, no ETag or no usable size")
-                modified_at = int(datetime.datetime.fromisoformat(modified).timestamp())
-                key = unquote(key).removeprefix(self.above)
-                entries.append(StoredObject(key, int(size), etag.strip('"'), modified_at))
-                page.remove(element)
-            customized_response_dict["Entries"] = entries
-            response_dict["body"] = ElementTree.tostring(page)
+                for entry in page.get("Contents", ()):
+                    key, etag, size = entry["Key"], entry["ETag"], entry["Size"]
+                    if not (key and etag and 0 <= size < 1 << 63):
+                        raise ValueError("a listed object has no key, no ETag or no usable size")
+                    modified_at = int(datetime.datetime.fromisoformat(entry["LastModified"]).timestamp())
+                    yield StoredObject(key.removeprefix(self.above), size, etag.strip('"'), modified_at)
 
     def find(self, key: str) -> StoredObject | None:
         """One object as it would be listed."""
-        try:
-            with self._translated("find", key):
-                head = self._client.head_object(Bucket=self.bucket, Key=self.above + key)
-        except KeyError:
-            return None
-        return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), int(head["LastModified"].timestamp()))
+        with contextlib.suppress(KeyError), self._translated("find", key):
+            head = self._client.head_object(Bucket=self.bucket, Key=self.above + key)
+            modified_at = int(http_date(head["LastModified"]).timestamp())
+            return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), modified_at)
+        return None
 
     def open(self, key: str) -> BinaryIO:
         """A copy of the content of an object. Raises KeyError when there is none."""
@@ -3604,8 +3337,7 @@ class S3Store:
         return tempfile.SpooledTemporaryFile(SPOOLED_BYTES, dir=os.environ.get("TMPDIR", "/var/tmp"))  # type: ignore[return-value]  # noqa: S108
 
     def write(self, key: str, body: bytes | BinaryIO) -> StoredObject:
-        """A PUT, or several of a multipart upload, which S3 takes whole or not at all, with checksums that S3
-        verifies."""
+        """A PUT, or a multipart upload, which S3 takes whole or not at all, with checksums that S3 verifies."""
         file = io.BytesIO(body) if isinstance(body, bytes) else body
         size, place = file.seek(0, io.SEEK_END), {"Bucket": self.bucket, "Key": self.above + key}
         file.seek(0)
@@ -3631,7 +3363,7 @@ class S3Store:
         libraries = botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, boto3.exceptions.Boto3Error
         try:
             yield
-        except (*libraries, ValueError, TypeError, RecursionError) as error:  # TypeError: an element comes twice
+        except (*libraries, LookupError, RecursionError, TypeError, ValueError) as error:  # of what is no answer of S3
             answer = getattr(error, "response", {})
             code, status = answer.get("Error", {}).get("Code"), answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if key and code in ("NoSuchKey", "404"):
@@ -3640,7 +3372,7 @@ class S3Store:
                 raise StoreError(f"there is no bucket {self.bucket}", "see `store:` in adce.yaml") from error
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
             is_local = action == "write" and 400 <= (status or 0) < 500 and self._takes_others()
-            text = redacted(str(error), AWS_SECRETS)
+            text = redacted(str(error), ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))
             kind = UnusablePathError if is_local else StoreError
             raise kind(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {text}", hint) from error
 
@@ -3651,6 +3383,9 @@ class S3Store:
             upload = self._client.create_multipart_upload(**place)
             self._client.abort_multipart_upload(**place, UploadId=upload.get("UploadId"))
         return upload is not None
+
+
+Store = FolderStore | S3Store
 
 
 def require_known_store(database: Database, configuration: Configuration, store: Store) -> None:
@@ -3695,7 +3430,6 @@ class Permit:
 
     request_id: int
     send_before: float
-    deadline: float  # counts as finished then
 
 
 @dataclass(frozen=True, slots=True)
@@ -3728,7 +3462,7 @@ OBSERVATION = """
         from scopes s
         where s.scope in (:source, 'global')
     )
-    select o.*, w.window_seconds, w.max_requests, w.slow_from,
+    select o.*, w.window_seconds, w.max_requests,
            coalesce(1 + last_number - (
                select number from finished f
                where f.scope = o.scope and f.finished_at > :now - w.window_seconds
@@ -3740,16 +3474,16 @@ OBSERVATION = """
 
 def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock: Clock) -> None:
     """Make the stored limits those of the configuration. Earlier requests keep counting."""
-    boot_id, offset = clock.boot_id(), clock.wall() - clock.boot()
+    now, boot_id = clock.boot(), clock.boot_id()
+    offset = clock.wall() - now
     known = sql.execute("select boot_id, wall_offset from facts").fetchone()
     latest = sql.execute("select max(max(granted_at, paused_until - paused_for)) from scopes").fetchone()[0] or 0
     # A boot may have no name: then one is noticed when the latest grant or pause lies in the future, by more than
     # rounding. One that is not noticed makes limits last longer.
-    if known["boot_id"] is not None and (known["boot_id"] != boot_id or latest > clock.boot() + 1):
+    if known["boot_id"] is not None and (known["boot_id"] != boot_id or latest > now + 1):
         _carry_over_reboot(sql, known["wall_offset"] - offset)
     sql.execute("update facts set boot_id = ?, wall_offset = ?", (boot_id, offset))
     sql.execute("delete from windows")
-    backoff = configuration.rate_limiting.backoff
     for scope in (*configuration.sources, GLOBAL):
         limits = configuration.rate_limiting.scopes.get(scope, ScopeLimits())
         sql.execute(
@@ -3758,17 +3492,15 @@ def declare_limits(sql: sqlite3.Connection, configuration: Configuration, clock:
             values (?1, coalesce(?2, 0), ?4, ?2, ?3)
             on conflict do update set burst_size = ?2, refill_per_second = ?3
             """,
-            (scope, limits.burst_size, limits.refill_per_second, clock.boot()),
+            (scope, limits.burst_size, limits.refill_per_second, now),
         )
-        for limit in limits.windows:
-            slow_from = math.ceil(limit.max_requests * backoff.threshold_percent / 100) if backoff else None
-            row = (scope, limit.seconds, limit.max_requests, slow_from if limit.max_requests > 1 else None)
-            sql.execute("insert into windows values (?, ?, ?, ?)", row)
+        rows = [(scope, limit.seconds, limit.max_requests) for limit in limits.windows]
+        sql.executemany("insert into windows values (?, ?, ?)", rows)
     if sql.execute("update facts set is_backup = 0 where is_backup").rowcount:
+        text = "restored from a backup: what was asked since it was made is not known"
         longest = "select scope, max(window_seconds) from windows group by scope"
         for scope, seconds in sql.execute(longest).fetchall():
-            text = "restored from a backup: what was asked since it was made is not known"
-            pause(sql, scope, seconds, text, clock.boot())
+            pause(sql, scope, seconds, text, now)
 
 
 def _carry_over_reboot(sql: sqlite3.Connection, shift: float) -> None:
@@ -3796,8 +3528,7 @@ def opening(sql: sqlite3.Connection, limiting: RateLimiting, source: str, now: f
     counts_from = now - max([HOUR, *(limit.seconds for one in limiting.scopes.values() for limit in one.windows)])
     if any((row["deadline"] or now) < now or (row["oldest"] or now) < counts_from - MINUTE for row in rows):
         # The clients of overdue requests are dead. The requests finish now, not when they were granted.
-        overdue = sql.execute("delete from requests where deadline < ? returning source", (now,)).fetchall()
-        _count(sql, overdue, now)
+        _count(sql, sql.execute("delete from requests where deadline < ? returning source", (now,)).fetchall(), now)
         sql.execute("delete from finished where scope in (?, 'global') and finished_at <= ?", (source, counts_from))
         return opening(sql, limiting, source, now, owner)
     candidates = (candidate for row in rows for candidate in _openings(sql, row, limiting.backoff, now))
@@ -3817,18 +3548,20 @@ def _openings(sql: sqlite3.Connection, row: sqlite3.Row, backoff: Backoff | None
         if lacking > 1e-9:
             opens_at = now + lacking / row["refill_per_second"]
             yield Opening(opens_at, f"{scope}: bucket of {row['burst_size']} empty", scope)
-    if row["max_requests"] is None:
+    if (most := row["max_requests"]) is None:
         return
-    name = f"{scope}: {row['max_requests']} in {row['window_seconds']:g} s"
-    taken = row["used"] + row["in_flight"] + position
-    if taken >= row["max_requests"]:
-        yield Opening(_leaves_at(sql, row, taken - row["max_requests"], now), f"{name} used up", scope)
-    elif backoff and row["slow_from"] is not None and taken >= row["slow_from"]:
+    name, taken = f"{scope}: {most} in {row['window_seconds']:g} s", row["used"] + row["in_flight"] + position
+    if taken >= most:
+        yield Opening(_leaves_at(sql, row, taken - most, now), f"{name} used up", scope)
+    elif backoff and most > 1 and (past := taken - math.ceil(most * backoff.threshold_percent / 100)) >= 0:
         leaves_at = _leaves_at(sql, row, 0, now)  # then there may be less to slow down
         last: float = now if position else row["granted_at"]  # those before it come first, now or later
-        slowed_until = min(leaves_at, last + _delay(row, backoff, taken, leaves_at - last))
-        if slowed_until > now + 1e-6:  # less is rounding
-            yield Opening(slowed_until, f"{name} nearly used up", scope)
+        growing = backoff.initial_delay_seconds * backoff.exponential_factor ** min(past, 64)
+        delay = min(growing, backoff.max_delay_seconds)
+        if not backoff.strict:  # longer than the rest spread evenly, it would leave 10 to 20% of the quota unused
+            delay = min(delay, max(0.0, leaves_at - last) / (most - taken + 1))
+        if min(leaves_at, last + delay) > now + 1e-6:  # less is rounding
+            yield Opening(min(leaves_at, last + delay), f"{name} nearly used up", scope)
 
 
 def _leaves_at(sql: sqlite3.Connection, row: sqlite3.Row, index: int, now: float) -> float:
@@ -3847,15 +3580,6 @@ def _leaves_at(sql: sqlite3.Connection, row: sqlite3.Row, index: int, now: float
     return now + seconds * max(1, rounds)
 
 
-def _delay(row: sqlite3.Row, backoff: Backoff, taken: int, left: float) -> float:
-    """Seconds between two permits past the threshold of backoff. They grow with each further request of the window.
-    Unless backoff is strict, they are never more than spreading the rest of the quota evenly over the seconds `left`
-    until one leaves the window: the plain rule leaves 10 to 20% of the quota unused."""
-    growing: float = backoff.initial_delay_seconds * backoff.exponential_factor ** min(taken - row["slow_from"], 64)
-    even: float = max(0.0, left) / (row["max_requests"] - taken + 1)
-    return min(growing, backoff.max_delay_seconds, math.inf if backoff.strict else even)
-
-
 def grant(sql: sqlite3.Connection, source: str, timeout_seconds: float, now: float, owner: str = "") -> Permit:
     """Take a permit, and with it the place of `owner` among the waiters. `opening` has just allowed it."""
     if owner:
@@ -3871,21 +3595,20 @@ def grant(sql: sqlite3.Connection, source: str, timeout_seconds: float, now: flo
         """,
         {"now": now, "source": source},
     )
-    send_before = now + SEND_WITHIN_SECONDS
-    deadline = send_before + timeout_seconds + RELEASE_WITHIN_SECONDS
+    deadline = now + SEND_WITHIN_SECONDS + timeout_seconds + RELEASE_WITHIN_SECONDS
     inserted = sql.execute("insert into requests values (random(), ?, ?)", (source, deadline))
-    return Permit(cast(int, inserted.lastrowid), send_before, deadline)
+    return Permit(cast(int, inserted.lastrowid), now + SEND_WITHIN_SECONDS)
 
 
 def release(sql: sqlite3.Connection, permit: Permit, now: float, *, used: bool = True) -> None:
     """The request of a permit is over, or was never sent."""
-    over = "delete from requests where request_id = ? returning source"
-    released = sql.execute(over, (permit.request_id,)).fetchall()
-    _count(sql, released if used else [], now)
+    over = sql.execute("delete from requests where request_id = ? returning source", (permit.request_id,)).fetchall()
+    if used:
+        _count(sql, over, now)
 
 
 def _count(sql: sqlite3.Connection, requests: Iterable[sqlite3.Row], now: float) -> None:
-    """Count requests, which were in flight, as finished now."""
+    """Count requests that were in flight as finished now."""
     sql.executemany(
         """
         insert into finished
@@ -3903,16 +3626,15 @@ def _count(sql: sqlite3.Connection, requests: Iterable[sqlite3.Row], now: float)
 def update_waiters(
     sql: sqlite3.Connection, owner: str, openings: Mapping[str, Opening], now: float, seconds: float = 0
 ) -> bool:
-    """Keep the places of an owner among the waiters for the sources it waits for, or join their ends, and give up all
-    others. Returns whether it has any. It looks again after `seconds` at the latest."""
+    """Make an owner wait for these sources, and for no others; it keeps its places. Returns whether it waits. It looks
+    again after `seconds` at the latest."""
     waiting = {source: opens for source, opens in openings.items() if opens.at > now}
     sql.execute(
         """
         delete from waiters
-        where (owner = :owner and source not in (select value from json_each(:waiting)))
-           or expires_at < :long_ago
+        where owner = ? and source not in (select value from json_each(?)) or expires_at < ?
         """,
-        {"owner": owner, "waiting": json.dumps(list(waiting)), "long_ago": now - MINUTE},
+        (owner, json.dumps([*waiting]), now - MINUTE),
     )
     sql.executemany(
         """
@@ -3946,7 +3668,6 @@ def pause(sql: sqlite3.Connection, scope: str, seconds: float, reason: str, now:
 # waiters and sleeps, outside every lock, until its next look is worth it. Headlines: classify(), record_response(),
 # Limiter, permit().
 
-LONGEST_RETRY_AFTER = DAY
 FIRST_PAUSE_SECONDS = 60
 STORE_TROUBLE = "store: "  # prefix of the reason of a pause that the store caused
 LOOK_AGAIN_SECONDS = 5  # the longest sleep: meanwhile a pause may be lifted, a limit raised, a place given up
@@ -3965,6 +3686,7 @@ class Result:
     retry_after: float | None = None  # seconds; from the source, or until a refused permit is possible
     redirect: str | None = None  # the url to ask instead,
     cookies: Any = None  # with these
+    headers: Mapping[str, str] | None = None  # of a response that came whole
     validators: str | None = None  # of the stored object, for the next request
     output: str | None = None  # the end of the output of a command
     worker: str | None = None  # of a cluster
@@ -4007,9 +3729,7 @@ def classify(
     text = f"HTTP {status}: {shown}" if body else f"HTTP {status}"
     retry_after = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
     try:
-        is_blocked = bool(blocked.body) and is_found_apart(
-            source.name, blocked.body or "", body.decode("utf-8", "replace")
-        )
+        is_blocked = blocked.body and is_found_apart(source.name, blocked.body, body.decode("utf-8", "replace"))
     except TooCostlyError as error:
         return Result(Outcome.INVALID, str(error), status)
     if status in (429, 503) or is_blocked:
@@ -4017,15 +3737,15 @@ def classify(
         return Result(Outcome.THROTTLED, text, status, retry_after=retry_after or longest)
     if status in blocked.status:
         return Result(Outcome.BLOCKED, text, status, retry_after=retry_after)
-    document: Any = None
-    if source.error_when and body:
+    is_error, document = False, None
+    if source.error_when:
         with contextlib.suppress(ValueError, RecursionError):
             document = json.loads(body)
-    is_error = document is not None and holds(cast(str, source.error_when), {}, document)
+            is_error = document is not None and holds(source.error_when, {}, document)
     code = document.get("code") if is_error and isinstance(document, dict) else None
     unlisted = status == 403 and re.search(rb"<Code>(AccessDenied|NoSuchKey)</Code>", body[:2000])  # S3's
     is_unknown = unlisted and b"Request has expired" not in body[:2000]  # a signed url
-    if status in (204, 404, 410) or is_unknown or (is_error and code in (404, "404")):
+    if status in (204, 404, 410) or is_unknown or code in (404, "404"):
         return Result(Outcome.NOT_YET, text, status)
     if is_error and status < 500:
         return Result(Outcome.HTTP_ERROR, f"HTTP {status}, an error: {shown}", status)
@@ -4113,7 +3833,7 @@ def record_response(
     failures = 0 if is_throttled else failures + 1
     longest, is_paused, seconds = source.blocked_when.pause_seconds, paused_until > now, None
     if answer.retry_after is not None:
-        seconds = min(answer.retry_after, LONGEST_RETRY_AFTER)
+        seconds = min(answer.retry_after, DAY)
     elif not is_paused and outcome in (Outcome.TIMEOUT, Outcome.BLOCKED) and failures >= threshold:
         seconds = longest
     elif not is_paused and (is_throttled or failures >= threshold):
@@ -4167,8 +3887,7 @@ class Limiter:
         held = self.acquire(source, wait)
         try:
             yield held
-            if held.answer is None:
-                held.answered(200, {})
+            held.answer = held.answer or Result(Outcome.OK)
         finally:
             self.release(held)
 
@@ -4177,17 +3896,18 @@ class Limiter:
         described, owner = self.source(source), secrets.token_hex(8)
         give_up_at = math.inf if wait is None else self.clock.boot() + wait
         try:
-            while isinstance(granted := self._try(described, owner, give_up_at), float):
-                self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
+            while True:
+                granted = self._try(described, owner, give_up_at)
+                if isinstance(granted, float):
+                    self.clock.wait(queue.SimpleQueue(), granted - self.clock.boot())
+                elif self.clock.boot() <= granted.send_before:
+                    return ActivePermit(granted, described)
+                else:  # this process was suspended, or the disk took very long
+                    self.release(ActivePermit(granted, described), used=False)
         except BaseException:
             with contextlib.suppress(DatabaseError), self.database.transaction(durable=False) as sql:
                 update_waiters(sql, owner, {}, self.clock.boot())
             raise
-        held = ActivePermit(granted, described)
-        if self.clock.boot() <= granted.send_before:
-            return held
-        self.release(held, used=False)  # this process was suspended, or the disk took very long
-        return self.acquire(source, None if wait is None else give_up_at - self.clock.boot())
 
     def _try(self, source: Source, owner: str, give_up_at: float) -> Permit | float:
         """A permit, or the boot time of the next look."""
@@ -4198,9 +3918,9 @@ class Limiter:
             if opens.at <= now:
                 return grant(sql, source.name, source.timeout_seconds, now, owner)
             if opens.at > give_up_at:
-                wait = format_duration(opens.at - now)
-                text = f"{source.name} cannot be asked for another {wait}: {opens.reason}"
-                raise RateLimitedError(text, opens.at - now)
+                wait = opens.at - now
+                text = f"{source.name} cannot be asked for another {format_duration(wait)}: {opens.reason}"
+                raise RateLimitedError(text, wait)
             update_waiters(sql, owner, {source.name: opens}, now, LOOK_AGAIN_SECONDS)
             return float(min(opens.at, now + LOOK_AGAIN_SECONDS))
 
@@ -4267,39 +3987,30 @@ def rank_of(
     return base * multiplier + penalty - slope * detected_at / HOUR, slope
 
 
-def priority_of(
-    dataset: Dataset, season: str | None, day: str | None, today: datetime.date, configuration: Configuration
-) -> Priority:
-    """How much its gap matters. `auto`: by the age of its date, then of its season."""
+def priority_of(row: ObjectRow, dataset: Dataset, today: datetime.date, critical_days: int) -> str:
+    """How much a gap matters. `auto`: by the age of its date, then of its season."""
     if dataset.priority != "auto":
-        return Priority(dataset.priority)
-    days = configuration.priority_weighting.critical_within_days
-    if day and abs((today - datetime.date.fromisoformat(day)).days) <= days:
+        return dataset.priority
+    if row.day and abs((today - datetime.date.fromisoformat(row.day)).days) <= critical_days:
         return Priority.CRITICAL
-    labels = [season.label for season in dataset.calendar if season.start <= today]
-    if season in labels[-1:]:
+    begun = [season.label for season in dataset.calendar if season.start <= today]
+    if row.season in begun[-1:]:
         return Priority.HIGH
-    return Priority.MEDIUM if season in labels[-2:] else Priority.LOW
+    return Priority.MEDIUM if row.season in begun[-2:] else Priority.LOW
 
 
-# An object whose content is not known.
+# An object whose content is not known, and one that is not in the store.
 UNREAD: Mapping[str, Any] = dict.fromkeys(("read_etag", "verdict", "settled", "live"))
-# An object that is not in the store.
 GONE: Mapping[str, Any] = dict.fromkeys(("etag", "size", "modified_at", "validators", "absent_at", "outdated", *UNREAD))
-NEW_TASK: Mapping[str, Any] = {
-    "gap_size": 1,
-    **dict.fromkeys(("attempts", "failures", "fruitless", "crashes"), 0),
-    "last_error": None,
-}
 SELECT_OBJECTS = f"""
     select o.object_id, d.dataset, o.key, o.fields, {", ".join(f"o.{name}" for name in ObjectRow._fields[4:])}
     from objects o
     join datasets d using (dataset_id)
 """  # noqa: S608  # names of columns
-WRITTEN_FROM = ObjectRow._fields.index("state")  # the columns before that belong to its declaration
+WRITTEN = ObjectRow._fields[ObjectRow._fields.index("state") :]  # the columns before that belong to its declaration
 UPDATE_OBJECT = f"""
     update objects
-    set ({", ".join(ObjectRow._fields[WRITTEN_FROM:])}) = ({", ".join("?" for _ in ObjectRow._fields[WRITTEN_FROM:])})
+    set ({", ".join(WRITTEN)}) = ({", ".join("?" for _ in WRITTEN)})
     where object_id = ?
 """  # noqa: S608  # names of columns
 INSERT_OBJECT = f"""
@@ -4344,40 +4055,35 @@ class Ledger:
         new, when the object has just been fetched, or when a gap without failures has become one of another kind."""
         dataset = self.configuration.datasets[known.dataset]
         state, reason, next_at = appraise(dataset, season_of(dataset, known.season), known, self.now)
-        since, task = known.since if state == known.state else int(self.now), known.task
+        task, since = known.task, known.since if state == known.state else int(self.now)
+        row = known._replace(state=state, reason=reason, since=since)
         if task == TaskState.RUNNING:
-            return known._replace(state=state, reason=reason, since=since, next_at=None)
+            return row._replace(next_at=None)
         if state not in GAPS:
             self.closed += task is not None
-            return known._replace(state=state, reason=reason, since=since, next_at=next_at, task=None)
+            return row._replace(next_at=next_at, task=None)
         if is_fetched and (next_at is None or next_at <= self.now):  # the size or the clock of the store is wrong
             next_at = int(self.now + self.configuration.retry.initial_delay_seconds) + 1
         waits = next_at is not None and next_at > self.now
-        has_changed = task == TaskState.RETRY and not known.failures and state != known.state and not waits
-        changes: dict[str, Any] = {"state": state, "reason": reason, "since": since}
+        has_changed = task == TaskState.RETRY and not row.failures and state != known.state and not waits
         if task is None or is_fetched or has_changed:
-            changes |= {"task": TaskState.RETRY if waits else TaskState.PENDING, "next_at": next_at if waits else None}
+            row = row._replace(task=TaskState.RETRY if waits else TaskState.PENDING, next_at=next_at if waits else None)
         if task is not None:
-            return known._replace(**changes)
+            return row
         self.created += 1
-        return self.ranked(known._replace(**changes, **NEW_TASK, detected_at=int(self.now)))
+        row = row._replace(detected_at=int(self.now), gap_size=1, last_error=None)
+        return self.ranked(row._replace(attempts=0, failures=0, fruitless=0, crashes=0))
 
     def ranked(self, row: ObjectRow) -> ObjectRow:
         """The row with the priority, rank and slope of its task as of today."""
         dataset, weighting = self.configuration.datasets[row.dataset], self.configuration.priority_weighting
-        priority = priority_of(dataset, row.season, row.day, self.today, self.configuration)
+        priority = priority_of(row, dataset, self.today, weighting.critical_within_days)
         rank, slope = rank_of(weighting, dataset.source, priority, row.gap_size or 1, row.detected_at or 0)
         return row._replace(priority=priority, rank=rank, slope=slope)
 
     def write(self, rows: Iterable[ObjectRow]) -> None:
         """Store rows as they are."""
-        self.sql.executemany(UPDATE_OBJECT, [(*row[WRITTEN_FROM:], row.object_id) for row in rows])
-
-    def insert(self, rows: Iterable[tuple[int, int | None, ObjectRow]]) -> int:
-        """Store new rows, each after its dataset_id and parent_id. Returns how many were not there yet."""
-        return self.sql.executemany(
-            INSERT_OBJECT, [(number, parent, *row[2:]) for number, parent, row in rows]
-        ).rowcount
+        self.sql.executemany(UPDATE_OBJECT, [(*row[-len(WRITTEN) :], row.object_id) for row in rows])
 
     def note(self, known: ObjectRow, **facts: Any) -> ObjectRow:
         """Store facts, and the state and task that follow from them. Returns the new row."""
@@ -4385,36 +4091,34 @@ class Ledger:
         self.write([row])
         return row
 
-    def drop(self, condition: str, parameters: Mapping[str, Any]) -> None:
-        """Expect objects `o` no longer. All that is known of them is kept; if they are expected again, the store is
-        searched for them."""
+    def drop(self, condition: str, parameters: Mapping[str, Any] | Sequence[Any]) -> None:
+        """Expect objects `o`, and the pages after them, no longer. All that is known of them is kept; if they are
+        expected again, the store is searched for them."""
         rows = dict[int, ObjectRow]()
         for first in self.objects(f"({condition}) and o.state != 'dropped'", parameters):
-            for row in itertools.chain([first], self.pages_after(first)):
-                if row.object_id not in rows:
-                    rows[row.object_id] = row
-                    task = row.task if row.task == TaskState.RUNNING else None
-                    self.closed += task != row.task
-                    gone = row._replace(state=ObjectState.DROPPED, reason=None, since=int(self.now), next_at=None)
-                    self.write([gone._replace(proven=0, task=task)])
+            row: ObjectRow | None = first
+            while row and row.object_id not in rows:
+                rows[row.object_id] = row
+                row = self.page(row, int(row.fields.get("page", 1)) + 1)
+        for row in rows.values():
+            task = row.task if row.task == TaskState.RUNNING else None
+            self.closed += task != row.task
+            gone = row._replace(state=ObjectState.DROPPED, reason=None, since=int(self.now), next_at=None)
+            self.write([gone._replace(proven=0, task=task)])
         for name in {row.dataset for row in rows.values()}:
             self.touch(name)
         self.dropped += len(rows)
 
     def page(self, page: ObjectRow, number: int) -> ObjectRow | None:
-        """The page of this number of the same answer, if it is expected."""
-        fields = {**page.fields, "page": str(number)}
-        key = self.configuration.datasets[page.dataset].key.render(fields, quote_for_key)
+        """The page of this number of the same answer, if it is expected; None for an object that is no page."""
+        dataset, fields = self.configuration.datasets.get(page.dataset), {**page.fields, "page": str(number)}
+        if not dataset or not dataset.pages:
+            return None
+        if any(match[1] not in fields for match in FIELD_IN_TEXT.finditer(dataset.key.text)):  # declared otherwise then
+            return None
+        key = dataset.key.render(fields, quote_for_key)
         found = self.objects("o.key = ? and d.dataset = ? and o.state != 'dropped'", (key, page.dataset))
         return next(iter(found), None)
-
-    def pages_after(self, page: ObjectRow, count: int = 1) -> Iterator[ObjectRow]:
-        """The expected pages after one, from the `count`-th on; none of an object that is no page."""
-        dataset = self.configuration.datasets.get(page.dataset)
-        number = int(page.fields.get("page", 1)) + count if dataset and dataset.pages else math.inf
-        while number < math.inf and (following := self.page(page, int(number))):
-            yield following
-            number += 1
 
     def touch(self, dataset: str) -> None:
         """Objects of this dataset, or their mentions, have changed: the next cycle computes their children anew."""
@@ -4424,11 +4128,9 @@ class Ledger:
         self, known: ObjectRow, entry: StoredObject, found: Inspection, validators: str | None = None
     ) -> ObjectRow:
         """The row of an object that ADCE has just stored, before its appraisal."""
-        known = known._replace(
-            proven=1, cycle_id=self.cycle_id or known.cycle_id, seen_at=known.seen_at or int(self.now)
-        )
-        stored: Mapping[str, Any] = {"etag": entry.etag, "size": entry.size, "modified_at": entry.modified_at}
-        return known._replace(**found.facts(entry.etag), **stored, validators=validators)
+        row = known._replace(etag=entry.etag, size=entry.size, modified_at=entry.modified_at, validators=validators)
+        cycle_id, seen_at = self.cycle_id or known.cycle_id, known.seen_at or int(self.now)
+        return row._replace(**found.facts(entry.etag), proven=1, cycle_id=cycle_id, seen_at=seen_at)
 
     def renew(self, row: ObjectRow, reason: str) -> None:
         """An object must be fetched again; a task that gave up gets another chance."""
@@ -4442,8 +4144,8 @@ class Ledger:
 # or changed is one upsert, the rest is one drop. Mentions are facts; which objects they make follows from
 # adce.yaml. Headlines: declare_datasets(), expect(), note_mentions().
 
-EXPECTED_AT_ONCE = 300  # objects, in one transaction
-SCANNED_AT_ONCE = 1000  # rows, in one transaction
+CHUNK = 1000  # objects read or compared at once
+WRITTEN_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 LAST_KEY = "\U0010ffff"  # sorts after every key
 WANTED = """
 create temp table if not exists wanted (
@@ -4500,14 +4202,9 @@ def reading_rules(configuration: Configuration, dataset: Dataset) -> str:
     return _digest(dataset.validate, dataset.freshness.until, dataset.freshness.live, dataset.pages, expressions)
 
 
-def appraisal_rules(configuration: Configuration) -> str:
-    """A digest of the rules by which states and ranks follow from facts, the day excepted."""
-    return _digest(configuration.datasets, configuration.seasons, configuration.priority_weighting)
-
-
 def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> None:
-    """Make the stored datasets those of the configuration. The next cycle follows with their objects; until then no
-    task of a known dataset is claimed."""
+    """Make the stored datasets those of the configuration. The next cycle follows with their objects, states and
+    ranks; until then no task of a known dataset is claimed."""
     weighting = configuration.priority_weighting
     weight = weighting.success_rate_weight if weighting.enabled else 0.0
     sql.execute("update datasets set active = 0, rate_weight = ?", (weight,))
@@ -4518,8 +4215,8 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
         """,
         [(one.name, one.source, weight) for one in configuration.datasets.values()],
     )
-    declaration = _digest(configuration.datasets, configuration.seasons)
-    changed = "update facts set declaration = ?1 where declaration is not ?1"
+    declaration = _digest(configuration.datasets, configuration.seasons, weighting)
+    changed = "update facts set declaration = ?1, priorities = '' where declaration is not ?1"
     if sql.execute(changed, (declaration,)).rowcount:
         sql.execute("update datasets set expansion = '', ready = not exists (select 1 from objects)")
 
@@ -4537,13 +4234,13 @@ def expansion_inputs(sql: sqlite3.Connection, dataset: Dataset, now: float) -> s
     parents = "select changed from datasets where dataset in (select value from json_each(?)) order by dataset_id"
     changed = [row[0] for row in sql.execute(parents, (json.dumps(names),))]
     is_by_hour = dataset.partitions.dates and dataset.partitions.dates.last == "now"
-    return f"{changed} {now // HOUR if is_by_hour else day_of(now, timezone_of(dataset))}"
+    return f"{changed} {now // HOUR if is_by_hour else day_of(now, dataset.dates.timezone)}"
 
 
-def ids_of_parents(ledger: Ledger, child: Dataset, parent: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
+def ids_of_parents(database: Database, child: Dataset, parent: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
     """Some of the ids that the objects of a parent name, in the order of their keys."""
     prefix = parent.key.text.partition("{")[0]
-    return ledger.sql.execute(
+    return database.read(
         """
         select p.object_id, p.key, p.fields, m.value
         from objects p
@@ -4554,8 +4251,8 @@ def ids_of_parents(ledger: Ledger, child: Dataset, parent: Dataset, after: tuple
         order by p.key, m.value
         limit ?7
         """,
-        (*after, prefix, prefix + LAST_KEY, parent.name, expression_of(child, parent.name), EXPECTED_AT_ONCE),
-    ).fetchall()
+        (*after, prefix, prefix + LAST_KEY, parent.name, expression_of(child, parent.name), WRITTEN_AT_ONCE),
+    )
 
 
 Partition = tuple[Fields, int | None]  # the values that make one object, and the parent that names it
@@ -4565,16 +4262,15 @@ def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -
     """The expected objects of these partitions. Values that make no key are noted as problems."""
     rows = []
     number = ledger.sql.execute("select dataset_id from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
-    excluded = {name: frozenset(values) for name, values in dict(dataset.excluded).items()}
+    excluded = {name: frozenset(values) for name, values in dataset.excluded.items()}
     for fields, parent_id in partitions:
-        if excluded and any(fields.get(name) in values for name, values in excluded.items()):
+        if any(fields.get(name) in values for name, values in excluded.items()):
             continue
         try:
-            key, season, day, available_at = expected_object(dataset, fields, dataset.calendar)
+            key, season, day, available_at = expected_object(dataset, fields)
         except ValueError as error:
-            parent = "select key from objects where object_id = ?"
-            named_by = [f"{key}: " for (key,) in ledger.sql.execute(parent, (parent_id,))]
-            ledger.problems.append("".join([*named_by, str(error)]))
+            parent = ledger.sql.execute("select key from objects where object_id = ?", (parent_id,)).fetchone()
+            ledger.problems.append(f"{parent[0]}: {error}" if parent else str(error))
         else:
             rows.append(WantedRow(key, number, FIELDS_AS_JSON.encode(fields), season, day, available_at, parent_id))
     return rows
@@ -4590,21 +4286,19 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
         select key, dataset_id, fields, season, day, available_at, parent_id, state != 'dropped'
         from objects where key in (select value from json_each(?))
     """
-    page = json.dumps([row.key for row in rows])
-    known = {row[0]: tuple(row) for row in sql.execute(declared, (page,))}
-    can_move = "select dataset_id from datasets where not active or expansion = ''"
-    movable = {row[0] for row in sql.execute(can_move)}
+    keys = json.dumps([row.key for row in rows])
+    known = {row[0]: tuple(row) for row in sql.execute(declared, (keys,))}
+    movable = {row[0] for row in sql.execute("select dataset_id from datasets where not active or expansion = ''")}
     earlier = "select key, dataset_id from wanted where key in (select value from json_each(?))"
-    wanted = dict(sql.execute(earlier, (page,)).fetchall())
+    wanted = dict(sql.execute(earlier, (keys,)).fetchall())
     changed, counts, held = [], [0, 0], list[tuple[Any, ...]]()
     for row in rows:
         before, is_first = known.get(row.key), row.key not in wanted
-        owner = before[1] if before and before[-1] and before[1] not in movable else row.dataset_id
+        owner = wanted.setdefault(row.key, row.dataset_id)
         if is_first:
             held.append(row if before is None else (row.key, row.dataset_id, None, None, None, None, None))
-            wanted[row.key] = row.dataset_id
-        else:
-            owner = wanted[row.key]
+            if before and before[-1] and before[1] not in movable:
+                owner = before[1]
         if owner != row.dataset_id:
             other = sql.execute("select dataset from datasets where dataset_id = ?", (owner,)).fetchone()[0]
             text = f"{dataset.name}: {row.key} is already the key of another object of {other}"
@@ -4621,13 +4315,13 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
 
 
 def new_objects(ledger: Ledger, datasets: Iterable[str], low: str, high: str) -> list[WantedRow]:
-    """Up to a page of the new objects of some datasets between two keys, in order. The caller inserts them."""
+    """A chunk of the new objects of some datasets between two keys, in order. The caller inserts them."""
     page = """
         select * from wanted where fields is not null and key >= ? and key <= ?
           and dataset_id in (select dataset_id from datasets where dataset in (select value from json_each(?)))
         order by key limit ?
     """
-    parameters = (low, high, json.dumps(list(datasets)), EXPECTED_AT_ONCE)
+    parameters = (low, high, json.dumps(list(datasets)), WRITTEN_AT_ONCE)
     return list(map(WantedRow._make, ledger.sql.execute(page, parameters)))
 
 
@@ -4663,25 +4357,23 @@ def expect_children(
             known = "select value from mentions where object_id = ? and expression = ?"
             values = [row[0] for row in ledger.sql.execute(known, (parent.object_id, expression))]
         before = len(ledger.problems)
-        rows = rows_of(
-            ledger,
-            child,
-            (
-                (fields, parent.object_id)
-                for value in values
-                for fields in expand_named(child, dataset, parent.fields, value, ledger.now)
-            ),
+        partitions = (
+            (fields, parent.object_id)
+            for value in values
+            for fields in expand_named(child, dataset, parent.fields, value, ledger.now)
         )
-        is_sound = len(ledger.problems) == before
-        _insert_children(ledger, child, parent, rows, is_renewed=is_renewed, is_sound=is_sound)
-        is_whole = parent.fields["page"] == "1" if is_page and child.pages and child.pages.last else not values
-        if is_page and is_renewed and is_sound and is_whole:
-            for beyond in itertools.islice(ledger.pages_after(parent, len(values) + 1), 1):  # and all after it
-                ledger.drop("o.object_id = :number", {"number": beyond.object_id})
+        _insert_children(ledger, child, parent, rows_of(ledger, child, partitions), is_renewed=is_renewed)
+        if len(ledger.problems) > before:
+            ledger.touch(parent.dataset)
+        elif is_page and is_renewed:
+            number, is_numbered = int(parent.fields["page"]), dataset.pages and dataset.pages.last
+            beyond = ledger.page(parent, number + len(values) + 1)
+            if beyond and (number == 1 if is_numbered else not values):
+                ledger.drop("o.object_id = ?", (beyond.object_id,))
 
 
 def _insert_children(
-    ledger: Ledger, child: Dataset, parent: ObjectRow, rows: Sequence[WantedRow], *, is_renewed: bool, is_sound: bool
+    ledger: Ledger, child: Dataset, parent: ObjectRow, rows: Sequence[WantedRow], *, is_renewed: bool
 ) -> None:
     keys = json.dumps([row.key for row in rows])
     owners = """
@@ -4691,11 +4383,10 @@ def _insert_children(
     taken = {key: is_renewed and name == child.name for key, name in ledger.sql.execute(owners, (keys,))}
     expanding = "select expansion = '' from datasets where dataset = ?"
     is_expanding = rows and ledger.sql.execute(expanding, (child.name,)).fetchone()[0]  # from before this parent
-    if not all(taken.values()) or is_expanding or not is_sound:
+    if not all(taken.values()) or is_expanding:
         ledger.touch(parent.dataset)
-    ledger.sql.executemany(
-        UPSERT_OBJECT, [(*row, int(ledger.now)) for row in reversed(rows) if taken.get(row.key, True)]
-    )
+    own = [(*row, int(ledger.now)) for row in reversed(rows) if taken.get(row.key, True)]  # the first of a key stays
+    ledger.sql.executemany(UPSERT_OBJECT, own)
     for row in ledger.objects("o.key in (select value from json_each(?)) and not o.proven", (keys,)):
         if is_renewed:
             ledger.renew(row, f"{parent.key} was fetched {utc_text(ledger.now)}")
@@ -4727,7 +4418,6 @@ def _renew_changed(ledger: Ledger, child: Dataset, parent: ObjectRow, declared: 
 # ---------------------------------------------------------------- Queue
 # The best task whose source can be asked now is claimed together with its permit. Headline: claim().
 
-PAGE = 1000  # objects compared, sorted or noted in one transaction
 RUNNER = "runner"  # the owner of the main loop's places among the waiters
 
 
@@ -4757,15 +4447,12 @@ class Claim:
         return [result, *[dataclasses.replace(result, requests=0)] * (len(self.parts()) - 1)]
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """The new state of a task after an attempt."""
+class Ending(NamedTuple):
+    """The result of an attempt, and the task after it."""
 
     task: ObjectRow
-    result: Result
     state: TaskState
-    failures: int
-    next_at: int | None
+    result: Result
     counted: bool  # the attempt counts towards retry.max_attempts
 
 
@@ -4793,17 +4480,14 @@ def claim(
     free: int,
     datasets: Container[str] | None = None,
 ) -> tuple[Claim | None, dict[str, Opening]]:
-    """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for.
+    """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for. `busy`
+    counts running executions by dataset; `free` is the number of idle workers.
 
-    One head for each of the `datasets`, or of all, is compared, so the cost does not grow with the queue. `busy` counts
-    running executions by dataset; `free` is the number of idle workers.
-
-    A task during which nearly `max_attempts` runners have crashed may be the cause, or may only have run beside the
-    cause: it waits until nothing else runs, and runs alone."""
+    One head for each of the `datasets`, or of all, is compared, so the cost does not grow with the queue. A task during
+    which nearly `max_attempts` runners have crashed may be the cause, or only have run beside it: it runs alone."""
     now, wall = clock.boot(), clock.wall()
-    heads = [
-        row for row in sql.execute(HEADS, {"boot": now, "wall": wall}) if datasets is None or row["dataset"] in datasets
-    ]
+    heads = sql.execute(HEADS, {"boot": now, "wall": wall}).fetchall()
+    heads = [head for head in heads if datasets is None or head["dataset"] in datasets]
     with_work = {head["source"] for head in heads if not head["is_paused"]}
     held = collections.Counter[str]()  # workers, by source
     for name, count in busy.items():
@@ -4904,30 +4588,24 @@ def _environment(configuration: Configuration, source: Source, rows: Iterable[Ob
 def _others_in_batch(ledger: Ledger, first: ObjectRow, batch: Batch) -> list[ObjectRow]:
     """The best pending tasks that share the field of the batch with the first."""
     configuration = ledger.configuration
-    shared = (configuration.retry.crash_limit(), batch.group_by, first.fields[batch.group_by], batch.max - 1)
-    names = configuration.datasets[first.dataset].partitions.own_fields()
-    rows = ledger.objects(
-        """
+    others = """
         d.dataset = ? and o.task = 'pending' and o.object_id != ? and o.crashes < ? and o.fields ->> ? = ?
         order by o.rank desc, o.object_id
         limit ?
-        """,
-        (first.dataset, first.object_id, *shared),
-    )
+    """
+    shared = (configuration.retry.crash_limit(), batch.group_by, first.fields[batch.group_by], batch.max - 1)
+    rows = ledger.objects(others, (first.dataset, first.object_id, *shared))
+    names = configuration.datasets[first.dataset].partitions.own_fields()
     return [row for row in rows if not any("," in row.fields[name] for name in names)]  # it would be several values
 
 
 def _begin(ledger: Ledger, row: ObjectRow, url: str) -> ObjectRow:
     begin = "insert into attempts (object_id, started_at, outcome, requests, url) values (?, ?, 'running', 0, ?)"
     shown = re.sub(r"^(https?://)[^/?#]*@", r"\1", url)  # without a user name and a password
-    begun = ledger.sql.execute(begin, (row.object_id, ledger.now, masked(shown) or None))
-    attempt_id = cast(int, begun.lastrowid)
-    run = """
-        update objects set task = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null
-        where object_id = ?
-    """
-    ledger.sql.execute(run, (attempt_id, row.object_id))
-    return row._replace(task=TaskState.RUNNING, attempt_id=attempt_id)
+    number = ledger.sql.execute(begin, (row.object_id, ledger.now, masked(shown) or None)).lastrowid
+    run = "task = 'running', attempt_id = ?, attempts = attempts + 1, next_at = null"
+    ledger.sql.execute(f"update objects set {run} where object_id = ?", (number, row.object_id))  # noqa: S608
+    return row._replace(task=TaskState.RUNNING, attempt_id=number)
 
 
 def wake(sql: sqlite3.Connection, condition: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> int:
@@ -4936,27 +4614,23 @@ def wake(sql: sqlite3.Connection, condition: str, parameters: Mapping[str, Any] 
     return sql.execute(woken, parameters).rowcount
 
 
-def wake_retries(sql: sqlite3.Connection, before: float) -> int:
-    """Make up to a page of the retries that are due pending. Returns how many."""
-    due = "select object_id from objects where task = 'retry' and next_at is not null and next_at <= ? limit ?"
-    return wake(sql, f"object_id in ({due})", (int(before), PAGE))
-
-
 def wake_failed(sql: sqlite3.Connection) -> None:
     """Make failed tasks pending, except those that wait for freshness or for an object that is not there yet."""
     last = "select outcome from attempts a where a.object_id = objects.object_id order by attempt_id desc limit 1"
     wake(sql, f"fruitless > 0 and 'not_yet' is not ({last})")
 
 
-def appraise_due(ledger: Ledger) -> int:
-    """Appraise up to a page of the objects whose time has come. Returns how many."""
-    due = ledger.objects(
-        "o.next_at is not null and o.next_at <= :now and o.task is null order by o.next_at limit :page",
-        {"now": int(ledger.now), "page": PAGE},
-    )
-    declared = ledger.configuration.datasets
-    ledger.write(ledger.appraised(row) if row.dataset in declared else row._replace(next_at=None) for row in due)
-    return len(due)
+def advance(ledger: Ledger) -> bool:
+    """Note what time alone has changed, of up to a chunk of objects: retries that are due are pending, other objects
+    are appraised. Returns whether there may be more."""
+    condition = "o.next_at <= ? and (o.task is null or o.task = 'retry') order by o.next_at limit ?"
+    due = ledger.objects(condition, (int(ledger.now), CHUNK))
+    for row in due:
+        if row.task is None and row.dataset in ledger.configuration.datasets:
+            ledger.note(row)
+        else:
+            ledger.write([row._replace(task=row.task and TaskState.PENDING, next_at=None)])
+    return len(due) == CHUNK
 
 
 # ---------------------------------------------------------------- Results
@@ -4971,7 +4645,7 @@ UNTIL_RESUMED = 3650 * DAY
 BY_OPERATOR = "by the operator"
 
 
-def _refused(error: StoreError) -> Result:
+def _store_failure(error: StoreError) -> Result:
     """A store that fails says nothing about the task; one place in it that cannot be used does."""
     is_local = isinstance(error, UnusablePathError)
     return Result(Outcome.UNSTORABLE if is_local else Outcome.STORE_ERROR, str(error))
@@ -4983,7 +4657,7 @@ def validate_and_store(
     body: BinaryIO,
     store: Store,
     http_status: int | None = None,
-    links: Mapping[str, str] | None = None,
+    links: Links = None,
 ) -> Result:
     """Validate a body, then store it."""
     most = claimed.dataset.validate.most()
@@ -4996,24 +4670,28 @@ def validate_and_store(
         body.seek(0)
         return Result(Outcome.OK, None, http_status, store.write(target.key, body), inspection)
     except StoreError as error:
-        return dataclasses.replace(_refused(error), http_status=http_status)
+        return dataclasses.replace(_store_failure(error), http_status=http_status)
 
 
 def inspect_stored(claimed: Claim, target: ObjectRow, store: Store) -> Result | None:
     """The object that the store holds under a key, judged; None when there is none."""
     stored, most = store.find(target.key), claimed.dataset.validate.most()
-    if stored is None:
-        return None
-    if stored.size > most:
+    if stored and stored.size > most:
         return Result(Outcome.INVALID, f"longer than {most} bytes", stored=stored)
+    found = inspect_content(claimed.dataset, target, claimed.children, store) if stored else None
+    outcome = Outcome.OK if found and found.valid else Outcome.INVALID
+    return Result(outcome, found.verdict, stored=stored, inspection=found) if found else None
+
+
+def inspect_content(
+    dataset: Dataset, target: ObjectRow, children: Sequence[Dataset], store: Store
+) -> Inspection | None:
+    """The findings in the content of a stored object; None when there is none."""
     try:
         with store.open(target.key) as body:
-            links = known_links(target.validators)
-            inspection = inspect_apart(claimed.dataset, target.fields, body, claimed.children, links)
-    except KeyError:  # deleted meanwhile
+            return inspect_apart(dataset, target.fields, body, children, target.links)
+    except KeyError:
         return None
-    outcome = Outcome.OK if inspection.valid else Outcome.INVALID
-    return Result(outcome, inspection.verdict, stored=stored, inspection=inspection)
 
 
 def retry_delay(policy: Retry, times: int, rng: random.Random) -> float:
@@ -5039,10 +4717,10 @@ def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clo
         health = SourceHealth(pause_seconds=FIRST_PAUSE_SECONDS)
         pause(sql, GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{decisive.error}", now)
     endings: list[Ending] = []
-    for (one, task), result in zip(claimed.parts(), results, strict=True):
-        _record_attempt(ledger, one.dataset, task, result)
-        running = "o.object_id = :object_id and o.task = 'running' and o.attempt_id = :attempt_id"
-        rows = ledger.objects(running, {"object_id": task.object_id, "attempt_id": task.attempt_id})
+    for (_, task), result in zip(claimed.parts(), results, strict=True):
+        _record_attempt(ledger, task, result)
+        running = "o.object_id = ? and o.task = 'running' and o.attempt_id = ?"
+        rows = ledger.objects(running, (task.object_id, task.attempt_id))
         endings += [_settle(ledger, row, result, health, rng, task.outdated) for row in rows]
     return endings
 
@@ -5058,9 +4736,10 @@ def _settle(
     """The next state of a task, whose object was `outdated` when it began. It is done only when its object is whole in
     the store and no gap any more."""
     outcome, is_ok = result.outcome, result.outcome is Outcome.OK
-    season = season_of(ledger.configuration.datasets[row.dataset], row.season)
+    dataset = ledger.configuration.datasets[row.dataset]
+    season = season_of(dataset, row.season)
     counted = (outcome.traits.counts and not health.is_source) or (
-        outcome is Outcome.NOT_YET and not may_still_appear(season, row.day, ledger.now)
+        outcome is Outcome.NOT_YET and not may_still_appear(dataset, season, row, ledger.now)
     )
     failures = 0 if is_ok else row.failures + counted
     fruitless = 0 if is_ok else row.fruitless + (outcome is not Outcome.LOST)
@@ -5080,10 +4759,7 @@ def _settle(
         row = ledger.appraised(row, is_fetched=is_ok)
         if row.task and not is_ok:
             times = failures if counted else fruitless - failures
-            # a second later than the probe, which takes another object if there is one
-            pause_seconds = health.pause_seconds + 1 if health.pause_seconds else 0.0
-            delay = max(pause_seconds, retry_delay(ledger.configuration.retry, times, rng))
-            row = _after_failure(ledger.configuration.retry, row, result, ledger.now, delay)
+            row = _after_failure(ledger, row, result, health, retry_delay(ledger.configuration.retry, times, rng))
     ledger.write([row])
     if is_ok and ledger.configuration.children_of(row.dataset) and row.state != ObjectState.DROPPED:
         named = note_mentions(ledger, row, result.inspection) if result.inspection else set()
@@ -5092,59 +4768,56 @@ def _settle(
     elif row.task in (TaskState.PENDING, TaskState.RETRY) and not health.is_source:
         _restart_pages(ledger, row, result)
     closed = TaskState.DONE if row.state == ObjectState.PRESENT else TaskState.CANCELLED
-    state = TaskState(row.task) if row.task else closed
-    return Ending(row, result, state, failures, row.next_at if row.task else None, counted)
+    return Ending(row, TaskState(row.task or closed), result, counted)
 
 
 def _restart_pages(ledger: Ledger, row: ObjectRow, result: Result) -> None:
     """A source that refuses a page may no longer know what the page before it named: the first is asked for again."""
     status = result.http_status or 0
     is_refused = 400 <= status < 500 or (status and result.outcome is Outcome.INVALID)
-    if ledger.configuration.datasets[row.dataset].pages and is_refused and row.fields["page"] != "1":
-        first = ledger.page(row, 1)
-        if first and first.etag:
-            ledger.renew(first, f"its page {row.fields['page']}: {result.error}")
+    first = ledger.page(row, 1) if is_refused else None
+    if first and first.etag and first.object_id != row.object_id:
+        ledger.renew(first, f"its page {row.fields['page']}: {result.error}")
 
 
 def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
     """Whether an object is so old that a source without it has none. One that never had any may have a wrong url."""
-    dataset = ledger.configuration.datasets[row.dataset]
-    since = row.detected_at or 0
+    dataset, since = ledger.configuration.datasets[row.dataset], row.detected_at or 0
     if row.day:
-        since = end_of_day(datetime.date.fromisoformat(row.day), timezone_of(dataset))
+        since = end_of_step(dataset, row.fields)
+    elif season := season_of(dataset, row.season):
+        since = max(since, season.over())
+    if dataset.absent_after is None or ledger.now < since + dataset.absent_after:
+        return False
     good = """select 1 from counts join datasets using (dataset_id)
               where dataset = ? and state in ('present', 'stale', 'suspect') and objects > 0"""
-    is_old = dataset.absent_after is not None and ledger.now >= since + dataset.absent_after
-    return is_old and ledger.sql.execute(good, (row.dataset,)).fetchone() is not None
+    return ledger.sql.execute(good, (row.dataset,)).fetchone() is not None
 
 
-def _after_failure(policy: Retry, row: ObjectRow, result: Result, now: float, delay: float) -> ObjectRow:
+def _after_failure(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth, delay: float) -> ObjectRow:
     """The row of a task whose attempt brought nothing: one that was lost counts for nothing, and is pending again."""
     seconds = result.retry_after  # until a permit that was refused is possible
     if result.outcome is not Outcome.LOST:
-        if row.failures >= policy.max_attempts:
+        if row.failures >= ledger.configuration.retry.max_attempts:
             return row._replace(task=TaskState.GAVE_UP)
-        seconds = delay
-    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(now + seconds) + 1)
+        # a second later than the probe, which takes another object if there is one
+        seconds = max(delay, health.pause_seconds + 1 if health.pause_seconds else 0)
+    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(ledger.now + seconds) + 1)
 
 
-def _record_attempt(ledger: Ledger, dataset: Dataset, task: ObjectRow, result: Result) -> None:
-    sql, size, output = ledger.sql, result.stored.size if result.stored else None, result.output or None
-    ended = sql.execute(
-        """
+def _record_attempt(ledger: Ledger, task: ObjectRow, result: Result) -> None:
+    end = """
         update attempts
         set outcome = ?, seconds = max(0, ? - started_at), http_status = ?, bytes = ?, requests = requests + ?,
             error = ?, output = ?, worker = ?
         where attempt_id = ? and outcome = 'running'
-        """,
-        (
-            *(result.outcome, ledger.now, result.http_status, size, result.requests),
-            *(result.error, output, result.worker, task.attempt_id),
-        ),
-    )
+    """
+    size = result.stored.size if result.stored else None
+    facts = (result.outcome, ledger.now, result.http_status, size, result.requests, result.error)
+    ended = ledger.sql.execute(end, (*facts, result.output or None, result.worker, task.attempt_id))
     if ended.rowcount and result.outcome.traits.rated:
         average = "update datasets set success_rate = success_rate + ? * (? - success_rate) where dataset = ?"
-        sql.execute(average, (SUCCESS_MEMORY, result.outcome is Outcome.OK, dataset.name))
+        ledger.sql.execute(average, (SUCCESS_MEMORY, result.outcome is Outcome.OK, task.dataset))
 
 
 def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
@@ -5173,7 +4846,8 @@ def correct_instants(sql: sqlite3.Connection, policy: Retry, now: float) -> None
     """After a run whose clock was ahead: what it stored is as old as this instant, and what it would retry is due."""
     correct = """
         update objects
-        set next_at = 0, since = min(since, :now), modified_at = min(modified_at, :now)
+        set next_at = iif(task is null or task = 'retry', 0, null), since = min(since, :now),
+            modified_at = min(modified_at, :now)
         where max(coalesce(modified_at, 0), iif(task = 'retry', max(since, iif(fruitless, next_at, 0)), 0))
               > :now + :longest
     """
@@ -5225,14 +4899,11 @@ def resume_source(sql: sqlite3.Connection, scope: str, now: float) -> tuple[bool
     return bool(was_paused), wake(sql, f"last_error is not null and {own}", (scope,))
 
 
-def tasks_to_retry(
-    database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]
-) -> list[dict[str, Any]]:
-    """The tasks that wait or gave up and match the filters; skipped and absent ones only by their ids."""
+def tasks_to_retry(database: Database, filters: Mapping[str, str | None], task_ids: Sequence[int]) -> list[int]:
+    """The ids of the tasks that wait or gave up and match the filters; skipped and absent ones only by their ids."""
     rows = database.read(
         """
-        select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
-               o.attempts, o.last_error
+        select o.object_id
         from objects o
         join datasets d using (dataset_id)
         where (o.task in ('retry', 'gave_up')
@@ -5247,7 +4918,7 @@ def tasks_to_retry(
         """,
         {"day": None, **filters, "has_ids": bool(task_ids), "ids": json.dumps(task_ids)},
     )
-    return [dict(row) for row in rows]
+    return [row[0] for row in rows]
 
 
 def retry_tasks(ledger: Ledger, task_ids: Iterable[int]) -> int:
@@ -5286,11 +4957,11 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
 LEAST_SHARE = 4000  # keys, of a cycle; a lake that is not larger is listed whole each time
 SINGLE_RANGES = 200  # open objects below a prefix; with more than that, all of it is listed
 READS_IN_A_TRANSACTION = 20
-NOTED_AT_ONCE = 300  # objects, in one transaction: a claim waits no longer than that takes
 SAVED_EVERY_SECONDS = 5
 MOST_PROBLEMS = 5  # reported of one cycle
 STOPPED_EARLY = "stopped before its end"
 VANISHED = "vanished at once"  # marks a mass loss
+KNOWN_OBJECTS = "select coalesce(sum(objects), 0) from counts where state != 'dropped'"
 Item = TypeVar("Item")
 
 
@@ -5321,15 +4992,13 @@ class ReadAhead:
         """The future result of a call."""
         from concurrent.futures import Future
 
-        if self.executor:
-            future = self.executor.submit(function, *arguments)
-            future.add_done_callback(lambda _: self.wake())
-            return future
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:  # noqa: BLE001  # raised again by result()
-            future.set_exception(error)
+        future: Future[Item] = self.executor.submit(function, *arguments) if self.executor else Future()
+        if not self.executor:
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:  # noqa: BLE001  # raised again by result()
+                future.set_exception(error)
+        future.add_done_callback(lambda _: self.wake())
         return future
 
 
@@ -5339,7 +5008,7 @@ def sort_listing(listing: Iterator[StoredObject]) -> tuple[bool, Iterator[Stored
     scratch.execute("pragma cache_size = -256")  # KiB: several are at work at once
     scratch.execute("create table listing (key text primary key, size, etag, modified_at) without rowid")
     was_ascending, last = True, ""
-    for page in chunks(listing, PAGE):
+    for page in chunks(listing, CHUNK):
         for entry in page:
             was_ascending, last = was_ascending and entry.key > last, entry.key
         scratch.executemany("insert or replace into listing values (?, ?, ?, ?)", page)
@@ -5352,7 +5021,7 @@ class Listing:
 
     def __init__(self, store: Store, prefix: str, keys: KeyRange, ahead: ReadAhead, *, is_ordered: bool) -> None:
         self.prefix, self.keys, self.is_ordered, self.was_ascending = prefix, keys, is_ordered, is_ordered
-        self._ahead, self._made = ahead, chunks(self._entries(store), PAGE)
+        self._ahead, self._made = ahead, chunks(self._entries(store), CHUNK)
         self._next: Future[list[StoredObject] | None] | None = None
 
     def _entries(self, store: Store) -> Iterator[StoredObject]:
@@ -5389,7 +5058,7 @@ class Listing:
 
 def share_of_keys(database: Database, configuration: Configuration, now: float) -> KeyRange:
     """The next part of all keys, as large as the time since the last cycle asks for."""
-    total = database.value("select coalesce(sum(objects), 0) from counts where state != 'dropped'")
+    total = database.value(KNOWN_OBJECTS)
     looked_up_to, last = database.read("select looked_up_to, looked_at from facts")[0]
     elapsed = max(0.0, now - last) if last is not None else math.inf
     size = max(LEAST_SHARE, math.ceil(total * min(1.0, elapsed / configuration.full_seconds)))
@@ -5423,7 +5092,7 @@ def ranges_to_list(database: Database, prefix: str, share: KeyRange) -> list[Key
     joined: list[KeyRange] = []
     for low, high in sorted(one for one in found if one.low <= one.high):
         end = joined[-1].high if joined else ""
-        if joined and (low <= end or database.value(between, (end, low, PAGE)) < PAGE):
+        if joined and (low <= end or database.value(between, (end, low, CHUNK)) < CHUNK):
             joined[-1] = KeyRange(joined[-1].low, max(end, high))
         else:
             joined.append(KeyRange(low, high))
@@ -5468,11 +5137,11 @@ class Cycle:
         self.listed = self.looked = self.created = self.closed = self.dropped = 0
         self.is_complete = self.is_braked = False
         self.store_error: str | None = None
-        self.compared: set[str] = set()  # prefixes
+        self.compared = set[str]()  # prefixes
         self.expanded: dict[str, str] = {}  # inputs of datasets whose new objects are not inserted yet
         self.new = 0  # objects that wait for their insertion
         self.has_new_pages = False  # stored pages have named others
-        self.present: collections.Counter[int] = collections.Counter()  # objects in the store until now, by dataset
+        self.present = collections.Counter[int]()  # objects in the store until now, by dataset
         self.losses: dict[int, array.array[int]] = {}  # those that are no longer listed
         self.problems: list[str] = []
         self.readers = {one.name for one in configuration.datasets.values() if _needs_reading(configuration, one)}
@@ -5507,15 +5176,15 @@ class Cycle:
         return self.database.value("select max(object_id) from objects") or 0
 
     def scan(self, last: int, change: Callable[[Ledger, dict[str, Any]], object]) -> Iterator[None]:
-        """Change the objects up to an id, a page of ids in a transaction: `change` takes `after` and `last` of each."""
-        for after in range(0, last, SCANNED_AT_ONCE):
+        """Change the objects up to an id, a chunk of ids at once: `change` takes `after` and `last` of each."""
+        for after in range(0, last, CHUNK):
             with self.ledger() as ledger:
-                change(ledger, {"after": after, "last": min(after + SCANNED_AT_ONCE, last)})
+                change(ledger, {"after": after, "last": min(after + CHUNK, last)})
             yield
 
     def rewrite(self, object_ids: Iterable[int], change: Callable[[Ledger, ObjectRow], ObjectRow]) -> Iterator[None]:
         """Store objects as `change` makes them, a few in a transaction; not those stored since the cycle began."""
-        for chunk in chunks(iter(object_ids), NOTED_AT_ONCE):
+        for chunk in chunks(iter(object_ids), WRITTEN_AT_ONCE):
             with self.ledger() as ledger:
                 ledger.write([change(ledger, row) for row in ledger.some(chunk) if row.cycle_id != self.cycle_id])
             yield
@@ -5526,30 +5195,25 @@ class Cycle:
 
     def save_progress(self) -> None:
         """Store how far the phase is, now and then."""
-        if self.clock.boot() >= self.saves_at:
-            self.saves_at = self.clock.boot() + SAVED_EVERY_SECONDS
-            with self.database.transaction(durable=False) as sql:
-                row = (self.listed, self.looked, self._progress(sql), self.cycle_id)
-                sql.execute("update reconciliations set listed = ?, looked = ?, progress = ? where cycle_id = ?", row)
-
-    def _progress(self, sql: sqlite3.Connection) -> str:
-        left, seconds = 0, max(1e-3, self.clock.boot() - self.phase_began)
+        now, left = self.clock.boot(), 0
+        if now < self.saves_at:
+            return
+        self.saves_at, seconds = now + SAVED_EVERY_SECONDS, max(1e-3, now - self.phase_began)
         if self.phase == "reading":
-            unread = "select count(*) from objects where etag is not read_etag and etag is not null"
-            (left,) = sql.execute(unread).fetchone()
+            left = self.database.value("select count(*) from objects where etag is not read_etag and etag is not null")
         elif self.phase == "listing" and self.share == ALL_KEYS:
-            known = "select coalesce(sum(objects), 0) from counts where state != 'dropped'"
-            left = sql.execute(known).fetchone()[0] + self.new - self.looked
+            left = self.database.value(KNOWN_OBJECTS) + self.new - self.looked
         text = f"{self.phase}, {self.done:,} objects, {self.done / seconds:,.0f} a second"
         if left > 0 and self.done:
             text += f", {left:,} to go, about {format_duration(left * seconds / self.done)}"
-        return text
+        with self.database.transaction(durable=False) as sql:
+            save = "update reconciliations set listed = ?, looked = ?, progress = ? where cycle_id = ?"
+            sql.execute(save, (self.listed, self.looked, text, self.cycle_id))
 
     def end(self) -> None:
         """Record the cycle. A store that ends two cycles in a row is unusable until the next that is complete."""
-        names = ("cycle_id", "started_at", "listed", "looked", "created", "closed", "dropped", "store_error")
-        row = {name: getattr(self, name) for name in names}
-        row |= {
+        row = {
+            **vars(self),
             "seconds": self.clock.boot() - self.started,
             "list_calls": self.store.calls - self.calls_before,
             "error": "; ".join(self.problems[:MOST_PROBLEMS]) or None,
@@ -5592,7 +5256,7 @@ def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | Non
         is_validated_only = not (children or freshness.until or freshness.live)
         few: float = READS_IN_A_TRANSACTION
         while unread := _unread(cycle, dataset, after, min(few, cycle.may_verify) if is_validated_only else few):
-            reading = {row.object_id: cycle.ahead.submit(_inspect, cycle, row, children) for row in unread}
+            reading = {row.object_id: cycle.ahead.submit(_inspect, cycle, dataset, children, row) for row in unread}
             while not all(future.done() for future in reading.values()):
                 yield True
             found = {number: inspection for number, future in reading.items() if (inspection := future.result())}
@@ -5614,18 +5278,13 @@ def _unread(cycle: Cycle, dataset: Dataset, after: str, few: float) -> list[Obje
         )
 
 
-def _inspect(cycle: Cycle, target: ObjectRow, children: Sequence[Dataset]) -> Inspection | None:
+def _inspect(cycle: Cycle, dataset: Dataset, children: Sequence[Dataset], target: ObjectRow) -> Inspection | None:
+    """None also for an object that is gone since it was listed: the next cycle sees that."""
     try:
-        body = cycle.store.open(target.key)
-    except KeyError:
-        return None  # gone since it was listed: the next cycle sees that
+        return inspect_content(dataset, target, children, cycle.store)
     except UnusablePathError as error:
         cycle.problems.append(str(error))
         return None
-    with body:
-        return inspect_apart(
-            cycle.configuration.datasets[target.dataset], target.fields, body, children, known_links(target.validators)
-        )
 
 
 def _judged(cycle: Cycle, found: Mapping[int, Inspection], ledger: Ledger, row: ObjectRow) -> ObjectRow:
@@ -5682,10 +5341,10 @@ def run_cycle(steps: Iterator[int]) -> int:
 
 def _steps(cycle: Cycle) -> Iterator[bool | None]:
     """Yields True while it waits for the store."""
-    if not cycle.last_id():  # what follows is appraised and ranked by the rules of today
+    if not cycle.last_id():  # what follows is appraised and ranked as of today
         with cycle.database.transaction() as sql:
-            sql.execute("update facts set priorities = ?", (_ranked_by(cycle),))
-    yield from _forget_readings(cycle)
+            sql.execute("update facts set priorities = ?", (str(day_of(cycle.clock.wall())),))
+    _forget_readings(cycle)
     for level in cycle.configuration.levels():
         cycle.has_new_pages = True
         while cycle.has_new_pages:
@@ -5694,7 +5353,7 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
             yield from _expand(cycle, level)
             cycle.enter("listing")
             yield from _compare(cycle, level)
-            yield from _end_expansion(cycle)
+            _end_expansion(cycle)
             if cycle.listed:  # else the store may be empty, or another one
                 yield from _apply_losses(cycle)
             cycle.enter("reading")
@@ -5710,20 +5369,14 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
     yield from _age(cycle)
 
 
-def _forget_readings(cycle: Cycle) -> Iterator[None]:
+def _forget_readings(cycle: Cycle) -> None:
     """Contents that were judged by other rules are read once more."""
-    known = dict(map(tuple, cycle.database.read("select dataset, reading from datasets")))
-    for dataset in cycle.configuration.datasets.values():
-        rules = reading_rules(cycle.configuration, dataset)
-        if known[dataset.name] != rules:
-            forget = """
-                update objects set read_etag = null
-                where read_etag is not null and dataset_id = (select dataset_id from datasets where dataset = ?)
-            """
-            with cycle.ledger() as ledger:
-                ledger.sql.execute(forget, (dataset.name,))
-                ledger.sql.execute("update datasets set reading = ? where dataset = ?", (rules, dataset.name))
-            yield
+    change = "update datasets set reading = ?1 where dataset = ?2 and reading != ?1 returning dataset_id"
+    forget = "update objects set read_etag = null where read_etag is not null and dataset_id = ?"
+    with cycle.ledger() as ledger:
+        for dataset in cycle.configuration.datasets.values():
+            rules = reading_rules(cycle.configuration, dataset)
+            ledger.sql.executemany(forget, ledger.sql.execute(change, (rules, dataset.name)).fetchall())
 
 
 def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
@@ -5731,11 +5384,11 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
     with cycle.ledger() as ledger:
         expansions = dict(ledger.sql.execute("select dataset, expansion from datasets").fetchall())
         inputs = {one: expansion_inputs(ledger.sql, one, ledger.now) for one in level}
-        stale = {one: now for one, now in inputs.items() if expansions[one.name] != now}
+        changed = {one: now for one, now in inputs.items() if expansions[one.name] != now}
         begin = "update datasets set expansion = '' where dataset = ?"
-        ledger.sql.executemany(begin, [(one.name,) for one in stale])
-    kept, last = dict.fromkeys(stale, 0), cycle.last_id()
-    for dataset in stale:
+        ledger.sql.executemany(begin, [(one.name,) for one in changed])
+    kept, last = dict.fromkeys(changed, 0), cycle.last_id()
+    for dataset in changed:
         problems_before = len(cycle.problems)
         for page in _partitions(cycle, dataset):
             with cycle.ledger() as ledger:
@@ -5745,13 +5398,13 @@ def _expand(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[None]:
             cycle.done += known + new
             yield
         if len(cycle.problems) > problems_before:
-            stale[dataset] = "with problems"  # the next cycle expands it, and reports them, again
+            changed[dataset] = "with problems"  # the next cycle expands it, and reports them, again
     live = "select sum(objects) from counts join datasets using (dataset_id) where dataset = ? and state != 'dropped'"
     shrunk = [one.name for one, count in kept.items() if (cycle.database.value(live, (one.name,)) or 0) != count]
     yield from _drop_unexpected(cycle, shrunk, last)
     with cycle.ledger() as ledger:
         ledger.sql.executemany("update datasets set ready = 1 where dataset = ?", [(one.name,) for one in level])
-    cycle.expanded = {one.name: now for one, now in stale.items()}
+    cycle.expanded = {one.name: now for one, now in changed.items()}
 
 
 def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]:
@@ -5760,15 +5413,11 @@ def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]
     configuration, now = cycle.configuration, cycle.clock.wall()
     parents = [configuration.datasets[name] for name in dataset.partitions.parents]
     if not parents:
-        declared = expand(dataset, dataset.calendar, now)
-        yield from chunks(((fields, None) for fields in declared), EXPECTED_AT_ONCE)
+        declared = expand(dataset, now)
+        yield from chunks(((fields, None) for fields in declared), WRITTEN_AT_ONCE)
     for parent in [*parents, *([dataset] if dataset.pages else [])]:
         after = ("", "")
-        while True:
-            with cycle.ledger() as ledger:
-                rows = ids_of_parents(ledger, dataset, parent, after)
-            if not rows:
-                break
+        while rows := ids_of_parents(cycle.database, dataset, parent, after):
             yield (
                 (fields, row["object_id"])
                 for row in rows
@@ -5777,7 +5426,7 @@ def _partitions(cycle: Cycle, dataset: Dataset) -> Iterator[Iterable[Partition]]
             after = rows[-1]["key"], rows[-1]["value"]
 
 
-def _end_expansion(cycle: Cycle) -> Iterator[None]:
+def _end_expansion(cycle: Cycle) -> None:
     """A level that still has new objects is expanded again by the next cycle: they lie where the store could not be
     listed, or a parent that was fetched meanwhile has named them, and may not be the first that does."""
     if not cycle.new:
@@ -5785,7 +5434,6 @@ def _end_expansion(cycle: Cycle) -> Iterator[None]:
             done = "update datasets set expansion = ? where dataset = ?"
             ledger.sql.executemany(done, [(inputs, name) for name, inputs in cycle.expanded.items()])
     cycle.new = 0
-    yield
 
 
 def _drop_unexpected(cycle: Cycle, datasets: Sequence[str], last: int) -> Iterator[None]:
@@ -5855,7 +5503,7 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
             order by key
             limit ?
             """,
-            (cycle.cycle_id, low, keys.high, PAGE),
+            (cycle.cycle_id, low, keys.high, CHUNK),
         )
         differing = []
         for object_id, key, etag, proven, dataset_id, is_newer in known:
@@ -5871,7 +5519,7 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
         cycle.done += len(known)
         yield from cycle.rewrite(differing, lambda ledger, row: _searched(cycle, ledger, row, listed.get(row.key)))
         yield
-        if len(known) < PAGE:
+        if len(known) < CHUNK:
             break
         low = known[-1]["key"] + "\0"
     yield from _insert_new(cycle, keys, listed)
@@ -5879,14 +5527,14 @@ def _compare_range(cycle: Cycle, page: Sequence[StoredObject], keys: KeyRange) -
 
 def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]) -> Iterator[None]:
     """Insert the new objects in a range of keys with the state that the listing shows."""
-    low, count = keys.low, EXPECTED_AT_ONCE if cycle.new else 0
-    while count >= EXPECTED_AT_ONCE:
+    low, count = keys.low, WRITTEN_AT_ONCE if cycle.new else 0
+    while count >= WRITTEN_AT_ONCE:
         with cycle.ledger() as ledger:
             wanted, rows, now = new_objects(ledger, cycle.expanded, low, keys.high), [], int(ledger.now)
             for key, number, fields, season, day, available_at, parent_id in wanted:
                 row = ObjectRow(0, cycle.datasets[number], key, fields or "", season, day, available_at, since=now)
-                rows.append((number, parent_id, _searched(cycle, ledger, row, listed.get(key))))
-            inserted = ledger.insert(rows)
+                rows.append((number, parent_id, *_searched(cycle, ledger, row, listed.get(key))[2:]))
+            inserted = ledger.sql.executemany(INSERT_OBJECT, rows).rowcount
         cycle.new -= inserted
         cycle.looked += inserted
         cycle.done += inserted
@@ -5927,45 +5575,36 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
 
 
 def _age(cycle: Cycle) -> Iterator[None]:
-    """Note the changes that time alone makes. Once a day, or when the rules have changed, appraise and rank anew."""
-    count = PAGE
-    while count >= PAGE:
+    """Note the changes that time alone makes. Once a day tasks are ranked anew, after a change of adce.yaml everything
+    is appraised as well."""
+    has_more = True
+    while has_more:
         with cycle.ledger() as ledger:
-            count = max(wake_retries(ledger.sql, ledger.now), appraise_due(ledger))
+            has_more = advance(ledger)
         yield
     for dataset in cycle.configuration.datasets.values():
         if dataset.batch:
             yield from _resize_gaps(cycle, dataset, dataset.batch)
-    inputs, known = _ranked_by(cycle), cycle.database.value("select priorities from facts") or ""
-    if known == inputs:
-        return
-    is_everything = known.partition(" ")[2] != inputs.partition(" ")[2]
-    condition = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
-    condition += "" if is_everything else " and o.task is not null"
-
-    def review(ledger: Ledger, page: dict[str, Any]) -> None:
-        rows = ledger.objects(condition, page)
-        reviewed = [_reviewed(cycle, ledger, row, is_everything=is_everything) for row in rows]
-        ledger.write(now for row, now in zip(rows, reviewed, strict=True) if now != row)
-
-    yield from cycle.scan(cycle.last_id(), review)
-    with cycle.database.transaction() as sql:
-        sql.execute("update facts set priorities = ?", (inputs,))
+    today, ranked_on = str(day_of(cycle.clock.wall())), cycle.database.value("select priorities from facts")
+    if ranked_on != today:
+        condition = "o.state != 'dropped' and d.active" + (" and o.task is not null" if ranked_on else "")
+        yield from cycle.scan(cycle.last_id(), functools.partial(_review, cycle, condition))
+        with cycle.database.transaction() as sql:
+            sql.execute("update facts set priorities = ?", (today,))
 
 
-def _ranked_by(cycle: Cycle) -> str:
-    """The day and the rules of ranks and appraisals."""
-    return f"{day_of(cycle.clock.wall())} {appraisal_rules(cycle.configuration)}"
-
-
-def _reviewed(cycle: Cycle, ledger: Ledger, row: ObjectRow, *, is_everything: bool) -> ObjectRow:
-    """The row by the rules of today."""
-    if is_everything:
+def _review(cycle: Cycle, condition: str, ledger: Ledger, ids: dict[str, Any]) -> None:
+    """Appraise and rank objects by the rules of today."""
+    for row in ledger.objects(f"{condition} and o.object_id > :after and o.object_id <= :last", ids):
+        now = row
         if row.etag is not None and row.dataset not in cycle.readers:
-            row = row._replace(**{**UNREAD, "read_etag": row.etag})
-        row = ledger.appraised(row)
-    is_batched = cycle.configuration.datasets[row.dataset].batch
-    return row if row.task is None else ledger.ranked(row if is_batched else row._replace(gap_size=1))
+            now = row._replace(**{**UNREAD, "read_etag": row.etag})
+        now = ledger.appraised(now)
+        if now.task and not cycle.configuration.datasets[row.dataset].batch:
+            now = now._replace(gap_size=1)
+        now = ledger.ranked(now) if now.task else now
+        if now != row:
+            ledger.write([now])
 
 
 def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]:
@@ -5984,11 +5623,7 @@ def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]
         (batch.max, batch.group_by, dataset.name),
     )
     sizes = dict(map(tuple, resized))
-
-    def resize(ledger: Ledger, row: ObjectRow) -> ObjectRow:
-        return ledger.ranked(row._replace(gap_size=sizes[row.object_id])) if row.task else row
-
-    yield from cycle.rewrite(sizes, resize)
+    yield from cycle.rewrite(sizes, lambda ledger, row: ledger.ranked(row._replace(gap_size=sizes[row.object_id])))
 
 
 # ---------------------------------------------------------------- Requests
@@ -6008,20 +5643,51 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     max_bytes.
 
     Raises StoreError when there is no place for the body; then nothing was sent."""
+    import requests
+    import urllib3
+
+    conditions, status = _conditions(claimed, store), None
+    headers = {**_headers(claimed), **conditions}
+    most = max(one.dataset.validate.most() for one, _ in claimed.parts())
     with store.spool() as body:
-        return _request_into(body, claimed, store, clock)
+        deadline = Deadline(claimed, clock)
+        try:
+            with responded(deadline, headers) as (response, cookies):
+                status = response.status_code
+                try:
+                    for block in _decoded(claimed.tasks[0].key, response):
+                        fill(body, block)
+                        if body.tell() > (most if status == 200 else CLASSIFIED_BYTES) or deadline.passed:
+                            break
+                except (zlib.error, urllib3.exceptions.HTTPError):
+                    if status == 200:  # any other status counts without its body
+                        raise
+                if deadline.passed:
+                    raise requests.Timeout
+                if status == 304 and conditions:
+                    results = _unchanged(claimed, response, store)
+                else:
+                    results = _judge(claimed, response, body, store, deadline)
+                first = dataclasses.replace(results[0], requests=1, cookies=cookies, headers=response.headers)
+                return [first, *results[1:]]
+        except (
+            Error,
+            requests.RequestException,
+            urllib3.exceptions.HTTPError,
+            OSError,
+            ValueError,
+            zlib.error,
+        ) as error:
+            return claimed.results(_failure(error, deadline, headers, status))
 
 
 @contextlib.contextmanager
-def responded(
-    claimed: Claim, headers: Mapping[str, str], deadline: Deadline, clock: Clock
-) -> Iterator[tuple[Any, Any]]:
+def responded(deadline: Deadline, headers: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
     """The response to a request, whose body is read until its deadline, and the cookies after it."""
     import requests
 
-    seconds = claimed.source.timeout_seconds
+    claimed, seconds = deadline.claimed, deadline.claimed.source.timeout_seconds
     with SESSIONS.opened(deadline) as opened:
-        opened.present = claimed, deadline, clock
         opened.trust_env = claimed.source.trust_env
         opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
         timeout = (min(CONNECT_SECONDS, seconds), seconds)
@@ -6030,59 +5696,35 @@ def responded(
             yield response, opened.cookies
 
 
-def _request_into(body: BinaryIO, claimed: Claim, store: Store, clock: Clock) -> list[Result]:
+def _failure(error: Exception, deadline: Deadline, headers: Mapping[str, str], status: int | None) -> Result:
+    """The result of a request that an exception has ended, after its response had begun with a status, or before."""
     import requests
     import urllib3
 
-    begun, seconds, conditions = clock.boot(), claimed.source.timeout_seconds, _conditions(claimed, store)
-    headers = {**_headers(claimed), **conditions}
-    deadline, status = Deadline(seconds), None
-    try:
-        with responded(claimed, headers, deadline, clock) as (response, cookies):
-            status = response.status_code
-            most = max(one.dataset.validate.most() for one, _ in claimed.parts())
-            try:
-                for block in _decoded(claimed.tasks[0].key, response):
-                    fill(body, block)
-                    if body.tell() > (most if status == 200 else CLASSIFIED_BYTES) or deadline.passed:
-                        break
-            except (zlib.error, urllib3.exceptions.HTTPError):
-                if status == 200:  # any other status counts without its body
-                    raise
-            if deadline.passed:  # the socket that was shut looks like the end of the body
-                raise requests.Timeout
-            if status == 304 and conditions:
-                results = _unchanged(claimed, response, store)
-            else:
-                results = _judge(claimed, response, body, store, deadline)
-            results[0] = dataclasses.replace(results[0], requests=1, cookies=cookies)
-            return results
-    except StoreError as error:
-        result = dataclasses.replace(_refused(error), http_status=status)
-    except PrivateAddressError as error:
-        return claimed.results(Result(Outcome.HTTP_ERROR, str(error)))
-    except Error as error:  # before it was sent, or when the runner stopped after the response
-        return claimed.results(Result(Outcome.LOST, str(error), requests=int(status is not None)))
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:
-        unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
-        unfit += [] if deadline.handle else ["address"]
-        if isinstance(error, ValueError) and unfit:  # nothing was sent
-            return claimed.results(Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})"))
-        if clock.boot() > begun + seconds + STANDSTILL_SECONDS:
-            result = Result(Outcome.LOST, "this process was suspended during the request")
-        elif deadline.passed or isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-            result = Result(Outcome.TIMEOUT, f"timed out after {seconds:g} s")
-        elif isinstance(error, zlib.error):
-            text = re.sub(r"^Error -\d+ while decompressing data", "its encoding is broken", str(error))
-            result = Result(Outcome.BROKEN, text, status)
-        else:
-            outcome, text = connection_error(error)
-            if outcome is Outcome.BROKEN and status is None and deadline.reuses:  # its next attempt gets a new one
-                SESSIONS.closers[deadline.reuses] = time.monotonic()
-                outcome, text = Outcome.LOST, f"{text} that was used again"
-            host = urllib.parse.urlsplit(claimed.url).hostname or claimed.source.name
-            result = Result(outcome, f"{host} {text}", status)
-    return claimed.results(dataclasses.replace(result, requests=1))
+    claimed, seconds = deadline.claimed, deadline.claimed.source.timeout_seconds
+    if isinstance(error, StoreError):
+        return dataclasses.replace(_store_failure(error), http_status=status, requests=1)
+    if isinstance(error, PrivateAddressError):
+        return Result(Outcome.HTTP_ERROR, str(error))
+    if isinstance(error, Error):  # before it was sent, or when the runner stopped after the response
+        return Result(Outcome.LOST, str(error), requests=int(status is not None))
+    unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
+    unfit += [] if deadline.is_connected else ["address"]
+    if isinstance(error, ValueError) and unfit:  # nothing was sent
+        return Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})")
+    if deadline.clock.boot() > deadline.begun + seconds + STANDSTILL_SECONDS:
+        return Result(Outcome.LOST, "this process was suspended during the request", requests=1)
+    if deadline.passed or isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
+        return Result(Outcome.TIMEOUT, f"timed out after {seconds:g} s", requests=1)
+    if isinstance(error, zlib.error):
+        text = re.sub(r"^Error -\d+ while decompressing data", "its encoding is broken", str(error))
+        return Result(Outcome.BROKEN, text, status, requests=1)
+    outcome, text = connection_error(error)
+    if outcome is Outcome.BROKEN and status is None and deadline.reuses:  # its next attempt gets a new one
+        SESSIONS.closers[deadline.reuses] = time.monotonic()
+        outcome, text = Outcome.LOST, f"{text} that was used again"
+    host = urllib.parse.urlsplit(claimed.url).hostname or claimed.source.name
+    return Result(outcome, f"{host} {text}", status, requests=1)
 
 
 def _decoded(key: str, response: Any) -> Iterator[bytes]:
@@ -6111,69 +5753,80 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
 
 
 class Deadline:
-    """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
-    the timeout of a single read."""
+    """The end of the time for a request, whatever the server does."""
 
-    def __init__(self, seconds: float) -> None:
-        self.ends_at, self.passed = time.monotonic() + seconds, False
-        self.handle: socket.socket | None = None
+    def __init__(self, claimed: Claim, clock: Clock) -> None:
+        self.claimed, self.clock, self.begun = claimed, clock, clock.boot()
+        self.ends_at = time.monotonic() + claimed.source.timeout_seconds
+        self.is_connected = False
         self.reuses: tuple[str, int] | None = None  # a connection of an earlier request
 
-    def watch(self, connected: socket.socket) -> socket.socket:
-        """By a second handle: TLS and http.client let go of the first while the response is still coming."""
-        self.close()
-        self.handle = socket.socket(fileno=os.dup(connected.fileno()))
-        if self.passed:
-            self.end()
-        return self.handle
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() >= self.ends_at
 
-    def end(self) -> None:
-        """The time is over."""
-        self.passed = True
-        if self.handle:
-            with contextlib.suppress(OSError):  # the server has closed it already
-                self.handle.shutdown(socket.SHUT_RDWR)
+    def limit(self, connected: socket.socket) -> None:
+        """Give the next operation of a socket the time that is left. Raises TimeoutError when there is none."""
+        left = self.ends_at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connected.settimeout(left)
+
+    def watch(self, connection: Any, connected: socket.socket) -> None:
+        """A socket of the request is ready, before TLS. Raises PrivateAddressError for one of a refused redirect."""
+        self.is_connected = True
+        self.limit(connected)
+        if self.claimed.hops:
+            require_public(self.claimed.source, connection, connected)
+
+    def check_permit(self) -> None:
+        """Once more, when the connection is ready."""
+        if self.claimed.permit and self.clock.boot() > self.claimed.permit.send_before:
+            raise Error("the permit expired before the request was sent")
+
+
+class TimedReader(io.RawIOBase):
+    """The bytes that a socket receives until a deadline: a server that sends one now and then never trips the timeout
+    of a single read."""
+
+    def __init__(self, received: Any, connected: socket.socket, deadline: Deadline) -> None:
+        self.received, self.connected, self.deadline = received, connected, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.deadline.limit(self.connected)
+        size: int | None = self.received.readinto(buffer)
+        return size
 
     def close(self) -> None:
-        """Let go of the socket."""
-        if self.handle:
-            self.handle.close()
+        self.received.close()
+        super().close()
 
 
 class Sessions:
     """Sessions of requests, each for one request at a time. The next request uses the same connections for a moment:
-    a server may close an idle one at any time, also while a request is being sent. A thread enforces the deadlines,
-    and closes idle sessions."""
+    a server may close an idle one at any time, also while a request is being sent."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: list[tuple[float, Any]] = []  # since then
-        self._deadlines: set[Deadline] = set()
+        self._idle = list[Any]()
         self.closers: dict[tuple[str, int], float] = {}  # servers that close kept connections, and since when
-        self._is_watched = False
 
     @contextlib.contextmanager
     def opened(self, deadline: Deadline) -> Iterator[Any]:
         """A session for a request with a deadline."""
-        with self._lock:
-            session = self._idle.pop()[1] if self._idle else None
-            self._deadlines.add(deadline)
-            if not self._is_watched:
-                self._is_watched = True
-                threading.Thread(target=self._watch, name="adce-deadlines", daemon=True).start()
-        session = session or self._new()
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = self._new()
+        session.deadline = deadline
         try:
             yield session
         except BaseException:
             session.close()
             raise
-        else:
-            with self._lock:
-                self._idle.append((time.monotonic(), session))
-        finally:
-            with self._lock:
-                self._deadlines.discard(deadline)
-            deadline.close()
+        self._idle.append(session)
 
     def _new(self) -> Any:
         import requests
@@ -6183,20 +5836,6 @@ class Sessions:
         for adapter in session.adapters.values():  # none of them retries
             _on_pools(adapter, functools.partial(_watch_pool, session))
         return session
-
-    def _watch(self) -> None:
-        while self._is_watched:
-            time.sleep(POLL_SECONDS / 2)
-            with self._lock:
-                now, idle = time.monotonic(), self._idle
-                for deadline in self._deadlines:
-                    if now > deadline.ends_at:
-                        deadline.end()
-                self._idle = [one for one in idle if one[0] > now - KEPT_SECONDS]
-                self._is_watched = bool(self._deadlines or self._idle)
-            for _, session in idle[: len(idle) - len(self._idle)]:
-                with contextlib.suppress(OSError):
-                    session.close()
 
 
 SESSIONS = Sessions()
@@ -6217,68 +5856,61 @@ def _on_pools(adapter: Any, prepare: Callable[[Any], None]) -> None:
 
 
 def _watch_pool(session: Any, pool: Any) -> None:
-    """The deadline of the present request watches each socket of a pool, and the permit is checked once more when
-    that is ready."""
+    """The deadline of the session's present request watches each socket of a pool."""
     kind = pool.ConnectionCls
     if hasattr(kind, "used_at"):
         return
 
-    def watch(connection: Any, connected: socket.socket) -> None:
-        claimed, deadline, _ = session.present
-        deadline.watch(connected)
-        if claimed.hops:
-            require_public(claimed.source, connection, connected)
+    class Response(kind.response_class):  # type: ignore[name-defined,misc]
+        def __init__(self, connected: Any, *arguments: Any, **options: Any) -> None:
+            super().__init__(connected, *arguments, **options)
+            self.fp: Any = io.BufferedReader(TimedReader(self.fp.detach(), connected, session.deadline))
 
-    def check_permit() -> None:
-        claimed, _, clock = session.present
-        if claimed.permit and clock.boot() > claimed.permit.send_before:
-            raise Error("the permit expired before the request was sent")
+        def _read_status(self) -> tuple[str, int, str]:
+            version, status, reason = super()._read_status()
+            return version, 100 if 102 <= status < 200 else status, reason  # http.client skips 100 only
 
-    def open_socket(connection: Any) -> Any:
-        connected = kind._new_conn(connection)  # noqa: SLF001  # the one place where sockets begin
-        with contextlib.ExitStack() as opened:
-            opened.enter_context(connected)
-            watch(connection, connected)
-            opened.pop_all()
-        return connected
+    class Watched(kind):  # type: ignore[valid-type,misc]
+        response_class, used_at = Response, -math.inf
 
-    def connect(connection: Any) -> None:
-        kind.connect(connection)  # TLS included
-        check_permit()
+        def _new_conn(self) -> Any:  # the one place where sockets begin
+            with contextlib.ExitStack() as opened:
+                connected = opened.enter_context(super()._new_conn())
+                session.deadline.watch(self, connected)
+                opened.pop_all()
+            return connected
 
-    def send(connection: Any, *arguments: Any, **options: Any) -> Any:
-        connection.used_at = time.monotonic()
-        if connection.sock:  # connected for an earlier request, perhaps
-            deadline = session.present[1]
-            deadline.reuses = None if deadline.handle else (connection.host, connection.port)
-            watch(connection, connection.sock)
-            check_permit()
-        return kind.request(connection, *arguments, **options)
+        def connect(self) -> None:
+            super().connect()  # TLS included
+            session.deadline.check_permit()
 
-    def is_connected(connection: Any) -> bool:
-        now, closed_at = time.monotonic(), SESSIONS.closers.get((connection.host, connection.port), -math.inf)
-        is_fresh = now < connection.used_at + KEPT_SECONDS and now > closed_at + HOUR
-        return is_fresh and bool(kind.is_connected.fget(connection))
+        def request(self, *arguments: Any, **options: Any) -> Any:
+            self.used_at, deadline = time.monotonic(), session.deadline
+            if self.sock:  # connected for an earlier request, perhaps
+                deadline.reuses = None if deadline.is_connected else (self.host, self.port)
+                deadline.watch(self, self.sock)
+                deadline.check_permit()
+            return super().request(*arguments, **options)
 
-    def read_status(response: Any) -> tuple[str, int, str]:
-        version, status, reason = kind.response_class._read_status(response)  # noqa: SLF001
-        return version, 100 if 102 <= status < 200 else status, reason  # of interim ones http.client skips 100 only
+        @property
+        def is_connected(self) -> bool:
+            now, closed_at = time.monotonic(), SESSIONS.closers.get((self.host, self.port), -math.inf)
+            is_fresh = now < self.used_at + KEPT_SECONDS and now > closed_at + HOUR
+            return is_fresh and bool(super().is_connected)
 
-    members = {"_new_conn": open_socket, "connect": connect, "request": send, "is_connected": property(is_connected)}
-    members["response_class"] = type("Final", (kind.response_class,), {"_read_status": read_status})
-    pool.ConnectionCls = type(kind.__name__, (kind,), {**members, "used_at": -math.inf})
+    pool.ConnectionCls = Watched
 
 
-def _validators(
-    url: str, headers: Mapping[str, str], links: Mapping[str, str] | None, hidden: Collection[str]
-) -> str | None:
+def _validators(claimed: Claim, response: Any, links: Links) -> str | None:
     """The conditions of the next request for a url (RFC 9110, 13.1), as JSON, and the links of the header; None when
     the response has no validators."""
-    names = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
-    given = {name: headers[header] for name, header in names.items() if header in headers}
-    given = {name: text for name, text in given.items() if redacted(text, hidden) == text}
-    known = {"url": url, "headers": given} | ({} if links is None else {"links": links})
-    return json.dumps(known) if given or links is not None else None
+    names, secrets = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}, claimed.dataset.secrets
+    found = {name: response.headers.get(header, "") for name, header in names.items()}
+    given = {name: text for name, text in found.items() if text and redacted(text, secrets) == text}
+    known = {"url": redacted(claimed.url, secrets), "headers": given}
+    if _has_links(claimed):
+        return json.dumps({**known, "links": links})
+    return json.dumps(known) if given else None
 
 
 def _conditions(claimed: Claim, store: Store) -> dict[str, str]:
@@ -6323,8 +5955,8 @@ def _sent_url(claimed: Claim) -> str:
 
 
 def _next_link(claimed: Claim, response: Any) -> dict[str, str]:
-    secrets, found = claimed.dataset.secrets, response.links.items()
-    return {rel: redacted(link["url"], secrets) for rel, link in found if rel == "next"}
+    found = response.links.get("next")
+    return {"next": redacted(found["url"], claimed.dataset.secrets)} if found else {}
 
 
 def _has_links(claimed: Claim) -> bool:
@@ -6334,7 +5966,7 @@ def _has_links(claimed: Claim) -> bool:
 def _unchanged(claimed: Claim, response: Any, store: Store) -> list[Result]:
     """The result of a 304. A full page is the same when another page, which its header names, follows it now."""
     target, links, answer = claimed.tasks[0], _next_link(claimed, response), Result(Outcome.OK, None, 304)
-    if _has_links(claimed) and response.links and links != known_links(target.validators):
+    if _has_links(claimed) and response.links and links != target.links:
         known = json.dumps({**json.loads(target.validators or "{}"), "links": links})
         found = inspect_stored(claimed, target._replace(validators=known), store)
         if found and found.outcome is Outcome.OK:
@@ -6348,8 +5980,8 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
     if not response.is_redirect:
         size, links = body.seek(0, io.SEEK_END), _next_link(claimed, response)
         body.seek(0)
-        names = claimed.dataset.secrets
-        answer = classify(claimed.source, status, response.headers, body.read(CLASSIFIED_BYTES), names)
+        start = body.read(CLASSIFIED_BYTES)
+        answer = classify(claimed.source, status, response.headers, start, claimed.dataset.secrets)
         if answer.outcome is not Outcome.OK:
             return claimed.results(answer)
         is_file = target.key.lower().endswith(".gz")  # half of one can have the whole Content-Length
@@ -6359,8 +5991,7 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
                     if deadline.passed:
                         raise TimeoutError
         results = [validate_and_store(one, task, body, store, status, links) for one, task in parts]
-        kept = links if _has_links(claimed) else None
-        validators = _validators(redacted(claimed.url, names), response.headers, kept, names)
+        validators = _validators(claimed, response, links)
         return [dataclasses.replace(result, validators=validators) for result in results]
     location = response.headers["location"].strip()
     with contextlib.suppress(UnicodeError):  # http.client takes UTF-8 for Latin-1
@@ -6392,7 +6023,6 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
 TAIL_BYTES = 2000  # of the output, kept with the attempt
 TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
 DRAIN_SECONDS = 0.5  # for the rest of the output: a process that has escaped may hold the pipe open
-KILLING_ROUNDS = 100
 SIGNALS = {member.value: member.name for member in signal.Signals}
 FAILURE = "failure"  # the file in which a call reports an exception
 
@@ -6508,9 +6138,8 @@ def run_program(
         cwd=folder,
         start_new_session=True,
     ) as process:
-        outputs: list[tuple[Any, ...]] = [(process.stderr or process.stdout, tail)]
-        if max_bytes is not None:
-            outputs.append((process.stdout, body, max_bytes))
+        outputs = [(process.stdout, tail if max_bytes is None else body, max_bytes)]
+        outputs += [(process.stderr, tail, None)] if process.stderr else []
         readers = [threading.Thread(target=_read_output, args=output, daemon=True) for output in outputs]
         try:
             for reader in readers:
@@ -6551,7 +6180,7 @@ def end_processes(database: str, tasks: str = "") -> int:
     only, in whatever group it is. Returns how many there were."""
     marks = [f" ADCE_DB={os.path.realpath(database)} ", f" ADCE_TASK={tasks}{tasks and ' '}"]
     ended: set[int] = set()
-    for _ in range(KILLING_ROUNDS):  # a process that forks meanwhile leaves a child for the next round
+    for _ in range(100):  # a process that forks meanwhile leaves a child for the next round
         found = {number for number, text in _environments() if all(mark in text for mark in marks)} - {os.getpid()}
         if not found:
             break
@@ -6589,7 +6218,8 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
     dataset, outputs = claimed.dataset, output_folder(Path(claimed.environment["ADCE_DB"]))
-    most, is_printed = dataset.validate.most(), dataset.output == "stdout"
+    is_printed = dataset.output == "stdout"
+    most = dataset.validate.most() if is_printed else None
     try:
         words, environment = _command_line(claimed)
     except ValueError as error:
@@ -6597,10 +6227,9 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
         place = Path(folder) if dataset.batch else Path(folder, "object")
-        environment["ADCE_OUTPUT"] = str(place)
-        limits = dataset.timeout_seconds, most if is_printed else None
+        environment["ADCE_OUTPUT"], beside = str(place), Path(environment["ADCE_CONFIG"]).parent
         try:
-            end = run_program(words, Path(environment["ADCE_CONFIG"]).parent, environment, *limits)
+            end = run_program(words, beside, environment, dataset.timeout_seconds, most)
         except (OSError, ValueError) as error:
             text = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
             return claimed.results(Result(Outcome.ERROR, text))
@@ -6751,13 +6380,12 @@ def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
             return [_copy(claimed, store, claimed.dataset.original.render(claimed.tasks[0].fields, quote_for_key))]
         return request(claimed, store, clock) if claimed.url else run_command(claimed, store)
     except StoreError as error:
-        return claimed.results(_refused(error))
+        return claimed.results(_store_failure(error))
     except Error as error:
         return claimed.results(Result(Outcome.LOST, str(error)))
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
-        may_be_sent = int(bool(claimed.url))
         text = describe(error, names=hidden_names(claimed.dataset))
-        return claimed.results(Result(Outcome.ERROR, text, requests=may_be_sent))
+        return claimed.results(Result(Outcome.ERROR, text, requests=int(bool(claimed.url))))  # it may be sent
 
 
 # ---------------------------------------------------------------- Cluster
@@ -6813,19 +6441,11 @@ def look_at_cluster(
     return found, register.look(least, late)
 
 
-def remove_register(name: str, dask_scheduler: Any) -> None:
-    """Runs in the scheduler, when a runner stops."""
-    dask_scheduler.handlers.pop(name, None)
-    dask_scheduler.extensions.pop(name, None)
-
-
 @functools.cache
 def _store_of_worker(address: str) -> Store:
     """The store, as the runner has prepared it. Raises StoreError."""
     store = open_store(address)
-    if isinstance(store, FolderStore):
-        store.is_swept = True
-    else:
+    if isinstance(store, S3Store):
         store.sweep()  # one client for all attempts
     return store
 
@@ -6877,7 +6497,6 @@ class Sent(NamedTuple):
     address: str  # of its worker,
     worker: str  # and its name
     at: float
-    over_at: float  # then no request of it can be under way
 
 
 class Cluster:
@@ -6927,8 +6546,7 @@ class Cluster:
                 self._submitted += 1
                 attempt = self._register, self._submitted, claimed
                 execution = pinned.submit(run_on_worker, *attempt, self.store)
-                over_at = now + SEND_WITHIN_SECONDS + _seconds(claimed) + RELEASE_WITHIN_SECONDS
-                self._sent[future] = Sent(*attempt, execution, address, self._workers[address].name, now, over_at)
+                self._sent[future] = Sent(*attempt, execution, address, self._workers[address].name, now)
                 self._places[execution] = address
         if execution:
             execution.add_done_callback(functools.partial(self._pass_on, future))
@@ -6955,7 +6573,7 @@ class Cluster:
             if before != (self.problem, self._seen().keys()):
                 self.wake()
         with contextlib.suppress(Exception):
-            self._client.run_on_scheduler(remove_register, self._register, callback_timeout=BEGIN_SECONDS)
+            self._ask_register(self._submitted + 1, [])  # none may begin any more
         self._disconnect()
 
     def _check(self) -> None:
@@ -6963,13 +6581,9 @@ class Cluster:
             self._client = self._client or self._connect()
             self._look()
             self.problem = None if self._seen() else f"no worker of {self.address} answers"
-        except Error as error:
-            self.problem = f"{self.address} {error}"
-        except OSError:  # a timeout, a closed connection, a name without an address
-            self.problem = f"{self.address} does not answer"
-            self._disconnect()
-        except Exception as error:  # noqa: BLE001  # whatever else the engine raises
-            self.problem = f"{self.address} cannot be used: {describe(error)}"
+        except Exception as error:  # noqa: BLE001  # whatever the engine raises
+            is_away = isinstance(error, OSError)  # a timeout, a closed connection, a name without an address
+            self.problem = f"{self.address} {'does not answer' if is_away else f'cannot be used: {describe(error)}'}"
             self._disconnect()
 
     def _connect(self) -> Any:
@@ -6979,8 +6593,6 @@ class Cluster:
 
         loggers = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
         dask.config.set({"logging": dict.fromkeys(loggers, "critical")})  # the runner logs what there is to do
-        if self.address.startswith("tls") and not dask.config.get("distributed.comm.tls.ca-file", None):
-            raise Error("needs certificates: https://distributed.dask.org/en/stable/tls.html")
         from distributed import Client
         from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
         from distributed.utils import LoopRunner, sync
@@ -7021,14 +6633,17 @@ class Cluster:
         with contextlib.suppress(Exception):
             client.close(timeout=0)
 
+    def _ask_register(self, least: int, late: Collection[int]) -> Any:
+        question = self._register, least, late
+        return self._client.run_on_scheduler(look_at_cluster, *question, callback_timeout=BEGIN_SECONDS)
+
     def _look(self) -> None:
         """See which workers are there, and cancel the attempts that have not begun in time."""
         with self._lock:
             now, sent = self.clock.boot(), list(self._sent.items())
             least = min((one.attempt for _, one in sent), default=self._submitted + 1)
         own = [one for _, one in sent if one.register == self._register]  # only that knows whether they have begun
-        question = self._register, least, [one.attempt for one in own if now > one.at + BEGIN_SECONDS]
-        workers, cancelled = self._client.run_on_scheduler(look_at_cluster, *question, callback_timeout=BEGIN_SECONDS)
+        workers, cancelled = self._ask_register(least, [one.attempt for one in own if now > one.at + BEGIN_SECONDS])
         with self._lock:
             self._workers = workers
             gone = [one for one, address in self._places.items() if address not in workers]
@@ -7039,9 +6654,10 @@ class Cluster:
     def _end_lost(self) -> None:
         """End the attempts that the engine or their workers have lost, once that is safe."""
         with self._lock:
-            now, seen = self.clock.boot(), self._seen()
-            over = {future: one for future, one in self._sent.items() if now > one.over_at}
-        lost = [future for future, one in over.items() if one.address not in seen or one.execution.done()]
+            now, seen, sent = self.clock.boot(), self._seen(), list(self._sent.items())
+        gone = [(future, one) for future, one in sent if one.address not in seen or one.execution.done()]
+        most = SEND_WITHIN_SECONDS + RELEASE_WITHIN_SECONDS  # then no request of it can be under way
+        lost = [future for future, one in gone if now > one.at + most + _seconds(one.claimed)]
         self._give_up(lost, "its worker was lost", requests=1)
 
     def _give_up(self, futures: Iterable[Any], error: str, requests: int) -> None:
@@ -7091,6 +6707,7 @@ FRAGMENTS = {
         for state in ("pending", "retry", "running", "gave_up")
     ),
     "BY_TASK": "task in ('retry', 'running', 'gave_up')",  # lets SQLite use the index objects_by_task
+    "FAILED": "outcome not in ('ok', 'not_yet', 'lost', 'running')",
     "FILTER": "(:source is null or source = :source) and (:dataset is null or dataset = :dataset)",
     "TASKS": """(:state is null or state = :state)
         and (:day is null or task_id in (select object_id from objects where day = :day))
@@ -7176,8 +6793,8 @@ reasons: Why objects are missing, stale or suspect
     order by objects desc limit 20
 datasets: Attempts of the last {span}
     select source, dataset, count(*) as attempts, sum(outcome = 'ok') as ok, sum(outcome = 'not_yet') as not_yet,
-           sum(outcome not in ('ok', 'not_yet', 'lost')) as failed,
-           round(100.0 * sum(outcome not in ('ok', 'not_yet', 'lost')) / count(*), 1) as error_percent,
+           sum({FAILED}) as failed,
+           round(100.0 * sum({FAILED}) / count(*), 1) as error_percent,
            sum(requests) as requests, sum(bytes) as bytes,
            round(min(seconds) filter (where place >= 0.50 * number), 3) as p50,
            round(min(seconds) filter (where place >= 0.95 * number), 3) as p95,
@@ -7270,7 +6887,7 @@ task!: Task {task_id}
     select o.object_id as task_id, coalesce(o.task, o.state) as state, o.priority, d.source, d.dataset, o.key,
            o.state as object, coalesce(o.skipped, o.reason) as reason, o.fields,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.detected_at, 'unixepoch') as detected_at,
-           iif(o.task is null, null, round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 2)) as score,
+           (select score from queue where queue.task_id = o.object_id) as score,
            iif(o.task is null, null, {PAUSE}) as source_paused, o.gap_size, o.attempts, o.failures,
            strftime('%Y-%m-%dT%H:%M:%SZ', o.next_at, 'unixepoch') as next_at, o.last_error, o.size, o.etag
     from objects o join datasets d using (dataset_id) where o.object_id = :task_id
@@ -7505,9 +7122,9 @@ errors: ! adce.py report
     select 'attempts' as about, sum(failed) || ' of the last ' || count(*) || ' failed, most of ' || (
                select dataset || ': ' || coalesce(error, outcome)
                from late join objects using (object_id) join datasets using (dataset_id)
-               where outcome not in ('ok', 'not_yet', 'lost', 'store_error', 'running')
+               where {FAILED} and outcome != 'store_error'
                group by dataset, substr(error, 1, 24) order by count(*) desc limit 1) as text
-    from (select outcome not in ('ok', 'not_yet', 'lost', 'store_error') as failed,
+    from (select {FAILED} and outcome != 'store_error' as failed,
                  late.attempt_id > (select max(attempt_id) from attempts) - 20 as is_latest
           from late join objects using (object_id) join datasets using (dataset_id)
           join scopes s on s.scope = source and s.failures = 0 and s.throttles = 0  -- else it may be away
@@ -7669,7 +7286,7 @@ def conditions(
         "at_least": {one.name: one.at_least for one in datasets if one.at_least},
         "parents": {one.name: one.partitions.parents for one in datasets if one.partitions.parents},
     }
-    values = {name: json.dumps(fact, default=str) for name, fact in facts.items()}
+    values: dict[str, Any] = {name: json.dumps(fact, default=str) for name, fact in facts.items()}
     values |= {"now": now, "vanished": VANISHED, "store": f"{STORE_TROUBLE}*", "file": path.name}
     values["unusable"] = ill.get("store unusable")
     changed_at = path.stat().st_mtime if path.exists() else 0
@@ -7788,7 +7405,7 @@ queue: First in the queue | nothing can start now
     -- the score in its parts: when the gap was found, gained by age since, and for the success rate of the dataset
     select o.key, o.priority, d.source, round(o.rank + o.slope * o.detected_at / 3600.0, 1) as base,
            round(o.slope * (unixepoch() - o.detected_at) / 3600.0, 1) as age, round(d.bonus, 1) as success_rate,
-           round(o.rank + o.slope * unixepoch() / 3600.0 + d.bonus, 1) as score,
+           (select round(score, 1) from queue where queue.task_id = o.object_id) as score,
            coalesce(o.last_error, o.reason, o.state) as reason, {PAUSE} as source_paused
     from {FIRST} where d.active order by score desc limit :most
 running: Running now | nothing
@@ -7822,10 +7439,10 @@ years: The first and the last day of all
     select coalesce(min((select min(day) {OF_COUNT})), :today), coalesce(max((select max(day) {OF_COUNT})), :today)
     from counts c where state != 'dropped'
 """)
-LINES = """
+LINES = f"""
     with recent as (
         select source, day, sum(attempts) as attempts, sum(seconds) / sum(attempts) as seconds,
-               sum(iif(outcome in ('ok', 'not_yet', 'lost'), 0, attempts)) as failed
+               sum(attempts * ({FRAGMENTS["FAILED"]})) as failed
         from daily_totals join datasets using (dataset_id)
         where day > date(:now - 2592000, 'unixepoch') group by source, day
     )
@@ -7839,7 +7456,7 @@ LINES = """
     union all select 4, source || ': failed a day, 30 days', day, failed, day from recent
     union all select 5, source || ': mean seconds, 30 days', day, round(seconds, 2), day from recent
     order by place, title, moment
-"""
+"""  # noqa: S608  # a constant
 CELL, LEFT, TOP = 11, 26, 12
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
 
@@ -8255,9 +7872,9 @@ def log_ending(journal: Journal, ending: Ending, max_attempts: int) -> None:
     result = ending.result
     level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
     fields: dict[str, Any] = {"dataset": ending.task.dataset, "key": ending.task.key, "outcome": result.outcome}
-    fields |= {"failures": f"{ending.failures}/{max_attempts}" if ending.failures else None}
+    fields |= {"failures": f"{ending.task.failures}/{max_attempts}" if ending.task.failures else None}
     fields |= {"bytes": result.stored.size if result.stored else None, "error": result.error}
-    fields |= {"next": utc_text(ending.next_at), "task": ending.task.object_id}
+    fields |= {"next": utc_text(ending.task.next_at if ending.task.task else None), "task": ending.task.object_id}
     journal.write("DEBUG" if level == "WARN" and not ending.counted else level, ending.state, **fields)
 
 
@@ -8857,7 +8474,7 @@ class Runner:
         openings = dict[str, Opening]()
         limiting, free = self.configuration.rate_limiting, self._free_workers()
         for hop in list(hops):
-            source, now = hop.source, self.clock.boot()
+            source, now = self.configuration.source_at(hop.url, hop.source), self.clock.boot()
             opens = opening(sql, limiting, source.name, now, RUNNER)
             if opens.at > now:
                 openings[source.name] = opens
@@ -8866,8 +8483,7 @@ class Runner:
                 hops.remove(hop)
                 begun.append(dataclasses.replace(hop, permit=granted))
         if not self.once:
-            wake_retries(sql, self.clock.wall())
-            appraise_due(Ledger(sql, self.configuration, self.clock.wall()))
+            advance(Ledger(sql, self.configuration, self.clock.wall()))
         busy = collections.Counter(one.dataset.name for one in [*self.running.values(), *hops, *begun])
         while free > len(begun) and not any(one.runs_exclusively for one in [*hops, *begun]):
             claimed, waits = claim(sql, self.configuration, self.clock, busy, free - len(begun), self.datasets)
@@ -9245,12 +8861,9 @@ def quote_for_systemd(word: str) -> str:
 
 # Faults of a database, and how many times each occurs.
 CONSISTENCY = {
-    "gaps without a task": """
-        select count(*) from objects where state in ('missing', 'stale', 'suspect') and task is null
-    """,
-    "open tasks without a gap": """
+    "gaps without a task or open tasks without a gap": """
         select count(*) from objects
-        where task in ('pending', 'retry', 'gave_up') and state not in ('missing', 'stale', 'suspect')
+        where (state in ('missing', 'stale', 'suspect')) != (task is not null) and task is not 'running'
     """,
     "running tasks without an attempt": """
         select count(*) from objects o left join attempts a using (attempt_id)
@@ -9276,7 +8889,7 @@ CONSISTENCY = {
         select coalesce(sum(abs(n)), 0) from (
             select sum(n) as n from (
                 select dataset_id, coalesce(season, '') as season, state, coalesce(task, '') as task,
-                       iif(task is null, '', priority) as priority, count(*) as n
+                       coalesce(priority, '') as priority, count(*) as n
                 from objects group by 1, 2, 3, 4, 5
                 union all
                 select dataset_id, season, state, task, priority, -objects from counts)
@@ -9339,15 +8952,14 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
             yield about, "has no limits; see: adce.py explain rate_limiting"
         if source.base_url and "user-agent" not in headers:
             yield about, "has no header User-Agent; say who you are"
-    blocks: dict[str, Mapping[str, Any]] = {"sources": configuration.sources, "datasets": configuration.datasets}
-    for path, block in ((path, one) for path, named in blocks.items() for one in named.values()):
+    blocks: list[Source | Dataset] = [*configuration.sources.values(), *configuration.datasets.values()]
+    for block in blocks:
+        about = f"{type(block).__name__.lower()} {block.name}"
         for name in plain_secrets(block.headers):
-            yield f"{path}.{block.name}", f"{name} is in the file; put it into a variable, and $NAME in its place"
+            yield about, f"{name} is in the file; put it into a variable, and $NAME in its place"
     for dataset in configuration.datasets.values():
         rules, children = dataset.validate, configuration.children_of(dataset.name)
-        is_json = bool(dataset.freshness.until) or any(one.partitions.ids for one in children)
-        is_json = is_json or (dataset.pages is not None and dataset.pages.is_expression())
-        if dataset.url and not (is_json or rules.needs_content() or rules.min_bytes > 1):
+        if dataset.url and not (needs_json(dataset, children) or rules.needs_content() or rules.min_bytes > 1):
             yield f"dataset {dataset.name}", "has no validate: any response counts as its object, even a login page"
     for place in (configuration.path, configuration.path.parent, Path(__file__).resolve(), configuration.database):
         with contextlib.suppress(OSError):
@@ -9425,11 +9037,6 @@ def check_environment(configuration: Configuration) -> str:
     names = sorted(name for name in held if not name.startswith("="))
     if missing := [f"${name}" for name in names if name not in os.environ]:
         raise ConfigurationError(f"not in the environment: {', '.join(missing)}", "set it where the runner starts")
-    for dataset in configuration.datasets.values():
-        for name, text in {**configuration.sources[dataset.source].headers, **dataset.headers}.items():
-            if UNSENDABLE.search(from_environment(text)):
-                problem = f"the header {name} of {dataset.name} holds a character that cannot be sent"
-                raise ConfigurationError(problem, "only letters of ASCII and Latin-1 can be in a header, in one line")
     return ", ".join(f"${name}" for name in names) or "no variable is needed"
 
 
@@ -9488,7 +9095,7 @@ def example_fields(database: Database, configuration: Configuration, dataset: Da
                where dataset = ? and state != 'dropped' order by etag is null, task is null limit 1"""
     fields = json.loads(database.value(known, (dataset.name,)) or "{}")
     if not fields and not dataset.partitions.parents:
-        fields = next(expand(dataset, dataset.calendar, Clock().wall()), fields)
+        fields = next(expand(dataset, Clock().wall()), fields)
     fields = {**(FIRST_PAGE if dataset.pages else {}), **fields, **given}
     if lacking := sorted(configuration.fields_of(dataset.name) - fields.keys()):
         raise Error(f"no value for {', '.join(lacking)}", f"adce.py try {dataset.name} {lacking[0]}=VALUE")
@@ -9496,48 +9103,34 @@ def example_fields(database: Database, configuration: Configuration, dataset: Da
 
 
 def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) -> list[Section]:
-    """The answer to one request of a dataset, sent under its limits, and its meaning. Nothing is stored."""
-    import requests
-    import urllib3
-
+    """The answer to one request of a dataset, sent under its limits, and its meaning. Nothing is kept."""
     if not dataset.url:
         raise Error(f"{dataset.name} has no url", "run its program by itself")
     source = configuration.sources[dataset.source]
     try:
-        key = expected_object(dataset, fields, dataset.calendar).key
+        key = expected_object(dataset, fields).key
     except ValueError as error:
         raise Error(str(error), f"adce.py try {dataset.name} FIELD=VALUE") from error
     if problem := address_problem(source, dataset, fields):
         raise Error(problem)
-    claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
-    claimed, body = dataclasses.replace(claimed, url=url_of(source, dataset, fields)), bytearray()
-    with permit(source.name) as held:
-        deadline = Deadline(source.timeout_seconds)
-        try:
-            with responded(claimed, _headers(claimed), deadline, Clock()) as (answer, _):
-                held.answered(answer.status_code, answer.headers)
-                for block in _decoded(key, answer):
-                    body += block
-                    if len(body) > dataset.validate.most() or deadline.passed:
-                        break
-            if deadline.passed:
-                raise urllib3.exceptions.TimeoutError
-        except zlib.error as error:
-            raise Error(f"{dataset.name}: its encoding is broken: {error}") from error
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            late = Outcome.TIMEOUT, f"timed out after {source.timeout_seconds:g} s"
-            held.failed(*(failed := late if deadline.passed else connection_error(error)))
-            raise Error(f"{source.name} {failed[1]}", "adce.py check --online") from error
-    names = dataset.secrets
-    result = classify(source, answer.status_code, answer.headers, bytes(body[:CLASSIFIED_BYTES]), names)
-    links = {rel: link["url"] for rel, link in answer.links.items()}
-    found = inspect_apart(dataset, fields, io.BytesIO(body), configuration.children_of(dataset.name), links)
-    is_ok = result.outcome is Outcome.OK
-    facts = {"key": key, "url": claimed.url, "status": answer.status_code, "bytes": len(body)}
-    facts |= {"outcome": Outcome.INVALID if is_ok and not found.valid else result.outcome, "is_final": found.settled}
-    facts |= {"error": redacted((found.verdict if is_ok else result.error) or "", names) or None}
+    task, children = ObjectRow(key=key, fields_json=json.dumps(fields)), configuration.children_of(dataset.name)
+    claimed = Claim(dataset, source, (task,), tuple(children), url=url_of(source, dataset, fields))
+    with tempfile.TemporaryDirectory() as folder, permit(source.name) as held:
+        store = FolderStore(Path(folder))
+        store.sweep()
+        result = request(claimed, store, Clock())[0]
+        if result.http_status:
+            held.answered(result.http_status, result.headers or {})
+        else:
+            held.failed(result.outcome, result.error or "")
+    if result.headers is None:
+        raise Error(f"{dataset.name}: {result.error}", "adce.py check --online")
+    outcome = Outcome.HTTP_ERROR if result.redirect else result.outcome
+    found, size = result.inspection or Inspection(), result.stored.size if result.stored else None
+    facts = {"key": key, "url": claimed.url, "status": result.http_status, "bytes": size, "outcome": outcome}
+    facts |= {"is_final": found.settled, "error": result.error}
     ids = [{"expression": one, "ids": len(ids), "first": next(iter(ids), None)} for one, ids in found.mentions.items()]
-    headers = [{"header": name, "value": redacted(text, names)} for name, text in answer.headers.items()]
+    headers = [{"header": name, "value": redacted(text, dataset.secrets)} for name, text in result.headers.items()]
     return [
         Section("answer", "Answer", [facts], is_one=True),
         Section("ids", "Ids that it names", ids),
@@ -9548,7 +9141,7 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
 def unexpected_objects(store: Store, database: Database) -> Iterator[dict[str, Any]]:
     """The stored objects that no dataset expects."""
     known = "select key from objects where key in (select value from json_each(?)) and state != 'dropped'"
-    for page in chunks(store.list(""), PAGE):
+    for page in chunks(store.list(""), CHUNK):
         expected = {row[0] for row in database.read(known, (json.dumps([entry.key for entry in page]),))}
         for entry in page:
             if entry.key not in expected:
@@ -9861,7 +9454,7 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
         with database.transaction() as sql:
             if RunnerLock(configuration.database).holder() is None:
                 requeue_orphans(sql, configuration.retry)
-            while wake_retries(sql, clock.wall()) >= PAGE:
+            while advance(Ledger(sql, configuration, clock.wall())):
                 pass
             if is_once:
                 wake_failed(sql)
@@ -10054,17 +9647,16 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     """Retry waiting and given-up tasks now: those named, or all that match the filters."""
     database = _existing(configuration)
     tasks = tasks_to_retry(database, vars(arguments), arguments.task_ids)
-    task_ids = [task["task_id"] for task in tasks]
-    if missing := sorted(set(arguments.task_ids) - set(task_ids)):
+    if missing := sorted({*arguments.task_ids} - {*tasks}):
         raise Error(f"not in state retry or gave_up: {', '.join(map(str, missing))}", "adce.py task ID")
-    if not task_ids:
+    if not tasks:
         print_result(arguments, "no task in state retry or gave_up matches", retried=0)
         return ExitCode.DONE
-    if not (arguments.task_ids or arguments.yes or _confirm(f"Retry {len(task_ids)} tasks now?")):
-        print(f"adce.py: {len(task_ids)} tasks match; nothing was done\nTry: --yes", file=sys.stderr)
+    if not (arguments.task_ids or arguments.yes or _confirm(f"Retry {len(tasks)} tasks now?")):
+        print(f"adce.py: {len(tasks)} tasks match; nothing was done\nTry: --yes", file=sys.stderr)
         return ExitCode.USAGE
     with database.transaction() as sql:
-        count = retry_tasks(Ledger(sql, configuration, Clock().wall()), task_ids)
+        count = retry_tasks(Ledger(sql, configuration, Clock().wall()), tasks)
     text = f"{count} task{'s' * (count != 1)} will be retried as soon as possible"
     print_result(arguments, text, retried=count)
     return ExitCode.DONE

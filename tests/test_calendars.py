@@ -29,8 +29,8 @@ NOON = datetime.datetime(2025, 12, 1, 12, tzinfo=datetime.UTC).timestamp()
 
 def expected(configuration: adce.Configuration, name: str) -> list[adce.ExpectedObject]:
     dataset = configuration.datasets[name]
-    fields = adce.expand(dataset, dataset.calendar, NOON)
-    return [adce.expected_object(dataset, one, dataset.calendar) for one in fields]
+    fields = adce.expand(dataset, NOON)
+    return [adce.expected_object(dataset, one) for one in fields]
 
 
 def test_each_dataset_has_the_seasons_that_it_names(configure):
@@ -46,7 +46,7 @@ def test_each_dataset_has_the_seasons_that_it_names(configure):
 def test_objects_below_a_dataset_have_its_calendar(configure):
     games = configure(LAKE).datasets["games"]
     assert [season.label for season in games.calendar] == ["2024-25", "2025-26"]
-    assert adce.expected_object(games, {"id": "7", "date": "2025-05-20"}, games.calendar).season == "2024-25"
+    assert adce.expected_object(games, {"id": "7", "date": "2025-05-20"}).season == "2024-25"
 
 
 def test_urgency_follows_the_seasons_of_the_same_league(configure):
@@ -63,11 +63,7 @@ def test_urgency_follows_the_seasons_of_the_same_league(configure):
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        (
-            "seasons: mlb",
-            "seasons: all",
-            "datasets.teams.partitions.seasons: there are several calendars: name mlb or nba or wnba",
-        ),
+        ("seasons: mlb", "seasons: all", 'datasets.teams.partitions.seasons: season "all" is in several calendars'),
         ("seasons: mlb", 'seasons: "2025"', 'datasets.teams.partitions.seasons: season "2025" is in several calendars'),
         ("seasons: mlb", "seasons: mbl", 'season "mbl" is not declared, did you mean "mlb"?'),
         ("seasons: mlb", "seasons: {}", "datasets.teams.partitions.seasons: expected text, found a mapping"),

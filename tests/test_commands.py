@@ -481,8 +481,8 @@ def test_check_and_plan_see_that_the_store_of_before_is_gone(tmp_path):
     for _ in range(2):
         checked, planned = run_adce("check", folder=tmp_path), run_adce("plan", folder=tmp_path)
         assert (checked.returncode, planned.returncode) == (1, 12)
-        assert "is no longer there" in checked.stdout
-        assert "is no longer there" in planned.stderr
+        assert "is not there" in checked.stdout
+        assert "is not there" in planned.stderr
         shutil.rmtree(tmp_path / "lake", ignore_errors=True)
 
 
@@ -657,7 +657,7 @@ def test_check_warns_of_what_may_do_harm_and_is_content_all_the_same(tmp_path):
     assert [one for one in warned if one[1] != "runs as root"] == [
         ("source open", "has no limits"),
         ("source open", "has no header User-Agent"),
-        ("sources.open", "X-Api-Key is in the file"),
+        ("source open", "X-Api-Key is in the file"),
         ("dataset any", "has no validate: any response counts as its object, even a login page"),
         ("permissions", f"{tmp_path}/adce.yaml is writable for every account"),
     ]

@@ -151,7 +151,7 @@ def test_folder_that_is_gone_is_told_before_the_next_cycle(own, configure, datab
     assert get(f"{own}/health").status_code == 200
     (tmp_path / "lake").rename(tmp_path / "elsewhere")
     answer = get(f"{own}/health")
-    assert (answer.status_code, "is no longer there" in answer.json()["problems"][0]) == (503, True)
+    assert (answer.status_code, "is not there" in answer.json()["problems"][0]) == (503, True)
     (tmp_path / "elsewhere").rename(tmp_path / "lake")
     assert get(f"{own}/health").status_code == 200
 

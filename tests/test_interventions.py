@@ -28,7 +28,7 @@ class InterventionMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        partitions = adce.Partitions(values=(("team", tuple(TEAMS)),))
+        partitions = adce.Partitions(values={"team": tuple(TEAMS)})
         dataset = adce.Dataset("teams", "nba", adce.Template("{team}"), partitions, url=adce.Template("/{team}"))
         self.configuration = adce.Configuration(
             path=Path("x"),
@@ -82,7 +82,7 @@ class InterventionMachine(RuleBasedStateMachine):
             self.state[team] = "cancelled"
         elif outcome is adce.Outcome.INVALID:
             self.state[team] = "gave_up" if self.failures[team] >= MOST else "retry"
-            self.next_at[team] = ending.next_at or 0
+            self.next_at[team] = ending.task.next_at or 0
         else:
             self.state[team] = "done" if outcome is adce.Outcome.OK else "pending"
 
@@ -111,7 +111,7 @@ class InterventionMachine(RuleBasedStateMachine):
 
     def retry(self, task_ids: list[int]) -> int:
         filters = dict.fromkeys(("state", "source", "dataset", "error"))
-        found = [task["task_id"] for task in adce.tasks_to_retry(self.desk.database, filters, task_ids)]
+        found = adce.tasks_to_retry(self.desk.database, filters, task_ids)
         with self.desk.database.transaction() as sql:
             count = adce.retry_tasks(adce.Ledger(sql, self.configuration, self.desk.clock.wall()), found)
         assert count == len(found)
@@ -225,7 +225,7 @@ def test_task_that_is_retried_has_all_its_attempts_before_it_and_keeps_its_age(i
         skip(desk, number)
     retry(desk, number)
     assert desk.database.value(age) == pytest.approx(before, abs=0.1)
-    assert desk.end(desk.claim(), adce.Outcome.INVALID).failures == 1
+    assert desk.end(desk.claim(), adce.Outcome.INVALID).task.failures == 1
 
 
 def test_skipped_object_that_is_no_longer_declared_is_forgotten(tmp_path):

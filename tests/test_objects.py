@@ -27,8 +27,10 @@ def dataset(**changes) -> adce.Dataset:
         "source": "espn",
         "key": adce.Template("days/{date}.json"),
         "partitions": adce.Partitions(dates=adce.Dates(seasons=("all",))),
+        "calendar": SEASONS,
     }
-    return adce.Dataset(**{**given, **changes})
+    given |= {"dates": (changes.get("partitions") or adce.Partitions()).dates or adce.Dates(), **changes}
+    return adce.Dataset(**given)
 
 
 def child(**partitions) -> adce.Dataset:
@@ -70,14 +72,14 @@ def test_value_cannot_break_out_of_an_expression(value):
 
 def test_slashes_of_a_date_format_are_folders_and_those_of_a_value_are_not():
     dataset = dataclasses.replace(child(ids="ids"), key=adce.Template("games/{date:%Y/%m/%d}/{game_id}.json"))
-    expected = adce.expected_object(dataset, {"game_id": "../7", "date": "2024-12-15"}, SEASONS)
+    expected = adce.expected_object(dataset, {"game_id": "../7", "date": "2024-12-15"})
     assert expected.key == "games/2024/12/15/..%2F7.json"
 
 
 @pytest.mark.parametrize("value", ["", " ", "a\nb", "a\0b", "x" * 300, "\u202edrow"])
 def test_value_that_makes_no_key_is_refused(value):
     with pytest.raises(ValueError, match="games"):
-        adce.expected_object(child(ids="ids"), {"game_id": value, "date": "2024-12-15"}, SEASONS)
+        adce.expected_object(child(ids="ids"), {"game_id": value, "date": "2024-12-15"})
 
 
 def test_days_of_all_seasons_end_yesterday_in_their_own_zone():
@@ -85,22 +87,22 @@ def test_days_of_all_seasons_end_yesterday_in_their_own_zone():
     there = adce.Partitions(dates=adce.Dates(seasons=("all",), timezone="America/New_York"))
     here = adce.Partitions(dates=adce.Dates(seasons=("all",), last="today"))
     last = [
-        list(adce.expand(dataset(partitions=partitions), SEASONS, just_after_midnight_utc))[-1]["date"]
+        list(adce.expand(dataset(partitions=partitions), just_after_midnight_utc))[-1]["date"]
         for partitions in (there, here)
     ]
     assert last == ["2024-10-23", "2024-10-25"]
 
 
 def test_finished_season_has_all_its_days():
-    fields = list(adce.expand(dataset(), SEASONS[:1], NOON))
+    fields = list(adce.expand(dataset(calendar=SEASONS[:1]), NOON))
     assert len(fields) == (SEASONS[0].finish - SEASONS[0].start).days + 1
     assert fields[0] == {"date": "2023-10-24", "season": "2023-24", "end": "2024"}
 
 
 def test_season_that_has_not_begun_is_not_expected():
-    partitions = adce.Partitions(seasons=("all",), values=(("month", ("may", "june")),))
+    partitions = adce.Partitions(seasons=("all",), values={"month": ("may", "june")})
     before = adce.instant_of(SEASONS[1].start, datetime.time(), "UTC") - 1
-    fields = list(adce.expand(dataset(partitions=partitions), SEASONS, before))
+    fields = list(adce.expand(dataset(partitions=partitions), before))
     assert [(one["season"], one["end"], one["month"]) for one in fields] == [
         ("2023-24", "2024", "may"),
         ("2023-24", "2024", "june"),
@@ -112,8 +114,7 @@ def test_range_of_dates_stops_at_its_end_or_at_its_bound():
     ranged = adce.Dates(first=first, last=datetime.date(2025, 1, 3))
     open_ended = adce.Dates(first=first, last=datetime.date(2025, 1, 2))
     counts = [
-        len(list(adce.expand(dataset(partitions=adce.Partitions(dates=dates)), (), NOON)))
-        for dates in (ranged, open_ended)
+        len(list(adce.expand(dataset(partitions=adce.Partitions(dates=dates)), NOON))) for dates in (ranged, open_ended)
     ]
     assert counts == [3, 2]
 
@@ -128,8 +129,8 @@ def test_range_of_dates_stops_at_its_end_or_at_its_bound():
 )
 def test_expected_objects_are_every_combination_of_steps_and_values(every, first, last, weekdays, excluded, letters):
     dates = adce.Dates(first=first, last=last, every=every, weekdays=tuple(weekdays), excluded=tuple(excluded))
-    partitions = adce.Partitions(dates=dates, seasons=("all",), values=(("letter", tuple(letters)),))
-    found = [tuple(one.values()) for one in adce.expand(dataset(partitions=partitions), SEASONS[:2], NOON)]
+    partitions = adce.Partitions(dates=dates, seasons=("all",), values={"letter": tuple(letters)})
+    found = [tuple(one.values()) for one in adce.expand(dataset(partitions=partitions, calendar=SEASONS[:2]), NOON)]
     names, now = (
         {"mon": 0, "tue": 1, "wed": 2, "thu": 3, "fri": 4, "sat": 5, "sun": 6},
         datetime.datetime(2025, 1, 15, 12),  # noqa: DTZ001
@@ -178,16 +179,16 @@ def test_text_with_fields_is_rendered(text, rendered):
 
 def test_object_of_an_hour_is_available_after_the_end_of_its_hour():
     hours = adce.Partitions(dates=adce.Dates(first=datetime.date(2024, 1, 1), every="hour"))
-    one = dataset(partitions=hours, available_after=adce.AvailableAfter(seconds=600))
-    expected = adce.expected_object(one, {"date": "2024-01-01T23:00"}, ())
+    one = dataset(partitions=hours, available_after=600)
+    expected = adce.expected_object(one, {"date": "2024-01-01T23:00"})
     assert (expected.day, adce.utc_text(expected.available_at)) == ("2024-01-01", "2024-01-02T00:10:00Z")
 
 
 @pytest.mark.parametrize("day", ["0001-01-01", "9999-12-31"])
 def test_day_that_nothing_can_be_added_to_is_refused(day):
-    one = dataset(partitions=adce.Partitions(values=(("date", (day,)),)))
+    one = dataset(partitions=adce.Partitions(values={"date": (day,)}))
     with pytest.raises(ValueError, match="is not between 1000 and 2999"):
-        adce.expected_object(one, {"date": day}, ())
+        adce.expected_object(one, {"date": day})
 
 
 @pytest.mark.parametrize("shift", ["+999y", "-999y", "+999w", "-999m"])
@@ -197,9 +198,9 @@ def test_any_day_can_be_shifted_by_as_much_as_a_text_may_say(day, shift):
 
 
 def test_key_in_the_folder_that_is_adces_own_is_refused():
-    one = dataset(key=adce.Template("{name}/x"), partitions=adce.Partitions(values=(("name", (".adce",)),)))
+    one = dataset(key=adce.Template("{name}/x"), partitions=adce.Partitions(values={"name": (".adce",)}))
     with pytest.raises(ValueError, match="ADCE's own"):
-        adce.expected_object(one, {"name": ".adce"}, ())
+        adce.expected_object(one, {"name": ".adce"})
 
 
 def several(**partitions) -> adce.Dataset:
@@ -295,29 +296,26 @@ def test_path_that_climbs_is_no_id_of_a_url_with_paths():
 
 
 def test_values_are_combined():
-    values = (("team", ("ATL", "BOS")), ("kind", ("a", "b", "c")))
-    assert len(list(adce.expand(dataset(partitions=adce.Partitions(values=values)), (), NOON))) == 6
+    values = {"team": ("ATL", "BOS"), "kind": ("a", "b", "c")}
+    assert len(list(adce.expand(dataset(partitions=adce.Partitions(values=values)), NOON))) == 6
 
 
 def test_object_of_a_date_belongs_to_its_season():
     partitions = adce.Partitions(dates=adce.Dates(first=datetime.date(2024, 1, 1)))
-    days = [
-        adce.expected_object(dataset(partitions=partitions), {"date": day}, SEASONS)
-        for day in ("2024-06-17", "2024-06-18")
-    ]
+    days = [adce.expected_object(dataset(partitions=partitions), {"date": day}) for day in ("2024-06-17", "2024-06-18")]
     assert [one.season for one in days] == ["2023-24", None]
 
 
 @pytest.mark.parametrize(
     ("rule", "instant"),
     [
-        (adce.AvailableAfter(time=datetime.time(23, 30)), "2024-12-16T04:30:00Z"),
-        (adce.AvailableAfter(seconds=3 * HOUR), "2024-12-16T08:00:00Z"),
+        (datetime.time(23, 30), "2024-12-16T04:30:00Z"),
+        (3 * HOUR, "2024-12-16T08:00:00Z"),
     ],
 )
 def test_object_is_available_after_an_instant_of_its_own_zone(rule, instant):
     partitions = adce.Partitions(dates=adce.Dates(seasons=("all",), timezone="America/New_York"))
-    wanted = adce.expected_object(dataset(partitions=partitions, available_after=rule), {"date": "2024-12-15"}, SEASONS)
+    wanted = adce.expected_object(dataset(partitions=partitions, available_after=rule), {"date": "2024-12-15"})
     assert adce.utc_text(wanted.available_at) == instant
 
 
@@ -435,7 +433,8 @@ def test_body_that_is_not_valid_names_no_children():
 
 
 def facts(**changes) -> adce.ObjectRow:
-    return adce.ObjectRow(**{"size": 500, "etag": "a", "modified_at": int(NOON), "day": "2025-01-14", **changes})
+    given = {"size": 500, "etag": "a", "modified_at": int(NOON), "day": "2025-01-14", **changes}
+    return adce.ObjectRow(fields_json=json.dumps({"date": given["day"]}), **given)
 
 
 def state(one: adce.Dataset, known: adce.ObjectRow, now: float = NOON) -> adce.Appraisal:
@@ -523,5 +522,30 @@ def test_automatic_priority_follows_the_age_of_the_date_then_of_the_season(day, 
 
 @pytest.mark.parametrize(("day", "can"), [("2025-01-08", True), ("2025-01-07", False), (None, True)])
 def test_what_is_old_will_not_appear_any_more(day, can):
-    assert adce.may_still_appear(SEASONS[1], day, NOON) is can
-    assert not adce.may_still_appear(SEASONS[0], None, NOON)
+    assert adce.may_still_appear(dataset(), SEASONS[1], facts(day=day), NOON) is can
+    assert not adce.may_still_appear(dataset(), SEASONS[0], facts(day=None), NOON)
+
+
+def test_month_that_goes_on_may_still_appear():
+    monthly = dataset(dates=adce.Dates(every="month"))
+    assert adce.may_still_appear(monthly, None, facts(day="2025-01-01"), NOON)
+    assert not adce.may_still_appear(monthly, None, facts(day="2024-12-01"), NOON)
+
+
+@pytest.mark.parametrize(
+    ("every", "date", "end"),
+    [
+        ("hour", "2025-01-15T23:00", "2025-01-16T05:00:00Z"),
+        ("day", "2025-01-15", "2025-01-16T05:00:00Z"),
+        ("week", "2025-01-13", "2025-01-20T05:00:00Z"),
+        ("month", "2025-01-01", "2025-02-01T05:00:00Z"),
+        ("quarter", "2025-01-01", "2025-04-01T04:00:00Z"),
+        ("year", "2025-01-01", "2026-01-01T05:00:00Z"),
+    ],
+)
+def test_object_is_as_old_as_the_end_of_its_step(every, date, end):
+    one = dataset(dates=adce.Dates(every=every, timezone="America/New_York"))
+    assert adce.utc_text(adce.end_of_step(one, {"date": date})) == end
+    known = facts(day=date[:10])._replace(fields_json=json.dumps({"date": date}), modified_at=0)
+    due = state(dataset(dates=one.dates, freshness=adce.Freshness(refetch_once_after=(HOUR,))), known, 0)
+    assert due.next_at == adce.end_of_step(one, {"date": date}) + HOUR

@@ -62,7 +62,7 @@ class Desk:
     def expect(self, name: str, /, **fields: str) -> int:
         """Expect an object that is not in the store; returns the number of its task."""
         dataset = self.configuration.datasets[name]
-        key = adce.expected_object(dataset, fields, self.configuration.seasons).key
+        key = adce.expected_object(dataset, fields).key
         with self.database.transaction() as sql:
             sql.execute("delete from wanted")
             ledger = adce.Ledger(sql, self.configuration, self.clock.wall())
@@ -78,7 +78,7 @@ class Desk:
 
     def claim(self) -> adce.Claim | None:
         with self.database.transaction() as sql:
-            adce.wake_retries(sql, self.clock.wall())
+            adce.advance(adce.Ledger(sql, self.configuration, self.clock.wall()))
             free = self.configuration.max_concurrent_scrapers - self.busy.total()
             claimed = adce.claim(sql, self.configuration, self.clock, self.busy, free)[0]
         if claimed:
@@ -260,9 +260,9 @@ def test_what_a_clock_that_was_ahead_has_left_is_due_now(desk):
     assert desk.claim() is None
     with desk.database.transaction() as sql:
         adce.correct_instants(sql, desk.configuration.retry, desk.clock.wall())
-    assert desk.claim()
     newest = desk.database.read("select max(modified_at), max(next_at) from objects")[0]
     assert tuple(newest) == (int(desk.clock.wall()), 0)
+    assert desk.claim()
 
 
 def test_among_equals_the_oldest_goes_first(desk):
@@ -317,7 +317,7 @@ def test_rolled_back_claim_leaves_neither_task_nor_permit(desk):
 def test_outcome_decides_the_next_state(desk, outcome, state, failures):
     desk.expect("teams", team="A")
     ending = desk.end(desk.claim(), outcome)
-    assert (ending.state, ending.failures) == (state, failures)
+    assert (ending.state, ending.task.failures) == (state, failures)
     assert desk.states() == {state: 1}
     row = desk.database.read("select outcome, error, requests from attempts")[0]
     assert (row["outcome"], row["requests"]) == (outcome, 1)
@@ -328,7 +328,7 @@ def test_task_gives_up_after_so_many_failures_and_stays_visible(desk):
     delays = []
     for _ in range(3):
         ending = desk.end(desk.claim(), adce.Outcome.HTTP_ERROR)
-        delays.append(ending.next_at and ending.next_at - desk.clock.wall())
+        delays.append(ending.task.next_at and ending.task.next_at - desk.clock.wall())
         desk.clock.advance(3600)
     assert ending.state == "gave_up"
     assert 45 <= delays[0] <= 77
@@ -341,16 +341,18 @@ def test_task_gives_up_after_so_many_failures_and_stays_visible(desk):
 @pytest.mark.parametrize(("day", "failures"), [("2025-10-02", 0), ("2025-10-01", 1)])
 def test_object_that_is_not_there_is_a_failure_once_its_day_is_a_week_ago(desk, day, failures):
     desk.expect("days", date=day)
-    assert desk.end(desk.claim(), adce.Outcome.NOT_YET).failures == failures
+    assert desk.end(desk.claim(), adce.Outcome.NOT_YET).task.failures == failures
 
 
-def test_retries_wake_by_the_page(desk, monkeypatch):
-    monkeypatch.setattr(adce, "PAGE", 2)
+def test_retries_wake_by_the_chunk(desk, monkeypatch):
+    monkeypatch.setattr(adce, "CHUNK", 2)
     for team in "ABCDE":
         desk.expect("teams", team=team)
         desk.end(desk.claim(), adce.Outcome.INVALID)
     with desk.database.transaction() as sql:
-        assert [adce.wake_retries(sql, desk.clock.wall() + adce.HOUR) for _ in range(4)] == [2, 2, 1, 0]
+        ledger = adce.Ledger(sql, desk.configuration, desk.clock.wall() + adce.HOUR)
+        assert [adce.advance(ledger) for _ in range(3)] == [True, True, False]
+    assert desk.states() == {"pending": 5}
 
 
 def test_object_that_is_not_final_waits_and_its_good_attempts_do_not_lengthen_a_later_wait(desk):
@@ -363,10 +365,10 @@ def test_object_that_is_not_final_waits_and_its_good_attempts_do_not_lengthen_a_
         claimed = desk.claim()
         good = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.OK, desk.clock), inspection=unsettled)
         ending = desk.finish(claimed, good)[0]
-        assert (ending.state, ending.next_at) == ("retry", desk.clock.wall() + 6 * adce.HOUR)
+        assert (ending.state, ending.task.next_at) == ("retry", desk.clock.wall() + 6 * adce.HOUR)
         desk.clock.advance(6 * adce.HOUR)
     ending = desk.end(desk.claim(), adce.Outcome.THROTTLED)
-    assert 45 <= ending.next_at - desk.clock.wall() <= 77
+    assert 45 <= ending.task.next_at - desk.clock.wall() <= 77
 
 
 def test_object_that_is_not_final_is_claimed_again_when_it_is_due_and_not_before(desk):
@@ -390,7 +392,7 @@ def test_object_that_is_a_gap_when_it_was_just_stored_is_not_fetched_again_at_on
     stored = adce.StoredObject(claimed.tasks[0].key, size, "etag", int(desk.clock.wall() - age))
     unsettled = dataclasses.replace(HELD, settled=False)
     ending = desk.finish(claimed, adce.Result(adce.Outcome.OK, stored=stored, inspection=unsettled, requests=1))[0]
-    assert (ending.state, ending.next_at) == ("retry", desk.clock.wall() + 61)
+    assert (ending.state, ending.task.next_at) == ("retry", desk.clock.wall() + 61)
 
 
 def test_object_without_a_day_is_fetched_once_more_and_not_again(configure, database, clock):
@@ -401,7 +403,7 @@ def test_object_without_a_day_is_fetched_once_more_and_not_again(configure, data
         desk.end(desk.claim(), adce.Outcome.OK)
         clock.advance(adce.HOUR)
         with database.transaction() as sql:
-            adce.appraise_due(adce.Ledger(sql, desk.configuration, clock.wall()))
+            adce.advance(adce.Ledger(sql, desk.configuration, clock.wall()))
     assert desk.claim() is None
 
 
@@ -413,9 +415,9 @@ def test_good_attempt_clears_the_failures_before_it(desk):
     good = dataclasses.replace(
         result(claimed.tasks[0], adce.Outcome.OK, desk.clock), inspection=dataclasses.replace(HELD, settled=False)
     )
-    assert desk.finish(claimed, good)[0].failures == 0
+    assert desk.finish(claimed, good)[0].task.failures == 0
     desk.clock.advance(6 * adce.HOUR)
-    assert desk.end(desk.claim(), adce.Outcome.HTTP_ERROR).failures == 1
+    assert desk.end(desk.claim(), adce.Outcome.HTTP_ERROR).task.failures == 1
 
 
 def test_task_of_a_paused_source_waits_at_least_as_long_as_its_source(desk):
@@ -423,7 +425,7 @@ def test_task_of_a_paused_source_waits_at_least_as_long_as_its_source(desk):
     claimed = desk.claim()
     told = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.THROTTLED, desk.clock), retry_after=500.0)
     ending = desk.finish(claimed, told)[0]
-    assert 501 <= ending.next_at - desk.clock.wall() <= 502
+    assert 501 <= ending.task.next_at - desk.clock.wall() <= 502
 
 
 @pytest.mark.parametrize("fraction", [0, 0.5, 0.999])
@@ -443,7 +445,7 @@ def test_wait_of_a_task_grows_with_its_own_attempts_and_not_with_those_of_others
         claimed = desk.claim()
         assert claimed.tasks[0].fields["team"] == team
         told = dataclasses.replace(result(claimed.tasks[0], adce.Outcome.THROTTLED, desk.clock), retry_after=0.0)
-        return desk.finish(claimed, told)[0].next_at - desk.clock.wall()
+        return desk.finish(claimed, told)[0].task.next_at - desk.clock.wall()
 
     for team in "ABCD":
         desk.expect("teams", team=team)
@@ -456,7 +458,7 @@ def test_lost_attempts_do_not_lengthen_a_later_wait(desk):
     desk.expect("teams", team="A")
     for _ in range(3):
         desk.end(desk.claim(), adce.Outcome.LOST)
-    assert 45 <= desk.end(desk.claim(), adce.Outcome.THROTTLED).next_at - desk.clock.wall() <= 77
+    assert 45 <= desk.end(desk.claim(), adce.Outcome.THROTTLED).task.next_at - desk.clock.wall() <= 77
 
 
 @pytest.mark.parametrize("outcome", [adce.Outcome.THROTTLED, adce.Outcome.STORE_ERROR])
@@ -464,7 +466,7 @@ def test_failure_that_is_not_the_tasks_own_never_gives_it_up(desk, outcome):
     desk.expect("teams", team="A")
     for _ in range(8):
         ending = desk.end(desk.claim(), outcome)
-        assert (ending.state, ending.failures) == ("retry", 0)
+        assert (ending.state, ending.task.failures) == ("retry", 0)
         desk.clock.advance(2 * adce.HOUR)
 
 
@@ -473,7 +475,7 @@ def test_second_failure_in_a_row_of_a_source_blames_the_source_and_not_the_task(
         desk.expect("teams", team=team)
     claims = [desk.claim() for _ in range(4)]
     endings = [desk.end(claimed, adce.Outcome.UNREACHABLE) for claimed in claims if claimed]
-    assert [ending.failures for ending in endings] == [1, 0, 0, 0]
+    assert [ending.task.failures for ending in endings] == [1, 0, 0, 0]
     assert desk.claim() is None
     assert desk.database.value("select reason from scopes where scope = 'nba'") == "it was unreachable"
 
@@ -483,7 +485,7 @@ def test_attempts_that_sent_no_request_are_failures_of_their_tasks_and_never_of_
         desk.expect("teams", team=str(number))
         claimed = desk.claim()
         ending = desk.finish(claimed, adce.Result(adce.Outcome.ERROR, "its fields make no address", requests=0))[0]
-        assert (ending.counted, ending.failures) == (True, 1)
+        assert (ending.counted, ending.task.failures) == (True, 1)
 
 
 def test_ten_answers_in_a_row_that_say_server_error_pause_the_source(desk):
@@ -531,7 +533,7 @@ def test_object_that_a_program_left_and_that_is_invalid_is_suspect_at_once(desk)
 def test_task_whose_permit_was_refused_waits_until_it_is_possible(desk):
     desk.expect("files", season="S1", name="a")
     ending = desk.finish(desk.claim(), adce.Result(adce.Outcome.LOST, "no permit", retry_after=300.0))[0]
-    assert (ending.state, ending.next_at, ending.failures) == ("retry", desk.clock.wall() + 301, 0)
+    assert (ending.state, ending.task.next_at, ending.task.failures) == ("retry", desk.clock.wall() + 301, 0)
 
 
 def test_late_finish_of_a_lost_attempt_changes_nothing(desk):
@@ -663,7 +665,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        partitions = adce.Partitions(values=(("team", tuple("ABCDEF")),))
+        partitions = adce.Partitions(values={"team": tuple("ABCDEF")})
         dataset = adce.Dataset("teams", "nba", adce.Template("{team}"), partitions, url=adce.Template("/{team}"))
         self.configuration = adce.Configuration(
             path=adce.Path("x"),

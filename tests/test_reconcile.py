@@ -269,7 +269,7 @@ def test_child_that_no_parent_names_any_more_is_dropped(desk, lake):
 
 
 def test_parents_that_name_more_than_a_page_are_followed_to_the_end(desk, lake, monkeypatch):
-    monkeypatch.setattr(adce, "EXPECTED_AT_ONCE", 2)
+    monkeypatch.setattr(adce, "WRITTEN_AT_ONCE", 2)
     lake.put_day(1, list("12345"))
     lake.put_day(2, ["5", "6"])
     desk.cycle()
@@ -724,7 +724,7 @@ def test_each_dataset_has_the_ids_of_its_own_parents_and_expression(configure, d
 
 
 def test_every_object_is_looked_through_whatever_the_number_at_once(desk, configure, lake, monkeypatch):
-    monkeypatch.setattr(adce, "SCANNED_AT_ONCE", 2)
+    monkeypatch.setattr(adce, "CHUNK", 2)
     for day in range(1, 6):
         lake.put_day(day, [])
     desk.cycle()
@@ -1157,7 +1157,7 @@ def test_object_is_not_expected_before_it_is_available(configure, database, lake
     available = desk.database.value("select unixepoch(min(due_at)) from objects_now")
     clock.advance(available - clock.wall())
     with database.transaction() as sql:
-        assert adce.appraise_due(adce.Ledger(sql, desk.configuration, clock.wall())) == 1
+        adce.advance(adce.Ledger(sql, desk.configuration, clock.wall()))
     assert sorted(desk.gaps()) == ["days/2025-10-01.json"]
 
 
@@ -1253,7 +1253,7 @@ def nobody_sleeps() -> None:
 def shares(monkeypatch):
     """A lake of a few objects is listed in shares, as a large one is."""
     monkeypatch.setattr(adce, "LEAST_SHARE", 20)
-    monkeypatch.setattr(adce, "PAGE", 10)
+    monkeypatch.setattr(adce, "CHUNK", 10)
 
 
 def test_shares_of_a_day_look_at_everything_once(configure, database, lake, clock, shares):
@@ -1264,7 +1264,7 @@ def test_shares_of_a_day_look_at_everything_once(configure, database, lake, cloc
     for key in lost:
         lake.delete(key)
     looked = [desk.cycle()["looked"] for _ in range(math.ceil(len(keys) / 20) + 1)]
-    assert max(looked) <= 20 + len(lost) + 2 * adce.PAGE  # and what lies between, where that costs nothing
+    assert max(looked) <= 20 + len(lost) + 2 * adce.CHUNK  # and what lies between, where that costs nothing
     assert len(keys) <= sum(looked)
     assert sorted(desk.gaps()) == sorted(lost)
 
@@ -1274,7 +1274,7 @@ def test_crash_at_any_step_leaves_only_true_gaps_and_the_next_cycle_finds_them_a
     configure, database, lake, clock, monkeypatch, is_known
 ):
     """What is copied at a step is what a kill at that step leaves behind."""
-    monkeypatch.setattr(adce, "PAGE", 2)
+    monkeypatch.setattr(adce, "CHUNK", 2)
     desk = Desk(configure(TEXT), database, lake, clock)
     for day in range(1, 6):
         lake.put_day(day, [str(day)])
@@ -1379,7 +1379,7 @@ def test_ranges_hold_every_open_object_and_the_share_and_nothing_twice(present, 
             lake.put(key, {"final": True, "games": []})
         desk.cycle()
         patch.setattr(adce, "LEAST_SHARE", least)
-        patch.setattr(adce, "PAGE", page)
+        patch.setattr(adce, "CHUNK", page)
         share = adce.share_of_keys(desk.database, desk.configuration, desk.clock.wall())
         ranges = adce.ranges_to_list(desk.database, "days/", share)
         keys = [f"days/2025-10-0{day}.json" for day in range(1, 6)]
@@ -1393,7 +1393,7 @@ def test_ranges_hold_every_open_object_and_the_share_and_nothing_twice(present, 
 def recount(database: adce.Database) -> dict[tuple, int]:
     rows = database.read(
         """
-        select dataset_id, coalesce(season, ''), state, coalesce(task, ''), iif(task is null, '', priority), count(*)
+        select dataset_id, coalesce(season, ''), state, coalesce(task, ''), coalesce(priority, ''), count(*)
         from objects group by 1, 2, 3, 4, 5
         """
     )
@@ -1546,11 +1546,11 @@ class LakeMachine(RuleBasedStateMachine):
         self.executor = ThreadPoolExecutor(2)
         if data.draw(st.booleans()):
             self.desk.ahead = adce.ReadAhead(self.executor, nobody_sleeps)
-        self.page, adce.PAGE = adce.PAGE, data.draw(st.sampled_from([1, 2, 1000]))
+        self.page, adce.CHUNK = adce.CHUNK, data.draw(st.sampled_from([1, 2, 1000]))
 
     def teardown(self) -> None:
         if hasattr(self, "page"):
-            adce.PAGE = self.page
+            adce.CHUNK = self.page
             self.executor.shutdown()
             self.place.cleanup()
 

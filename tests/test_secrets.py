@@ -172,7 +172,7 @@ def test_post_sends_a_body_with_fields_that_cannot_leave_their_place(upstream, t
 def test_redirect_of_an_https_address_that_a_variable_holds_is_not_followed_to_http(monkeypatch):
     monkeypatch.setenv("API", "https://api.example.org")
     source = adce.Source("box", base_url="$API")
-    partitions = adce.Partitions(values=(("n", ("A",)),))
+    partitions = adce.Partitions(values={"n": ("A",)})
     dataset = adce.Dataset("a", "box", adce.Template("{n}"), partitions, url=adce.Template("/{n}"))
     dataset = dataclasses.replace(dataset, secrets=frozenset({"API"}))
     claimed = adce.Claim(dataset, source, (adce.ObjectRow(fields_json='{"n": "A"}'),), url="$API/A")

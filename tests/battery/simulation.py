@@ -158,7 +158,7 @@ class Lake:
         for place, key in enumerate(
             sorted(key for key in list(self.objects) if key.startswith(prefix) and key > after)
         ):
-            self.calls += place % adce.PAGE == 0
+            self.calls += place % adce.CHUNK == 0
             self.world.fail("list", 0.0005 if place else 0.02)
             if key in self.objects:
                 yield self.objects[key][1]

@@ -88,9 +88,9 @@ def test_configuration_is_read_or_its_problems_are_named(seconds, tmp_path):
         with contextlib.suppress(adce.ConfigurationError):
             configuration = adce.load_configuration(path)
             for dataset in (one for one in configuration.datasets.values() if not one.partitions.parents):
-                for fields in itertools.islice(adce.expand(dataset, dataset.calendar, now), 20):
+                for fields in itertools.islice(adce.expand(dataset, now), 20):
                     with contextlib.suppress(ValueError):  # it is one of the cycle's problems
-                        key = adce.expected_object(dataset, fields, dataset.calendar).key
+                        key = adce.expected_object(dataset, fields).key
                         assert not key.startswith((adce.STAGING, "/"))
                         assert ".." not in key.split("/")
             assert all(text for _, text in adce.warnings_about(configuration))

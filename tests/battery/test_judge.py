@@ -16,7 +16,7 @@ def keep(self, key, body, write=adce.FolderStore.write):
 adce.FolderStore.write = keep
 """
 FORGETS = """
-def forget(ledger, dataset, task, result):
+def forget(ledger, task, result):
     ledger.sql.execute("delete from attempts where attempt_id = ?", (task.attempt_id,))
 adce._record_attempt = forget
 """

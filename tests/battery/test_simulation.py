@@ -54,8 +54,8 @@ def drop_nothing(cycle, datasets, last):
     return iter(())
 
 
-def wake_nobody(sql, before):
-    return 0
+def advance_nothing(ledger):
+    return False
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def wake_nobody(sql, before):
         (adce.Ledger, "appraised", close_no_task, range(12), "open tasks without a gap|turns without end"),
         (adce, "inspect", believe_whatever_is_fetched, range(12), "is not whole|hardly anything|expected are"),
         (adce, "forget", forget_open_tasks, range(12), "gaps without a task|missing"),
-        (adce, "wake_retries", wake_nobody, range(12), "turns without end"),
+        (adce, "advance", advance_nothing, range(12), "turns without end"),
         (adce, "_drop_unexpected", drop_nothing, range(12), "names .* expected are"),
     ],
 )

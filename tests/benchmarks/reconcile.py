@@ -104,7 +104,7 @@ class Generated:
         for place, key in enumerate(self.lake.below(number)):
             if key <= after:
                 continue
-            self.calls += place % adce.PAGE == 0
+            self.calls += place % adce.CHUNK == 0
             yield adce.StoredObject(key, 14, "new" if self.changed and place % 100 == 0 else "old", 1_700_000_000)
 
 
