@@ -7737,14 +7737,14 @@ class HealthServer:
             return 200, JSON, render(status_sections(self.database, self.configuration, now), "json")
         if path == "/tasks":
             by_source = tasks_by_source(self.database)
-            found = {
+            tasks: dict[str, Any] = {
                 "total_tasks": sum(by_source.values()),
                 "by_priority": {row["priority"]: row for row in answers(self.database, REPORT, "queue")[0].rows},
                 "by_source": by_source,
                 "estimated_total_minutes": minutes_left(self.database, self.configuration),
                 "tasks": tasks_sections(self.database, options, 100)[0].rows,
             }
-            return 200, JSON, json.dumps(found)
+            return 200, JSON, json.dumps(tasks)
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
             return 200, HTML, page(self.database, self.configuration, now, year, is_file=False)
