@@ -6829,9 +6829,7 @@ STATUS = questions("""
 lake!: Lake
     select {SUMS} from coverage
 tasks!: Tasks
-    select {OPEN}, (select strftime('%Y-%m-%dT%H:%M:%SZ', min(next_at), 'unixepoch')
-                    from objects where task = 'retry' and next_at is not null) as next_retry
-    from counts
+    select {OPEN} from counts
 cycle!: Last cycle | no cycle yet
     select * from cycles order by cycle_id desc limit 1
 sources: Sources
@@ -6919,13 +6917,7 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
         text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
         return printable(text, lambda letter: json.dumps(letter)[1:-1])
     if style == "csv":
-        table = io.StringIO()
-        for rows in (part.rows for part in sections if part.rows):
-            writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
-            table.write("\n")
-        return table.getvalue().rstrip("\n")
+        return "\n\n".join(_csv(part.rows) for part in sections if part.rows)
     title = {"html": "<h2>{}</h2>\n", "github": "### {}\n\n", "table": "{}\n"}[style]
     blocks = []
     for part in sections:
@@ -6937,12 +6929,15 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
     return "\n\n".join(blocks)
 
 
-def _csv_cell(value: Any) -> Any:
-    """Text that no spreadsheet takes for a formula and no terminal for an order."""
-    if not isinstance(value, str):
-        return value
-    text = printable(value)
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+def _csv(rows: Rows) -> str:
+    """A table whose texts no spreadsheet takes for a formula and no terminal for an order."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(rows[0])
+    for row in rows:
+        cells = (printable(cell) if isinstance(cell, str) else cell for cell in row.values())
+        writer.writerow(re.sub("^(?=[=+@-])", "'", cell) if isinstance(cell, str) else cell for cell in cells)
+    return table.getvalue().rstrip("\n")
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
@@ -7068,20 +7063,6 @@ def cycle_text(database: Database, now: float, next_cycle_in: float | None = Non
         following = "" if next_cycle_in is None else f", the next in {format_duration(max(0, next_cycle_in))}"
         return f"{number} done {format_duration(ago)} ago{following}"
     return "none yet"
-
-
-def tasks_document(
-    database: Database, configuration: Configuration, filters: Mapping[str, str | None], most: int
-) -> dict[str, Any]:
-    """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
-    by_source = tasks_by_source(database)
-    return {
-        "total_tasks": sum(by_source.values()),
-        "by_priority": {row["priority"]: row for row in answers(database, REPORT, "queue")[0].rows},
-        "by_source": by_source,
-        "estimated_total_minutes": minutes_left(database, configuration),
-        "tasks": tasks_sections(database, filters, most)[0].rows,
-    }
 
 
 # ---------------------------------------------------------------- Conditions
@@ -7235,8 +7216,7 @@ def write_problem(database: Database, clock: Clock) -> dict[str, str]:
 def problems(
     database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
 ) -> dict[str, str]:
-    """The problems that make a runner unhealthy which has worked `since` then, by name: being idle is none. The runner
-    may know an `error` of its database."""
+    """The problems, by name, of a runner that has worked `since` then, and may know an `error` of its database."""
     if error:
         return {"database unusable": error}
     found, store = dict[str, str](), open_store(configuration.store)
@@ -7356,8 +7336,7 @@ def lake_text(database: Database) -> str:
 
 
 def verdict(database: Database, configuration: Configuration, now: float, error: str | None = None) -> Section:
-    """The problems, worst first, with the tasks held up and the command that helps; the title is the headline. The
-    runner may know an `error` of its database."""
+    """The problems, worst first, with the tasks held up and the command that helps; the title is the headline."""
     state = runner_state(database, RunnerLock(configuration.database), now)
     found = conditions(database, configuration, now, now - HOUR if state["runner"] == "running" else now, error)
     tasks, note = tasks_by_source(database), state.get("note")  # no gap is without a task
@@ -7381,7 +7360,7 @@ def verdict(database: Database, configuration: Configuration, now: float, error:
 def tasks_text(database: Database, configuration: Configuration, judged: Section) -> str:
     """The open tasks by state, and how long the pending ones take at least unless all work stands still."""
     (tasks,) = answers(database, STATUS, "tasks")[0].rows
-    counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
+    counts = [f"{count:,} {state}" for state, count in tasks.items() if count]
     stands = any(row["mark"] == "x" and row["about"] in ("runner", "pool") for row in judged.rows)
     if (minutes := minutes_left(database, configuration)) and not stands:
         counts.append(f"at least {format_duration(minutes * MINUTE)} left")
@@ -7726,8 +7705,7 @@ def _http_server(port: int, answer: Callable[[str, dict[str, str]], tuple[int, s
 
 
 class HealthServer:
-    """GET /health, /status, /tasks, /metrics and / for one database, until stopped. Raises Error when the port is
-    taken."""
+    """Answers GET for one database, until stopped. Raises Error when the port is taken."""
 
     def __init__(
         self, configuration: Configuration, database: Database, clock: Clock, error: Callable[[], str | None] = str
@@ -7770,8 +7748,15 @@ class HealthServer:
         if path in ("/status", "/metrics"):
             return 200, JSON, render(status_sections(self.database, self.configuration, now), "json")
         if path == "/tasks":
-            filters = {name: options.get(name) for name in TASK_FILTERS}
-            return 200, JSON, json.dumps(tasks_document(self.database, self.configuration, filters, 100))
+            by_source = tasks_by_source(self.database)
+            tasks: dict[str, Any] = {
+                "total_tasks": sum(by_source.values()),
+                "by_priority": {row["priority"]: row for row in answers(self.database, REPORT, "queue")[0].rows},
+                "by_source": by_source,
+                "estimated_total_minutes": minutes_left(self.database, self.configuration),
+                "tasks": tasks_sections(self.database, options, 100)[0].rows,
+            }
+            return 200, JSON, json.dumps(tasks)
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
             return 200, HTML, page(self.database, self.configuration, now, year, is_file=False)
@@ -7979,9 +7964,8 @@ FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # other effects of a full dis
 
 
 class Alerter:
-    """Looks for conditions, keeps a row in `alerts` for each, and sends messages until every channel has taken them.
-
-    The rows are kept here too: on a full disk nothing is stored, and yet everything is sent once."""
+    """Looks for conditions, and sends messages until every channel has taken them. The rows of `alerts` are kept here
+    too: on a full disk nothing is stored, and yet everything is sent once."""
 
     def __init__(self, configuration: Configuration, database: Database, journal: Journal, clock: Clock) -> None:
         self.configuration, self.database, self.journal, self.clock = configuration, database, journal, clock
