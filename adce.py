@@ -2262,7 +2262,8 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
     labels = [*(season.label for season in configuration.seasons), *calendars, *["all"] * len(calendars)]
     for path, names in (("", dataset.partitions.seasons), ("dates.", dates.seasons if dates else ())):
         for name in (name for name in names if labels.count(name) != 1):
-            text = "is in several calendars" if name in labels else f"is not declared{suggest(name, labels)}"
+            which = f"is in several calendars: name {' or '.join(sorted(calendars))}"
+            text = which if name in labels else f"is not declared{suggest(name, labels)}"
             yield f"partitions.{path}seasons", f'season "{name}" {text}'
     has = {"", *declared, *(["season"] if dataset.calendar and "date" in declared else [])}
     lacking = ((path, one.needs) for path, one in all_settings(Dataset).items() if one.needs not in has)
@@ -2360,7 +2361,10 @@ def load_configuration(path: Path) -> Configuration:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
         reader.text = text = path.read_text(encoding="utf-8-sig")
-        node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        try:
+            node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except yaml.YAMLError:  # this one says better what is wrong
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
             reader.complain("", "the file is empty")
         elif (read := reader.parse(Configuration, node)) is not NEEDED:
@@ -2369,9 +2373,7 @@ def load_configuration(path: Path) -> Configuration:
                 if where in reader.places:  # else `same_as` has it from another dataset
                     reader.complain(where, what)
     except yaml.YAMLError as error:
-        # what is not closed is better shown where it begins
-        is_open = re.search("while (scanning a quoted scalar|parsing a flow)", str(error))
-        mark = getattr(error, "context_mark" if is_open else "problem_mark", None)
+        mark = getattr(error, "context_mark" if "quoted scalar" in str(error) else "problem_mark", None)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
         reader.problems.add((*_place(mark), "", f"not YAML: {what}"))
     except RecursionError:

@@ -63,8 +63,16 @@ def test_urgency_follows_the_seasons_of_the_same_league(configure):
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ("seasons: mlb", "seasons: all", 'datasets.teams.partitions.seasons: season "all" is in several calendars'),
-        ("seasons: mlb", 'seasons: "2025"', 'datasets.teams.partitions.seasons: season "2025" is in several calendars'),
+        (
+            "seasons: mlb",
+            "seasons: all",
+            'datasets.teams.partitions.seasons: season "all" is in several calendars: name ',
+        ),
+        (
+            "seasons: mlb",
+            'seasons: "2025"',
+            'datasets.teams.partitions.seasons: season "2025" is in several calendars: name ',
+        ),
         ("seasons: mlb", "seasons: mbl", 'season "mbl" is not declared, did you mean "mlb"?'),
         ("seasons: mlb", "seasons: {}", "datasets.teams.partitions.seasons: expected text, found a mapping"),
         ("start: 2025-10-21", "start: 2025-06-01", "seasons.nba.1: season 2025-26 repeats or overlaps season 2024-25"),

@@ -179,7 +179,7 @@ def test_damage_is_found_and_named(tmp_path):
     with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
         with database.transaction() as sql:
             sql.execute("insert into scopes (scope) values ('x')")
-            sql.execute("insert into windows values ('x', 60, 1, null)")
+            sql.execute("insert into windows values ('x', 60, 1)")
         database._writer.execute("pragma foreign_keys = off")
         with database.transaction() as sql:
             sql.execute("delete from scopes")
