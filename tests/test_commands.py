@@ -468,7 +468,7 @@ def test_crontab_line_works_in_the_empty_environment_of_cron(folder, tmp_path):
 
 def test_every_command_is_in_the_help(folder):
     text = run_adce("--help", folder=folder).stdout
-    assert [command.name for command in adce.commands() if f"    {command.name} " not in text] == []
+    assert [command for command in adce.commands() if f"    {command} " not in text] == []
     assert os.environ.get("ADCE_CONFIG") is None
     assert isinstance(folder, Path)
 

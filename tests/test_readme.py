@@ -115,7 +115,7 @@ def test_there_are_eight_small_lakes():
 
 
 def test_every_command_view_and_exit_code_is_in_the_guide():
-    missing = [command.name for command in adce.commands() if f"`{command.name}" not in README]
+    missing = [command for command in adce.commands() if f"`{command}" not in README]
     views = re.findall(r"create view (\w+)", adce.VIEWS)
     missing += [view for view in views if f"| `{view}` |" not in README]
     missing += [str(code.value) for code in adce.ExitCode if f"| {code.value} |" not in README]
@@ -123,7 +123,7 @@ def test_every_command_view_and_exit_code_is_in_the_guide():
 
 
 def test_every_option_of_a_command_is_in_the_guide():
-    names = [name for command in adce.commands() for names, _ in command.options for name in names]
+    names = [name for command in adce.commands().values() for names, _ in command.options for name in names]
     assert [name for name in names if name.startswith("--") and name not in README] == []
 
 
