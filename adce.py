@@ -76,7 +76,6 @@ import json
 import logging
 import math
 import os
-import pwd
 import queue
 import random
 import re
@@ -8258,14 +8257,15 @@ def stop_runner(configuration: Configuration, seconds: float | None) -> int | No
     """Stop the runner and wait for its end, `seconds` or 15 more than its grace time. Returns its process id, or None
     when there is none. Raises Error when it does not stop in time, OSError when it belongs to another user."""
     lock, clock = RunnerLock(configuration.database), Clock()
-    holder, seconds = lock.holder(), configuration.grace_seconds + 15 if seconds is None else seconds
+    if (holder := lock.holder()) is None:
+        return None
     if holder == 0:
         raise Error(f"{lock.path} does not name the process that holds it", "stop that process yourself")
-    if holder:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(holder, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(holder, signal.SIGTERM)
+    seconds = configuration.grace_seconds + 15 if seconds is None else seconds
     until = clock.boot() + seconds
-    while holder and lock.holder() == holder:
+    while lock.holder() == holder:
         if clock.boot() > until:
             text = f"process {holder} did not stop within {format_duration(seconds)}"
             raise Error(text, "run stop again: a second signal ends it at once")
@@ -8308,10 +8308,7 @@ def show_log(database: Database, most: int, *, follow: bool) -> None:
         hint = "`adce.py start` logs to a file, `run --log FILE` to FILE, a unit of systemd to the journal"
         raise Error("the last runner kept no log", hint)
     sys.stdout.flush()
-    try:
-        os.execvp(words[0], words)  # noqa: S606  # the system's own programs
-    except OSError as error:
-        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
+    os.execvp(words[0], words)  # noqa: S606  # the system's own programs
 
 
 def cycle_of_runner(database: Database, configuration: Configuration, lock: RunnerLock, options: CycleOptions) -> int:
@@ -8623,29 +8620,25 @@ class Runner:
             notify("WATCHDOG=1")
         for pool in (self.listers, self.pool):
             pool.shutdown(wait=False, cancel_futures=True)
-        left_running = list(self.running.values())
-        if self.cluster:  # whose attempts go on: their permits end with their deadlines
+        if self.cluster:
             self.cluster.shutdown()
-            left_running = [dataclasses.replace(claimed, permit=None) for claimed in left_running]
-        sent = [(claimed, int(bool(claimed.url))) for claimed in left_running]
-        for claimed, requests in [*sent, *((hop, 0) for hop in self.hops)]:
-            lost = Result(Outcome.LOST, "the runner stopped", requests=requests)
-            self.unrecorded.append((claimed, claimed.results(lost)))
+        for claimed in [*self.running.values(), *self.hops]:
+            lost = Result(Outcome.LOST, "the runner stopped", requests=int(claimed.permit is not None))
+            # An attempt of a cluster goes on: its permit ends with its deadline.
+            ended = dataclasses.replace(claimed, permit=None) if self.cluster else claimed
+            self.unrecorded.append((ended, claimed.results(lost)))
         self.running.clear()
         self._sweep()
         self._collect()
         Inspector.ends_at = math.inf
-        left = dict[str, int]()
         with contextlib.suppress(DatabaseError):
             with self.database.transaction() as sql:
-                ended = "update runner set stopped_at = ?, note = ? where pid = ? and stopped_at is null"
-                sql.execute(ended, (int(self.clock.wall()), self.stop_reason, os.getpid()))
-            left = dict(map(tuple, self.database.read("select state, count(*) from queue group by state")))
+                update = "update runner set stopped_at = ?, note = ? where pid = ? and stopped_at is null"
+                sql.execute(update, (int(self.clock.wall()), self.stop_reason, os.getpid()))
             if self.journal.screen:
                 self.journal.screen.paint(self.clock.wall(), [], None)
         self.journal.screen = None
-        counts = {state: left.get(state) for state in ("pending", "retry", "gave_up")}
-        self.journal.write("INFO", "stop", reason=self.stop_reason, **counts)
+        self.journal.write("INFO", "stop", reason=self.stop_reason)
 
 
 # ---------------------------------------------------------------- Examples
@@ -8716,10 +8709,9 @@ count_over_time(adce_paused_until_timestamp_seconds[30m]) \
 """
 
 
-def explain(wanted: str | None) -> list[dict[str, Any]]:
-    """A row for the key that `wanted` names, by its path or the end of it, and for each key in it; else for each block.
-
-    Raises Error for an unknown key."""
+def explain(wanted: str | None) -> str:
+    """Kind, default and meaning of the key that `wanted` names, by its path or the end of it, and of those in it; else
+    of each block. Raises Error for an unknown key."""
     settings, found = all_settings(), list[str]()
     path_of = r"\.".join(rf"({re.escape(word)}|\*)" for word in (wanted or "").split("."))
     for pattern in (rf"{path_of}(\.|$)", rf".+\.{re.escape(wanted)}(\.|$)") if wanted else (r"[^.]+$",):
@@ -8727,23 +8719,18 @@ def explain(wanted: str | None) -> list[dict[str, Any]]:
     if not found:
         names = [*settings, *(path.rpartition(".")[2] for path in settings)]
         raise Error(f'unknown key "{wanted}"{suggest(wanted or "", names)}', '"adce.py explain" lists the blocks')
-    rows = []
-    for path, one in ((path, settings[path]) for path in found):
-        is_shown = isinstance(one.default, int | float | str | Path | dict) and one.default not in ("", {})
-        text = json.dumps(one.default, default=str).strip('"') if is_shown else None
-        default = "required" if one.default is NEEDED else text
-        kind, beside = json_schema(one.declared)["title"], " or ".join(one.beside)
-        rows.append({"key": path, "kind": kind, "default": default, "beside": beside, "meaning": one.meaning})
-    return rows
-
-
-def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of explain() for people."""
     lines = []
-    for row in rows:
-        default = row["default"] and (row["default"] if row["default"] == "required" else f"default {row['default']}")
-        facts = [row["kind"], default, row["beside"] and f"only beside {row['beside']}"]
-        lines += [row["key"], f"    {'; '.join(filter(None, facts))}", f"    {row['meaning']}"]
+    for path in found:
+        one = settings[path]
+        facts = [json_schema(one.declared)["title"]]
+        if one.default is NEEDED:
+            facts.append("required")
+        elif isinstance(one.default, int | float | str | Path | dict) and one.default not in ("", {}):
+            default = json.dumps(one.default, default=str).strip('"')
+            facts.append(f"default {default}")
+        if one.beside:
+            facts.append(f"only beside {' or '.join(one.beside)}")
+        lines += [path, f"    {'; '.join(facts)}", f"    {one.meaning}"]
     return "\n".join(lines)
 
 
@@ -8887,7 +8874,7 @@ def systemd_unit(configuration: Configuration) -> str:
         command=" ".join(map(quoted, own_command(configuration))),
         folder=str(configuration.path.parent).replace("%", "%%"),
         writable=" ".join(quoted(str(folder)) for folder in sorted(folders)),
-        user=pwd.getpwuid(os.getuid()).pw_name if os.getuid() else "adce",
+        user=os.getuid() or "adce",  # which may have no name
         stop_seconds=round(configuration.grace_seconds) + 60,
         restrictions="\n".join(f"{name}=yes" for name in RESTRICTIONS.split()),
     )
@@ -9290,8 +9277,11 @@ EVERYWHERE = (
 )
 FILTERS = (option("--source", help="only this source"), option("--dataset", help="only this dataset"))
 A_DAY = _kind("a day; write 2024-12-15", lambda text: datetime.date.fromisoformat(text).isoformat())
-DAY_FILTER = option("--day", type=A_DAY, metavar="2024-12-15", help="only objects of this day")
-ERROR_FILTER = option("--error", metavar="TEXT", help="only those whose last error contains TEXT")
+TASK_OPTIONS = (
+    *FILTERS,
+    option("--day", type=A_DAY, metavar="2024-12-15", help="only objects of this day"),
+    option("--error", metavar="TEXT", help="only those whose last error contains TEXT"),
+)
 SCOPE = option("scope", metavar="SOURCE", help="a source, or global for all")
 TIMEOUT = option("--timeout", type=DURATION, metavar="45s", help="how long to wait for its end (grace_seconds + 15)")
 LIMIT = option("--limit", type=COUNT, default=20, metavar="N", help="at most N rows (20)")
@@ -9325,7 +9315,8 @@ def build_parser(words: Sequence[str] = ()) -> Parser:
     return parser
 
 
-COMPLETION = """\
+COMPLETIONS = {
+    "completion": """\
 # For bash and zsh: source <(adce.py example completion)
 if [ -n "$ZSH_VERSION" ]; then
     whence compdef > /dev/null || {{ autoload -U compinit && compinit -C; }}
@@ -9335,14 +9326,15 @@ _adce() {{
     COMPREPLY=($({program} complete "${{COMP_WORDS[@]:1:COMP_CWORD}}"))
 }}
 complete -o default -F _adce adce.py
-"""
-COMPLETION_FISH = """\
+""",
+    "completion-fish": """\
 # For fish: adce.py example completion-fish > ~/.config/fish/completions/adce.py.fish
 function _adce
     {program} complete (commandline -opc)[2..] (commandline -ct)
 end
 complete -c adce.py -a '(_adce)'
-"""
+""",
+}
 
 
 def completions(words: Sequence[str]) -> list[str]:
@@ -9376,16 +9368,16 @@ def _existing(configuration: Configuration) -> Database:
     return open_database(configuration.database, must_exist=True)
 
 
-RED, YELLOW, GREEN = ("\x1b[31m{}\x1b[0m", "\x1b[33m{}\x1b[0m", "\x1b[32m{}\x1b[0m")
-COLOURS = {"x": RED, "!": YELLOW, "ATTENTION": YELLOW, "FILLING": YELLOW, "COMPLETE": GREEN}  # https://no-color.org
+RED, GREEN, YELLOW = 31, 32, 33  # of SGR, ECMA-48
+COLOURS = {"x": RED, "!": YELLOW, "ATTENTION": YELLOW, "FILLING": YELLOW, "COMPLETE": GREEN}
 
 
 def coloured(text: str) -> str:
-    """A text with its marks in colour, for a terminal that wants that."""
+    """A text with its marks in colour, for a terminal that wants that (https://no-color.org)."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
         return text
-    marks = re.compile("^ *(x|!|ATTENTION|FILLING|COMPLETE)(?= )", re.MULTILINE)
-    return marks.sub(lambda found: COLOURS[found[1]].format(found[0]), text)
+    marks = f"^ *({'|'.join(COLOURS)})(?= )"
+    return re.sub(marks, lambda found: f"\x1b[{COLOURS[found[1]]}m{found[0]}\x1b[0m", text, flags=re.MULTILINE)
 
 
 def _print(arguments: Arguments, sections: Sequence[Section]) -> None:
@@ -9509,16 +9501,12 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
 
 
 @command(
-    option(
-        "--once", action="store_true", help="one cycle, one attempt at each task that is due; exit 3: gaps are left"
-    ),
+    option("--once", action="store_true", help="one cycle, one attempt at each task that is due; exit 3: gaps left"),
     option("--dry-run", action="store_true", help="the same as plan"),
     option("--interval-minutes", type=POSITIVE, metavar="N", help="between cycles"),
     option("--interval-hours", type=POSITIVE, metavar="N", help="older form of --interval-minutes"),
     option("--max-minutes", type=POSITIVE, metavar="N", help="stop cleanly after N minutes"),
-    option(
-        "--max-wait", type=DURATION, default=MINUTE, metavar="60s", help="with --once, the longest pause to wait for"
-    ),
+    option("--max-wait", type=DURATION, default=MINUTE, metavar="60s", help="the longest pause --once waits for"),
     *FILTERS,
     option("--if-locked", choices=("fail", "skip"), default="fail", help="skip: exit 0, silent, if another runs"),
     option("--log", type=PATH, metavar="FILE", help="log to FILE, 20 MB at most, instead of stderr"),
@@ -9680,9 +9668,7 @@ def command_resume(arguments: Arguments, configuration: Configuration) -> None:
 @command(
     option("task_ids", type=COUNT, nargs="*", metavar="ID"),
     option("--state", choices=(TaskState.RETRY.value, TaskState.GAVE_UP.value)),
-    *FILTERS,
-    DAY_FILTER,
-    ERROR_FILTER,
+    *TASK_OPTIONS,
     option("--yes", action="store_true", help="do not ask for confirmation"),
 )
 def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -9694,7 +9680,11 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     if not tasks:
         print_result(arguments, "no task in state retry or gave_up matches", retried=0)
         return ExitCode.DONE
-    if not (arguments.task_ids or arguments.yes or _confirm(f"Retry {len(tasks)} tasks now?")):
+    is_wanted = arguments.task_ids or arguments.yes
+    if not is_wanted and sys.stdin.isatty() and sys.stderr.isatty():
+        print(f"Retry {len(tasks)} tasks now? [y/N] ", end="", file=sys.stderr, flush=True)
+        is_wanted = sys.stdin.readline().strip().lower() in ("y", "yes")
+    if not is_wanted:
         print(f"adce.py: {len(tasks)} tasks match; nothing was done\nTry: --yes", file=sys.stderr)
         return ExitCode.USAGE
     with database.transaction() as sql:
@@ -9702,14 +9692,6 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     text = f"{count} task{'s' * (count != 1)} will be retried as soon as possible"
     print_result(arguments, text, retried=count)
     return ExitCode.DONE
-
-
-def _confirm(question: str) -> bool:
-    """The answer of a person at the terminal; without a terminal: no."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 @command(
@@ -9793,10 +9775,8 @@ def command_logs(arguments: Arguments, configuration: Configuration) -> None:
 
 @command(
     option("--state", choices=["pending", "retry", "running", "gave_up"]),
-    *FILTERS,
-    DAY_FILTER,
+    *TASK_OPTIONS,
     option("--key", metavar="KEY", help="only those whose key contains KEY, or matches it with * and ?"),
-    ERROR_FILTER,
     LIMIT,
 )
 def command_tasks(arguments: Arguments, configuration: Configuration) -> None:
@@ -9851,20 +9831,15 @@ def command_check(arguments: Arguments, configuration: Configuration) -> ExitCod
 )
 def command_explain(arguments: Arguments, _: Configuration) -> None:
     """Print the meaning of the keys of adce.yaml, or a JSON Schema of them."""
-    if arguments.json_schema:
-        print(json.dumps(json_schema(), indent=2))
-    elif arguments.format == "table":
-        print(explained_text(explain(arguments.key)))
-    else:
-        _print(arguments, [Section("keys", "", explain(arguments.key))])
+    print(json.dumps(json_schema(), indent=2) if arguments.json_schema else explain(arguments.key))
 
 
-@command(option("name", choices=sorted([*EXAMPLES, "completion", "completion-fish", "config"])), needs="nothing")
+@command(option("name", choices=sorted(["config", *COMPLETIONS, *EXAMPLES])), needs="nothing")
 def command_example(arguments: Arguments, _: Configuration) -> None:
     """Print a configuration, a text for systemd, launchd, cron, Grafana or Prometheus, or the completion of a shell."""
-    if arguments.name.startswith("completion"):
-        script = COMPLETION_FISH if arguments.name == "completion-fish" else COMPLETION
-        print(script.format(program=shlex.join([sys.executable, str(Path(__file__).resolve())])), end="")
+    if arguments.name in COMPLETIONS:
+        program = shlex.join([sys.executable, str(Path(__file__).resolve())])
+        print(COMPLETIONS[arguments.name].format(program=program), end="")
     elif arguments.name == "config":
         print(Path(__file__).with_name(DEFAULT_NAME).read_text(encoding="utf-8"), end="")
     else:
