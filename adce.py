@@ -386,8 +386,8 @@ create table facts (
     is_backup    integer not null default 0,
     boot_id      text,               -- of the boot times below
     wall_offset  real    not null default 0, -- wall time minus boot time, for display
-    declaration  text,               -- digest of the datasets, seasons and weights that the next cycle follows
-    priorities   text,               -- the day of the stored states and ranks; '': adce.yaml has changed since
+    declaration  text,               -- digest of the datasets and seasons that the next cycle follows
+    priorities   text,               -- the day and a digest of the weights of the ranks; '': datasets have changed
     ordered      text    not null default '{}', -- JSON: prefixes that the store lists in key order
     looked_up_to text    not null default '',   -- last key of the last share of a cycle; '': none
     looked_at    real,               -- start of the cycle that looked so far
@@ -1141,6 +1141,11 @@ UNSENDABLE = re.compile(r"^\s|[^\t -~\x80-\xff]")  # in the value of a header
 VARIABLE = re.compile(r"\$(?:\{([A-Z_][A-Z0-9_]*)\}|([A-Z_][A-Z0-9_]*))")  # capitals: $id is GraphQL's
 
 
+def fields_in(*texts: str) -> set[str]:
+    """The fields that some texts name."""
+    return {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)}
+
+
 def variables_in(*texts: str) -> set[str]:
     """The variables of the environment that some texts name."""
     return {match[1] or match[2] for text in texts for match in VARIABLE.finditer(text)}
@@ -1204,7 +1209,8 @@ def _compile(expression: str) -> Any:
 
 
 def search(expression: str, fields: Fields, document: Any) -> Any:
-    """The value of a JMESPath expression that may name fields; None when it cannot be evaluated."""
+    """The value of a JMESPath expression that may name fields; None where a function is given null. Raises ValueError
+    when it cannot be evaluated."""
     import jmespath.exceptions
 
     try:
@@ -1212,13 +1218,21 @@ def search(expression: str, fields: Fields, document: Any) -> Any:
             quote = functools.partial(quote_for_expression, part if place % 2 else "")
             parts[place] = Template(part, FIELD_IN_EXPRESSION).render(fields, quote)
         return _compile("".join(parts)).search(document)
-    except (jmespath.exceptions.JMESPathError, TypeError, ValueError, RecursionError):
-        return None
+    except jmespath.exceptions.JMESPathTypeError as error:
+        if error.current_value is None:
+            return None
+        needed = " or ".join(error.expected_types)
+        raise ValueError(f"{error.function_name}() needs {needed}, has {error.actual_type}: {expression}") from None
+    except (jmespath.exceptions.JMESPathError, TypeError, RecursionError) as error:
+        raise ValueError(f"{error}: {expression}") from None
 
 
 def holds(expression: str, fields: Fields, document: Any) -> bool:
     """Whether an expression is true: neither false, null nor empty. 0 is true, an expression that raises is not."""
-    value = search(expression, fields, document)
+    try:
+        value = search(expression, fields, document)
+    except ValueError:
+        return False
     return value is not None and value is not False and value not in ("", [], {})
 
 
@@ -1474,6 +1488,10 @@ class Season:
     finish: Date = setting("its last day")
     calendar: str = ""  # its name, where there are several
 
+    def over(self) -> int:
+        """The instant at which it is over."""
+        return instant_of(self.finish + datetime.timedelta(days=1), datetime.time(), "UTC")
+
 
 def chosen(seasons: Iterable[Season], names: Sequence[str]) -> list[Season]:
     """Those that are named: by `all`, by their calendar or by their labels."""
@@ -1696,10 +1714,6 @@ class Partitions:
             return (self.id_field,) if self.id_field else ()
         return tuple(re.compile(self.regex).groupindex) if self.regex else names_in_result(self.ids or "x")
 
-    def fields_of_id(self, value: str) -> dict[str, str]:
-        """The fields that an id sets; several are in JSON."""
-        return {self.id_field: value} if self.id_field else json.loads(value)
-
     def own_fields(self) -> tuple[str, ...]:
         """The fields whose values distinguish its objects."""
         own = ["date"] * bool(self.dates) + ["season"] * bool(self.seasons) + [*self.id_fields()]
@@ -1810,6 +1824,7 @@ class Dataset:
     copy_of: Text | None = setting("dataset whose stored objects are copied, without a request", None)
     original: Template | None = None  # the key of what is copied
     calendar: tuple[Season, ...] = ()  # of its days
+    dates: Dates = Dates()  # its own, or those of its next parent with dates
     secrets: frozenset[str] = field(default=frozenset(), repr=False)  # variables of its requests, and plain secrets
     pages: Pages | None = setting("pages of an answer, each an object with {page} in its key", None, beside=("url",))
     output: Output = setting("store: it writes; stdout: it prints", "store", beside=("command",), against=("batch",))
@@ -1834,7 +1849,7 @@ class Dataset:
     def page_values(self) -> set[str]:
         """Which of the fields of a page its requests name. With none of them, the next page is named by its url."""
         texts = [part.text for part in (self.url, self.pages and self.pages.url) if part] + [self.body]
-        named = {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)} & {*PAGE_FIELDS, OFFSET}
+        named = fields_in(*texts) & {*PAGE_FIELDS, OFFSET}
         return set() if self.pages and self.pages.next == LINK else named
 
 
@@ -1871,6 +1886,13 @@ class Configuration:
         """The datasets whose objects follow from the contents of this one: it is one itself if it has pages."""
         own = self.datasets[name]
         return [one for one in self.datasets.values() if name in one.partitions.parents or (one is own and own.pages)]
+
+    def source_at(self, url: str, asked: Source) -> Source:
+        """Whose limits a redirect to a url counts in: those of the source that has its host, else of the one asked."""
+        hosts = {one.name: urllib.parse.urlsplit(one.base_url).netloc for one in [*self.sources.values(), asked]}
+        there = urllib.parse.urlsplit(url).netloc
+        named = [name for name in (asked.name, *hosts) if hosts[name].rpartition("@")[2] == there]
+        return self.sources[named[0]] if named else asked
 
     def own_fields_of(self, name: str) -> tuple[str, ...]:
         """The fields whose values distinguish the objects of a dataset."""
@@ -1928,9 +1950,6 @@ def secrets_of(source: Source, dataset: Dataset) -> set[str]:
     plain = [*plain_secrets(source.headers).values(), *plain_secrets(dataset.headers).values()]
     words = [word for text in plain for word in re.split(r"[\s;,]+", text) if len(word) > 7]
     return found | {f"={word}" for word in [*words, *pair]}
-
-
-AWS_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 @functools.lru_cache(256)
@@ -2070,7 +2089,7 @@ class Reader:
     def __init__(self) -> None:
         self.problems = set[tuple[int, int, str, str]]()  # line and column from 1, path of the key, what is wrong
         self.places: dict[str, tuple[int, int]] = {}
-        self.templates: dict[str, Template] = {}
+        self.templates = collections.defaultdict[str, dict[str, Template]](dict)  # by source or dataset
         self.text = ""
 
     def complain(self, path: str, text: str) -> None:
@@ -2079,11 +2098,6 @@ class Reader:
         while place not in self.places and place:
             place = place.rpartition(".")[0]
         self.problems.add((*self.places.get(place, (1, 1)), path, text))
-
-    def is_sound(self, path: str, *apart: str) -> bool:
-        """Whether nothing is wrong in a block, apart from some of its keys."""
-        wrong = {where for _, _, where, _ in self.problems if f"{where}.".startswith(f"{path}.")}
-        return wrong <= {f"{path}.{name}" for name in apart}
 
     def parse(self, declared: Any, node: Any, path: str = "") -> Any:
         """The value of a node as it is declared; NEEDED, and a problem, when it is not of its kind."""
@@ -2114,7 +2128,8 @@ class Reader:
             self.complain(path, f"expected {kind.expected}, found {_describe(node)}")
             return NEEDED
         if kind.fields:
-            self.templates[path] = Template(node.value, kind.fields)
+            block, name, rest = path.split(".", 2)
+            self.templates[f"{block}.{name}"][rest] = Template(node.value, kind.fields)
         return value
 
     def _values(self, known: Mapping[str, Any], other: Any, node: Any, path: str) -> dict[str, Any]:
@@ -2170,23 +2185,18 @@ def _describe(node: Any) -> str:
 def _problems(reader: Reader, read: Configuration, configuration: Configuration) -> Problems:
     """Contradictions between blocks."""
     sources: Mapping[str, Any] = configuration.sources
-    for one, other in itertools.combinations(configuration.seasons, 2):  # by their starts
-        is_one_time = one.label == other.label or one.end == other.end or other.start <= one.finish
-        if one.calendar == other.calendar and is_one_time:
-            listed = cast(Any, read.seasons)[other.calendar]
-            place = listed.index(dataclasses.replace(other, calendar=""))
-            path = ".".join(filter(None, ["seasons", other.calendar, str(place)]))
-            yield path, f"season {other.label} repeats or overlaps season {one.label}"
+    for name, listed in cast(Any, read.seasons or {}).items():
+        for (_, one), (place, other) in itertools.combinations(enumerate(listed), 2):
+            is_one_time = one.start <= other.finish and other.start <= one.finish
+            if is_one_time or one.label == other.label or one.end == other.end:
+                path = f"seasons.{name}.{place}".replace("..", ".")
+                yield path, f"season {other.label} repeats or overlaps season {one.label}"
     if "global" in sources:
         yield "sources.global", "a source cannot be named global"
-    texts = dict[str, dict[str, Template]]()  # by dataset
     shapes = dict[str, str]()  # datasets by the shape of their keys
-    for path, template in reader.templates.items():
-        block, name, *rest = path.split(".")
-        if block == "sources":
-            yield from ((path, text) for text in _text_problems(template, set()))
-        elif block == "datasets":
-            texts.setdefault(name, {})[".".join(rest)] = template
+    for path in (f"sources.{name}" for name in sources):
+        for key, template in reader.templates[path].items():
+            yield from ((f"{path}.{key}", text) for text in _text_problems(template, set()))
     for path in ("priority_weighting.source_multipliers", "rate_limiting.source_limits"):
         names: Mapping[str, Any] = functools.reduce(getattr, path.split("."), cast(Any, read))
         for name in names.keys() - sources.keys():  # no harm, unless it is misspelt or stands for others
@@ -2204,7 +2214,7 @@ def _problems(reader: Reader, read: Configuration, configuration: Configuration)
         if broken := [text for line in lines if (text := _broken_reference(reader, line, read.datasets))]:
             yield f"{path}.{'copy_of' if dataset.copy_of else 'partitions.from'}", broken[0]
         elif {name, *(line[-1] for line in lines)} <= configuration.datasets.keys():
-            problems = _object_problems(configuration, configuration.datasets[name], texts.get(name, {}))
+            problems = _object_problems(configuration, configuration.datasets[name], reader.templates[path])
             yield from ((f"{path}.{key}", text) for key, text in problems)
             if (first := shapes.setdefault(dataset.key.shape(), name)) != name:
                 yield f"{path}.key", f'the same keys as dataset "{first}": two datasets cannot share objects'
@@ -2248,31 +2258,26 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
         if (block := name.partition(".")[0]) in fields:
             yield from ((name, text) for text in _text_problems(template, fields.get(name, fields[block]), name))
     dates, calendars = dataset.partitions.dates, {season.calendar for season in configuration.seasons}
+    labels = [*(season.label for season in configuration.seasons), *calendars, *["all"] * len(calendars)]
     for path, names in (("", dataset.partitions.seasons), ("dates.", dates.seasons if dates else ())):
-        labels = [season.label for season in configuration.seasons] + sorted(calendars)
-        wrong = [name for name in names if name != "all" and labels.count(name) != 1]
-        if names and not configuration.seasons:
-            yield f"partitions.{path}seasons", "no seasons are declared"
-        elif "all" in names and len(calendars) > 1:
-            yield f"partitions.{path}seasons", f"there are several calendars: name {' or '.join(sorted(calendars))}"
-        for name in wrong if configuration.seasons else ():
+        for name in (name for name in names if labels.count(name) != 1):
             text = "is in several calendars" if name in labels else f"is not declared{suggest(name, labels)}"
             yield f"partitions.{path}seasons", f'season "{name}" {text}'
     has = {"", *declared, *(["season"] if dataset.calendar and "date" in declared else [])}
     lacking = ((path, one.needs) for path, one in all_settings(Dataset).items() if one.needs not in has)
     yield from ((path, f"has no effect: its objects have no {name}") for path, name in lacking)
-    for name in dataset.excluded.keys() - declared:
-        yield f"except.{name}", f'no field "{name}"{suggest(name, declared)}'
-    if dataset.batch and dataset.batch.group_by not in declared:
-        yield "batch.group_by", f'no field "{dataset.batch.group_by}"{suggest(dataset.batch.group_by, declared)}'
-    elif dataset.batch and dataset.command and own == (dataset.batch.group_by,):
+    places = [(f"except.{name}", name) for name in dataset.excluded]
+    places += [("batch.group_by", dataset.batch.group_by)] if dataset.batch else []
+    yield from ((path, f'no field "{name}"{suggest(name, declared)}') for path, name in places if name not in declared)
+    if dataset.batch and dataset.command and own == (dataset.batch.group_by,):
         yield "batch.group_by", f"has no effect: no two objects share a {dataset.batch.group_by}"
-    if dataset.pages and dataset.pages.last and {"page", OFFSET}.isdisjoint(dataset.page_values()):
-        yield "pages.last", "no request names {page} or {offset}: each page would be the first"
-    elif dataset.pages and dataset.pages.size and not dataset.pages.last and OFFSET not in dataset.page_values():
-        yield "pages.size", 'has no effect without "last" or {offset} in a request'
-    if dataset.pages and (twice := {*PAGE_FIELDS, OFFSET} & {*fields["partitions"], *dataset.partitions.own_fields()}):
-        yield "pages", f"the field {min(twice)} is set twice"
+    if pages := dataset.pages:
+        if pages.last and {"page", OFFSET}.isdisjoint(dataset.page_values()):
+            yield "pages.last", "no request names {page} or {offset}: each page would be the first"
+        if pages.size and not pages.last and OFFSET not in dataset.page_values():
+            yield "pages.size", 'has no effect without "last" or {offset} in a request'
+        if twice := {*PAGE_FIELDS, OFFSET} & {*fields["partitions"], *dataset.partitions.own_fields()}:
+            yield "pages", f"the field {min(twice)} is set twice"
     source = configuration.sources.get(dataset.source)
     if source and dataset.url and not (source.base_url or dataset.url.text.startswith(("http://", "https://"))):
         yield "url", f"{dataset.url.text} is no address: give source {dataset.source} a base_url"
@@ -2295,9 +2300,9 @@ def _object_problems(configuration: Configuration, dataset: Dataset, texts: Mapp
 
 
 def _resolve(reader: Reader, read: Configuration) -> Configuration:
-    """With absolute paths, sorted seasons, the scopes of the limits, and for `same_as` the partitions of the other.
-    Without datasets whose partitions are unknown."""
-    datasets = {}
+    """With all that follows from other keys, and without datasets whose partitions are unknown."""
+    datasets, of_partitions = {}, re.compile(r"datasets\.([^.]*)\.partitions\b(?!\.(?:ids|regex)$)")
+    unknown = {found[1] for *_, where, _ in reader.problems if (found := of_partitions.match(where))}
     for name, dataset in read.datasets.items():
         line, partitions = [name], dataset.partitions
         while partitions.same_as and line[-1] not in line[:-1]:
@@ -2305,24 +2310,17 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
             partitions = read.datasets[line[-1]].partitions if line[-1] in read.datasets else Partitions()
         if text := _broken_reference(reader, line, read.datasets):
             reader.complain(f"datasets.{name}.partitions.same_as", text)
-        elif line[-1] in read.datasets and all(
-            reader.is_sound(f"datasets.{one}.partitions", "ids", "regex") for one in line
-        ):
-            source = read.sources.get(dataset.source, Source(""))
-            original = read.datasets.get(dataset.copy_of or "")
-            if dataset.copy_of:
-                partitions = Partitions(parents=(dataset.copy_of,))
-            datasets[name] = dataclasses.replace(
-                dataset,
-                partitions=partitions,
-                original=original.key if original else None,
-                secrets=frozenset(secrets_of(source, dataset)),
-            )
+        elif line[-1] in read.datasets and unknown.isdisjoint(line):
+            partitions = Partitions(parents=(dataset.copy_of,)) if dataset.copy_of else partitions
+            datasets[name] = dataclasses.replace(dataset, partitions=partitions)
     calendars: Mapping[str, Sequence[Season]] = cast(Any, read.seasons) or {}
     seasons = [dataclasses.replace(one, calendar=name) for name, listed in calendars.items() for one in listed]
     seasons.sort(key=lambda season: season.start)
     limiting = read.rate_limiting
     scopes = {name: one.scope() for name, one in {**limiting.source_limits, "global": limiting.global_limits}.items()}
+    urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
+    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url.lower()) for url in urls if "://" in url}
+    hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
     configuration = dataclasses.replace(
         read,
         database=read.path.parent / read.database,
@@ -2330,21 +2328,24 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
         interval_seconds=read.interval_hours * HOUR if read.interval_hours else read.interval_seconds,
         rate_limiting=dataclasses.replace(limiting, scopes=scopes) if limiting.enabled else RateLimiting(enabled=False),
         seasons=tuple(seasons),
+        sources={name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()},
         datasets=datasets,
     )
-    urls = [one.base_url for one in read.sources.values()] + [one.url.text for one in datasets.values() if one.url]
-    places = {re.sub(r"^https?://([^/?#]*@)?|[/?#].*", "", url.lower()) for url in urls if "://" in url}
-    hosts = frozenset(places | {place.partition(":")[0] for place in places})  # also by another scheme
-    sources = {name: dataclasses.replace(one, known_hosts=hosts) for name, one in read.sources.items()}
-    configuration = dataclasses.replace(configuration, sources=sources)
-    parts = [one.partitions for one in datasets.values()]
-    searched = {name for part in parts if part.ids or part.regex for name in part.parents}
+    searched = {name for one in datasets.values() if not one.copy_of for name in one.partitions.parents}
     for name, one in datasets.items():
-        calendar = tuple(chosen(seasons, [*configuration.season_names(name)]))
-        is_parsed = bool(one.freshness.until or one.freshness.live or (one.pages and one.pages.next != LINK))
-        is_parsed = is_parsed or name in searched
-        validate = dataclasses.replace(one.validate, is_parsed=is_parsed)
-        datasets[name] = dataclasses.replace(one, calendar=calendar, validate=validate)
+        lines = itertools.chain.from_iterable(configuration.lines_of(name))
+        above = (datasets[line].partitions.dates for line in lines if line in datasets)
+        rules, is_paged = one.freshness, one.pages is not None and one.pages.next != LINK
+        is_parsed = bool(rules.until or rules.live or is_paged or name in searched)
+        source, original = read.sources.get(one.source, Source("")), read.datasets.get(one.copy_of or "")
+        datasets[name] = dataclasses.replace(
+            one,
+            dates=next(filter(None, above), Dates()),
+            calendar=tuple(chosen(seasons, [*configuration.season_names(name)])),
+            validate=dataclasses.replace(one.validate, is_parsed=is_parsed),
+            original=original.key if original else None,
+            secrets=frozenset(secrets_of(source, one)),
+        )
     return configuration
 
 
@@ -2357,12 +2358,8 @@ def load_configuration(path: Path) -> Configuration:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
-        text = path.read_text(encoding="utf-8-sig")
-        reader.text = text
-        try:
-            node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        except yaml.YAMLError:  # this one says better what is wrong
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        reader.text = text = path.read_text(encoding="utf-8-sig")
+        node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if node is None:
             reader.complain("", "the file is empty")
         elif (read := reader.parse(Configuration, node)) is not NEEDED:
@@ -2371,7 +2368,9 @@ def load_configuration(path: Path) -> Configuration:
                 if where in reader.places:  # else `same_as` has it from another dataset
                     reader.complain(where, what)
     except yaml.YAMLError as error:
-        mark = getattr(error, "context_mark" if "quoted scalar" in str(error) else "problem_mark", None)
+        # what is not closed is better shown where it begins
+        is_open = re.search("while (scanning a quoted scalar|parsing a flow)", str(error))
+        mark = getattr(error, "context_mark" if is_open else "problem_mark", None)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
         reader.problems.add((*_place(mark), "", f"not YAML: {what}"))
     except RecursionError:
@@ -2483,7 +2482,9 @@ class Appraisal(NamedTuple):
     next_at: int | None = None  # when time alone changes it; of a gap: when the next request is worth it
 
 
-quote_for_url = functools.partial(urllib.parse.quote, safe="")  # a value can add no path and no parameter
+def quote_for_url(value: str) -> str:
+    """A value as a part of a url: it can add no path and no parameter."""
+    return urllib.parse.quote(value, safe="")
 
 
 def sent_fields(dataset: Dataset, fields: Fields) -> Fields:
@@ -2547,26 +2548,19 @@ def expected_object(dataset: Dataset, fields: Fields) -> ExpectedObject:
     moment = datetime.datetime.fromisoformat(fields["date"])
     if not 1000 <= moment.year < 3000:
         raise ValueError(f"{dataset.name}: the year of {fields['date']} is not between 1000 and 2999")
-    date, rule, timezone = moment.date(), dataset.available_after, timezone_of(dataset)
+    date, rule, available_at = moment.date(), dataset.available_after, None
     season = season or next((one.label for one in dataset.calendar if one.start <= date <= one.finish), None)
-    available_at = None
     if isinstance(rule, datetime.time):
-        available_at = instant_of(date, rule, timezone)
+        available_at = instant_of(date, rule, dataset.dates.timezone)
     elif rule is not None:
-        dates = dataset.partitions.dates
-        end = shifted(moment, STEPS[dates.every if dates else "day"])
-        available_at = instant_of(end.date(), end.time(), timezone) + rule
+        available_at = end_of_step(dataset, fields) + rule
     return ExpectedObject(key, season, date.isoformat(), available_at)
 
 
-def timezone_of(dataset: Dataset) -> str:
-    """Whose days its dates are."""
-    return dataset.partitions.dates.timezone if dataset.partitions.dates else "UTC"
-
-
-def end_of_day(day: datetime.date, timezone: str) -> int:
-    """The instant at which a day is over."""
-    return instant_of(day + datetime.timedelta(days=1), datetime.time(), timezone)
+def end_of_step(dataset: Dataset, fields: Fields) -> int:
+    """The instant at which the day of an object is over, or its hour, week, month, quarter or year."""
+    end = shifted(datetime.datetime.fromisoformat(fields["date"]), STEPS[dataset.dates.every])
+    return instant_of(end.date(), end.time(), dataset.dates.timezone)
 
 
 def expand(dataset: Dataset, now: float, base: Fields | None = None) -> Iterator[dict[str, str]]:
@@ -2614,7 +2608,8 @@ def expand_named(child: Dataset, parent: Dataset, fields: Fields, value: str, no
         yield {**fields}
     else:
         inherited = {name: fields[name] for name in fields.keys() - ({*PAGE_FIELDS, NAMED_BY} if parent.pages else ())}
-        yield from expand(child, now, {**inherited, **child.partitions.fields_of_id(value)})
+        named = {child.partitions.id_field: value} if child.partitions.id_field else json.loads(value)
+        yield from expand(child, now, {**inherited, **named})
 
 
 def expression_of(child: Dataset, parent: str) -> str:
@@ -2847,7 +2842,11 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
         text = html.unescape(file.read().decode("utf-8", "replace"))
         found: Any = [match.groupdict() or match[1] for match in re.finditer(partitions.regex, text)]
     else:
-        found = search(partitions.ids or "", fields, document)
+        try:
+            found = search(partitions.ids or "", fields, document)
+        except ValueError as error:
+            problems.append(f"{child.name}: {error}")
+            return
     for value in found if isinstance(found, list) else [found]:
         if value in (None, ""):
             continue
@@ -2901,22 +2900,21 @@ def _refetch_instants(dataset: Dataset, season: Season | None, known: ObjectRow)
     if freshness.refetch_once_after:
         since = known.seen_at or modified
         if known.day:
-            since = end_of_day(datetime.date.fromisoformat(known.day), timezone_of(dataset))
+            since = end_of_step(dataset, known.fields)
         yield from (since + after for after in freshness.refetch_once_after if modified < since + after)
     if season and (freshness.current or freshness.past):
-        over = end_of_day(season.finish, "UTC")
+        over = season.over()
         if modified < over:  # fetched during its season: refetched once more when that is over
             yield min(modified + freshness.current, over) if freshness.current else over
         elif freshness.past:
             yield modified + freshness.past
 
 
-def may_still_appear(season: Season | None, day: str | None, now: float) -> bool:
+def may_still_appear(dataset: Dataset, season: Season | None, known: ObjectRow, now: float) -> bool:
     """Whether a source may have an object later that it does not have now: it is recent, or its age is unknown."""
-    today = day_of(now)
-    if day:
-        return (today - datetime.date.fromisoformat(day)).days <= 7
-    return season is None or today <= season.finish + datetime.timedelta(days=30)
+    if known.day:
+        return now < end_of_step(dataset, known.fields) + 7 * DAY
+    return season is None or day_of(now) <= season.finish + datetime.timedelta(days=30)
 
 
 # ---------------------------------------------------------------- Inspector
@@ -3258,7 +3256,7 @@ class FolderStore:
         for a link, UnusablePathError for a key that leads out of the store, which a foreign database may hold."""
         *folders, name = parts = key.split("/")
         if not {"", ".", ".."}.isdisjoint(parts) or parts[0] == STAGING or "\0" in key:
-            raise UnusablePathError(f"{key!r} cannot be a file of the store")
+            raise UnusablePathError(f"{key!r} cannot be a file of the store: an empty name, . or .. is in it")
         if not self.root.is_dir():
             raise self._gone()
         with contextlib.ExitStack() as opened:
@@ -3384,7 +3382,7 @@ class S3Store:
                 raise StoreError(f"there is no bucket {self.bucket}", "see `store:` in adce.yaml") from error
             hint = "see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, or ~/.aws"
             is_local = action == "write" and 400 <= (status or 0) < 500 and self._takes_others()
-            text = redacted(str(error), AWS_SECRETS)
+            text = redacted(str(error), ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))
             kind = UnusablePathError if is_local else StoreError
             raise kind(f"cannot {action} s3://{self.bucket}/{self.above}{key}: {text}", hint) from error
 
@@ -3698,6 +3696,7 @@ class Result:
     retry_after: float | None = None  # seconds; from the source, or until a refused permit is possible
     redirect: str | None = None  # the url to ask instead,
     cookies: Any = None  # with these
+    headers: Mapping[str, str] | None = None  # of a response that came whole
     validators: str | None = None  # of the stored object, for the next request
     output: str | None = None  # the end of the output of a command
     worker: str | None = None  # of a cluster
@@ -4122,10 +4121,12 @@ class Ledger:
 
     def page(self, page: ObjectRow, number: int) -> ObjectRow | None:
         """The page of this number of the same answer, if it is expected; None for an object that is no page."""
-        dataset = self.configuration.datasets.get(page.dataset)
+        dataset, fields = self.configuration.datasets.get(page.dataset), {**page.fields, "page": str(number)}
         if not dataset or not dataset.pages:
             return None
-        key = dataset.key.render({**page.fields, "page": str(number)}, quote_for_key)
+        if any(match[1] not in fields for match in FIELD_IN_TEXT.finditer(dataset.key.text)):  # declared otherwise then
+            return None
+        key = dataset.key.render(fields, quote_for_key)
         found = self.objects("o.key = ? and d.dataset = ? and o.state != 'dropped'", (key, page.dataset))
         return next(iter(found), None)
 
@@ -4212,8 +4213,8 @@ def reading_rules(configuration: Configuration, dataset: Dataset) -> str:
 
 
 def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> None:
-    """Make the stored datasets those of the configuration. The next cycle follows with their objects, states and
-    ranks; until then no task of a known dataset is claimed."""
+    """Make the stored datasets those of the configuration. The next cycle follows with their objects and states; until
+    then no task of a known dataset is claimed."""
     weighting = configuration.priority_weighting
     weight = weighting.success_rate_weight if weighting.enabled else 0.0
     sql.execute("update datasets set active = 0, rate_weight = ?", (weight,))
@@ -4224,7 +4225,7 @@ def declare_datasets(sql: sqlite3.Connection, configuration: Configuration) -> N
         """,
         [(one.name, one.source, weight) for one in configuration.datasets.values()],
     )
-    declaration = _digest(configuration.datasets, configuration.seasons, weighting)
+    declaration = _digest(configuration.datasets, configuration.seasons)
     changed = "update facts set declaration = ?1, priorities = '' where declaration is not ?1"
     if sql.execute(changed, (declaration,)).rowcount:
         sql.execute("update datasets set expansion = '', ready = not exists (select 1 from objects)")
@@ -4243,7 +4244,7 @@ def expansion_inputs(sql: sqlite3.Connection, dataset: Dataset, now: float) -> s
     parents = "select changed from datasets where dataset in (select value from json_each(?)) order by dataset_id"
     changed = [row[0] for row in sql.execute(parents, (json.dumps(names),))]
     is_by_hour = dataset.partitions.dates and dataset.partitions.dates.last == "now"
-    return f"{changed} {now // HOUR if is_by_hour else day_of(now, timezone_of(dataset))}"
+    return f"{changed} {now // HOUR if is_by_hour else day_of(now, dataset.dates.timezone)}"
 
 
 def ids_of_parents(database: Database, child: Dataset, parent: Dataset, after: tuple[str, str]) -> list[sqlite3.Row]:
@@ -4489,13 +4490,11 @@ def claim(
     free: int,
     datasets: Container[str] | None = None,
 ) -> tuple[Claim | None, dict[str, Opening]]:
-    """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for.
+    """Claim the best task whose source can be asked now, with its permit; else return what the sources wait for. `busy`
+    counts running executions by dataset; `free` is the number of idle workers.
 
-    One head for each of the `datasets`, or of all, is compared, so the cost does not grow with the queue. `busy` counts
-    running executions by dataset; `free` is the number of idle workers.
-
-    A task during which nearly `max_attempts` runners have crashed may be the cause, or may only have run beside the
-    cause: it waits until nothing else runs, and runs alone."""
+    One head for each of the `datasets`, or of all, is compared, so the cost does not grow with the queue. A task during
+    which nearly `max_attempts` runners have crashed may be the cause, or only have run beside it: it runs alone."""
     now, wall = clock.boot(), clock.wall()
     heads = sql.execute(HEADS, {"boot": now, "wall": wall}).fetchall()
     heads = [head for head in heads if datasets is None or head["dataset"] in datasets]
@@ -4747,9 +4746,10 @@ def _settle(
     """The next state of a task, whose object was `outdated` when it began. It is done only when its object is whole in
     the store and no gap any more."""
     outcome, is_ok = result.outcome, result.outcome is Outcome.OK
-    season = season_of(ledger.configuration.datasets[row.dataset], row.season)
+    dataset = ledger.configuration.datasets[row.dataset]
+    season = season_of(dataset, row.season)
     counted = (outcome.traits.counts and not health.is_source) or (
-        outcome is Outcome.NOT_YET and not may_still_appear(season, row.day, ledger.now)
+        outcome is Outcome.NOT_YET and not may_still_appear(dataset, season, row, ledger.now)
     )
     failures = 0 if is_ok else row.failures + counted
     fruitless = 0 if is_ok else row.fruitless + (outcome is not Outcome.LOST)
@@ -4769,10 +4769,7 @@ def _settle(
         row = ledger.appraised(row, is_fetched=is_ok)
         if row.task and not is_ok:
             times = failures if counted else fruitless - failures
-            # a second later than the probe, which takes another object if there is one
-            pause_seconds = health.pause_seconds + 1 if health.pause_seconds else 0.0
-            delay = max(pause_seconds, retry_delay(ledger.configuration.retry, times, rng))
-            row = _after_failure(ledger.configuration.retry, row, result, ledger.now, delay)
+            row = _after_failure(ledger, row, result, health, retry_delay(ledger.configuration.retry, times, rng))
     ledger.write([row])
     if is_ok and ledger.configuration.children_of(row.dataset) and row.state != ObjectState.DROPPED:
         named = note_mentions(ledger, row, result.inspection) if result.inspection else set()
@@ -4797,7 +4794,9 @@ def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
     """Whether an object is so old that a source without it has none. One that never had any may have a wrong url."""
     dataset, since = ledger.configuration.datasets[row.dataset], row.detected_at or 0
     if row.day:
-        since = end_of_day(datetime.date.fromisoformat(row.day), timezone_of(dataset))
+        since = end_of_step(dataset, row.fields)
+    elif season := season_of(dataset, row.season):
+        since = max(since, season.over())
     if dataset.absent_after is None or ledger.now < since + dataset.absent_after:
         return False
     good = """select 1 from counts join datasets using (dataset_id)
@@ -4805,14 +4804,15 @@ def _may_be_absent(ledger: Ledger, row: ObjectRow) -> bool:
     return ledger.sql.execute(good, (row.dataset,)).fetchone() is not None
 
 
-def _after_failure(policy: Retry, row: ObjectRow, result: Result, now: float, delay: float) -> ObjectRow:
+def _after_failure(ledger: Ledger, row: ObjectRow, result: Result, health: SourceHealth, delay: float) -> ObjectRow:
     """The row of a task whose attempt brought nothing: one that was lost counts for nothing, and is pending again."""
     seconds = result.retry_after  # until a permit that was refused is possible
     if result.outcome is not Outcome.LOST:
-        if row.failures >= policy.max_attempts:
+        if row.failures >= ledger.configuration.retry.max_attempts:
             return row._replace(task=TaskState.GAVE_UP)
-        seconds = delay
-    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(now + seconds) + 1)
+        # a second later than the probe, which takes another object if there is one
+        seconds = max(delay, health.pause_seconds + 1 if health.pause_seconds else 0)
+    return row if seconds is None else row._replace(task=TaskState.RETRY, next_at=int(ledger.now + seconds) + 1)
 
 
 def _record_attempt(ledger: Ledger, task: ObjectRow, result: Result) -> None:
@@ -5157,6 +5157,7 @@ class Cycle:
         self.readers = {one.name for one in configuration.datasets.values() if _needs_reading(configuration, one)}
         self.started_at, self.started, self.calls_before = clock.wall(), clock.boot(), store.calls
         self.saves_at = self.started + SAVED_EVERY_SECONDS
+        self.ranked_by = f"{day_of(self.started_at)} {_digest(configuration.priority_weighting)}"
         self.enter("expanding")
         with database.transaction() as sql:
             sql.execute("update reconciliations set error = ?, seconds = 0 where seconds is null", (RUNNER_CRASHED,))
@@ -5231,7 +5232,7 @@ class Cycle:
         }
         with self.database.transaction() as sql:
             states = dict(sql.execute("select state, sum(objects) from counts group by state").fetchall())
-            row |= {"present": 0, **dict.fromkeys(GAPS, 0), **states}
+            row |= {state: states.get(state, 0) for state in ("present", *GAPS)}
             sql.execute(
                 """
                 update reconciliations
@@ -5353,7 +5354,7 @@ def _steps(cycle: Cycle) -> Iterator[bool | None]:
     """Yields True while it waits for the store."""
     if not cycle.last_id():  # what follows is appraised and ranked as of today
         with cycle.database.transaction() as sql:
-            sql.execute("update facts set priorities = ?", (str(day_of(cycle.clock.wall())),))
+            sql.execute("update facts set priorities = ?", (cycle.ranked_by,))
     _forget_readings(cycle)
     for level in cycle.configuration.levels():
         cycle.has_new_pages = True
@@ -5585,7 +5586,8 @@ def _apply_losses(cycle: Cycle) -> Iterator[None]:
 
 
 def _age(cycle: Cycle) -> Iterator[None]:
-    """Note the changes that time alone makes. Once a day, and after a change of adce.yaml, appraise and rank anew."""
+    """Note the changes that time alone makes. Each day, and by other weights, tasks are ranked anew; after a change of
+    datasets everything is appraised as well."""
     has_more = True
     while has_more:
         with cycle.ledger() as ledger:
@@ -5594,17 +5596,17 @@ def _age(cycle: Cycle) -> Iterator[None]:
     for dataset in cycle.configuration.datasets.values():
         if dataset.batch:
             yield from _resize_gaps(cycle, dataset, dataset.batch)
-    today = str(day_of(cycle.clock.wall()))
-    if cycle.database.value("select priorities from facts") != today:
-        yield from cycle.scan(cycle.last_id(), functools.partial(_review, cycle))
+    ranked_by = cycle.database.value("select priorities from facts")
+    if ranked_by != cycle.ranked_by:
+        condition = "o.state != 'dropped' and d.active" + (" and o.task is not null" if ranked_by else "")
+        yield from cycle.scan(cycle.last_id(), functools.partial(_review, cycle, condition))
         with cycle.database.transaction() as sql:
-            sql.execute("update facts set priorities = ?", (today,))
+            sql.execute("update facts set priorities = ?", (cycle.ranked_by,))
 
 
-def _review(cycle: Cycle, ledger: Ledger, ids: dict[str, Any]) -> None:
+def _review(cycle: Cycle, condition: str, ledger: Ledger, ids: dict[str, Any]) -> None:
     """Appraise and rank objects by the rules of today."""
-    known = "o.object_id > :after and o.object_id <= :last and o.state != 'dropped' and d.active"
-    for row in ledger.objects(known, ids):
+    for row in ledger.objects(f"{condition} and o.object_id > :after and o.object_id <= :last", ids):
         now = row
         if row.etag is not None and row.dataset not in cycle.readers:
             now = row._replace(**{**UNREAD, "read_etag": row.etag})
@@ -5671,13 +5673,14 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
                 except (zlib.error, urllib3.exceptions.HTTPError):
                     if status == 200:  # any other status counts without its body
                         raise
-                if deadline.passed:  # the socket that was shut looks like the end of the body
+                if deadline.passed:
                     raise requests.Timeout
                 if status == 304 and conditions:
                     results = _unchanged(claimed, response, store)
                 else:
                     results = _judge(claimed, response, body, store, deadline)
-                return [dataclasses.replace(results[0], requests=1, cookies=cookies), *results[1:]]
+                first = dataclasses.replace(results[0], requests=1, cookies=cookies, headers=response.headers)
+                return [first, *results[1:]]
         except (
             Error,
             requests.RequestException,
@@ -5717,7 +5720,7 @@ def _failure(error: Exception, deadline: Deadline, headers: Mapping[str, str], s
     if isinstance(error, Error):  # before it was sent, or when the runner stopped after the response
         return Result(Outcome.LOST, str(error), requests=int(status is not None))
     unfit = [f"header {name}" for name, text in headers.items() if UNSENDABLE.search(text)]
-    unfit += [] if deadline.handle else ["address"]
+    unfit += [] if deadline.is_connected else ["address"]
     if isinstance(error, ValueError) and unfit:  # nothing was sent
         return Result(Outcome.ERROR, f"its {unfit[0]} cannot be sent ({type(error).__name__})")
     if deadline.clock.boot() > deadline.begun + seconds + STANDSTILL_SECONDS:
@@ -5761,77 +5764,80 @@ def _decoded(key: str, response: Any) -> Iterator[bytes]:
 
 
 class Deadline:
-    """Shuts the socket of a request when its time is over: a server that sends a byte now and then never trips
-    the timeout of a single read."""
+    """The end of the time for a request, whatever the server does."""
 
     def __init__(self, claimed: Claim, clock: Clock) -> None:
         self.claimed, self.clock, self.begun = claimed, clock, clock.boot()
-        self.ends_at, self.passed = time.monotonic() + claimed.source.timeout_seconds, False
-        self.handle: socket.socket | None = None
+        self.ends_at = time.monotonic() + claimed.source.timeout_seconds
+        self.is_connected = False
         self.reuses: tuple[str, int] | None = None  # a connection of an earlier request
 
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() >= self.ends_at
+
+    def limit(self, connected: socket.socket) -> None:
+        """Give the next operation of a socket the time that is left. Raises TimeoutError when there is none."""
+        left = self.ends_at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connected.settimeout(left)
+
     def watch(self, connection: Any, connected: socket.socket) -> None:
-        """By a second handle: TLS and http.client let go of the first while the response is still coming."""
-        self.close()
-        self.handle = socket.socket(fileno=os.dup(connected.fileno()))
-        if self.passed:
-            self.end()
+        """A socket of the request is ready, before TLS. Raises PrivateAddressError for one of a refused redirect."""
+        self.is_connected = True
+        self.limit(connected)
         if self.claimed.hops:
             require_public(self.claimed.source, connection, connected)
 
     def check_permit(self) -> None:
-        """Once more, when the socket is ready."""
+        """Once more, when the connection is ready."""
         if self.claimed.permit and self.clock.boot() > self.claimed.permit.send_before:
             raise Error("the permit expired before the request was sent")
 
-    def end(self) -> None:
-        """The time is over."""
-        self.passed = True
-        if self.handle:
-            with contextlib.suppress(OSError):  # the server has closed it already
-                self.handle.shutdown(socket.SHUT_RDWR)
+
+class TimedReader(io.RawIOBase):
+    """The bytes that a socket receives until a deadline: a server that sends one now and then never trips the timeout
+    of a single read."""
+
+    def __init__(self, received: Any, connected: socket.socket, deadline: Deadline) -> None:
+        self.received, self.connected, self.deadline = received, connected, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.deadline.limit(self.connected)
+        size: int | None = self.received.readinto(buffer)
+        return size
 
     def close(self) -> None:
-        """Let go of the socket."""
-        if self.handle:
-            self.handle.close()
+        self.received.close()
+        super().close()
 
 
 class Sessions:
     """Sessions of requests, each for one request at a time. The next request uses the same connections for a moment:
-    a server may close an idle one at any time, also while a request is being sent. A thread enforces the deadlines,
-    and closes idle sessions."""
+    a server may close an idle one at any time, also while a request is being sent."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: list[tuple[float, Any]] = []  # since then
-        self._deadlines: set[Deadline] = set()
+        self._idle = list[Any]()
         self.closers: dict[tuple[str, int], float] = {}  # servers that close kept connections, and since when
-        self._is_watched = False
 
     @contextlib.contextmanager
     def opened(self, deadline: Deadline) -> Iterator[Any]:
         """A session for a request with a deadline."""
-        with self._lock:
-            session = self._idle.pop()[1] if self._idle else None
-            self._deadlines.add(deadline)
-            if not self._is_watched:
-                self._is_watched = True
-                threading.Thread(target=self._watch, name="adce-deadlines", daemon=True).start()
-        session = session or self._new()
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = self._new()
         session.deadline = deadline
         try:
             yield session
         except BaseException:
             session.close()
             raise
-        else:
-            with self._lock:
-                self._idle.append((time.monotonic(), session))
-        finally:
-            with self._lock:
-                self._deadlines.discard(deadline)
-            deadline.close()
+        self._idle.append(session)
 
     def _new(self) -> Any:
         import requests
@@ -5841,20 +5847,6 @@ class Sessions:
         for adapter in session.adapters.values():  # none of them retries
             _on_pools(adapter, functools.partial(_watch_pool, session))
         return session
-
-    def _watch(self) -> None:
-        while self._is_watched:
-            time.sleep(POLL_SECONDS / 2)
-            with self._lock:
-                now, idle = time.monotonic(), self._idle
-                for deadline in self._deadlines:
-                    if now > deadline.ends_at:
-                        deadline.end()
-                self._idle = [one for one in idle if one[0] > now - KEPT_SECONDS]
-                self._is_watched = bool(self._deadlines or self._idle)
-            for _, session in idle[: len(idle) - len(self._idle)]:
-                with contextlib.suppress(OSError):
-                    session.close()
 
 
 SESSIONS = Sessions()
@@ -5880,13 +5872,17 @@ def _watch_pool(session: Any, pool: Any) -> None:
     if hasattr(kind, "used_at"):
         return
 
-    class Final(kind.response_class):  # type: ignore[name-defined,misc]
+    class Response(kind.response_class):  # type: ignore[name-defined,misc]
+        def __init__(self, connected: Any, *arguments: Any, **options: Any) -> None:
+            super().__init__(connected, *arguments, **options)
+            self.fp: Any = io.BufferedReader(TimedReader(self.fp.detach(), connected, session.deadline))
+
         def _read_status(self) -> tuple[str, int, str]:
             version, status, reason = super()._read_status()
             return version, 100 if 102 <= status < 200 else status, reason  # http.client skips 100 only
 
     class Watched(kind):  # type: ignore[valid-type,misc]
-        response_class, used_at = Final, -math.inf
+        response_class, used_at = Response, -math.inf
 
         def _new_conn(self) -> Any:  # the one place where sockets begin
             with contextlib.ExitStack() as opened:
@@ -5902,7 +5898,7 @@ def _watch_pool(session: Any, pool: Any) -> None:
         def request(self, *arguments: Any, **options: Any) -> Any:
             self.used_at, deadline = time.monotonic(), session.deadline
             if self.sock:  # connected for an earlier request, perhaps
-                deadline.reuses = None if deadline.handle else (self.host, self.port)
+                deadline.reuses = None if deadline.is_connected else (self.host, self.port)
                 deadline.watch(self, self.sock)
                 deadline.check_permit()
             return super().request(*arguments, **options)
@@ -5970,8 +5966,8 @@ def _sent_url(claimed: Claim) -> str:
 
 
 def _next_link(claimed: Claim, response: Any) -> dict[str, str]:
-    secrets, found = claimed.dataset.secrets, response.links.items()
-    return {rel: redacted(link["url"], secrets) for rel, link in found if rel == "next"}
+    found = response.links.get("next")
+    return {"next": redacted(found["url"], claimed.dataset.secrets)} if found else {}
 
 
 def _has_links(claimed: Claim) -> bool:
@@ -6038,7 +6034,6 @@ def _judge(claimed: Claim, response: Any, body: BinaryIO, store: Store, deadline
 TAIL_BYTES = 2000  # of the output, kept with the attempt
 TERMINATE_SECONDS = 5  # between SIGTERM and SIGKILL
 DRAIN_SECONDS = 0.5  # for the rest of the output: a process that has escaped may hold the pipe open
-KILLING_ROUNDS = 100
 SIGNALS = {member.value: member.name for member in signal.Signals}
 FAILURE = "failure"  # the file in which a call reports an exception
 
@@ -6154,9 +6149,8 @@ def run_program(
         cwd=folder,
         start_new_session=True,
     ) as process:
-        outputs: list[tuple[Any, ...]] = [(process.stderr or process.stdout, tail)]
-        if max_bytes is not None:
-            outputs.append((process.stdout, body, max_bytes))
+        outputs = [(process.stdout, tail if max_bytes is None else body, max_bytes)]
+        outputs += [(process.stderr, tail, None)] if process.stderr else []
         readers = [threading.Thread(target=_read_output, args=output, daemon=True) for output in outputs]
         try:
             for reader in readers:
@@ -6197,7 +6191,7 @@ def end_processes(database: str, tasks: str = "") -> int:
     only, in whatever group it is. Returns how many there were."""
     marks = [f" ADCE_DB={os.path.realpath(database)} ", f" ADCE_TASK={tasks}{tasks and ' '}"]
     ended: set[int] = set()
-    for _ in range(KILLING_ROUNDS):  # a process that forks meanwhile leaves a child for the next round
+    for _ in range(100):  # a process that forks meanwhile leaves a child for the next round
         found = {number for number, text in _environments() if all(mark in text for mark in marks)} - {os.getpid()}
         if not found:
             break
@@ -6235,7 +6229,8 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     A body that it prints (`output: stdout`) or leaves at $ADCE_OUTPUT is stored for it after exit code 0 only: a part
     of an object can look whole."""
     dataset, outputs = claimed.dataset, output_folder(Path(claimed.environment["ADCE_DB"]))
-    most, is_printed = dataset.validate.most(), dataset.output == "stdout"
+    is_printed = dataset.output == "stdout"
+    most = dataset.validate.most() if is_printed else None
     try:
         words, environment = _command_line(claimed)
     except ValueError as error:
@@ -6243,10 +6238,9 @@ def run_command(claimed: Claim, store: Store) -> list[Result]:
     outputs.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=outputs, ignore_cleanup_errors=True) as folder:
         place = Path(folder) if dataset.batch else Path(folder, "object")
-        environment["ADCE_OUTPUT"] = str(place)
-        limits = dataset.timeout_seconds, most if is_printed else None
+        environment["ADCE_OUTPUT"], beside = str(place), Path(environment["ADCE_CONFIG"]).parent
         try:
-            end = run_program(words, Path(environment["ADCE_CONFIG"]).parent, environment, *limits)
+            end = run_program(words, beside, environment, dataset.timeout_seconds, most)
         except (OSError, ValueError) as error:
             text = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
             return claimed.results(Result(Outcome.ERROR, text))
@@ -6401,9 +6395,8 @@ def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     except Error as error:
         return claimed.results(Result(Outcome.LOST, str(error)))
     except BaseException as error:  # noqa: BLE001  # whatever a scraper raises is the attempt's error
-        may_be_sent = int(bool(claimed.url))
         text = describe(error, names=hidden_names(claimed.dataset))
-        return claimed.results(Result(Outcome.ERROR, text, requests=may_be_sent))
+        return claimed.results(Result(Outcome.ERROR, text, requests=int(bool(claimed.url))))  # it may be sent
 
 
 # ---------------------------------------------------------------- Cluster
@@ -6457,12 +6450,6 @@ def look_at_cluster(
         threads = one.nthreads if one.status.name == "running" else 0
         found[one.address] = Worker(str(one.name), threads, now - one.last_seen)
     return found, register.look(least, late)
-
-
-def remove_register(name: str, dask_scheduler: Any) -> None:
-    """Runs in the scheduler, when a runner stops."""
-    dask_scheduler.handlers.pop(name, None)
-    dask_scheduler.extensions.pop(name, None)
 
 
 @functools.cache
@@ -6521,7 +6508,6 @@ class Sent(NamedTuple):
     address: str  # of its worker,
     worker: str  # and its name
     at: float
-    over_at: float  # then no request of it can be under way
 
 
 class Cluster:
@@ -6571,8 +6557,7 @@ class Cluster:
                 self._submitted += 1
                 attempt = self._register, self._submitted, claimed
                 execution = pinned.submit(run_on_worker, *attempt, self.store)
-                over_at = now + SEND_WITHIN_SECONDS + _seconds(claimed) + RELEASE_WITHIN_SECONDS
-                self._sent[future] = Sent(*attempt, execution, address, self._workers[address].name, now, over_at)
+                self._sent[future] = Sent(*attempt, execution, address, self._workers[address].name, now)
                 self._places[execution] = address
         if execution:
             execution.add_done_callback(functools.partial(self._pass_on, future))
@@ -6599,7 +6584,7 @@ class Cluster:
             if before != (self.problem, self._seen().keys()):
                 self.wake()
         with contextlib.suppress(Exception):
-            self._client.run_on_scheduler(remove_register, self._register, callback_timeout=BEGIN_SECONDS)
+            self._ask_register(self._submitted + 1, [])  # none may begin any more
         self._disconnect()
 
     def _check(self) -> None:
@@ -6607,13 +6592,9 @@ class Cluster:
             self._client = self._client or self._connect()
             self._look()
             self.problem = None if self._seen() else f"no worker of {self.address} answers"
-        except Error as error:
-            self.problem = f"{self.address} {error}"
-        except OSError:  # a timeout, a closed connection, a name without an address
-            self.problem = f"{self.address} does not answer"
-            self._disconnect()
-        except Exception as error:  # noqa: BLE001  # whatever else the engine raises
-            self.problem = f"{self.address} cannot be used: {describe(error)}"
+        except Exception as error:  # noqa: BLE001  # whatever the engine raises
+            is_away = isinstance(error, OSError)  # a timeout, a closed connection, a name without an address
+            self.problem = f"{self.address} {'does not answer' if is_away else f'cannot be used: {describe(error)}'}"
             self._disconnect()
 
     def _connect(self) -> Any:
@@ -6623,8 +6604,6 @@ class Cluster:
 
         loggers = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
         dask.config.set({"logging": dict.fromkeys(loggers, "critical")})  # the runner logs what there is to do
-        if self.address.startswith("tls") and not dask.config.get("distributed.comm.tls.ca-file", None):
-            raise Error("needs certificates: https://distributed.dask.org/en/stable/tls.html")
         from distributed import Client
         from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
         from distributed.utils import LoopRunner, sync
@@ -6665,14 +6644,17 @@ class Cluster:
         with contextlib.suppress(Exception):
             client.close(timeout=0)
 
+    def _ask_register(self, least: int, late: Collection[int]) -> Any:
+        question = self._register, least, late
+        return self._client.run_on_scheduler(look_at_cluster, *question, callback_timeout=BEGIN_SECONDS)
+
     def _look(self) -> None:
         """See which workers are there, and cancel the attempts that have not begun in time."""
         with self._lock:
             now, sent = self.clock.boot(), list(self._sent.items())
             least = min((one.attempt for _, one in sent), default=self._submitted + 1)
         own = [one for _, one in sent if one.register == self._register]  # only that knows whether they have begun
-        question = self._register, least, [one.attempt for one in own if now > one.at + BEGIN_SECONDS]
-        workers, cancelled = self._client.run_on_scheduler(look_at_cluster, *question, callback_timeout=BEGIN_SECONDS)
+        workers, cancelled = self._ask_register(least, [one.attempt for one in own if now > one.at + BEGIN_SECONDS])
         with self._lock:
             self._workers = workers
             gone = [one for one, address in self._places.items() if address not in workers]
@@ -6683,9 +6665,10 @@ class Cluster:
     def _end_lost(self) -> None:
         """End the attempts that the engine or their workers have lost, once that is safe."""
         with self._lock:
-            now, seen = self.clock.boot(), self._seen()
-            over = {future: one for future, one in self._sent.items() if now > one.over_at}
-        lost = [future for future, one in over.items() if one.address not in seen or one.execution.done()]
+            now, seen, sent = self.clock.boot(), self._seen(), list(self._sent.items())
+        gone = [(future, one) for future, one in sent if one.address not in seen or one.execution.done()]
+        most = SEND_WITHIN_SECONDS + RELEASE_WITHIN_SECONDS  # then no request of it can be under way
+        lost = [future for future, one in gone if now > one.at + most + _seconds(one.claimed)]
         self._give_up(lost, "its worker was lost", requests=1)
 
     def _give_up(self, futures: Iterable[Any], error: str, requests: int) -> None:
@@ -6752,6 +6735,9 @@ FRAGMENTS = {
     "FIRST": """datasets d join objects o on o.object_id in (
         select object_id from objects
         where dataset_id = d.dataset_id and task = 'pending' order by rank desc, object_id limit :most)""",
+    # the objects that are one row c of counts
+    "OF_COUNT": """from objects o
+        where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state""",
     # of a source d.source that cannot be asked now: until when, and why
     "PAUSE": """(
         select iif(julianday(blocked_until) > julianday() + 366, '', 'until ' || blocked_until || ', ') || reason
@@ -6842,9 +6828,7 @@ STATUS = questions("""
 lake!: Lake
     select {SUMS} from coverage
 tasks!: Tasks
-    select {OPEN}, (select strftime('%Y-%m-%dT%H:%M:%SZ', min(next_at), 'unixepoch')
-                    from objects where task = 'retry' and next_at is not null) as next_retry
-    from counts
+    select {OPEN} from counts
 cycle!: Last cycle | no cycle yet
     select * from cycles order by cycle_id desc limit 1
 sources: Sources
@@ -6932,13 +6916,7 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
         text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
         return printable(text, lambda letter: json.dumps(letter)[1:-1])
     if style == "csv":
-        table = io.StringIO()
-        for rows in (part.rows for part in sections if part.rows):
-            writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
-            table.write("\n")
-        return table.getvalue().rstrip("\n")
+        return "\n\n".join(_csv(part.rows) for part in sections if part.rows)
     title = {"html": "<h2>{}</h2>\n", "github": "### {}\n\n", "table": "{}\n"}[style]
     blocks = []
     for part in sections:
@@ -6950,12 +6928,15 @@ def render(sections: Sequence[Section], style: str, width: int | None = None) ->
     return "\n\n".join(blocks)
 
 
-def _csv_cell(value: Any) -> Any:
-    """Text that no spreadsheet takes for a formula and no terminal for an order."""
-    if not isinstance(value, str):
-        return value
-    text = printable(value)
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+def _csv(rows: Rows) -> str:
+    """A table whose texts no spreadsheet takes for a formula and no terminal for an order."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(rows[0])
+    for row in rows:
+        cells = (printable(cell) if isinstance(cell, str) else cell for cell in row.values())
+        writer.writerow(re.sub("^(?=[=+@-])", "'", cell) if isinstance(cell, str) else cell for cell in cells)
+    return table.getvalue().rstrip("\n")
 
 
 def _table(rows: Rows, style: str, width: int | None) -> str:
@@ -7083,20 +7064,6 @@ def cycle_text(database: Database, now: float, next_cycle_in: float | None = Non
     return "none yet"
 
 
-def tasks_document(
-    database: Database, configuration: Configuration, filters: Mapping[str, str | None], most: int
-) -> dict[str, Any]:
-    """How many tasks are open, what waits and how long that takes, and the most urgent of those that match."""
-    by_source = tasks_by_source(database)
-    return {
-        "total_tasks": sum(by_source.values()),
-        "by_priority": {row["priority"]: row for row in answers(database, REPORT, "queue")[0].rows},
-        "by_source": by_source,
-        "estimated_total_minutes": minutes_left(database, configuration),
-        "tasks": tasks_sections(database, filters, most)[0].rows,
-    }
-
-
 # ---------------------------------------------------------------- Conditions
 # Conditions that need attention, each a query with an index. One cause is one condition: tasks held up by a blocked
 # source are none of their own. Headlines: CONDITIONS, problems(), verdict().
@@ -7198,7 +7165,8 @@ too few: ! adce.py coverage --dataset {about}
     select dataset as about, sum(expected) || iif(sum(expected) = 1, ' object is', ' objects are') || ' expected'
            || coalesce(' of season ' || season, '') || ', fewer than the ' || value || ' of at_least' as text
     from json_each(:at_least) join coverage on dataset = key
-    where season is null or season in (select value from json_each(:over))
+    where season is null or season in (
+        select value ->> 'label' from json_each(:seasons) where value ->> 'finish' < date(:now, 'unixepoch'))
     group by dataset, season having sum(expected) < value
 expected objects shrank: ! adce.py plan
     select 'lake' as about, dropped || ' of ' || (expected + dropped) || ' objects are no longer expected; if that is '
@@ -7228,8 +7196,9 @@ changed: - adce.py restart
 broken file: ! adce.py check
     select :file as about, 'cannot be used: ' || :broken as text, 1 as is_quiet where :broken is not null
 seasons over: - adce.py explain seasons
-    select iif(key = '', 'seasons', key) as about, 'all have ended; add the next one' as text
-    from json_each(:last_days) where value < date(:now, 'unixepoch')
+    select iif(value ->> 'calendar' = '', 'seasons', value ->> 'calendar') as about,
+           'all have ended; add the next one' as text
+    from json_each(:seasons) group by about having max(value ->> 'finish') < date(:now, 'unixepoch')
 """)
 
 
@@ -7246,8 +7215,7 @@ def write_problem(database: Database, clock: Clock) -> dict[str, str]:
 def problems(
     database: Database, configuration: Configuration, now: float, since: float, error: str | None = None
 ) -> dict[str, str]:
-    """The problems that make a runner unhealthy which has worked `since` then, by name: being idle is none. The runner
-    may know an `error` of its database."""
+    """The problems, by name, of a runner that has worked `since` then, and may know an `error` of its database."""
     if error:
         return {"database unusable": error}
     found, store = dict[str, str](), open_store(configuration.store)
@@ -7322,15 +7290,16 @@ def conditions(
     if (free := shutil.disk_usage(configuration.database.parent).free) < LEAST_FREE_BYTES:
         text = f"{free >> 20} MB left beside {configuration.database.name}"
         found.append(Condition("disk low", "database", "x", text, "df -h"))
-    path = configuration.path
-    unlimited = [name for name in configuration.sources if not configuration.rate_limiting.limits(name)]
-    last_days = {season.calendar: str(season.finish) for season in configuration.seasons}  # by their starts
-    values = {"now": now, "vanished": VANISHED, "store": f"{STORE_TROUBLE}*", "unusable": ill.get("store unusable")}
-    values |= {"unlimited": json.dumps(unlimited), "last_days": json.dumps(last_days), "file": path.name}
-    over = [season.label for season in configuration.seasons if season.finish < day_of(now)]
-    least = {one.name: one.at_least for one in configuration.datasets.values() if one.at_least}
-    parents = {one.name: one.partitions.parents for one in configuration.datasets.values() if one.partitions.parents}
-    values |= {"at_least": json.dumps(least), "over": json.dumps(over), "parents": json.dumps(parents)}
+    path, datasets = configuration.path, configuration.datasets.values()
+    facts = {
+        "unlimited": [name for name in configuration.sources if not configuration.rate_limiting.limits(name)],
+        "seasons": [dataclasses.asdict(season) for season in configuration.seasons],
+        "at_least": {one.name: one.at_least for one in datasets if one.at_least},
+        "parents": {one.name: one.partitions.parents for one in datasets if one.partitions.parents},
+    }
+    values: dict[str, Any] = {name: json.dumps(fact, default=str) for name, fact in facts.items()}
+    values |= {"now": now, "vanished": VANISHED, "store": f"{STORE_TROUBLE}*", "file": path.name}
+    values["unusable"] = ill.get("store unusable")
     changed_at = path.stat().st_mtime if path.exists() else 0
     with contextlib.suppress(DatabaseError):  # that is one of its problems
         has_changed = database.value("select ? > started_at + 1 from runner where stopped_at is null", (changed_at,))
@@ -7358,36 +7327,39 @@ def runner_state(database: Database, lock: RunnerLock, now: float) -> dict[str, 
     return {"runner": "running", **{name: row[name] for name in ("pid", "version", "address", "unit", "log")}, **times}
 
 
-def verdict(database: Database, configuration: Configuration, now: float, error: str | None = None) -> Section:
-    """The problems, worst first, with the tasks held up and the command that helps; the title is the headline. The
-    runner may know an `error` of its database."""
-    state = runner_state(database, RunnerLock(configuration.database), now)
+def lake_text(database: Database) -> str:
+    """How much of the lake is there, and how many gaps of which kind are left."""
     (lake,) = answers(database, STATUS, "lake")[0].rows
     gaps = ", ".join(f"{lake[kind]:,} {kind}" for kind in GAPS if lake[kind])
+    return f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
+
+
+def verdict(database: Database, configuration: Configuration, now: float, error: str | None = None) -> Section:
+    """The problems, worst first, with the tasks held up and the command that helps; the title is the headline."""
+    state = runner_state(database, RunnerLock(configuration.database), now)
     found = conditions(database, configuration, now, now - HOUR if state["runner"] == "running" else now, error)
-    tasks, note = tasks_by_source(database), state.get("note")
-    held = {**dict.fromkeys(("runner", "pool", GLOBAL), sum(tasks.values()) or None), **tasks}
-    if state["runner"] not in AT_WORK and (gaps or note not in ENDS_OF_ONCE):
-        mark = "x" if note == CRASHED else "!" if gaps else "-"
+    tasks, note = tasks_by_source(database), state.get("note")  # no gap is without a task
+    if state["runner"] not in AT_WORK and (tasks or note not in ENDS_OF_ONCE):
+        mark = "x" if note == CRASHED else "!" if tasks else "-"
         ago = now - (database.value("select coalesce(stopped_at, beat_at) from runner") or now)
         text = f"{state['runner']}: {note}, {format_duration(ago)} ago" if note else state["runner"]
         hint = "adce.py run --once" if note in ENDS_OF_ONCE else "adce.py start"
         found.append(Condition("no runner", "runner", mark, text, hint))
+    held = {**dict.fromkeys(("runner", "pool", GLOBAL), sum(tasks.values()) or None), **tasks}
     rows: Rows = [
         {"mark": mark, "about": about, "what": text, "holds_up": held.get(about) if mark == "x" else None, "try": hint}
         for _, about, mark, text, hint, _ in found
     ]
     rows.sort(key=lambda row: ("x!-".index(row["mark"]), -(row["holds_up"] or 0), row["about"] != GLOBAL))
-    word = "ATTENTION" if rows and rows[0]["mark"] != "-" else "FILLING" if gaps else "COMPLETE"
-    amount = f"{lake['percent']} %  {gaps or 'all'} of {lake['expected']:,}" if lake["expected"] else "nothing expected"
+    word = "ATTENTION" if rows and rows[0]["mark"] != "-" else "FILLING" if tasks else "COMPLETE"
     up = f"up {state['uptime']}" if "uptime" in state else state["runner"]
-    return Section("verdict", f"{word}  {amount}  runner {up}", rows, empty="")
+    return Section("verdict", f"{word}  {lake_text(database)}  runner {up}", rows, empty="")
 
 
 def tasks_text(database: Database, configuration: Configuration, judged: Section) -> str:
     """The open tasks by state, and how long the pending ones take at least unless all work stands still."""
     (tasks,) = answers(database, STATUS, "tasks")[0].rows
-    counts = [f"{count:,} {state}" for state, count in tasks.items() if count and state != "next_retry"]
+    counts = [f"{count:,} {state}" for state, count in tasks.items() if count]
     stands = any(row["mark"] == "x" and row["about"] in ("runner", "pool") for row in judged.rows)
     if (minutes := minutes_left(database, configuration)) and not stands:
         counts.append(f"at least {format_duration(minutes * MINUTE)} left")
@@ -7407,10 +7379,6 @@ def status_sections(database: Database, configuration: Configuration, now: float
 # read-only, a few threads, a few seconds each. Headlines: page(), METRICS, HealthServer.
 
 NONCE = secrets.token_hex(16)  # of this process: only the script below runs in the page
-PAGE_POLICY = (
-    f"default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{NONCE}'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'"
-)
 REFRESH = """
 setInterval(async () => {
   if (document.hidden) return;
@@ -7436,13 +7404,13 @@ svg text { font: 9px system-ui, sans-serif; fill: CanvasText; }
 .swatch { display: inline-block; vertical-align: -1px; margin-left: .8rem; }
 .lines { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: 1rem 0; } figure { margin: 0; min-width: 15rem; }
 figcaption { font-size: .8rem; }
-polyline { fill: none; stroke: #3574c8; stroke-width: 1.5; }
+figure svg { width: 180px; height: 32px; overflow: visible; }
+polyline { fill: none; stroke: #3574c8; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 """
-SQUARE = '<rect class="{}" x="1" y="1" width="9" height="9"/>'
-SWATCH = f'<svg class="swatch" width="11" height="11" aria-hidden="true">{SQUARE}</svg>'
+SWATCH = """<svg class="swatch" width="11" height="11" aria-hidden="true">
+<rect class="{}" x="1" y="1" width="9" height="9"/></svg> {}"""
 MEANINGS = {"all": "all is there", "stale": "all, and some stale", "part": "a part", "gap": "nothing"}
 MEANINGS |= {"gave_up": "some gave up", "absent": "the source has none", "none": "nothing is expected"}
-LEGEND = " ".join(f"{SWATCH.format(kind)} {words}" for kind, words in MEANINGS.items())
 WEB = questions("""
 queue: First in the queue | nothing can start now
     -- the score in its parts: when the gap was found, gained by age since, and for the success rate of the dataset
@@ -7465,26 +7433,23 @@ objects: Objects | nothing is expected
     from objects o join datasets d using (dataset_id)
     where d.dataset = :dataset and o.day = :day and o.state != 'dropped' order by o.state = 'present', o.key
 """)
-# For each state and season in `counts`, an index leads to the days of a year, or to the last day.
-DAYS = """
-    select dataset, day, sum(o.state != 'absent') as expected, sum(o.state = 'present') as present,
-           sum(o.state = 'stale') as stale, sum(o.state = 'absent') as absent
+DAYS, YEARS = questions("""
+days: For each state and season in `counts`, an index leads to the days of a year; another to what gave up
+    with failed as (
+        select dataset_id, day, count(*) as gave_up from objects where task = 'gave_up' and {BY_TASK}
+        group by dataset_id, day)
+    select dataset, o.day, sum(o.state != 'absent') as expected, sum(o.state = 'present') as present,
+           sum(o.state = 'stale') as stale, sum(o.state = 'absent') as absent, ifnull(max(gave_up), 0) as gave_up
     from (select distinct dataset_id, season, state from counts where state not in ('dropped', 'skipped', 'awaited')) c
     cross join objects o on o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state
     join datasets on datasets.dataset_id = o.dataset_id
-    where day between :year || '-01-01' and :year || '-12-31'
-    group by dataset, day order by dataset, day
-"""
-OF_COUNT = "from objects o where o.dataset_id = c.dataset_id and o.season is nullif(c.season, '') and o.state = c.state"
-YEARS = f"""
-    select coalesce(max((select max(day) {OF_COUNT} and day <= :today)), :today),
-           coalesce(min((select min(day) {OF_COUNT})), :today), coalesce(max((select max(day) {OF_COUNT})), :today)
+    left join failed f on f.dataset_id = o.dataset_id and f.day = o.day
+    where o.day between :year || '-01-01' and :year || '-12-31'
+    group by dataset, o.day order by dataset, o.day
+years: The first and the last day of all
+    select coalesce(min((select min(day) {OF_COUNT})), :today), coalesce(max((select max(day) {OF_COUNT})), :today)
     from counts c where state != 'dropped'
-"""  # noqa: S608  # a constant
-GAVE_UP_DAYS = f"""
-    select dataset, day, count(*) from objects join datasets using (dataset_id)
-    where task = 'gave_up' and {FRAGMENTS["BY_TASK"]} and day like :year || '-%' group by dataset, day
-"""  # noqa: S608  # a constant
+""")
 LINES = f"""
     with recent as (
         select source, day, sum(attempts) as attempts, sum(seconds) / sum(attempts) as seconds,
@@ -7503,7 +7468,6 @@ LINES = f"""
     union all select 5, source || ': mean seconds, 30 days', day, round(seconds, 2), day from recent
     order by place, title, moment
 """  # noqa: S608  # a constant
-LINE_WIDTH, LINE_HEIGHT = 180, 32  # pixels
 CELL, LEFT, TOP = 11, 26, 12
 WIDE = '<div class="wide" tabindex="0">{}</div>'  # scrolls by itself, also by keyboard
 
@@ -7524,26 +7488,28 @@ def tables(sections: Iterable[Section]) -> str:
     return "".join(WIDE.format(render([part], "html")) for part in sections if part.rows or part.empty)
 
 
-def page(database: Database, configuration: Configuration, now: float, year: int | None = None, nearby: int = 0) -> str:
-    """The whole picture; without a `year` that of the latest day. As a file it has no links to `nearby` years."""
+def page(
+    database: Database, configuration: Configuration, now: float, year: int | None = None, *, is_file: bool = True
+) -> str:
+    """The whole picture; without a `year` that of the latest day. A file has no links and is not renewed."""
     judged = verdict(database, configuration, now)
     above = [dataclasses.replace(judged, title=""), *answers(database, REPORT, "coverage")]
     below = [*answers(database, WEB, most=10), *answers(database, REPORT, "queue", "rates", "cycles")]
-    latest, first, last = (int(day[:4]) for day in database.read(YEARS, {"today": day_of(now).isoformat()})[0])
-    year = year or latest
-    days = itertools.groupby(database.read(DAYS, {"year": year}), key=lambda row: row["dataset"])
-    gave_up = {tuple(row)[:2]: row[2] for row in database.read(GAVE_UP_DAYS, {"year": year})}
-    years = range(max(first, min(year, last) - nearby), min(last, max(year, first) + 1) + 1) if nearby else ()
+    today = day_of(now)
+    first, last = (int(day[:4]) for day in database.read(YEARS.sql, {"today": today.isoformat()})[0])
+    year = year or min(last, today.year)
+    days = itertools.groupby(database.read(DAYS.sql, {"year": year}), key=lambda row: row["dataset"])
+    years = () if is_file else range(max(first, year - 5), min(last, year + 1) + 1)
     links = (f'<a href="?year={one}">{one}</a>' if one != year else f"<b>{one}</b>" for one in years)
     words = cycle_text(database, now), tasks_text(database, configuration, judged), configuration.store
     body = f"""<p>{html.escape("Cycle {}. Tasks: {}. Store {}".format(*words))}, {utc_text(now)}</p>
 {tables(above)}
 <div class="lines">{_lines(database.read(LINES, {"now": now}))}</div>
 <h2>Coverage by day, {year}</h2><nav aria-label="Years">{" ".join(links)}</nav>
-<p>A square is a day: {LEGEND}</p>
-{"".join(_calendar(name, year, list(rows), gave_up, has_links=bool(nearby)) for name, rows in days)}
+<p>A square is a day: {" ".join(SWATCH.format(*meaning) for meaning in MEANINGS.items())}</p>
+{"".join(_calendar(name, year, list(rows), has_links=not is_file) for name, rows in days)}
 {tables(below)}"""
-    return document(f"ADCE: {judged.title}".replace("  ", ", "), body, is_fresh=bool(nearby))
+    return document(f"ADCE: {judged.title}".replace("  ", ", "), body, is_fresh=not is_file)
 
 
 def day_page(database: Database, dataset: str, day: str) -> str:
@@ -7573,20 +7539,17 @@ def _lines(rows: Sequence[sqlite3.Row]) -> str:
         low, high = min(values), max(values)
         if low == high:
             continue
-        step, rise = (LINE_WIDTH - 2) / (len(values) - 1), (LINE_HEIGHT - 4) / (high - low)
-        dots = " ".join(
-            f"{1 + n * step:.1f},{LINE_HEIGHT - 2 - (one - low) * rise:.1f}" for n, one in enumerate(values)
-        )
+        dots = " ".join(f"{n},{high - one:g}" for n, one in enumerate(values))
         span = f"{listed[0]['at']} to {listed[-1]['at']}: from {low:g} to {high:g}, now {values[-1]:g}"
-        name, size = html.escape(title), f'width="{LINE_WIDTH}" height="{LINE_HEIGHT}"'
-        picture = f'<svg role="img" {size}><title>{name}, {span}</title><polyline points="{dots}"/></svg>'
+        name, box = html.escape(title), f'viewBox="0 0 {len(values) - 1} {high - low:g}" preserveAspectRatio="none"'
+        picture = f'<svg role="img" {box}><title>{name}, {span}</title><polyline points="{dots}"/></svg>'
         figures.append(f"<figure>{picture}<figcaption>{name}: {values[-1]:g}</figcaption></figure>")
     return "".join(figures)
 
 
-def _state_of_day(row: sqlite3.Row, gave_up: int) -> tuple[str, str]:
+def _state_of_day(row: sqlite3.Row) -> tuple[str, str]:
     """The class of the cell of a day, and its state in words."""
-    expected, present, stale, absent = (row[name] for name in ("expected", "present", "stale", "absent"))
+    _, _, expected, present, stale, absent, gave_up = row
     counts = {"stale": stale, "gave up": gave_up, "absent": absent}
     text = ", ".join([f"{present} of {expected}", *(f"{count} {state}" for state, count in counts.items() if count)])
     if gave_up or not expected:
@@ -7596,15 +7559,13 @@ def _state_of_day(row: sqlite3.Row, gave_up: int) -> tuple[str, str]:
     return "part" if present + stale else "gap", text
 
 
-def _calendar(
-    dataset: str, year: int, rows: Sequence[sqlite3.Row], gave_up: Mapping[Any, int], *, has_links: bool
-) -> str:
+def _calendar(dataset: str, year: int, rows: Sequence[sqlite3.Row], *, has_links: bool) -> str:
     """A year of days: a column is a week, a cell a day, its title says what its colour does."""
     days, first, cells = {row["day"]: row for row in rows}, datetime.date(year, 1, 1), []
     for number in range((datetime.date(year + 1, 1, 1) - first).days):
         day, kind, text = first + datetime.timedelta(days=number), "none", "nothing expected"
         if row := days.get(day.isoformat()):
-            kind, text = _state_of_day(row, gave_up.get((dataset, row["day"]), 0))
+            kind, text = _state_of_day(row)
         week, weekday = divmod(number + first.weekday(), 7)
         if day.day == 1:
             cells.append(f'<text x="{LEFT + week * CELL}" y="8">{day:%b}</text>')
@@ -7673,7 +7634,8 @@ HTTP_THREADS = 32
 HTTP_SECONDS = 10  # for a whole connection
 JSON, TEXT, HTML = "application/json", "text/plain; charset=utf-8", "text/html; charset=utf-8"
 HEADERS = {
-    "Content-Security-Policy": PAGE_POLICY,
+    "Content-Security-Policy": f"default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{NONCE}'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
     "Allow": "GET, HEAD",
@@ -7742,8 +7704,7 @@ def _http_server(port: int, answer: Callable[[str, dict[str, str]], tuple[int, s
 
 
 class HealthServer:
-    """GET /health, /status, /tasks, /metrics and / for one database, until stopped. Raises Error when the port is
-    taken."""
+    """Answers GET for one database, until stopped. Raises Error when the port is taken."""
 
     def __init__(
         self, configuration: Configuration, database: Database, clock: Clock, error: Callable[[], str | None] = str
@@ -7786,11 +7747,18 @@ class HealthServer:
         if path in ("/status", "/metrics"):
             return 200, JSON, render(status_sections(self.database, self.configuration, now), "json")
         if path == "/tasks":
-            filters = {name: options.get(name) for name in TASK_FILTERS}
-            return 200, JSON, json.dumps(tasks_document(self.database, self.configuration, filters, 100))
+            by_source = tasks_by_source(self.database)
+            tasks: dict[str, Any] = {
+                "total_tasks": sum(by_source.values()),
+                "by_priority": {row["priority"]: row for row in answers(self.database, REPORT, "queue")[0].rows},
+                "by_source": by_source,
+                "estimated_total_minutes": minutes_left(self.database, self.configuration),
+                "tasks": tasks_sections(self.database, options, 100)[0].rows,
+            }
+            return 200, JSON, json.dumps(tasks)
         if path == "/":
             year = int(options["year"]) if re.fullmatch(r"[12]\d{3}", options.get("year", "")) else None
-            return 200, HTML, page(self.database, self.configuration, now, year, 5)
+            return 200, HTML, page(self.database, self.configuration, now, year, is_file=False)
         if path == "/day":
             return 200, HTML, day_page(self.database, options.get("dataset", ""), options.get("day", ""))
         if path.startswith("/task/"):
@@ -7886,10 +7854,10 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
 
     class Handler(RotatingFileHandler):
         def _open(self) -> Any:
-            return open(self.baseFilename, "a", encoding="utf-8", opener=self._open_file)
-
-        def _open_file(self, path: str, flags: int) -> int:
-            return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            more = os.O_NOFOLLOW | os.O_NONBLOCK
+            return open(
+                self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | more, 0o600)
+            )
 
     try:
         return Handler(path, maxBytes=LOG_BYTES, backupCount=1)
@@ -7921,13 +7889,6 @@ def log_ending(journal: Journal, ending: Ending, max_attempts: int) -> None:
     journal.write("DEBUG" if level == "WARN" and not ending.counted else level, ending.state, **fields)
 
 
-def status_line(database: Database) -> str:
-    """The state of the lake in one line, for the service manager."""
-    lake, tasks = (part.rows[0] for part in answers(database, STATUS, "lake", "tasks"))
-    gaps = [f"{lake[kind]} {kind}" for kind in GAPS if lake[kind]]
-    return ", ".join([f"{lake['present']} of {lake['expected']} objects", *gaps, f"{tasks['running']} running"])
-
-
 def show_progress(steps: Iterator[int], database: Database, clock: Clock) -> Iterator[int]:
     """The steps of a cycle; on a terminal, with a line about it every few seconds."""
     shown = clock.boot()
@@ -7944,25 +7905,25 @@ def status_lines(
     now: float,
     next_cycle_in: float | None = None,
     error: str | None = None,
-) -> tuple[list[str], list[str]]:
+) -> list[str]:
     """The state of the lake for a terminal: the headline, the cycle and the tasks, then the verdict and the sources."""
-    judged, body = verdict(database, configuration, now, error), list[str]()
-    head = [judged.title, f"cycle   {cycle_text(database, now, next_cycle_in)}"]
-    head.append(f"tasks   {tasks_text(database, configuration, judged)}")
+    judged = verdict(database, configuration, now, error)
+    lines = [judged.title, f"cycle   {cycle_text(database, now, next_cycle_in)}"]
+    lines.append(f"tasks   {tasks_text(database, configuration, judged)}")
     for row in judged.rows[:MOST_FINDINGS]:
         held = f" holds up {row['holds_up']:,} task{'s' * (row['holds_up'] > 1)}" if row["holds_up"] else ""
-        body += [f"  {row['mark']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]
+        lines += [f"  {row['mark']} {row['about']}{held}: {row['what']}", f"      {row['try']}"]
     if len(judged.rows) > MOST_FINDINGS:
-        body.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
+        lines.append(f"  ... and {len(judged.rows) - MOST_FINDINGS} more: adce.py report verdict")
     tightest = """
         select scope, used, max_requests, window_seconds, max(1.0 * used / max_requests) as share
         from rates where max_requests group by scope order by scope = 'global', share desc, scope
     """
     for scope, used, most, seconds, share in database.read(tightest)[:MOST_FINDINGS]:
         bar = ("#" * round(20 * min(1, share))).ljust(20, "-")
-        body.append(f"  {scope:20} [{bar}] {used:,} of {most:,} in {format_duration(seconds)}")
+        lines.append(f"  {scope:20} [{bar}] {used:,} of {most:,} in {format_duration(seconds)}")
     store = f"store {configuration.store}, " if configuration.store else ""
-    return head, [*body, f"{store}database {configuration.database}"]
+    return [*lines, f"{store}database {configuration.database}"]
 
 
 class LiveScreen:
@@ -7976,15 +7937,15 @@ class LiveScreen:
     def paint(self, now: float, running: Sequence[str], next_cycle_in: float | None, error: str | None = None) -> None:
         """Draw the present state over the last one."""
         width, height = size = shutil.get_terminal_size()
-        head, body = status_lines(self.database, self.configuration, now, next_cycle_in, error)
+        lines = [f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly"]
+        lines += status_lines(self.database, self.configuration, now, next_cycle_in, error)
         coverage = answers(self.database, REPORT, "coverage")
-        body += render(coverage, "table", width - 1).splitlines()[1:] if coverage[0].rows else []
-        head.insert(0, f"ADCE {__version__}  {utc_text(now)}  Ctrl-C stops cleanly")
+        lines += render(coverage, "table", width - 1).splitlines()[1:] if coverage[0].rows else []
         foot = [f"workers {', '.join(running) or 'idle'}", *self.last_lines]
-        room = max(0, height - 1 - len(head) - len(foot))
-        if len(body) > room:
-            body = [*body[: room - 1], f"... and {len(body) - room + 1} more"] if room > 1 else []
-        shown = [cut(line, width - 1) for line in [*head, *body, *foot]][: max(2, height - 1)]
+        room = max(2, height - 1 - len(foot))
+        if len(lines) > room:
+            lines = [*lines[: room - 1], f"... and {len(lines) - room + 1} more"]
+        shown = [cut(line, width - 1) for line in [*lines, *foot]][: max(2, height - 1)]
         up = f"\x1b[{self._height}F" if self._height else ""  # to the first column: Ctrl-C has written ^C
         up = up if size == self._size else "\x1b[H\x1b[2J"  # whose lines the terminal has broken anew
         self._height, self._size = len(shown), size
@@ -8002,9 +7963,8 @@ FULL = f"SQLITE_FULL|{os.strerror(errno.ENOSPC)}"  # other effects of a full dis
 
 
 class Alerter:
-    """Looks for conditions, keeps a row in `alerts` for each, and sends messages until every channel has taken them.
-
-    The rows are kept here too: on a full disk nothing is stored, and yet everything is sent once."""
+    """Looks for conditions, and sends messages until every channel has taken them. The rows of `alerts` are kept here
+    too: on a full disk nothing is stored, and yet everything is sent once."""
 
     def __init__(self, configuration: Configuration, database: Database, journal: Journal, clock: Clock) -> None:
         self.configuration, self.database, self.journal, self.clock = configuration, database, journal, clock
@@ -8527,7 +8487,7 @@ class Runner:
         openings = dict[str, Opening]()
         limiting, free = self.configuration.rate_limiting, self._free_workers()
         for hop in list(hops):
-            source, now = hop.source, self.clock.boot()
+            source, now = self.configuration.source_at(hop.url, hop.source), self.clock.boot()
             opens = opening(sql, limiting, source.name, now, RUNNER)
             if opens.at > now:
                 openings[source.name] = opens
@@ -8584,7 +8544,7 @@ class Runner:
                 sql.execute("update runner set beat_at = ?", (int(wall),))
                 sql.execute("update facts set wall_offset = ?", (wall - now,))
                 forget(sql, wall - self.configuration.retention_seconds)
-            notify("WATCHDOG=1", f"STATUS={status_line(self.database)}")
+            notify("WATCHDOG=1", f"STATUS={lake_text(self.database)}")
         self.journal.paint(self.running.values(), self.next_cycle_at)
 
     def _seconds_to_next_event(self, openings: Mapping[str, Opening]) -> float:
@@ -8894,12 +8854,9 @@ EXAMPLES = {
 
 # Faults of a database, and how many times each occurs.
 CONSISTENCY = {
-    "gaps without a task": """
-        select count(*) from objects where state in ('missing', 'stale', 'suspect') and task is null
-    """,
-    "open tasks without a gap": """
+    "gaps without a task or open tasks without a gap": """
         select count(*) from objects
-        where task in ('pending', 'retry', 'gave_up') and state not in ('missing', 'stale', 'suspect')
+        where (state in ('missing', 'stale', 'suspect')) != (task is not null) and task is not 'running'
     """,
     "running tasks without an attempt": """
         select count(*) from objects o left join attempts a using (attempt_id)
@@ -8988,16 +8945,30 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
             yield about, "has no limits; see: adce.py explain rate_limiting"
         if source.base_url and "user-agent" not in headers:
             yield about, "has no header User-Agent; say who you are"
-    blocks: dict[str, Mapping[str, Any]] = {"sources": configuration.sources, "datasets": configuration.datasets}
-    for path, block in ((path, one) for path, named in blocks.items() for one in named.values()):
+    blocks: list[Source | Dataset] = [*configuration.sources.values(), *configuration.datasets.values()]
+    for block in blocks:
+        about = f"{type(block).__name__.lower()} {block.name}"
         for name in plain_secrets(block.headers):
-            yield f"{path}.{block.name}", f"{name} is in the file; put it into a variable, and $NAME in its place"
+            yield about, f"{name} is in the file; put it into a variable, and $NAME in its place"
     for dataset in configuration.datasets.values():
+        about, source = f"dataset {dataset.name}", configuration.sources[dataset.source]
         rules, children = dataset.validate, configuration.children_of(dataset.name)
-        is_json = bool(dataset.freshness.until) or any(one.partitions.ids for one in children)
-        is_json = is_json or (dataset.pages is not None and dataset.pages.is_expression())
-        if dataset.url and not (is_json or rules.needs_content() or rules.min_bytes > 1):
-            yield f"dataset {dataset.name}", "has no validate: any response counts as its object, even a login page"
+        if dataset.url and not (needs_json(dataset, children) or rules.needs_content() or rules.min_bytes > 1):
+            yield about, "has no validate: any response counts as its object, even a login page"
+        for name in _fields_without_effect(dataset):
+            yield about, f"its url does not name {{{name}}}: objects that differ in it have the same content"
+        url = dataset.url.text if dataset.url and source.base_url and source.headers else ""
+        if url.startswith("http") and origin_of(url) != origin_of(source.base_url):
+            yield about, f"its url is not below base_url, but gets the headers of source {source.name}"
+        dates = dataset.partitions.dates
+        is_over = (
+            not dates or isinstance(dates.last, datetime.date) or (dates.last, dates.every) == ("yesterday", "day")
+        )
+        if dates and not (is_over or dataset.available_after or dataset.freshness != Freshness()):
+            yield (
+                about,
+                f"its last {dates.every} is fetched before it is over; see available_after and refetch_once_after",
+            )
     for place in (configuration.path, configuration.path.parent, Path(__file__).resolve(), configuration.database):
         with contextlib.suppress(OSError):
             mode = place.stat().st_mode
@@ -9005,6 +8976,16 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
                 yield "permissions", f"{place} is writable for every account; chmod o-w {place}"
     if os.geteuid() == 0:
         yield "permissions", "runs as root; a dedicated user is enough"
+
+
+def _fields_without_effect(dataset: Dataset) -> list[str]:
+    """The fields that distinguish objects of a dataset, but not their requests."""
+    if not dataset.url:
+        return []
+    parts, named = dataset.partitions, fields_in(dataset.url.text, dataset.body)
+    groups = [["date"] * bool(parts.dates), ["season", "end"] * bool(parts.seasons), [*parts.id_fields()]]
+    groups += [[name] for name, values in parts.values.items() if len(values) > 1]
+    return [group[0] for group in groups if group and named.isdisjoint(group)]
 
 
 def _check_disk(folder: Path) -> str:
@@ -9145,10 +9126,7 @@ def example_fields(database: Database, configuration: Configuration, dataset: Da
 
 
 def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) -> list[Section]:
-    """The answer to one request of a dataset, sent under its limits, and its meaning. Nothing is stored."""
-    import requests
-    import urllib3
-
+    """The answer to one request of a dataset, sent under its limits, and its meaning. Nothing is kept."""
     if not dataset.url:
         raise Error(f"{dataset.name} has no url", "run its program by itself")
     source = configuration.sources[dataset.source]
@@ -9158,35 +9136,24 @@ def try_request(configuration: Configuration, dataset: Dataset, fields: Fields) 
         raise Error(str(error), f"adce.py try {dataset.name} FIELD=VALUE") from error
     if problem := address_problem(source, dataset, fields):
         raise Error(problem)
-    claimed = Claim(dataset, source, (ObjectRow(key=key, fields_json=json.dumps(fields)),))
-    claimed, body = dataclasses.replace(claimed, url=url_of(source, dataset, fields)), bytearray()
-    with permit(source.name) as held:
-        deadline = Deadline(claimed, Clock())
-        try:
-            with responded(deadline, _headers(claimed)) as (answer, _):
-                held.answered(answer.status_code, answer.headers)
-                for block in _decoded(key, answer):
-                    body += block
-                    if len(body) > dataset.validate.most() or deadline.passed:
-                        break
-            if deadline.passed:
-                raise urllib3.exceptions.TimeoutError
-        except zlib.error as error:
-            raise Error(f"{dataset.name}: its encoding is broken: {error}") from error
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            late = Outcome.TIMEOUT, f"timed out after {source.timeout_seconds:g} s"
-            held.failed(*(failed := late if deadline.passed else connection_error(error)))
-            raise Error(f"{source.name} {failed[1]}", "adce.py check --online") from error
-    names = dataset.secrets
-    result = classify(source, answer.status_code, answer.headers, bytes(body[:CLASSIFIED_BYTES]), names)
-    links = {rel: link["url"] for rel, link in answer.links.items()}
-    found = inspect_apart(dataset, fields, io.BytesIO(body), configuration.children_of(dataset.name), links)
-    is_ok = result.outcome is Outcome.OK
-    facts = {"key": key, "url": claimed.url, "status": answer.status_code, "bytes": len(body)}
-    facts |= {"outcome": Outcome.INVALID if is_ok and not found.valid else result.outcome, "is_final": found.settled}
-    facts |= {"error": redacted((found.verdict if is_ok else result.error) or "", names) or None}
+    task, children = ObjectRow(key=key, fields_json=json.dumps(fields)), configuration.children_of(dataset.name)
+    claimed = Claim(dataset, source, (task,), tuple(children), url=url_of(source, dataset, fields))
+    with tempfile.TemporaryDirectory() as folder, permit(source.name) as held:
+        store = FolderStore(Path(folder))
+        store.sweep()
+        result = request(claimed, store, Clock())[0]
+        if result.http_status:
+            held.answered(result.http_status, result.headers or {})
+        else:
+            held.failed(result.outcome, result.error or "")
+    if result.headers is None:
+        raise Error(f"{dataset.name}: {result.error}", "adce.py check --online")
+    outcome = Outcome.HTTP_ERROR if result.redirect else result.outcome
+    found, size = result.inspection or Inspection(), result.stored.size if result.stored else None
+    facts = {"key": key, "url": claimed.url, "status": result.http_status, "bytes": size, "outcome": outcome}
+    facts |= {"is_final": found.settled, "error": result.error}
     ids = [{"expression": one, "ids": len(ids), "first": next(iter(ids), None)} for one, ids in found.mentions.items()]
-    headers = [{"header": name, "value": redacted(text, names)} for name, text in answer.headers.items()]
+    headers = [{"header": name, "value": redacted(text, dataset.secrets)} for name, text in result.headers.items()]
     return [
         Section("answer", "Answer", [facts], is_one=True),
         Section("ids", "Ids that it names", ids),
@@ -9742,9 +9709,9 @@ def command_status(arguments: Arguments, configuration: Configuration) -> ExitCo
     """Show the state of runner, lake, tasks and sources; exit 4 when no runner works."""
     database, lock = _existing(configuration), RunnerLock(configuration.database)
     if arguments.format == "table":
-        head, body = status_lines(database, configuration, Clock().wall())
+        lines = status_lines(database, configuration, Clock().wall())
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-        print(coloured("\n".join(cut(line, width) for line in head + body)))
+        print(coloured("\n".join(cut(line, width) for line in lines)))
     else:
         _print(arguments, status_sections(database, configuration, Clock().wall()))
     return ExitCode.DONE if lock.holder() is not None else ExitCode.NOT_RUNNING

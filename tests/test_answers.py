@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,20 @@ datasets:
 
 def states(folder: Path) -> dict[str, str]:
     return dict(rows(folder, "select key, state from objects_now"))
+
+
+def test_step_that_goes_on_is_never_absent(upstream, tmp_path):
+    text = HOLES.format(address=upstream.address).replace('except: {date: ["2024-01-02"]}', "max_concurrent: 1")
+    text = text.replace("to: 2024-01-04", "to: today, every: year")
+    (tmp_path / "adce.yaml").write_text(text)
+    upstream.answer("/2024-01-01", Answer(b"first"))
+    for _ in range(2):
+        run_adce("run", "--once", folder=tmp_path)
+    year = f"{adce.day_of(time.time()).year}-01-01"
+    found = states(tmp_path)
+    assert found.pop(year) == "missing"
+    assert found.pop("2024-01-01") == "present"
+    assert set(found.values()) <= {"absent"}
 
 
 def test_old_object_that_the_source_has_not_is_absent_once_others_are_there(upstream, tmp_path):

@@ -57,17 +57,13 @@ def test_urgency_follows_the_seasons_of_the_same_league(configure):
         ("teams", "2025", "HIGH"),
     ):
         dataset = configuration.datasets[name]
-        assert adce.priority_of(dataset, season, None, today, configuration) == priority
+        assert adce.priority_of(adce.ObjectRow(season=season), dataset, today, 7) == priority
 
 
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        (
-            "seasons: mlb",
-            "seasons: all",
-            "datasets.teams.partitions.seasons: there are several calendars: name mlb or nba or wnba",
-        ),
+        ("seasons: mlb", "seasons: all", 'datasets.teams.partitions.seasons: season "all" is in several calendars'),
         ("seasons: mlb", 'seasons: "2025"', 'datasets.teams.partitions.seasons: season "2025" is in several calendars'),
         ("seasons: mlb", "seasons: mbl", 'season "mbl" is not declared, did you mean "mlb"?'),
         ("seasons: mlb", "seasons: {}", "datasets.teams.partitions.seasons: expected text, found a mapping"),

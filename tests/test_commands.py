@@ -643,6 +643,14 @@ datasets:
   any: {source: open, key: "any/{n}", url: "/{n}", partitions: {values: {n: ["1"]}}}
   list: {source: polite, key: list, url: /list, partitions: {values: {}}}
   named: {source: polite, key: "{n}", url: "/{n}", partitions: {from: list, ids: "[]", as: n}, validate: {gzip: true}}
+  same: {source: polite, key: "same/{m}", url: /same, partitions: {values: {m: [a, b]}}, validate: {gzip: true}}
+  away: {source: polite, key: away, url: "http://127.0.0.2/x", partitions: {values: {}}, validate: {gzip: true}}
+  months:
+    source: polite
+    key: "months/{date}"
+    url: "/{date}"
+    partitions: {dates: {from: 2024-01-01, every: month}}
+    validate: {gzip: true}
 """
 
 
@@ -657,8 +665,11 @@ def test_check_warns_of_what_may_do_harm_and_is_content_all_the_same(tmp_path):
     assert [one for one in warned if one[1] != "runs as root"] == [
         ("source open", "has no limits"),
         ("source open", "has no header User-Agent"),
-        ("sources.open", "X-Api-Key is in the file"),
+        ("source open", "X-Api-Key is in the file"),
         ("dataset any", "has no validate: any response counts as its object, even a login page"),
+        ("dataset same", "its url does not name {m}: objects that differ in it have the same content"),
+        ("dataset away", "its url is not below base_url, but gets the headers of source polite"),
+        ("dataset months", "its last month is fetched before it is over"),
         ("permissions", f"{tmp_path}/adce.yaml is writable for every account"),
     ]
     assert "s3cret" not in checked.stdout

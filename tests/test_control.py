@@ -450,11 +450,6 @@ def test_retry_by_filters_asks_and_obeys(failing, folder):
     sure = do("retry", "--error", "http 400", "--yes", folder=folder)
     assert (sure.returncode, sure.stdout) == (0, "1 task will be retried as soon as possible\n")
     assert sorted(states(folder)) == ["gave_up", "gave_up", "pending"]
-    do("pause", "box", "--for", "2h", folder=folder)
-    later = do("retry", "--error", "http 500", "--yes", folder=folder)
-    assert re.fullmatch(
-        r"\d tasks? will be retried as soon as possible: box is paused until \S+Z, by the operator\n", later.stdout
-    )
     misspelt = do("retry", "--dataset", "thing", "--yes", folder=folder)
     assert (misspelt.returncode, 'did you mean "things"?' in misspelt.stderr) == (1, True)
 

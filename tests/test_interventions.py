@@ -225,7 +225,7 @@ def test_task_that_is_retried_has_all_its_attempts_before_it_and_keeps_its_age(i
         skip(desk, number)
     retry(desk, number)
     assert desk.database.value(age) == pytest.approx(before, abs=0.1)
-    assert desk.end(desk.claim(), adce.Outcome.INVALID).failures == 1
+    assert desk.end(desk.claim(), adce.Outcome.INVALID).task.failures == 1
 
 
 def test_skipped_object_that_is_no_longer_declared_is_forgotten(tmp_path):

@@ -204,8 +204,8 @@ def test_restored_database_keeps_a_pause_that_lasts_longer(desk, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("update objects set task = null where object_id = 1", "1 gaps without a task"),
-        ("update objects set state = 'present' where object_id = 2", "1 open tasks without a gap"),
+        ("update objects set task = null where object_id = 1", "1 gaps without a task or"),
+        ("update objects set state = 'present' where object_id = 2", "1 gaps without a task or"),
         ("update counts set objects = objects + 2 where state = 'missing'", "2 objects counted wrongly"),
         ("update objects set task = 'running' where object_id = 1", "1 running tasks without an attempt"),
         ("pragma foreign_keys = off; delete from datasets", "names a row of datasets that is gone"),

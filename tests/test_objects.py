@@ -29,7 +29,8 @@ def dataset(**changes) -> adce.Dataset:
         "partitions": adce.Partitions(dates=adce.Dates(seasons=("all",))),
         "calendar": SEASONS,
     }
-    return adce.Dataset(**{**given, **changes})
+    given |= {"dates": (changes.get("partitions") or adce.Partitions()).dates or adce.Dates(), **changes}
+    return adce.Dataset(**given)
 
 
 def child(**partitions) -> adce.Dataset:
@@ -336,6 +337,22 @@ def test_truth_is_that_of_jmespath(value, is_true):
     assert adce.holds("value", {}, {"value": value}) is is_true
 
 
+def test_function_of_null_is_null_and_one_of_another_kind_is_a_mistake():
+    assert adce.search("starts_with(next, 'http')", {}, {"next": None}) is None
+    with pytest.raises(ValueError, match=r"join\(\) needs .*: join\('', \['', results\[-1\].id\]\)"):
+        adce.search("join('', ['', results[-1].id])", {}, {"results": [{"id": 7}]})
+    assert not adce.holds("length(`7`)", {}, {})
+
+
+def test_next_page_and_ids_that_cannot_be_evaluated_are_no_end_and_no_emptiness():
+    pages = adce.Pages(next="join('', [id])")
+    paged = dataset(name="pages", pages=pages, key=adce.Template("{page}"), url=adce.Template("/list?after={next}"))
+    found = adce.inspect(paged, dict(adce.FIRST_PAGE), b'{"id": 7}', [paged])
+    assert found.verdict and found.verdict.startswith("join() needs")
+    found = adce.inspect(dataset(), {}, b'{"id": 7}', [child(ids="join('', [id])")])
+    assert [problem.partition(" needs")[0] for problem in found.problems] == ["games: join()"]
+
+
 @pytest.mark.parametrize(
     ("expression", "is_true"),
     [("!game.over", False), ("!game.begun", True), ("!game.over || !game.begun", True), ("!(game.over)", False)],
@@ -432,7 +449,8 @@ def test_body_that_is_not_valid_names_no_children():
 
 
 def facts(**changes) -> adce.ObjectRow:
-    return adce.ObjectRow(**{"size": 500, "etag": "a", "modified_at": int(NOON), "day": "2025-01-14", **changes})
+    given = {"size": 500, "etag": "a", "modified_at": int(NOON), "day": "2025-01-14", **changes}
+    return adce.ObjectRow(fields_json=json.dumps({"date": given["day"]}), **given)
 
 
 def state(one: adce.Dataset, known: adce.ObjectRow, now: float = NOON) -> adce.Appraisal:
@@ -512,13 +530,38 @@ def test_object_without_season_and_day_is_not_refetched_by_the_season():
         (None, None, "LOW"),
     ],
 )
-def test_automatic_priority_follows_the_age_of_the_date_then_of_the_season(day, season, priority, tmp_path):
-    configuration, today = adce.Configuration(tmp_path, tmp_path, "lake"), datetime.date(2025, 1, 15)
-    assert adce.priority_of(dataset(calendar=SEASONS), season, day, today, configuration) == priority
-    assert adce.priority_of(dataset(priority="LOW"), season, day, today, configuration) == "LOW"
+def test_automatic_priority_follows_the_age_of_the_date_then_of_the_season(day, season, priority):
+    row, today = adce.ObjectRow(day=day, season=season), datetime.date(2025, 1, 15)
+    assert adce.priority_of(row, dataset(calendar=SEASONS), today, 7) == priority
+    assert adce.priority_of(row, dataset(priority="LOW"), today, 7) == "LOW"
 
 
 @pytest.mark.parametrize(("day", "can"), [("2025-01-08", True), ("2025-01-07", False), (None, True)])
 def test_what_is_old_will_not_appear_any_more(day, can):
-    assert adce.may_still_appear(SEASONS[1], day, NOON) is can
-    assert not adce.may_still_appear(SEASONS[0], None, NOON)
+    assert adce.may_still_appear(dataset(), SEASONS[1], facts(day=day), NOON) is can
+    assert not adce.may_still_appear(dataset(), SEASONS[0], facts(day=None), NOON)
+
+
+def test_month_that_goes_on_may_still_appear():
+    monthly = dataset(dates=adce.Dates(every="month"))
+    assert adce.may_still_appear(monthly, None, facts(day="2025-01-01"), NOON)
+    assert not adce.may_still_appear(monthly, None, facts(day="2024-12-01"), NOON)
+
+
+@pytest.mark.parametrize(
+    ("every", "date", "end"),
+    [
+        ("hour", "2025-01-15T23:00", "2025-01-16T05:00:00Z"),
+        ("day", "2025-01-15", "2025-01-16T05:00:00Z"),
+        ("week", "2025-01-13", "2025-01-20T05:00:00Z"),
+        ("month", "2025-01-01", "2025-02-01T05:00:00Z"),
+        ("quarter", "2025-01-01", "2025-04-01T04:00:00Z"),
+        ("year", "2025-01-01", "2026-01-01T05:00:00Z"),
+    ],
+)
+def test_object_is_as_old_as_the_end_of_its_step(every, date, end):
+    one = dataset(dates=adce.Dates(every=every, timezone="America/New_York"))
+    assert adce.utc_text(adce.end_of_step(one, {"date": date})) == end
+    known = facts(day=date[:10])._replace(fields_json=json.dumps({"date": date}), modified_at=0)
+    due = state(dataset(dates=one.dates, freshness=adce.Freshness(refetch_once_after=(HOUR,))), known, 0)
+    assert due.next_at == adce.end_of_step(one, {"date": date}) + HOUR

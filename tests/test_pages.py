@@ -222,6 +222,16 @@ def test_list_whose_total_changes_while_it_is_read_is_read_again(source, tmp_pat
     assert (expected(tmp_path, "lists"), expected(tmp_path, "items")) == (pages_of(6), items_of(6))
 
 
+def test_pages_whose_fields_are_declared_anew_are_dropped_and_others_take_their_place(source, tmp_path):
+    write_lake(tmp_path, source.upstream, "number")
+    assert run(tmp_path) == 0
+    text = (tmp_path / "adce.yaml").read_text().replace("{kind}", "{sort}").replace("{kind:", "{sort:")
+    (tmp_path / "adce.yaml").write_text(text.replace('"lists/', '"sorts/'))
+    assert run(tmp_path) == 0
+    assert expected(tmp_path, "lists") == pages_of(7)
+    assert rows(tmp_path, "select count(*) from objects_now where state = 'dropped'") == [(len(pages_of(7)),)]
+
+
 @pytest.mark.parametrize(
     ("way", "following", "error"),
     [

@@ -269,7 +269,7 @@ def test_child_that_no_parent_names_any_more_is_dropped(desk, lake):
 
 
 def test_parents_that_name_more_than_a_page_are_followed_to_the_end(desk, lake, monkeypatch):
-    monkeypatch.setattr(adce, "EXPECTED_AT_ONCE", 2)
+    monkeypatch.setattr(adce, "WRITTEN_AT_ONCE", 2)
     lake.put_day(1, list("12345"))
     lake.put_day(2, ["5", "6"])
     desk.cycle()
@@ -724,7 +724,7 @@ def test_each_dataset_has_the_ids_of_its_own_parents_and_expression(configure, d
 
 
 def test_every_object_is_looked_through_whatever_the_number_at_once(desk, configure, lake, monkeypatch):
-    monkeypatch.setattr(adce, "SCANNED_AT_ONCE", 2)
+    monkeypatch.setattr(adce, "CHUNK", 2)
     for day in range(1, 6):
         lake.put_day(day, [])
     desk.cycle()
@@ -1393,7 +1393,7 @@ def test_ranges_hold_every_open_object_and_the_share_and_nothing_twice(present, 
 def recount(database: adce.Database) -> dict[tuple, int]:
     rows = database.read(
         """
-        select dataset_id, coalesce(season, ''), state, coalesce(task, ''), iif(task is null, '', priority), count(*)
+        select dataset_id, coalesce(season, ''), state, coalesce(task, ''), coalesce(priority, ''), count(*)
         from objects group by 1, 2, 3, 4, 5
         """
     )

@@ -152,6 +152,19 @@ def test_each_hop_of_a_redirect_is_counted(configure, database, upstream, league
     assert database.value("select count(*) from requests") == 0
 
 
+def test_redirect_to_the_host_of_another_source_counts_in_its_limits(configure, database, upstream, league):
+    with Upstream(limits=[(4, 1.0)]) as files:
+        files.route("/other", lambda _, query: json_answer(query))
+        files.route("/moved", lambda _, query: league.scoreboard(query["dates"]))
+        for day in range(1, 7):
+            target = f"{files.address}/moved?dates=2025010{day}"
+            upstream.answer(f"/scoreboard?dates=2025010{day}", Answer(b"", 302, {"Location": target}))
+        limits = "rate_limiting: {source_limits: {other: {requests_per_second: 4}}}"
+        text = with_another_source(league_text(upstream.address, limits=limits), files.address)
+        code, _ = run_once(configure(text), database)
+        assert (code, files.count(), files.violations) == (adce.ExitCode.DONE, 14, 0)
+
+
 def test_redirects_for_ever_end_as_an_error(configure, database, upstream, league):
     upstream.answer("/scoreboard?dates=20250101", Answer(b"", 302, {"Location": "/scoreboard?dates=20250101"}))
     run_once(configure(league_text(upstream.address)), database)

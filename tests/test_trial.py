@@ -51,7 +51,7 @@ def test_try_sends_one_request_also_when_it_is_redirected(upstream, tmp_path):
         (
             "{name}",
             Answer(gzip.compress(b"x" * 99)[:-9], headers={"Content-Encoding": "gzip"}),
-            "its encoding is broken",
+            "its gzip stream ended early",
         ),
         ("{name}.gz", Answer(gzip.compress(b"x"), headers={"Content-Encoding": "gzip"}), None),
         ("{name}", Answer(b"", 302, {"Location": "http://[::1"}), None),

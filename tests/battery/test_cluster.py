@@ -252,7 +252,7 @@ def test_a_scheduler_that_is_not_there_is_a_reported_problem_and_ends_a_run_once
     assert f"{engine.address} does not answer" in checked.stdout
     path, text = tmp_path / "adce.yaml", (tmp_path / "adce.yaml").read_text()
     path.write_text(text.replace("tcp:", "tls:"))
-    assert "needs certificates: https://" in run_adce("check", folder=tmp_path, seconds=40).stdout
+    assert "cannot be used: " in run_adce("check", folder=tmp_path, seconds=40).stdout
     path.write_text(text)
     with running(tmp_path):
         wait_until(lambda: rows(tmp_path, "select note from runner where note is not null and stopped_at is null"), 60)
