@@ -408,6 +408,7 @@ def test_unit_is_one_that_systemd_takes(folder, tmp_path):
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     parser.read_string(unit.read_text())
     assert parser["Service"]["ExecStart"].endswith(" run")
+    assert parser["Service"]["User"] == str(os.getuid() or "adce")
     if shutil.which("systemd-analyze"):
         done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
         assert "adce.service" not in done.stderr, done.stderr
