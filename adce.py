@@ -76,7 +76,6 @@ import json
 import logging
 import math
 import os
-import pwd
 import queue
 import random
 import re
@@ -8163,7 +8162,7 @@ def watchdog_seconds() -> float:
     return int(microseconds) / 1e6 if microseconds.isdigit() and int(microseconds) and is_mine else math.inf
 
 
-def systemd_unit() -> str | None:
+def own_unit() -> str | None:
     """The control group of the unit that this process is the main process of, such as /system.slice/adce.service."""
     found = None
     if os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()):
@@ -8189,12 +8188,16 @@ def obey_signals(database: Path, stop: Callable[[str], None]) -> None:
             signal.signal(number, obey)
 
 
+def own_command(configuration: Configuration) -> list[str]:
+    """The words that start this program with this configuration."""
+    return [sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path)]
+
+
 def start_runner(configuration: Configuration, words: Sequence[str], log: Path) -> int:
     """Start `adce.py run` in the background; return its process id. Raises Error with its output when it exits."""
     log_file(log).close()
     lock, clock, said_before = RunnerLock(configuration.database), Clock(), log.stat().st_size
-    command = [sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path)]
-    command += ["--db", str(configuration.database), "run", "--log", str(log), *words]
+    command = [*own_command(configuration), "--db", str(configuration.database), "run", "--log", str(log), *words]
     until, registered = clock.boot() + START_SECONDS, "select pid from runner where stopped_at is null"
     with contextlib.closing(open_database(configuration.database)) as database, log.open("ab") as output:
         process = subprocess.Popen(  # noqa: S603  # this very program
@@ -8216,14 +8219,15 @@ def stop_runner(configuration: Configuration, seconds: float | None) -> int | No
     """Stop the runner and wait for its end, `seconds` or 15 more than its grace time. Returns its process id, or None
     when there is none. Raises Error when it does not stop in time, OSError when it belongs to another user."""
     lock, clock = RunnerLock(configuration.database), Clock()
-    holder, seconds = lock.holder(), configuration.grace_seconds + 15 if seconds is None else seconds
+    if (holder := lock.holder()) is None:
+        return None
     if holder == 0:
         raise Error(f"{lock.path} does not name the process that holds it", "stop that process yourself")
-    if holder:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(holder, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(holder, signal.SIGTERM)
+    seconds = configuration.grace_seconds + 15 if seconds is None else seconds
     until = clock.boot() + seconds
-    while holder and lock.holder() == holder:
+    while lock.holder() == holder:
         if clock.boot() > until:
             text = f"process {holder} did not stop within {format_duration(seconds)}"
             raise Error(text, "run stop again: a second signal ends it at once")
@@ -8266,10 +8270,7 @@ def show_log(database: Database, most: int, *, follow: bool) -> None:
         hint = "`adce.py start` logs to a file, `run --log FILE` to FILE, a unit of systemd to the journal"
         raise Error("the last runner kept no log", hint)
     sys.stdout.flush()
-    try:
-        os.execvp(words[0], words)  # noqa: S606  # the system's own programs
-    except OSError as error:
-        raise Error(f"cannot start {words[0]}: {error.strerror}") from error
+    os.execvp(words[0], words)  # noqa: S606  # the system's own programs
 
 
 def cycle_of_runner(database: Database, configuration: Configuration, lock: RunnerLock, options: CycleOptions) -> int:
@@ -8371,10 +8372,8 @@ class Runner:
         failure = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
         if self.has_problems or (failure and failure != STOPPED_EARLY):
             return ExitCode.ERROR
-        gaps = """select sum(objects) from counts join datasets using (dataset_id)
-                  where state in ('missing', 'stale', 'suspect') and dataset in (select value from json_each(?))"""
-        left = self.database.value(gaps, (json.dumps([*self.datasets]),))
-        return ExitCode.GAPS_LEFT if left else ExitCode.DONE
+        gap = "select 1 from gaps where dataset in (select value from json_each(?)) limit 1"
+        return ExitCode.GAPS_LEFT if self.database.value(gap, (json.dumps([*self.datasets]),)) else ExitCode.DONE
 
     def _start(self, address: str | None, log: Path | None) -> None:
         """End the programs of a crashed runner, prepare the store, and register this process as the runner."""
@@ -8388,7 +8387,7 @@ class Runner:
         preparing.result()
         declare(self.database, configuration, self.clock)
         now = int(self.clock.wall())
-        row = (os.getpid(), __version__, now, now, address, systemd_unit(), str(log) if log else None)
+        row = (os.getpid(), __version__, now, now, address, own_unit(), str(log) if log else None)
         with self.database.transaction() as sql:
             orphans = requeue_orphans(sql, configuration.retry)
             correct_instants(sql, configuration.retry, now)
@@ -8581,37 +8580,32 @@ class Runner:
             notify("WATCHDOG=1")
         for pool in (self.listers, self.pool):
             pool.shutdown(wait=False, cancel_futures=True)
-        left_running = list(self.running.values())
-        if self.cluster:  # whose attempts go on: their permits end with their deadlines
+        if self.cluster:
             self.cluster.shutdown()
-            left_running = [dataclasses.replace(claimed, permit=None) for claimed in left_running]
-        sent = [(claimed, int(bool(claimed.url))) for claimed in left_running]
-        for claimed, requests in [*sent, *((hop, 0) for hop in self.hops)]:
-            lost = Result(Outcome.LOST, "the runner stopped", requests=requests)
-            self.unrecorded.append((claimed, claimed.results(lost)))
+        for claimed in [*self.running.values(), *self.hops]:
+            lost = Result(Outcome.LOST, "the runner stopped", requests=int(claimed.permit is not None))
+            # An attempt of a cluster goes on: its permit ends with its deadline.
+            ended = dataclasses.replace(claimed, permit=None) if self.cluster else claimed
+            self.unrecorded.append((ended, claimed.results(lost)))
         self.running.clear()
         self._sweep()
         self._collect()
         Inspector.ends_at = math.inf
-        left = dict[str, int]()
         with contextlib.suppress(DatabaseError):
             with self.database.transaction() as sql:
-                ended = "update runner set stopped_at = ?, note = ? where pid = ? and stopped_at is null"
-                sql.execute(ended, (int(self.clock.wall()), self.stop_reason, os.getpid()))
-            left = dict(map(tuple, self.database.read("select state, count(*) from queue group by state")))
+                update = "update runner set stopped_at = ?, note = ? where pid = ? and stopped_at is null"
+                sql.execute(update, (int(self.clock.wall()), self.stop_reason, os.getpid()))
             if self.journal.screen:
                 self.journal.screen.paint(self.clock.wall(), [], None)
         self.journal.screen = None
-        counts = {state: left.get(state) for state in ("pending", "retry", "gave_up")}
-        self.journal.write("INFO", "stop", reason=self.stop_reason, **counts)
+        self.journal.write("INFO", "stop", reason=self.stop_reason)
 
 
 # ---------------------------------------------------------------- Examples
 # The reference of all keys, for people and as a JSON Schema, and texts for other programs, printed by `adce.py example
-# NAME`. Headlines: explain(), json_schema(), EXAMPLES, example().
+# NAME`. Headlines: explain(), json_schema(), EXAMPLES.
 
-EXAMPLES = {
-    "systemd": """\
+SYSTEMD_UNIT = """\
 # Save as /etc/systemd/system/adce.service with a user and paths of your own, then: systemctl enable --now adce
 # The folders of ReadWritePaths must exist. A scraper may need more: further ReadWritePaths, MemoryDenyWriteExecute=no
 # for browsers and node, EnvironmentFile=FILE for the variables $NAME of adce.yaml.
@@ -8636,82 +8630,48 @@ TimeoutStartSec=15min
 TimeoutStopSec={stop_seconds}
 KillMode=mixed
 UMask=0077
-NoNewPrivileges=yes
 CapabilityBoundingSet=
 ProtectSystem=strict
 ProtectHome=read-only
-PrivateTmp=yes
-PrivateDevices=yes
-PrivateUsers=yes
-ProtectHostname=yes
-ProtectClock=yes
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectKernelLogs=yes
-ProtectControlGroups=yes
 ProtectProc=invisible
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-RemoveIPC=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
 SystemCallErrorNumber=EPERM
 KeyringMode=private
 DevicePolicy=closed
+{restrictions}
 
 [Install]
 WantedBy=multi-user.target
-""",
-    "alerts": """\
-# Rules for Prometheus: name this file in rule_files of prometheus.yml. Its scrape_configs need
-# - {job_name: adce, static_configs: [{targets: ["127.0.0.1:8080"]}]}
-groups:
-  - name: adce
-    rules:
-      - alert: ADCEIsGone
-        expr: up{job="adce"} == 0 or absent(up{job="adce"})
-        for: 5m
-        annotations: {summary: "ADCE does not answer"}
-      - alert: ADCELoopIsStuck
-        expr: time() - adce_runner_last_beat_timestamp_seconds > 180
-        annotations: {summary: "the main loop of ADCE is stuck"}
-      - alert: ADCECyclesFail
-        expr: time() - adce_cycle_last_success_timestamp_seconds > 3600
-        annotations: {summary: "no cycle has succeeded for a long time"}
-      - alert: ADCETasksGaveUp
-        expr: sum by (dataset) (adce_tasks{state="gave_up"}) > 0
-        annotations: {summary: "{{ $value }} objects of {{ $labels.dataset }} gave up"}
-      - alert: ADCEAttemptsFail
-        expr: >-
-          sum(rate(adce_attempts_total{outcome!~"ok|not_yet|lost"}[1h]))
-          > 0.1 * sum(rate(adce_attempts_total[1h]))
-        for: 15m
-        annotations: {summary: "more than 10% of the attempts fail"}
-      - alert: ADCESourceIsPaused
-        # pauses are short and follow one another: paused for most of half an hour, twice in a row
-        expr: >-
-          count_over_time(adce_paused_until_timestamp_seconds[30m])
-          > on (job, instance) group_left () 0.8 * count_over_time(up{job="adce"}[30m])
-        for: 30m
-        annotations: {summary: "{{ $labels.scope }} has been paused for an hour"}
-""",
-    "cron": """\
-# For `crontab -e`: cron mails what is printed. While a run still works, the next one exits at once. Lines NAME=value
-# above it set the variables $NAME of adce.yaml.
-*/15 * * * * {command} -q run --once --if-locked skip
-""",
-}
+"""
+RESTRICTIONS = """
+    LockPersonality MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateTmp PrivateUsers ProtectClock
+    ProtectControlGroups ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables RemoveIPC
+    RestrictNamespaces RestrictRealtime RestrictSUIDSGID
+"""
+
+# Rules for alerts: name, how long the condition lasts, summary, condition. The pauses of a source that is blocked are
+# short and follow one another: it is paused for most of half an hour, twice in a row.
+RULES = """
+ADCEIsGone | 5m | ADCE does not answer | up{job="adce"} == 0 or absent(up{job="adce"})
+ADCELoopIsStuck | 0m | the main loop of ADCE is stuck | time() - adce_runner_last_beat_timestamp_seconds > 180
+ADCECyclesFail | 0m | no cycle has succeeded for a long time | \
+time() - adce_cycle_last_success_timestamp_seconds > PATIENCE
+ADCETasksGaveUp | 0m | {{ $value }} objects of {{ $labels.dataset }} gave up | \
+sum by (dataset) (adce_tasks{state="gave_up"}) > 0
+ADCEAttemptsFail | 15m | more than 10% of the attempts fail | \
+sum(rate(adce_attempts_total{outcome!~"ok|not_yet|lost"}[1h])) > 0.1 * sum(rate(adce_attempts_total[1h]))
+ADCESourceIsPaused | 30m | {{ $labels.scope }} has been paused for an hour | \
+count_over_time(adce_paused_until_timestamp_seconds[30m]) \
+> on (job, instance) group_left () 0.8 * count_over_time(up{job="adce"}[30m])
+"""
 
 
-def explain(wanted: str | None) -> list[dict[str, Any]]:
-    """A row for the key that `wanted` names, by its path or the end of it, and for each key in it; else for each block.
-
-    Raises Error for an unknown key."""
+def explain(wanted: str | None) -> str:
+    """Kind, default and meaning of the key that `wanted` names, by its path or the end of it, and of those in it; else
+    of each block. Raises Error for an unknown key."""
     settings, found = all_settings(), list[str]()
     path_of = r"\.".join(rf"({re.escape(word)}|\*)" for word in (wanted or "").split("."))
     for pattern in (rf"{path_of}(\.|$)", rf".+\.{re.escape(wanted)}(\.|$)") if wanted else (r"[^.]+$",):
@@ -8719,23 +8679,18 @@ def explain(wanted: str | None) -> list[dict[str, Any]]:
     if not found:
         names = [*settings, *(path.rpartition(".")[2] for path in settings)]
         raise Error(f'unknown key "{wanted}"{suggest(wanted or "", names)}', '"adce.py explain" lists the blocks')
-    rows = []
-    for path, one in ((path, settings[path]) for path in found):
-        is_shown = isinstance(one.default, int | float | str | Path | dict) and one.default not in ("", {})
-        text = json.dumps(one.default, default=str).strip('"') if is_shown else None
-        default = "required" if one.default is NEEDED else text
-        kind, beside = json_schema(one.declared)["title"], " or ".join(one.beside)
-        rows.append({"key": path, "kind": kind, "default": default, "beside": beside, "meaning": one.meaning})
-    return rows
-
-
-def explained_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of explain() for people."""
     lines = []
-    for row in rows:
-        default = row["default"] and (row["default"] if row["default"] == "required" else f"default {row['default']}")
-        facts = [row["kind"], default, row["beside"] and f"only beside {row['beside']}"]
-        lines += [row["key"], f"    {'; '.join(filter(None, facts))}", f"    {row['meaning']}"]
+    for path in found:
+        one = settings[path]
+        facts = [json_schema(one.declared)["title"]]
+        if one.default is NEEDED:
+            facts.append("required")
+        elif isinstance(one.default, int | float | str | Path | dict) and one.default not in ("", {}):
+            default = json.dumps(one.default, default=str).strip('"')
+            facts.append(f"default {default}")
+        if one.beside:
+            facts.append(f"only beside {' or '.join(one.beside)}")
+        lines += [path, f"    {'; '.join(facts)}", f"    {one.meaning}"]
     return "\n".join(lines)
 
 
@@ -8777,56 +8732,69 @@ def json_schema(declared: Any = Configuration) -> dict[str, Any]:
     }
 
 
-# Panels of the dashboard: title, unit, width of 24, and expressions with the legends of their lines.
+# Panels of the dashboard: title, unit, and expressions with the legends of their lines. Without one it is a number.
 PANELS = """
-Coverage | percentunit | 4 | sum(adce_objects{state="present"}) / sum(adce_objects) =>
-Gave up | short | 4 | sum(adce_tasks{state="gave_up"}) or vector(0) =>
-Conditions | short | 4 | adce_open_alerts =>
-Since the last good cycle | s | 6 | time() - adce_cycle_last_success_timestamp_seconds =>
-Since the last heartbeat | s | 6 | time() - adce_runner_last_beat_timestamp_seconds =>
-Coverage by dataset | percentunit | 12 | sum by (dataset) (adce_objects{state="present"}) / \
+Coverage | percentunit | sum(adce_objects{state="present"}) / sum(adce_objects) =>
+Gave up | short | sum(adce_tasks{state="gave_up"}) or vector(0) =>
+Conditions | short | adce_open_alerts =>
+Since the last good cycle | s | time() - adce_cycle_last_success_timestamp_seconds =>
+Since the last heartbeat | s | time() - adce_runner_last_beat_timestamp_seconds =>
+Coverage by dataset | percentunit | sum by (dataset) (adce_objects{state="present"}) / \
 sum by (dataset) (adce_objects) => {{dataset}}
-Open tasks | short | 12 | sum by (dataset, state) (adce_tasks) => {{dataset}} {{state}}
-Use of each limit | percentunit | 12 | adce_window_used_requests / adce_window_limit_requests \
-=> {{scope}} in {{seconds}} s
-Remaining pause | s | 12 | adce_paused_until_timestamp_seconds - time() => {{scope}}
-Attempts | cpm | 12 | sum by (outcome) (60 * rate(adce_attempts_total[15m])) => {{outcome}}
-Seconds per attempt | s | 12 | rate(adce_attempt_seconds_total[15m]) / on (dataset) \
+Open tasks | short | sum by (dataset, state) (adce_tasks) => {{dataset}} {{state}}
+Use of each limit | percentunit | adce_window_used_requests / adce_window_limit_requests => {{scope}} in {{seconds}} s
+Remaining pause | s | adce_paused_until_timestamp_seconds - time() => {{scope}}
+Attempts | cpm | sum by (outcome) (60 * rate(adce_attempts_total[15m])) => {{outcome}}
+Seconds per attempt | s | rate(adce_attempt_seconds_total[15m]) / on (dataset) \
 sum by (dataset) (rate(adce_attempts_total[15m])) => {{dataset}}
-Stored | Bps | 12 | sum by (dataset) (rate(adce_stored_bytes_total[15m])) => {{dataset}}
-Cycles | s | 12 | adce_cycle_duration_seconds => duration | rate(adce_cycles_total[1h]) * 3600 => per hour
+Stored | Bps | sum by (dataset) (rate(adce_stored_bytes_total[15m])) => {{dataset}}
+Cycles | s | adce_cycle_duration_seconds => duration | rate(adce_cycles_total[1h]) * 3600 => per hour
 """
 
 
-def grafana_dashboard() -> str:
-    """A dashboard of PANELS; its data source is chosen at the top of the page."""
-    source, panels, x, y = {"type": "prometheus", "uid": "${datasource}"}, list[dict[str, Any]](), 0, 0
-    for title, unit, size, *lines in (line.split(" | ") for line in PANELS.strip().splitlines()):
-        width = int(size)
-        kind, height = ("stat", 4) if width < 12 else ("timeseries", 8)
+def grafana_dashboard(_: Configuration) -> str:
+    """A dashboard of PANELS, three in a row; its data source is chosen at the top of the page."""
+    source, panels = {"type": "prometheus", "uid": "${datasource}"}, []
+    for number, text in enumerate(PANELS.strip().splitlines()):
+        title, unit, *lines = text.split(" | ")
         targets = [
             {"refId": chr(65 + n), "datasource": source, "expr": expression, "legendFormat": legend.strip()}
             for n, (expression, _, legend) in enumerate(line.partition(" =>") for line in lines)
         ]
-        panel = {"id": len(panels) + 1, "type": kind, "title": title, "datasource": source, "targets": targets}
-        place = {"h": height, "w": width, "x": x, "y": y}
-        panels.append(
-            {**panel, "gridPos": place, "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []}}
-        )
-        x, y = (x + width, y) if x + width < 24 else (0, y + height)
+        kind = "stat" if text.endswith("=>") else "timeseries"
+        panel = {"id": number + 1, "type": kind, "title": title, "datasource": source, "targets": targets}
+        place = {"h": 8, "w": 8, "x": number % 3 * 8, "y": number // 3 * 8}
+        defaults = {"unit": unit, "min": 0}
+        panels.append({**panel, "gridPos": place, "fieldConfig": {"defaults": defaults, "overrides": []}})
     choice = {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"}
     dashboard = {"uid": "adce", "title": "ADCE", "schemaVersion": 39, "refresh": "1m", "panels": panels}
     shown = {"time": {"from": "now-24h", "to": "now"}, "templating": {"list": [choice]}}
     return json.dumps({**dashboard, **shown}, indent=2) + "\n"
 
 
-def launchd_agent(words: Sequence[str], configuration: Configuration) -> str:
+def prometheus_rules(configuration: Configuration) -> str:
+    """RULES, with the port and the pace of this installation."""
+    import yaml
+
+    patience = max(HOUR, 4 * round(configuration.interval_seconds))
+    rules = [
+        {"alert": name, "expr": condition, "for": duration, "annotations": {"summary": summary}}
+        for name, duration, summary, condition in (line.split(" | ") for line in RULES.strip().splitlines())
+    ]
+    groups = yaml.safe_dump({"groups": [{"name": "adce", "rules": rules}]}, sort_keys=False, width=1000)
+    return f"""\
+# Rules for Prometheus: name this file in rule_files of prometheus.yml. Its scrape_configs need
+# - {{job_name: adce, static_configs: [{{targets: ["127.0.0.1:{configuration.health_check.port}"]}}]}}
+{groups.replace("PATIENCE", str(patience))}"""
+
+
+def launchd_agent(configuration: Configuration) -> str:
     """A property list that makes macOS start the runner at login, and again when it fails."""
     import plistlib
 
     agent = {
         "Label": "adce",
-        "ProgramArguments": [*words, "run", "--log", f"{configuration.database}.log"],
+        "ProgramArguments": [*own_command(configuration), "run", "--log", f"{configuration.database}.log"],
         "WorkingDirectory": str(configuration.path.parent),
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False},
@@ -8841,33 +8809,44 @@ def launchd_agent(words: Sequence[str], configuration: Configuration) -> str:
     return text.replace("\n", f"\n{hint}\n", 1)
 
 
-def example(name: str, configuration: Configuration) -> str:
-    """The text for another program, with the paths of this installation."""
-    if name == "grafana":
-        return grafana_dashboard()
-    words = (sys.executable, str(Path(__file__).resolve()), "-c", str(configuration.path))
-    if name == "launchd":
-        return launchd_agent(words, configuration)
-    if name == "alerts":
-        patience = max(HOUR, 4 * round(configuration.interval_seconds))
-        return EXAMPLES[name].replace(":8080", f":{configuration.health_check.port}").replace("> 3600", f"> {patience}")
+def crontab_line(configuration: Configuration) -> str:
+    """A line for crontab, quoted for the shell and for cron."""
+    command = shlex.join(own_command(configuration)).replace("%", r"\%")
+    return f"""\
+# For `crontab -e`: cron mails what is printed. While a run still works, the next one exits at once. Lines NAME=value
+# above it set the variables $NAME of adce.yaml.
+*/15 * * * * {command} -q run --once --if-locked skip
+"""
+
+
+def systemd_unit(configuration: Configuration) -> str:
+    """SYSTEMD_UNIT, with the user and the paths of this installation."""
+
+    def quoted(word: str) -> str:
+        text = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+        return f'"{text}"' if re.search(r"[^\w%$/.:=+@,-]", text) else text
+
     folders = {Path(os.path.normpath(configuration.database.parent))}
     if not configuration.store.startswith("s3://"):
         store = Path(os.path.normpath(configuration.store))
         folders |= {store} if folders.isdisjoint(store.parents) else set()
-    return EXAMPLES[name].format(
-        command=" ".join(map(quote_for_systemd, words)) if name == "systemd" else shlex.join(words).replace("%", r"\%"),
+    return SYSTEMD_UNIT.format(
+        command=" ".join(map(quoted, own_command(configuration))),
         folder=str(configuration.path.parent).replace("%", "%%"),
-        writable=" ".join(quote_for_systemd(str(folder)) for folder in sorted(folders)),
-        user=pwd.getpwuid(os.getuid()).pw_name if os.getuid() else "adce",
+        writable=" ".join(quoted(str(folder)) for folder in sorted(folders)),
+        user=os.getuid() or "adce",  # which may have no name
         stop_seconds=round(configuration.grace_seconds) + 60,
+        restrictions="\n".join(f"{name}=yes" for name in RESTRICTIONS.split()),
     )
 
 
-def quote_for_systemd(word: str) -> str:
-    """A word of a command line in a unit."""
-    text = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    return f'"{text}"' if re.search(r"[^\w%$/.:=+@,-]", text) else text
+EXAMPLES = {
+    "alerts": prometheus_rules,
+    "cron": crontab_line,
+    "grafana": grafana_dashboard,
+    "launchd": launchd_agent,
+    "systemd": systemd_unit,
+}
 
 
 # ---------------------------------------------------------------- Checks
@@ -9211,15 +9190,15 @@ def trial(configuration: Configuration) -> Iterator[tuple[Database, Store]]:
 # From words to a command, and to an exit code. Headlines: command(), main().
 
 Arguments = argparse.Namespace
-Act = TypeVar("Act", bound=Callable[[Arguments, Configuration], int | None])  # returns an exit code; None: done
+Act = Callable[[Arguments, Configuration], int | None]  # returns an exit code; None: done
 Option = tuple[tuple[str, ...], Mapping[str, Any]]  # as add_argument() takes it
 
 
 class Command(NamedTuple):
-    """One command: the function that does it, and its options."""
+    """One command: the function that does it, whose docstring is the help, and its options."""
 
     name: str
-    act: Callable[[Arguments, Configuration], int | None]
+    act: Act
     options: tuple[Option, ...]
     needs: str  # "configuration", "database" (works in spite of a mistake in adce.yaml) or "nothing"
 
@@ -9229,19 +9208,14 @@ def option(*names: str, **settings: Any) -> Option:
     return names, settings
 
 
-def command(*options: Option, needs: str = "configuration") -> Callable[[Act], Act]:
-    """Make a function `command_NAME` the command NAME; its docstring is the help."""
-
-    def mark(act: Act) -> Act:
-        vars(act)["command"] = Command(act.__name__.removeprefix("command_"), act, options, needs)
-        return act
-
-    return mark
+def command(*options: Option, needs: str = "configuration") -> Callable[[Act], Command]:
+    """Make a function `command_NAME` the command NAME."""
+    return lambda act: Command(act.__name__.removeprefix("command_"), act, options, needs)
 
 
-def commands() -> list[Command]:
-    """The commands of this module, in the order of their definition."""
-    return [act.command for name, act in globals().items() if name.startswith("command_")]
+def commands() -> dict[str, Command]:
+    """The commands of this module by name, in the order of their definition."""
+    return {value.name: value for value in globals().values() if isinstance(value, Command)}
 
 
 def _kind(name: str, read: Callable[[str], Any], is_good: Callable[[Any], bool] = lambda _: True) -> Any:
@@ -9270,8 +9244,11 @@ EVERYWHERE = (
 )
 FILTERS = (option("--source", help="only this source"), option("--dataset", help="only this dataset"))
 A_DAY = _kind("a day; write 2024-12-15", lambda text: datetime.date.fromisoformat(text).isoformat())
-DAY_FILTER = option("--day", type=A_DAY, metavar="2024-12-15", help="only objects of this day")
-ERROR_FILTER = option("--error", metavar="TEXT", help="only those whose last error contains TEXT")
+TASK_OPTIONS = (
+    *FILTERS,
+    option("--day", type=A_DAY, metavar="2024-12-15", help="only objects of this day"),
+    option("--error", metavar="TEXT", help="only those whose last error contains TEXT"),
+)
 SCOPE = option("scope", metavar="SOURCE", help="a source, or global for all")
 TIMEOUT = option("--timeout", type=DURATION, metavar="45s", help="how long to wait for its end (grace_seconds + 15)")
 LIMIT = option("--limit", type=COUNT, default=20, metavar="N", help="at most N rows (20)")
@@ -9295,74 +9272,51 @@ def build_parser(words: Sequence[str] = ()) -> Parser:
     parser = Parser(prog="adce.py", description=description, parents=[common], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ADCE {__version__}, SQLite {sqlite3.sqlite_version}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for each in [each for each in commands() if each.name in words] or commands():
-        meaning = (each.act.__doc__ or "").removesuffix(".")
-        sub = subparsers.add_parser(each.name, help=meaning, description=meaning, parents=[common], allow_abbrev=False)
+    known = commands()
+    for name in known.keys() & words or known:
+        each, meaning = known[name], (known[name].act.__doc__ or "").removesuffix(".")
+        sub = subparsers.add_parser(name, help=meaning, description=meaning, parents=[common], allow_abbrev=False)
         for names, settings in each.options:
             sub.add_argument(*names, **settings)
         sub.set_defaults(chosen=each)
     return parser
 
 
-MADE_EXAMPLES = ("completion", "completion-fish", "config", "grafana", "launchd")
-COMPLETION = """\
+COMPLETIONS = {
+    "completion": """\
 # For bash and zsh: source <(adce.py example completion)
 if [ -n "$ZSH_VERSION" ]; then
     whence compdef > /dev/null || {{ autoload -U compinit && compinit -C; }}
     autoload -U bashcompinit && bashcompinit
 fi
 _adce() {{
-    local word words="{commands}" i
-    for ((i = 1; i < COMP_CWORD; i++)); do
-        case "${{COMP_WORDS[i]}}" in
-{cases}
-        esac
-    done
-    case "${{COMP_WORDS[COMP_CWORD - 1]}}" in
-{choices}
-        {files}) words="" ;;
-        {others}) words=""; compopt +o default 2> /dev/null ;;
-    esac
-    COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+    COMPREPLY=($({program} complete "${{COMP_WORDS[@]:1:COMP_CWORD}}"))
 }}
 complete -o default -F _adce adce.py
-"""
+""",
+    "completion-fish": """\
+# For fish: adce.py example completion-fish > ~/.config/fish/completions/adce.py.fish
+function _adce
+    {program} complete (commandline -opc)[2..] (commandline -ct)
+end
+complete -c adce.py -a '(_adce)'
+""",
+}
 
 
-def completion(shell: str) -> str:
-    """A script that completes commands, options and their choices, for `fish`, or for bash and zsh."""
-    options = [option for each in commands() for option in each.options]
-    valued = {
-        names[-1]: settings
-        for names, settings in [*EVERYWHERE, *options]
-        if names[-1].startswith("--") and settings.get("action") != "store_true"
-    }
-    choices = {name: settings["choices"] for name, settings in valued.items() if "choices" in settings}
-    files = [name for name, settings in valued.items() if settings.get("metavar") == "FILE"]
-    others = [name for name in valued if name not in (*choices, *files)]  # whose values are not known here
-    words: dict[str, list[str]] = {}
-    for each in commands():
-        words[each.name] = [names[-1] for names, _ in each.options if names[-1].startswith("-")]
-        words[each.name] += [
-            word for names, more in each.options if names[0][0] != "-" for word in more.get("choices", ())
-        ]
-    if shell != "fish":
-        return COMPLETION.format(
-            commands=" ".join(words),
-            cases="\n".join(f'            {name}) words="{" ".join(known)}" ;;' for name, known in words.items()),
-            choices="\n".join(f'        {name}) words="{" ".join(known)}" ;;' for name, known in choices.items()),
-            files="|".join(files),
-            others="|".join(others),
-        )
-    lines = ["# For fish: adce.py example completion-fish > ~/.config/fish/completions/adce.py.fish"]
-    for each in commands():
-        meaning = shlex.quote((each.act.__doc__ or "").removesuffix("."))
-        lines.append(f"complete -c adce.py -f -n __fish_use_subcommand -a {each.name} -d {meaning}")
-        for word in words[each.name]:
-            kind = f"-l {word.removeprefix('--')}" if word.startswith("--") else f"-a {word}"
-            known = f" -xa {shlex.quote(' '.join(choices[word]))}" if word in choices else " -x" * (word in others)
-            lines.append(f"complete -c adce.py -n '__fish_seen_subcommand_from {each.name}' {kind}{known}")
-    return "\n".join(lines) + "\n"
+def completions(words: Sequence[str]) -> list[str]:
+    """The commands, or the options and choices of the command or option before it, that begin like the last word."""
+    *before, last = words
+    chosen = next((each for name, each in commands().items() if name in before), None)
+    options = [*EVERYWHERE, *(chosen.options if chosen else ())]
+    valued = {names[-1]: settings for names, settings in options if settings.get("action") != "store_true"}
+    found: Iterable[str] = commands()
+    if before and before[-1].startswith("-") and before[-1] in valued:
+        found = valued[before[-1]].get("choices", ())
+    elif chosen:
+        positional = [choice for names, more in options if names[0][0] != "-" for choice in more.get("choices", ())]
+        found = [*positional, *(names[-1] for names, _ in options if names[-1].startswith("-"))]
+    return [word for word in found if word.startswith(last)]
 
 
 def parse_arguments(words: Sequence[str]) -> Arguments:
@@ -9381,16 +9335,16 @@ def _existing(configuration: Configuration) -> Database:
     return open_database(configuration.database, must_exist=True)
 
 
-RED, YELLOW, GREEN = ("\x1b[31m{}\x1b[0m", "\x1b[33m{}\x1b[0m", "\x1b[32m{}\x1b[0m")
-COLOURS = {"x": RED, "!": YELLOW, "ATTENTION": YELLOW, "FILLING": YELLOW, "COMPLETE": GREEN}  # https://no-color.org
+RED, GREEN, YELLOW = 31, 32, 33  # of SGR, ECMA-48
+COLOURS = {"x": RED, "!": YELLOW, "ATTENTION": YELLOW, "FILLING": YELLOW, "COMPLETE": GREEN}
 
 
 def coloured(text: str) -> str:
-    """A text with its marks in colour, for a terminal that wants that."""
+    """A text with its marks in colour, for a terminal that wants that (https://no-color.org)."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
         return text
-    marks = re.compile("^ *(x|!|ATTENTION|FILLING|COMPLETE)(?= )", re.MULTILINE)
-    return marks.sub(lambda found: COLOURS[found[1]].format(found[0]), text)
+    marks = f"^ *({'|'.join(COLOURS)})(?= )"
+    return re.sub(marks, lambda found: f"\x1b[{COLOURS[found[1]]}m{found[0]}\x1b[0m", text, flags=re.MULTILINE)
 
 
 def _print(arguments: Arguments, sections: Sequence[Section]) -> None:
@@ -9446,6 +9400,9 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     if words[:1] == ["call"] and "ADCE_OUTPUT" in os.environ:  # internal: the program of a dataset's call
         return call_function(words[1:])
+    if words[:1] == ["complete"]:  # internal: for the shell
+        print("\n".join(completions(words[1:] or [""])))
+        return ExitCode.DONE
     arguments = parse_arguments(words)
     try:
         configuration = Configuration()
@@ -9511,27 +9468,23 @@ def command_plan(arguments: Arguments, configuration: Configuration) -> ExitCode
 
 
 @command(
-    option(
-        "--once", action="store_true", help="one cycle, one attempt at each task that is due; exit 3: gaps are left"
-    ),
+    option("--once", action="store_true", help="one cycle, one attempt at each task that is due; exit 3: gaps left"),
     option("--dry-run", action="store_true", help="the same as plan"),
     option("--interval-minutes", type=POSITIVE, metavar="N", help="between cycles"),
     option("--interval-hours", type=POSITIVE, metavar="N", help="older form of --interval-minutes"),
     option("--max-minutes", type=POSITIVE, metavar="N", help="stop cleanly after N minutes"),
-    option(
-        "--max-wait", type=DURATION, default=MINUTE, metavar="60s", help="with --once, the longest pause to wait for"
-    ),
+    option("--max-wait", type=DURATION, default=MINUTE, metavar="60s", help="the longest pause --once waits for"),
     *FILTERS,
     option("--if-locked", choices=("fail", "skip"), default="fail", help="skip: exit 0, silent, if another runs"),
     option("--log", type=PATH, metavar="FILE", help="log to FILE, 20 MB at most, instead of stderr"),
 )
-def command_run(arguments: Arguments, configuration: Configuration) -> ExitCode:
+def command_run(arguments: Arguments, configuration: Configuration) -> int | None:
     """Keep the lake complete until stopped."""
     minutes = arguments.interval_minutes or (arguments.interval_hours or 0) * 60
     if minutes:
         configuration = dataclasses.replace(configuration, interval_seconds=minutes * MINUTE)
     if arguments.dry_run:
-        return command_plan(arguments, configuration)
+        return command_plan.act(arguments, configuration)
     check_environment(configuration)
     database, lock = open_database(configuration.database), RunnerLock(configuration.database)
     try:
@@ -9647,7 +9600,7 @@ def command_restart(arguments: Arguments, configuration: Configuration) -> None:
             name = unit.rpartition("/")[2]
             raise Error(f"the runner belongs to the unit {name} of systemd", f"systemctl restart {name}")
         stop_runner(configuration, arguments.timeout)
-    command_start(arguments, configuration)
+    command_start.act(arguments, configuration)
 
 
 @command(
@@ -9682,9 +9635,7 @@ def command_resume(arguments: Arguments, configuration: Configuration) -> None:
 @command(
     option("task_ids", type=COUNT, nargs="*", metavar="ID"),
     option("--state", choices=(TaskState.RETRY.value, TaskState.GAVE_UP.value)),
-    *FILTERS,
-    DAY_FILTER,
-    ERROR_FILTER,
+    *TASK_OPTIONS,
     option("--yes", action="store_true", help="do not ask for confirmation"),
 )
 def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCode:
@@ -9696,7 +9647,11 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     if not tasks:
         print_result(arguments, "no task in state retry or gave_up matches", retried=0)
         return ExitCode.DONE
-    if not (arguments.task_ids or arguments.yes or _confirm(f"Retry {len(tasks)} tasks now?")):
+    is_wanted = arguments.task_ids or arguments.yes
+    if not is_wanted and sys.stdin.isatty() and sys.stderr.isatty():
+        print(f"Retry {len(tasks)} tasks now? [y/N] ", end="", file=sys.stderr, flush=True)
+        is_wanted = sys.stdin.readline().strip().lower() in ("y", "yes")
+    if not is_wanted:
         print(f"adce.py: {len(tasks)} tasks match; nothing was done\nTry: --yes", file=sys.stderr)
         return ExitCode.USAGE
     with database.transaction() as sql:
@@ -9704,14 +9659,6 @@ def command_retry(arguments: Arguments, configuration: Configuration) -> ExitCod
     text = f"{count} task{'s' * (count != 1)} will be retried as soon as possible"
     print_result(arguments, text, retried=count)
     return ExitCode.DONE
-
-
-def _confirm(question: str) -> bool:
-    """The answer of a person at the terminal; without a terminal: no."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 @command(
@@ -9795,10 +9742,8 @@ def command_logs(arguments: Arguments, configuration: Configuration) -> None:
 
 @command(
     option("--state", choices=["pending", "retry", "running", "gave_up"]),
-    *FILTERS,
-    DAY_FILTER,
+    *TASK_OPTIONS,
     option("--key", metavar="KEY", help="only those whose key contains KEY, or matches it with * and ?"),
-    ERROR_FILTER,
     LIMIT,
 )
 def command_tasks(arguments: Arguments, configuration: Configuration) -> None:
@@ -9853,23 +9798,19 @@ def command_check(arguments: Arguments, configuration: Configuration) -> ExitCod
 )
 def command_explain(arguments: Arguments, _: Configuration) -> None:
     """Print the meaning of the keys of adce.yaml, or a JSON Schema of them."""
-    if arguments.json_schema:
-        print(json.dumps(json_schema(), indent=2))
-    elif arguments.format == "table":
-        print(explained_text(explain(arguments.key)))
-    else:
-        _print(arguments, [Section("keys", "", explain(arguments.key))])
+    print(json.dumps(json_schema(), indent=2) if arguments.json_schema else explain(arguments.key))
 
 
-@command(option("name", choices=sorted([*EXAMPLES, *MADE_EXAMPLES])), needs="nothing")
+@command(option("name", choices=sorted(["config", *COMPLETIONS, *EXAMPLES])), needs="nothing")
 def command_example(arguments: Arguments, _: Configuration) -> None:
     """Print a configuration, a text for systemd, launchd, cron, Grafana or Prometheus, or the completion of a shell."""
-    if arguments.name.startswith("completion"):
-        print(completion(arguments.name.partition("-")[2]), end="")
+    if arguments.name in COMPLETIONS:
+        program = shlex.join([sys.executable, str(Path(__file__).resolve())])
+        print(COMPLETIONS[arguments.name].format(program=program), end="")
     elif arguments.name == "config":
         print(Path(__file__).with_name(DEFAULT_NAME).read_text(encoding="utf-8"), end="")
     else:
-        print(example(arguments.name, configured(arguments)), end="")
+        print(EXAMPLES[arguments.name](configured(arguments)), end="")
 
 
 if __name__ == "__main__":

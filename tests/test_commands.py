@@ -408,6 +408,7 @@ def test_unit_is_one_that_systemd_takes(folder, tmp_path):
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     parser.read_string(unit.read_text())
     assert parser["Service"]["ExecStart"].endswith(" run")
+    assert parser["Service"]["User"] == str(os.getuid() or "adce")
     if shutil.which("systemd-analyze"):
         done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
         assert "adce.service" not in done.stderr, done.stderr
@@ -468,7 +469,7 @@ def test_crontab_line_works_in_the_empty_environment_of_cron(folder, tmp_path):
 
 def test_every_command_is_in_the_help(folder):
     text = run_adce("--help", folder=folder).stdout
-    assert [command.name for command in adce.commands() if f"    {command.name} " not in text] == []
+    assert [command for command in adce.commands() if f"    {command} " not in text] == []
     assert os.environ.get("ADCE_CONFIG") is None
     assert isinstance(folder, Path)
 

@@ -108,4 +108,4 @@ def test_check_says_what_is_weaker(tmp_path):
 def test_unit_is_not_known(tmp_path, monkeypatch):
     monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
     monkeypatch.setattr(adce, "PROC", tmp_path / "no proc")
-    assert adce.systemd_unit() is None
+    assert adce.own_unit() is None
