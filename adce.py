@@ -2854,8 +2854,10 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
             continue
         members = {names[0]: value} if partitions.id_field else value
         parts = [members.get(name) for name in names] if isinstance(members, dict) else []
-        if not parts or not all(isinstance(part, str | int) and not isinstance(part, bool) for part in parts):
-            problems.append(f"{child.name}: {str(value)[:1000]} is not an id")
+        usable = [isinstance(part, str | int) and not isinstance(part, bool) for part in parts]
+        if not usable or not all(usable):
+            which = f": its {names[usable.index(False)]} is none" if usable and names[1:] else ""
+            problems.append(f"{child.name}: {str(value)[:1000]} is not an id{which}")
             continue
         texts = dict(zip(names, map(str, parts), strict=True))
         if problem := next(filter(None, (part_problem(child, *part) for part in texts.items())), None):
@@ -3811,7 +3813,7 @@ def require_public(source: Source, connection: Any, connected: socket.socket) ->
     place = place if connection.port == connection.default_port else f"{place}:{connection.port}"
     is_by_proxy = connection.proxy or hasattr(connection, "_socks_options")
     if not (is_by_proxy or place in source.known_hosts or _is_public(peer)):
-        raise PrivateAddressError(f"redirected to {host}, which is {peer}: a private address, which is refused")
+        raise PrivateAddressError(f"redirected to {place}, which is {peer}: a private address, which is refused")
 
 
 def record_response(
@@ -7099,7 +7101,10 @@ LATEST = """
     never as (  -- the datasets without any object
         select dataset_id, sum(attempts) as attempts from datasets cross join daily_totals using (dataset_id)
         where active and dataset_id not in (select dataset_id from counts where state = 'present' and objects > 0)
-        group by dataset_id having sum(attempts) >= 5 and min(outcome) = 'not_yet' and max(outcome) = 'not_yet')
+        group by dataset_id
+        having (sum(attempts) >= 5 and min(outcome) = 'not_yet' and max(outcome) = 'not_yet')
+            or (min(outcome in ('not_yet', 'invalid', 'http_error', 'error'))  -- and nothing tries again by itself
+                and exists (select 1 from runner where stopped_at is not null)))
 """
 # condition: its mark and the command that helps; its subjects, a sentence about each, and whether it is quiet
 CONDITIONS = questions("""
