@@ -5790,6 +5790,7 @@ class Deadline:
     def watch(self, connection: Any, connected: socket.socket) -> None:
         """A socket of the request is ready, before TLS. Raises PrivateAddressError for one of a refused redirect."""
         self.is_connected = True
+        self.check_permit()
         self.limit(connected)
         if self.claimed.hops:
             require_public(self.claimed.source, connection, connected)
@@ -5904,7 +5905,6 @@ def _watch_pool(session: Any, pool: Any) -> None:
             if self.sock:  # connected for an earlier request, perhaps
                 deadline.reuses = None if deadline.is_connected else (self.host, self.port)
                 deadline.watch(self, self.sock)
-                deadline.check_permit()
             return super().request(*arguments, **options)
 
         @property
