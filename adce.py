@@ -1838,7 +1838,7 @@ class Dataset:
     absent_after: Interval | None = setting("age from which `not found` means that there is no such object", None)
     excluded: NamedValues = setting("known holes: values of fields whose objects are not expected", {}, name="except")
     at_least: Count | None = setting(
-        "expected objects, of each season that is over or in all; fewer are reported", None
+        "expected objects, of each season that is over, else of the dataset; fewer are reported", None
     )
     priority: Urgency = setting("auto: from the age of its date or season", "auto")
 
@@ -1889,10 +1889,9 @@ class Configuration:
 
     def source_at(self, url: str, asked: Source) -> Source:
         """Whose limits a redirect to a url counts in: those of the source that has its host, else of the one asked."""
-        hosts = {one.name: urllib.parse.urlsplit(one.base_url).netloc for one in [*self.sources.values(), asked]}
         there = urllib.parse.urlsplit(url).netloc
-        named = [name for name in (asked.name, *hosts) if hosts[name].rpartition("@")[2] == there]
-        return self.sources[named[0]] if named else asked
+        hosts = ((urllib.parse.urlsplit(one.base_url).netloc, one) for one in (asked, *self.sources.values()))
+        return next((one for host, one in hosts if host.rpartition("@")[2] == there), asked)
 
     def own_fields_of(self, name: str) -> tuple[str, ...]:
         """The fields whose values distinguish the objects of a dataset."""
@@ -4726,7 +4725,8 @@ def finish(ledger: Ledger, claimed: Claim, results: Sequence[Result], clock: Clo
         release(sql, claimed.permit, now, used=was_sent)
     if was_sent or claimed.dataset.command or claimed.dataset.call:
         has_failed = claimed.tasks[0].failures > 0
-        health = record_response(sql, claimed.source, decisive, now, is_repeated=has_failed)
+        answered_by = ledger.configuration.source_at(claimed.url, claimed.source) if claimed.hops else claimed.source
+        health = record_response(sql, answered_by, decisive, now, is_repeated=has_failed)
     if decisive.outcome is Outcome.STORE_ERROR:
         health = SourceHealth(pause_seconds=FIRST_PAUSE_SECONDS)
         pause(sql, GLOBAL, FIRST_PAUSE_SECONDS, f"{STORE_TROUBLE}{decisive.error}", now)
@@ -4857,7 +4857,7 @@ def requeue_orphans(sql: sqlite3.Connection, policy: Retry) -> int:
 
 
 def correct_instants(sql: sqlite3.Connection, policy: Retry, now: float) -> None:
-    """After a run whose clock was ahead: what it stored is as old as this instant, and what it would retry is due."""
+    """After a run whose clock was fast: what it stored is as old as this instant, and what it would retry is due."""
     correct = """
         update objects
         set next_at = iif(task is null or task = 'retry', 0, null), since = min(since, :now),
@@ -4996,7 +4996,7 @@ ALL_KEYS, NO_KEYS = KeyRange("", LAST_KEY), KeyRange(LAST_KEY, "")
 
 
 @dataclass(frozen=True, slots=True)
-class ReadAhead:
+class Prefetch:
     """Asks the store in other threads, and calls `wake` after each answer; without threads, asks at once."""
 
     executor: Executor | None = None
@@ -5033,9 +5033,9 @@ class Listing:
     """The objects of a range below a prefix, as pages. A prefix that was out of order, or was never listed, is sorted
     first; its range is all of it."""
 
-    def __init__(self, store: Store, prefix: str, keys: KeyRange, ahead: ReadAhead, *, is_ordered: bool) -> None:
+    def __init__(self, store: Store, prefix: str, keys: KeyRange, prefetch: Prefetch, *, is_ordered: bool) -> None:
         self.prefix, self.keys, self.is_ordered, self.was_ascending = prefix, keys, is_ordered, is_ordered
-        self._ahead, self._made = ahead, chunks(self._entries(store), CHUNK)
+        self._prefetch, self._made = prefetch, chunks(self._entries(store), CHUNK)
         self._next: Future[list[StoredObject] | None] | None = None
 
     def _entries(self, store: Store) -> Iterator[StoredObject]:
@@ -5054,7 +5054,7 @@ class Listing:
 
     def start(self) -> Future[list[StoredObject] | None]:
         """Begin to make the next page, unless that has begun."""
-        self._next = self._next or self._ahead.submit(next, self._made, None)
+        self._next = self._next or self._prefetch.submit(next, self._made, None)
         return self._next
 
     def pages(self) -> Iterator[list[StoredObject] | None]:
@@ -5144,10 +5144,10 @@ class Cycle:
         store: Store,
         clock: Clock,
         options: CycleOptions,
-        ahead: ReadAhead,
+        prefetch: Prefetch,
     ) -> None:
         self.database, self.configuration, self.store, self.clock = database, configuration, store, clock
-        self.ahead = ahead
+        self.prefetch = prefetch
         self.listed = self.looked = self.created = self.closed = self.dropped = 0
         self.is_complete = self.is_braked = False
         self.store_error: str | None = None
@@ -5271,7 +5271,7 @@ def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | Non
         is_validated_only = not (children or freshness.until or freshness.live)
         few: float = READS_IN_A_TRANSACTION
         while unread := _unread(cycle, dataset, after, min(few, cycle.may_verify) if is_validated_only else few):
-            reading = {row.object_id: cycle.ahead.submit(_inspect, cycle, dataset, children, row) for row in unread}
+            reading = {row.object_id: cycle.prefetch.submit(_inspect, cycle, dataset, children, row) for row in unread}
             while not all(future.done() for future in reading.values()):
                 yield True
             found = {number: inspection for number, future in reading.items() if (inspection := future.result())}
@@ -5328,11 +5328,11 @@ def reconcile(
     store: Store,
     clock: Clock,
     options: CycleOptions = CycleOptions(),
-    ahead: ReadAhead = ReadAhead(),
+    prefetch: Prefetch = Prefetch(),
 ) -> Iterator[int]:
     """One cycle, as steps: each `next()` does a little and yields the cycle's id, or 0 while it waits for the store;
     the last step records the result. An error of the store ends the cycle and is recorded in its row."""
-    cycle = Cycle(database, configuration, store, clock, options, ahead)
+    cycle = Cycle(database, configuration, store, clock, options, prefetch)
     try:
         yield cycle.cycle_id
         for waits in _steps(cycle):
@@ -5476,7 +5476,9 @@ def _compare(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
             continue  # it is within another
         share = NO_KEYS if prefix.startswith(tuple(cycle.compared)) else cycle.share
         ranges = ranges_to_list(cycle.database, prefix, share if prefix in ordered else ALL_KEYS)
-        listings += [Listing(cycle.store, prefix, keys, cycle.ahead, is_ordered=prefix in ordered) for keys in ranges]
+        listings += [
+            Listing(cycle.store, prefix, keys, cycle.prefetch, is_ordered=prefix in ordered) for keys in ranges
+        ]
     for number, listing in enumerate(listings):
         for following in listings[number : number + LISTED_AT_ONCE]:
             following.start()
@@ -5559,7 +5561,7 @@ def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]
 
 def _searched(cycle: Cycle, ledger: Ledger, row: ObjectRow, entry: StoredObject | None) -> ObjectRow:
     """The row of an object for which the store was searched. Content of another version counts as unread. No clock but
-    ours says how old it is: one that is ahead would keep it fresh for longer."""
+    ours says how old it is: one that is fast would keep it fresh for longer."""
     if not entry:
         return ledger.appraised(row._replace(proven=1))
     now = int(ledger.now)
@@ -5611,15 +5613,15 @@ def _age(cycle: Cycle) -> Iterator[None]:
 def _review(cycle: Cycle, condition: str, ledger: Ledger, ids: dict[str, Any]) -> None:
     """Appraise and rank objects by the rules of today."""
     for row in ledger.objects(f"{condition} and o.object_id > :after and o.object_id <= :last", ids):
-        now = row
+        new = row
         if row.etag is not None and row.dataset not in cycle.readers:
-            now = row._replace(**{**UNREAD, "read_etag": row.etag})
-        now = ledger.appraised(now)
-        if now.task and not cycle.configuration.datasets[row.dataset].batch:
-            now = now._replace(gap_size=1)
-        now = ledger.ranked(now) if now.task else now
-        if now != row:
-            ledger.write([now])
+            new = row._replace(**{**UNREAD, "read_etag": row.etag})
+        new = ledger.appraised(new)
+        if new.task and not cycle.configuration.datasets[row.dataset].batch:
+            new = new._replace(gap_size=1)
+        new = ledger.ranked(new) if new.task else new
+        if new != row:
+            ledger.write([new])
 
 
 def _resize_gaps(cycle: Cycle, dataset: Dataset, batch: Batch) -> Iterator[None]:
@@ -6972,13 +6974,13 @@ def _fitted(columns: dict[str, list[str]], numbers: Collection[str], width: int)
         widths = _widths(columns, numbers, width)
     heads = [name if len(name) <= n else name.replace("_", " ") for name, n in zip(columns, widths, strict=True)]
     rows = [heads, ["-" * n for n in widths], *zip(*columns.values(), strict=True)]
-    for row, text in itertools.zip_longest(rows, ["-", "-", *below], fillvalue="-"):
+    for row, text in itertools.zip_longest(rows, ["", "", *below], fillvalue=""):
         cells = ([cell] if len(cell) <= n else textwrap.wrap(cell, n) for cell, n in zip(row, widths, strict=True))
         for parts in itertools.zip_longest(*cells, fillvalue=""):
             aligned = zip(columns, parts, widths, strict=True)
             line = "  ".join(part.rjust(n) if name in numbers else part.ljust(n) for name, part, n in aligned).rstrip()
             yield line if line == cut(line, width) else f"{cut(line, width - 1)}…"
-        yield from textwrap.wrap(text.removeprefix("-"), width, initial_indent="    ", subsequent_indent="    ")
+        yield from textwrap.wrap("" if text == "-" else text, width, initial_indent="    ", subsequent_indent="    ")
 
 
 def _widths(columns: Mapping[str, list[str]], numbers: Collection[str], width: int) -> list[int]:
@@ -7616,7 +7618,7 @@ adce_window_used_requests: Requests in a window of a rate limit.
     select scope, cast(window_seconds as integer) as seconds, used from rates where max_requests
 adce_window_limit_requests: Requests that a window of a rate limit allows.
     select scope, cast(window_seconds as integer) as seconds, max_requests from rates where max_requests
-adce_paused_until_timestamp_seconds: When a paused source may be asked again.
+adce_paused_until_timestamp_seconds: When the pause of a source ends.
     select scope, paused_until + wall_offset as until from scopes, facts where until > unixepoch()
 adce_runner_last_beat_timestamp_seconds: The last heartbeat of the main loop.
     select beat_at from runner
@@ -8377,14 +8379,14 @@ class Runner:
         failure = self.database.value("select error from reconciliations where cycle_id = ?", (self.cycle_id,))
         if self.has_problems or (failure and failure != STOPPED_EARLY):
             return ExitCode.ERROR
-        gap = "select 1 from gaps where dataset in (select value from json_each(?)) limit 1"
-        return ExitCode.GAPS_LEFT if self.database.value(gap, (json.dumps([*self.datasets]),)) else ExitCode.DONE
+        gaps = "select sum(expected - present) from coverage where dataset in (select value from json_each(?))"
+        return ExitCode.GAPS_LEFT if self.database.value(gaps, (json.dumps([*self.datasets]),)) else ExitCode.DONE
 
     def _start(self, address: str | None, log: Path | None) -> None:
         """End the programs of a crashed runner, prepare the store, and register this process as the runner."""
         ended, configuration = self._sweep(), self.configuration
-        ahead = ReadAhead(self.listers, lambda: self.wakeups.put("prepared"))
-        preparing = ahead.submit(prepare_store, self.database, configuration, self.store)
+        prefetch = Prefetch(self.listers, lambda: self.wakeups.put("prepared"))
+        preparing = prefetch.submit(prepare_store, self.database, configuration, self.store)
         while not preparing.done():
             self.clock.wait(self.wakeups, MINUTE)
             if self.stop_reason:
@@ -8433,8 +8435,8 @@ class Runner:
             if not is_wanted and now < self.next_cycle_at:
                 return
             self.next_cycle_at = math.inf if self.once else now + self.configuration.interval_seconds
-            ahead = ReadAhead(self.listers, lambda: self.wakeups.put("page"))
-            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, CycleOptions(), ahead)
+            prefetch = Prefetch(self.listers, lambda: self.wakeups.put("page"))
+            self.steps = reconcile(self.database, self.configuration, self.store, self.clock, CycleOptions(), prefetch)
         try:
             step = next(self.steps)
             self.cycle_id, self.cycle_waits = step or self.cycle_id, step == 0
@@ -8960,20 +8962,13 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
         rules, children = dataset.validate, configuration.children_of(dataset.name)
         if dataset.url and not (needs_json(dataset, children) or rules.needs_content() or rules.min_bytes > 1):
             yield about, "has no validate: any response counts as its object, even a login page"
-        for name in _fields_without_effect(dataset):
+        for name in _unnamed_fields(dataset):
             yield about, f"its url does not name {{{name}}}: objects that differ in it have the same content"
         url = dataset.url.text if dataset.url and source.base_url and source.headers else ""
         if url.startswith("http") and origin_of(url) != origin_of(source.base_url):
             yield about, f"its url is not below base_url, but gets the headers of source {source.name}"
-        dates = dataset.partitions.dates
-        is_over = (
-            not dates or isinstance(dates.last, datetime.date) or (dates.last, dates.every) == ("yesterday", "day")
-        )
-        if dates and not (is_over or dataset.available_after or dataset.freshness != Freshness()):
-            yield (
-                about,
-                f"its last {dates.every} is fetched before it is over; see available_after and refetch_once_after",
-            )
+        if _has_unfinished_step(dataset):
+            yield about, "its last step is fetched before it is over; see available_after and refetch_once_after"
     for place in (configuration.path, configuration.path.parent, Path(__file__).resolve(), configuration.database):
         with contextlib.suppress(OSError):
             mode = place.stat().st_mode
@@ -8983,7 +8978,20 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
         yield "permissions", "runs as root; a dedicated user is enough"
 
 
-def _fields_without_effect(dataset: Dataset) -> list[str]:
+def _has_unfinished_step(dataset: Dataset) -> bool:
+    """Whether a step may be fetched before it is over, and never again."""
+    dates = dataset.partitions.dates
+    if (
+        not dates
+        or isinstance(dates.last, datetime.date)
+        or dataset.available_after
+        or dataset.freshness != Freshness()
+    ):
+        return False
+    return dates.last != "yesterday" or dates.every not in ("hour", "day")
+
+
+def _unnamed_fields(dataset: Dataset) -> list[str]:
     """The fields that distinguish objects of a dataset, but not their requests."""
     if not dataset.url:
         return []

@@ -54,8 +54,8 @@ with database.transaction() as sql:
     adce.declare_limits(sql, configuration, clock)
     adce.declare_datasets(sql, configuration)
 with ThreadPoolExecutor(4) as executor:
-    ahead = adce.ReadAhead(executor, lambda: wakeups.put(""))
-    for step in adce.reconcile(database, configuration, Watched(Path("lake")), clock, ahead=ahead):
+    prefetch = adce.Prefetch(executor, lambda: wakeups.put(""))
+    for step in adce.reconcile(database, configuration, Watched(Path("lake")), clock, prefetch=prefetch):
         if not step:
             wakeups.get(timeout=60)
 """

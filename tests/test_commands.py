@@ -652,6 +652,12 @@ datasets:
     url: "/{date}"
     partitions: {dates: {from: 2024-01-01, every: month}}
     validate: {gzip: true}
+  hours:
+    source: polite
+    key: "hours/{date:%Y-%m-%d-%H}"
+    url: "/{date}"
+    partitions: {dates: {from: 2024-01-01, every: hour}}
+    validate: {gzip: true}
 """
 
 
@@ -670,7 +676,7 @@ def test_check_warns_of_what_may_do_harm_and_is_content_all_the_same(tmp_path):
         ("dataset any", "has no validate: any response counts as its object, even a login page"),
         ("dataset same", "its url does not name {m}: objects that differ in it have the same content"),
         ("dataset away", "its url is not below base_url, but gets the headers of source polite"),
-        ("dataset months", "its last month is fetched before it is over"),
+        ("dataset months", "its last step is fetched before it is over"),
         ("permissions", f"{tmp_path}/adce.yaml is writable for every account"),
     ]
     assert "s3cret" not in checked.stdout

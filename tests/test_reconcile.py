@@ -71,7 +71,7 @@ class Desk:
         self, configuration: adce.Configuration, database: adce.Database, lake: Lake, clock: ManualClock
     ) -> None:
         self.configuration, self.database, self.lake, self.clock = configuration, database, lake, clock
-        self.ahead = adce.ReadAhead()
+        self.prefetch = adce.Prefetch()
         self.declare(configuration)
 
     def declare(self, configuration: adce.Configuration) -> None:
@@ -90,7 +90,7 @@ class Desk:
         self.clock.advance(60)
         store = store or self.lake.store
         options = adce.CycleOptions(is_full, accept_loss)
-        steps = adce.reconcile(self.database, self.configuration, store, self.clock, options, self.ahead)
+        steps = adce.reconcile(self.database, self.configuration, store, self.clock, options, self.prefetch)
         return dict(self.database.read("select * from cycles where cycle_id = ?", (adce.run_cycle(steps),))[0])
 
     def gaps(self) -> dict[str, str]:
@@ -1431,9 +1431,9 @@ def test_slow_store_keeps_nobody_waiting(desk, lake):
             yield from super().list(prefix, after)
 
     with ThreadPoolExecutor(4) as executor:
-        ahead = adce.ReadAhead(executor, woken.set)
+        prefetch = adce.Prefetch(executor, woken.set)
         store = Slow(lake.store.root)
-        steps = adce.reconcile(desk.database, desk.configuration, store, desk.clock, ahead=ahead)
+        steps = adce.reconcile(desk.database, desk.configuration, store, desk.clock, prefetch=prefetch)
         assert list(itertools.islice(steps, 100))[-50:] == [0] * 50
         assert not woken.is_set()
         gate.set()
@@ -1455,8 +1455,8 @@ def test_slow_reading_keeps_nobody_waiting(desk, lake):
             return super().open(key)
 
     with ThreadPoolExecutor(4) as executor:
-        ahead = adce.ReadAhead(executor, nobody_sleeps)
-        steps = adce.reconcile(desk.database, desk.configuration, Slow(lake.store.root), desk.clock, ahead=ahead)
+        prefetch = adce.Prefetch(executor, nobody_sleeps)
+        steps = adce.reconcile(desk.database, desk.configuration, Slow(lake.store.root), desk.clock, prefetch=prefetch)
         while not asked.is_set():
             next(steps)
         assert list(itertools.islice(steps, 50)) == [0] * 50
@@ -1487,8 +1487,8 @@ def test_four_prefixes_are_listed_at_once(configure, database, tmp_path):
 def test_listing_that_is_stopped_in_the_middle_leaves_no_thread_behind(desk, lake):
     lake.put_day(1, [])
     with ThreadPoolExecutor(4) as executor:
-        ahead = adce.ReadAhead(executor, nobody_sleeps)
-        steps = adce.reconcile(desk.database, desk.configuration, lake.store, desk.clock, ahead=ahead)
+        prefetch = adce.Prefetch(executor, nobody_sleeps)
+        steps = adce.reconcile(desk.database, desk.configuration, lake.store, desk.clock, prefetch=prefetch)
         for _ in range(4):
             next(steps)
         steps.close()
@@ -1545,7 +1545,7 @@ class LakeMachine(RuleBasedStateMachine):
         self.model: dict[str, object] = {}
         self.executor = ThreadPoolExecutor(2)
         if data.draw(st.booleans()):
-            self.desk.ahead = adce.ReadAhead(self.executor, nobody_sleeps)
+            self.desk.prefetch = adce.Prefetch(self.executor, nobody_sleeps)
         self.page, adce.CHUNK = adce.CHUNK, data.draw(st.sampled_from([1, 2, 1000]))
 
     def teardown(self) -> None:

@@ -254,17 +254,17 @@ def test_texts_of_a_wide_table_are_wrapped_and_numbers_are_not():
 
 
 def test_too_wide_table_says_once_what_all_rows_share_and_has_the_last_text_below():
-    rows = [{**row, "key": f"{row['n']}", "error": "HTTP 404" * (row["n"] - 1)} for row in WIDE_ROWS]
+    rows = [{**row, "key": f"{row['n']}", "error": "-HTTP 404" * (row["n"] - 1)} for row in WIDE_ROWS]
     assert adce.render([adce.Section("x", "", rows)], "table", width=24).splitlines() == [
         "source league",
         "id  key  n",
         "--  ---  -",
         " 1  1    1",
         " 2  2    2",
-        "    HTTP 404",
+        "    -HTTP 404",
     ]
     one = adce.render([adce.Section("x", "", rows[1:])], "table", width=24).splitlines()
-    assert one[-1] == "    HTTP 404"  # nothing to share
+    assert one[-1] == "    -HTTP 404"  # nothing to share
     for width in range(1, 12):
         for part in (rows, [{"line": "HTTP 404"}], [{"n": 123456789}], [{"n": 1, "text": None}]):
             assert adce.render([adce.Section("x", "", part)], "table", width=width)

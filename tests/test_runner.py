@@ -165,6 +165,16 @@ def test_redirect_to_the_host_of_another_source_counts_in_its_limits(configure, 
         assert (code, files.count(), files.violations) == (adce.ExitCode.DONE, 14, 0)
 
 
+def test_redirect_that_another_source_refuses_pauses_that_one(configure, database, upstream, league):
+    with Upstream() as files:
+        files.route("/other", lambda _, query: json_answer(query))
+        files.answer("/moved", Answer(b"wait", 429, {"Retry-After": "3000"}))
+        upstream.answer("/scoreboard?dates=20250106", Answer(b"", 302, {"Location": f"{files.address}/moved"}))
+        run_once(configure(with_another_source(league_text(upstream.address), files.address)), database)
+        assert [row["scope"] for row in database.read("select scope from rates where blocked_until > ''")] == ["other"]
+        assert files.count("/moved") == 1
+
+
 def test_redirects_for_ever_end_as_an_error(configure, database, upstream, league):
     upstream.answer("/scoreboard?dates=20250101", Answer(b"", 302, {"Location": "/scoreboard?dates=20250101"}))
     run_once(configure(league_text(upstream.address)), database)

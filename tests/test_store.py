@@ -358,7 +358,7 @@ def test_out_of_order_listing_is_refused_or_sorted(folder, monkeypatch):
     entries = [adce.StoredObject(key, 1, "e", 0) for key in ("a", "a/b", "a-b", "b")]
     monkeypatch.setattr(folder, "list", lambda prefix, after="": iter(entries))
     with pytest.raises(adce.StoreError, match="listed a-b after a/b"):
-        next(adce.Listing(folder, "", adce.ALL_KEYS, adce.ReadAhead(), is_ordered=True).pages())
+        next(adce.Listing(folder, "", adce.ALL_KEYS, adce.Prefetch(), is_ordered=True).pages())
     was_ascending, listing = adce.sort_listing(iter(entries))
     assert (was_ascending, [entry.key for entry in listing]) == (False, ["a", "a-b", "a/b", "b"])
     assert adce.sort_listing(iter(sorted(entries, key=lambda entry: entry.key)))[0]

@@ -146,7 +146,7 @@ def cycle(lake: Lake, folder: Path, store_name: str, kind: str) -> dict[str, Any
     wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
     steps = []
     with ThreadPoolExecutor(adce.LISTED_AT_ONCE) as listers:
-        ahead = adce.ReadAhead(listers, lambda: wakeups.put("page"))
+        ahead = adce.Prefetch(listers, lambda: wakeups.put("page"))
         before = time.perf_counter()
         for step in adce.reconcile(database, configuration, store, clock, adce.CycleOptions(is_full=is_full), ahead):
             steps.append(time.perf_counter() - before)
