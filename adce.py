@@ -3277,6 +3277,7 @@ class FolderStore:
         return StoredObject(key, status.st_size, f"{status.st_mtime_ns}-{status.st_size}", status.st_mtime_ns // 10**9)
 
 
+LISTED = ("Key", "Size", "ETag", "LastModified")
 SPOOLED_BYTES = 1 << 20  # of a body, held in memory
 MULTIPART_BYTES = 8 << 20  # an object that is larger is uploaded in parts
 EMPTY_PAGES = 1000  # of a listing; more in a row are an error
@@ -3292,14 +3293,13 @@ class S3Store:
     def _client(self) -> Any:
         import boto3
         import botocore.config
-        import botocore.session
 
-        session = botocore.session.get_session()  # whose parser of times takes most of the time of a listing
-        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
         retries = {"mode": "standard", "max_attempts": 3}
         config = botocore.config.Config(connect_timeout=10, read_timeout=60, retries=retries)
         with self._translated("use"):
-            return boto3.session.Session(botocore_session=session).client("s3", config=config)
+            client = boto3.session.Session().client("s3", config=config)
+        client.meta.events.register("before-parse.s3.ListObjectsV2", self._take_entries)
+        return client
 
     def sweep(self) -> None:
         """See that the bucket is there. S3 keeps nothing half written."""
@@ -3318,21 +3318,36 @@ class S3Store:
                 self.calls += 1
                 if "IsTruncated" not in page:
                     raise ValueError("the response is not a listing")
-                empty = 0 if page.get("Contents") else empty + 1
+                empty = 0 if page.get("Entries") else empty + 1
                 if page["IsTruncated"] and ("NextContinuationToken" not in page or empty > EMPTY_PAGES):
                     raise ValueError("the listing is truncated and has no continuation token")
-                for entry in page.get("Contents", ()):
-                    key, etag, size = entry["Key"], entry["ETag"], entry["Size"]
-                    if not (key and etag and 0 <= size < 1 << 63):
-                        raise ValueError("a listed object has no key, no ETag or no usable size")
-                    modified_at = int(datetime.datetime.fromisoformat(entry["LastModified"]).timestamp())
-                    yield StoredObject(key.removeprefix(self.above), size, etag.strip('"'), modified_at)
+                yield from page.get("Entries", ())
+
+    def _take_entries(self, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
+        """Parse the objects of a page before botocore does, which takes seven times as long."""
+        from xml.etree import ElementTree
+
+        with contextlib.suppress(ElementTree.ParseError):  # botocore has a message for it
+            page = ElementTree.fromstring(response_dict["body"])  # noqa: S314  # expat limits what entities expand to
+            namespace = page.tag.removesuffix("ListBucketResult")
+            unquote = urllib.parse.unquote_plus if page.findtext(f"{namespace}EncodingType") == "url" else str
+            names, entries = [namespace + name for name in LISTED], list[StoredObject]()
+            for element in page.findall(f"{namespace}Contents"):
+                key, size, etag, modified = (element.findtext(name, "") for name in names)
+                if not (key and etag and 0 <= int(size) < 1 << 63):
+                    raise ValueError("a listed object has no key, no ETag or no usable size")
+                modified_at = int(datetime.datetime.fromisoformat(modified).timestamp())
+                key = unquote(key).removeprefix(self.above)
+                entries.append(StoredObject(key, int(size), etag.strip('"'), modified_at))
+                page.remove(element)
+            customized_response_dict["Entries"] = entries
+            response_dict["body"] = ElementTree.tostring(page)
 
     def find(self, key: str) -> StoredObject | None:
         """One object as it would be listed."""
         with contextlib.suppress(KeyError), self._translated("find", key):
             head = self._client.head_object(Bucket=self.bucket, Key=self.above + key)
-            modified_at = int(http_date(head["LastModified"]).timestamp())
+            modified_at = int(head["LastModified"].timestamp())
             return StoredObject(key, head["ContentLength"], head["ETag"].strip('"'), modified_at)
         return None
 

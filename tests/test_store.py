@@ -451,10 +451,11 @@ def test_listing_goes_on_where_its_page_says(answered):
         pytest.param([PAGE[:700]], "cannot list", id="half-a-page"),
         pytest.param([b"<Contents>" * 20_000], "cannot list", id="entries-that-never-close"),
         pytest.param([PAGE.replace(b"<Size>12</Size>", b"")], "cannot list", id="entry-without-size"),
-        pytest.param([PAGE.replace(b"<Key>plain</Key>", b"")], "cannot list", id="entry-without-key"),
+        pytest.param([PAGE.replace(b"<Key>plain</Key>", b"")], "has no key, no ETag", id="entry-without-key"),
         pytest.param([PAGE.replace(b"<Size>12<", b"<Size>many<")], "cannot list", id="size-is-no-number"),
         pytest.param([PAGE.replace(b">12<", b">9223372036854775808<")], "no usable size", id="size-too-large"),
         pytest.param([PAGE.replace(b">12<", b">-1<")], "no usable size", id="size-below-nothing"),
+        pytest.param([PAGE.replace(b"<KeyC", b"<a>" * 5000 + b"</a>" * 5000 + b"<KeyC")], "recursion", id="deep"),
         pytest.param(
             [
                 re.sub(b"<Contents>.*</Contents>", b"", PAGE, flags=re.DOTALL).replace(b"more", b"%d" % n)
