@@ -376,7 +376,7 @@ def without_collector() -> Iterator[None]:
 # readers: plain names, UTC times as text, live scores; created anew when their text changes. Headlines: TABLES, VIEWS.
 
 APPLICATION_ID = 0x41444345  # "ADCE"
-SCHEMA_VERSION = 17
+SCHEMA_VERSION = 18
 TABLES = """
 create table facts (
     -- Facts about this file and the last cycles, in one row.
@@ -433,8 +433,9 @@ create table objects (
     day          text,
     available_at integer,            -- not expected before
     parent_id    integer,            -- the first object that names it
-    state        text    not null
-                 check (state in ('awaited', 'missing', 'stale', 'suspect', 'present', 'skipped', 'absent', 'dropped')),
+    state        text    not null    -- with `in`, SQLite would build the list of a check anew for each row
+                 check (state = 'awaited' or state = 'missing' or state = 'stale' or state = 'suspect'
+                        or state = 'present' or state = 'skipped' or state = 'absent' or state = 'dropped'),
     reason       text,               -- of a gap
     since        integer not null,   -- start of this state
     next_at      integer,            -- when time alone will change the state or the task
@@ -452,8 +453,9 @@ create table objects (
     skipped      text,               -- reason given when the operator excluded it
     absent_at    integer,            -- the source said that there is none, when `absent_after` was over
     outdated     text,               -- why it must be fetched again, such as a page after one that was
-    task         text check (task in ('pending', 'retry', 'running', 'gave_up')), -- null: nothing to do
-    priority     text check (priority in ('CRITICAL', 'HIGH', 'MEDIUM', 'LOW')),
+    task         text                -- null: nothing to do
+                 check (task = 'pending' or task = 'retry' or task = 'running' or task = 'gave_up'),
+    priority     text check (priority = 'CRITICAL' or priority = 'HIGH' or priority = 'MEDIUM' or priority = 'LOW'),
     detected_at  integer,            -- age counts from here
     gap_size     integer,            -- objects that one execution would bring
     rank         real,               -- the score in 1970, without the bonus of the dataset
@@ -471,7 +473,7 @@ create index objects_unread on objects (dataset_id, key) where etag is not read_
 create index objects_to_find on objects (key) where (task is not null or proven = 0) and state != 'dropped';
 create index objects_dropped on objects (since) where state = 'dropped';
 create index objects_pending on objects (dataset_id, rank desc, object_id) where task = 'pending';
-create index objects_by_task on objects (task, dataset_id) where task in ('retry', 'running', 'gave_up');
+create index objects_by_task on objects (task, dataset_id) where task != 'pending';
 create index objects_by_age on objects (priority, detected_at) where task is not null;
 
 create table counts (
@@ -4030,6 +4032,7 @@ def priority_of(row: ObjectRow, dataset: Dataset, today: datetime.date, critical
 # An object whose content is not known, and one that is not in the store.
 UNREAD: Mapping[str, Any] = dict.fromkeys(("read_etag", "verdict", "settled", "live"))
 GONE: Mapping[str, Any] = dict.fromkeys(("etag", "size", "modified_at", "validators", "absent_at", "outdated", *UNREAD))
+NEW_TASK: Mapping[str, Any] = {"gap_size": 1, "attempts": 0, "failures": 0, "fruitless": 0, "crashes": 0}
 SELECT_OBJECTS = f"""
     select o.object_id, d.dataset, o.key, o.fields, {", ".join(f"o.{name}" for name in ObjectRow._fields[4:])}
     from objects o
@@ -4041,11 +4044,12 @@ UPDATE_OBJECT = f"""
     set ({", ".join(WRITTEN)}) = ({", ".join("?" for _ in WRITTEN)})
     where object_id = ?
 """  # noqa: S608  # names of columns
-INSERT_OBJECT = f"""
+INSERT_OBJECTS = f"""
     insert into objects (dataset_id, parent_id, key, fields, {", ".join(ObjectRow._fields[4:])})
-    values ({", ".join("?" for _ in ObjectRow._fields)})
+    values {{rows}}
     on conflict (key) do nothing
 """  # noqa: S608  # names of columns
+ROW = f"({', '.join('?' for _ in ObjectRow._fields)})"
 
 
 def season_of(dataset: Dataset, label: str | None) -> Season | None:
@@ -4083,24 +4087,23 @@ class Ledger:
         new, when the object has just been fetched, or when a gap without failures has become one of another kind."""
         dataset = self.configuration.datasets[known.dataset]
         state, reason, next_at = appraise(dataset, season_of(dataset, known.season), known, self.now)
-        task, since = known.task, known.since if state == known.state else int(self.now)
-        row = known._replace(state=state, reason=reason, since=since)
+        task, facts = known.task, dict[str, Any](state=state, reason=reason)
+        facts["since"] = known.since if state == known.state else int(self.now)
         if task == TaskState.RUNNING:
-            return row._replace(next_at=None)
+            return known._replace(**facts, next_at=None)
         if state not in GAPS:
             self.closed += task is not None
-            return row._replace(next_at=next_at, task=None)
+            return known._replace(**facts, next_at=next_at, task=None)
         if is_fetched and (next_at is None or next_at <= self.now):  # the size or the clock of the store is wrong
             next_at = int(self.now + self.configuration.retry.initial_delay_seconds) + 1
         waits = next_at is not None and next_at > self.now
-        has_changed = task == TaskState.RETRY and not row.failures and state != known.state and not waits
+        has_changed = task == TaskState.RETRY and not known.failures and state != known.state and not waits
         if task is None or is_fetched or has_changed:
-            row = row._replace(task=TaskState.RETRY if waits else TaskState.PENDING, next_at=next_at if waits else None)
+            facts.update(task=TaskState.RETRY if waits else TaskState.PENDING, next_at=next_at if waits else None)
         if task is not None:
-            return row
+            return known._replace(**facts)
         self.created += 1
-        row = row._replace(detected_at=int(self.now), gap_size=1, last_error=None)
-        return self.ranked(row._replace(attempts=0, failures=0, fruitless=0, crashes=0))
+        return self.ranked(known._replace(**facts, **NEW_TASK, detected_at=int(self.now), last_error=None))
 
     def ranked(self, row: ObjectRow) -> ObjectRow:
         """The row with the priority, rank and slope of its task as of today."""
@@ -5566,7 +5569,9 @@ def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]
             for key, number, fields, season, day, available_at, parent_id in wanted:
                 row = ObjectRow(0, cycle.datasets[number], key, fields or "", season, day, available_at, since=now)
                 rows.append((number, parent_id, *_searched(cycle, ledger, row, listed.get(key))[2:]))
-            inserted = ledger.sql.executemany(INSERT_OBJECT, rows).rowcount
+            # one statement: for each, SQLite may write a journal to a file, because a trigger follows its rows
+            insert = INSERT_OBJECTS.format(rows=", ".join([ROW] * len(rows)))
+            inserted = ledger.sql.execute(insert, [value for row in rows for value in row]).rowcount if rows else 0
         cycle.new -= inserted
         cycle.looked += inserted
         cycle.done += inserted
@@ -5702,14 +5707,7 @@ def request(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
                     results = _judge(claimed, response, body, store, deadline)
                 first = dataclasses.replace(results[0], requests=1, cookies=cookies, headers=response.headers)
                 return [first, *results[1:]]
-        except (
-            Error,
-            requests.RequestException,
-            urllib3.exceptions.HTTPError,
-            OSError,
-            ValueError,
-            zlib.error,
-        ) as error:
+        except (Error, urllib3.exceptions.HTTPError, OSError, ValueError, zlib.error) as error:  # OSError: of requests
             return claimed.results(_failure(error, deadline, headers, status))
 
 
@@ -6738,7 +6736,7 @@ FRAGMENTS = {
         f"ifnull(sum(objects * (task = '{state}')), 0) as {state}"
         for state in ("pending", "retry", "running", "gave_up")
     ),
-    "BY_TASK": "task in ('retry', 'running', 'gave_up')",  # lets SQLite use the index objects_by_task
+    "BY_TASK": "task != 'pending'",  # lets SQLite use the index objects_by_task
     "FAILED": "outcome not in ('ok', 'not_yet', 'lost', 'running')",
     "FILTER": "(:source is null or source = :source) and (:dataset is null or dataset = :dataset)",
     "TASKS": """(:state is null or state = :state)
