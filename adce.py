@@ -67,6 +67,7 @@ import errno
 import fcntl
 import functools
 import gc
+import graphlib
 import hashlib
 import html
 import importlib.util
@@ -1903,12 +1904,14 @@ class Configuration:
         return (*dataset.partitions.own_fields(), *["page"] * bool(dataset.pages))
 
     def lines_of(self, name: str) -> Iterator[list[str]]:
-        """Each line of parents from a dataset up to one without any, or one that is not there or there again."""
-        lines = [[name]]
+        """Lines of parents, with every dataset above one. Each ends with one without parents, one that is not there, or
+        one of a line before, or of its own: a cycle."""
+        lines, followed = [[name]], set[str]()
         while lines:
             line = lines.pop()
             above = self.datasets.get(line[-1])
-            if above and above.partitions.parents and line[-1] not in line[:-1]:
+            if above and above.partitions.parents and line[-1] not in followed:
+                followed.add(line[-1])
                 lines += [[*line, parent] for parent in above.partitions.parents]
             else:
                 yield line
@@ -1921,24 +1924,26 @@ class Configuration:
 
     def levels(self) -> list[list[Dataset]]:
         """The datasets in levels, parents before their children."""
-        depths = {name: max(map(len, self.lines_of(name))) for name in self.datasets}
-        by_depth = itertools.groupby(sorted(depths, key=depths.__getitem__), depths.__getitem__)
+        parents, depths = {one.name: one.partitions.parents for one in self.datasets.values()}, dict[str, int]()
+        for name in graphlib.TopologicalSorter(parents).static_order():
+            depths[name] = max((depths[parent] + 1 for parent in parents[name]), default=0)
+        by_depth = itertools.groupby(sorted(self.datasets, key=depths.__getitem__), depths.__getitem__)
         return [[self.datasets[name] for name in names] for _, names in by_depth]
 
-    def fields_of(self, name: str) -> set[str]:
-        """Every field that templates of this dataset may name: those that each of its parents has, and its own."""
+    def fields_of(self, name: str, known: dict[str, set[str]] | None = None) -> set[str]:
+        """Every field that templates of this dataset may name: its own, and those above it, which may be `known`."""
         dataset, partitions = self.datasets[name], self.datasets[name].partitions
         is_seasonal = partitions.seasons or (partitions.dates and partitions.dates.seasons)
         own = [*partitions.own_fields(), *["season", "end"] * bool(is_seasonal), *PAGE_FIELDS * bool(dataset.pages)]
-        return {*own, *self.fields_above(name)}
+        return {*own, *self.fields_above(name, known)}
 
-    def fields_above(self, name: str) -> set[str]:
+    def fields_above(self, name: str, known: dict[str, set[str]] | None = None) -> set[str]:
         """The fields that a dataset has from each of its parents."""
-        dataset, above = self.datasets[name], list[set[str]]()
-        for parent in dataset.partitions.parents:
+        dataset, above, known = self.datasets[name], list[set[str]](), {} if known is None else known
+        for parent in dataset.partitions.parents if name not in known else ():
             is_paged = self.datasets[parent].pages and not dataset.copy_of
-            above.append(self.fields_of(parent) - set(PAGE_FIELDS * bool(is_paged)))
-        return set.intersection(*above) if above else set()
+            above.append(self.fields_of(parent, known) - set(PAGE_FIELDS * bool(is_paged)))
+        return known.setdefault(name, set.intersection(*above) if above else set())
 
 
 def secrets_of(source: Source, dataset: Dataset) -> set[str]:
@@ -4683,12 +4688,7 @@ def _store_failure(error: StoreError) -> Result:
 
 
 def validate_and_store(
-    claimed: Claim,
-    target: ObjectRow,
-    body: BinaryIO,
-    store: Store,
-    http_status: int | None = None,
-    links: Links = None,
+    claimed: Claim, target: ObjectRow, body: BinaryIO, store: Store, http_status: int | None = None, links: Links = None
 ) -> Result:
     """Validate a body, then store it."""
     most = claimed.dataset.validate.most()
@@ -4988,7 +4988,7 @@ def skip_tasks(ledger: Ledger, task_ids: Iterable[int], reason: str) -> list[int
 
 LEAST_SHARE = 4000  # keys, of a cycle; a lake that is not larger is listed whole each time
 SINGLE_RANGES = 200  # open objects below a prefix; with more than that, all of it is listed
-READS_IN_A_TRANSACTION = 20
+READ_AT_ONCE = 20
 SAVED_EVERY_SECONDS = 5
 MOST_PROBLEMS = 5  # reported of one cycle
 STOPPED_EARLY = "stopped before its end"
@@ -5215,9 +5215,14 @@ class Cycle:
                 change(ledger, {"after": after, "last": min(after + CHUNK, last)})
             yield
 
-    def rewrite(self, object_ids: Iterable[int], change: Callable[[Ledger, ObjectRow], ObjectRow]) -> Iterator[None]:
-        """Store objects as `change` makes them, a few in a transaction; not those stored since the cycle began."""
-        for chunk in chunks(iter(object_ids), WRITTEN_AT_ONCE):
+    def rewrite(
+        self,
+        object_ids: Iterable[int],
+        change: Callable[[Ledger, ObjectRow], ObjectRow],
+        at_once: int = WRITTEN_AT_ONCE,
+    ) -> Iterator[None]:
+        """Store objects as `change` makes them, some `at_once`; not those stored since the cycle began."""
+        for chunk in chunks(iter(object_ids), at_once):
             with self.ledger() as ledger:
                 ledger.write([change(ledger, row) for row in ledger.some(chunk) if row.cycle_id != self.cycle_id])
             yield
@@ -5287,13 +5292,13 @@ def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | Non
         children = cycle.configuration.children_of(dataset.name)
         freshness, after = dataset.freshness, ""
         is_validated_only = not (children or freshness.until or freshness.live)
-        few: float = READS_IN_A_TRANSACTION
+        few: float = READ_AT_ONCE
         while unread := _unread(cycle, dataset, after, min(few, cycle.may_verify) if is_validated_only else few):
             reading = {row.object_id: cycle.prefetch.submit(_inspect, cycle, dataset, children, row) for row in unread}
             while not all(future.done() for future in reading.values()):
                 yield True
             found = {number: inspection for number, future in reading.items() if (inspection := future.result())}
-            yield from cycle.rewrite(found, functools.partial(_judged, cycle, found))
+            yield from cycle.rewrite(found, functools.partial(_judged, cycle, found), 1)  # one may change others
             after = unread[-1].key
             cycle.done += len(unread)
             cycle.may_verify -= len(unread) * is_validated_only
@@ -8993,13 +8998,8 @@ def warnings_about(configuration: Configuration) -> Iterator[tuple[str, str]]:
 
 def _has_unfinished_step(dataset: Dataset) -> bool:
     """Whether a step may be fetched before it is over, and never again."""
-    dates = dataset.partitions.dates
-    if (
-        not dates
-        or isinstance(dates.last, datetime.date)
-        or dataset.available_after
-        or dataset.freshness != Freshness()
-    ):
+    dates, is_settled = dataset.partitions.dates, dataset.available_after or dataset.freshness != Freshness()
+    if not dates or is_settled or isinstance(dates.last, datetime.date):
         return False
     return dates.last != "yesterday" or dates.every not in ("hour", "day")
 

@@ -923,3 +923,16 @@ def test_seasons_are_sorted_and_dates_are_dates(configure):
     seasons = configure(f"seasons: [{later}, {earlier}]\n" + BASE).seasons
     assert [season.label for season in seasons] == ["a", "b"]
     assert seasons[0].start == date(2023, 10, 1)
+
+
+def test_datasets_whose_parents_share_their_parents_load_at_once(tmp_path):
+    """Each of 60 levels has two parents in the one above: there are 2 ** 59 ways from the last to the first."""
+    text = 'sources: {web: {base_url: "https://example.org"}}\ndatasets:\n'
+    for level in range(60):
+        above = f'{{from: [a{level - 1}, b{level - 1}], ids: "[]", as: f{level}}}' if level else "{values: {f0: [x]}}"
+        for name in (f"a{level}", f"b{level}"):
+            key = f'key: "{name}/{{f{level}}}", url: "/{{f{level}}}/{{f0}}"'
+            text += f"  {name}: {{source: web, {key}, partitions: {above}}}\n"
+    (tmp_path / "adce.yaml").write_text(text, encoding="utf-8")
+    levels = adce.load_configuration(tmp_path / "adce.yaml").levels()
+    assert [sorted(one.name for one in level) for level in levels] == [[f"a{n}", f"b{n}"] for n in range(60)]

@@ -281,11 +281,14 @@ def test_killed_runner_loses_no_page(source, way, tmp_path):
     assert (expected(tmp_path, "lists"), expected(tmp_path, "items")) == (sorted(pages_of(40)), sorted(items_of(40)))
 
 
-def test_first_page_that_another_program_replaces_starts_the_list_again(source, tmp_path):
+@pytest.mark.parametrize("replaced", [(1,), (1, 2)])
+def test_first_page_that_another_program_replaces_starts_the_list_again(source, replaced, tmp_path):
     write_lake(tmp_path, source.upstream, "cursor")
     assert run(tmp_path) == 0
-    asked, page = source.upstream.count(), tmp_path / "lake/lists/a/1.json"
-    page.write_text(page.read_text() + " ")
+    asked = source.upstream.count()
+    for number in replaced:
+        page = tmp_path / f"lake/lists/a/{number}.json"
+        page.write_text(page.read_text() + " ")
     assert run(tmp_path) == 0
     assert source.upstream.count() - asked == 2  # the pages after it
 
