@@ -1295,6 +1295,8 @@ def _expression(text: str) -> str:
         column = getattr(error, "lex_position", None)
         where = f" at its character {column + 1}" if column is not None and column >= 0 else ""
         raise ConfigurationError(f"not a JMESPath expression{where}: {text}") from None
+    if quoted := re.search(r'[=<>]\s*"([^"]+)"', LITERAL.sub(lambda one: one[0] if one[0][0] == '"' else "", text)):
+        raise ConfigurationError(f"\"{quoted[1]}\" is the name of a field; a text has single quotes: '{quoted[1]}'")
     return text
 
 

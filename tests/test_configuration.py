@@ -339,6 +339,10 @@ BROKEN = {
         BASE + CHILD.replace('"games/{game_id}.json"', '"games/{game_id+1d}.json"'),
         ["11:10: datasets.games.key: {game_id+1d}: only a date has a format, made of codes like %Y%m%d"],
     ),
+    "a text in the quotes of a field": (
+        BASE + """    freshness: {until: 'status == "Final"'}\n""",
+        ["""9:24: datasets.days.freshness.until: "Final" is the name of a field; a text has single quotes: 'Final'"""],
+    ),
     "a duration without a unit": (
         BASE + "    freshness: {refetch_every: 6}\n",
         [
@@ -802,8 +806,8 @@ SchemaLoader.yaml_implicit_resolvers = {
 UNSEEN = """
     duplicate key, YAML reads 010 as 8, a bucket that nothing refills, a limit for a
     misspelt source, undefined source, undefined parent, undefined same_as, a dataset below itself, the same as
-    each other, bad JMESPath, bad regular expression, regular expression without a group, undeclared field in a
-    url, undeclared field in an expression, format of a field that is no date, attribute access in a template, form of a url in a key,
+    each other, bad JMESPath, a text in the quotes of a field, bad regular expression, regular expression without a
+    group, undeclared field in a url, undeclared field in an expression, format of a field that is no date, attribute access in a template, form of a url in a key,
     dates that end before they start, a day that does not exist, a season that ends before it starts, seasons
     that are not declared, two datasets with the same key, a key that does not tell its objects apart, a date
     format that loses the day, a key that climbs out, a date format that leads out of the store, an unknown time
