@@ -1086,14 +1086,15 @@ Fields = Mapping[str, str]  # the values of a partition by name; dates as 2024-1
 
 FIELD = r"\{([a-z_][a-z0-9_]*)([+-]\d{1,3}[hdwmy])?"  # its name, and for a date what is added
 FIELD_IN_TEXT = re.compile(FIELD + r"(?::([^{}]+))?\}")
-FIELD_IN_EXPRESSION = re.compile(FIELD + r"(?::((?:%-?[A-Za-z]|[-_./ ])+))?\}")
+DIGITS = r"0[1-9]\d?"  # the form of a number: so many digits at least
+FIELD_IN_EXPRESSION = re.compile(FIELD + rf"(?::((?:%-?[A-Za-z]|[-_./ ])+|{DIGITS}))?\}}")
 SPLIT = functools.cache(re.Pattern[str].split)
 IN_URLS = "!#%&'()*+,/:;=?@[]"  # beside letters, digits and -._~ (RFC 3986); $ would begin the name of a variable
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Text with {field}, {date:%Y%m%d}, {date+1d:%Y%m%d}, {field:path} or {field:url} in it."""
+    """Text with {field}, {date:%Y%m%d}, {date+1d:%Y%m%d}, {field:010}, {field:path} or {field:url} in it."""
 
     text: str
     pattern: re.Pattern[str] = FIELD_IN_TEXT
@@ -1115,6 +1116,8 @@ class Template:
                 quoted = functools.partial(urllib.parse.quote, safe=IN_URLS)
             elif form == "path":
                 parts = value.split("/")
+            elif re.fullmatch(DIGITS, form or ""):
+                parts = [value.lstrip("0").zfill(int(form))]
             elif form or shift:
                 parts = _format_date(value, shift or "", form or "%Y-%m-%d")
             words[place : place + 3] = "/".join(map(quoted, parts)), "", ""
@@ -2246,10 +2249,10 @@ def _text_problems(template: Template, declared: set[str], name: str = "") -> It
         if match[1] not in declared:
             there = f"(there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})"
             yield f'no field "{match[1]}"{suggest(match[1], declared)} {there}'
-        elif (match[3] == "path" or match[3] == name == "url") and not match[2]:
+        elif (match[3] == "path" or match[3] == name == "url" or re.fullmatch(DIGITS, match[3] or "")) and not match[2]:
             continue
         elif (match[2] or match[3]) and (match[1] != "date" or not all(map(str.isalpha, codes))):
-            yield f"{match[0]}: only a date has a format, made of codes like %Y%m%d"
+            yield f"{match[0]}: a date takes a format like %Y%m%d, a number one like 010 (at least ten digits)"
         elif unknown := [code for code in codes if code not in DATE_CODES]:
             yield f"{match[0]}: unsupported format code %{unknown[0]}"
 

@@ -217,11 +217,15 @@ BROKEN = {
     ),
     "format of a field that is no date": (
         BASE + CHILD.replace("/games/{game_id}", "/games/{game_id:%Y}"),
-        ["12:10: datasets.games.url: {game_id:%Y}: only a date has a format, made of codes like %Y%m%d"],
+        [
+            "12:10: datasets.games.url: {game_id:%Y}: a date takes a format like %Y%m%d, a number one like 010 (at least ten digits)"
+        ],
     ),
     "form of a url in a key": (
         BASE + CHILD.replace("games/{game_id}.json", "games/{game_id:url}"),
-        ["11:10: datasets.games.key: {game_id:url}: only a date has a format, made of codes like %Y%m%d"],
+        [
+            "11:10: datasets.games.key: {game_id:url}: a date takes a format like %Y%m%d, a number one like 010 (at least ten digits)"
+        ],
     ),
     "attribute access in a template": (
         edited("/days/{date}", "/days/{date.__class__}"),
@@ -337,7 +341,9 @@ BROKEN = {
     ),
     "a shift of a text": (
         BASE + CHILD.replace('"games/{game_id}.json"', '"games/{game_id+1d}.json"'),
-        ["11:10: datasets.games.key: {game_id+1d}: only a date has a format, made of codes like %Y%m%d"],
+        [
+            "11:10: datasets.games.key: {game_id+1d}: a date takes a format like %Y%m%d, a number one like 010 (at least ten digits)"
+        ],
     ),
     "a text in the quotes of a field": (
         BASE + """    freshness: {until: 'status == "Final"'}\n""",
