@@ -361,16 +361,6 @@ def day_of(instant: float, timezone: str = "UTC") -> datetime.date:
     return datetime.datetime.fromtimestamp(instant, zoneinfo.ZoneInfo(timezone)).date()
 
 
-@contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """Nothing that is made in here is garbage: looking for it takes a third of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 # ---------------------------------------------------------------- Schema
 # The tables: the centre of the design. One row of `objects` is an object and its open task. Instants are seconds
 # since 1970 (UTC); boot times, so marked, are seconds since the machine started. The views are the contract for
@@ -1166,25 +1156,6 @@ def from_environment(text: str, known: Container[str] | None = None) -> str:
     return VARIABLE.sub(value, text)
 
 
-SECRET_NAME = re.compile("authorization|cookie|token|secret|key", re.IGNORECASE)  # of a header
-SENSITIVE = r"(?:authorization|cookie|token|secret|passw(?:or)?d|pwd|signature|api-?_?key)[\w-]{0,60}['\"\s]{0,9}[:=]"
-SECRET_IN_TEXT = re.compile(  # in time that grows with the text: a source may have chosen that
-    rf"""(://(?:[^/\s:@'"]*:)?)[^/\s'"]+(?=@)|((?:{SENSITIVE}|[?&](?:key|sig|auth)=)['":=\s]{{0,9}})"""
-    r"""(?:(?<=")(?:[^"\\]|\\.)*|(?<=')[^']*|(?<!['"])[^'",}&]+)""",
-    re.IGNORECASE,
-)
-
-
-def masked(text: str) -> str:
-    """A text without passwords in urls, and without the values of headers and parameters with names of secrets."""
-    return SECRET_IN_TEXT.sub(r"\1\2***", text)
-
-
-def plain_secrets(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers with names of secrets whose values are no variables."""
-    return {name: text for name, text in headers.items() if SECRET_NAME.search(name) and not variables_in(text)}
-
-
 LITERAL = re.compile(r"""('(?:[^'\\]|\\.)*'|`(?:[^`\\]|\\.)*`|"(?:[^"\\]|\\.)*")""", re.DOTALL)  # of JMESPath
 
 
@@ -1214,6 +1185,19 @@ def _compile(expression: str) -> Any:
     return parser.parse(expression)
 
 
+@functools.cache
+def _functions() -> Any:
+    """The functions of JMESPath, and zip(a, b): rows of columns, for sources that send one array for each column."""
+    import jmespath.functions
+
+    class Functions(jmespath.functions.Functions):  # type: ignore[misc]
+        @jmespath.functions.signature({"types": ["array"], "variadic": True})  # type: ignore[untyped-decorator]
+        def _func_zip(self, *columns: Sequence[Any]) -> list[list[Any]]:
+            return [list(row) for row in zip(*columns, strict=False)]
+
+    return jmespath.Options(custom_functions=Functions())
+
+
 def search(expression: str, fields: Fields, document: Any) -> Any:
     """The value of a JMESPath expression that may name fields; None where a function is given null. Raises ValueError
     when it cannot be evaluated."""
@@ -1223,7 +1207,7 @@ def search(expression: str, fields: Fields, document: Any) -> Any:
         for place, part in enumerate(parts := list(SPLIT(LITERAL, expression))):
             quote = functools.partial(quote_for_expression, part if place % 2 else "")
             parts[place] = Template(part, FIELD_IN_EXPRESSION).render(fields, quote)
-        return _compile("".join(parts)).search(document)
+        return _compile("".join(parts)).search(document, _functions())
     except jmespath.exceptions.JMESPathTypeError as error:
         if error.current_value is None:
             return None
@@ -1951,6 +1935,25 @@ class Configuration:
         return known.setdefault(name, set.intersection(*above) if above else set())
 
 
+SECRET_NAME = re.compile("authorization|cookie|token|secret|key", re.IGNORECASE)  # of a header
+SENSITIVE = r"(?:authorization|cookie|token|secret|passw(?:or)?d|pwd|signature|api-?_?key)[\w-]{0,60}['\"\s]{0,9}[:=]"
+SECRET_IN_TEXT = re.compile(  # in time that grows with the text: a source may have chosen that
+    rf"""(://(?:[^/\s:@'"]*:)?)[^/\s'"]+(?=@)|((?:{SENSITIVE}|[?&](?:key|sig|auth)=)['":=\s]{{0,9}})"""
+    r"""(?:(?<=")(?:[^"\\]|\\.)*|(?<=')[^']*|(?<!['"])[^'",}&]+)""",
+    re.IGNORECASE,
+)
+
+
+def masked(text: str) -> str:
+    """A text without passwords in urls, and without the values of headers and parameters with names of secrets."""
+    return SECRET_IN_TEXT.sub(r"\1\2***", text)
+
+
+def plain_secrets(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers with names of secrets whose values are no variables."""
+    return {name: text for name, text in headers.items() if SECRET_NAME.search(name) and not variables_in(text)}
+
+
 def secrets_of(source: Source, dataset: Dataset) -> set[str]:
     """The variables of the environment that the requests of a dataset hold, and what is secret in plain text."""
     urls = [one.text for one in (dataset.url, dataset.pages and dataset.pages.url) if one]
@@ -2361,12 +2364,12 @@ def _resolve(reader: Reader, read: Configuration) -> Configuration:
     return configuration
 
 
-@without_collector()
 def load_configuration(path: Path) -> Configuration:
     """Read adce.yaml. Raises ConfigurationError, which lists every problem with its place."""
     import yaml
 
     reader, configuration = Reader(), None
+    gc.disable()  # nothing that is made here is garbage: looking for it takes a third of the time
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigurationError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", "is it the right file?")
@@ -2392,6 +2395,8 @@ def load_configuration(path: Path) -> Configuration:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}", "name another file with -c FILE") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+    finally:
+        gc.enable()
     if not reader.problems and configuration:
         return configuration
     lines, blocks, problems = text.splitlines(), [], sorted(reader.problems)
@@ -5181,7 +5186,13 @@ class Cycle:
         self.present = collections.Counter[int]()  # objects in the store until now, by dataset
         self.losses: dict[int, array.array[int]] = {}  # those that are no longer listed
         self.problems: list[str] = []
-        self.readers = {one.name for one in configuration.datasets.values() if _needs_reading(configuration, one)}
+        self.readers = {  # the datasets of which a content says more than its size
+            name
+            for name, one in configuration.datasets.items()
+            if any(
+                (one.freshness.until, one.freshness.live, one.validate.needs_content(), configuration.children_of(name))
+            )
+        }
         self.started_at, self.started, self.calls_before = clock.wall(), clock.boot(), store.calls
         self.saves_at = self.started + SAVED_EVERY_SECONDS
         self.ranked_by = f"{day_of(self.started_at)} {_digest(configuration.priority_weighting)}"
@@ -5281,12 +5292,6 @@ class Cycle:
                 sql.execute("update facts set store_error = :store_error where store_error is not :store_error", row)
             if self.is_complete and not self.is_braked:  # else the same keys are listed, and the loss reported, again
                 sql.execute("update facts set looked_up_to = :looked_up_to, looked_at = :started_at", row)
-
-
-def _needs_reading(configuration: Configuration, dataset: Dataset) -> bool:
-    """Whether the content of an object says more than its size."""
-    freshness, children = dataset.freshness, configuration.children_of(dataset.name)
-    return bool(freshness.until or freshness.live or dataset.validate.needs_content() or children)
 
 
 def read_contents(cycle: Cycle, level: Sequence[Dataset]) -> Iterator[bool | None]:
@@ -7897,19 +7902,6 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
         raise Error(f"cannot write to {path}: {error.strerror}", "name another file with --log FILE") from error
 
 
-def log_cycle(journal: Journal, database: Database) -> None:
-    """One line for the cycle that has just ended."""
-    (row,) = answers(database, STATUS, "cycle")[0].rows
-    journal.write("ERROR" if row["error"] else "INFO", "cycle", **row)
-
-
-def log_progress(journal: Journal, database: Database) -> None:
-    """One line for a cycle that takes long."""
-    sql = "select cycle_id, progress from reconciliations where seconds is null and progress is not null"
-    for number, progress in database.read(sql):
-        journal.write("INFO", "progress", cycle=number, doing=progress)
-
-
 def log_ending(journal: Journal, ending: Ending, max_attempts: int) -> None:
     """One line for the end of an attempt."""
     result = ending.result
@@ -8468,7 +8460,8 @@ class Runner:
             raise
         except StopIteration:
             self.steps, self.cycle_waits = None, False
-            log_cycle(self.journal, self.database)
+            (row,) = answers(self.database, STATUS, "cycle")[0].rows
+            self.journal.write("ERROR" if row["error"] else "INFO", "cycle", **row)
             if self.once:
                 with self.database.transaction() as sql:
                     wake_failed(sql)
@@ -8569,7 +8562,9 @@ class Runner:
         if now >= self.next_beat_at:
             self.next_beat_at = now + self.beat_seconds
             self.database.check_file()
-            log_progress(self.journal, self.database)
+            progress = "select cycle_id, progress from reconciliations where seconds is null and progress is not null"
+            for number, doing in self.database.read(progress):
+                self.journal.write("INFO", "progress", cycle=number, doing=doing)
             with self.database.transaction() as sql:
                 sql.execute("update runner set beat_at = ?", (int(wall),))
                 sql.execute("update facts set wall_offset = ?", (wall - now,))

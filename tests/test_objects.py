@@ -347,6 +347,14 @@ def test_function_of_null_is_null_and_one_of_another_kind_is_a_mistake():
     assert not adce.holds("length(`7`)", {}, {})
 
 
+def test_zip_makes_rows_of_columns():
+    filings = b'{"recent": {"number": ["a-1", "a-2", "a-3"], "form": ["10-K", "8-K", "10-K"]}}'
+    one = child(ids="recent.zip(number, form)[?[1] == '10-K'].[0] | []")
+    assert adce.inspect(dataset(), {}, filings, [one]).mentions[one.partitions.ids] == ("a-1", "a-3")
+    with pytest.raises(ValueError, match=r"zip\(\) needs array, has string"):
+        adce.search("zip(`[1]`, 'a')", {}, {})
+
+
 def test_next_page_and_ids_that_cannot_be_evaluated_are_no_end_and_no_emptiness():
     pages = adce.Pages(next="join('', [id])")
     paged = dataset(name="pages", pages=pages, key=adce.Template("{page}"), url=adce.Template("/list?after={next}"))

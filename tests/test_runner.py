@@ -562,14 +562,15 @@ rate_limiting:
         runner.pool = AtOnce()
         database._writer.execute("pragma wal_autocheckpoint = 0")
         log, statements, sizes = tmp_path / "adce.db-wal", list[str](), list[int]()
-        announce = adce.log_cycle
+        write = runner.journal.write
 
-        def begin(*arguments) -> None:
-            sizes.append(log.stat().st_size)
-            database._writer.set_trace_callback(statements.append)
-            announce(*arguments)
+        def begin(level: str, event: str, **facts: object) -> None:
+            if event == "cycle":
+                sizes.append(log.stat().st_size)
+                database._writer.set_trace_callback(statements.append)
+            write(level, event, **facts)
 
-        monkeypatch.setattr(adce, "log_cycle", begin)
+        monkeypatch.setattr(runner.journal, "write", begin)
         assert runner.run(once=True) == adce.ExitCode.DONE
         database._writer.set_trace_callback(None)
         frames = (log.stat().st_size - sizes[0]) / (24 + database.value("pragma page_size"))
