@@ -348,9 +348,10 @@ def test_function_of_null_is_null_and_one_of_another_kind_is_a_mistake():
 
 
 def test_zip_makes_rows_of_columns():
-    filings = b'{"recent": {"number": ["a-1", "a-2", "a-3"], "form": ["10-K", "8-K", "10-K"]}}'
-    one = child(ids="recent.zip(number, form)[?[1] == '10-K'].[0] | []")
-    assert adce.inspect(dataset(), {}, filings, [one]).mentions[one.partitions.ids] == ("a-1", "a-3")
+    filings = b'{"recent": {"number": ["7", "8", "9"], "form": ["10-K", "8-K", "10-K"]}}'
+    one = several(ids="recent.zip(number, form)[?[1] == '10-K'].{cik: [0], form: [1]}")
+    (found,) = adce.inspect(dataset(), {}, filings, [one]).mentions.values()
+    assert [json.loads(value)["cik"] for value in found] == ["7", "9"]
     with pytest.raises(ValueError, match=r"zip\(\) needs array, has string"):
         adce.search("zip(`[1]`, 'a')", {}, {})
 
