@@ -1193,6 +1193,8 @@ def _functions() -> Any:
     class Functions(jmespath.functions.Functions):  # type: ignore[misc]
         @jmespath.functions.signature({"types": ["array"], "variadic": True})  # type: ignore[untyped-decorator]
         def _func_zip(self, *columns: Sequence[Any]) -> list[list[Any]]:
+            for column in columns:  # the signature is that of the first
+                self._type_check_single(column, ["array"], "zip")
             return [list(row) for row in zip(*columns, strict=False)]
 
     return jmespath.Options(custom_functions=Functions())

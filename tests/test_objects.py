@@ -352,6 +352,7 @@ def test_zip_makes_rows_of_columns():
     one = several(ids="recent.zip(number, form)[?[1] == '10-K'].{cik: [0], form: [1]}")
     (found,) = adce.inspect(dataset(), {}, filings, [one]).mentions.values()
     assert [json.loads(value)["cik"] for value in found] == ["7", "9"]
+    assert adce.search("zip(`[1]`, nothing)", {}, {}) is None
     with pytest.raises(ValueError, match=r"zip\(\) needs array, has string"):
         adce.search("zip(`[1]`, 'a')", {}, {})
 
