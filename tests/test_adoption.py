@@ -100,7 +100,7 @@ def test_lake_of_both_shapes_is_adopted_whole_however_often_it_is_killed(tmp_pat
     assert subprocess.run(words, cwd=tmp_path, timeout=100, check=True).returncode == 0
     reads = Counter((tmp_path / "reads").read_text().split())
     assert len(reads) == days
-    assert sum(reads.values()) - days <= kills * adce.READS_IN_A_TRANSACTION  # what was not committed yet
+    assert sum(reads.values()) - days <= kills * adce.READ_AT_ONCE  # what was not committed yet
     with contextlib.closing(adce.open_database(tmp_path / "adce.db")) as database:
         keys = {row["key"] for row in database.read("select key from gaps")}
         assert keys == {f"espn_play_by_play/{game}.json" for game in games}

@@ -348,12 +348,13 @@ def forget_peak() -> int:
 def nothing_left(folder: Path) -> Iterator[None]:
     """No process, file, descriptor, thread, variable or memory of a scraper is there after the block."""
     adce.is_found_apart("", "a+", "a")  # the inspector stays for the next content
+    inspectors = processes_of(folder).keys()  # if it was started here
     before = descriptors(), threading.active_count(), dict(os.environ), Path.cwd()
     held = forget_peak()
     yield
     assert peak_memory() - held < 60 * MEGABYTE
     assert (descriptors(), threading.active_count(), dict(os.environ), Path.cwd()) == before
-    wait_until(lambda: not processes_of(folder))
+    wait_until(lambda: processes_of(folder).keys() <= inspectors)
     output = adce.output_folder(folder / "adce.db")
     assert not output.exists() or not list(output.iterdir())
     assert not list((folder / "lake" / adce.STAGING).iterdir())
