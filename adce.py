@@ -1191,13 +1191,11 @@ def _functions() -> Any:
     import jmespath.functions
 
     class Functions(jmespath.functions.Functions):  # type: ignore[misc]
-        @jmespath.functions.signature({"types": ["array"], "variadic": True})  # type: ignore[untyped-decorator]
+        @jmespath.functions.signature(*[{"types": ["array"], "variadic": True}] * 2)  # type: ignore[untyped-decorator]
         def _func_zip(self, *columns: Sequence[Any]) -> list[list[Any]]:
-            for column in columns:  # the signature is that of the first
-                self._type_check_single(column, ["array"], "zip")
             return [list(row) for row in zip(*columns, strict=False)]
 
-    return jmespath.Options(custom_functions=Functions())
+    return Functions()
 
 
 def search(expression: str, fields: Fields, document: Any) -> Any:
@@ -1209,7 +1207,7 @@ def search(expression: str, fields: Fields, document: Any) -> Any:
         for place, part in enumerate(parts := list(SPLIT(LITERAL, expression))):
             quote = functools.partial(quote_for_expression, part if place % 2 else "")
             parts[place] = Template(part, FIELD_IN_EXPRESSION).render(fields, quote)
-        return _compile("".join(parts)).search(document, _functions())
+        return _compile("".join(parts)).search(document, jmespath.Options(custom_functions=_functions()))
     except jmespath.exceptions.JMESPathTypeError as error:
         if error.current_value is None:
             return None
@@ -1284,6 +1282,9 @@ def _expression(text: str) -> str:
         column = getattr(error, "lex_position", None)
         where = f" at its character {column + 1}" if column is not None and column >= 0 else ""
         raise ConfigurationError(f"not a JMESPath expression{where}: {text}") from None
+    known = _functions().FUNCTION_TABLE
+    if unknown := sorted({*re.findall(r"(\w+)\(", LITERAL.sub("", text))} - known.keys()):
+        raise ConfigurationError(f"JMESPath has no function {unknown[0]}(){suggest(unknown[0], known)}")
     if quoted := re.search(r'[=<>]\s*"([^"]+)"', LITERAL.sub(lambda one: one[0] if one[0][0] == '"' else "", text)):
         raise ConfigurationError(f"\"{quoted[1]}\" is the name of a field; a text has single quotes: '{quoted[1]}'")
     return text
@@ -1308,6 +1309,8 @@ def _next_page(text: str) -> str:
     try:
         return text if text == LINK else _expression(text)
     except ConfigurationError as error:
+        if not str(error).startswith("not a JMESPath"):
+            raise
         with contextlib.suppress(re.error):
             if re.compile(text).groups == 1:
                 return text
@@ -5007,6 +5010,7 @@ STOPPED_EARLY = "stopped before its end"
 VANISHED = "vanished at once"  # marks a mass loss
 KNOWN_OBJECTS = "select coalesce(sum(objects), 0) from counts where state != 'dropped'"
 Item = TypeVar("Item")
+Change = Callable[[Ledger, ObjectRow], ObjectRow]
 
 
 def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
@@ -5233,12 +5237,7 @@ class Cycle:
                 change(ledger, {"after": after, "last": min(after + CHUNK, last)})
             yield
 
-    def rewrite(
-        self,
-        object_ids: Iterable[int],
-        change: Callable[[Ledger, ObjectRow], ObjectRow],
-        at_once: int = WRITTEN_AT_ONCE,
-    ) -> Iterator[None]:
+    def rewrite(self, object_ids: Iterable[int], change: Change, at_once: int = WRITTEN_AT_ONCE) -> Iterator[None]:
         """Store objects as `change` makes them, some `at_once`; not those stored since the cycle began."""
         for chunk in chunks(iter(object_ids), at_once):
             with self.ledger() as ledger:
@@ -7893,10 +7892,8 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
 
     class Handler(RotatingFileHandler):
         def _open(self) -> Any:
-            more = os.O_NOFOLLOW | os.O_NONBLOCK
-            return open(
-                self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | more, 0o600)
-            )
+            opener = lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)  # noqa: E731
+            return open(self.baseFilename, "a", encoding="utf-8", opener=opener)
 
     try:
         return Handler(path, maxBytes=LOG_BYTES, backupCount=1)
@@ -7906,12 +7903,12 @@ def log_file(path: Path) -> logging.StreamHandler[Any]:
 
 def log_ending(journal: Journal, ending: Ending, max_attempts: int) -> None:
     """One line for the end of an attempt."""
-    result = ending.result
+    task, result = ending.task, ending.result
     level = {TaskState.GAVE_UP: "ERROR", TaskState.DONE: "DEBUG"}.get(ending.state, "WARN")
-    fields: dict[str, Any] = {"dataset": ending.task.dataset, "key": ending.task.key, "outcome": result.outcome}
-    fields |= {"failures": f"{ending.task.failures}/{max_attempts}" if ending.task.failures else None}
+    fields: dict[str, Any] = {"dataset": task.dataset, "key": task.key, "outcome": result.outcome}
+    fields |= {"failures": f"{task.failures}/{max_attempts}" if task.failures else None}
     fields |= {"bytes": result.stored.size if result.stored else None, "error": result.error}
-    fields |= {"next": utc_text(ending.task.next_at if ending.task.task else None), "task": ending.task.object_id}
+    fields |= {"next": utc_text(task.next_at if task.task else None), "task": task.object_id}
     journal.write("DEBUG" if level == "WARN" and not ending.counted else level, ending.state, **fields)
 
 
