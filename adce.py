@@ -5736,8 +5736,8 @@ def responded(deadline: Deadline, headers: Mapping[str, str]) -> Iterator[tuple[
     with SESSIONS.opened(deadline) as opened:
         opened.trust_env = claimed.source.trust_env
         opened.cookies = claimed.cookies or requests.cookies.RequestsCookieJar()  # none of an earlier request
-        timeout = (min(CONNECT_SECONDS, seconds), seconds)
-        options: Any = {"timeout": timeout, "stream": True, "allow_redirects": False, "data": _sent_body(claimed)}
+        options: Any = {"timeout": (min(CONNECT_SECONDS, seconds), seconds), "stream": True, "allow_redirects": False}
+        options |= {"data": _sent_body(claimed)} if claimed.dataset.body else {}
         with opened.request(claimed.dataset.method, _sent_url(claimed), headers=headers, **options) as response:
             yield response, opened.cookies
 
@@ -5953,10 +5953,10 @@ def _validators(claimed: Claim, response: Any, links: Links) -> str | None:
     names, secrets = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}, claimed.dataset.secrets
     found = {name: response.headers.get(header, "") for name, header in names.items()}
     given = {name: text for name, text in found.items() if text and redacted(text, secrets) == text}
+    if not (given or _has_links(claimed)):
+        return None
     known = {"url": redacted(claimed.url, secrets), "headers": given}
-    if _has_links(claimed):
-        return json.dumps({**known, "links": links})
-    return json.dumps(known) if given else None
+    return json.dumps({**known, "links": links} if _has_links(claimed) else known)
 
 
 def _conditions(claimed: Claim, store: Store) -> dict[str, str]:
@@ -5972,8 +5972,8 @@ def _conditions(claimed: Claim, store: Store) -> dict[str, str]:
 
 def _headers(claimed: Claim) -> dict[str, str]:
     """Secrets for one host are not sent to another, to which it redirects. Only what can be undone is asked for."""
-    own_url = url_of(claimed.source, claimed.dataset, claimed.tasks[0].fields)
-    is_own = origin_of(_sent_url(claimed)) == origin_of(from_environment(own_url, claimed.dataset.secrets))
+    own_url = url_of(claimed.source, claimed.dataset, claimed.tasks[0].fields) if claimed.hops else ""
+    is_own = not claimed.hops or origin_of(claimed.url) == origin_of(from_environment(own_url, claimed.dataset.secrets))
     headers = {**claimed.source.headers, **claimed.dataset.headers}.items()
     sent = {name: from_environment(text) for name, text in headers if is_own or name.lower() in KEPT_ON_OTHER_HOSTS}
     if claimed.dataset.body:
@@ -5985,13 +5985,13 @@ def _headers(claimed: Claim) -> dict[str, str]:
     return {"Accept-Encoding": encodings, **sent}
 
 
-def _sent_body(claimed: Claim) -> bytes | None:
+def _sent_body(claimed: Claim) -> bytes:
     """The body of a POST. Values of fields cannot leave the text, or the parameter, that they are in."""
     text = claimed.dataset.body
     quote = (lambda value: json.dumps(value)[1:-1]) if text.lstrip()[:1] in ("{", "[") else quote_for_url
     # in this order: a field may hold a $ that the source has chosen
     template = Template(from_environment(text), FIELD_IN_EXPRESSION)
-    return template.render(sent_fields(claimed.dataset, claimed.tasks[0].fields), quote).encode() if text else None
+    return template.render(sent_fields(claimed.dataset, claimed.tasks[0].fields), quote).encode()
 
 
 def _sent_url(claimed: Claim) -> str:
@@ -6404,7 +6404,7 @@ def fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
     An object that is in the store already, and whole, is not asked for again."""
     names = hidden_names(claimed.dataset)
     results = _fetch(claimed, store, clock)
-    return [dataclasses.replace(one, error=one.error and redacted(one.error, names)) for one in results]
+    return [dataclasses.replace(one, error=redacted(one.error, names)) if one.error else one for one in results]
 
 
 def _fetch(claimed: Claim, store: Store, clock: Clock) -> list[Result]:
