@@ -4315,7 +4315,7 @@ def rows_of(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) -
     number = ledger.sql.execute("select dataset_id from datasets where dataset = ?", (dataset.name,)).fetchone()[0]
     excluded = {name: frozenset(values) for name, values in dataset.excluded.items()}
     for fields, parent_id in partitions:
-        if any(fields.get(name) in values for name, values in excluded.items()):
+        if excluded and any(fields.get(name) in values for name, values in excluded.items()):
             continue
         try:
             key, season, day, available_at = expected_object(dataset, fields)
@@ -4365,7 +4365,7 @@ def expect(ledger: Ledger, dataset: Dataset, partitions: Iterable[Partition]) ->
     return counts[0], counts[1]
 
 
-def new_objects(ledger: Ledger, datasets: Iterable[str], low: str, high: str) -> list[WantedRow]:
+def new_objects(ledger: Ledger, datasets: Iterable[str], low: str, high: str) -> list[sqlite3.Row]:
     """A chunk of the new objects of some datasets between two keys, in order. The caller inserts them."""
     page = """
         select * from wanted where fields is not null and key >= ? and key <= ?
@@ -4373,7 +4373,7 @@ def new_objects(ledger: Ledger, datasets: Iterable[str], low: str, high: str) ->
         order by key limit ?
     """
     parameters = (low, high, json.dumps(list(datasets)), WRITTEN_AT_ONCE)
-    return list(map(WantedRow._make, ledger.sql.execute(page, parameters)))
+    return ledger.sql.execute(page, parameters).fetchall()
 
 
 def note_mentions(ledger: Ledger, parent: ObjectRow, found: Inspection) -> set[tuple[str, str]]:
@@ -5591,7 +5591,7 @@ def _insert_new(cycle: Cycle, keys: KeyRange, listed: Mapping[str, StoredObject]
         cycle.new -= inserted
         cycle.looked += inserted
         cycle.done += inserted
-        count, low = len(wanted), wanted[-1].key + "\0" if wanted else ""
+        count, low = len(wanted), wanted[-1]["key"] + "\0" if wanted else ""
         yield
 
 
