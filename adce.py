@@ -2857,8 +2857,8 @@ def _refuse_constant(name: str) -> None:
 
 
 def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems: list[str]) -> Iterator[str]:
-    """The ids of a dataset in a parent's body, several fields of one as JSON. Texts and whole numbers can be ids, null
-    and empty texts are none; any other value is added to the problems."""
+    """The ids of a dataset in a parent's body, several fields of one as JSON. Texts and whole numbers can be ids; null,
+    false (of `over && id`) and empty texts are none; any other value is added to the problems."""
     partitions, names = child.partitions, child.partitions.id_fields()
     if partitions.regex:
         file.seek(0)
@@ -2871,7 +2871,7 @@ def _ids(child: Dataset, fields: Fields, document: Any, file: BinaryIO, problems
             problems.append(f"{child.name}: {error}")
             return
     for value in found if isinstance(found, list) else [found]:
-        if value in (None, ""):
+        if value in (None, "") or value is False:
             continue
         members = {names[0]: value} if partitions.id_field else value
         parts = [members.get(name) for name in names] if isinstance(members, dict) else []

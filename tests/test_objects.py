@@ -347,6 +347,13 @@ def test_function_of_null_is_null_and_one_of_another_kind_is_a_mistake():
     assert not adce.holds("length(`7`)", {}, {})
 
 
+@pytest.mark.parametrize(("state", "ids"), [("Final", ("0",)), ("Live", ())])
+def test_condition_that_is_false_names_no_id(state, ids):
+    one = child(ids="state == 'Final' && id")
+    found = adce.inspect(dataset(), {}, json.dumps({"state": state, "id": 0}).encode(), [one])
+    assert (found.mentions[one.partitions.ids], found.problems) == (ids, ())
+
+
 def test_zip_makes_rows_of_columns():
     filings = b'{"recent": {"number": ["7", "8", "9"], "form": ["10-K", "8-K", "10-K"]}}'
     one = several(ids="recent.zip(number, form)[?[1] == '10-K'].{cik: [0], form: [1]}")
