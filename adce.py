@@ -1077,14 +1077,14 @@ Fields = Mapping[str, str]  # the values of a partition by name; dates as 2024-1
 FIELD = r"\{([a-z_][a-z0-9_]*)([+-]\d{1,3}[hdwmy])?"  # its name, and for a date what is added
 FIELD_IN_TEXT = re.compile(FIELD + r"(?::([^{}]+))?\}")
 DIGITS = r"0[1-9]\d?"  # the form of a number: so many digits at least
-FIELD_IN_EXPRESSION = re.compile(FIELD + rf"(?::((?:%-?[A-Za-z]|[-_./ ])+|{DIGITS}))?\}}")
+FIELD_IN_EXPRESSION = re.compile(FIELD + rf"(?::((?:%-?[A-Za-z]|[-_./ ])+|{DIGITS}|json))?\}}")
 SPLIT = functools.cache(re.Pattern[str].split)
 IN_URLS = "!#%&'()*+,/:;=?@[]"  # beside letters, digits and -._~ (RFC 3986); $ would begin the name of a variable
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Text with {field}, {date:%Y%m%d}, {date+1d:%Y%m%d}, {field:010}, {field:path} or {field:url} in it."""
+    """Text with {field}, {date:%Y%m%d}, {date+1d:%Y%m%d}, {field:010}, {field:path}, {field:url} or {field:json}."""
 
     text: str
     pattern: re.Pattern[str] = FIELD_IN_TEXT
@@ -1106,6 +1106,8 @@ class Template:
                 quoted = functools.partial(urllib.parse.quote, safe=IN_URLS)
             elif form == "path":
                 parts = value.split("/")
+            elif form == "json":
+                quoted = lambda text: json.dumps(text) if text else "null"  # noqa: E731
             elif re.fullmatch(DIGITS, form or ""):
                 parts = [value.lstrip("0").zfill(int(form))]
             elif form or shift:
@@ -1135,11 +1137,6 @@ def _format_date(date: str, shift: str, form: str) -> list[str]:
 
 UNSENDABLE = re.compile(r"^\s|[^\t -~\x80-\xff]")  # in the value of a header
 VARIABLE = re.compile(r"\$(?:\{([A-Z_][A-Z0-9_]*)\}|([A-Z_][A-Z0-9_]*))")  # capitals: $id is GraphQL's
-
-
-def fields_in(*texts: str) -> set[str]:
-    """The fields that some texts name."""
-    return {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)}
 
 
 def variables_in(*texts: str) -> set[str]:
@@ -1793,6 +1790,11 @@ class Validation:
         return self.json or self.gzip or any([*texts, self.starts_with_hex, self.ends_with_hex])
 
 
+def fields_in(*texts: str) -> set[str]:
+    """The fields that some texts name."""
+    return {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)}
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Objects that one command fetches together: they share the field `group_by`."""
@@ -2253,11 +2255,12 @@ def _text_problems(template: Template, declared: set[str], name: str = "") -> It
         yield f"{template.text}: a brace that is no {{field}}; a field is a name in small letters"
         return
     for match in template.pattern.finditer(template.text):
-        codes = re.findall(r"%-?(.?)", match[3] or "", re.DOTALL)
+        codes, own = re.findall(r"%-?(.?)", match[3] or "", re.DOTALL), (("url", "url"), ("json", "body"))
+        is_form = match[3] == "path" or (match[3], name) in own or re.fullmatch(DIGITS, match[3] or "")
         if match[1] not in declared:
             there = f"(there {'are: ' + ', '.join(sorted(declared)) if declared else 'is none'})"
             yield f'no field "{match[1]}"{suggest(match[1], declared)} {there}'
-        elif (match[3] == "path" or match[3] == name == "url" or re.fullmatch(DIGITS, match[3] or "")) and not match[2]:
+        elif is_form and not match[2]:
             continue
         elif (match[2] or match[3]) and (match[1] != "date" or not all(map(str.isalpha, codes))):
             yield f"{match[0]}: a date takes a format like %Y%m%d, a number one like 010 (at least ten digits)"

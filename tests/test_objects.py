@@ -170,13 +170,14 @@ def test_expected_objects_are_every_combination_of_steps_and_values(every, first
         ("{place:path}", "a/b c/d%25"),
         ("{place}", "a%2Fb c%2Fd%25"),
         ("CIK{number:010}", "CIK0000320193"),
+        ('{"after": {none:json}, "at": {name:json}}', '{"after": null, "at": "Beyonc\\u00e9 & \'co\'"}'),
         ("{padded:01}/{padded:03}/{zero:01}", "320193/320193/0"),
         ("{name}", "Beyonc\u00e9 & 'co'"),
     ],
 )
 def test_text_with_fields_is_rendered(text, rendered):
     fields = {"date": "2024-12-31", "place": "a/b c/d%", "name": "Beyonc\u00e9 & 'co'"}
-    fields |= {"number": "320193", "padded": "0000320193", "zero": "00"}
+    fields |= {"none": "", "number": "320193", "padded": "0000320193", "zero": "00"}
     assert adce.Template(text).render(fields, adce.quote_for_key) == (rendered or "2024/q%q/12")
 
 

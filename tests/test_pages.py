@@ -30,7 +30,7 @@ WAYS = {
            url: "/offset_until_empty?kind={{kind}}&start={{offset}}"}}""",
     "until_empty": 'url: "/until_empty?kind={kind}&page={page}", pages: {next: items}',
     "posted": """url: "/posted", method: POST, pages: {next: cursor},
-           body: '{"kind": "{kind}", "after": "{next}"}'""",
+           body: '{"kind": "{kind}", "after": {next:json}}'""",
 }
 LAKE = """\
 retry: {{max_attempts: 3, initial_delay_seconds: 0.1, max_delay_seconds: 0.2}}

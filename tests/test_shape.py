@@ -115,7 +115,7 @@ def test_module_stays_small():
     """These ceilings go down, and up only by what a new capability is worth."""
     ends = [*list(rooms(SOURCE).values())[1:], SOURCE.count("\n") + 1]
     sizes = {name: end - start for (name, start), end in zip(rooms(SOURCE).items(), ends, strict=True)}
-    assert (SOURCE.count("\n") <= 9847, len(sizes) <= 32) == (True, True)
+    assert (SOURCE.count("\n") <= 9850, len(sizes) <= 32) == (True, True)
     assert {name: size for name, size in sizes.items() if size > 400} == {}
 
 
