@@ -1306,7 +1306,7 @@ def _next_page(text: str) -> str:
     try:
         return text if text == LINK else _expression(text)
     except ConfigurationError as error:
-        if not str(error).startswith("not a JMESPath"):
+        if not str(error).startswith("not a JMESPath") or re.search(r"^(length|join|contains)\(|\s[=!<>]=\s", text):
             raise
         with contextlib.suppress(re.error):
             if re.compile(text).groups == 1:
@@ -1792,7 +1792,7 @@ class Validation:
 
 def fields_in(*texts: str) -> set[str]:
     """The fields that some texts name."""
-    return {match[1] for text in texts for match in FIELD_IN_EXPRESSION.finditer(text)}
+    return {match[1] for text in texts for match in FIELD_IN_TEXT.finditer(text)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -6004,8 +6004,8 @@ def _sent_url(claimed: Claim) -> str:
 
 
 def _next_link(claimed: Claim, response: Any) -> dict[str, str]:
-    found = response.links.get("next")
-    return {"next": redacted(found["url"], claimed.dataset.secrets)} if found else {}
+    urls = [at["url"] for at in response.links.values() if "next" in at.get("rel", at.get("REL", "")).lower().split()]
+    return {"next": redacted(urls[0], claimed.dataset.secrets)} if urls else {}
 
 
 def _has_links(claimed: Claim) -> bool:

@@ -353,6 +353,10 @@ BROKEN = {
         edited('"days/{date}.json"', '"days/{date}-{page}.json"') + "    pages: {next: 'lenght(games)'}\n",
         ['9:19: datasets.days.pages.next: JMESPath has no function lenght(), did you mean "length"?'],
     ),
+    "a condition that is no regular expression": (
+        edited('"days/{date}.json"', '"days/{date}-{page}.json"') + "    pages: {next: 'length(@) == 10'}\n",
+        ["9:19: datasets.days.pages.next: not a JMESPath expression at its character 14: length(@) == 10"],
+    ),
     "a text in the quotes of a field": (
         BASE + """    freshness: {until: 'status == "Final"'}\n""",
         ["""9:24: datasets.days.freshness.until: "Final" is the name of a field; a text has single quotes: 'Final'"""],
@@ -821,7 +825,8 @@ UNSEEN = """
     duplicate key, YAML reads 010 as 8, a bucket that nothing refills, a limit for a
     misspelt source, undefined source, undefined parent, undefined same_as, a dataset below itself, the same as
     each other, bad JMESPath, a misspelt function, a misspelt function
-    that could be a regular expression, a text in the quotes of a field, bad regular expression, regular expression without a
+    that could be a regular expression, a condition that is no regular expression, a text in the
+    quotes of a field, bad regular expression, regular expression without a
     group, undeclared field in a url, undeclared field in an expression, format of a field that is no date, attribute access in a template, form of a url in a key,
     dates that end before they start, a day that does not exist, a season that ends before it starts, seasons
     that are not declared, two datasets with the same key, a key that does not tell its objects apart, a date

@@ -72,7 +72,9 @@ class Source:
         body: dict[str, object] = {"items": found}
         if way == "header":
             address = f"{self.upstream.address}{following}"
-            links = {} if is_last else {"Link": f'<{address}>; rel="next", <{self.upstream.address}/>; rel="first"'}
+            links = (
+                {} if is_last else {"Link": f'<{address}>; rel="Next last", <{self.upstream.address}/>; rel="first"'}
+            )
             return Answer(json.dumps(body).encode(), headers=links)
         if way == "token":
             token = f"{kind}|{page + 1}|{self.generation}"
